@@ -1,0 +1,73 @@
+"""equipoise: load balancing for mixture-of-experts training in PyTorch.
+
+Attach it to the model you already have, choose a mechanism and a scope, and trust the counts. ``attach`` is the door.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Balance": "balance",
+    "Balancer": "balancers",
+    "EquipoiseError": "errors",
+    "Frozen": "balancers",
+    "LoadBalancingLoss": "balancers",
+    "LossFree": "balancers",
+    "Routing": "routing",
+    "UsageError": "errors",
+    "attach": "balance",
+    "coefficient_of_variation": "metrics",
+    "dead_experts": "metrics",
+    "domain_information": "metrics",
+    "effective_experts": "metrics",
+    "expert_load": "load",
+    "load_balancing_loss": "balancers",
+    "load_entropy": "metrics",
+    "max_violation": "metrics",
+    "min_violation": "metrics",
+    "parse_strategy": "balancers",
+    "route": "routing",
+    "sampling_floor": "metrics",
+    "score": "routing",
+    "sequence_load": "load",
+    "sequence_load_balancing_loss": "balancers",
+}
+
+__all__ = sorted(_HOME, key=str.casefold)
+
+if TYPE_CHECKING:
+    from equipoise.balance import Balance, attach
+    from equipoise.balancers import (
+        Balancer,
+        Frozen,
+        LoadBalancingLoss,
+        LossFree,
+        load_balancing_loss,
+        parse_strategy,
+        sequence_load_balancing_loss,
+    )
+    from equipoise.errors import EquipoiseError, UsageError
+    from equipoise.load import expert_load, sequence_load
+    from equipoise.metrics import (
+        coefficient_of_variation,
+        dead_experts,
+        domain_information,
+        effective_experts,
+        load_entropy,
+        max_violation,
+        min_violation,
+        sampling_floor,
+    )
+    from equipoise.routing import Routing, route, score
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'equipoise' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"equipoise.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,18 @@
+"""Mechanisms: what is done about an uneven load. One interface (``base``), one file a mechanism, and their strings."""
+
+from equipoise.balancers.base import Balancer, Layers
+from equipoise.balancers.load_balancing import LoadBalancingLoss, load_balancing_loss, sequence_load_balancing_loss
+from equipoise.balancers.loss_free import Frozen, LossFree
+from equipoise.balancers.strategy import format_strategy, parse_strategy
+
+__all__ = [
+    "Balancer",
+    "Frozen",
+    "Layers",
+    "LoadBalancingLoss",
+    "LossFree",
+    "format_strategy",
+    "load_balancing_loss",
+    "parse_strategy",
+    "sequence_load_balancing_loss",
+]

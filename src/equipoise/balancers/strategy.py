@@ -1,0 +1,74 @@
+"""Strategy strings: the same in Python, on the command line and in a run's config.
+
+    none | frozen | NAME[:option=value,...] [+ NAME[:option=value,...]] ...
+
+    loss-free:rate=1e-2,rule=proportional       lbl:scope=micro_batch,coefficient=1e-2
+    loss-free+lbl:scope=sequence,coefficient=1e-4
+"""
+
+import inspect
+import re
+from collections.abc import Sequence
+
+from equipoise.balancers.base import Balancer
+from equipoise.balancers.load_balancing import LoadBalancingLoss
+from equipoise.balancers.loss_free import Frozen, LossFree
+from equipoise.errors import UsageError
+
+__all__ = ["format_strategy", "parse_strategy"]
+
+BALANCERS: dict[str, type[Balancer]] = {kind.name: kind for kind in (Frozen, LossFree, LoadBalancingLoss)}
+
+
+def _value(text: str) -> object:
+    if text in ("true", "false"):
+        return text == "true"
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _parse_one(text: str, whole: str) -> Balancer:
+    name, _, options = text.partition(":")
+    if name not in BALANCERS:
+        raise UsageError(
+            f"A strategy must be made of none, {', '.join(BALANCERS)}: got {name!r} in {whole!r}. Example: "
+            "loss-free:rate=1e-3+lbl:scope=sequence,coefficient=1e-4"
+        )
+    kind = BALANCERS[name]
+    known = list(inspect.signature(kind).parameters)
+    arguments: dict[str, object] = {}
+    for option in options.split(",") if options else []:
+        key, equals, value = option.partition("=")
+        if not equals or key not in known:
+            raise UsageError(
+                f"An option of {name} must be {' or '.join(f'{k}=...' for k in known) or 'left out: it has none'}: got "
+                f"{option!r} in {whole!r}."
+            )
+        if key in arguments:
+            raise UsageError(f"An option must be given once: got {key} twice in {whole!r}.")
+        arguments[key] = _value(value)
+    try:
+        return kind(**arguments)
+    except ValueError as error:
+        raise UsageError(f"{error} (in {whole!r})") from None
+
+
+def parse_strategy(text: str) -> list[Balancer]:
+    """The balancers that a strategy string names; ``none`` names no balancer.
+
+    >>> [str(balancer) for balancer in parse_strategy("loss-free:rate=1e-2+lbl:scope=sequence")]
+    ['loss-free:rate=0.01', 'lbl:scope=sequence']
+    """
+    if text == "none":
+        return []
+    if not text:
+        raise UsageError("A strategy must have a name: got an empty one. Use none for no balancing.")
+    return [_parse_one(part, text) for part in re.split(r"\+(?=[A-Za-z])", text)]  # 1e+2 is a number, not two names
+
+
+def format_strategy(balancers: Sequence[Balancer]) -> str:
+    """The string that ``parse_strategy`` turns into these balancers again."""
+    return "+".join(map(str, balancers)) or "none"
+

@@ -1,0 +1,19 @@
+"""Errors of equipoise where it meets the outside: an unknown model, a damaged file, a wrong option.
+
+    Exception
+    └── EquipoiseError      something outside is not as it must be (exit code 1 on the command line)
+        └── UsageError      what was asked for cannot be asked for (exit code 2)
+
+Every message says what must hold, what came, and what to do. Wrong arguments of plain functions raise ``ValueError``
+or ``TypeError``, as usual in Python.
+"""
+
+__all__ = ["EquipoiseError", "UsageError"]
+
+
+class EquipoiseError(Exception):
+    """Something outside equipoise is not as it must be; the message says what to do."""
+
+
+class UsageError(EquipoiseError, ValueError):
+    """An option, a strategy or a name that does not exist or has a value it cannot have."""

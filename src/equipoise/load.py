@@ -1,0 +1,49 @@
+"""choice -> load: how many assignments each expert got. Integer counts, no synchronisation with a GPU."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from equipoise.routing import Routing
+
+__all__ = ["expert_load", "sequence_load"]
+
+
+def _ones(expert_ids: Tensor, mask: Tensor | None) -> Tensor:
+    one = torch.ones((), dtype=torch.int64, device=expert_ids.device) if mask is None else (mask != 0).long()[:, None]
+    return one.expand_as(expert_ids).reshape(-1)
+
+
+def expert_load(
+    expert_ids: Int[Tensor, "tokens k"], num_experts: int, mask: Float[Tensor, " tokens"] | None = None
+) -> Int[Tensor, " experts"]:
+    """Assignments of each expert, int64: ``c_e = sum_t mask_t * #{slots of t that hold e}``; they sum to k * tokens.
+
+    Where we differ from public code: int64 instead of float32 or bfloat16, which stop counting at 2^24 and 2^8; a
+    scatter instead of bincount, which makes the host wait for a GPU.
+
+    >>> expert_load(torch.tensor([[0, 1], [1, 2], [1, 2]]), num_experts=4, mask=torch.tensor([1.0, 1.0, 0.0]))
+    tensor([1, 2, 1, 0])
+    """
+    if expert_ids.dim() != 2:
+        raise ValueError(f"expert_ids must have the shape (tokens, k): got {tuple(expert_ids.shape)}.")
+    if mask is not None and mask.shape != expert_ids.shape[:1]:
+        raise ValueError(
+            f"mask must hold one number per token: expected shape ({expert_ids.shape[0]},), got {tuple(mask.shape)}."
+        )
+    load = torch.zeros(num_experts, dtype=torch.int64, device=expert_ids.device)
+    return load.scatter_add_(0, expert_ids.reshape(-1).long(), _ones(expert_ids, mask))
+
+
+def sequence_load(routing: Routing) -> Int[Tensor, "sequences experts"]:
+    """Assignments of each expert in each sequence, int64; rows of sequences that do not occur are zero."""
+    if routing.sequence_ids is None:
+        raise ValueError(
+            "counting by sequence needs to know which token belongs to which sequence: got none. Give the model "
+            "(batch, sequence) input, or say it with balance.token_mask(mask, sequence_ids)."
+        )
+    num_experts = routing.scores.shape[-1]
+    cell = routing.sequence_ids[:, None] * num_experts + routing.expert_ids
+    load = torch.zeros(routing.num_sequences * num_experts, dtype=torch.int64, device=cell.device)
+    load.scatter_add_(0, cell.reshape(-1), _ones(routing.expert_ids, routing.mask))
+    return load.view(routing.num_sequences, num_experts)

@@ -1,0 +1,175 @@
+"""load -> numbers: every metric of a load, each defined once and computed from pooled counts.
+
+A load is a tensor ``(..., experts)`` of counts; leading dimensions (layers, steps) are kept. A mapping from layer name
+to load, as ``Balance.load`` and ``Balance.measuring`` give it, yields the mean over its layers. A load without any
+token gives nan: an idle layer is not a balanced one.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from functools import cache
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+__all__ = [
+    "coefficient_of_variation",
+    "dead_experts",
+    "domain_information",
+    "effective_experts",
+    "load_entropy",
+    "max_violation",
+    "min_violation",
+    "sampling_floor",
+]
+
+Load = Int[Tensor, "*layers experts"] | Mapping[str, Int[Tensor, " experts"]]
+
+
+def _by_layer(metric: Callable[[Tensor], Tensor], load: Load) -> Tensor:
+    if isinstance(load, Mapping):
+        if not load:
+            raise ValueError("load must hold at least one layer: got an empty mapping.")
+        return torch.stack([_by_layer(metric, layer) for layer in load.values()]).mean(0)
+    if load.dim() == 0 or load.shape[-1] == 0:
+        raise ValueError(f"load must have the shape (..., experts), experts > 0: got {tuple(load.shape)}.")
+    return metric(load.double())
+
+
+def max_violation(load: Load) -> Float[Tensor, "*layers"]:
+    """MaxVio: how far the busiest expert is above the mean, ``(max_e c_e - mean c) / mean c``.
+
+    Range 0 (even) to experts/k - 1 (every token takes the same k experts). Dimensionless. On one window it is
+    ``maxvio_batch``, on an evaluation set ``maxvio_global``, on one micro-batch of one rank ``maxvio_micro``.
+    Source: Wang et al. 2024, arXiv:2408.15664, Eq. 4.
+
+    >>> max_violation(torch.tensor([4, 2, 2, 0]))
+    tensor(1., dtype=torch.float64)
+    """
+    return _by_layer(lambda c: c.amax(-1) / c.mean(-1) - 1, load)
+
+
+def min_violation(load: Load) -> Float[Tensor, "*layers"]:
+    """How far the idlest expert is below the mean, ``(min_e c_e - mean c) / mean c``: 0 is even, -1 is a dead expert.
+
+    >>> min_violation(torch.tensor([4, 2, 2, 0]))
+    tensor(-1., dtype=torch.float64)
+    """
+    return _by_layer(lambda c: c.amin(-1) / c.mean(-1) - 1, load)
+
+
+def coefficient_of_variation(load: Load) -> Float[Tensor, "*layers"]:
+    """``std(c) / mean(c)`` over the experts, with the population's std. 0 is even, sqrt(experts - 1) is collapse.
+
+    Source: its square is the load loss of Shazeer et al. 2017, arXiv:1701.06538.
+
+    >>> coefficient_of_variation(torch.tensor([3, 1]))
+    tensor(0.5000, dtype=torch.float64)
+    """
+    return _by_layer(lambda c: c.std(-1, correction=0) / c.mean(-1), load)
+
+
+def _entropy(c: Tensor) -> Tensor:
+    share = c / c.sum(-1, keepdim=True)
+    return -torch.where(share > 0, share * share.clamp_min(1e-300).log(), share).sum(-1)  # a nan share stays nan
+
+
+def load_entropy(load: Load) -> Float[Tensor, "*layers"]:
+    """Normalised entropy of the shares, ``-sum_e q_e log q_e / log E``: 1 is even, 0 is collapse onto one expert.
+
+    With a single expert there is nothing to spread: 1.
+
+    >>> load_entropy(torch.tensor([1, 1, 0, 0]))
+    tensor(0.5000, dtype=torch.float64)
+    """
+    return _by_layer(
+        lambda c: _entropy(c) / math.log(c.shape[-1]) if c.shape[-1] > 1 else torch.where(c.sum(-1) > 0, 1.0, math.nan),
+        load,
+    )
+
+
+def effective_experts(load: Load) -> Float[Tensor, "*layers"]:
+    """``exp(entropy of the shares)``, a number of experts: E is even, 1 is collapse onto one expert.
+
+    >>> effective_experts(torch.tensor([5, 5, 0, 0]))
+    tensor(2., dtype=torch.float64)
+    """
+    return _by_layer(lambda c: _entropy(c).exp(), load)
+
+
+def dead_experts(load: Load) -> Float[Tensor, "*layers"]:
+    """Number of experts that got no token, ``#{e : c_e = 0}``. Range 0 to experts; a mapping gives the *sum* over layers.
+
+    Small windows have dead experts by chance: read it beside the number of tokens.
+
+    >>> dead_experts(torch.tensor([4, 2, 2, 0]))
+    tensor(1., dtype=torch.float64)
+    """
+    if isinstance(load, Mapping):
+        return torch.stack([dead_experts(layer) for layer in load.values()]).sum(0)
+    return _by_layer(lambda c: torch.where(c.sum(-1) > 0, (c == 0).double().sum(-1), math.nan), load)
+
+
+@cache
+def _expected_max_of_normals(n: int) -> float:
+    def cdf(x: float) -> float:
+        return 0.5 * math.erfc(-x / math.sqrt(2))
+
+    # E max = int_0^inf 1 - Phi^n dx - int_-inf^0 Phi^n dx, trapezoid rule: 8.5 sigma and 4000 points give 1e-6
+    points, end = 4000, 8.5
+    step = 2 * end / points
+    total = 0.0
+    for i in range(points + 1):
+        x = -end + i * step
+        value = 1 - cdf(x) ** n if i > points // 2 else -(cdf(x) ** n) if i < points // 2 else 0.5 - 0.5**n
+        total += value * (0.5 if i in (0, points) else 1.0)
+    return total * step
+
+
+def sampling_floor(num_tokens: float, k: int, num_experts: int) -> float:
+    """The MaxVio that chance alone gives to a perfectly even router, ``m(E) * sqrt((1 - k/E) / (N * k/E))``.
+
+    N tokens choose independently, each expert with probability k/E; m(E) is the expected maximum of E standard normals
+    (1.42, 2.07, 2.34, 2.83 for 8, 32, 64, 256). Tokens of a text are not independent, so it is a lower bound: a MaxVio
+    at its floor cannot be told from perfect balance. 0 when k = E; inf without tokens.
+
+    >>> round(sampling_floor(8192, k=4, num_experts=32), 4)
+    0.0605
+    """
+    if not 1 <= k <= num_experts:
+        raise ValueError(f"k must lie between 1 and the number of experts: got k={k}, num_experts={num_experts}.")
+    if num_tokens <= 0:
+        return math.inf
+    p = k / num_experts
+    return _expected_max_of_normals(num_experts) * math.sqrt((1 - p) / (num_tokens * p))
+
+
+def domain_information(load: Int[Tensor, "domains *layers experts"]) -> Float[Tensor, "*layers"]:
+    """How much an assignment says about the domain of its token: I(domain; expert) in bits.
+
+        p_d = share of domain d's assignments by expert
+        I   = H(mean_d p_d) - mean_d H(p_d),   with H corrected by (number of used experts - 1) / (2 n)  (Miller-Madow)
+
+    Domains weigh equally, whatever their number of tokens; one without any is left out. n is the number of assignments
+    of the domain, and 1 / sum_d (w_d^2 / n_d) for the mixture. 0: experts ignore the domain (the corrected value may
+    come out slightly below). log2(domains): each expert serves one domain. Average it over layers.
+
+    >>> domain_information(torch.tensor([[1000, 0], [0, 1000]])).round(decimals=2)
+    tensor(1., dtype=torch.float64)
+    """
+    if load.dim() < 2:
+        raise ValueError(f"load must have the shape (domains, ..., experts): got {tuple(load.shape)}.")
+    counts = load.double().movedim(0, -2)  # (..., domains, experts)
+    n = counts.sum(-1)  # assignments of each domain
+    used = (n > 0).double()
+    weight = used / used.sum(-1, keepdim=True)
+    share = counts / n.clamp_min(1).unsqueeze(-1)
+    mixture = (weight.unsqueeze(-1) * share).sum(-2)
+
+    def entropy(p: Tensor, n: Tensor) -> Tensor:
+        plain = -(p * p.clamp_min(1e-300).log()).sum(-1)
+        return plain + ((p > 0).sum(-1) - 1) / (2 * n)
+
+    within = (weight * entropy(share, n.clamp_min(1))).sum(-1)
+    return (entropy(mixture, 1 / (weight.square() / n.clamp_min(1)).sum(-1)) - within) / math.log(2)

@@ -1,0 +1,145 @@
+"""The run folder: the only seam between training and analysis. Imports no torch.
+
+A run is one strategy and one seed in one folder:
+
+    config.json         the resolved configuration, versions, wrapper, names of the MoE layers (written once)
+    steps.jsonl         one line a step: step, loss, maxvio_batch, ..., tokens (so far), seconds (of this step)
+    loads.jsonl         one line a step: step, load (layers x experts counts of the step, pooled over ranks)
+    evaluations.jsonl   one line an evaluation: step, overall figures, and by domain nats, bits per byte, load
+    result.json         the last word, written when the run is complete
+    checkpoints/        what a resumed run needs
+    model/              the trained model, for plain Transformers
+
+The three ``.jsonl`` files only grow. A line is written whole and flushed, so a run that is killed leaves at most one
+torn line at the very end: reading drops that one, and any other damage is an error that names file and line.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from equipoise.errors import EquipoiseError
+
+__all__ = ["Run", "find_runs", "write_json"]
+
+FORMAT = 1
+LOGS = ("steps", "loads", "evaluations")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes ``value`` so that ``path`` holds either the old text or the new one, whatever happens in between."""
+    aside = path.with_name(f".{path.name}.tmp")
+    with open(aside, "w", encoding="utf-8") as file:
+        json.dump(value, file, ensure_ascii=False, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise EquipoiseError(
+            f"A run folder must hold {path.name}: {path} does not exist. The run was cut short before it began, or this "
+            "is no run folder; train again into a new folder."
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise EquipoiseError(
+            f"{path} must be JSON: {error}. The file is damaged; restore it or remove the run folder and train again."
+        ) from None
+
+
+class Run:
+    """One run folder. ``Run.create`` begins one, ``Run(path)`` opens one; reading never changes anything."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.config: dict[str, Any] = _read_json(self.path / "config.json")
+        found = self.config.get("format") if isinstance(self.config, dict) else None
+        if found != FORMAT:
+            raise EquipoiseError(
+                f"{self.path / 'config.json'} must have format {FORMAT}: got {found!r}. It was written by another "
+                "version of equipoise; read it with that one, or train again."
+            )
+
+    @classmethod
+    def create(cls, path: str | Path, config: Mapping[str, Any]) -> "Run":
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        write_json(path / "config.json", {"format": FORMAT, **config})
+        return cls(path)
+
+    def append(self, log: str, row: Mapping[str, Any]) -> None:
+        """Adds one line to ``steps``, ``loads`` or ``evaluations``."""
+        assert log in LOGS, log
+        line = json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n"
+        with open(self.path / f"{log}.jsonl", "ab") as file:
+            file.write(line.encode())
+
+    def rows(self, log: str) -> Iterator[dict[str, Any]]:
+        """The lines of a log, oldest first. A torn last line, which a kill leaves, is dropped."""
+        assert log in LOGS, log
+        path = self.path / f"{log}.jsonl"
+        if not path.exists():
+            return
+        lines = path.read_bytes().split(b"\n")
+        for number, line in enumerate(lines, 1):
+            if not line:
+                continue
+            try:
+                row = json.loads(line)
+                if not isinstance(row, dict) or "step" not in row:
+                    raise ValueError("not an object with a step")
+            except ValueError as error:
+                if number == len(lines):
+                    return
+                raise EquipoiseError(
+                    f"{path} must hold one JSON object a line: line {number} is damaged ({error}). Restore the file, "
+                    "or cut it before that line and resume the run."
+                ) from None
+            yield row
+
+    def rewind(self, step: int) -> None:
+        """Drops every line after ``step``: what a resumed run does before it goes on from its checkpoint."""
+        for log in LOGS:
+            path = self.path / f"{log}.jsonl"
+            if not path.exists():
+                continue
+            kept = [row for row in self.rows(log) if row["step"] <= step]
+            aside = path.with_name(f".{path.name}.tmp")
+            with open(aside, "wb") as file:
+                for row in kept:
+                    file.write(json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(aside, path)
+        (self.path / "result.json").unlink(missing_ok=True)
+
+    @property
+    def complete(self) -> bool:
+        return (self.path / "result.json").exists()
+
+    @property
+    def result(self) -> dict[str, Any]:
+        return _read_json(self.path / "result.json")
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        write_json(self.path / "result.json", dict(result))
+
+
+def find_runs(folder: str | Path) -> list[Run]:
+    """The runs in ``folder`` (or the one that it is), by name. None at all is an error."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise EquipoiseError(f"A folder of runs must exist: {folder} does not. Give the folder that was passed as --out.")
+    places = [folder] if (folder / "config.json").exists() else sorted(p.parent for p in folder.glob("*/config.json"))
+    if not places:
+        raise EquipoiseError(
+            f"{folder} must hold runs, each a folder with a config.json: it holds none. Give the folder that was "
+            "passed as --out to `equipoise compare` or `equipoise train`."
+        )
+    return [Run(place) for place in places]

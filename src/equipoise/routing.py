@@ -1,0 +1,126 @@
+"""hidden -> logits -> scores -> choice: how a router decides, as plain functions of tensors.
+
+The offset of a loss-free balancer enters at one place only, the choice; the weights are always the plain scores.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+__all__ = ["GATES", "Routing", "route", "score"]
+
+GATES = ("softmax", "sigmoid", "sqrt_softplus")
+
+
+class Routing(NamedTuple):
+    """What one router call decided. Loads, losses and balancers read this and nothing else.
+
+    ``mask`` is 1 for a token that counts and 0 for padding; None means that every token counts. ``sequence_ids`` number
+    the sequences 0, 1, ...; ``num_sequences`` is an upper bound of how many there are (known without looking at the
+    data). None means that nobody said which token belongs to which sequence.
+    """
+
+    logits: Float[Tensor, "tokens experts"]  # the gate's raw output
+    scores: Float[Tensor, "tokens experts"]  # float32 or wider, before any offset
+    expert_ids: Int[Tensor, "tokens k"]
+    weights: Float[Tensor, "tokens k"]  # combine weights, taken from the scores
+    mask: Float[Tensor, " tokens"] | None = None
+    sequence_ids: Int[Tensor, " tokens"] | None = None
+    num_sequences: int = 0
+
+
+def score(logits: Float[Tensor, "tokens experts"], gate: str = "softmax") -> Float[Tensor, "tokens experts"]:
+    """The gate's scores, in float32 or wider.
+
+        softmax         s_e = exp(z_e) / sum_j exp(z_j)
+        sigmoid         s_e = 1 / (1 + exp(-z_e))                 DeepSeek-V3, arXiv:2412.19437
+        sqrt_softplus   s_e = sqrt(log(1 + exp(z_e)))             DeepSeek-V4, technical report 2026
+
+    >>> score(torch.tensor([[0.0, 0.0]]), "sigmoid")
+    tensor([[0.5000, 0.5000]])
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if gate == "softmax":
+        return logits.softmax(-1)
+    if gate == "sigmoid":
+        return logits.sigmoid()
+    if gate == "sqrt_softplus":
+        return F.softplus(logits).sqrt()
+    raise ValueError(f"gate must be one of {', '.join(GATES)}: got {gate!r}.")
+
+
+def _mask_groups(
+    choice: Float[Tensor, "tokens experts"], num_groups: int, top_groups: int
+) -> Float[Tensor, "tokens experts"]:
+    grouped = choice.unflatten(-1, (num_groups, -1))  # (tokens, groups, experts a group)
+    value = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(-1)
+    kept = torch.zeros_like(value, dtype=torch.bool).scatter_(-1, value.topk(top_groups, dim=-1).indices, True)
+    # -inf, not 0: with negative offsets an expert of a masked group would win against 0
+    return grouped.masked_fill(~kept.unsqueeze(-1), float("-inf")).flatten(-2)
+
+
+def route(
+    logits: Float[Tensor, "tokens experts"],
+    k: int,
+    *,
+    gate: str = "softmax",
+    offset: Float[Tensor, " experts"] | None = None,
+    num_groups: int = 1,
+    top_groups: int = 1,
+    renormalise: bool = False,
+    scale: float = 1.0,
+    mask: Float[Tensor, " tokens"] | None = None,
+) -> Routing:
+    """Chooses k experts a token.
+
+        chosen  = top-k of (score + offset), within the best groups if there are groups
+        weights = scale * score[chosen]   (/ their sum if ``renormalise``)
+
+    A group's value is the sum of its two highest biased scores; only experts of the ``top_groups`` best groups can be
+    chosen. The offset changes the choice, never the weights.
+
+    Args:
+        logits: raw gate output.
+        k: experts a token, 1 <= k <= experts of the groups that may be chosen.
+        gate: ``softmax``, ``sigmoid`` or ``sqrt_softplus``.
+        offset: added to the scores for the choice only; float32, score units.
+        num_groups, top_groups: group-limited routing; 1 and 1 switch it off.
+        renormalise: divide the weights by their sum over the chosen experts.
+        scale: factor on the weights (DeepSeek's routed scaling factor).
+        mask: 1 for a token that counts, 0 for padding; only carried along.
+
+    Source: Wang et al. 2024, arXiv:2408.15664, Eq. 3; groups as in DeepSeek-V3, arXiv:2412.19437. Where we differ: the
+    published inference code of DeepSeek-V3 masks groups with -inf too, but several ports use 0, which we do not.
+
+    >>> route(torch.tensor([[2.0, 1.0, 0.0]]), k=1, offset=torch.tensor([0.0, 0.0, 9.0])).expert_ids
+    tensor([[2]])
+    """
+    if logits.dim() != 2:
+        raise ValueError(
+            f"logits must have the shape (tokens, experts): got {tuple(logits.shape)}. Flatten batch and sequence."
+        )
+    num_experts = logits.shape[-1]
+    if num_groups < 1 or num_experts % num_groups or not 1 <= top_groups <= num_groups:
+        raise ValueError(
+            f"the experts must divide into groups, and 1 <= top_groups <= num_groups: got {num_experts} experts, "
+            f"num_groups={num_groups}, top_groups={top_groups}."
+        )
+    available = num_experts // num_groups * top_groups
+    if not 1 <= k <= available:
+        raise ValueError(f"k must lie between 1 and the {available} experts that may be chosen: got k={k}.")
+    if offset is not None and offset.shape != (num_experts,):
+        raise ValueError(
+            f"offset must hold one number per expert: expected shape ({num_experts},), got {tuple(offset.shape)}."
+        )
+    scores = score(logits, gate)
+    choice = scores.detach() if offset is None else scores.detach() + offset
+    if num_groups > 1:
+        choice = _mask_groups(choice, num_groups, top_groups)
+    expert_ids = choice.topk(k, dim=-1).indices
+    weights = scores.gather(-1, expert_ids)
+    if renormalise:
+        weights = weights / weights.sum(-1, keepdim=True)
+    return Routing(logits, scores, expert_ids, weights * scale, mask)

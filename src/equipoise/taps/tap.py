@@ -1,0 +1,306 @@
+"""A tap: the place in somebody's model where one router is observed and steered.
+
+A router's class is swapped for a subclass of the same name whose forward runs the family's own forward, steered by the
+offset, and passes the weights through one opaque op:
+
+    equipoise::tap            identity on the weights; counts the call, unless it runs inside a backward (recomputation)
+    equipoise::tap_backward   reads the pooled load when the backward runs, returns the losses' gradient of the logits
+
+Both find their state by an integer key at run time, so nothing differentiable leaves the layer and a compiled graph
+reads no stale state. The backward op takes the incoming gradient as an argument: without it the compiler may move it
+into the forward, where the load is not known yet.
+"""
+
+import itertools
+import weakref
+from functools import cache
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["ForwardContext", "RECOMPUTED", "RouterKind", "Tap", "UNCOUNTED", "tap_router", "untap_router"]
+
+OWN_SLOT = "_equipoise_offset"  # the buffer of a router whose family has no slot of its own
+UNCOUNTED = -1  # token of a call that does not count: evaluation, paused
+RECOMPUTED = -2  # token of a call that was made again inside a backward
+
+
+class RouterKind(NamedTuple):
+    """What must be known of a family's router; ``attach`` proves it by a probing forward."""
+
+    gate: str
+    slot: str | None  # the family's own offset buffer, or None
+
+
+class Observer(Protocol):
+    """What a tap reports to. ``Balance`` is the only one."""
+
+    def observe(
+        self,
+        layer: int,
+        weights: Float[Tensor, "tokens k"],
+        logits: Float[Tensor, "tokens experts"],
+        expert_ids: Int[Tensor, "tokens k"],
+        mask: Tensor | None,
+        sequence_ids: Tensor | None,
+        rows: int,
+        training: bool,
+    ) -> int: ...
+
+    def gradient(
+        self,
+        layer: int,
+        token: int,
+        logits: Float[Tensor, "tokens experts"],
+        expert_ids: Int[Tensor, "tokens k"],
+        weights: Float[Tensor, "tokens k"],
+    ) -> Float[Tensor, "tokens experts"]: ...
+
+    def restore_offset(self, layer: int) -> None: ...
+
+    def adopt_offset(self, layer: int) -> None: ...
+
+
+class ForwardContext:
+    """What the attached module's forward was given: padding and rows. Its hooks set it before and clear it after.
+
+    A copy of the model carries inert copies of the hooks, so it never writes into the original's context.
+    """
+
+    def __init__(self, parameter_names: list[str]):
+        self.parameter_names = parameter_names
+        self.mask: Tensor | None = None
+        self.sequence_ids: Tensor | None = None
+        self.rows = 0
+        self.given = False  # by Balance.token_mask: outranks what the forward was called with
+
+    def clear(self) -> None:
+        self.mask, self.sequence_ids, self.rows, self.given = None, None, 0, False
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        named = dict(zip(self.parameter_names, args, strict=False))
+        named.update(kwargs)
+        rows = 0
+        for name in ("input_ids", "inputs_embeds", *named):
+            value = named.get(name)
+            if isinstance(value, Tensor) and (value.dim() >= 3 or (value.dim() == 2 and not value.is_floating_point())):
+                rows = value.shape[0]
+                break
+        self.rows = rows
+        if not self.given:
+            mask = named.get("attention_mask")
+            self.mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.rows = 0
+        if not self.given:
+            self.mask = None
+
+
+class Hook:
+    """A method of a context as a module hook; a copy or a pickle of it does nothing."""
+
+    def __init__(self, method: Any = None):
+        self.method = method
+
+    def __call__(self, *args: Any) -> None:
+        if self.method is not None:
+            self.method(*args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Hook, ()
+
+
+class Tap:
+    """Ties one router to its observer. A copy of a router carries an inert tap: steered as it was, never counted."""
+
+    def __init__(self, observer: Observer, context: ForwardContext, layer: int, kind: RouterKind, has_loss: bool):
+        self.key = next(_KEYS)
+        self.observer: Observer | None = observer
+        self.context: ForwardContext | None = context
+        self.layer = layer
+        self.has_loss = has_loss
+        self.steers = False  # by a slot of our own
+        self.kind = kind
+        _TAPS[self.key] = self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _inert_tap, (self.kind, self.steers)
+
+    def restore(self) -> None:
+        if self.observer is not None:
+            self.observer.restore_offset(self.layer)
+
+    def adopt(self) -> None:
+        if self.observer is not None:
+            self.observer.adopt_offset(self.layer)
+
+
+def _inert_tap(kind: RouterKind, steers: bool) -> Tap:
+    tap = Tap.__new__(Tap)
+    tap.key, tap.observer, tap.context, tap.layer, tap.has_loss = -1, None, None, -1, False
+    tap.kind, tap.steers = kind, steers
+    return tap
+
+
+_KEYS = itertools.count()
+_TAPS: "weakref.WeakValueDictionary[int, Tap]" = weakref.WeakValueDictionary()
+
+
+class OffsetTopK(TorchFunctionMode):
+    """Adds the offset to the argument of a top-k over the experts; the values come from the argument without it."""
+
+    def __init__(self, offset: Float[Tensor, " experts"]):
+        super().__init__()
+        self.offset = offset
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.topk, Tensor.topk) and args[0].shape[-1] == self.offset.shape[0]:
+            scores = args[0]
+            ids = torch.topk(scores.detach() + self.offset, *args[1:], **(kwargs or {})).indices
+            return torch.return_types.topk((scores.gather(-1, ids), ids))
+        return func(*args, **(kwargs or {}))
+
+
+@cache
+def _tapped(base: type[nn.Module]) -> type[nn.Module]:
+    def forward(self, *args, **kwargs):
+        tap = self._equipoise
+        if tap.steers:
+            with OffsetTopK(self._buffers[OWN_SLOT]):
+                output = base.forward(self, *args, **kwargs)
+        else:
+            output = base.forward(self, *args, **kwargs)
+        context = tap.context
+        if context is None:  # a copy of the model
+            return output
+        logits, weights, expert_ids = output
+        rows = context.rows
+        if rows == 0 and args and args[0].dim() == 3:
+            rows = args[0].shape[0]
+        weights, _ = torch.ops.equipoise.tap(
+            weights,
+            logits if tap.has_loss else logits.detach(),
+            expert_ids,
+            context.mask,
+            context.sequence_ids,
+            rows,
+            tap.key,
+            self.training,
+        )
+        return logits, weights, expert_ids
+
+    def _apply(self, fn, recurse=True):
+        base._apply(self, fn, recurse)
+        self._equipoise.restore()
+        return self
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        base._load_from_state_dict(self, *args, **kwargs)
+        self._equipoise.adopt()
+
+    def __reduce_ex__(self, protocol):
+        return _new_tapped, (base,), self.__dict__
+
+    namespace = {
+        "forward": forward,
+        "_apply": _apply,
+        "_load_from_state_dict": _load_from_state_dict,
+        "__reduce_ex__": __reduce_ex__,
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "_equipoise_base": base,
+    }
+    return type(base.__name__, (base,), namespace)
+
+
+def _new_tapped(base: type[nn.Module]) -> nn.Module:
+    cls = _tapped(base)
+    return cls.__new__(cls)
+
+
+def tap_router(router: nn.Module, tap: Tap, own_slot: Float[Tensor, " experts"] | None) -> None:
+    """Swaps the class of ``router``; with ``own_slot`` it is steered by a buffer of ours, which no checkpoint sees."""
+    if own_slot is not None:
+        router.register_buffer(OWN_SLOT, own_slot, persistent=False)
+        tap.steers = True
+    router.__dict__["_equipoise"] = tap
+    router.__class__ = _tapped(type(router))
+
+
+def untap_router(router: nn.Module) -> None:
+    """Undoes ``tap_router``; a slot of the family's own keeps what it holds."""
+    router.__class__ = type(router)._equipoise_base
+    del router.__dict__["_equipoise"]
+    if OWN_SLOT in router._buffers:
+        delattr(router, OWN_SLOT)
+
+
+def is_tapped(module: nn.Module) -> bool:
+    """Whether ``module`` has a live tap. An inert one, on a copy of an attached model, is no tap."""
+    tap = module.__dict__.get("_equipoise")
+    return tap is not None and tap.observer is not None
+
+
+# ---- the two opaque ops ----
+
+torch.library.define(
+    "equipoise::tap",
+    "(Tensor weights, Tensor logits, Tensor expert_ids, Tensor? mask, Tensor? sequence_ids, SymInt rows, int key, "
+    "bool training) -> (Tensor, Tensor)",
+)
+torch.library.define(
+    "equipoise::tap_backward",
+    "(Tensor grad_weights, Tensor logits, Tensor expert_ids, Tensor weights, Tensor token, int key) -> Tensor",
+)
+
+
+@torch.library.impl("equipoise::tap", "CompositeExplicitAutograd")
+def _tap(weights, logits, expert_ids, mask, sequence_ids, rows, key, training):
+    tap = _TAPS.get(key)
+    token = UNCOUNTED
+    if tap is not None and tap.observer is not None:
+        token = tap.observer.observe(
+            tap.layer, weights, logits, expert_ids, mask, sequence_ids, int(rows), training
+        )
+    return weights.clone(), torch.tensor(token)
+
+
+@torch.library.register_fake("equipoise::tap")
+def _(weights, logits, expert_ids, mask, sequence_ids, rows, key, training):
+    return torch.empty_like(weights), torch.empty((), dtype=torch.int64, device="cpu")
+
+
+@torch.library.impl("equipoise::tap_backward", "CompositeExplicitAutograd")
+def _tap_backward(grad_weights, logits, expert_ids, weights, token, key):
+    tap = _TAPS.get(key)
+    if tap is None or tap.observer is None:  # detached between forward and backward
+        return torch.zeros_like(logits)
+    return tap.observer.gradient(tap.layer, token.item(), logits, expert_ids, weights)
+
+
+@torch.library.register_fake("equipoise::tap_backward")
+def _(grad_weights, logits, expert_ids, weights, token, key):
+    return torch.empty_like(logits)
+
+
+def _setup_context(ctx, inputs, output):
+    _, logits, expert_ids, _, _, _, key, _ = inputs
+    ctx.key = key
+    ctx.has_loss = logits.requires_grad
+    if ctx.has_loss:
+        ctx.save_for_backward(logits, expert_ids, *output)
+
+
+def _backward(ctx, grad_weights, grad_token):
+    grad_logits = None
+    if ctx.has_loss:
+        grad_logits = torch.ops.equipoise.tap_backward(grad_weights, *ctx.saved_tensors, ctx.key)
+    return grad_weights, grad_logits, None, None, None, None, None, None
+
+
+torch.library.register_autograd("equipoise::tap", _backward, setup_context=_setup_context)

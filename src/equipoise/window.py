@@ -1,0 +1,218 @@
+"""What has been counted between two optimizer steps: calls in micro-batches, micro-batches in a window, pooled over ranks.
+
+All counts of a micro-batch lie in one int64 vector,
+
+    [ load of layer 0 | load of layer 1 | ... | tokens of each layer | closings, closing count, micro-batch number ]
+
+so that one all-reduce pools every layer. The last three say which collective this rank is in: a rank that closes the
+window while another begins a micro-batch is found out by every rank.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from equipoise.errors import EquipoiseError
+
+__all__ = ["Call", "Layout", "MicroBatch", "Pool", "Window"]
+
+
+class Layout:
+    """Where each layer's numbers lie in a vector."""
+
+    def __init__(self, num_experts: Sequence[int]):
+        self.num_experts = tuple(num_experts)
+        ends = torch.tensor(num_experts).cumsum(0).tolist()
+        self.slices = [slice(end - size, end) for size, end in zip(num_experts, ends, strict=True)]
+        self.num_layers = len(num_experts)
+        self.tokens = slice(ends[-1], ends[-1] + self.num_layers)
+        self.header = slice(self.tokens.stop, self.tokens.stop + 3)
+
+    def zeros(self, device: torch.device) -> Int[Tensor, " numbers"]:
+        with torch.inference_mode(False):  # counts outlive an evaluation under inference mode
+            return torch.zeros(self.header.stop, dtype=torch.int64, device=device)
+
+    def load(self, vector: Tensor, layer: int) -> Int[Tensor, " experts"]:
+        return vector[self.slices[layer]]
+
+    def count(self, vector: Tensor, layer: int, expert_ids: Tensor, mask: Tensor | None) -> None:
+        """Adds one call, in place: k assignments for each unmasked token. No synchronisation."""
+        ids = expert_ids.reshape(-1)
+        if mask is None:
+            ones = torch.ones((), dtype=torch.int64, device=ids.device).expand_as(ids)
+            tokens: Tensor | int = expert_ids.shape[0]
+        else:
+            unmasked = mask.long()
+            ones = unmasked[:, None].expand_as(expert_ids).reshape(-1)
+            tokens = unmasked.sum()
+        self.load(vector, layer).scatter_add_(0, ids, ones)
+        vector[self.tokens.start + layer].add_(tokens)
+
+
+class Pool:
+    """The ranks whose counts are pooled, on a process group of our own, so that no call pairs with anybody else's."""
+
+    def __init__(self, group: Any | None):
+        self.size, self.group = 1, None
+        if group is None and not (dist.is_available() and dist.is_initialized()):
+            return
+        ranks = dist.get_process_group_ranks(group if group is not None else dist.group.WORLD)
+        self.size = len(ranks)
+        if self.size > 1:
+            self.group = dist.new_group(ranks, use_local_synchronization=True)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Everybody's Python value, in rank order."""
+        values = [value] * self.size
+        if self.group is not None:
+            dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def all_reduce(self, vector: Tensor) -> Any:
+        """Begins to sum ``vector`` over the ranks in place; ``wait()`` on what comes back, None on a single rank."""
+        return None if self.group is None else dist.all_reduce(vector, group=self.group, async_op=True)
+
+
+class Call(NamedTuple):
+    """One counted router call of ``layer``."""
+
+    layer: int
+    micro_batch: "MicroBatch"
+    mask: Float[Tensor, " tokens"] | None
+    sequence_ids: Int[Tensor, " tokens"] | None
+    num_sequences: int
+    num_tokens: Tensor | int
+
+
+class MicroBatch:
+    """What was counted between two calls of ``loss()``, on this rank. Calls are known by their number in the window."""
+
+    def __init__(self, vector: Tensor, num_layers: int, num_losses: int):
+        self.vector = vector
+        self.calls: list[list[int]] = [[] for _ in range(num_layers)]
+        self.unserved: list[list[int]] = [[] for _ in range(num_layers)]  # calls whose backward has not run yet
+        self.first_layer: int | None = None
+        self.factor: Tensor | None = None  # what the caller multiplied the loss with, known in the backward
+        # by loss and layer, its sum over the tokens
+        self.losses = vector.new_zeros(num_losses, num_layers, dtype=torch.float64)
+
+    def serve(self, factor: Tensor) -> None:
+        """A ticket's backward has run: the backwards of this micro-batch's routers follow."""
+        self.factor = factor
+        self.unserved = [list(calls) for calls in self.calls]
+
+
+class Window:
+    """The open window: its micro-batches and their pooled counts."""
+
+    def __init__(self, layout: Layout, pool: Pool, num_losses: int, pools_each: bool):
+        self.layout = layout
+        self.pool = pool
+        self.num_losses = num_losses
+        self.pools_each = pools_each and pool.size > 1  # pool every micro-batch, since a loss waits for it
+        self.number = -1
+        self._open()
+
+    def _open(self) -> None:
+        self.number += 1
+        self.micro_batches: list[MicroBatch] = []
+        self.current: MicroBatch | None = None
+        self.serving: MicroBatch | None = None  # the one whose ticket's backward ran last
+        self.calls: list[Call] = []
+        self._closed: Tensor | None = None  # sum of the closed micro-batches, over the ranks if pools_each
+        self._pending: list[tuple[Any, Tensor]] = []
+
+    def micro_batch(self, device: torch.device) -> MicroBatch:
+        if self.current is None:
+            self.current = MicroBatch(self.layout.zeros(device), self.layout.num_layers, self.num_losses)
+            self.micro_batches.append(self.current)
+        return self.current
+
+    def record(self, call: Call) -> int:
+        """Keeps a call and returns its token, which its backward brings back."""
+        number, micro_batch = len(self.calls), call.micro_batch
+        self.calls.append(call)
+        micro_batch.calls[call.layer].append(number)
+        micro_batch.unserved[call.layer].append(number)
+        if micro_batch.first_layer is None:
+            micro_batch.first_layer = call.layer
+        return self.number << 32 | number
+
+    def call(self, token: int) -> tuple[int, Call]:
+        """The number and the call of a token; one of another window is an error."""
+        if token >> 32 != self.number:
+            raise EquipoiseError(
+                "a backward must run before step() closes its window: it ran after. Call balance.step() after the "
+                "optimizer's step."
+            )
+        number = token & 0xFFFFFFFF
+        return number, self.calls[number]
+
+    def close_micro_batch(self) -> MicroBatch | None:
+        """Ends the current micro-batch and begins to pool it where a loss needs the pooled counts."""
+        closed, self.current = self.current, None
+        if closed is not None:
+            vector = closed.vector.clone()
+            if self.pools_each:
+                vector[self.layout.header.stop - 1] = len(self.micro_batches)
+                self._pending.append((self.pool.all_reduce(vector), vector))
+            else:
+                self._add(vector)
+        return closed
+
+    def _add(self, vector: Tensor) -> None:
+        self._closed = vector if self._closed is None else self._closed.add_(vector)
+
+    def _wait(self) -> None:
+        for work, vector in self._pending:
+            work.wait()
+            self._check(vector)
+            self._add(vector)
+        self._pending = []
+
+    def _check(self, vector: Tensor) -> None:
+        closings, closing_count, number = vector[self.layout.header].tolist()
+        if 0 < closings < self.pool.size:
+            begins = self.pool.size - closings
+            raise EquipoiseError(
+                "every rank must have the same number of micro-batches in a window when a loss pools over the window: "
+                f"{closings} rank(s) closed it after {closing_count // closings} micro-batches, {begins} rank(s) began "
+                f"micro-batch {number // begins}. Give all ranks equally many, or use pooling=previous."
+            )
+
+    @property
+    def load_now(self) -> Tensor | None:
+        """The counts known at this moment without waiting for anybody."""
+        if self.current is None:
+            return self._closed
+        return self.current.vector if self._closed is None else self._closed + self.current.vector
+
+    def load_pooled(self) -> Tensor:
+        """The counts of all closed micro-batches, over all ranks; waits for what is under way."""
+        self._wait()
+        assert self._closed is not None
+        return self._closed
+
+    def close(self) -> Tensor:
+        """Ends the window: its counts over all ranks. The one collective of a window."""
+        self.close_micro_batch()
+        if self.pools_each:
+            self._wait()
+            assert self._closed is not None
+            vector = torch.zeros_like(self._closed)
+        else:
+            assert self._closed is not None
+            vector = self._closed
+        if self.pool.size > 1:
+            header = self.layout.header
+            vector[header.start], vector[header.start + 1], vector[header.stop - 1] = 1, len(self.micro_batches), 0
+            self.pool.all_reduce(vector).wait()
+            if self.pools_each:
+                self._check(vector)
+                vector = self._closed
+        self._open()
+        return vector
