@@ -140,6 +140,7 @@ class Balance:
             own = None
             if group.steering is not None and layer.kind.slot is None:
                 own = group.steering.offset()[row].clone()
+                _allow_compile_over_checkpoint()
             tap_router(layer.router, tap, own)
             self._taps.append(tap)
             self.restore_offset(index)
@@ -594,6 +595,17 @@ def _unwrap(model: nn.Module) -> nn.Module:
             model = model.module
         else:
             return model
+
+
+def _allow_compile_over_checkpoint() -> None:
+    """Lets a compiled graph hold our top-k mode inside an activation checkpoint.
+
+    The mode is entered and left within a router's forward, but Dynamo sees a side effect of the checkpointed function
+    and refuses unless side effects may be skipped in the recomputation. Skipping is right here: the mode is empty again.
+    """
+    import torch._dynamo
+
+    torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
 
 
 def _reset_dynamo(model: nn.Module) -> None:

@@ -121,7 +121,7 @@ def load_corpus(
         )
     kind = ["bpe", vocab_size] if tokenizer_file is None else ["file", _digest(tokenizer_file.read_bytes())]
     key = _digest(json.dumps([FORMAT, kind, text.identity]).encode())[:32]
-    folder = _cache_folder(cache) / "text" / key
+    folder = _cache_folder(cache) / "tokens" / key
     corpus = _open(folder) or _build(folder, text, tokenizer_file, vocab_size, progress)
     _check_length(corpus, sequence_length, text.where)
     return corpus
@@ -224,13 +224,12 @@ def _cache_folder(cache: str | Path | None) -> Path:
 
 
 def _check_length(corpus: Corpus, sequence_length: int, where: str) -> None:
-    for split in SPLITS:
-        for domain in corpus.domains:
-            if not len(corpus.sequences(split, domain, sequence_length)):
-                raise EquipoiseError(
-                    f"Each split of a domain must hold a sequence of {sequence_length} tokens: {split} of {domain!r} "
-                    f"in {where} has {len(corpus.tokens[split][domain])}. Add text, or take shorter sequences."
-                )
+    for split, domain in itertools.product(SPLITS, corpus.domains):
+        if not len(corpus.sequences(split, domain, sequence_length)):
+            raise EquipoiseError(
+                f"Each split of a domain must hold a sequence of {sequence_length} tokens: {split} of {domain!r} in "
+                f"{where} has {len(corpus.tokens[split][domain])}. Add text, or take shorter sequences."
+            )
 
 
 def _build(folder: Path, text: Text, tokenizer_file: Path | None, vocab_size: int, progress: Progress) -> Corpus:

@@ -2,7 +2,8 @@
 
     find_runs -> reading -> summary (table, sentences), figures (curves, heat maps) -> page
 
-``write_report(folder)`` writes ``report.html``; ``summary_rows(runs)`` and ``COLUMNS`` are the table, for the terminal too.
+``write_report(folder)`` writes ``report.html``; ``summary_rows(runs)`` and ``COLUMNS`` are the table, also for
+the terminal.
 """
 
 from equipoise.report.page import write_report

@@ -112,7 +112,7 @@ def heat_map(reading: Reading) -> dict[str, Any]:
         z = [relative_load(found[domain]["load"][i]) for domain in domains]
         by_expert = [[value or 0.0 for value in column] for column in zip(*z, strict=True)]
         order = sorted(range(len(by_expert)), key=lambda e: (_arg_max(by_expert[e]), -max(by_expert[e]), e))
-        shown = [[None if row[e] is None else round(row[e], 2) for e in order] for row in z]
+        shown = [[None if (value := row[e]) is None else round(value, 2) for e in order] for row in z]
         layers.append({"experts": [str(e) for e in order], "z": shown})
     figure = go.Figure(
         go.Heatmap(

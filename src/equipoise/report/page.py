@@ -1,4 +1,7 @@
-"""readings, summary, figures -> one self-contained ``report.html``. No network, no clock: the same runs give the same bytes."""
+"""readings, summary, figures -> one self-contained ``report.html``.
+
+No network and no clock: the same runs give the same bytes.
+"""
 
 import json
 import math

@@ -1,6 +1,7 @@
 """run folders -> what the page is drawn from. A run that cannot be read is named, and the others are still drawn."""
 
 import os
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +49,7 @@ class Reading:
 
 
 def read_runs(folder: str | Path) -> tuple[list[Reading], list[Problem]]:
-    """All runs below ``folder`` that can be read, and what is wrong with the others. No evaluation at all is an error."""
+    """All runs below ``folder`` that can be read, and what is wrong with others. No evaluation at all is an error."""
     readings: dict[tuple[str, int], Reading] = {}
     problems: list[Problem] = []
     runs = _open(Path(folder), problems)
@@ -104,13 +105,11 @@ def _read(run: Run, name: str) -> Reading:
     for key, kind in SETTINGS.items():
         if not isinstance(config[key], kind):
             raise EquipoiseError(
-                f"{run.path / 'config.json'} must hold a {kind.__name__} as {key}: got {config[key]!r}. The file is damaged; "
-                "restore it or train again."
+                f"{run.path / 'config.json'} must hold a {kind.__name__} as {key}: got {config[key]!r}. The file is "
+                "damaged; restore it or train again."
             )
     steps = list(run.rows("steps"))
-    evaluation = None
-    for evaluation in run.rows("evaluations"):
-        pass
+    evaluation = next(iter(deque(run.rows("evaluations"), maxlen=1)), None)
     if evaluation is not None:
         _check_evaluation(run.path / "evaluations.jsonl", config, evaluation)
     result = run.result if run.complete else None
@@ -124,7 +123,8 @@ def _must_hold(path: Path, found: Any, keys: Iterable[str]) -> None:
     missing = [key for key in keys if not isinstance(found, dict) or key not in found]
     if missing:
         raise EquipoiseError(
-            f"{path} must hold {', '.join(missing)}: it does not. The file is damaged or of another version; train again."
+            f"{path} must hold {', '.join(missing)}: it does not. The file is damaged or of another version; "
+            "train again."
         )
 
 
@@ -137,8 +137,8 @@ def _check_evaluation(path: Path, config: dict[str, Any], evaluation: dict[str, 
         sizes = [len(layer) if isinstance(layer, list) else 0 for layer in load]
         if sizes != [experts] * layers:
             raise EquipoiseError(
-                f"{path} must hold {layers} layers of {experts} experts for domain {domain!r}: the last line has layers "
-                f"of sizes {sizes}. The file is damaged; restore it or train again."
+                f"{path} must hold {layers} layers of {experts} experts for domain {domain!r}: the last line has "
+                f"layers of sizes {sizes}. The file is damaged; restore it or train again."
             )
 
 
@@ -146,8 +146,8 @@ def _check_result(path: Path, result: dict[str, Any]) -> None:
     for column in COLUMNS:
         if not isinstance(result[column.key], int | float | None):
             raise EquipoiseError(
-                f"{path} must hold a number as {column.key}: got {result[column.key]!r}. The file is damaged; restore it or "
-                "train again."
+                f"{path} must hold a number as {column.key}: got {result[column.key]!r}. The file is damaged; restore "
+                "it or train again."
             )
     for domain in result["domains"]:
         _must_hold(path, result["domains"][domain], ["nats"])

@@ -35,7 +35,8 @@ COLUMNS = (
         "val_nats",
         "Loss, nats",
         3,
-        "Cross-entropy of the next token on validation text, in nats a token, without any balancing loss. Lower is better.",
+        "Cross-entropy of the next token on validation text, in nats a token, without any balancing loss. Lower is "
+        "better.",
     ),
     Column(
         "val_perplexity",
@@ -53,8 +54,8 @@ COLUMNS = (
         "maxvio_global",
         "MaxVio, validation",
         3,
-        "(busiest expert's load − mean load) / mean load, per layer, then the mean over layers, on validation text with "
-        "all domains pooled. 0 is even; 1 means that the busiest expert carries twice the mean.",
+        "(busiest expert's load − mean load) / mean load, per layer, then the mean over layers, on validation text "
+        "with all domains pooled. 0 is even; 1 means that the busiest expert carries twice the mean.",
     ),
     Column(
         "maxvio_floor",
@@ -158,11 +159,13 @@ def findings(runs: Sequence[Run]) -> list[Markup]:
     compared = ("val_nats", "maxvio_global", "domain_information_bits")
     sound = [row for row in rows if all(math.isfinite(row[key]) for key in compared)]
     said = [
-        Markup("{} <strong>diverged</strong>: a figure of it is not a finite number, so it is left out of what follows.")
-        .format(_name(row))
+        Markup(
+            "{} <strong>diverged</strong>: its loss, balance or domain information is not a finite number, so it is "
+            "left out of what follows."
+        ).format(_name(row))
         for row in rows
         if row not in sound
-    ]  # fmt: skip
+    ]
     if not sound:
         return said
     if len(sound) == 1:
@@ -175,7 +178,9 @@ def findings(runs: Sequence[Run]) -> list[Markup]:
         total = len(runs[0].config["layers"]) * runs[0].config["num_experts"]
         parts = [Markup("{} {}").format(_name(row), f"{row['dead_experts']:.3g}") for row in dead]
         said.append(
-            Markup("<strong>Dead experts</strong>, out of {} in all layers: {}.").format(total, Markup(", ").join(parts))
+            Markup("<strong>Dead experts</strong>, out of {} in all layers: {}.").format(
+                total, Markup(", ").join(parts)
+            )
         )
     said += _quality(sound, runs)
     return said
@@ -188,8 +193,8 @@ def _name(row: Mapping[str, Any]) -> Markup:
 def _balance(rows: Sequence[Mapping[str, Any]]) -> Markup:
     best, worst = (pick(rows, key=lambda row: row["maxvio_global"]) for pick in (min, max))
     return Markup(
-        "<strong>Balance.</strong> {} spreads the validation text most evenly: its busiest expert carries {} times the mean "
-        "load (MaxVio {}; sampling alone would show {}). The least even is {}, with {} times the mean (MaxVio {})."
+        "<strong>Balance.</strong> {} spreads the validation text most evenly: its busiest expert carries {} times the "
+        "mean load (MaxVio {}; sampling alone would show {}). The least even is {}, with {} times the mean (MaxVio {})."
     ).format(
         _name(best),
         number(1 + best["maxvio_global"], 2),
@@ -204,8 +209,8 @@ def _balance(rows: Sequence[Mapping[str, Any]]) -> Markup:
 def _information(rows: Sequence[Mapping[str, Any]], num_domains: int) -> Markup:
     low, high = (pick(rows, key=lambda row: row["domain_information_bits"]) for pick in (min, max))
     return Markup(
-        "<strong>Specialisation.</strong> Experts tell most about the domain of their tokens under {}: {} bits of at most "
-        "{} (log2 of {} domains). They tell least under {}: {} bits."
+        "<strong>Specialisation.</strong> Experts tell most about the domain of their tokens under {}: {} bits of at "
+        "most {} (log2 of {} domains). They tell least under {}: {} bits."
     ).format(
         _name(high),
         number(high["domain_information_bits"], 3),
@@ -222,7 +227,9 @@ def _quality(rows: Sequence[Mapping[str, Any]], runs: Sequence[Run]) -> list[Mar
         if run.complete:
             nats.setdefault(run.config["strategy"], {})[run.config["seed"]] = run.result["val_nats"]
     best = min(rows, key=lambda row: row["val_nats"])
-    near, far, num_seeds = [], [], [len(best["seeds"])]
+    near: list[Markup] = []
+    far: list[Markup] = []
+    num_seeds = [len(best["seeds"])]
     for row in rows:
         if row is best:
             continue
@@ -247,9 +254,9 @@ def _quality(rows: Sequence[Mapping[str, Any]], runs: Sequence[Run]) -> list[Mar
         said += Markup(" Differences are paired by seed, mean ± standard deviation over the seeds both have.")
     few = min(num_seeds)
     caution = Markup(
-        "<strong>Caution.</strong> {} nothing about perplexity below a stated difference. The one stated here is {} nats, a "
-        "factor of {} in perplexity: the 95&nbsp;% interval of a difference between two strategies in a prototype of this "
-        "size, over three paired seeds. A larger difference from few seeds is a hint, not a proof."
+        "<strong>Caution.</strong> {} nothing about perplexity below a stated difference. The one stated here is {} "
+        "nats, a factor of {} in perplexity: the 95&nbsp;% interval of a difference between two strategies in a "
+        "prototype of this size, over three paired seeds. A larger difference from few seeds is a hint, not a proof."
     ).format(
         "One seed decides" if few <= 1 else f"{few} seeds decide",
         NOISE_NATS,

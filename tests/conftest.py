@@ -1,0 +1,17 @@
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+sys.path.insert(0, str(Path(__file__).parent))  # models.py, grid.py, reference.py
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_and_clean_compiler():
+    """Tests run side by side, so one thread each; compiled graphs do not outlive a module's models."""
+    torch.set_num_threads(1)
+    yield

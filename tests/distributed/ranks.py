@@ -1,0 +1,35 @@
+"""Runs a function on several gloo ranks on this machine and brings back what each returned."""
+
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def _rank(rank: int, num_ranks: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", f"file://{folder}/store", rank=rank, world_size=num_ranks, timeout=timedelta(seconds=60)
+    )
+    try:
+        result = function(rank, *args)
+    except Exception:
+        result = traceback.format_exc()
+    torch.save(result, f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def run_on_ranks(num_ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """``function(rank, *args)`` on each rank; a traceback in place of what a rank could not return."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_rank, (num_ranks, folder, function, args), nprocs=num_ranks)
+        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(num_ranks)]

@@ -1,0 +1,206 @@
+"""The table of ways to run a training step, and the exact two-pass gradient that each must give.
+
+The reference shares no code with the library: the gradients of the losses come from the float64 loops of
+``reference.py``, counted in a first pass over all micro-batches of all ranks; a plain copy of the model carries them
+from the logits to the parameters.
+"""
+
+import itertools
+from typing import NamedTuple
+
+import reference
+import torch
+import torch.nn.functional as F
+from models import EXPERTS, VOCAB, K, TinyLM, tiny_lm
+from torch import Tensor, nn
+
+import equipoise
+
+COEFFICIENTS = {"global_batch": 0.5, "sequence": 0.3, "micro_batch": 0.2}
+STRATEGY = "loss-free:rate=1e-2+" + "+".join(f"lbl:scope={s},coefficient={c}" for s, c in COEFFICIENTS.items())
+OFFSETS = {
+    "blocks.0.gate": torch.tensor([0.3, -0.2, 0.0, 0.1, -0.3, 0.1]),
+    "blocks.1.gate": torch.tensor([-0.1, 0.2, 0.05, -0.05, 0.0, -0.1]),
+}
+MODES = ("eager", "non_reentrant", "reentrant", "compile", "compile_over_checkpoint", "checkpoint_over_compile")
+NUM_MICRO_BATCHES = 3
+
+
+class Cell(NamedTuple):
+    mode: str
+    dtype: str  # float32, bfloat16 (autocast)
+    scale: int
+    order: str  # forwards_first, plain
+    wrapper: str  # none, ddp, fsdp
+
+
+def cells(wrapper: str) -> list[Cell]:
+    found = itertools.product(MODES, ("float32", "bfloat16"), (1, 1024), ("forwards_first", "plain"), (wrapper,))
+    return [cell for cell in map(Cell._make, found) if not impossible(cell)]
+
+
+def impossible(cell: Cell) -> str | None:
+    """Why a cell makes no sense, for reasons that have nothing to do with balancing."""
+    if cell.wrapper != "none" and cell.mode == "reentrant" and cell.order == "forwards_first":
+        # seen with torch 2.13 without equipoise: DDP raises "marked ready twice", FSDP2 leaves gradients unreduced
+        return "a reentrant checkpoint runs one backward inside another, and the wrapper reduces gradients once for each"
+    return None
+
+
+class Micro(NamedTuple):
+    input_ids: Tensor
+    attention_mask: Tensor
+
+
+def micro_batches(rank: int) -> list[Micro]:
+    """Three micro-batches of 2 x 7 tokens: whole, partly padded, and (on rank 1) padding only."""
+    generator = torch.Generator().manual_seed(10 + rank)
+    ids = [torch.randint(0, VOCAB, (2, 7), generator=generator) for _ in range(NUM_MICRO_BATCHES)]
+    masks = [torch.ones(2, 7, dtype=torch.long) for _ in ids]
+    masks[1][0, :3] = 0
+    masks[1][1, 5 + rank :] = 0
+    if rank == 1:
+        masks[2][:] = 0
+    return [Micro(*pair) for pair in zip(ids, masks, strict=True)]
+
+
+def plain_forward(router: nn.Module, hidden: Tensor, offset: Tensor, gate: str) -> tuple[Tensor, Tensor, Tensor]:
+    """A router of the tiny model, written again from the families' own lines."""
+    if gate == "sigmoid":
+        logits = F.linear(hidden.float(), router.weight.float())
+        scores = logits.sigmoid()
+    else:
+        logits = F.linear(hidden, router.weight)
+        scores = logits.float().softmax(-1)
+    ids = (scores + offset).topk(K, -1, sorted=gate != "sigmoid").indices
+    weights = scores.gather(-1, ids)
+    weights = weights / (weights.sum(-1, keepdim=True) + (1e-20 if gate == "sigmoid" else 0))
+    return logits, weights.to(logits.dtype), ids
+
+
+def exact(dtype: str, order: str, num_ranks: int) -> tuple[dict[str, Tensor], list[list[int]]]:
+    """Parameter gradients, averaged over ranks, and counts by layer."""
+    model = tiny_lm()
+    seen: list[tuple[Tensor, Tensor]] = []
+    for block, gate, offset in zip(model.blocks, ("sigmoid", "softmax"), OFFSETS.values(), strict=True):
+
+        def forward(hidden, router=block.gate, offset=offset, gate=gate):
+            logits, weights, ids = plain_forward(router, hidden, offset, gate)
+            seen.append((logits, ids))
+            return logits, weights, ids
+
+        block.gate.forward = forward
+    passes = []  # (number of the micro-batch, task loss, mask, [(logits, ids) of each layer])
+    for rank in range(num_ranks):
+        for number, micro in enumerate(micro_batches(rank)):
+            seen.clear()
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+                loss = model(*micro)
+            passes.append((number, loss, micro.attention_mask.flatten().tolist(), list(seen)))
+    counts = [
+        [reference.load(layers[layer][1].tolist(), EXPERTS, mask) for _, _, mask, layers in passes] for layer in (0, 1)
+    ]
+    roots, gradients = [], []
+    for index, (number, loss, mask, layers) in enumerate(passes):
+        roots.append(loss)
+        gradients.append(torch.tensor(1.0 / NUM_MICRO_BATCHES / num_ranks))
+        for layer, (logits, ids) in enumerate(layers):
+            gate = ("sigmoid", "softmax")[layer]
+            rows = logits.double().tolist()
+            known = [
+                c
+                for c, (other, *_) in zip(counts[layer], passes, strict=True)
+                if order == "forwards_first" or other <= number
+            ]
+            pooled = [sum(column) for column in zip(*known, strict=True)]
+            sequence_ids = [0] * 7 + [1] * 7
+            parts = {
+                "global_batch": reference.load_balancing_gradient(rows, pooled, gate, mask),
+                "micro_batch": reference.load_balancing_gradient(rows, counts[layer][index], gate, mask),
+                "sequence": reference.sequence_gradient(rows, ids.tolist(), sequence_ids, gate, mask),
+            }
+            total = sum(COEFFICIENTS[scope] * torch.tensor(part, dtype=torch.float64) for scope, part in parts.items())
+            roots.append(logits)
+            gradients.append((total / NUM_MICRO_BATCHES / num_ranks).to(logits.dtype))
+    torch.autograd.backward(roots, gradients)
+    found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return found, [[sum(column) for column in zip(*layer, strict=True)] for layer in counts]
+
+
+class Outcome(NamedTuple):
+    gradients: dict[str, Tensor]
+    counts: list[list[int]]
+    offsets: list[Tensor]
+
+
+def prepare(cell: Cell) -> tuple[nn.Module, TinyLM, equipoise.Balance]:
+    """The attached model of a cell, wrapped and compiled; cells of one mode, dtype and wrapper may share it."""
+    checkpointing = {
+        "non_reentrant": "non_reentrant",
+        "reentrant": "reentrant",
+        "compile_over_checkpoint": "non_reentrant",
+        "checkpoint_over_compile": "non_reentrant",
+    }.get(cell.mode)
+    inner = tiny_lm(checkpointing)
+    model: nn.Module = inner
+    if cell.mode == "checkpoint_over_compile":
+        for block in inner.blocks:
+            block.compile(backend="aot_eager", fullgraph=True)
+    if cell.wrapper == "fsdp":
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+        for block in inner.blocks:
+            fully_shard(block, mesh=mesh, reshard_after_forward=False)
+        fully_shard(inner, mesh=mesh, reshard_after_forward=False)
+    balance = equipoise.attach(model, STRATEGY, offsets=OFFSETS)
+    if cell.wrapper == "ddp":
+        model = nn.parallel.DistributedDataParallel(model)
+    if cell.mode in ("compile", "compile_over_checkpoint"):
+        if cell.wrapper == "fsdp":  # FSDP's hooks break a graph of the whole: its blocks are compiled
+            for block in inner.blocks:
+                block.compile(backend="aot_eager", fullgraph=cell.mode == "compile")
+        elif cell.wrapper == "ddp":
+            inner.compile(backend="aot_eager", fullgraph=True)
+        else:
+            model = torch.compile(model, backend="aot_eager", fullgraph=True)
+    return model, inner, balance
+
+
+def run(cell: Cell, prepared: tuple[nn.Module, TinyLM, equipoise.Balance], rank: int = 0) -> Outcome:
+    """One window of the cell from the same start."""
+    model, inner, balance = prepared
+    inner.zero_grad()
+    balance.load_state_dict({"num_windows": 0, "offsets": OFFSETS})
+    losses = []
+    for micro in micro_batches(rank):
+        with torch.autocast("cpu", torch.bfloat16, enabled=cell.dtype == "bfloat16"):
+            loss = model(*micro)
+        loss = (loss + balance.loss()) / NUM_MICRO_BATCHES * cell.scale
+        if cell.order == "plain":
+            loss.backward()
+        else:
+            losses.append(loss)
+    if losses:
+        torch.stack(losses).sum().backward()
+    balance.step()
+    gradients = {}
+    for name, parameter in inner.named_parameters():
+        if parameter.grad is not None:
+            grad = parameter.grad
+            grad = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
+            gradients[name] = grad.clone() / cell.scale
+    return Outcome(
+        gradients, [load.tolist() for load in balance.load.values()], [o.clone() for o in balance.offsets.values()]
+    )
+
+
+def error(outcome: Outcome, expected: dict[str, Tensor]) -> float:
+    """Distance of all gradients together, relative, by norm."""
+    assert outcome.gradients.keys() == expected.keys(), (outcome.gradients.keys(), expected.keys())
+    pairs = [(outcome.gradients[name].double(), expected[name].double()) for name in expected]
+    distance = sum(float((ours - theirs).square().sum()) for ours, theirs in pairs)
+    size = sum(float(theirs.square().sum()) for _, theirs in pairs)
+    return (distance / size) ** 0.5
+
