@@ -476,8 +476,8 @@ class Balance:
                 "state_dict() must be called between windows: "
                 f"{len(self._window.micro_batches)} micro-batch(es) were counted since the last step(). Call step() first."
             )
-        state = {"strategy": self._strategy, "num_windows": self._num_windows, "offsets": self.offsets}
-        return state | ({} if self._last is None else {"load": {k: v.clone() for k, v in self.load.items()}})
+        load = {name: counts.clone() for name, counts in self.load.items()}
+        return {"strategy": self._strategy, "num_windows": self._num_windows, "offsets": self.offsets, "load": load}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -501,7 +501,7 @@ class Balance:
                 self.restore_offset(index)
         self._num_windows = int(state["num_windows"])
         self._last = None
-        if "load" in state:
+        if self._num_windows and "load" in state:
             self._last = self._layout.zeros(self._device())
             for index, layer in enumerate(self._layers):
                 self._layout.load(self._last, index).copy_(state["load"][layer.name])

@@ -1,0 +1,110 @@
+"""The command line: ``equipoise compare | train | report``. Talk goes to stderr; stdout is for results.
+
+Exit codes: 0 done; 1 something outside is not as it must be; 2 what was asked for cannot be; 130 stopped by the user.
+"""
+
+import contextlib
+import io
+import json
+import re
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from equipoise.errors import EquipoiseError, UsageError
+from equipoise.lab.config import Compare, Train
+
+__all__ = ["main"]
+
+
+@dataclass(frozen=True)
+class Report:
+    """Draw report.html again from the run folders alone."""
+
+    folder: Path
+    """The folder that was passed as --out to compare or train."""
+
+
+def _parse(arguments: list[str]) -> Compare | Train | Report:
+    import tyro
+
+    commands = (
+        Annotated[Compare, tyro.conf.subcommand("compare")]
+        | Annotated[Train, tyro.conf.subcommand("train")]
+        | Annotated[Report, tyro.conf.subcommand("report"), tyro.conf.Positional]
+    )
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            return tyro.cli(
+                commands,
+                prog="equipoise",
+                args=arguments,
+                description=(
+                    "Load balancing for mixture-of-experts training: train small models on real text under any strategy "
+                    "and see what balancing did to balance, quality and specialisation."
+                ),
+                config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff),
+            )
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise UsageError(_one_line(errors.getvalue())) from None
+
+
+def _one_line(text: str) -> str:
+    """What tyro draws in a box, as a sentence."""
+    words = re.sub(r"[╭╮╰╯│─┌┐└┘|]+", " ", re.sub(r"\x1b\[[0-9;]*m", "", text))
+    return re.sub(r"\s+", " ", words).strip()
+
+
+def _run(asked: Compare | Train | Report, command: str) -> None:
+    if isinstance(asked, Report):
+        from equipoise.report import write_report
+
+        print(write_report(asked.folder))
+        return
+    try:
+        from equipoise.lab.watch import Terminal, print_table
+    except ImportError as error:
+        raise EquipoiseError(
+            f"the lab needs more than torch: {error.name} is missing. Install it with: pip install 'equipoise[lab]'"
+        ) from None
+    asked.check()
+    if isinstance(asked, Compare):
+        with Terminal(num_runs=len(asked.runs())) as terminal:
+            from equipoise.lab.compare import compare
+
+            results = compare(asked, terminal, command)
+        print_table(asked.out)
+        print(f"{asked.out / 'report.html'}", file=sys.stderr)
+        if asked.json:
+            json.dump(results, sys.stdout, ensure_ascii=False, indent=1)
+            print()
+        return
+    with Terminal() as terminal:
+        from equipoise.lab.train import train
+
+        train(asked, terminal, command)
+    print_table(asked.out)
+    print(asked.out)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of the command ``equipoise``."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        _run(_parse(arguments), shlex.join(["equipoise", *arguments]))
+    except UsageError as error:
+        _fail(str(error), 2)
+    except EquipoiseError as error:
+        _fail(str(error), 1)
+    except KeyboardInterrupt:
+        _fail("stopped. Go on with the same command and --resume.", 130)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"equipoise: error: {message}", file=sys.stderr)
+    sys.exit(code)

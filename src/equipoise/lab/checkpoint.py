@@ -1,0 +1,120 @@
+"""Checkpoints that survive a kill at any moment, and the model that leaves for plain Transformers."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+from equipoise.balance import OFFSETS_FILE, Balance
+from equipoise.errors import EquipoiseError
+from equipoise.records import write_json
+from equipoise.taps.tap import OWN_SLOT
+
+__all__ = ["load_newest", "save", "save_model"]
+
+KEPT = 2  # the newest, and the one before it in case the newest is damaged
+
+
+def _state(model: nn.Module, optimizer: torch.optim.Optimizer, balance: Balance) -> dict[str, Any]:
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    return {
+        "model": model_state,
+        "optimizer": optimizer_state,
+        "balance": balance.state_dict(),
+        "random": torch.get_rng_state(),
+    }
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def save(
+    folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, balance: Balance, **facts: Any
+) -> None:
+    """Writes ``folder/step-N`` aside and renames it when it is whole; keeps the newest two."""
+    target, aside = folder / f"step-{step:08d}", folder / f".step-{step:08d}.tmp"
+    for old in (aside, target):
+        shutil.rmtree(old, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        dcp.save(_state(model, optimizer, balance), checkpoint_id=aside, no_dist=True)
+        write_json(aside / "facts.json", {"step": step, **facts})
+        for file in aside.iterdir():
+            _sync(file)
+        aside.rename(target)
+        _sync(folder)
+    except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise EquipoiseError(
+            f"A checkpoint must fit on the disk: {target}: {error.strerror or error}. The checkpoints before it are "
+            "whole; make room and resume with --resume."
+        ) from None
+    for old in sorted(folder.glob("step-*"))[:-KEPT]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def load_newest(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, balance: Balance, warn: Any
+) -> dict[str, Any] | None:
+    """Takes up the newest whole checkpoint and returns its facts; None if there is none. A damaged one is named."""
+    found = sorted(folder.glob("step-*"), reverse=True)
+    for path in found:
+        try:
+            facts = json.loads((path / "facts.json").read_text())
+            state = _state(model, optimizer, balance)
+            dcp.load(state, checkpoint_id=path, no_dist=True)
+        except Exception as error:  # whatever a damaged file makes of torch, json or the disk
+            reason = str(error).strip().splitlines() or [""]
+            warn(f"checkpoint {path} is damaged ({type(error).__name__}: {reason[0][:100]}); trying the one before it")
+            continue
+        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        balance.load_state_dict(state["balance"])
+        torch.set_rng_state(state["random"])
+        return facts
+    if found:
+        raise EquipoiseError(
+            f"A run can go on from a whole checkpoint only: all {len(found)} in {folder} are damaged. Restore one, or "
+            "remove the run's folder and train again."
+        )
+    return None
+
+
+def save_model(folder: Path, model: nn.Module, balance: Balance, tokenizer_file: Path) -> str | None:
+    """Saves the trained model for plain Transformers; returns what a user must know about its offsets, if anything.
+
+    A family with a bias slot carries its offsets in the slot. Of the others the offsets lie beside the weights and
+    ``config.json`` names them: plain Transformers routes without; ``equipoise.attach(model, "frozen", offsets=folder)``
+    routes with them.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    aside = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    model.save_pretrained(aside)
+    PreTrainedTokenizerFast(tokenizer_file=str(tokenizer_file), eos_token="<|endoftext|>").save_pretrained(aside)
+    note = None
+    offsets = balance.offsets
+    if any(name.endswith(OWN_SLOT) for name, _ in model.named_buffers()):
+        from safetensors.torch import save_file
+
+        save_file({name: offset.contiguous() for name, offset in offsets.items()}, aside / OFFSETS_FILE)
+        config = json.loads((aside / "config.json").read_text())
+        write_json(aside / "config.json", config | {"equipoise": {"offsets": OFFSETS_FILE}})
+        note = (
+            f"{model.config.model_type} has no slot for offsets: plain Transformers routes {folder} without them; "
+            f'equipoise.attach(model, "frozen", offsets="{folder}") routes with them.'
+        )
+    shutil.rmtree(folder, ignore_errors=True)
+    aside.rename(folder)
+    return note

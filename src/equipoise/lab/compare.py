@@ -1,0 +1,73 @@
+"""The main job: the same model under several strategies, side by side."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from equipoise.errors import EquipoiseError
+from equipoise.lab.config import Compare, Train
+from equipoise.lab.train import Watcher, check, train
+from equipoise.records import Run, write_json
+from equipoise.report import write_report
+
+__all__ = ["compare"]
+
+
+def compare(config: Compare, watcher: Watcher, command: str = "") -> list[dict[str, Any]]:
+    """Trains every strategy and seed, and writes ``results.json`` and ``report.html`` into ``config.out``.
+
+    Returns the results, seeds first, strategies in the order given. A run that fails does not stop the others: they are
+    finished, recorded and reported, and then the first failure is raised.
+    """
+    config.check()
+    runs = config.runs()
+    _check_folder(config)
+    for run in runs:
+        check(dataclasses.replace(run, resume=True))  # its folder is ours; the options are what is checked
+    config.out.mkdir(parents=True, exist_ok=True)
+    write_json(config.out / "compare.json", {"command": command, "options": _options(config)})
+    results, failures = [], []
+    for run in runs:
+        try:
+            results.append(train(dataclasses.replace(run, resume=True), watcher, command))
+        except EquipoiseError as error:
+            watcher.say(f"{run.strategy}, seed {run.seed}: {error}")
+            failures.append(error)
+            if not results and len(failures) == 1 and not _began(run):
+                raise  # nothing of it depends on the strategy: a bad data folder, say
+    write_json(config.out / "results.json", results)
+    if any(_began(run) for run in runs):
+        write_report(config.out)
+    if failures:
+        raise failures[0]
+    return results
+
+
+def _began(run: Train) -> bool:
+    return (run.out / "config.json").exists()
+
+
+def _options(config: Compare) -> dict[str, Any]:
+    return {**config.shared(), "strategies": list(config.strategies), "seeds": config.seeds}
+
+
+def _check_folder(config: Compare) -> None:
+    out: Path = config.out
+    if out.exists() and not out.is_dir():
+        raise EquipoiseError(f"--out must be a folder: {out} is a file. Choose another.")
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    names = sorted(path.name for path in out.iterdir())
+    if not config.resume:
+        raise EquipoiseError(
+            f"--out must be new or empty: {out} holds {', '.join(names[:3])}{' ...' if names[3:] else ''}. Nothing was "
+            "touched. Choose another folder, or go on with a comparison that was stopped with --resume."
+        )
+    if "compare.json" not in names:
+        raise EquipoiseError(
+            f"--resume must name the folder of a comparison: {out} has no compare.json. Choose the folder that was "
+            "passed as --out, or leave --resume out and choose a new one."
+        )
+    for run in config.runs():
+        if run.out.is_dir() and any(run.out.iterdir()):
+            Run(run.out)  # a damaged one is an error before anything is trained

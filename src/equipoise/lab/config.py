@@ -1,0 +1,210 @@
+"""What a run is asked to be: one dataclass a command, for the command line and for Python. Imports no torch."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from equipoise.errors import UsageError
+
+__all__ = ["ARCHITECTURES", "Compare", "Train"]
+
+ARCHITECTURES = ("glm4_moe", "qwen3_moe", "olmoe", "mixtral", "deepseek_v3")
+Architecture = Literal["glm4_moe", "qwen3_moe", "olmoe", "mixtral", "deepseek_v3"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """What all strategies of a comparison have in common."""
+
+    out: Path
+    """Folder for everything that comes out. It must be empty, or new, unless --resume."""
+
+    arch: Architecture = "glm4_moe"
+    """Transformers architecture, built small from a config. glm4_moe and deepseek_v3: sigmoid gate, shared expert, bias
+    slot. qwen3_moe, olmoe, mixtral: softmax gate."""
+
+    model: Path | None = None
+    """Folder of a Transformers model to train on instead of --arch: its weights if it has any, else its config."""
+
+    data: str = "corpus"
+    """Text: "corpus" (eight domains, inside the package), or a folder with one file or sub-folder a domain (txt, jsonl,
+    parquet, each also .xz), or a file, or the name of a data set."""
+
+    tokenizer: Path | None = None
+    """A tokenizer.json, or a folder with one. By default a byte-level BPE is trained on the training text."""
+
+    vocab_size: int = 2048
+    """Tokens of the BPE that is trained."""
+
+    steps: int = 90
+    """Optimizer steps."""
+
+    layers: int = 4
+    """Transformer layers, all of them mixture-of-experts."""
+
+    width: int = 128
+    """Hidden size; a multiple of 32."""
+
+    experts: int = 32
+    """Routed experts a layer."""
+
+    experts_per_token: int = 4
+    """Experts a token, k."""
+
+    expert_width: int = 64
+    """Hidden size of an expert."""
+
+    sequence_length: int = 128
+    """Tokens a sequence."""
+
+    sequences: int = 8
+    """Sequences a micro-batch. All of one domain, unless --shuffled."""
+
+    micro_batches: int = 8
+    """Micro-batches a step (gradient accumulation)."""
+
+    shuffled: bool = False
+    """Mix domains in every micro-batch. By default a micro-batch holds one domain, an upper bound of what scope does."""
+
+    order: Literal["forwards_first", "interleaved"] = "forwards_first"
+    """forwards_first: all forwards of a step, then one backward, so that the global batch is exact. interleaved: forward,
+    backward, forward, ...: each backward knows the micro-batches so far (Algorithm 1 of Demons in the Detail)."""
+
+    learning_rate: float = 3e-3
+    """Peak learning rate of AdamW, the same for every strategy."""
+
+    warmup: float = 0.1
+    """Share of the steps in which the learning rate rises linearly; then a cosine falls to a tenth of the peak."""
+
+    weight_decay: float = 0.1
+    """AdamW's weight decay, on matrices."""
+
+    clip: float = 1.0
+    """Largest norm of the gradient."""
+
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Precision of the forward: auto is bfloat16 autocast where the machine has it, else float32."""
+
+    evaluate_every: int = 0
+    """Steps between evaluations on the selection text; 0: only at the end, on the test text."""
+
+    evaluation_sequences: int = 64
+    """Sequences of each domain in an evaluation, at most; every domain gives equally many."""
+
+    checkpoint_every: int = 50
+    """Steps between checkpoints; a run that is killed loses at most the steps since the last one."""
+
+    save_model: bool = True
+    """Save the trained model, for plain Transformers, in the run's folder."""
+
+    resume: bool = False
+    """Go on where an earlier call with the same options was stopped."""
+
+    def check(self) -> None:
+        """Raises UsageError for values that cannot be."""
+        for name, least in (
+            ("steps", 1),
+            ("layers", 1),
+            ("width", 32),
+            ("experts", 2),
+            ("experts_per_token", 1),
+            ("expert_width", 1),
+            ("sequence_length", 2),
+            ("sequences", 1),
+            ("micro_batches", 1),
+            ("evaluate_every", 0),
+            ("evaluation_sequences", 1),
+            ("checkpoint_every", 1),
+        ):
+            if getattr(self, name) < least:
+                raise UsageError(f"--{_flag(name)} must be at least {least}: got {getattr(self, name)}.")
+        for name in ("learning_rate", "clip"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise UsageError(f"--{_flag(name)} must be above 0: got {getattr(self, name)}.")
+        if not 0 <= self.warmup < 1:
+            raise UsageError(f"--warmup must be a share of the steps, from 0 to below 1: got {self.warmup}.")
+        if not 0 <= self.weight_decay < float("inf"):
+            raise UsageError(f"--weight-decay must be at least 0: got {self.weight_decay}.")
+        if self.width % 32:
+            raise UsageError(f"--width must be a multiple of 32 (the size of an attention head): got {self.width}.")
+        if self.experts_per_token > self.experts:
+            raise UsageError(
+                f"--experts-per-token must be at most --experts: got {self.experts_per_token} of {self.experts}."
+            )
+        if self.model is not None and not (self.model / "config.json").is_file():
+            raise UsageError(f"--model must be a folder with a config.json: {self.model} is not.")
+
+    def shared(self) -> dict[str, Any]:
+        """The options that decide the numbers of a run, as JSON can hold them."""
+        left_out = {"out", "resume", "strategy", "strategies", "seed", "seeds", "json", "save_model"}
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {k: str(v) if isinstance(v, Path) else v for k, v in fields.items() if k not in left_out}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(_Run):
+    """Train one model under one strategy."""
+
+    strategy: str = "loss-free"
+    """none, loss-free, lbl, frozen, with options: loss-free:rate=1e-2, lbl:scope=micro_batch,coefficient=1e-2, or
+    several: loss-free+lbl:scope=sequence,coefficient=1e-4."""
+
+    seed: int = 0
+    """Decides weights, order of the text and order of the domains, together."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare(_Run):
+    """Train the same model under several strategies and show load, balance, quality and specialisation side by side.
+
+    Every strategy starts from the same weights and sees the same micro-batches in the same order at the same learning
+    rate.
+    """
+
+    strategies: tuple[str, ...] = (
+        "none",
+        "lbl:scope=micro_batch",
+        "lbl:scope=global_batch",
+        "loss-free:rate=1e-2",
+    )
+    """Strategies, each as in `equipoise train --strategy`."""
+
+    seeds: int = 1
+    """Number of seeds: 0, 1, ... Runs of one seed are paired."""
+
+    json: bool = False
+    """Print results.json on stdout at the end, and nothing else there."""
+
+    def check(self) -> None:
+        super().check()
+        if self.seeds < 1:
+            raise UsageError(f"--seeds must be at least 1: got {self.seeds}.")
+        if not self.strategies:
+            raise UsageError("--strategies must name at least one: got none. Example: --strategies none loss-free")
+        twice = {s for s in self.strategies if self.strategies.count(s) > 1}
+        if twice:
+            raise UsageError(f"--strategies must be different: got {', '.join(sorted(twice))} twice.")
+
+    def runs(self) -> list[Train]:
+        """One run a seed and strategy, each in a folder of its own below ``out``."""
+        common = {f.name: getattr(self, f.name) for f in dataclasses.fields(_Run)}
+        return [
+            Train(**{**common, "out": self.out / folder_name(strategy, seed), "strategy": strategy, "seed": seed})
+            for seed in range(self.seeds)
+            for strategy in self.strategies
+        ]
+
+
+def folder_name(strategy: str, seed: int) -> str:
+    """A folder for a strategy and a seed, readable and without characters that a shell or a file system minds.
+
+    >>> folder_name("lbl:scope=micro_batch,coefficient=1e-2", 0)
+    'lbl_scope-micro_batch_coefficient-1e-2_seed0'
+    """
+    plain = strategy.replace("=", "-").replace(":", "_").replace(",", "_").replace("+", "__")
+    return f"{plain}_seed{seed}"
+
+
+def _flag(name: str) -> str:
+    return name.replace("_", "-")

@@ -1,0 +1,69 @@
+"""How the lab uses a machine: device, precision, reproducibility, memory."""
+
+import ctypes
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from equipoise.errors import EquipoiseError
+
+__all__ = ["learning_rate_at", "machine", "reproducible"]
+
+
+def machine(dtype: str) -> tuple[torch.device, bool]:
+    """The device, and whether forwards run under bfloat16 autocast."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise EquipoiseError(
+            f"the lab runs in one process in this version: WORLD_SIZE is {os.environ['WORLD_SIZE']}. Start it without "
+            "torchrun; the library itself (equipoise.attach) works on many ranks."
+        )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if dtype != "auto":
+        return device, dtype == "bfloat16"
+    if device.type == "cuda":
+        return device, torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities()
+    return device, bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
+
+
+@contextmanager
+def reproducible() -> Iterator[None]:
+    """The same command gives the same numbers, bit for bit: no atomic additions in an order of their own."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    _keep_freed_memory()
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+def _keep_freed_memory() -> None:
+    """Tells glibc to keep what is freed: a training step allocates the same large blocks again and again, and fresh
+    pages from the kernel cost more than the arithmetic in them. Elsewhere it does nothing."""
+    trim_threshold, mmap_threshold = -1, -3  # names of mallopt(3)
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):
+        return
+    mallopt(mmap_threshold, 1 << 30)
+    mallopt(trim_threshold, (1 << 31) - 1)
+
+
+def learning_rate_at(step: int, *, steps: int, peak: float, warmup: float) -> float:
+    """Linear warm-up over ``warmup * steps`` steps, then a cosine to a tenth of the peak at the last. ``step`` from 0.
+
+    >>> [round(learning_rate_at(s, steps=5, peak=1.0, warmup=0.4), 3) for s in range(5)]
+    [0.5, 1.0, 1.0, 0.55, 0.1]
+    """
+    rising = int(warmup * steps)
+    if step < rising:
+        return peak * (step + 1) / rising
+    progress = (step - rising) / max(steps - 1 - rising, 1)
+    return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))

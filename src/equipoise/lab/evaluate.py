@@ -1,0 +1,85 @@
+"""Quality, balance and specialisation of a model on held-out text, domain by domain."""
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from equipoise import metrics
+from equipoise.balance import Balance
+from equipoise.lab.data import Corpus
+
+__all__ = ["evaluate", "language_model_loss"]
+
+
+def language_model_loss(model: nn.Module, input_ids: Int[Tensor, "sequences length"]) -> Float[Tensor, ""]:
+    """Mean cross-entropy of the next token, in nats, in float32. No balancing loss is in it."""
+    logits = model(input_ids=input_ids, use_cache=False).logits[:, :-1]
+    return F.cross_entropy(logits.flatten(0, 1).float(), input_ids[:, 1:].flatten())
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    balance: Balance,
+    corpus: Corpus,
+    *,
+    split: str,
+    sequence_length: int,
+    most_sequences: int,
+    sequences: int,
+    k: int,
+    device: torch.device,
+    autocast: bool,
+) -> dict[str, Any]:
+    """Figures of the model on ``split``; every domain gives the same number of sequences.
+
+    Returns ``val_nats`` (mean over tokens), ``val_perplexity``, ``val_bits_per_byte``, ``maxvio_global`` (all domains
+    pooled), ``maxvio_floor``, ``domain_information_bits`` (mean over layers), ``dead_experts`` (sum over layers), and by
+    domain ``nats``, ``bits_per_byte``, ``tokens``, ``load`` (layers x experts).
+    """
+    rows = {domain: corpus.sequences(split, domain, sequence_length) for domain in corpus.domains}
+    num = min([most_sequences, *map(len, rows.values())])
+    was_training = model.training
+    model.eval()
+    domains: dict[str, Any] = {}
+    nats_sum = bytes_sum = 0.0
+    try:
+        for domain in corpus.domains:
+            total = 0.0
+            with balance.measuring() as load:
+                for first in range(0, num, sequences):
+                    batch = torch.from_numpy(rows[domain][first : min(first + sequences, num)].astype(np.int64))
+                    with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+                        total += float(language_model_loss(model, batch.to(device))) * len(batch)
+            nats, bytes_per_token = total / num, corpus.bytes_per_token(split, domain)
+            nats_sum, bytes_sum = nats_sum + nats, bytes_sum + bytes_per_token
+            domains[domain] = {
+                "nats": nats,
+                "bits_per_byte": nats / bytes_per_token / math.log(2),
+                "tokens": num * sequence_length,
+                "load": [layer.tolist() for layer in load.values()],
+            }
+    finally:
+        model.train(was_training)
+    by_domain = [[torch.tensor(layer) for layer in row["load"]] for row in domains.values()]
+    layers = [torch.stack(layer) for layer in zip(*by_domain, strict=True)]  # of each layer (domains, experts)
+    pooled = {str(index): layer.sum(0) for index, layer in enumerate(layers)}
+    tokens = num * sequence_length * len(domains)
+    floors = [metrics.sampling_floor(tokens, k, layer.shape[-1]) for layer in layers]
+    nats = nats_sum / len(domains)
+    return {
+        "split": split,
+        "val_nats": nats,
+        "val_perplexity": math.exp(min(nats, 700.0)),
+        "val_bits_per_byte": nats_sum / bytes_sum / math.log(2),
+        "maxvio_global": float(metrics.max_violation(pooled)),
+        "maxvio_floor": sum(floors) / len(floors),
+        "domain_information_bits": float(torch.stack([metrics.domain_information(x) for x in layers]).mean()),
+        "dead_experts": float(metrics.dead_experts(pooled)),
+        "domains": domains,
+    }

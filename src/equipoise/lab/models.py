@@ -1,0 +1,86 @@
+"""Models of the lab: real architectures of Transformers, built small from a config."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from equipoise.errors import EquipoiseError
+from equipoise.lab.config import Train
+
+__all__ = ["build_model", "num_active_parameters"]
+
+
+def _small_config(config: Train, vocab_size: int) -> dict[str, Any]:
+    common: dict[str, Any] = dict(
+        vocab_size=vocab_size,
+        hidden_size=config.width,
+        intermediate_size=config.expert_width,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.width // 32,
+        num_key_value_heads=config.width // 32,
+        num_experts_per_tok=config.experts_per_token,
+        max_position_embeddings=config.sequence_length,
+        tie_word_embeddings=False,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=None,
+    )
+    deepseek = dict(
+        moe_intermediate_size=config.expert_width,
+        n_routed_experts=config.experts,
+        n_shared_experts=1,
+        first_k_dense_replace=0,
+        n_group=1,
+        topk_group=1,
+        norm_topk_prob=True,
+        routed_scaling_factor=1.0,
+    )
+    special: dict[str, dict[str, Any]] = {
+        "glm4_moe": deepseek | dict(head_dim=32, num_mtp_layers=0),
+        "deepseek_v3": deepseek
+        | dict(q_lora_rank=None, kv_lora_rank=64, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=32),
+        "qwen3_moe": dict(
+            moe_intermediate_size=config.expert_width, num_experts=config.experts, head_dim=32, norm_topk_prob=True
+        ),
+        "olmoe": dict(num_experts=config.experts),
+        "mixtral": dict(num_local_experts=config.experts),
+    }
+    return common | special[config.arch]
+
+
+def build_model(config: Train, vocab_size: int) -> nn.Module:
+    """The model of a run, its fresh weights drawn from the seed. The same seed gives the same weights, bit for bit."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.manual_seed(config.seed)
+    if config.model is None:
+        small = AutoConfig.for_model(config.arch, **_small_config(config, vocab_size))
+        return AutoModelForCausalLM.from_config(small)
+    try:
+        found = AutoConfig.from_pretrained(config.model)
+        has_weights = any(config.model.glob("*.safetensors"))
+        auto = AutoModelForCausalLM
+        model = auto.from_pretrained(config.model) if has_weights else auto.from_config(found)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise EquipoiseError(f"--model must be a causal language model of Transformers: {config.model}: {reason}") from None
+    rows = model.get_input_embeddings().num_embeddings
+    if rows < vocab_size:
+        raise EquipoiseError(
+            f"--model must have an embedding for every token: it has {rows}, the tokenizer {vocab_size} tokens. Pass the "
+            "model's own tokenizer with --tokenizer."
+        )
+    return model
+
+
+def num_active_parameters(model: nn.Module, k: int, num_experts: int) -> int:
+    """Parameters that one token uses: all but the experts that it was not sent to. Expert weights are stored 3-D."""
+    total = 0
+    for name, parameter in model.named_parameters():
+        is_expert = ".experts." in name and parameter.dim() == 3
+        total += parameter.numel() * k // num_experts if is_expert else parameter.numel()
+    return total

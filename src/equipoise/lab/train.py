@@ -1,0 +1,281 @@
+"""One run: trains one model under one strategy and writes its run folder.
+
+    corpus -> micro-batches -> forwards of a window -> one backward -> optimizer -> balance.step() -> records
+"""
+
+import importlib.metadata
+import math
+import platform
+import shutil
+import statistics
+import time
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from equipoise import __version__
+from equipoise.balance import Balance, attach
+from equipoise.balancers import parse_strategy
+from equipoise.errors import EquipoiseError
+from equipoise.lab import checkpoint
+from equipoise.lab.config import Train
+from equipoise.lab.data import Batches, Corpus, load_corpus
+from equipoise.lab.engine import learning_rate_at, machine, reproducible
+from equipoise.lab.evaluate import evaluate, language_model_loss
+from equipoise.lab.models import build_model, num_active_parameters
+from equipoise.records import Run
+from equipoise.taps.families import find_routers
+
+__all__ = ["Watcher", "train"]
+
+
+class Watcher(Protocol):
+    """Who is told how a run goes on."""
+
+    def say(self, text: str) -> None: ...
+
+    def begin(self, config: Train, done: int) -> None: ...
+
+    def step(self, row: dict[str, Any], tokens_per_second: float) -> None: ...
+
+    def end(self) -> None: ...
+
+
+def check(config: Train) -> None:
+    """Everything about a run that can be wrong before a model is built."""
+    config.check()
+    parse_strategy(config.strategy)
+    out = config.out
+    if out.exists() and not out.is_dir():
+        raise EquipoiseError(f"--out must be a folder: {out} is a file. Choose another.")
+    if out.is_dir() and any(out.iterdir()) and not config.resume:
+        raise EquipoiseError(
+            f"--out must be new or empty: {out} holds {_some(out)}. Nothing was touched. Choose another folder, or go on "
+            "with a run that was stopped with --resume."
+        )
+
+
+def _some(folder: Any) -> str:
+    names = sorted(path.name for path in folder.iterdir())
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def train(config: Train, watcher: Watcher, command: str = "") -> dict[str, Any]:
+    """Trains one run and returns its result (the content of ``result.json``)."""
+    check(config)
+    with reproducible():
+        return _Training(config, watcher, command).run()
+
+
+class _Training:
+    def __init__(self, config: Train, watcher: Watcher, command: str):
+        self.config, self.watcher = config, watcher
+        self.device, self.autocast = machine(config.dtype)
+        self.corpus: Corpus = load_corpus(
+            None if config.data == "corpus" else config.data,
+            tokenizer=config.tokenizer,
+            vocab_size=config.vocab_size,
+            progress=watcher.say,
+            sequence_length=config.sequence_length,
+        )
+        self.batches = Batches(
+            self.corpus,
+            sequence_length=config.sequence_length,
+            sequences_per_micro_batch=config.sequences,
+            micro_batches_per_step=config.micro_batches,
+            seed=config.seed,
+            shuffled=config.shuffled,
+        )
+        self.model: nn.Module = build_model(config, self.corpus.vocab_size).to(self.device).train()
+        self.balance: Balance = attach(self.model, config.strategy)
+        self.k = int(self.model.config.num_experts_per_tok)
+        self.num_experts = len(next(iter(self.balance.offsets.values())))
+        decayed = [p for p in self.model.parameters() if p.requires_grad and p.dim() >= 2]
+        other = [p for p in self.model.parameters() if p.requires_grad and p.dim() < 2]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": config.weight_decay}, {"params": other, "weight_decay": 0.0}],
+            lr=config.learning_rate,
+            betas=(0.9, 0.95),
+            fused=True,
+        )
+        self.records = self._open_records(command)
+
+    def _open_records(self, command: str) -> Run:
+        config = self.config
+        asked = {**config.shared(), "strategy": config.strategy, "seed": config.seed}
+        if config.out.is_dir() and any(config.out.iterdir()):
+            records = Run(config.out)
+            there = {**records.config.get("options", {})}
+            for name, value in asked.items():
+                if there.get(name) != value:
+                    raise EquipoiseError(
+                        f"a run goes on with the options that it began with: {config.out} has {name}={there.get(name)!r}, "
+                        f"got {value!r}. Give the same options, or choose another folder."
+                    )
+            if records.config["corpus_fingerprint"] != self.corpus.fingerprint:
+                raise EquipoiseError(f"a run goes on with the text that it began with: the text of {config.out} changed.")
+            return records
+        names = ("torch", "transformers", "tokenizers", "numpy")
+        return Run.create(
+            config.out,
+            {
+                "strategy": config.strategy,
+                "seed": config.seed,
+                "arch": config.arch if config.model is None else self.model.config.model_type,
+                "steps": config.steps,
+                "options": asked,
+                "num_parameters": sum(p.numel() for p in self.model.parameters()),
+                "num_active_parameters": num_active_parameters(self.model, self.k, self.num_experts),
+                "gate": find_routers(self.model)[0][2].gate,
+                "num_experts": self.num_experts,
+                "experts_per_token": self.k,
+                "layers": list(self.balance.offsets),
+                "domains": list(self.corpus.domains),
+                "data": config.data,
+                "corpus_fingerprint": self.corpus.fingerprint,
+                "vocab_size": self.corpus.vocab_size,
+                "sequence_length": config.sequence_length,
+                "sequences_per_micro_batch": config.sequences,
+                "micro_batches_per_step": config.micro_batches,
+                "learning_rate": config.learning_rate,
+                "shuffled": config.shuffled,
+                "order": config.order,
+                "wrapper": type(self.model).__name__ if hasattr(self.model, "module") else "none",
+                "dtype": "bfloat16" if self.autocast else "float32",
+                "device": str(self.device),
+                "threads": torch.get_num_threads(),
+                "command": command,
+                "notes": self._notes(),
+                "versions": {
+                    "equipoise": __version__,
+                    "python": platform.python_version(),
+                    **{name: importlib.metadata.version(name) for name in names},
+                },
+            },
+        )
+
+    def _notes(self) -> list[str]:
+        notes = self.balance.notes(self.config.steps)
+        if not self.config.shuffled and len(self.corpus.domains) > 1:
+            notes.append(
+                "Every micro-batch holds text of one domain, so the difference between scopes is an upper bound of what "
+                "mixed micro-batches show (--shuffled)."
+            )
+        return notes
+
+    def run(self) -> dict[str, Any]:
+        records, config = self.records, self.config
+        if records.complete:
+            return records.result
+        facts = checkpoint.load_newest(
+            records.path / "checkpoints", self.model, self.optimizer, self.balance, self.watcher.say
+        )
+        done = 0 if facts is None else facts["step"]
+        records.rewind(done)
+        self.watcher.begin(config, done)
+        seconds = [row["seconds"] for row in records.rows("steps")]
+        for step in range(done, config.steps):
+            row = self._step(step)
+            seconds.append(row["seconds"])
+            records.append("steps", row)
+            records.append("loads", {"step": step + 1, "load": [load.tolist() for load in self.balance.load.values()]})
+            self.watcher.step(row, self._tokens_per_step / statistics.median(seconds[-20:]))
+            if not math.isfinite(row["loss"]):
+                raise EquipoiseError(
+                    f"training must not diverge: the loss of {config.strategy}, seed {config.seed}, is {row['loss']} at "
+                    f"step {step + 1}. Its records are kept in {records.path}; take a lower --learning-rate."
+                )
+            last = step + 1 == config.steps
+            if config.evaluate_every and (step + 1) % config.evaluate_every == 0 and not last:
+                records.append("evaluations", {"step": step + 1, **self._evaluate("selection")})
+            if (step + 1) % config.checkpoint_every == 0 and not last:
+                checkpoint.save(
+                    records.path / "checkpoints", step + 1, self.model, self.optimizer, self.balance
+                )
+        result = self._finish(seconds)
+        self.watcher.end()
+        return result
+
+    @property
+    def _tokens_per_step(self) -> int:
+        return self.config.micro_batches * self.config.sequences * self.config.sequence_length
+
+    def _step(self, step: int) -> dict[str, Any]:
+        config, started = self.config, time.perf_counter()
+        rate = learning_rate_at(step, steps=config.steps, peak=config.learning_rate, warmup=config.warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        window = self.batches.window(step)
+        losses, task, balancing = [], torch.zeros((), device=self.device), torch.zeros((), device=self.device)
+        for micro_batch in window:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+                loss = language_model_loss(self.model, micro_batch.input_ids.to(self.device))
+            ticket = self.balance.loss()
+            task, balancing = task + loss.detach(), balancing + ticket.detach()
+            loss = (loss + ticket) / len(window)  # equally many tokens in each
+            if config.order == "interleaved":
+                loss.backward()
+            else:
+                losses.append(loss)
+        if losses:
+            torch.stack(losses).sum().backward()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.balance.step()
+        figures = self.balance.metrics()
+        return {
+            "step": step + 1,
+            "loss": float(task) / len(window),
+            "balancing_loss": float(balancing) / len(window),
+            "grad_norm": float(norm),
+            "learning_rate": rate,
+            "tokens": (step + 1) * self._tokens_per_step,
+            **{name: value for name, value in figures.items() if name != "tokens"},
+            "seconds": time.perf_counter() - started,
+        }
+
+    def _evaluate(self, split: str) -> dict[str, Any]:
+        return evaluate(
+            self.model,
+            self.balance,
+            self.corpus,
+            split=split,
+            sequence_length=self.config.sequence_length,
+            most_sequences=self.config.evaluation_sequences,
+            sequences=self.config.sequences,
+            k=self.k,
+            device=self.device,
+            autocast=self.autocast,
+        )
+
+    def _finish(self, seconds: list[float]) -> dict[str, Any]:
+        config, records = self.config, self.records
+        self.watcher.say("evaluating on the test text")
+        row = self._evaluate("test")
+        records.append("evaluations", {"step": config.steps, **row})
+        if config.save_model:
+            note = checkpoint.save_model(records.path / "model", self.model, self.balance, self.corpus.tokenizer_file)
+            if note:
+                self.watcher.say(note)
+        last = [step["maxvio_batch"] for step in records.rows("steps")][-max(1, config.steps // 10) :]
+        result = {
+            "strategy": config.strategy,
+            "seed": config.seed,
+            "steps": config.steps,
+            "tokens": config.steps * self._tokens_per_step,
+            **{name: row[name] for name in ("val_nats", "val_perplexity", "val_bits_per_byte", "maxvio_global")},
+            "maxvio_floor": row["maxvio_floor"],
+            "maxvio_batch": sum(last) / len(last),
+            "domain_information_bits": row["domain_information_bits"],
+            "dead_experts": row["dead_experts"],
+            "tokens_per_second": self._tokens_per_step / statistics.median(seconds),
+            "domains": {
+                name: {"nats": domain["nats"], "bits_per_byte": domain["bits_per_byte"]}
+                for name, domain in row["domains"].items()
+            },
+        }
+        records.finish(result)
+        shutil.rmtree(records.path / "checkpoints", ignore_errors=True)  # the model is saved, the run is whole
+        return result

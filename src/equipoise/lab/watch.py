@@ -1,0 +1,90 @@
+"""What a person sees while runs go on: a live line on a terminal, a plain line now and then elsewhere. To stderr."""
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from equipoise.lab.config import Train
+from equipoise.report import COLUMNS, summary_rows
+from equipoise.records import find_runs
+
+__all__ = ["Terminal", "print_table"]
+
+SILENCE = 10.0  # seconds between lines where there is no terminal to redraw
+
+
+class Terminal:
+    """Shows strategy, step, loss, maxvio, tokens a second and time left. Use it as a context manager."""
+
+    def __init__(self, num_runs: int = 1):
+        self.console = Console(stderr=True, highlight=False)
+        self.num_runs, self.run = num_runs, 0
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+            console=self.console,
+        )
+        self.task: TaskID | None = None
+        self.last_line = 0.0
+
+    def __enter__(self) -> "Terminal":
+        if self.console.is_terminal:
+            self.progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.console.is_terminal:
+            self.progress.stop()
+
+    def say(self, text: str) -> None:
+        self.console.print(text, style="dim", markup=False, soft_wrap=True)
+
+    def begin(self, config: Train, done: int) -> None:
+        self.run += 1
+        self.name = config.strategy + (f" seed {config.seed}" if config.seed else "")
+        self.num_steps, self.started, self.first = config.steps, time.monotonic(), done
+        count = f"[{self.run}/{self.num_runs}] " if self.num_runs > 1 else ""
+        self.label = count + self.name
+        self.task = self.progress.add_task(
+            self.label.replace("[", "\\["), total=config.steps, completed=done, figures="first step ..."
+        )
+        if done:
+            self.say(f"{self.label}: going on after step {done}")
+
+    def step(self, row: dict[str, Any], tokens_per_second: float) -> None:
+        figures = f"loss {row['loss']:.3f}  maxvio {row['maxvio_batch']:.2f}  {tokens_per_second:,.0f} tokens/s"
+        if self.console.is_terminal:
+            self.progress.update(self.task, completed=row["step"], figures=figures)
+            return
+        now = time.monotonic()
+        first, last = row["step"] == self.first + 1, row["step"] == self.num_steps
+        if first or last or now - self.last_line >= SILENCE:
+            self.last_line = now
+            left = (now - self.started) / (row["step"] - self.first) * (self.num_steps - row["step"])
+            self.console.print(
+                f"{self.label}  step {row['step']}/{self.num_steps}  {figures}  {left:.0f} s left",
+                markup=False,
+                soft_wrap=True,
+            )
+
+    def end(self) -> None:
+        if self.task is not None:
+            self.progress.update(self.task, completed=self.num_steps)
+
+
+def print_table(folder: Any, console: Console | None = None) -> None:
+    """One row a strategy, with the heads, figures and formats of the report page."""
+    rows = summary_rows(find_runs(folder))
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("strategy", overflow="fold")
+    for column in COLUMNS:
+        table.add_column(column.title, justify="right")
+    for row in rows:
+        table.add_row(row["strategy"], *(column.text(row) for column in COLUMNS))
+    (console or Console(stderr=True, highlight=False)).print(table)

@@ -1,0 +1,192 @@
+import math
+
+import pytest
+import reference
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from equipoise import Frozen, LossFree, expert_load, max_violation, route
+from equipoise.balancers import Layers
+from equipoise.routing import GATES
+
+rules = pytest.mark.parametrize("rule", ["sign", "proportional"])
+centers = pytest.mark.parametrize("center", [True, False])
+
+
+def _prepared(offset, gate="sigmoid", k=2, **options):
+    balancer = LossFree(**options)
+    balancer.prepare(Layers(gate, k, offset))
+    return balancer
+
+
+def test_sign_rule_by_hand():
+    # mean 3: -, +, +, +; centred: the mean sign is 1/2
+    load = torch.tensor([[6, 2, 2, 2]])
+    plain = _prepared(torch.zeros(1, 4), rate=0.5, rule="sign", center=False)
+    plain.update(load)
+    assert_close(plain.offset(), torch.tensor([[-0.5, 0.5, 0.5, 0.5]]))
+    centred = _prepared(torch.zeros(1, 4), rate=0.5, rule="sign")
+    centred.update(load)
+    assert_close(centred.offset(), torch.tensor([[-0.75, 0.25, 0.25, 0.25]]))
+
+
+def test_proportional_rule_by_hand():
+    # mean 2: errors (2 - 6)/2, (2 - 1)/2, (2 - 1)/2, (2 - 0)/2
+    balancer = _prepared(torch.zeros(1, 4), rate=0.1, rule="proportional")
+    balancer.update(torch.tensor([[6, 1, 1, 0]]))
+    assert_close(balancer.offset(), torch.tensor([[-0.2, 0.05, 0.05, 0.1]]))
+
+
+def test_algorithm_1_of_the_paper():
+    """Wang et al. 2024, Algorithm 1: c_i assigned, c-bar mean, e_i = c-bar - c_i, b_i += u * sign(e_i)."""
+    generator = torch.Generator().manual_seed(0)
+    balancer = _prepared(torch.zeros(1, 8), rate=1e-3, rule="sign", center=False)
+    b = [0.0] * 8
+    for _ in range(20):
+        load = torch.randint(0, 50, (1, 8), generator=generator)
+        balancer.update(load)
+        c = load[0].tolist()
+        e = [sum(c) / 8 - ci for ci in c]
+        b = [bi + 1e-3 * ((ei > 0) - (ei < 0)) for bi, ei in zip(b, e, strict=True)]
+    assert_close(balancer.offset()[0], torch.tensor(b), rtol=0, atol=1e-8)  # float32 sums of 20 steps
+
+
+@rules
+@centers
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])  # 30 roundings
+def test_update_equals_the_reference(rule, center, dtype, atol):
+    generator = torch.Generator().manual_seed(1)
+    start = torch.randn(3, 6, generator=generator, dtype=torch.float64)
+    balancer = _prepared(start.to(dtype), rate=1e-2, rule=rule, center=center)
+    expected = start.tolist()
+    step = getattr(reference, f"{rule}_rule")
+    for number in range(30):
+        load = torch.randint(0, 40, (3, 6), generator=generator)
+        if number == 7:
+            load[1] = 0
+        balancer.update(load)
+        expected = [step(b, c, 1e-2, center) for b, c in zip(expected, load.tolist(), strict=True)]
+    assert_close(balancer.offset(), torch.tensor(expected, dtype=dtype), rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize(("gate", "rule"), [("softmax", "proportional"), ("sigmoid", "sign"), ("sqrt_softplus", "sign")])
+def test_default_rule_by_gate(gate, rule):
+    assert _prepared(torch.zeros(1, 4), gate).rule == rule
+    other = "sign" if rule == "proportional" else "proportional"
+    assert _prepared(torch.zeros(1, 4), gate, rule=other).rule == other
+
+
+@pytest.mark.parametrize("base", [2**53, 10**16])
+def test_the_sign_is_exact_where_floats_round(base):
+    # counts differ by one in 10^16: float64 does not see it
+    load = torch.tensor([[base + 1, base, base, base]])
+    assert load.double().mean() == load.double()[0, 1]
+    balancer = _prepared(torch.zeros(1, 4), rate=1.0, rule="sign", center=False)
+    balancer.update(load)
+    assert balancer.offset().tolist() == [[-1.0, 1.0, 1.0, 1.0]]
+    balancer.update(torch.tensor([[base, base, base, base]]))
+    assert balancer.offset().tolist() == [[-1.0, 1.0, 1.0, 1.0]]
+
+
+@rules
+@centers
+def test_a_load_at_balance_and_a_load_without_tokens_move_nothing(rule, center):
+    start = torch.tensor([[0.3, -0.1, 0.0]])
+    balancer = _prepared(start, rate=0.1, rule=rule, center=center)
+    for load in ([[7, 7, 7]], [[0, 0, 0]]):
+        balancer.update(torch.tensor(load))
+        assert torch.equal(balancer.offset(), start)
+
+
+@rules
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10**6))
+def test_centred_steps_sum_to_zero_and_permute(rule, seed):
+    generator = torch.Generator().manual_seed(seed)
+    load = torch.randint(0, 1000, (2, 7), generator=generator)
+    order = torch.randperm(7, generator=generator)
+    found = []
+    for counts in (load, load[:, order]):
+        balancer = _prepared(torch.zeros(2, 7), rate=1.0, rule=rule)
+        balancer.update(counts)
+        assert_close(balancer.offset().sum(-1), torch.zeros(2), rtol=0, atol=5e-6)  # float32 sums of 7 terms to 7
+        found.append(balancer.offset())
+    assert_close(found[1], found[0][:, order], rtol=0, atol=1e-6)
+
+
+@rules
+def test_layers_do_not_mix(rule):
+    load = torch.tensor([[9, 0, 0], [1, 4, 7]])
+    both = _prepared(torch.zeros(2, 3), rate=0.1, rule=rule)
+    both.update(load)
+    for row in range(2):
+        one = _prepared(torch.zeros(1, 3), rate=0.1, rule=rule)
+        one.update(load[row : row + 1])
+        assert torch.equal(one.offset()[0], both.offset()[row])
+
+
+@pytest.mark.parametrize(("gate", "rule", "rate"), [("sigmoid", "sign", 0.01), ("softmax", "proportional", 0.02)])
+@pytest.mark.parametrize("center", [True, False])
+def test_a_skewed_router_evens_out(gate, rule, rate, center):
+    generator, skew = torch.Generator().manual_seed(0), torch.tensor([2.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0])
+    balancer, history = _prepared(torch.zeros(1, 8), gate, rate=rate, rule=rule, center=center), []
+    for _ in range(200):
+        logits = torch.randn(512, 8, generator=generator) + skew
+        load = expert_load(route(logits, 2, gate=gate, offset=balancer.offset()[0]).expert_ids, 8)
+        history.append(float(max_violation(load)))
+        balancer.update(load[None])
+    assert history[0] > 1.5, "the input is not skewed: the test proves nothing"
+    assert sum(history[-20:]) / 20 < 0.3  # floor 0.11, plus the swing of the rate
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_the_offset_is_a_copy_of_the_start_and_the_state_itself(gate):
+    start = torch.zeros(1, 3)
+    balancer = _prepared(start, gate, rate=0.1)
+    held = balancer.offset()
+    balancer.update(torch.tensor([[9, 0, 0]]))
+    assert balancer.offset() is held and held[0, 0] < 0
+    assert torch.equal(start, torch.zeros(1, 3))
+
+
+def test_frozen_never_moves():
+    balancer = Frozen()
+    balancer.prepare(Layers("softmax", 1, torch.tensor([[0.5, -0.5]])))
+    balancer.update(torch.tensor([[100, 0]]))
+    assert balancer.offset().tolist() == [[0.5, -0.5]]
+    assert balancer.has_offset and not balancer.has_loss
+
+
+@pytest.mark.parametrize("rate", [0, -1e-3, math.inf, math.nan, "fast", True, None])
+def test_rate_must_be_finite_and_above_zero(rate):
+    with pytest.raises(ValueError, match="rate must be (a finite number|above 0): got"):
+        LossFree(rate=rate)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rule": "momentum"}, "rule must be one of sign, proportional: got 'momentum'"),
+        ({"center": 1.0}, "center must be true or false: got 1.0"),
+        ({"rate": 0}, "To switch balancing off, use the strategy none"),
+    ],
+)
+def test_bad_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        LossFree(**options)
+
+
+@pytest.mark.parametrize("load", [torch.zeros(1, 3).long(), torch.zeros(4).long(), torch.zeros(1, 4)])
+def test_update_refuses_another_shape_or_dtype(load):
+    with pytest.raises(ValueError, match=r"int64 count per expert of each layer: expected shape \(1, 4\)"):
+        _prepared(torch.zeros(1, 4)).update(load)
+
+
+def test_notes_say_that_a_run_is_too_short():
+    (note,) = LossFree(rate=1e-3, rule="sign").notes(100)
+    assert "100 steps at rate 0.001 move an offset by at most 0.1" in note
+    assert LossFree(rate=1e-3, rule="sign").notes(10_000) == []
+    assert LossFree(rate=1e-2, rule="sign").notes(100) == []
+    assert LossFree(rate=1e-3, rule="proportional").notes(100) == []

@@ -1,0 +1,98 @@
+import pytest
+
+from equipoise import Balancer, Frozen, LoadBalancingLoss, LossFree, UsageError, parse_strategy
+from equipoise.balancers import format_strategy
+from equipoise.balancers.strategy import BALANCERS
+
+
+@pytest.mark.parametrize(
+    ("text", "written"),
+    [
+        ("none", "none"),
+        ("frozen", "frozen"),
+        ("loss-free", "loss-free"),
+        ("loss-free:rate=1e-2", "loss-free:rate=0.01"),
+        ("loss-free:rate=0.001", "loss-free"),
+        ("loss-free:rate=1e-2,rule=proportional", "loss-free:rate=0.01,rule=proportional"),
+        ("loss-free:center=false", "loss-free:center=false"),
+        ("lbl:scope=micro_batch,coefficient=1e-2", "lbl:scope=micro_batch"),
+        ("lbl:normalise=false,pooling=previous", "lbl:pooling=previous,normalise=false"),
+        ("loss-free+lbl:scope=sequence,coefficient=1e-4", "loss-free+lbl:coefficient=0.0001,scope=sequence"),
+        ("frozen+lbl:coefficient=1e+2+lbl:scope=sequence", "frozen+lbl:coefficient=100.0+lbl:scope=sequence"),
+    ],
+)
+def test_strategies_round_trip(text, written):
+    balancers = parse_strategy(text)
+    assert format_strategy(balancers) == written
+    again = parse_strategy(written)
+    assert [vars(b) for b in again] == [vars(b) for b in balancers]
+    assert format_strategy(again) == written
+
+
+@pytest.mark.parametrize("rate", [1e-7, 1e-5, 0.1, 1 / 3, 1.0, 1e22, 123456.789])
+def test_numbers_survive_the_round_trip_exactly(rate):
+    (balancer,) = parse_strategy(str(LossFree(rate=rate)))
+    assert balancer.rate == rate
+    first, second = parse_strategy(format_strategy([LoadBalancingLoss(rate), Frozen()]))
+    assert first.coefficient == rate and isinstance(second, Frozen)
+
+
+def test_none_is_no_balancer():
+    assert parse_strategy("none") == []
+    assert format_strategy([]) == "none"
+
+
+def test_options_reach_the_balancer():
+    (balancer,) = parse_strategy("loss-free:rate=1e+2,rule=sign,center=false")
+    assert (balancer.rate, balancer.rule, balancer.center) == (100.0, "sign", False)
+    (balancer,) = parse_strategy("lbl:coefficient=0,scope=sequence,pooling=previous,normalise=false")
+    assert (balancer.coefficient, balancer.scope, balancer.pooling, balancer.normalise) == (
+        0.0,
+        "sequence",
+        "previous",
+        False,
+    )
+
+
+def test_a_plus_in_a_number_does_not_split():
+    assert [type(b) for b in parse_strategy("lbl:coefficient=1e+2+loss-free:rate=1e+2")] == [LoadBalancingLoss, LossFree]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "must have a name: got an empty one"),
+        ("los-free", "must be made of none, frozen, loss-free, lbl: got 'los-free' in 'los-free'"),
+        ("LBL", "got 'LBL'"),
+        ("lbl+", r"got 'lbl\+'"),
+        ("+lbl", "got ''"),
+        ("lbl + frozen", "got 'lbl . frozen'"),
+        ("lbl+none", "got 'none' in"),
+        ("frozen:rate=1", "An option of frozen must be left out: it has none: got 'rate=1'"),
+        ("loss-free:speed=1", "An option of loss-free must be rate=... or rule=... or center=...: got 'speed=1'"),
+        ("loss-free:rate", "got 'rate' in 'loss-free:rate'"),
+        ("loss-free:rate=1,,rule=sign", "got ''"),
+        ("loss-free:", "loss-free:"),
+        ("loss-free:rate=1,rate=2", "given once: got rate twice"),
+        ("loss-free:rate=0", "rate must be above 0: got 0.0.*in 'loss-free:rate=0'"),
+        ("loss-free:rate=-1", "rate must be above 0"),
+        ("loss-free:rate=inf", "rate must be a finite number: got inf"),
+        ("loss-free:rate=nan", "rate must be a finite number: got nan"),
+        ("loss-free:rate=fast", "rate must be a finite number: got 'fast'"),
+        ("loss-free:rate=", "rate must be a finite number: got ''"),
+        ("loss-free:rate=true", "rate must be a finite number: got True"),
+        ("loss-free:rule=1", "rule must be one of sign, proportional"),
+        ("loss-free:center=1", "center must be true or false: got 1.0"),
+        ("lbl:normalise=True", "normalise must be true or false: got 'True'"),
+        ("lbl:scope=token", "scope must be one of sequence, micro_batch, global_batch: got 'token'"),
+    ],
+)
+def test_bad_strategies_are_usage_errors(text, message):
+    with pytest.raises(UsageError, match=message):
+        parse_strategy(text)
+
+
+def test_every_balancer_has_its_own_name_and_one_level_of_inheritance():
+    for name, kind in BALANCERS.items():
+        assert kind.name == name and kind.__bases__ == (Balancer,)
+        assert str(kind()) == name
