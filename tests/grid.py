@@ -43,7 +43,9 @@ def impossible(cell: Cell) -> str | None:
     """Why a cell makes no sense, for reasons that have nothing to do with balancing."""
     if cell.wrapper != "none" and cell.mode == "reentrant" and cell.order == "forwards_first":
         # seen with torch 2.13 without equipoise: DDP raises "marked ready twice", FSDP2 leaves gradients unreduced
-        return "a reentrant checkpoint runs one backward inside another, and the wrapper reduces gradients once for each"
+        return (
+            "a reentrant checkpoint runs one backward inside another, and the wrapper reduces gradients once for each"
+        )
     return None
 
 
@@ -203,4 +205,3 @@ def error(outcome: Outcome, expected: dict[str, Tensor]) -> float:
     distance = sum(float((ours - theirs).square().sum()) for ours, theirs in pairs)
     size = sum(float(theirs.square().sum()) for _, theirs in pairs)
     return (distance / size) ** 0.5
-

@@ -15,7 +15,9 @@ def _router(kind: str) -> nn.Module:
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
     if kind == "sigmoid":
-        config = Glm4MoeConfig(hidden_size=DIM, n_routed_experts=EXPERTS, num_experts_per_tok=K, n_group=1, topk_group=1)
+        config = Glm4MoeConfig(
+            hidden_size=DIM, n_routed_experts=EXPERTS, num_experts_per_tok=K, n_group=1, topk_group=1
+        )
         router = Glm4MoeTopkRouter(config)
     else:
         config = Qwen3MoeConfig(hidden_size=DIM, num_experts=EXPERTS, num_experts_per_tok=K, norm_topk_prob=True)
@@ -41,7 +43,7 @@ class Block(nn.Module):
 
 
 class TinyLM(nn.Module):
-    """Embedding, a sigmoid block with a slot (GLM-4.5), a softmax block without (Qwen3), a loss over unmasked tokens."""
+    """Embedding, a sigmoid block with a slot (GLM-4.5), a softmax block without (Qwen3), a loss over the unmasked."""
 
     def __init__(self, checkpointing: str | None = None):
         super().__init__()

@@ -40,7 +40,9 @@ def equipoise_imports(source: str) -> Iterator[str]:
                 yield "." * node.level
             elif node.module == "equipoise":
                 names = [alias.name for alias in node.names]
-                yield from (name if (ROOT / name).is_dir() or (ROOT / f"{name}.py").exists() else "equipoise" for name in names)
+                yield from (
+                    name if (ROOT / name).is_dir() or (ROOT / f"{name}.py").exists() else "equipoise" for name in names
+                )
             elif node.module.startswith("equipoise."):
                 yield node.module.split(".")[1]
         elif isinstance(node, ast.Import):

@@ -15,7 +15,7 @@ import torch
 from distributed.ranks import run_on_ranks
 
 import equipoise
-from equipoise.balance import Balance
+from equipoise.recorder import Recorder
 from equipoise.taps import tap
 from equipoise.window import Window
 
@@ -94,8 +94,8 @@ def test_the_table_sees_f_read_early(monkeypatch):
 
 
 def test_the_table_sees_a_factor_that_is_ignored(monkeypatch):
-    original = Balance._serve
-    monkeypatch.setattr(Balance, "_serve", lambda self, *args: (original(self, *args)[0], 1.0))
+    original = Recorder._serve
+    monkeypatch.setattr(Recorder, "_serve", lambda self, *args: (original(self, *args)[0], 1.0))
     assert _eager_error()[0] > 1e-2
 
 
@@ -120,8 +120,8 @@ def test_the_table_sees_recomputation_that_counts(monkeypatch, mode):
     monkeypatch.setattr(torch._C, "_current_graph_task_id", lambda: -1)
     try:
         outcome = grid.run(cell, prepared)
-    except equipoise.EquipoiseError:
-        return
+    except (equipoise.EquipoiseError, ValueError):
+        return  # refused: red as well
     assert outcome.counts != _exact("float32", "plain", 1)[1]
 
 

@@ -11,7 +11,10 @@ SOURCE = Path(equipoise.__file__).parent.parent
 
 def _run(code):
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": str(SOURCE), "PATH": "/usr/bin"}
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": str(SOURCE), "PATH": "/usr/bin"},
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
@@ -22,7 +25,10 @@ HEAVY = "[n for n in ('torch', 'transformers', 'jaxtyping', 'numpy') if n in sys
 
 def test_import_is_light():
     assert _run(f"import sys, equipoise\nprint({HEAVY})") == "[]"
-    assert _run(f"import sys, equipoise\ndir(equipoise), equipoise.__version__, equipoise.UsageError\nprint({HEAVY})") == "[]"
+    assert (
+        _run(f"import sys, equipoise\ndir(equipoise), equipoise.__version__, equipoise.UsageError\nprint({HEAVY})")
+        == "[]"
+    )
 
 
 def test_the_check_of_lightness_can_fail():

@@ -97,7 +97,12 @@ def test_rewind_drops_what_came_after_a_step(tmp_path):
     assert not run.complete
     run.rewind(0)
     assert list(run.rows("steps")) == []
-    assert sorted(p.name for p in run.path.iterdir()) == ["config.json", "evaluations.jsonl", "loads.jsonl", "steps.jsonl"]
+    assert sorted(p.name for p in run.path.iterdir()) == [
+        "config.json",
+        "evaluations.jsonl",
+        "loads.jsonl",
+        "steps.jsonl",
+    ]
 
 
 def test_rewind_keeps_every_number_exactly(tmp_path):

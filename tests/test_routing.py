@@ -97,7 +97,12 @@ def test_route_by_hand():
     # sigmoid scores .5 .75 .5: experts 1, then (with an offset of +.1) 2; weights .75, .5, together 1.25
     logits = torch.tensor([[0.0, LN3, 0.0]], dtype=torch.float64)
     routing = route(
-        logits, 2, gate="sigmoid", offset=torch.tensor([0.0, 0.0, 0.1], dtype=torch.float64), renormalise=True, scale=5.0
+        logits,
+        2,
+        gate="sigmoid",
+        offset=torch.tensor([0.0, 0.0, 0.1], dtype=torch.float64),
+        renormalise=True,
+        scale=5.0,
     )
     assert routing.expert_ids.tolist() == [[1, 2]]
     assert_close(routing.weights, torch.tensor([[3.0, 2.0]], dtype=torch.float64))

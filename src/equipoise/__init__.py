@@ -17,7 +17,7 @@ _HOME = {
     "LossFree": "balancers",
     "Routing": "routing",
     "UsageError": "errors",
-    "attach": "balance",
+    "attach": "attachment",
     "coefficient_of_variation": "metrics",
     "dead_experts": "metrics",
     "domain_information": "metrics",
@@ -38,7 +38,8 @@ _HOME = {
 __all__ = sorted(_HOME, key=str.casefold)
 
 if TYPE_CHECKING:
-    from equipoise.balance import Balance, attach
+    from equipoise.attachment import attach
+    from equipoise.balance import Balance
     from equipoise.balancers import (
         Balancer,
         Frozen,

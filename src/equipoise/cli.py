@@ -43,8 +43,8 @@ def _parse(arguments: list[str]) -> Compare | Train | Report:
                 prog="equipoise",
                 args=arguments,
                 description=(
-                    "Load balancing for mixture-of-experts training: train small models on real text under any strategy "
-                    "and see what balancing did to balance, quality and specialisation."
+                    "Load balancing for mixture-of-experts training: train small models on real text under any "
+                    "strategy and see what balancing did to balance, quality and specialisation."
                 ),
                 config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff),
             )

@@ -99,7 +99,7 @@ def effective_experts(load: Load) -> Float[Tensor, "*layers"]:
 
 
 def dead_experts(load: Load) -> Float[Tensor, "*layers"]:
-    """Number of experts that got no token, ``#{e : c_e = 0}``. Range 0 to experts; a mapping gives the *sum* over layers.
+    """Experts that got no token, ``#{e : c_e = 0}``. Range 0 to experts; a mapping gives the *sum* of its layers.
 
     Small windows have dead experts by chance: read it beside the number of tokens.
 

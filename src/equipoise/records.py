@@ -44,8 +44,8 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise EquipoiseError(
-            f"A run folder must hold {path.name}: {path} does not exist. The run was cut short before it began, or this "
-            "is no run folder; train again into a new folder."
+            f"A run folder must hold {path.name}: {path} does not exist. The run was cut short before it began, or "
+            "this is no run folder; train again into a new folder."
         ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise EquipoiseError(
@@ -135,7 +135,9 @@ def find_runs(folder: str | Path) -> list[Run]:
     """The runs in ``folder`` (or the one that it is), by name. None at all is an error."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise EquipoiseError(f"A folder of runs must exist: {folder} does not. Give the folder that was passed as --out.")
+        raise EquipoiseError(
+            f"A folder of runs must exist: {folder} does not. Give the folder that was passed as --out."
+        )
     places = [folder] if (folder / "config.json").exists() else sorted(p.parent for p in folder.glob("*/config.json"))
     if not places:
         raise EquipoiseError(

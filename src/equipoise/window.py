@@ -1,4 +1,4 @@
-"""What has been counted between two optimizer steps: calls in micro-batches, micro-batches in a window, pooled over ranks.
+"""What has been counted between two optimizer steps: calls, micro-batches, a window, pooled over ranks.
 
 All counts of a micro-batch lie in one int64 vector,
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from equipoise.errors import EquipoiseError
 
-__all__ = ["Call", "Layout", "MicroBatch", "Pool", "Window"]
+__all__ = ["Call", "Layout", "MicroBatch", "Pool", "Window", "fit_mask", "number_sequences"]
 
 
 class Layout:
@@ -216,3 +216,31 @@ class Window:
                 vector = self._closed
         self._open()
         return vector
+
+
+def fit_mask(mask: Tensor | None, num_tokens: int, name: str) -> Float[Tensor, " tokens"] | None:
+    """The mask of these tokens, 0 or 1, a copy. Of a 2-D mask that covers a cached prefix too the end counts."""
+    if mask is None:
+        return None
+    if mask.dim() == 2 and mask.numel() > num_tokens and num_tokens % mask.shape[0] == 0:
+        mask = mask[:, -(num_tokens // mask.shape[0]) :]
+    if mask.numel() != num_tokens:
+        raise EquipoiseError(
+            f"the mask must hold one number per token that {name} routes: got shape {tuple(mask.shape)} for "
+            f"{num_tokens} tokens. Pass the mask of these tokens with balance.token_mask(mask)."
+        )
+    return (mask.reshape(-1) != 0).float()
+
+
+def number_sequences(
+    sequence_ids: Tensor | None, rows: int, num_tokens: int, device: torch.device
+) -> tuple[Int[Tensor, " tokens"] | None, int]:
+    """Numbers the sequences 0, 1, ...: rows of the batch, or wherever the given ids change."""
+    if sequence_ids is not None:
+        ids = sequence_ids.reshape(1, -1) if sequence_ids.dim() == 1 else sequence_ids
+        starts = torch.ones_like(ids, dtype=torch.bool)
+        starts[:, 1:] = ids[:, 1:] != ids[:, :-1]
+        return starts.reshape(-1).cumsum(0).sub_(1).to(device), num_tokens
+    if rows <= 0 or num_tokens % rows:
+        return None, 0
+    return torch.arange(num_tokens, device=device) // (num_tokens // rows), rows

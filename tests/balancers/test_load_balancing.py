@@ -104,9 +104,7 @@ def test_sequence_value_and_gradient_equal_the_reference(gate, normalise, masked
     loss = sequence_load_balancing_loss(routing, normalise=normalise)
     expected = reference.sequence_loss(reference.scores(rows, gate), ids, SEQUENCES, mask, normalise)
     _matches(loss.detach(), expected, atol)
-    _matches(
-        _gradient(loss, routing), reference.sequence_gradient(rows, ids, SEQUENCES, gate, mask, normalise), atol
-    )
+    _matches(_gradient(loss, routing), reference.sequence_gradient(rows, ids, SEQUENCES, gate, mask, normalise), atol)
 
 
 @gates

@@ -71,7 +71,9 @@ def test_update_equals_the_reference(rule, center, dtype, atol):
     assert_close(balancer.offset(), torch.tensor(expected, dtype=dtype), rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize(("gate", "rule"), [("softmax", "proportional"), ("sigmoid", "sign"), ("sqrt_softplus", "sign")])
+@pytest.mark.parametrize(
+    ("gate", "rule"), [("softmax", "proportional"), ("sigmoid", "sign"), ("sqrt_softplus", "sign")]
+)
 def test_default_rule_by_gate(gate, rule):
     assert _prepared(torch.zeros(1, 4), gate).rule == rule
     other = "sign" if rule == "proportional" else "proportional"

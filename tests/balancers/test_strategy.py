@@ -55,7 +55,10 @@ def test_options_reach_the_balancer():
 
 
 def test_a_plus_in_a_number_does_not_split():
-    assert [type(b) for b in parse_strategy("lbl:coefficient=1e+2+loss-free:rate=1e+2")] == [LoadBalancingLoss, LossFree]
+    assert [type(b) for b in parse_strategy("lbl:coefficient=1e+2+loss-free:rate=1e+2")] == [
+        LoadBalancingLoss,
+        LossFree,
+    ]
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ class Layers:
 class Balancer:
     """One mechanism. Subclasses are final and override what they need; every hook is a no-op here.
 
-    ``name`` is what strategy strings call it; ``scope`` says whose counts reach ``loss`` and ``update``; ``coefficient`` weighs the loss (0: no loss).
+    ``name`` is what strategy strings call it; ``scope`` says whose counts reach ``loss``; ``coefficient`` weighs it.
     """
 
     name: str = ""

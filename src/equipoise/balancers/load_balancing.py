@@ -115,5 +115,3 @@ class LoadBalancingLoss(Balancer):
         if self.scope == "sequence":
             return sequence_load_balancing_loss(routing, normalise=self.normalise)
         return load_balancing_loss(routing, load, normalise=self.normalise)
-
-

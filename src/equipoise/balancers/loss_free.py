@@ -90,5 +90,3 @@ class Frozen(Balancer):
 
     def offset(self) -> Float[Tensor, "layers experts"]:
         return self._offset
-
-

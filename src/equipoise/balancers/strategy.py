@@ -1,9 +1,9 @@
 """Strategy strings: the same in Python, on the command line and in a run's config.
 
-    none | frozen | NAME[:option=value,...] [+ NAME[:option=value,...]] ...
+none | frozen | NAME[:option=value,...] [+ NAME[:option=value,...]] ...
 
-    loss-free:rate=1e-2,rule=proportional       lbl:scope=micro_batch,coefficient=1e-2
-    loss-free+lbl:scope=sequence,coefficient=1e-4
+loss-free:rate=1e-2,rule=proportional       lbl:scope=micro_batch,coefficient=1e-2
+loss-free+lbl:scope=sequence,coefficient=1e-4
 """
 
 import inspect
@@ -71,4 +71,3 @@ def parse_strategy(text: str) -> list[Balancer]:
 def format_strategy(balancers: Sequence[Balancer]) -> str:
     """The string that ``parse_strategy`` turns into these balancers again."""
     return "+".join(map(str, balancers)) or "none"
-

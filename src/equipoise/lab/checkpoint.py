@@ -11,7 +11,8 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from equipoise.balance import OFFSETS_FILE, Balance
+from equipoise.attachment import OFFSETS_FILE
+from equipoise.balance import Balance
 from equipoise.errors import EquipoiseError
 from equipoise.records import write_json
 from equipoise.taps.tap import OWN_SLOT

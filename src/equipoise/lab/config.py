@@ -65,11 +65,11 @@ class _Run:
     """Micro-batches a step (gradient accumulation)."""
 
     shuffled: bool = False
-    """Mix domains in every micro-batch. By default a micro-batch holds one domain, an upper bound of what scope does."""
+    """Mix domains in every micro-batch. By default each holds one domain: an upper bound of what scope does."""
 
     order: Literal["forwards_first", "interleaved"] = "forwards_first"
-    """forwards_first: all forwards of a step, then one backward, so that the global batch is exact. interleaved: forward,
-    backward, forward, ...: each backward knows the micro-batches so far (Algorithm 1 of Demons in the Detail)."""
+    """forwards_first: all forwards of a step, then one backward, so that the global batch is exact. interleaved:
+    forward, backward, forward, ...: each backward knows the micro-batches so far (Algorithm 1 of paper 2)."""
 
     learning_rate: float = 3e-3
     """Peak learning rate of AdamW, the same for every strategy."""

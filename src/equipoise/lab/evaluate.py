@@ -39,8 +39,8 @@ def evaluate(
     """Figures of the model on ``split``; every domain gives the same number of sequences.
 
     Returns ``val_nats`` (mean over tokens), ``val_perplexity``, ``val_bits_per_byte``, ``maxvio_global`` (all domains
-    pooled), ``maxvio_floor``, ``domain_information_bits`` (mean over layers), ``dead_experts`` (sum over layers), and by
-    domain ``nats``, ``bits_per_byte``, ``tokens``, ``load`` (layers x experts).
+    pooled), ``maxvio_floor``, ``domain_information_bits`` (mean over layers), ``dead_experts`` (sum over layers), and
+    by domain ``nats``, ``bits_per_byte``, ``tokens``, ``load`` (layers x experts).
     """
     rows = {domain: corpus.sequences(split, domain, sequence_length) for domain in corpus.domains}
     num = min([most_sequences, *map(len, rows.values())])

@@ -67,12 +67,14 @@ def build_model(config: Train, vocab_size: int) -> nn.Module:
         model = auto.from_pretrained(config.model) if has_weights else auto.from_config(found)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise EquipoiseError(f"--model must be a causal language model of Transformers: {config.model}: {reason}") from None
+        raise EquipoiseError(
+            f"--model must be a causal language model of Transformers: {config.model}: {reason}"
+        ) from None
     rows = model.get_input_embeddings().num_embeddings
     if rows < vocab_size:
         raise EquipoiseError(
-            f"--model must have an embedding for every token: it has {rows}, the tokenizer {vocab_size} tokens. Pass the "
-            "model's own tokenizer with --tokenizer."
+            f"--model must have an embedding for every token: it has {rows}, the tokenizer {vocab_size} tokens. Pass "
+            "the model's own tokenizer with --tokenizer."
         )
     return model
 

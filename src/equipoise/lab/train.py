@@ -1,6 +1,6 @@
 """One run: trains one model under one strategy and writes its run folder.
 
-    corpus -> micro-batches -> forwards of a window -> one backward -> optimizer -> balance.step() -> records
+corpus -> micro-batches -> forwards of a window -> one backward -> optimizer -> balance.step() -> records
 """
 
 import importlib.metadata
@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from equipoise import __version__
-from equipoise.balance import Balance, attach
+from equipoise.attachment import attach
+from equipoise.balance import Balance
 from equipoise.balancers import parse_strategy
 from equipoise.errors import EquipoiseError
 from equipoise.lab import checkpoint
@@ -51,8 +52,8 @@ def check(config: Train) -> None:
         raise EquipoiseError(f"--out must be a folder: {out} is a file. Choose another.")
     if out.is_dir() and any(out.iterdir()) and not config.resume:
         raise EquipoiseError(
-            f"--out must be new or empty: {out} holds {_some(out)}. Nothing was touched. Choose another folder, or go on "
-            "with a run that was stopped with --resume."
+            f"--out must be new or empty: {out} holds {_some(out)}. Nothing was touched. Choose another folder, or "
+            "go on with a run that was stopped with --resume."
         )
 
 
@@ -89,7 +90,7 @@ class _Training:
         )
         self.model: nn.Module = build_model(config, self.corpus.vocab_size).to(self.device).train()
         self.balance: Balance = attach(self.model, config.strategy)
-        self.k = int(self.model.config.num_experts_per_tok)
+        self.k: int = self.model.config.num_experts_per_tok  # type: ignore[assignment]
         self.num_experts = len(next(iter(self.balance.offsets.values())))
         decayed = [p for p in self.model.parameters() if p.requires_grad and p.dim() >= 2]
         other = [p for p in self.model.parameters() if p.requires_grad and p.dim() < 2]
@@ -110,11 +111,13 @@ class _Training:
             for name, value in asked.items():
                 if there.get(name) != value:
                     raise EquipoiseError(
-                        f"a run goes on with the options that it began with: {config.out} has {name}={there.get(name)!r}, "
-                        f"got {value!r}. Give the same options, or choose another folder."
+                        f"a run goes on with the options that it began with: {config.out} has "
+                        f"{name}={there.get(name)!r}, got {value!r}. Give the same options, or choose another folder."
                     )
             if records.config["corpus_fingerprint"] != self.corpus.fingerprint:
-                raise EquipoiseError(f"a run goes on with the text that it began with: the text of {config.out} changed.")
+                raise EquipoiseError(
+                    f"a run goes on with the text that it began with: the text of {config.out} changed."
+                )
             return records
         names = ("torch", "transformers", "tokenizers", "numpy")
         return Run.create(
@@ -159,8 +162,8 @@ class _Training:
         notes = self.balance.notes(self.config.steps)
         if not self.config.shuffled and len(self.corpus.domains) > 1:
             notes.append(
-                "Every micro-batch holds text of one domain, so the difference between scopes is an upper bound of what "
-                "mixed micro-batches show (--shuffled)."
+                "Every micro-batch holds text of one domain, so the difference between scopes is an upper bound of "
+                "what mixed micro-batches show (--shuffled)."
             )
         return notes
 
@@ -183,16 +186,14 @@ class _Training:
             self.watcher.step(row, self._tokens_per_step / statistics.median(seconds[-20:]))
             if not math.isfinite(row["loss"]):
                 raise EquipoiseError(
-                    f"training must not diverge: the loss of {config.strategy}, seed {config.seed}, is {row['loss']} at "
-                    f"step {step + 1}. Its records are kept in {records.path}; take a lower --learning-rate."
+                    f"training must not diverge: the loss of {config.strategy}, seed {config.seed}, is {row['loss']} "
+                    f"at step {step + 1}. Its records are kept in {records.path}; take a lower --learning-rate."
                 )
             last = step + 1 == config.steps
             if config.evaluate_every and (step + 1) % config.evaluate_every == 0 and not last:
                 records.append("evaluations", {"step": step + 1, **self._evaluate("selection")})
             if (step + 1) % config.checkpoint_every == 0 and not last:
-                checkpoint.save(
-                    records.path / "checkpoints", step + 1, self.model, self.optimizer, self.balance
-                )
+                checkpoint.save(records.path / "checkpoints", step + 1, self.model, self.optimizer, self.balance)
         result = self._finish(seconds)
         self.watcher.end()
         return result

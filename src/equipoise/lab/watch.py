@@ -8,8 +8,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from equipoise.lab.config import Train
-from equipoise.report import COLUMNS, summary_rows
 from equipoise.records import find_runs
+from equipoise.report import COLUMNS, summary_rows
 
 __all__ = ["Terminal", "print_table"]
 
@@ -60,6 +60,7 @@ class Terminal:
     def step(self, row: dict[str, Any], tokens_per_second: float) -> None:
         figures = f"loss {row['loss']:.3f}  maxvio {row['maxvio_batch']:.2f}  {tokens_per_second:,.0f} tokens/s"
         if self.console.is_terminal:
+            assert self.task is not None
             self.progress.update(self.task, completed=row["step"], figures=figures)
             return
         now = time.monotonic()

@@ -118,7 +118,7 @@ def prove(name: str, router: nn.Module, kind: RouterKind) -> int:
 
     generator = torch.Generator().manual_seed(0)
     stand_in = _stand_in(router, generator)
-    num_experts, dim = stand_in.weight.shape
+    num_experts, dim = stand_in._parameters["weight"].shape
     hidden = torch.randn(64, dim, generator=generator) / dim**0.5
     favourite = torch.zeros(num_experts)
     favourite[num_experts // 2] = 100.0

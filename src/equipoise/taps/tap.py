@@ -166,7 +166,7 @@ class OffsetTopK(TorchFunctionMode):
 
 
 @cache
-def _tapped(base: type[nn.Module]) -> type[nn.Module]:
+def _tapped(base: Any) -> Any:
     def forward(self, *args, **kwargs):
         tap = self._equipoise
         if tap.steers:
@@ -218,7 +218,7 @@ def _tapped(base: type[nn.Module]) -> type[nn.Module]:
     return type(base.__name__, (base,), namespace)
 
 
-def _new_tapped(base: type[nn.Module]) -> nn.Module:
+def _new_tapped(base: Any) -> nn.Module:
     cls = _tapped(base)
     return cls.__new__(cls)
 
@@ -229,12 +229,13 @@ def tap_router(router: nn.Module, tap: Tap, own_slot: Float[Tensor, " experts"] 
         router.register_buffer(OWN_SLOT, own_slot, persistent=False)
         tap.steers = True
     router.__dict__["_equipoise"] = tap
-    router.__class__ = _tapped(type(router))
+    base: Any = type(router)
+    router.__class__ = _tapped(base)
 
 
 def untap_router(router: nn.Module) -> None:
     """Undoes ``tap_router``; a slot of the family's own keeps what it holds."""
-    router.__class__ = type(router)._equipoise_base
+    router.__class__ = type(router)._equipoise_base  # type: ignore[attr-defined]
     del router.__dict__["_equipoise"]
     if OWN_SLOT in router._buffers:
         delattr(router, OWN_SLOT)
@@ -264,9 +265,7 @@ def _tap(weights, logits, expert_ids, mask, sequence_ids, rows, key, training):
     tap = _TAPS.get(key)
     token = UNCOUNTED
     if tap is not None and tap.observer is not None:
-        token = tap.observer.observe(
-            tap.layer, weights, logits, expert_ids, mask, sequence_ids, int(rows), training
-        )
+        token = tap.observer.observe(tap.layer, weights, logits, expert_ids, mask, sequence_ids, int(rows), training)
     return weights.clone(), torch.tensor(token)
 
 

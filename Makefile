@@ -1,0 +1,30 @@
+# make install   a virtual environment in .venv with the tested set of constraints.txt
+# make demo      the main job on the packaged corpus: table on the terminal, page in runs/demo/report.html
+# make test      everything that CI runs
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO ?= runs/demo
+
+.PHONY: install demo test clean
+
+install: $(VENV)/.installed
+
+# Runs again only when the project's requirements change. torch comes first: pip would take the largest build otherwise.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+demo: install
+	$(BIN)/equipoise compare --out $(DEMO) --resume
+
+test: install
+	$(BIN)/ruff format --check src tests
+	$(BIN)/ruff check src tests
+	$(BIN)/mypy
+	$(BIN)/pytest -n 2 --dist loadgroup
+
+clean:
+	rm -rf $(VENV) runs build dist

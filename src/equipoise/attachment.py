@@ -1,0 +1,171 @@
+"""Finds the routers of a model, agrees with the other ranks, and makes a ``Balance``."""
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from equipoise.balance import Balance, few
+from equipoise.balancers import Balancer, format_strategy, parse_strategy
+from equipoise.errors import EquipoiseError
+from equipoise.recorder import Layer, slot_of
+from equipoise.taps.families import find_routers, num_experts_of, prove
+from equipoise.taps.tap import is_tapped, untap_router
+from equipoise.window import Pool
+
+__all__ = ["OFFSETS_FILE", "attach"]
+
+OFFSETS_FILE = "equipoise_offsets.safetensors"  # beside the weights of a family without a slot
+
+_log = logging.getLogger("equipoise")
+
+
+def attach(
+    model: nn.Module,
+    *balancers: Balancer | str,
+    where: Callable[[str, nn.Module], bool] | None = None,
+    group: Any | None = None,
+    offsets: Mapping[str, Tensor] | str | os.PathLike[str] | None = None,
+) -> Balance:
+    """Attaches balancers to the mixture-of-experts model you already have.
+
+        balance = equipoise.attach(model, LossFree(rate=1e-3), LoadBalancingLoss(1e-4, scope="sequence"))
+        loss = model(**micro_batch).loss + balance.loss()      # every micro-batch
+        optimizer.step(); balance.step()                       # every optimizer step
+
+    Args:
+        model: the model; may be wrapped (DDP, FSDP2, compiled).
+        balancers: mechanisms, as objects or strategy strings; none at all only counts.
+        where: ``where(name, router) -> bool`` chooses layers; default all.
+        group: the process group, or a ``DeviceMesh``, whose ranks hold different tokens; default the world.
+        offsets: by layer, the offsets to begin with, or the path of saved ones; default what the model's slots hold.
+
+    With balancers at offset zero and without losses, logits, weights, choices and gradients of the model are the same
+    bit for bit. Collective over ``group``: every rank compares layers and strategies and raises the same error when
+    they differ. Raises ``EquipoiseError`` when the model holds no router that is known, or one that behaves otherwise
+    than its family, or when it is attached already.
+    """
+    inner = _unwrap(model)
+    pool = Pool(_process_group(group))
+    error: Exception | None = None
+    fingerprint: Any = None
+    try:
+        resolved = _resolve(balancers)
+        layers = _find_layers(inner, where)
+        start = {layer.name: slot_of(layer) for layer in layers} if offsets is None else _read_offsets(offsets, layers)
+        fingerprint = (format_strategy(resolved), [(x.name, x.num_experts, x.k, x.kind) for x in layers])
+    except Exception as caught:
+        error = caught
+    everyone = pool.gather((fingerprint, None if error is None else f"{type(error).__name__}: {error}"))
+    if error is not None:
+        raise error
+    for rank, (theirs, their_error) in enumerate(everyone):
+        if their_error is not None:
+            raise EquipoiseError(f"attach must succeed on every rank: on rank {rank} of the group, {their_error}")
+        if theirs != everyone[0][0]:
+            raise EquipoiseError(
+                "every rank must attach the same strategy to the same layers: rank 0 of the group has "
+                f"{_describe(everyone[0][0])}, rank {rank} has {_describe(theirs)}."
+            )
+    _reset_dynamo(model)
+    for layer in layers:
+        if "_equipoise" in layer.router.__dict__:  # a copy of an attached model: take its inert tap off
+            untap_router(layer.router)
+    return Balance(inner, layers, resolved, pool, start)
+
+
+def _describe(fingerprint: Any) -> str:
+    strategy, layers = fingerprint
+    return f"{strategy} on {few({name: size for name, size, _, _ in layers})}"
+
+
+def _process_group(group: Any | None) -> Any | None:
+    get_group = getattr(group, "get_group", None)  # a DeviceMesh of one dimension
+    if get_group is None:
+        return group
+    if group.ndim != 1:
+        group = group._flatten()
+    return group.get_group()
+
+
+def _find_layers(model: nn.Module, where: Callable[[str, nn.Module], bool] | None) -> list[Layer]:
+    layers, proven = [], {}
+    for name, router, kind in find_routers(model):
+        if where is not None and not where(name, router):
+            continue
+        if is_tapped(router):
+            raise EquipoiseError(
+                f"a router must be attached once: {name} is attached already. Call detach() on its Balance first."
+            )
+        key = (
+            type(router),
+            num_experts_of(router),
+            tuple(sorted((k, str(v)) for k, v in vars(router).items() if isinstance(v, int | float | str))),
+        )
+        if key not in proven:
+            proven[key] = prove(name, router, kind)
+        layers.append(Layer(name, router, kind, num_experts_of(router), proven[key]))
+    if not layers:
+        raise EquipoiseError("where must choose at least one router: it chose none.")
+    return layers
+
+
+def _resolve(balancers: Sequence[Balancer | str]) -> list[Balancer]:
+    result: list[Balancer] = []
+    for balancer in balancers:
+        if isinstance(balancer, str):
+            result += parse_strategy(balancer)
+        elif isinstance(balancer, Balancer):
+            result.append(balancer)
+        else:
+            raise TypeError(
+                f"a balancer must be an object such as LossFree() or a strategy string: got {type(balancer).__name__}."
+            )
+    steering = [str(balancer) for balancer in result if balancer.has_offset]
+    if len(steering) > 1:
+        raise ValueError(f"one balancer may move the offset: got {' and '.join(steering)}. Leave one out.")
+    return result
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod  # type: ignore[assignment]
+        elif isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        else:
+            return model
+
+
+def _reset_dynamo(model: nn.Module) -> None:
+    """Graphs that were compiled before the taps were there would go on without them."""
+    dynamo = sys.modules.get("torch._dynamo")
+    compiled = hasattr(model, "_orig_mod") or any(m._compiled_call_impl is not None for m in model.modules())
+    if dynamo is not None and compiled and dynamo.utils.counters["frames"]["total"]:
+        _log.warning(
+            "attach: the model was compiled and called before; compiled graphs are dropped (torch._dynamo.reset) and "
+            "made anew. Attach before the first call to save that."
+        )
+        dynamo.reset()
+
+
+def _read_offsets(offsets: Mapping[str, Tensor] | str | os.PathLike[str], layers: list[Layer]) -> dict[str, Tensor]:
+    if not isinstance(offsets, Mapping):
+        path = Path(offsets)
+        path = path / OFFSETS_FILE if path.is_dir() else path
+        if not path.exists():
+            raise EquipoiseError(f"offsets must be a mapping or a saved file: {path} does not exist.")
+        try:
+            from safetensors.torch import load_file
+        except ImportError:
+            raise EquipoiseError("reading saved offsets needs safetensors: pip install safetensors.") from None
+        offsets = load_file(path)
+    sizes = {name: tuple(value.shape) for name, value in offsets.items()}
+    wanted = {layer.name: (layer.num_experts,) for layer in layers}
+    if sizes != wanted:
+        raise EquipoiseError(f"offsets must name the layers of this model: got {few(sizes)}, expected {few(wanted)}.")
+    return {layer.name: offsets[layer.name].detach().float().to(slot_of(layer).device, copy=True) for layer in layers}

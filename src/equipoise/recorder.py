@@ -1,0 +1,239 @@
+"""What the taps report to: counts each router call once and gives each router the gradient of its losses.
+
+Which tokens, when: a call counts when the router is in training mode, not paused, and no backward is running (then it
+is a recomputation). The gradient is computed in the backward, by the counts that are pooled by then.
+"""
+
+from collections.abc import Sequence
+from copy import deepcopy
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from equipoise.balancers import Balancer, Layers
+from equipoise.errors import EquipoiseError
+from equipoise.routing import Routing, score
+from equipoise.taps.tap import OWN_SLOT, RECOMPUTED, UNCOUNTED, RouterKind
+from equipoise.window import Call, Layout, MicroBatch, Pool, Window, fit_mask, number_sequences
+
+__all__ = ["Group", "Layer", "Recorder", "slot_of"]
+
+
+class Layer(NamedTuple):
+    """One attached router."""
+
+    name: str
+    router: nn.Module
+    kind: RouterKind
+    num_experts: int
+    k: int
+
+
+class Group:
+    """The layers with the same number of experts, k and gate, and the balancers prepared for them, states stacked."""
+
+    def __init__(self, layers: list[int], balancers: list[Balancer]):
+        self.layers = layers
+        self.balancers = balancers
+        self.losses = [balancer for balancer in balancers if balancer.has_loss]
+        self.steering = next((balancer for balancer in balancers if balancer.has_offset), None)
+
+
+class Recorder:
+    """The counts of one attached model, its balancers' states, and what its taps ask for."""
+
+    def __init__(self, layers: list[Layer], balancers: Sequence[Balancer], pool: Pool, offsets: dict[str, Tensor]):
+        self.layers = layers
+        self.layout = Layout([layer.num_experts for layer in layers])
+        self.groups, self.group_of = _make_groups(layers, balancers, offsets)
+        self.num_losses = sum(balancer.has_loss for balancer in balancers)
+        self.needs_sequences = any(balancer.has_loss and balancer.scope == "sequence" for balancer in balancers)
+        pools_each = any(b.has_loss and b.scope == "global_batch" and b.pooling == "window" for b in balancers)
+        self.window = Window(self.layout, pool, self.num_losses, pools_each)
+        self.last: Tensor | None = None  # pooled counts of the last closed window
+        self.loss_scale: float | Tensor | None = None
+        self.has_tickets = False  # loss() was called: it separates micro-batches
+        self.paused = False
+        self.measuring = False
+        self.measured: Tensor | None = None  # counts since measuring began
+
+    def observe(
+        self,
+        layer: int,
+        weights: Float[Tensor, "tokens k"],
+        logits: Float[Tensor, "tokens experts"],
+        expert_ids: Int[Tensor, "tokens k"],
+        mask: Tensor | None,
+        sequence_ids: Tensor | None,
+        rows: int,
+        training: bool,
+    ) -> int:
+        recomputing = torch._C._current_graph_task_id() != -1  # the one place that asks: a backward is running
+        if recomputing:
+            return RECOMPUTED if training and not self.measuring and not self.paused else UNCOUNTED
+        if not self.measuring and (self.paused or not training):
+            return UNCOUNTED
+        num_tokens = expert_ids.shape[0]
+        mask = fit_mask(mask, num_tokens, self.layers[layer].name)
+        if self.measuring:
+            if self.measured is None:
+                self.measured = self.layout.zeros(expert_ids.device)
+            self.layout.count(self.measured, layer, expert_ids, mask)
+            return UNCOUNTED
+        window = self.window
+        if self.num_losses == 0 or self.loss_scale is not None:
+            self._split_by_forward(layer)
+        micro_batch = window.micro_batch(expert_ids.device)
+        self.layout.count(micro_batch.vector, layer, expert_ids, mask)
+        segments, num_sequences = None, 0
+        if self.needs_sequences:
+            segments, num_sequences = number_sequences(sequence_ids, rows, num_tokens, expert_ids.device)
+        call = Call(layer, micro_batch, mask, segments, num_sequences, num_tokens if mask is None else mask.sum())
+        if self.num_losses:
+            routing = self._routing(layer, call, logits, expert_ids, weights)
+            for index, balancer in enumerate(self.group_of[layer][0].losses):
+                value = balancer.loss(routing, self._scope_load(balancer, layer, micro_batch, window.load_now))
+                micro_batch.losses[index, layer].add_(value * call.num_tokens)
+        return window.record(call)
+
+    def _split_by_forward(self, layer: int) -> None:
+        """Where no ticket separates micro-batches, one begins when the layer that came first comes again."""
+        micro_batch = self.window.current
+        if micro_batch is not None and not self.has_tickets and layer == micro_batch.first_layer:
+            self.window.close_micro_batch()
+
+    def gradient(
+        self,
+        layer: int,
+        token: int,
+        logits: Float[Tensor, "tokens experts"],
+        expert_ids: Int[Tensor, "tokens k"],
+        weights: Float[Tensor, "tokens k"],
+    ) -> Float[Tensor, "tokens experts"]:
+        if token == UNCOUNTED:
+            return torch.zeros_like(logits)
+        call, factor = self._serve(layer, token)
+        micro_batch = call.micro_batch
+        if micro_batch is self.window.current:  # no loss() closed it: loss_scale stands in
+            self.window.close_micro_batch()
+        logits = logits.detach().requires_grad_()
+        with torch.enable_grad():
+            routing = self._routing(layer, call, logits, expert_ids, weights)
+            total = torch.zeros((), dtype=routing.scores.dtype, device=logits.device)
+            for balancer in self.group_of[layer][0].losses:
+                pooled = None
+                if balancer.scope == "global_batch" and balancer.pooling == "window":
+                    pooled = self.window.load_pooled()
+                load = self._scope_load(balancer, layer, micro_batch, pooled)
+                total = total + balancer.coefficient * balancer.loss(routing, load)
+            if len(micro_batch.calls[layer]) > 1:  # the loss is a mean over all tokens of the micro-batch
+                tokens = micro_batch.vector[self.layout.tokens][layer].clamp_min(1)
+                total = total * (call.num_tokens / tokens).to(total.dtype)
+            (gradient,) = torch.autograd.grad(total, logits, grad_outputs=torch.ones_like(total) * factor)
+        return gradient
+
+    def _serve(self, layer: int, token: int) -> tuple[Call, Tensor | float]:
+        """The counted call that this backward belongs to, and the factor of its loss."""
+        window = self.window
+        number, call = -1, None
+        if token == RECOMPUTED:  # a recomputed call does not know its micro-batch: the ticket that ran last says it
+            micro_batch = window.serving
+            if micro_batch is None and self.loss_scale is not None:
+                micro_batch = next((m for m in window.micro_batches if m.unserved[layer]), None)
+            if micro_batch is not None and micro_batch.unserved[layer]:
+                number = micro_batch.unserved[layer][-1]  # backwards run from the last call to the first
+                call = window.calls[number]
+        else:
+            number, call = window.call(token)
+        factor = self.loss_scale
+        if call is not None and call.micro_batch.factor is not None:
+            factor = call.micro_batch.factor
+            if number not in call.micro_batch.unserved[layer]:
+                factor = None  # served already: this backward has no ticket of its own
+        if call is None or factor is None:
+            raise EquipoiseError(
+                "balance.loss() must be added to the loss of every micro-batch, between its forward and its backward: "
+                f"the backward of {self.layers[layer].name} found none. Write `loss = model(...).loss + "
+                "balance.loss()`; where that cannot be done, set balance.loss_scale to the factor of the loss."
+            )
+        if number in call.micro_batch.unserved[layer]:
+            call.micro_batch.unserved[layer].remove(number)
+        return call, factor
+
+    def _routing(self, layer: int, call: Call, logits: Tensor, expert_ids: Tensor, weights: Tensor) -> Routing:
+        scores = score(logits, self.layers[layer].kind.gate)
+        return Routing(logits, scores, expert_ids, weights, call.mask, call.sequence_ids, call.num_sequences)
+
+    def _scope_load(
+        self, balancer: Balancer, layer: int, micro_batch: MicroBatch, pooled: Tensor | None
+    ) -> Int[Tensor, " experts"] | None:
+        if balancer.scope == "sequence":
+            return None
+        if balancer.scope == "micro_batch":
+            return self.layout.load(micro_batch.vector, layer)
+        if balancer.pooling == "window":
+            assert pooled is not None
+            return self.layout.load(pooled, layer)
+        if self.last is None:  # before the first window ends: an even share
+            return micro_batch.vector.new_ones(self.layers[layer].num_experts)
+        return self.layout.load(self.last, layer)
+
+    def restore_offset(self, layer: int) -> None:
+        """Writes the offset of ``layer`` into its slot, in float32, after a cast, a move or a step."""
+        group, row = self.group_of[layer]
+        if group.steering is None:
+            return
+        router, kind = self.layers[layer].router, self.layers[layer].kind
+        name = kind.slot or OWN_SLOT
+        slot, offset = router._buffers.get(name), group.steering.offset()
+        if slot is None:
+            return
+        if slot.device != offset.device and slot.device.type != "meta":
+            offset.data = offset.data.to(slot.device)
+        if slot.dtype == offset.dtype and slot.device == offset.device:
+            slot.detach().copy_(offset[row])
+        elif slot.device.type != "meta":
+            router._buffers[name] = offset[row].clone()
+
+    def adopt_offset(self, layer: int) -> None:
+        """A checkpoint was loaded into the family's slot: the offset becomes what it holds."""
+        group, row = self.group_of[layer]
+        slot = self.layers[layer].kind.slot
+        if group.steering is None or slot is None:
+            return
+        held, offset = slot_of(self.layers[layer]), group.steering.offset()[row]
+        held = held.to(offset.device)
+        if any(torch.equal(offset.to(dtype).float(), held) for dtype in (torch.float32, torch.bfloat16, torch.float16)):
+            self.restore_offset(layer)  # the checkpoint holds ours, perhaps rounded
+        else:
+            offset.copy_(held)
+
+
+def _make_groups(
+    layers: list[Layer], balancers: Sequence[Balancer], offsets: dict[str, Tensor]
+) -> tuple[list[Group], dict[int, tuple[Group, int]]]:
+    members: dict[Any, list[int]] = {}
+    for index, layer in enumerate(layers):
+        members.setdefault((layer.num_experts, layer.k, layer.kind.gate), []).append(index)
+    groups: list[Group] = []
+    group_of: dict[int, tuple[Group, int]] = {}
+    for (_, k, gate), indices in members.items():
+        prepared = [deepcopy(balancer) for balancer in balancers]
+        start = torch.stack([offsets[layers[index].name] for index in indices])
+        for balancer in prepared:
+            balancer.prepare(Layers(gate, k, start))
+        group = Group(indices, prepared)
+        groups.append(group)
+        group_of.update({index: (group, row) for row, index in enumerate(indices)})
+    return groups, group_of
+
+
+def slot_of(layer: Layer) -> Float[Tensor, " experts"]:
+    """What steers a router now, float32: its family's slot, a slot of ours from an earlier attach, or nothing."""
+    held, weight = layer.router._buffers.get(layer.kind.slot or OWN_SLOT), layer.router.weight
+    assert isinstance(weight, Tensor)
+    if held is None or held.device.type == "meta":
+        return torch.zeros(layer.num_experts, device="cpu" if weight.device.type == "meta" else weight.device)
+    return held.detach().float().clone()

@@ -1,0 +1,1260 @@
+"""Balance counts every token once, gives the reference's gradient whatever the loop looks like, and says what went wrong.
+
+The table of compilers, checkpoints and ranks is in ``test_grid.py``; here is one process, eagerly, in every order.
+"""
+
+import gc
+import math
+from copy import deepcopy
+
+import models
+import pytest
+import reference
+import torch
+from models import DIM, EXPERTS, VOCAB, K, tiny_lm
+from torch import nn
+from torch.testing import assert_close
+
+import equipoise
+from equipoise import EquipoiseError, LoadBalancingLoss, LossFree, attach
+
+NAMES = ["blocks.0.gate", "blocks.1.gate"]
+GATES = dict(zip(NAMES, ("sigmoid", "softmax"), strict=True))
+SCOPES = ("sequence", "micro_batch", "global_batch")
+
+
+def _ids(rows=2, length=7, seed=0):
+    return torch.randint(0, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def _attached(*balancers, seed=0, checkpointing=None, **options):
+    model = tiny_lm(checkpointing, seed)
+    return model, attach(model, *balancers, **options)
+
+
+def _recorder(model):
+    """By layer, the (logits, expert_ids) of every call."""
+    seen = {name: [] for name in NAMES}
+    for name in NAMES:
+        model.get_submodule(name).register_forward_hook(
+            lambda module, args, output, name=name: seen[name].append((output[0].detach(), output[2]))
+        )
+    return seen
+
+
+def _counts(calls, masks=None):
+    masks = masks or [None] * len(calls)
+    loads = [reference.load(ids.tolist(), EXPERTS, mask) for (_, ids), mask in zip(calls, masks, strict=True)]
+    return [sum(column) for column in zip(*loads, strict=True)]
+
+
+def _gate_gradients(model):
+    return {name: model.get_submodule(name).weight.grad.clone() for name in NAMES}
+
+
+def _gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def _close(found, expected, rtol=2e-6):
+    """By norm over all parameters: float32 rounds to 6e-8, a few dozen roundings."""
+    assert found.keys() == expected.keys()
+    distance = sum(float((found[k].double() - expected[k].double()).square().sum()) for k in found) ** 0.5
+    size = sum(float(expected[k].double().square().sum()) for k in expected) ** 0.5
+    assert size > 0 and distance <= rtol * size, distance / size
+
+
+def _total(balance):
+    return {name: int(load.sum()) for name, load in balance.load.items()}
+
+
+def _window_total(balance, tokens):
+    assert _total(balance) == {name: K * tokens for name in NAMES}
+
+
+# ---- what counts ----
+
+
+def test_a_window_counts_every_training_token_once():
+    model, balance = _attached("loss-free:rate=0.1")
+    seen = _recorder(model)
+    assert _total(balance) == {name: 0 for name in NAMES}
+    for seed in range(3):
+        model(_ids(seed=seed)).backward()
+    assert _total(balance) == {name: 0 for name in NAMES}, "load is of the last closed window"
+    balance.step()
+    _window_total(balance, 3 * 14)
+    for name in NAMES:
+        assert balance.load[name].dtype == torch.int64
+        assert balance.load[name].tolist() == _counts(seen[name])
+    model(_ids(rows=1)).backward()
+    balance.step()
+    _window_total(balance, 7)
+
+
+@pytest.mark.parametrize("strategy", ["none", "loss-free", "lbl", "loss-free+lbl:scope=sequence"])
+def test_evaluation_and_pauses_do_not_count_in_the_middle_of_a_window(strategy):
+    model, balance = _attached(strategy)
+    first = model(_ids())
+    model.eval()
+    model(_ids(seed=1))
+    with torch.inference_mode():
+        model(_ids(seed=2))
+    model.train()
+    with balance.paused():
+        model(_ids(seed=3))
+        with balance.paused():
+            model(_ids(seed=4))
+        model(_ids(seed=5))
+    (first + balance.loss()).backward()
+    balance.step()
+    _window_total(balance, 14)
+
+
+def test_a_paused_or_evaluated_forward_has_a_plain_gradient():
+    plain = tiny_lm()
+    plain(_ids()).backward()
+    for mode in ("paused", "eval"):
+        for checkpointing in (None, "non_reentrant", "reentrant"):
+            model, balance = _attached("loss-free+lbl:coefficient=5", checkpointing=checkpointing)
+            if mode == "eval":
+                model.eval()
+                model(_ids()).backward()
+            else:
+                with balance.paused():
+                    loss = model(_ids())
+                loss.backward()  # outside of paused(): a recomputation is still of a paused forward
+            assert all(torch.equal(g, _gradients(plain)[n]) for n, g in _gradients(model).items()), (mode, checkpointing)
+            with pytest.raises(EquipoiseError, match="none was"):
+                balance.step()
+
+
+def test_gradient_mode_does_not_matter():
+    model, balance = _attached("loss-free:rate=0.1")
+    with torch.no_grad():
+        model(_ids())
+    balance.step()
+    _window_total(balance, 14)
+
+
+def test_a_training_forward_under_inference_mode_counts_and_does_no_harm():
+    for strategy in ("loss-free:rate=0.1", "loss-free:rate=0.1+lbl"):
+        model, balance = _attached(strategy)
+        with torch.inference_mode():
+            model(_ids())
+        (model(_ids(seed=1)) + balance.loss()).backward()
+        balance.step()
+        _window_total(balance, 28)
+        model(_ids())
+        balance.loss()
+        balance.step()
+        assert balance.metrics()["tokens"] == 14
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("inference", [True, False])
+def test_measuring_counts_any_mode_and_leaves_the_window(training, inference):
+    model, balance = _attached("loss-free:rate=0.1+lbl:coefficient=0.5")
+    other, other_balance = _attached("loss-free:rate=0.1+lbl:coefficient=0.5")
+    loss = model(_ids())
+    model.train(training)
+    with torch.inference_mode(inference), balance.measuring() as load:
+        assert load == {}
+        model(_ids(seed=1))
+        model(_ids(seed=2, rows=3))
+    model.train()
+    assert {name: int(counts.sum()) for name, counts in load.items()} == {name: K * 35 for name in NAMES}
+    (loss + balance.loss()).backward()
+    (other(_ids()) + other_balance.loss()).backward()
+    for b in (balance, other_balance):
+        b.step()
+    for name in NAMES:
+        assert torch.equal(balance.load[name], other_balance.load[name])
+        assert torch.equal(balance.offsets[name], other_balance.offsets[name])
+    _close(_gradients(model), _gradients(other), 0)
+    assert equipoise.max_violation(load) >= 0
+    load[NAMES[0]].add_(1)  # an ordinary tensor, also after inference mode
+
+
+def test_measuring_is_empty_without_a_forward_and_ends_with_an_error():
+    model, balance = _attached("loss-free:rate=0.1")
+    with balance.measuring() as load:
+        pass
+    assert {name: int(counts.sum()) for name, counts in load.items()} == {name: 0 for name in NAMES}
+    with pytest.raises(ZeroDivisionError), balance.measuring() as load:
+        model(_ids())
+        raise ZeroDivisionError
+    assert load == {}
+    with balance.measuring(), pytest.raises(EquipoiseError, match="must not be nested"), balance.measuring():
+        pass
+    model(_ids())
+    balance.step()
+    _window_total(balance, 14)
+
+
+def test_what_is_paused_is_not_measured_either():
+    model, balance = _attached("none")
+    with balance.measuring() as load:
+        model(_ids())
+        with balance.paused():
+            model(_ids())
+    assert int(load[NAMES[0]].sum()) == K * 14
+
+
+@pytest.mark.parametrize("checkpointing", ["reentrant", "non_reentrant"])
+def test_measuring_a_forward_and_backward_counts_once(checkpointing):
+    model, balance = _attached("loss-free:rate=0.1+lbl", checkpointing=checkpointing)
+    with balance.measuring() as load:
+        model(_ids()).backward()
+    assert int(load[NAMES[0]].sum()) == K * 14
+
+
+# ---- padding ----
+
+MASK = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0, 0]])
+
+
+@pytest.mark.parametrize("strategy", ["loss-free:rate=0.1", "lbl:scope=sequence", "none"])
+@pytest.mark.parametrize("how", ["keyword", "position", "bool", "token_mask", "flat_token_mask", "outranks"])
+def test_padding_does_not_count(strategy, how):
+    model, balance = _attached(strategy)
+    seen = _recorder(model)
+    if how == "keyword":
+        loss = model(_ids(), attention_mask=MASK)
+    elif how == "position":
+        loss = model(_ids(), MASK)
+    elif how == "bool":
+        loss = model(input_ids=_ids(), attention_mask=MASK.bool())
+    elif how == "outranks":
+        balance.token_mask(MASK)
+        loss = model(_ids(), attention_mask=torch.ones_like(MASK))
+    else:
+        balance.token_mask(MASK.reshape(-1) if how == "flat_token_mask" else MASK)
+        loss = model(_ids())
+    assert balance.num_tokens == 10
+    (loss + balance.loss()).backward()
+    assert balance.num_tokens == 10
+    model(_ids(seed=1))
+    assert balance.num_tokens == 14, "the mask of the micro-batch before is still there"
+    balance.loss()
+    balance.step()
+    _window_total(balance, 24)
+    for name in NAMES:
+        assert balance.load[name].tolist() == _counts(seen[name], [MASK.reshape(-1).tolist(), None])
+
+
+@pytest.mark.parametrize("strategy", ["loss-free:rate=0.1", "lbl"])
+def test_a_token_mask_ends_with_step(strategy):
+    model, balance = _attached(strategy)
+    balance.token_mask(MASK)
+    model(_ids())
+    balance.step()  # without loss()
+    model(_ids())
+    balance.step()
+    _window_total(balance, 14)
+
+
+def test_a_token_mask_of_none_counts_all():
+    model, balance = _attached("lbl")
+    balance.token_mask(None)
+    model(_ids(), attention_mask=MASK)
+    assert balance.num_tokens == 14
+
+
+def test_padding_of_a_real_family_is_found():
+    for strategy in ("none", "loss-free+lbl:scope=sequence"):
+        model = models.family("qwen3_moe")
+        balance = attach(model, strategy)
+        ids = torch.randint(3, 64, (2, 7), generator=torch.Generator().manual_seed(0))
+        output = model(input_ids=ids, attention_mask=MASK, labels=ids)
+        (output.loss + balance.loss()).backward()
+        balance.step()
+        assert all(load.sum() == 2 * 10 for load in balance.load.values())
+
+
+def test_a_mask_with_a_cached_prefix_counts_its_end():
+    model = models.family("mixtral")
+    balance = attach(model, "none")
+    ids = torch.randint(3, 64, (2, 7), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        cache = model(ids[:, :4], attention_mask=MASK[:, :4], use_cache=True).past_key_values
+        model(ids[:, 4:], attention_mask=MASK, past_key_values=cache)
+    balance.step()
+    assert all(load.sum() == 2 * 10 for load in balance.load.values())
+
+
+def test_a_four_dimensional_mask_is_ignored_and_a_wrong_one_refused():
+    model = models.family("mixtral")
+    balance = attach(model, "none")
+    ids = torch.randint(3, 64, (2, 7), generator=torch.Generator().manual_seed(0))
+    model(ids, attention_mask=torch.zeros(2, 1, 7, 7))
+    balance.step()
+    assert all(load.sum() == 2 * 14 for load in balance.load.values())
+    balance.token_mask(torch.ones(3, 5))
+    with pytest.raises(EquipoiseError, match=r"one number per token that model.layers.0.mlp.gate routes: got shape \(3, 5\)"):
+        model(ids)
+    for wrong in (torch.ones(1, 1, 7), torch.tensor(1.0), [1, 0]):
+        with pytest.raises(ValueError, match=r"mask must be a tensor \[batch, sequence\] or \[tokens\]"):
+            balance.token_mask(wrong)
+    with pytest.raises(ValueError, match="sequence_ids must be a tensor"):
+        balance.token_mask(None, torch.zeros(1, 1, 1))
+
+
+def test_a_micro_batch_of_padding_has_no_loss_and_no_gradient():
+    model, balance = _attached("+".join(f"lbl:scope={s},coefficient=1" for s in SCOPES))
+    loss = balance.loss() + model(_ids(), torch.zeros_like(MASK)) * 0
+    loss = balance.loss() + loss
+    assert loss == 0 and balance.num_tokens == 0
+    loss.backward()
+    for name, gradient in _gradients(model).items():
+        assert not gradient.any(), name
+    balance.step()
+    found = balance.metrics()
+    assert found["tokens"] == 0 and found["load_balancing_loss"] == 0 and math.isnan(found["maxvio_batch"])
+    assert not any(offset.isnan().any() for offset in balance.offsets.values())
+
+
+# ---- the loss: values and gradients ----
+
+
+def _expected_loss(seen, coefficients, call=-1, mask=None, sequences=None):
+    total = 0.0
+    for name in NAMES:
+        logits, ids = seen[name][call]
+        scores, ids = reference.scores(logits.double().tolist(), GATES[name]), ids.tolist()
+        counts = reference.load(ids, EXPERTS, mask)
+        for scope, coefficient in coefficients.items():
+            if scope == "sequence":
+                total += coefficient * reference.sequence_loss(scores, ids, sequences, mask)
+            else:
+                total += coefficient * reference.load_balancing_loss(scores, counts, K, mask)
+    return total
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_loss_is_the_value_of_the_reference(masked):
+    coefficients = {"sequence": 0.3, "micro_batch": 0.2, "global_batch": 0.5}
+    model, balance = _attached(*(LoadBalancingLoss(c, s) for s, c in coefficients.items()))
+    seen = _recorder(model)
+    model(_ids(), MASK if masked else None)
+    mask = MASK.reshape(-1).tolist() if masked else None
+    expected = _expected_loss(seen, coefficients, mask=mask, sequences=[0] * 7 + [1] * 7)
+    assert float(balance.loss().detach()) == pytest.approx(expected, rel=1e-6)
+    assert balance.loss() == 0, "a second loss() without a forward is 0"
+
+
+def test_loss_is_zero_before_a_forward_and_where_nothing_has_a_loss():
+    model, balance = _attached("lbl")
+    assert balance.loss() == 0
+    model, balance = _attached("loss-free")
+    loss = model(_ids())
+    assert balance.loss() == 0 and balance.loss().dtype == torch.float32
+    (loss + balance.loss()).backward()
+    assert not any(b for b in [balance.metrics()])
+
+
+def test_a_loss_taken_before_its_forward_raises():
+    model, balance = _attached("lbl")
+    loss = balance.loss() + model(_ids())
+    with pytest.raises(EquipoiseError, match="between its forward and its backward"):
+        loss.backward()
+
+
+def _one_gradient(strategy, factor=1.0, **options):
+    """The gradient of one micro-batch of 4 rows, and the offsets after."""
+    model, balance = _attached(strategy, **options)
+    ((model(_ids(rows=4)) + balance.loss()) * factor).backward()
+    balance.step()
+    return _gradients(model)
+
+
+@pytest.mark.parametrize("factor", [1 / 3, 1024.0, 65536.0 * 1.0, 0.0])
+def test_the_factor_of_the_loss_reaches_the_router(factor):
+    plain = _one_gradient("lbl:coefficient=0.5")
+    scaled = _one_gradient("lbl:coefficient=0.5", factor)
+    for name in plain:
+        assert_close(scaled[name], plain[name] * factor, rtol=1e-5, atol=1e-6 * factor)
+
+
+def test_a_float64_model_has_a_float64_factor():
+    """Design, section 6: 1e-12 in float64. 1/3 in float32 is off by 1e-8."""
+
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate = tiny_lm().blocks[1].gate.double()
+
+        def forward(self, x):
+            return self.gate(x)[1].sum() * 0
+
+    model = Mixed().train()
+    balance = attach(model, LoadBalancingLoss(0.7, "micro_batch"))
+    x = torch.randn(10, DIM, generator=torch.Generator().manual_seed(0)).double()
+    ((model(x) + balance.loss()) / 3).backward()
+    logits = (x @ model.gate.weight.T).detach()
+    ids = logits.softmax(-1).topk(K).indices
+    rows = reference.load_balancing_gradient(logits.tolist(), reference.load(ids.tolist(), EXPERTS), "softmax")
+    expected = torch.tensor(rows, dtype=torch.float64).T @ x * 0.7 / 3
+    assert_close(model.gate.weight.grad, expected, rtol=0, atol=1e-12)
+    model.zero_grad()
+    y = x[:4] * 2
+    loss = model(x) + model(y)  # two calls, 10 and 4 tokens, in one micro-batch
+    (loss + balance.loss()).backward()
+    both = torch.cat([x, y])
+    logits = (both @ model.gate.weight.T).detach()
+    ids = logits.softmax(-1).topk(K).indices
+    rows = reference.load_balancing_gradient(logits.tolist(), reference.load(ids.tolist(), EXPERTS), "softmax")
+    expected = torch.tensor(rows, dtype=torch.float64).T @ both * 0.7
+    assert_close(model.gate.weight.grad, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_two_forwards_in_a_micro_batch_are_one_of_all_their_tokens(scope):
+    strategy = f"lbl:scope={scope},coefficient=0.5"
+    model, balance = _attached(strategy)
+    ids = _ids(rows=4)
+    # the task loss is a mean over rows of equal length, so a mean of means by rows
+    loss = (model(ids[:3]) * 3 + model(ids[3:])) / 4
+    value = balance.loss()
+    (loss + value).backward()
+    expected, other = _attached(strategy)
+    whole = expected(ids)
+    whole_value = other.loss()
+    (whole + whole_value).backward()
+    _close(_gradients(model), _gradients(expected))
+    if scope != "micro_batch" and scope != "global_batch":  # their value takes the counts known at each call
+        assert_close(value, whole_value, rtol=1e-6, atol=0)
+
+
+def test_retaining_the_graph_gives_the_gradient_twice():
+    model, balance = _attached("lbl:coefficient=0.5")
+    loss = model(_ids()) + balance.loss()
+    loss.backward(retain_graph=True)
+    once = _gradients(model)
+    loss.backward()
+    for name, gradient in _gradients(model).items():
+        assert torch.equal(gradient, once[name] * 2)
+    balance.step()
+    _window_total(balance, 14)
+
+
+def test_a_second_backward_without_the_ticket_raises():
+    model, balance = _attached("lbl:coefficient=0.5")
+    task = model(_ids())
+    (task + balance.loss()).backward(retain_graph=True)
+    with pytest.raises(EquipoiseError, match="must be added"):
+        task.backward()
+
+
+def test_a_backward_after_step_is_refused():
+    model, balance = _attached("lbl")
+    loss = model(_ids()) + balance.loss()
+    balance.step()
+    with pytest.raises(EquipoiseError, match="must run before step"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("checkpointing", [None, "reentrant", "non_reentrant"])
+@pytest.mark.parametrize("scale", [0.25, torch.tensor(0.25)], ids=["float", "tensor"])
+def test_loss_scale_stands_in_for_tickets(checkpointing, scale):
+    strategy = "+".join(f"lbl:scope={s},coefficient=0.3" for s in SCOPES)
+    expected = _one_gradient(strategy, 0.25)
+    model, balance = _attached(strategy, checkpointing=checkpointing)
+    balance.loss_scale = scale
+    (model(_ids(rows=4)) * 0.25).backward()
+    _close(_gradients(model), expected)
+    balance.step()
+    _window_total(balance, 28)
+
+
+def test_loss_scale_with_forwards_first_keeps_micro_batches_apart():
+    strategy = "lbl:scope=micro_batch,coefficient=0.5+lbl:coefficient=0.5"
+    model, balance = _attached(strategy)
+    balance.loss_scale = 0.5
+    for loss in [model(_ids(seed=s)) * 0.5 for s in range(2)]:
+        loss.backward()
+    expected, other = _attached(strategy)
+    losses = [(expected(_ids(seed=s)) + other.loss()) * 0.5 for s in range(2)]
+    sum(losses).backward()
+    _close(_gradients(model), _gradients(expected))
+
+
+def test_autograd_grad_works_with_a_loss_scale():
+    expected = _one_gradient("lbl:coefficient=0.5")
+    model, balance = _attached("lbl:coefficient=0.5")
+    weights = [model.get_submodule(name).weight for name in NAMES]
+    loss = model(_ids(rows=4)) + balance.loss()
+    with pytest.raises(EquipoiseError, match="set balance.loss_scale"):
+        torch.autograd.grad(loss, weights, retain_graph=True)
+    balance.loss_scale = 1.0
+    for name, gradient in zip(NAMES, torch.autograd.grad(loss, weights), strict=True):
+        assert_close(gradient, expected[f"{name}.weight"], rtol=0, atol=1e-6)
+
+
+def test_previous_pooling_uses_the_last_windows_share():
+    strategy = "lbl:coefficient=0.5,pooling=previous"
+    model, balance = _attached(strategy)
+    plain = tiny_lm()
+    plain(_ids()).backward()
+    loss = model(_ids()) + balance.loss()
+    loss.backward()
+    # an even share: E * sum_e P_e / E = 1 a layer; a constant, so no gradient but rounding
+    assert float(loss.detach()) == pytest.approx(float(plain(_ids()).detach()) + 2 * 0.5, rel=1e-6)
+    _close(_gradients(model), _gradients(plain), 1e-6)
+    balance.step()
+    last = {name: load.tolist() for name, load in balance.load.items()}
+    model.zero_grad()
+    seen = _recorder(model)
+    (model(_ids(seed=1)) * 0 + balance.loss()).backward()
+    for name in NAMES[1:]:  # the last router: nothing flows into it from above
+        logits = seen[name][0][0]
+        rows = reference.load_balancing_gradient(logits.double().tolist(), last[name], GATES[name])
+        seen_gradient = model.get_submodule(name).weight.grad
+        inputs = torch.linalg.lstsq(model.get_submodule(name).weight.detach(), logits.T).solution.T  # DIM > EXPERTS
+        assert seen_gradient.shape == (EXPERTS, DIM) and inputs.shape == (14, DIM)
+        weight = model.get_submodule(name).weight.detach()
+        expected = 0.5 * torch.tensor(rows).T @ logits  # (grad_W) W^T = sum_t g_t z_t^T
+        assert_close(seen_gradient @ weight.T, expected, rtol=1e-4, atol=1e-6)
+
+
+def _logit_gradients(model, micro_batches, balance, weights, masks=None):
+    """Runs all forwards, then one backward without any task loss; gives each micro-batch's logits, ids and gradients."""
+    kept = {name: [] for name in NAMES}
+    for name in NAMES:
+
+        def hook(module, args, output, name=name):
+            output[0].retain_grad()
+            kept[name].append((output[0], output[2]))
+
+        model.get_submodule(name).register_forward_hook(hook)
+    for block in model.blocks:  # cut the layers apart, so that a router's gradient is its own
+        block.register_forward_pre_hook(lambda module, args: (args[0].detach().requires_grad_(),))
+    losses = []
+    for number, ids in enumerate(micro_batches):
+        task = model(ids, None if masks is None else masks[number])
+        losses.append((task * 0 + balance.loss()) * weights[number])
+    sum(losses).backward()
+    return kept
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_uneven_micro_batches_equal_the_reference(scope):
+    shapes = [(2, 7), (1, 4), (3, 5)]
+    micro_batches = [_ids(r, n, seed=i) for i, (r, n) in enumerate(shapes)]
+    weights = [0.5, 0.2, 0.3]
+    model, balance = _attached(LoadBalancingLoss(0.7, scope))
+    # without a cut of the weights' path the routers' logits get the task's gradient too; it is multiplied by 0
+    kept = _kept_gradients(model, balance, micro_batches, weights)
+    for name in NAMES:
+        parts = [{"logits": z.double().tolist(), "expert_ids": ids.tolist()} for z, ids, _ in kept[name]]
+        if scope == "global_batch":
+            expected = reference.global_batch_gradients(parts, K, GATES[name], 0.7, weights)
+        else:
+            expected = []
+            for part, weight, (rows, length) in zip(parts, weights, shapes, strict=True):
+                if scope == "micro_batch":
+                    (own,) = reference.global_batch_gradients([part], K, GATES[name], 0.7, [weight])
+                else:
+                    sequences = [t // length for t in range(rows * length)]
+                    own = reference.sequence_gradient(part["logits"], part["expert_ids"], sequences, GATES[name])
+                    own = [[0.7 * weight * value for value in row] for row in own]
+                expected.append(own)
+        for (_, _, gradient), rows in zip(kept[name], expected, strict=True):
+            assert_close(gradient, torch.tensor(rows), rtol=0, atol=1e-7)  # float32, values of 1e-2
+
+
+def _kept_gradients(model, balance, micro_batches, weights):
+    """By layer and micro-batch, (logits, ids, gradient of the logits): gradients are taken at the linear map's output."""
+    kept = {name: [] for name in NAMES}
+    original = torch.nn.functional.linear
+    outputs = []
+
+    def linear(*args, **kwargs):
+        output = original(*args, **kwargs)
+        if output.shape[-1] == EXPERTS and output.requires_grad:
+            output.retain_grad()
+            outputs.append(output)
+        return output
+
+    torch.nn.functional.linear = linear
+    try:
+        for name in NAMES:
+            model.get_submodule(name).register_forward_hook(
+                lambda module, args, output, name=name: kept[name].append([outputs[-1], output[2]])
+            )
+        losses = [(model(ids) * 0 + balance.loss()) * weight for ids, weight in zip(micro_batches, weights, strict=True)]
+    finally:
+        torch.nn.functional.linear = original
+    sum(losses).backward()
+    return {name: [(z.detach(), ids, z.grad) for z, ids in calls] for name, calls in kept.items()}
+
+
+@pytest.mark.parametrize("scope", ["sequence", "global_batch"])
+def test_token_exact_weighing_equals_one_big_micro_batch(scope):
+    strategy = f"loss-free:rate=0.1+lbl:scope={scope},coefficient=0.5"
+    ids, lengths = _ids(rows=4), torch.tensor([7, 2, 4, 6])
+    mask = (torch.arange(7) < lengths[:, None]).long()
+    total = int(mask.sum())
+    model, balance = _attached(strategy)
+    losses = []
+    for rows in (slice(0, 1), slice(1, 4)):
+        tokens = mask[rows].sum()
+        ce_sum = model(ids[rows], mask[rows]) * tokens
+        assert balance.num_tokens == tokens
+        losses.append((ce_sum + balance.num_tokens * balance.loss()) / total)
+    sum(losses).backward()
+    balance.step()
+    big, big_balance = _attached(strategy)
+    loss = big(ids, mask) + big_balance.loss()
+    loss.backward()
+    big_balance.step()
+    _close(_gradients(model), _gradients(big))
+    for name in NAMES:
+        assert torch.equal(balance.load[name], big_balance.load[name])
+        assert torch.equal(balance.offsets[name], big_balance.offsets[name])
+    if scope == "sequence":  # the global value is logged with the counts known then
+        assert_close(sum(losses), loss, rtol=1e-6, atol=0)
+
+
+def test_packed_sequences_equal_unpacked_ones():
+    """A row of two sequences and the two as rows: blocks have no attention, so the model itself sees no difference."""
+    strategy = "loss-free:rate=0.1+lbl:scope=sequence,coefficient=0.5"
+    ids = _ids(rows=2)
+    model, balance = _attached(strategy)
+    (model(ids) + balance.loss()).backward()
+    for sequence_ids in (
+        torch.tensor([[5] * 7 + [9] * 7]),
+        torch.tensor([[0] * 7 + [1] * 7]),
+        torch.tensor([0] * 7 + [1] * 7),
+        torch.tensor([[3] * 7 + [-1] * 7]),
+    ):
+        packed, packed_balance = _attached(strategy)
+        packed_balance.token_mask(torch.ones(1, 14), sequence_ids)
+        loss = packed(ids.reshape(1, 14))
+        (loss + packed_balance.loss()).backward()
+        _close(_gradients(packed), _gradients(model))
+    with_rows, balance_of_rows = _attached(strategy)
+    balance_of_rows.token_mask(None, torch.zeros(2, 7))  # the same id in two rows: two sequences all the same
+    (with_rows(ids) + balance_of_rows.loss()).backward()
+    _close(_gradients(with_rows), _gradients(model))
+
+
+def test_packing_matters():
+    strategy = "lbl:scope=sequence,coefficient=0.5"
+    ids, found = _ids(rows=2), []
+    for sequence_ids in (None, torch.tensor([[0] * 7 + [1] * 7]), torch.tensor([[0] * 5 + [1] * 9])):
+        model, balance = _attached(strategy)
+        balance.token_mask(None, sequence_ids)
+        model(ids.reshape(1, 14))
+        found.append(float(balance.loss().detach()))
+    assert len(set(found)) == 3
+
+
+def test_sequence_ids_of_another_size_are_refused():
+    model, balance = _attached("lbl:scope=sequence")
+    balance.token_mask(None, torch.zeros(1, 13))
+    with pytest.raises(EquipoiseError, match="sequence_ids"):
+        model(_ids())
+
+
+# ---- steps ----
+
+
+def test_step_moves_the_offsets_by_the_rules_of_the_gates():
+    model, balance = _attached("loss-free:rate=1e-2")
+    assert all(not offset.any() for offset in balance.offsets.values())
+    offsets = {name: [0.0] * EXPERTS for name in NAMES}
+    for seed in range(3):
+        model(_ids(seed=seed))
+        model(_ids(seed=seed + 10))
+        balance.step()
+        for name, rule in zip(NAMES, (reference.sign_rule, reference.proportional_rule), strict=True):
+            offsets[name] = rule(offsets[name], balance.load[name].tolist(), 1e-2, True)
+    for name in NAMES:
+        assert balance.offsets[name].dtype == torch.float32
+        assert_close(balance.offsets[name], torch.tensor(offsets[name]), rtol=0, atol=1e-8)
+    assert torch.equal(model.blocks[0].gate.e_score_correction_bias, balance.offsets[NAMES[0]])
+
+
+def test_step_without_a_forward_raises():
+    _, balance = _attached("loss-free")
+    with pytest.raises(EquipoiseError, match="every attached router must be called .*none was"):
+        balance.step()
+
+
+def test_step_names_the_layer_that_was_not_called():
+    model, balance = _attached("loss-free")
+    model.blocks[0](torch.randn(1, 3, DIM, generator=torch.Generator().manual_seed(0)))
+    with pytest.raises(EquipoiseError, match=r"blocks\.1\.gate got no token"):
+        balance.step()
+
+
+@pytest.mark.parametrize("applied", [False, torch.tensor(False), torch.tensor(0.0)], ids=str)
+def test_a_skipped_step_closes_the_window_and_moves_nothing(applied):
+    model, balance = _attached("loss-free:rate=0.1+lbl")
+    (model(_ids()) + balance.loss()).backward()
+    before = balance.offsets
+    balance.step(applied)
+    assert all(torch.equal(balance.offsets[name], before[name]) for name in NAMES)
+    _window_total(balance, 14)
+    assert balance.state_dict()["num_windows"] == 1
+
+
+@pytest.mark.parametrize("applied", [True, torch.tensor(True)], ids=str)
+def test_an_applied_step_moves(applied):
+    model, balance = _attached("loss-free:rate=0.1")
+    model(_ids())
+    balance.step(applied)
+    assert all(offset.any() for offset in balance.offsets.values())
+    assert torch.equal(model.blocks[0].gate.e_score_correction_bias, balance.offsets[NAMES[0]])
+
+
+def test_follow_steps_with_the_optimizer():
+    model, balance = _attached("loss-free:rate=0.1+lbl")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    handle = balance.follow(optimizer)
+    for _ in range(2):
+        (model(_ids()) + balance.loss()).backward()
+        optimizer.step()
+    assert balance.state_dict()["num_windows"] == 2
+    _window_total(balance, 14)
+    handle.remove()
+    (model(_ids()) + balance.loss()).backward()
+    optimizer.step()
+    with pytest.raises(EquipoiseError, match="between windows"):
+        balance.state_dict()
+
+
+def test_a_grad_scaler_changes_nothing():
+    expected = _one_gradient("loss-free:rate=0.1+lbl:coefficient=0.5")
+    model, balance = _attached("loss-free:rate=0.1+lbl:coefficient=0.5")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    scaler.scale(model(_ids(rows=4)) + balance.loss()).backward()
+    scaler.unscale_(optimizer)
+    _close(_gradients(model), expected)
+    scaler.step(optimizer)
+    balance.step()
+
+
+def test_training_with_offsets_evens_the_load_out():
+    model, balance = _attached("loss-free:rate=0.02,rule=sign")
+    history = []
+    for step in range(150):
+        with torch.no_grad():
+            model(_ids(rows=16, length=16, seed=step % 10))
+        balance.step()
+        history.append(balance.metrics()["maxvio_batch"])
+    assert history[0] > 0.5, "the input is not skewed: the test proves nothing"
+    assert sum(history[-10:]) / 10 < 0.4 * history[0]
+
+
+# ---- orders of operations ----
+
+
+def test_after_a_forgotten_ticket_the_next_window_works():
+    model, balance = _attached("loss-free:rate=0.1+lbl:coefficient=0.5")
+    with pytest.raises(EquipoiseError, match="must be added"):
+        model(_ids()).backward()
+    balance.step()
+    model.zero_grad()
+    expected, other = _attached("loss-free:rate=0.1+lbl:coefficient=0.5", offsets=balance.offsets)
+    (model(_ids(seed=1)) + balance.loss()).backward()
+    (expected(_ids(seed=1)) + other.loss()).backward()
+    _close(_gradients(model), _gradients(expected), 0)
+    balance.step()
+    _window_total(balance, 14)
+
+
+class _Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("strategy", ["loss-free:rate=0.1", "loss-free:rate=0.1+lbl:coefficient=0.5"])
+def test_a_forward_that_failed_can_be_tried_again(strategy):
+    """Out of memory in the second block, caught, and the micro-batch run again: a usual loop."""
+    model, balance = _attached(strategy)
+
+    def fail(module, args):
+        raise _Interrupted
+
+    handle = model.blocks[1].register_forward_pre_hook(fail)
+    with pytest.raises(_Interrupted):
+        model(_ids(), MASK)
+    handle.remove()
+    (model(_ids(seed=1)) + balance.loss()).backward()
+    expected, other = _attached(strategy)
+    (expected(_ids(seed=1)) + other.loss()).backward()
+    _close(_gradients(model), _gradients(expected))
+    balance.step()
+    _window_total(balance, 14)
+
+
+def test_detach_in_the_middle_of_a_window_leaves_a_plain_model():
+    model, balance = _attached("loss-free:rate=0.1+lbl")
+    loss = model(_ids()) + balance.loss()
+    slot = model.blocks[0].gate.e_score_correction_bias.clone()
+    balance.detach()
+    loss.backward()
+    plain = tiny_lm()
+    plain(_ids()).backward()
+    _close(_gradients(model), _gradients(plain), 0)
+    with pytest.raises(EquipoiseError, match="detach"):
+        balance.step()
+    assert torch.equal(model.blocks[0].gate.e_score_correction_bias, slot)
+
+
+def test_detaching_twice_is_no_harm_or_says_so():
+    model, balance = _attached("loss-free:rate=0.1")
+    first = balance.detach()
+    try:
+        again = balance.detach()
+    except EquipoiseError:
+        return
+    assert all(torch.equal(again[name], first[name]) for name in NAMES)
+
+
+def test_a_balance_that_was_dropped_still_counts_and_a_model_can_be_freed():
+    model, balance = _attached("loss-free:rate=0.1,rule=sign")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    balance.follow(optimizer)
+    del balance
+    gc.collect()
+    model(_ids()).backward()
+    optimizer.step()
+    assert model.blocks[0].gate.e_score_correction_bias.any()
+    import weakref
+
+    gone = weakref.ref(model)
+    del model, optimizer
+    gc.collect()
+    assert gone() is None, "equipoise keeps a model alive"
+
+
+def test_two_balances_on_two_models_do_not_mix():
+    first, balance = _attached("loss-free:rate=0.1+lbl:coefficient=0.5")
+    second, other = _attached("loss-free:rate=0.1+lbl:coefficient=0.1", seed=1)
+    a, b = first(_ids()), second(_ids(rows=3))
+    assert balance.num_tokens == 14 and other.num_tokens == 21
+    (a + b + balance.loss() + other.loss()).backward()
+    balance.step()
+    other.step()
+    _window_total(balance, 14)
+    _window_total(other, 21)
+    _close(_gradients(first), {n: g for n, g in _single("0.5", 0, 2).items()})
+    _close(_gradients(second), {n: g for n, g in _single("0.1", 1, 3).items()})
+
+
+def _single(coefficient, seed, rows):
+    model, balance = _attached(f"loss-free:rate=0.1+lbl:coefficient={coefficient}", seed=seed)
+    (model(_ids(rows=rows)) + balance.loss()).backward()
+    return _gradients(model)
+
+
+def test_two_balances_on_disjoint_layers_of_a_model():
+    model = tiny_lm()
+    first = attach(model, "loss-free:rate=0.1+lbl:coefficient=0.5", where=lambda name, router: name == NAMES[0])
+    second = attach(model, "lbl:coefficient=0.5", where=lambda name, router: name == NAMES[1])
+    assert list(first.load) == NAMES[:1] and list(second.load) == NAMES[1:]
+    (model(_ids()) + first.loss() + second.loss()).backward()
+    whole, balance = _attached("lbl:coefficient=0.5")
+    (whole(_ids()) + balance.loss()).backward()
+    _close(_gradients(model), _gradients(whole))
+    first.step()
+    second.step()
+    first.detach()
+    model(_ids())
+    second.loss()
+    second.step()
+    assert int(second.load[NAMES[1]].sum()) == K * 14
+
+
+def test_an_ema_copy_does_not_count():
+    model, balance = _attached("loss-free:rate=0.1+lbl")
+    average = torch.optim.swa_utils.AveragedModel(model)
+    loss = model(_ids()) + balance.loss()
+    average.train()
+    average(_ids(rows=5)).backward()
+    loss.backward()
+    average.update_parameters(model)
+    balance.step()
+    _window_total(balance, 14)
+    deepcopy(deepcopy(model))(_ids())
+    with pytest.raises(EquipoiseError, match="none was"):
+        balance.step()
+
+
+def test_a_compiled_wrapper_is_unwrapped_and_counts():
+    torch._dynamo.reset()
+    model = tiny_lm()
+    compiled = torch.compile(model, backend="eager")
+    balance = attach(compiled, "loss-free:rate=0.1+lbl:coefficient=0.5")
+    assert list(balance.load) == NAMES
+    (compiled(_ids(rows=4), attention_mask=torch.ones(4, 7)) + balance.loss()).backward()
+    balance.step()
+    _window_total(balance, 28)
+    _close(_gradients(model), _one_gradient("loss-free:rate=0.1+lbl:coefficient=0.5"))
+
+
+def test_a_default_device_does_not_reach_the_counts():
+    expected = _one_gradient("loss-free:rate=0.1+lbl:coefficient=0.5")
+    model, balance = _attached("loss-free:rate=0.1+lbl:coefficient=0.5")
+    ids = _ids(rows=4)
+    with torch.device("meta"):
+        (model(ids) + balance.loss()).backward()
+        balance.step()
+        metrics = balance.metrics()
+    assert metrics["tokens"] == 28
+    _close(_gradients(model), expected)
+
+
+class _Shared(nn.Module):
+    """One block used twice: its router is called twice a forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = tiny_lm()
+        self.inner.blocks[1] = self.inner.blocks[0]
+
+    def forward(self, input_ids):
+        return self.inner(input_ids)
+
+
+def test_a_router_shared_by_two_layers_is_one_layer_with_all_its_tokens():
+    for strategy in ("loss-free:rate=0.1", "loss-free:rate=0.1+lbl:coefficient=0.5"):
+        model = _Shared()
+        balance = attach(model, strategy)
+        assert list(balance.load) == ["inner.blocks.0.gate"]
+        (model(_ids()) + balance.loss()).backward()
+        balance.step()
+        assert int(balance.load["inner.blocks.0.gate"].sum()) == K * 28
+
+
+class _Uneven(nn.Module):
+    """Layers with different numbers of experts, a dense layer between."""
+
+    def __init__(self):
+        super().__init__()
+        self.moe = nn.ModuleList([models.family(n, layers=1, experts=e) for n, e in (("qwen3_moe", 8), ("olmoe", 4))])
+        self.dense = nn.Linear(2, 2)
+
+    def forward(self, input_ids):
+        return sum(m(input_ids, labels=input_ids).loss for m in self.moe)
+
+
+def test_layers_with_different_numbers_of_experts():
+    model = _Uneven()
+    balance = attach(model, "loss-free:rate=0.1+lbl:coefficient=0.5")
+    ids = _ids() % 29 + 3
+    (model(ids) + balance.loss()).backward()
+    balance.step()
+    assert [len(load) for load in balance.load.values()] == [8, 4]
+    assert all(load.sum() == 2 * 14 for load in balance.load.values())
+    floors = [equipoise.sampling_floor(14, 2, e) for e in (8, 4)]
+    assert balance.metrics()["maxvio_floor"] == pytest.approx(sum(floors) / 2)
+    for name, load in balance.load.items():
+        expected = reference.proportional_rule([0.0] * len(load), load.tolist(), 0.1, True)
+        assert_close(balance.offsets[name], torch.tensor(expected), rtol=0, atol=1e-6)
+    state = balance.state_dict()
+    balance.load_state_dict(state)
+
+
+def test_the_inner_model_may_be_called_by_itself_and_its_padding_is_found():
+    """A wrapper of one's own (a LightningModule) is attached, its Transformers model is called."""
+
+    class Wrapper(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = models.family("mixtral")
+
+        def forward(self, batch):
+            return self.model(**batch).loss
+
+    ids = _ids() % 29 + 3
+    batch = {"input_ids": ids, "attention_mask": MASK, "labels": ids}
+    wrapper = Wrapper()
+    balance = attach(wrapper, "lbl:scope=sequence")
+    (wrapper(batch) + balance.loss()).backward()
+    balance.step()
+    assert all(load.sum() == 2 * 10 for load in balance.load.values())
+    (wrapper.model(**batch).loss + balance.loss()).backward()
+    balance.step()
+    assert all(load.sum() == 2 * 10 for load in balance.load.values())
+
+
+# ---- micro-batches, metrics ----
+
+
+def test_micro_batches_end_with_loss_or_with_a_forward_where_nothing_has_a_loss():
+    for strategy in ("none", "loss-free:rate=0.1", "lbl"):
+        model, balance = _attached(strategy)
+        seen = _recorder(model)
+        for seed in range(3):
+            loss = model(_ids(seed=seed))
+            if strategy == "lbl":
+                loss = loss + balance.loss()
+            loss.backward()
+        balance.step()
+        found = balance.metrics()
+        expected = [
+            sum(reference.max_violation(_counts([seen[name][i]])) for name in NAMES) / 2 for i in range(3)
+        ]
+        assert found["maxvio_micro"] == pytest.approx(sum(expected) / 3, rel=1e-9), strategy
+
+
+def test_metrics_by_hand():
+    model, balance = _attached("loss-free:rate=0.1,rule=sign+lbl:scope=micro_batch,coefficient=0.5")
+    assert balance.metrics() == {}
+    seen = _recorder(model)
+    values = []
+    for seed in range(2):
+        loss = model(_ids(seed=seed), MASK)
+        values.append(_expected_loss(seen, {"micro_batch": 1.0}, mask=MASK.reshape(-1).tolist()) / 2)
+        (loss + balance.loss()).backward()
+    balance.step()
+    found = balance.metrics()
+    counts = [_counts(seen[name], [MASK.reshape(-1).tolist()] * 2) for name in NAMES]
+    expected = {
+        "maxvio_batch": sum(map(reference.max_violation, counts)) / 2,
+        "maxvio_micro": sum(
+            reference.max_violation(_counts([call], [MASK.reshape(-1).tolist()])) for name in NAMES for call in seen[name]
+        )
+        / 4,
+        "maxvio_floor": reference.sampling_floor(20, K, EXPERTS),
+        "min_violation": sum(map(reference.min_violation, counts)) / 2,
+        "coefficient_of_variation": sum(map(reference.coefficient_of_variation, counts)) / 2,
+        "load_entropy": sum(map(reference.normalised_entropy, counts)) / 2,
+        "dead_experts": sum(map(reference.dead_experts, counts)),
+        "tokens": 20,
+        "load_balancing_loss": sum(values) / 2,
+        "offset_max": max(float(offset.abs().max()) for offset in balance.offsets.values()),
+    }
+    assert found.keys() == expected.keys()
+    assert all(type(value) in (float, int) for value in found.values())
+    for key, value in expected.items():
+        assert found[key] == pytest.approx(value, rel=1e-5), key
+    assert 0.05 < found["offset_max"] < 0.2
+
+
+def test_metrics_leave_out_what_a_strategy_does_not_have():
+    model, balance = _attached("none")
+    model(_ids())
+    balance.step()
+    assert "offset_max" not in balance.metrics() and "load_balancing_loss" not in balance.metrics()
+
+
+def test_an_empty_micro_batch_does_not_lower_the_metric_of_the_loss():
+    found = []
+    for masks in ([MASK], [MASK, torch.zeros_like(MASK)]):
+        model, balance = _attached("lbl:scope=micro_batch")
+        for mask in masks:
+            (model(_ids(), mask) + balance.loss()).backward()
+        balance.step()
+        found.append(balance.metrics()["load_balancing_loss"])
+    assert found[1] == pytest.approx(found[0], rel=1e-9)
+
+
+def test_what_was_given_out_does_not_change_later():
+    model, balance = _attached("loss-free:rate=0.1")
+    model(_ids())
+    balance.step()
+    load, offsets, state = balance.load, balance.offsets, balance.state_dict()
+    held = {n: v.clone() for n, v in load.items()}, {n: v.clone() for n, v in offsets.items()}
+    model(_ids(rows=9))
+    balance.step()
+    for name in NAMES:
+        assert torch.equal(load[name], held[0][name]) and torch.equal(offsets[name], held[1][name])
+        assert torch.equal(state["offsets"][name], held[1][name]) and torch.equal(state["load"][name], held[0][name])
+    balance.offsets[NAMES[0]].zero_()
+    assert balance.offsets[NAMES[0]].any()
+
+
+# ---- state ----
+
+STATEFUL = "loss-free:rate=0.1+lbl:coefficient=0.5,pooling=previous"
+
+
+def test_state_resumes_as_if_never_stopped(tmp_path):
+    model, balance = _attached(STATEFUL)
+    for seed in range(2):
+        (model(_ids(seed=seed)) + balance.loss()).backward()
+        balance.step()
+        model.zero_grad()
+    torch.save(balance.state_dict(), tmp_path / "state.pt")
+    again, resumed = _attached(STATEFUL)
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert resumed.metrics()["maxvio_batch"] == balance.metrics()["maxvio_batch"]
+    for m, b in ((model, balance), (again, resumed)):
+        (m(_ids(seed=5)) + b.loss()).backward()
+        b.step()
+    _close(_gradients(again), _gradients(model), 0)
+    for name in NAMES:
+        assert torch.equal(resumed.load[name], balance.load[name])
+        assert torch.equal(resumed.offsets[name], balance.offsets[name])
+    assert torch.equal(again.blocks[0].gate.e_score_correction_bias, resumed.offsets[NAMES[0]])
+    first, second = balance.state_dict(), resumed.state_dict()
+    assert first["num_windows"] == second["num_windows"] == 3
+
+
+def test_a_fresh_state_round_trips():
+    _, balance = _attached(STATEFUL)
+    _, other = _attached(STATEFUL)
+    other.load_state_dict(balance.state_dict())
+    assert other.metrics() == {}
+
+
+def test_state_is_legal_between_windows_only():
+    for strategy in ("loss-free", "lbl"):
+        model, balance = _attached(strategy)
+        state = balance.state_dict()
+        model(_ids())
+        for call in (balance.state_dict, lambda: balance.load_state_dict(state)):  # noqa: B023
+            with pytest.raises(EquipoiseError, match="between windows"):
+                call()
+        balance.loss()
+        with pytest.raises(EquipoiseError, match="between windows"):
+            balance.state_dict()
+        balance.step()
+        balance.load_state_dict(state)
+
+
+def _damaged(state):
+    renamed = {f"x.{name}": value for name, value in state["offsets"].items()}
+    fewer = {NAMES[0]: state["offsets"][NAMES[0]]}
+    longer = {name: torch.zeros(EXPERTS + 1) for name in NAMES}
+    yield "renamed", state | {"offsets": renamed}
+    yield "fewer", state | {"offsets": fewer}
+    yield "longer", state | {"offsets": longer}
+    yield "last longer", state | {"offsets": {**state["offsets"], NAMES[1]: torch.zeros(EXPERTS + 2)}}
+    yield "wrong load", state | {"load": longer}
+    yield "empty", {}
+    yield "two-dimensional", state | {"offsets": {name: torch.ones(EXPERTS, EXPERTS) for name in NAMES}}
+    yield "no number", {key: value for key, value in state.items() if key != "num_windows"}
+
+
+def test_the_state_of_another_model_is_refused_before_anything_moves():
+    model, balance = _attached("loss-free:rate=0.1")
+    model(_ids())
+    balance.step()
+    state = balance.state_dict()
+    moved = state | {"offsets": {name: offset + 1 for name, offset in state["offsets"].items()}}
+    for case, wrong in _damaged(moved):
+        with pytest.raises(EquipoiseError, match="the state must"):
+            balance.load_state_dict(wrong)
+        for name in NAMES:
+            assert torch.equal(balance.offsets[name], state["offsets"][name]), case
+            assert torch.equal(balance.load[name], state["load"][name]), case
+
+
+# ---- attach ----
+
+OFFSETS = {name: torch.linspace(-0.3, 0.3, EXPERTS) * (i + 1) for i, name in enumerate(NAMES)}
+
+
+@pytest.mark.parametrize("strategy", ["frozen", "loss-free:rate=0.1"])
+def test_attach_begins_with_the_offsets_that_are_given(strategy, tmp_path):
+    from safetensors.torch import save_file
+
+    save_file(OFFSETS, tmp_path / "equipoise_offsets.safetensors")
+    for offsets in (OFFSETS, tmp_path, tmp_path / "equipoise_offsets.safetensors", str(tmp_path)):
+        model, balance = _attached(strategy, offsets=offsets)
+        for name in NAMES:
+            assert torch.equal(balance.offsets[name], OFFSETS[name])
+        assert torch.equal(model.blocks[0].gate.e_score_correction_bias, OFFSETS[NAMES[0]])
+        model(_ids())
+        balance.step()
+        moved = [not torch.equal(balance.offsets[name], OFFSETS[name]) for name in NAMES]
+        assert moved == [strategy != "frozen"] * 2
+        assert torch.equal(OFFSETS[NAMES[0]], torch.linspace(-0.3, 0.3, EXPERTS)), "the caller's tensor was moved"
+
+
+@pytest.mark.parametrize("strategy", ["none", "lbl"])
+def test_offsets_without_a_balancer_that_holds_them_are_refused(strategy):
+    with pytest.raises((EquipoiseError, ValueError), match="frozen"):
+        _attached(strategy, offsets=OFFSETS)
+
+
+@pytest.mark.parametrize(
+    "offsets",
+    [
+        {},
+        {NAMES[0]: torch.zeros(EXPERTS)},
+        {name: torch.zeros(EXPERTS + 1) for name in NAMES},
+        {**OFFSETS, "blocks.2.gate": torch.zeros(EXPERTS)},
+    ],
+    ids=["none", "few", "long", "many"],
+)
+def test_offsets_of_another_model_are_refused(offsets):
+    with pytest.raises(EquipoiseError, match="offsets must name the layers of this model"):
+        _attached("frozen", offsets=offsets)
+    with pytest.raises(EquipoiseError, match="offsets must be a mapping or a saved file: .* does not exist"):
+        _attached("frozen", offsets="/nowhere/at/all")
+
+
+@pytest.mark.parametrize(
+    ("balancers", "error", "message"),
+    [
+        (["los-free"], equipoise.UsageError, "got 'los-free'"),
+        (["frozen+loss-free"], ValueError, "one balancer may move the offset: got frozen and loss-free"),
+        ([LossFree(), LossFree()], ValueError, "one balancer may move the offset"),
+        ([LossFree], TypeError, "object such as LossFree"),
+        ([3], TypeError, "got int"),
+    ],
+    ids=str,
+)
+def test_attach_refuses_bad_balancers(balancers, error, message):
+    model = tiny_lm()
+    with pytest.raises(error, match=message):
+        attach(model, *balancers)
+    assert not model._forward_hooks
+    attach(model)
+
+
+def test_a_strategy_that_cannot_be_is_a_usage_error():
+    with pytest.raises(equipoise.UsageError, match="one balancer may move the offset"):
+        attach(tiny_lm(), "frozen+loss-free")
+
+
+def test_where_chooses_layers():
+    model, balance = _attached("loss-free:rate=0.1", where=lambda name, router: name.startswith("blocks.1"))
+    assert list(balance.offsets) == NAMES[1:]
+    model(_ids())
+    balance.step()
+    assert not model.blocks[0].gate.e_score_correction_bias.any()
+    with pytest.raises(EquipoiseError, match="where must choose at least one router"):
+        attach(tiny_lm(), where=lambda name, router: False)
+
+
+def test_balancers_are_copied_and_may_be_used_again():
+    balancer = LossFree(rate=0.1)
+    first, one = _attached(balancer)
+    second, two = _attached(balancer)
+    first(_ids())
+    one.step()
+    assert not two.offsets[NAMES[0]].any() and one.offsets[NAMES[0]].any()
+    assert vars(balancer) == vars(LossFree(rate=0.1))
+
+
+def test_without_balancers_it_only_counts():
+    model, balance = _attached()
+    plain = tiny_lm()
+    for _ in range(2):
+        model(_ids()).backward()
+        plain(_ids()).backward()
+        balance.step()
+    _close(_gradients(model), _gradients(plain), 0)
+    _window_total(balance, 14)
+    assert all(not offset.any() for offset in balance.offsets.values())
+
+
+def test_notes_and_repr_say_what_is_attached():
+    _, balance = _attached("loss-free:rule=sign+lbl")
+    assert any("100 steps at rate 0.001" in note for note in balance.notes(100))
+    assert repr(balance) == "Balance('loss-free:rule=sign+lbl', 2 layers of 6 experts)"
+
+
+def test_a_model_of_two_gates_has_the_notes_of_both():
+    """The sign rule's note is for the sigmoid layers, also where a softmax layer comes first."""
+    model = tiny_lm()
+    model.blocks = nn.ModuleList([model.blocks[1], model.blocks[0]])
+    assert attach(model, "loss-free").notes(100)
