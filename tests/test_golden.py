@@ -33,7 +33,7 @@ def run():
             mask = torch.ones_like(ids)
             mask[0, : 3 * number] = 0
             loss, ticket = model(ids, mask), balance.loss()
-            value += float(ticket)
+            value += float(ticket.detach())
             losses.append(loss + ticket)
         torch.stack(losses).mean().backward()
         optimizer.step()
@@ -41,7 +41,7 @@ def run():
         balance.step()
         steps.append(
             {
-                "loss": float(torch.stack(losses).mean()),
+                "loss": float(torch.stack(losses).mean().detach()),
                 "balancing_loss": value / 3,
                 "load": [load.tolist() for load in balance.load.values()],
                 "offsets": [offset.tolist() for offset in balance.offsets.values()],

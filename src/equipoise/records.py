@@ -132,7 +132,7 @@ class Run:
 
 
 def find_runs(folder: str | Path) -> list[Run]:
-    """The runs in ``folder`` (or the one that it is), by name. None at all is an error."""
+    """The runs in ``folder`` (or the one that it is), in the order in which they began. None at all is an error."""
     folder = Path(folder)
     if not folder.is_dir():
         raise EquipoiseError(
@@ -144,4 +144,4 @@ def find_runs(folder: str | Path) -> list[Run]:
             f"{folder} must hold runs, each a folder with a config.json: it holds none. Give the folder that was "
             "passed as --out to `equipoise compare` or `equipoise train`."
         )
-    return [Run(place) for place in places]
+    return sorted(map(Run, places), key=lambda run: (run.config.get("began", ""), run.path.name))

@@ -11,6 +11,7 @@ from equipoise.balancers.base import Balancer, Layers, check_choice, check_load,
 __all__ = ["Frozen", "LossFree"]
 
 RULES = ("sign", "proportional")
+PAPER_RATE = 1e-3
 
 
 @final
@@ -70,13 +71,16 @@ class LossFree(Balancer):
         self._offset.add_(step, alpha=self.rate)
 
     def notes(self, num_steps: int) -> list[str]:
-        reach = self.rate * num_steps
-        if reach >= 0.5 or self.rule == "proportional":
+        if self.rule == "proportional":
             return []
-        return [
-            f"{self}: {num_steps} steps at rate {self.rate:g} move an offset by at most {reach:.2g}. A sigmoid score "
-            "lies between 0 and 1: if experts are still busy or idle at the end, take a larger rate or more steps."
-        ]
+        reach = f"In {num_steps} steps at rate {self.rate:g} an offset moves by at most {self.rate * num_steps:.2g}"
+        if self.rate * num_steps < 0.5:
+            return [f"{reach}, and a sigmoid score lies between 0 and 1: take more steps or a larger rate."]
+        if PAPER_RATE * num_steps < 0.5 and self.rate > PAPER_RATE:
+            return [
+                f"{reach}; at the paper's {PAPER_RATE:g} it would be {PAPER_RATE * num_steps:.2g}, too short a way."
+            ]
+        return []
 
 
 @final

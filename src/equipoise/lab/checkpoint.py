@@ -3,12 +3,16 @@
 import json
 import os
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from equipoise.attachment import OFFSETS_FILE
@@ -32,6 +36,14 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer, balance: Balance)
     }
 
 
+@contextmanager
+def _one_process() -> Iterator[None]:
+    """torch warns that it saves in a single process; that is what is asked for."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
 def _sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -49,7 +61,8 @@ def save(
         shutil.rmtree(old, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
-        dcp.save(_state(model, optimizer, balance), checkpoint_id=aside, no_dist=True)
+        with _one_process():
+            dcp.save(_state(model, optimizer, balance), checkpoint_id=aside, no_dist=True)
         write_json(aside / "facts.json", {"step": step, **facts})
         for file in aside.iterdir():
             _sync(file)
@@ -74,8 +87,9 @@ def load_newest(
         try:
             facts = json.loads((path / "facts.json").read_text())
             state = _state(model, optimizer, balance)
-            dcp.load(state, checkpoint_id=path, no_dist=True)
-        except Exception as error:  # whatever a damaged file makes of torch, json or the disk
+            with _one_process():
+                dcp.load(state, checkpoint_id=path, no_dist=True)
+        except (Exception, CheckpointException) as error:  # whatever a damaged file makes of torch, json or the disk
             reason = str(error).strip().splitlines() or [""]
             warn(f"checkpoint {path} is damaged ({type(error).__name__}: {reason[0][:100]}); trying the one before it")
             continue

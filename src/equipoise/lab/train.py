@@ -3,6 +3,7 @@
 corpus -> micro-batches -> forwards of a window -> one backward -> optimizer -> balance.step() -> records
 """
 
+import datetime
 import importlib.metadata
 import math
 import platform
@@ -149,7 +150,8 @@ class _Training:
                 "device": str(self.device),
                 "threads": torch.get_num_threads(),
                 "command": command,
-                "notes": self._notes(),
+                "began": datetime.datetime.now(datetime.UTC).isoformat(),
+                "notes": self.balance.notes(config.steps),
                 "versions": {
                     "equipoise": __version__,
                     "python": platform.python_version(),
@@ -157,15 +159,6 @@ class _Training:
                 },
             },
         )
-
-    def _notes(self) -> list[str]:
-        notes = self.balance.notes(self.config.steps)
-        if not self.config.shuffled and len(self.corpus.domains) > 1:
-            notes.append(
-                "Every micro-batch holds text of one domain, so the difference between scopes is an upper bound of "
-                "what mixed micro-batches show (--shuffled)."
-            )
-        return notes
 
     def run(self) -> dict[str, Any]:
         records, config = self.records, self.config

@@ -79,13 +79,15 @@ class Terminal:
             self.progress.update(self.task, completed=self.num_steps)
 
 
-def print_table(folder: Any, console: Console | None = None) -> None:
-    """One row a strategy, with the heads, figures and formats of the report page."""
-    rows = summary_rows(find_runs(folder))
-    table = Table(box=None, header_style="bold", pad_edge=False)
+def print_table(folder: Any) -> None:
+    """One row a strategy, with the figures and formats of the report page. To stderr."""
+    console = Console(stderr=True, highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, 120)  # a log has no width
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("strategy", overflow="fold")
     for column in COLUMNS:
-        table.add_column(column.title, justify="right")
-    for row in rows:
+        table.add_column(column.short, justify="right", min_width=max(map(len, column.short.split())))
+    for row in summary_rows(find_runs(folder)):
         table.add_row(row["strategy"], *(column.text(row) for column in COLUMNS))
-    (console or Console(stderr=True, highlight=False)).print(table)
+    console.print(table)

@@ -17,10 +17,11 @@ NOISE_NATS = 0.15  # 95 % interval of a difference between two strategies in the
 
 @dataclass(frozen=True)
 class Column:
-    """One column of the table: ``key`` is the key in ``result.json`` and in the rows of ``summary_rows``."""
+    """One column of the table: ``key`` is the key in ``result.json`` and in ``summary_rows``."""
 
     key: str
     title: str
+    short: str  # for a terminal
     digits: int
     definition: str
 
@@ -34,6 +35,7 @@ COLUMNS = (
     Column(
         "val_nats",
         "Loss, nats",
+        "loss nats",
         3,
         "Cross-entropy of the next token on validation text, in nats a token, without any balancing loss. Lower is "
         "better.",
@@ -41,18 +43,21 @@ COLUMNS = (
     Column(
         "val_perplexity",
         "Perplexity",
+        "ppl",
         2,
         "exp(loss): as unsure as an even choice among that many tokens. Lower is better.",
     ),
     Column(
         "val_bits_per_byte",
         "Bits per byte",
+        "bits/ byte",
         3,
         "The same loss in bits, per byte of text instead of per token: comparable across tokenizers. Lower is better.",
     ),
     Column(
         "maxvio_global",
         "MaxVio, validation",
+        "maxvio global",
         3,
         "(busiest expert's load − mean load) / mean load, per layer, then the mean over layers, on validation text "
         "with all domains pooled. 0 is even; 1 means that the busiest expert carries twice the mean.",
@@ -60,6 +65,7 @@ COLUMNS = (
     Column(
         "maxvio_floor",
         "Its floor",
+        "floor",
         3,
         "The MaxVio that perfect routing with independent choices would show on as many tokens from sampling alone: "
         "a lower bound to read the column before it against.",
@@ -67,12 +73,14 @@ COLUMNS = (
     Column(
         "maxvio_batch",
         "MaxVio, batch",
+        "maxvio batch",
         3,
         "The same quantity on the load of one training step; mean over the last tenth of the steps.",
     ),
     Column(
         "domain_information_bits",
         "Domain information, bits",
+        "domain bits",
         3,
         "I(domain; expert): how many bits the choice of an expert tells about the domain of its token, "
         "mean over layers. 0: experts ignore the domain; at most log2(number of domains).",
@@ -80,12 +88,14 @@ COLUMNS = (
     Column(
         "dead_experts",
         "Dead experts",
+        "dead",
         1,
         "Experts that got no token of the validation text, all layers together.",
     ),
     Column(
         "tokens_per_second",
         "Tokens/s",
+        "tokens/s",
         0,
         "Training speed of this run on its machine. Comparable only if the runs had the machine to themselves.",
     ),

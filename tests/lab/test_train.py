@@ -1,0 +1,297 @@
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import equipoise
+from equipoise.errors import EquipoiseError, UsageError
+from equipoise.lab import train as training
+from equipoise.lab.config import ARCHITECTURES
+from equipoise.lab.engine import learning_rate_at
+from equipoise.lab.train import train
+from equipoise.records import Run
+
+KEYS = [
+    "strategy", "seed", "steps", "tokens", "val_nats", "val_perplexity", "val_bits_per_byte", "maxvio_global",
+    "maxvio_batch", "domain_information_bits", "dead_experts", "tokens_per_second", "domains",
+]  # fmt: skip
+
+
+def _without_times(result):
+    return {key: value for key, value in result.items() if key != "tokens_per_second"}
+
+
+def _rows(folder, log="steps"):
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in Run(folder).rows(log)]
+
+
+def test_train_writes_a_whole_run_folder(tiny, silent):
+    config, watcher = tiny(evaluate_every=5), silent()
+    result = train(config, watcher)
+    run = Run(config.out)
+    assert run.complete
+    assert run.result == result
+    assert set(KEYS) <= set(result)
+    steps, loads = list(run.rows("steps")), list(run.rows("loads"))
+    assert [row["step"] for row in steps] == list(range(1, 13)) == [row["step"] for row in loads]
+    assert all(sum(layer) == 3 * 2 * 16 * 2 for row in loads for layer in row["load"])  # micro x sequences x length x k
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    assert result["tokens"] == 12 * 96
+    assert result["maxvio_batch"] == steps[-1]["maxvio_batch"]  # a tenth of 12 steps is one
+    evaluations = list(run.rows("evaluations"))
+    assert [(row["step"], row["split"]) for row in evaluations] == [(5, "selection"), (10, "selection"), (12, "test")]
+    assert len(watcher.rows) == 12
+    assert not (config.out / "checkpoints").exists()
+    assert run.config["layers"] == ["model.layers.0.mlp.gate"]
+    assert run.config["num_active_parameters"] < run.config["num_parameters"]
+
+
+def test_every_strategy_starts_from_the_same_weights_and_sees_the_same_text(tiny, silent, tmp_path):
+    rows = []
+    for number, strategy in enumerate(("none", "lbl:scope=micro_batch", "loss-free:rate=1e-2")):
+        config = tiny(strategy=strategy, steps=2, out=tmp_path / str(number), save_model=False)
+        train(config, silent())
+        rows.append(_rows(config.out))
+    assert rows[0][0]["loss"] == rows[1][0]["loss"] == rows[2][0]["loss"]
+    assert rows[0][0]["maxvio_batch"] == rows[1][0]["maxvio_batch"] == rows[2][0]["maxvio_batch"]
+    assert rows[0][1]["loss"] == rows[2][1]["loss"] or rows[0][1]["maxvio_batch"] != rows[2][1]["maxvio_batch"]
+    assert rows[0][1]["loss"] != rows[1][1]["loss"], "the balancing loss did not reach the weights"
+    assert all(row["learning_rate"] == rows[0][i]["learning_rate"] for r in rows for i, row in enumerate(r))
+
+
+def test_another_seed_gives_other_weights_and_another_order(tiny, silent, tmp_path):
+    losses = []
+    for seed in (0, 1):
+        config = tiny(seed=seed, steps=1, out=tmp_path / str(seed), save_model=False)
+        train(config, silent())
+        losses.append(_rows(config.out)[0]["loss"])
+    assert losses[0] != losses[1]
+
+
+def test_two_runs_of_the_same_options_are_the_same_bit_for_bit(tiny, silent, tmp_path):
+    first, second = (train(tiny(out=tmp_path / name, dtype="auto"), silent()) for name in "ab")
+    assert _without_times(first) == _without_times(second)
+    for log in ("steps", "loads", "evaluations"):
+        assert _rows(tmp_path / "a", log) == _rows(tmp_path / "b", log)
+
+
+@pytest.mark.parametrize("stop_after", [3, 5, 8, 12])
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(tiny, silent, tmp_path, stop_after):
+    whole = train(tiny(out=tmp_path / "whole", evaluate_every=4), silent())
+    config = tiny(out=tmp_path / "cut", evaluate_every=4)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, silent(stop_after))
+    watcher = silent()
+    resumed = train(tiny(out=tmp_path / "cut", evaluate_every=4, resume=True), watcher)
+    assert watcher.done == (stop_after - 1) // 5 * 5  # the step is shown before its checkpoint is written
+    assert _without_times(resumed) == _without_times(whole)
+    for log in ("steps", "loads", "evaluations"):
+        assert _rows(tmp_path / "cut", log) == _rows(tmp_path / "whole", log)
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(tiny, silent, tmp_path):
+    whole = train(tiny(out=tmp_path / "whole", steps=40), silent())
+    config = tiny(out=tmp_path / "cut", steps=40)
+    options = [
+        f"--{name.replace('_', '-')}={value}"
+        for name, value in {**config.shared(), "strategy": config.strategy, "out": config.out}.items()
+        if value is not None and not isinstance(value, bool)
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "equipoise", "train", *options],
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    steps = config.out / "steps.jsonl"
+    deadline = time.monotonic() + 120
+    while not steps.exists() or steps.read_bytes().count(b"\n") < 7:
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not Run(config.out).complete
+    resumed = train(tiny(out=tmp_path / "cut", steps=40, resume=True), silent())
+    assert _without_times(resumed) == _without_times(whole)
+    assert _rows(tmp_path / "cut") == _rows(tmp_path / "whole")
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(tiny, silent, tmp_path):
+    whole = train(tiny(out=tmp_path / "whole"), silent())
+    config = tiny(out=tmp_path / "cut")
+    with pytest.raises(KeyboardInterrupt):
+        train(config, silent(11))
+    newest = tmp_path / "cut" / "checkpoints" / "step-00000010"
+    for file in newest.glob("*.distcp"):
+        file.write_bytes(file.read_bytes()[:100])
+    watcher = silent()
+    resumed = train(tiny(out=tmp_path / "cut", resume=True), watcher)
+    assert any("step-00000010 is damaged" in line for line in watcher.said)
+    assert watcher.done == 5
+    assert _without_times(resumed) == _without_times(whole)
+
+
+def test_a_run_with_damaged_checkpoints_only_is_refused(tiny, silent):
+    config = tiny()
+    with pytest.raises(KeyboardInterrupt):
+        train(config, silent(6))
+    (config.out / "checkpoints" / "step-00000005" / ".metadata").write_bytes(b"")
+    before = (config.out / "steps.jsonl").read_bytes()
+    with pytest.raises(EquipoiseError, match="all 1 in .* are damaged"):
+        train(tiny(resume=True), silent())
+    assert (config.out / "steps.jsonl").read_bytes() == before
+
+
+def test_a_complete_run_is_not_trained_again(tiny, silent):
+    config = tiny(steps=2)
+    result = train(config, silent())
+    watcher = silent()
+    assert train(tiny(steps=2, resume=True), watcher) == result
+    assert watcher.rows == []
+
+
+def test_a_run_goes_on_with_the_same_options_only(tiny, silent):
+    train(tiny(steps=1), silent())
+    with pytest.raises(EquipoiseError, match="has learning_rate=0.003, got 0.01"):
+        train(tiny(steps=1, learning_rate=0.01, resume=True), silent())
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(tiny, silent):
+    config = tiny()
+    config.out.mkdir()
+    (config.out / "thesis.tex").write_text("years of work")
+    with pytest.raises(EquipoiseError, match=r"must be new or empty: .* holds thesis.tex"):
+        train(config, silent())
+    with pytest.raises(EquipoiseError, match="config.json"):
+        train(tiny(resume=True), silent())
+    assert [path.name for path in config.out.iterdir()] == ["thesis.tex"]
+    assert (config.out / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_diverged_run_keeps_its_records_and_says_so(tiny, silent, monkeypatch):
+    original = training.language_model_loss
+    calls = []
+
+    def broken(model, ids):
+        calls.append(1)
+        return original(model, ids) * (math.nan if len(calls) > 6 else 1)
+
+    monkeypatch.setattr(training, "language_model_loss", broken)
+    config = tiny()
+    with pytest.raises(EquipoiseError, match=r"must not diverge: .* is nan at step 3"):
+        train(config, silent())
+    assert len(_rows(config.out)) == 3
+    assert not Run(config.out).complete
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_every_architecture_trains(tiny, silent, arch):
+    result = train(tiny(arch=arch, steps=2), silent())
+    assert math.isfinite(result["val_nats"])
+
+
+def test_interleaved_order_knows_fewer_micro_batches_and_gives_other_weights(tiny, silent, tmp_path):
+    losses = []
+    for order in ("forwards_first", "interleaved"):
+        config = tiny(order=order, strategy="lbl:scope=global_batch,coefficient=1", steps=3, out=tmp_path / order)
+        train(config, silent())
+        losses.append([row["loss"] for row in _rows(config.out)])
+    assert losses[0][0] == losses[1][0]
+    assert losses[0][2] != losses[1][2]
+
+
+def _logits(model, ids):
+    with torch.no_grad():
+        return model.eval()(input_ids=ids).logits
+
+
+def test_the_saved_model_of_a_slot_family_is_the_trained_one_in_plain_transformers(tiny, silent):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    config = tiny(steps=4)
+    train(config, silent())
+    model = AutoModelForCausalLM.from_pretrained(config.out / "model")
+    slot = model.model.layers[0].mlp.gate.e_score_correction_bias
+    assert slot.dtype == torch.float32
+    assert slot.abs().max() > 0.005, "the offsets did not travel"
+    tokenizer = AutoTokenizer.from_pretrained(config.out / "model")
+    assert tokenizer.decode(tokenizer("apple pear").input_ids) == "apple pear"
+    row = list(Run(config.out).rows("evaluations"))[-1]
+    total = []
+    from equipoise.lab.data import load_corpus
+
+    corpus = load_corpus(config.data, vocab_size=300, sequence_length=16)
+    for domain in corpus.domains:
+        ids = torch.tensor(corpus.sequences("test", domain, 16)[: row["domains"][domain]["tokens"] // 16].tolist())
+        with torch.no_grad():
+            total.append(float(model.eval()(input_ids=ids, labels=ids).loss))
+    assert sum(total) / 3 == pytest.approx(row["val_nats"], rel=1e-5)  # batches of another size round otherwise
+
+
+def test_the_saved_model_of_a_family_without_a_slot_carries_its_offsets_beside_it(tiny, silent):
+    from transformers import AutoModelForCausalLM
+
+    config = tiny(arch="qwen3_moe", strategy="loss-free:rate=0.5", steps=4)
+    watcher = silent()
+    train(config, watcher)
+    assert any("has no slot for offsets" in line for line in watcher.said)
+    folder = config.out / "model"
+    assert json.loads((folder / "config.json").read_text())["equipoise"] == {"offsets": "equipoise_offsets.safetensors"}
+    ids = torch.arange(64).view(4, 16)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    without = _logits(model, ids)
+    balance = equipoise.attach(model, "frozen", offsets=folder)
+    assert max(float(offset.abs().max()) for offset in balance.offsets.values()) > 0.01
+    again = AutoModelForCausalLM.from_pretrained(folder)
+    equipoise.attach(again, "frozen", offsets=folder)
+    assert torch.equal(_logits(model, ids), _logits(again, ids))
+    assert not torch.equal(_logits(model, ids), without)
+
+
+def test_training_goes_on_from_a_saved_model(tiny, silent, tmp_path):
+    first = train(tiny(steps=12, out=tmp_path / "first"), silent())
+    config = tiny(
+        model=tmp_path / "first" / "model",
+        tokenizer=tmp_path / "first" / "model" / "tokenizer.json",
+        steps=1,
+        out=tmp_path / "second",
+    )
+    train(config, silent())
+    assert _rows(config.out)[0]["loss"] < _rows(tmp_path / "first")[0]["loss"] - 0.1
+    assert math.isfinite(first["val_nats"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"strategy": "loss-free:rate=0"}, "rate must be above 0"),
+        ({"strategy": "lossfree"}, "must be made of none, frozen, loss-free, lbl: got 'lossfree'"),
+        ({"steps": 0}, "--steps must be at least 1: got 0"),
+        ({"width": 40}, "--width must be a multiple of 32"),
+        ({"experts_per_token": 5}, "must be at most --experts: got 5 of 4"),
+        ({"learning_rate": float("nan")}, "--learning-rate must be above 0: got nan"),
+        ({"warmup": 1.0}, "--warmup must be a share"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_written(tiny, silent, options, message):
+    config = tiny(**options)
+    with pytest.raises(UsageError, match=message):
+        train(config, silent())
+    assert not config.out.exists()
+
+
+def test_learning_rate_rises_and_falls():
+    rates = [learning_rate_at(step, steps=100, peak=2.0, warmup=0.1) for step in range(100)]
+    assert rates[0] == pytest.approx(0.2)
+    assert rates[9] == rates[10] == 2.0
+    assert rates[-1] == pytest.approx(0.2)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert learning_rate_at(0, steps=1, peak=1.0, warmup=0.0) == 1.0
