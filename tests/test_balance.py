@@ -798,24 +798,27 @@ class _Interrupted(Exception):
     pass
 
 
+@pytest.mark.parametrize("where", ["embed", "blocks.0", "blocks.1"])
 @pytest.mark.parametrize("strategy", ["loss-free:rate=0.1", "loss-free:rate=0.1+lbl:coefficient=0.5"])
-def test_a_forward_that_failed_can_be_tried_again(strategy):
-    """Out of memory in the second block, caught, and the micro-batch run again: a usual loop."""
+def test_a_forward_that_failed_can_be_tried_again(strategy, where):
+    """Out of memory, caught, and the micro-batch run again with another: a usual loop."""
     model, balance = _attached(strategy)
 
     def fail(module, args):
         raise _Interrupted
 
-    handle = model.blocks[1].register_forward_pre_hook(fail)
+    (model(_ids(seed=2)) + balance.loss()).backward()
+    handle = model.get_submodule(where).register_forward_pre_hook(fail)
     with pytest.raises(_Interrupted):
         model(_ids(), MASK)
     handle.remove()
     (model(_ids(seed=1)) + balance.loss()).backward()
     expected, other = _attached(strategy)
-    (expected(_ids(seed=1)) + other.loss()).backward()
+    for seed in (2, 1):
+        (expected(_ids(seed=seed)) + other.loss()).backward()
     _close(_gradients(model), _gradients(expected))
     balance.step()
-    _window_total(balance, 14)
+    _window_total(balance, 28)
 
 
 def test_detach_in_the_middle_of_a_window_leaves_a_plain_model():

@@ -56,8 +56,9 @@ def _parse(arguments: list[str]) -> Compare | Train | Report:
 
 def _one_line(text: str) -> str:
     """What tyro draws in a box, as a sentence."""
-    words = re.sub(r"[╭╮╰╯│─┌┐└┘|]+", " ", re.sub(r"\x1b\[[0-9;]*m", "", text))
-    return re.sub(r"\s+", " ", words).strip()
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines()
+    words = " ".join(line for line in lines if not line.startswith("╭"))  # the title says the same
+    return re.sub(r"[\s╰╯│─]+", " ", words).strip()
 
 
 def _run(asked: Compare | Train | Report, command: str) -> None:

@@ -21,15 +21,18 @@ class _Run:
     """Folder for everything that comes out. It must be empty, or new, unless --resume."""
 
     arch: Architecture = "glm4_moe"
-    """Transformers architecture, built small from a config. glm4_moe and deepseek_v3: sigmoid gate, shared expert, bias
-    slot. qwen3_moe, olmoe, mixtral: softmax gate."""
+    """Transformers architecture, built small from a config.
+    glm4_moe, deepseek_v3: sigmoid gate, shared expert, bias slot.
+    qwen3_moe, olmoe, mixtral: softmax gate."""
 
     model: Path | None = None
-    """Folder of a Transformers model to train on instead of --arch: its weights if it has any, else its config."""
+    """Folder of a Transformers model to train instead of --arch: its weights if it has any, else its config."""
 
     data: str = "corpus"
-    """Text: "corpus" (eight domains, inside the package), or a folder with one file or sub-folder a domain (txt, jsonl,
-    parquet, each also .xz), or a file, or the name of a data set."""
+    """Text: "corpus" (eight domains, inside the package), or your own.
+    A folder: one file or one sub-folder a domain, .txt, .jsonl or .parquet, each also .xz.
+    Documents: blocks between blank lines of a .txt; files of a sub-folder; "text" of a line or row.
+    Or one file, or the name of a data set that the library datasets resolves."""
 
     tokenizer: Path | None = None
     """A tokenizer.json, or a folder with one. By default a byte-level BPE is trained on the training text."""
@@ -68,8 +71,8 @@ class _Run:
     """Mix domains in every micro-batch. By default each holds one domain: an upper bound of what scope does."""
 
     order: Literal["forwards_first", "interleaved"] = "forwards_first"
-    """forwards_first: all forwards of a step, then one backward, so that the global batch is exact. interleaved:
-    forward, backward, forward, ...: each backward knows the micro-batches so far (Algorithm 1 of paper 2)."""
+    """forwards_first: all forwards of a step, then one backward: the global batch is exact.
+    interleaved: forward, backward, forward, ...: a backward knows the micro-batches so far."""
 
     learning_rate: float = 3e-3
     """Peak learning rate of AdamW, the same for every strategy."""
@@ -147,8 +150,10 @@ class Train(_Run):
     """Train one model under one strategy."""
 
     strategy: str = "loss-free"
-    """none, loss-free, lbl, frozen, with options: loss-free:rate=1e-2, lbl:scope=micro_batch,coefficient=1e-2, or
-    several: loss-free+lbl:scope=sequence,coefficient=1e-4."""
+    """none, frozen, loss-free or lbl, with options or several at once.
+    loss-free:rate=1e-2
+    lbl:scope=micro_batch,coefficient=1e-2
+    loss-free+lbl:scope=sequence,coefficient=1e-4"""
 
     seed: int = 0
     """Decides weights, order of the text and order of the domains, together."""

@@ -1,0 +1,89 @@
+"""What does one run of the main job show? The README's table and figure, from a folder of `equipoise compare`.
+
+    equipoise compare --out runs/demo
+    python benchmarks/demo.py runs/demo      # stores benchmarks/results/demo.json, writes the README's table and figure
+    python benchmarks/demo.py --check        # the README's table is the stored result's
+
+The figure is the page's own, photographed by Chromium (needs playwright and /usr/bin/chromium).
+"""
+
+import json
+import os
+import platform
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+STORED = ROOT / "benchmarks" / "results" / "demo.json"
+README = ROOT / "README.md"
+MARKS = re.compile(r"(<!-- demo: .*? -->\n).*?(<!-- /demo -->)", re.DOTALL)
+COLUMNS = {
+    "strategy": ("strategy", "`{}`"),
+    "maxvio_global": ("MaxVio, validation", "{:.2f}"),
+    "maxvio_batch": ("MaxVio, last steps", "{:.2f}"),
+    "dead_experts": ("dead experts", "{:.0f}"),
+    "domain_information_bits": ("domain information, bits", "{:.2f}"),
+    "val_nats": ("validation loss, nats", "{:.3f}"),
+    "val_bits_per_byte": ("bits per byte", "{:.3f}"),
+    "tokens_per_second": ("tokens/s", "{:,.0f}"),
+}
+
+
+def store(folder: Path) -> dict:
+    config = json.loads(next(folder.glob("*/config.json")).read_text())
+    stored = {
+        "command": config["command"],
+        "date": config["began"][:10],
+        "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}, no accelerator",
+        "versions": config["versions"],
+        "results": json.loads((folder / "results.json").read_text()),
+        "floor": json.loads((folder / "results.json").read_text())[0]["maxvio_floor"],
+    }
+    STORED.write_text(json.dumps(stored, indent=1) + "\n")
+    return stored
+
+
+def table(stored: dict) -> str:
+    lines = ["| " + " | ".join(title for title, _ in COLUMNS.values()) + " |", "|---" * len(COLUMNS) + "|"]
+    for row in stored["results"]:
+        lines.append("| " + " | ".join(form.format(row[key]) for key, (_, form) in COLUMNS.items()) + " |")
+    versions = ", ".join(f"{name} {version}" for name, version in stored["versions"].items())
+    lines += [
+        "",
+        f"`{stored['command']}` on {stored['hardware']}, {stored['date']}, {versions}. The sampling floor of MaxVio on the "
+        f"validation text is {stored['floor']:.3f}.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def figure(folder: Path) -> None:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1100, "height": 900}, device_scale_factor=1.5)
+        page.goto((folder / "report.html").absolute().as_uri())
+        page.wait_for_timeout(2000)
+        page.locator("section[aria-labelledby=h-heat] .grid").screenshot(path=ROOT / "docs" / "figures" / "demo.png")
+        browser.close()
+
+
+def main() -> None:
+    if sys.argv[1:] == ["--check"]:
+        stored = json.loads(STORED.read_text())
+        found = MARKS.search(README.read_text())
+        if found is None or table(stored) not in found.group(0):
+            sys.exit("README.md does not hold the table of benchmarks/results/demo.json: run benchmarks/demo.py FOLDER")
+        return
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    folder = Path(sys.argv[1])
+    text = table(store(folder))
+    README.write_text(MARKS.sub(lambda match: match.group(1) + text + match.group(2), README.read_text()))
+    figure(folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""The README's code runs, its commands exist, and its numbers come from the stored result."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import equipoise
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_code_runs(capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    exec(compile(code, "README.md", "exec"), {})
+    printed = [float(line) for line in capsys.readouterr().out.split()]
+    assert len(printed) == 3
+    assert all(0 <= value <= 3 for value in printed)
+
+
+def test_every_file_it_names_is_there():
+    for link in re.findall(r"\]\(((?!http)[^)]+)\)", README):
+        assert (ROOT / link).exists(), link
+
+
+def test_its_numbers_are_those_of_the_stored_result():
+    done = subprocess.run([sys.executable, ROOT / "benchmarks" / "demo.py", "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_changelog_begins_with_this_version():
+    versions = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert versions[0] == equipoise.__version__
+    assert f'version = "{equipoise.__version__}"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_contributing_is_short():
+    assert len((ROOT / "CONTRIBUTING.md").read_text().splitlines()) <= 45
