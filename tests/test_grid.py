@@ -51,7 +51,15 @@ def _check(cell, outcome, num_ranks):
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6)  # float32 sums of six terms
 
 
-@pytest.mark.parametrize("cell", grid.cells("none"), ids=lambda cell: "-".join(map(str, cell)))
+def _parameters(*wrappers):
+    """Cells that share a model, or a pair of processes, stay on one worker."""
+    for wrapper in wrappers:
+        for cell in grid.cells(wrapper):
+            group = wrapper if wrapper != "none" else f"{cell.mode}-{cell.dtype}"
+            yield pytest.param(cell, marks=pytest.mark.xdist_group(group), id="-".join(map(str, cell)))
+
+
+@pytest.mark.parametrize("cell", list(_parameters("none")))
 def test_one_process(cell):
     _check(cell, grid.run(cell, _prepared(cell.mode, cell.dtype)), 1)
 
@@ -71,7 +79,7 @@ def _on_two_ranks(wrapper):
     return run_on_ranks(2, _run_cells, wrapper)
 
 
-@pytest.mark.parametrize("cell", grid.cells("ddp") + grid.cells("fsdp"), ids=lambda cell: "-".join(map(str, cell)))
+@pytest.mark.parametrize("cell", list(_parameters("ddp", "fsdp")))
 def test_two_ranks(cell):
     for results in _on_two_ranks(cell.wrapper):
         assert not isinstance(results, str), results

@@ -152,6 +152,8 @@ class Balance:
         self._recorder.last = window.close()
         self._last_micro_batches, self._last_micro_batch = micro_batches, micro_batches[-1]
         self._num_windows += 1
+        if self._context.given:
+            self._context.clear()
         if applied is False:
             return
         for group in self._groups:
@@ -246,20 +248,23 @@ class Balance:
         if self._recorder.last is None:
             return {}
         load = self.load
-        tokens = float(self._recorder.last[self._layout.tokens].min())
-        floors = [metrics.sampling_floor(tokens, layer.k, layer.num_experts) for layer in self._layers]
-        micro = [metrics.max_violation(self._by_name(m.vector)) for m in self._last_micro_batches]
+        tokens = [float(load[layer.name].sum()) / layer.k for layer in self._layers]
+        floors = [
+            metrics.sampling_floor(n, layer.k, layer.num_experts) for n, layer in zip(tokens, self._layers, strict=True)
+        ]
         result = {
             "maxvio_batch": float(metrics.max_violation(load)),
-            "maxvio_micro": float(torch.stack(micro).nanmean()),
             "maxvio_floor": sum(floors) / len(floors),
             "min_violation": float(metrics.min_violation(load)),
             "coefficient_of_variation": float(metrics.coefficient_of_variation(load)),
             "load_entropy": float(metrics.load_entropy(load)),
             "dead_experts": float(metrics.dead_experts(load)),
-            "tokens": tokens,
+            "tokens": min(tokens),
         }
-        if self._recorder.num_losses:
+        if self._last_micro_batches:  # not after a resume
+            micro = [metrics.max_violation(self._by_name(m.vector)) for m in self._last_micro_batches]
+            result["maxvio_micro"] = float(torch.stack(micro).nanmean())
+        if self._last_micro_batches and self._recorder.num_losses:
             values = [m.losses[0] / m.vector[self._layout.tokens].clamp_min(1) for m in self._last_micro_batches]
             result["load_balancing_loss"] = float(torch.stack(values).mean())
         if any(group.steering is not None for group in self._groups):

@@ -128,7 +128,8 @@ class Window:
 
     def micro_batch(self, device: torch.device) -> MicroBatch:
         if self.current is None:
-            self.current = MicroBatch(self.layout.zeros(device), self.layout.num_layers, self.num_losses)
+            with torch.inference_mode(False):  # counts outlive it
+                self.current = MicroBatch(self.layout.zeros(device), self.layout.num_layers, self.num_losses)
             self.micro_batches.append(self.current)
         return self.current
 

@@ -43,7 +43,7 @@ class _Run:
     steps: int = 90
     """Optimizer steps."""
 
-    layers: int = 4
+    layers: int = 3
     """Transformer layers, all of them mixture-of-experts."""
 
     width: int = 128
