@@ -21,8 +21,8 @@ demo: install
 	$(BIN)/equipoise compare --out $(DEMO) --resume
 
 test: install
-	$(BIN)/ruff format --check src tests
-	$(BIN)/ruff check src tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/pytest -n 2 --dist loadgroup
 

@@ -51,8 +51,8 @@ def table(stored: dict) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in stored["versions"].items())
     lines += [
         "",
-        f"`{stored['command']}` on {stored['hardware']}, {stored['date']}, {versions}. The sampling floor of MaxVio on the "
-        f"validation text is {stored['floor']:.3f}.",
+        f"`{stored['command']}` on {stored['hardware']}, {stored['date']}, {versions}. The sampling floor of "
+        f"MaxVio on the validation text is {stored['floor']:.3f}.",
         "",
     ]
     return "\n".join(lines)

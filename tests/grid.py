@@ -205,3 +205,15 @@ def error(outcome: Outcome, expected: dict[str, Tensor]) -> float:
     distance = sum(float((ours - theirs).square().sum()) for ours, theirs in pairs)
     size = sum(float(theirs.square().sum()) for _, theirs in pairs)
     return (distance / size) ** 0.5
+
+
+def run_cells(rank: int, wrapper: str) -> dict[Cell, Outcome]:
+    """All cells of a wrapper on this rank."""
+    results: dict[Cell, Outcome] = {}
+    prepared, key = None, None
+    for cell in cells(wrapper):
+        if key != (cell.mode, cell.dtype):
+            torch._dynamo.reset()
+            key, prepared = (cell.mode, cell.dtype), prepare(cell)
+        results[cell] = run(cell, prepared, rank)
+    return results

@@ -69,7 +69,7 @@ def _total(balance):
 
 
 def _window_total(balance, tokens):
-    assert _total(balance) == {name: K * tokens for name in NAMES}
+    assert _total(balance) == dict.fromkeys(NAMES, K * tokens)
 
 
 # ---- what counts ----
@@ -78,10 +78,10 @@ def _window_total(balance, tokens):
 def test_a_window_counts_every_training_token_once():
     model, balance = _attached("loss-free:rate=0.1")
     seen = _recorder(model)
-    assert _total(balance) == {name: 0 for name in NAMES}
+    assert _total(balance) == dict.fromkeys(NAMES, 0)
     for seed in range(3):
         model(_ids(seed=seed)).backward()
-    assert _total(balance) == {name: 0 for name in NAMES}, "load is of the last closed window"
+    assert _total(balance) == dict.fromkeys(NAMES, 0), "load is of the last closed window"
     balance.step()
     _window_total(balance, 3 * 14)
     for name in NAMES:
@@ -169,7 +169,7 @@ def test_measuring_counts_any_mode_and_leaves_the_window(training, inference):
         model(_ids(seed=1))
         model(_ids(seed=2, rows=3))
     model.train()
-    assert {name: int(counts.sum()) for name, counts in load.items()} == {name: K * 35 for name in NAMES}
+    assert {name: int(counts.sum()) for name, counts in load.items()} == dict.fromkeys(NAMES, K * 35)
     (loss + balance.loss()).backward()
     (other(_ids()) + other_balance.loss()).backward()
     for b in (balance, other_balance):
@@ -186,7 +186,7 @@ def test_measuring_is_empty_without_a_forward_and_ends_with_an_error():
     model, balance = _attached("loss-free:rate=0.1")
     with balance.measuring() as load:
         pass
-    assert {name: int(counts.sum()) for name, counts in load.items()} == {name: 0 for name in NAMES}
+    assert {name: int(counts.sum()) for name, counts in load.items()} == dict.fromkeys(NAMES, 0)
     with pytest.raises(ZeroDivisionError), balance.measuring() as load:
         model(_ids())
         raise ZeroDivisionError
@@ -873,8 +873,8 @@ def test_two_balances_on_two_models_do_not_mix():
     other.step()
     _window_total(balance, 14)
     _window_total(other, 21)
-    _close(_gradients(first), {n: g for n, g in _single("0.5", 0, 2).items()})
-    _close(_gradients(second), {n: g for n, g in _single("0.1", 1, 3).items()})
+    _close(_gradients(first), dict(_single("0.5", 0, 2).items()))
+    _close(_gradients(second), dict(_single("0.1", 1, 3).items()))
 
 
 def _single(coefficient, seed, rows):
@@ -1234,7 +1234,7 @@ def test_offsets_of_another_model_are_refused(offsets):
         ([LossFree], TypeError, "object such as LossFree"),
         ([3], TypeError, "got int"),
     ],
-    ids=str,
+    ids=["name", "strategy", "objects", "class", "number"],
 )
 def test_attach_refuses_bad_balancers(balancers, error, message):
     model = tiny_lm()

@@ -12,7 +12,7 @@ from functools import cache
 import grid
 import pytest
 import torch
-from distributed.ranks import run_on_ranks
+from ranks import run_on_ranks
 
 import equipoise
 from equipoise.recorder import Recorder
@@ -64,19 +64,9 @@ def test_one_process(cell):
     _check(cell, grid.run(cell, _prepared(cell.mode, cell.dtype)), 1)
 
 
-def _run_cells(rank, wrapper):
-    results, prepared, key = {}, None, None
-    for cell in grid.cells(wrapper):
-        if key != (cell.mode, cell.dtype):
-            torch._dynamo.reset()
-            key, prepared = (cell.mode, cell.dtype), grid.prepare(cell)
-        results[cell] = grid.run(cell, prepared, rank)
-    return results
-
-
 @cache
 def _on_two_ranks(wrapper):
-    return run_on_ranks(2, _run_cells, wrapper)
+    return run_on_ranks(2, grid.run_cells, wrapper)
 
 
 @pytest.mark.parametrize("cell", list(_parameters("ddp", "fsdp")))

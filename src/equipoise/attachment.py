@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from equipoise.balance import Balance, few
 from equipoise.balancers import Balancer, format_strategy, parse_strategy
-from equipoise.errors import EquipoiseError
+from equipoise.errors import EquipoiseError, UsageError
 from equipoise.recorder import Layer, slot_of
 from equipoise.taps.families import find_routers, num_experts_of, prove
 from equipoise.taps.tap import is_tapped, untap_router
@@ -24,6 +25,7 @@ OFFSETS_FILE = "equipoise_offsets.safetensors"  # beside the weights of a family
 _log = logging.getLogger("equipoise")
 
 
+@torch.inference_mode(False)  # offsets outlive an evaluation under inference mode
 def attach(
     model: nn.Module,
     *balancers: Balancer | str,
@@ -56,6 +58,11 @@ def attach(
     try:
         resolved = _resolve(balancers)
         layers = _find_layers(inner, where)
+        if offsets is not None and not any(balancer.has_offset for balancer in resolved):
+            raise UsageError(
+                f"offsets must have a balancer that holds them: got the strategy {format_strategy(resolved)}. Add "
+                "frozen or loss-free to it."
+            )
         start = {layer.name: slot_of(layer) for layer in layers} if offsets is None else _read_offsets(offsets, layers)
         fingerprint = (format_strategy(resolved), [(x.name, x.num_experts, x.k, x.kind) for x in layers])
     except Exception as caught:
@@ -127,7 +134,7 @@ def _resolve(balancers: Sequence[Balancer | str]) -> list[Balancer]:
             )
     steering = [str(balancer) for balancer in result if balancer.has_offset]
     if len(steering) > 1:
-        raise ValueError(f"one balancer may move the offset: got {' and '.join(steering)}. Leave one out.")
+        raise UsageError(f"one balancer may move the offset: got {' and '.join(steering)}. Leave one out.")
     return result
 
 

@@ -74,12 +74,19 @@ class Balance:
         self._recorder.loss_scale = value
 
     def _tap(self, model: nn.Module) -> None:
-        names = list(inspect.signature(model.forward).parameters)
-        self._context = ForwardContext(names)
-        self._hooks = [
-            model.register_forward_pre_hook(Hook(self._context.before), with_kwargs=True),
-            model.register_forward_hook(Hook(self._context.after)),
-        ]
+        self._context = ForwardContext(model, self._recorder)
+        self._hooks = []
+        routers = {layer.router for layer in self._layers}
+        for module in model.modules():
+            names = list(inspect.signature(module.forward).parameters)
+            if module is not model and not (
+                {"input_ids", "attention_mask"} <= {*names} and routers & {*module.modules()}
+            ):
+                continue  # a whole model inside a wrapper is told its padding itself
+            self._hooks += [
+                module.register_forward_pre_hook(Hook(self._context.before, names), with_kwargs=True),
+                module.register_forward_hook(Hook(self._context.after, names), always_call=True),
+            ]
         self._taps = []
         for index, layer in enumerate(self._layers):
             group, row = self._recorder.group_of[index]
@@ -109,6 +116,8 @@ class Balance:
     def _ticket(self) -> Tensor:
         self._recorder.has_tickets = True
         micro_batch = self._window.close_micro_batch()
+        if self._context.given:
+            self._context.clear()
         if micro_batch is None or self._recorder.num_losses == 0:
             device = self._device() if micro_batch is None else micro_batch.vector.device
             self._last_micro_batch = micro_batch or self._last_micro_batch
@@ -118,12 +127,11 @@ class Balance:
         value = torch.zeros((), dtype=torch.float64, device=tokens.device)
         for balancer, losses in zip(self._groups[0].losses, micro_batch.losses, strict=True):
             value = value + balancer.coefficient * (losses / tokens).sum()
-        if self._context.given:
-            self._context.clear()
+        value = value.to(micro_batch.dtype)
         if not torch.is_grad_enabled():
-            return value.float()
-        leaf = torch.zeros((), device=value.device, requires_grad=True)
-        return _Ticket.apply(leaf, value.float(), self._window, micro_batch)
+            return value
+        leaf = torch.zeros_like(value, requires_grad=True)
+        return _Ticket.apply(leaf, value, self._window, micro_batch)
 
     @torch.no_grad()
     def step(self, applied: bool | Tensor = True) -> None:
@@ -135,6 +143,10 @@ class Balance:
 
         Raises ``EquipoiseError`` when a router was not called in this window, naming it.
         """
+        if not self._taps:
+            raise EquipoiseError(
+                "step() must be called before detach(): this Balance was detached. Attach the model again."
+            )
         window = self._window
         called = [any(micro_batch.calls[i] for micro_batch in window.micro_batches) for i in range(len(self._layers))]
         if not all(called):
@@ -266,14 +278,18 @@ class Balance:
             result["maxvio_micro"] = float(torch.stack(micro).nanmean())
         if self._last_micro_batches and self._recorder.num_losses:
             values = [m.losses[0] / m.vector[self._layout.tokens].clamp_min(1) for m in self._last_micro_batches]
-            result["load_balancing_loss"] = float(torch.stack(values).mean())
+            counted = [
+                v for m, v in zip(self._last_micro_batches, values, strict=True) if m.vector[self._layout.tokens].any()
+            ]
+            result["load_balancing_loss"] = float(torch.stack(counted).mean()) if counted else 0.0
         if any(group.steering is not None for group in self._groups):
             result["offset_max"] = max(float(offset.abs().max()) for offset in self.offsets.values())
         return result
 
     def notes(self, num_steps: int) -> list[str]:
         """What a user should know before a run of this many steps, a sentence each."""
-        return [note for balancer in self._groups[0].balancers for note in balancer.notes(num_steps)]
+        notes = [n for group in self._groups for balancer in group.balancers for n in balancer.notes(num_steps)]
+        return list(dict.fromkeys(notes))
 
     def state_dict(self) -> dict[str, Any]:
         """Offsets, the last window's counts and number of windows: equal on all ranks. Legal between windows only."""
@@ -290,12 +306,12 @@ class Balance:
         """Takes up what ``state_dict`` gave; the state of another model is refused before anything moves."""
         if self._window.micro_batches:
             raise EquipoiseError("load_state_dict() must be called between windows. Call step() first.")
-        names = {layer.name: layer.num_experts for layer in self._layers}
+        names = {layer.name: (layer.num_experts,) for layer in self._layers}
         for key in ("offsets", "load"):
             if key == "load" and key not in state:
                 continue
-            sizes = {name: len(value) for name, value in state.get(key, {}).items()}
-            if sizes != names:
+            sizes = {name: tuple(value.shape) for name, value in state.get(key, {}).items()}
+            if sizes != names or "num_windows" not in state:
                 raise EquipoiseError(
                     f"the state must be of a model with the same layers: its {key} have {few(sizes)}, this model has "
                     f"{few(names)}. Load the state that was saved with this model."
@@ -319,6 +335,8 @@ class Balance:
         offsets = self.offsets
         for hook in self._hooks:
             hook.remove()
+        if not self._taps:  # detached already
+            return offsets
         for layer, tap in zip(self._layers, self._taps, strict=True):
             tap.observer = None
             untap_router(layer.router)

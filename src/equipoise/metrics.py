@@ -84,7 +84,11 @@ def load_entropy(load: Load) -> Float[Tensor, "*layers"]:
     tensor(0.5000, dtype=torch.float64)
     """
     return _by_layer(
-        lambda c: _entropy(c) / math.log(c.shape[-1]) if c.shape[-1] > 1 else torch.where(c.sum(-1) > 0, 1.0, math.nan),
+        lambda c: (
+            _entropy(c) / math.log(c.shape[-1])
+            if c.shape[-1] > 1
+            else torch.where(c.sum(-1) > 0, 1.0, math.nan).to(c.dtype)
+        ),
         load,
     )
 
@@ -106,7 +110,7 @@ def dead_experts(load: Load) -> Float[Tensor, "*layers"]:
     >>> dead_experts(torch.tensor([4, 2, 2, 0]))
     tensor(1., dtype=torch.float64)
     """
-    if isinstance(load, Mapping):
+    if isinstance(load, Mapping) and load:
         return torch.stack([dead_experts(layer) for layer in load.values()]).sum(0)
     return _by_layer(lambda c: torch.where(c.sum(-1) > 0, (c == 0).double().sum(-1), math.nan), load)
 

@@ -73,7 +73,7 @@ class Recorder:
         recomputing = torch._C._current_graph_task_id() != -1  # the one place that asks: a backward is running
         if recomputing:
             return RECOMPUTED if training and not self.measuring and not self.paused else UNCOUNTED
-        if not self.measuring and (self.paused or not training):
+        if self.paused or (not self.measuring and not training):
             return UNCOUNTED
         num_tokens = expert_ids.shape[0]
         mask = fit_mask(mask, num_tokens, self.layers[layer].name)
@@ -96,7 +96,19 @@ class Recorder:
             for index, balancer in enumerate(self.group_of[layer][0].losses):
                 value = balancer.loss(routing, self._scope_load(balancer, layer, micro_batch, window.load_now))
                 micro_batch.losses[index, layer].add_(value * call.num_tokens)
+                micro_batch.dtype = torch.promote_types(micro_batch.dtype, value.dtype)
         return window.record(call)
+
+    @property
+    def num_calls(self) -> int:
+        return len(self.window.calls)
+
+    def forward_failed(self, num_calls: int) -> None:
+        """A forward raised: the micro-batch that it had begun to count is dropped."""
+        micro_batch = self.window.current
+        if micro_batch is not None and len(self.window.calls) > num_calls:
+            self.window.micro_batches.remove(micro_batch)
+            self.window.current = None
 
     def _split_by_forward(self, layer: int) -> None:
         """Where no ticket separates micro-batches, one begins when the layer that came first comes again."""
@@ -116,7 +128,7 @@ class Recorder:
             return torch.zeros_like(logits)
         call, factor = self._serve(layer, token)
         micro_batch = call.micro_batch
-        if micro_batch is self.window.current:  # no loss() closed it: loss_scale stands in
+        if micro_batch is self.window.current or not self.has_tickets:  # no loss() closed it: loss_scale stands in
             self.window.close_micro_batch()
         logits = logits.detach().requires_grad_()
         with torch.enable_grad():
@@ -130,7 +142,7 @@ class Recorder:
                 total = total + balancer.coefficient * balancer.loss(routing, load)
             if len(micro_batch.calls[layer]) > 1:  # the loss is a mean over all tokens of the micro-batch
                 tokens = micro_batch.vector[self.layout.tokens][layer].clamp_min(1)
-                total = total * (call.num_tokens / tokens).to(total.dtype)
+                total = total * call.num_tokens / tokens
             (gradient,) = torch.autograd.grad(total, logits, grad_outputs=torch.ones_like(total) * factor)
         return gradient
 
@@ -209,6 +221,7 @@ class Recorder:
             self.restore_offset(layer)  # the checkpoint holds ours, perhaps rounded
         else:
             offset.copy_(held)
+            self.restore_offset(layer)
 
 
 def _make_groups(
@@ -235,5 +248,7 @@ def slot_of(layer: Layer) -> Float[Tensor, " experts"]:
     held, weight = layer.router._buffers.get(layer.kind.slot or OWN_SLOT), layer.router.weight
     assert isinstance(weight, Tensor)
     if held is None or held.device.type == "meta":
-        return torch.zeros(layer.num_experts, device="cpu" if weight.device.type == "meta" else weight.device)
+        return torch.zeros(
+            layer.num_experts, dtype=torch.float32, device="cpu" if weight.device.type == "meta" else weight.device
+        )
     return held.detach().float().clone()

@@ -48,7 +48,8 @@ def score(logits: Float[Tensor, "tokens experts"], gate: str = "softmax") -> Flo
     if gate == "sigmoid":
         return logits.sigmoid()
     if gate == "sqrt_softplus":
-        return F.softplus(logits).sqrt()
+        # at z < -104 float32 softplus is 0, where sqrt has no slope
+        return F.softplus(logits).clamp_min(torch.finfo(logits.dtype).tiny).sqrt()
     raise ValueError(f"gate must be one of {', '.join(GATES)}: got {gate!r}.")
 
 

@@ -8,6 +8,7 @@ so that one all-reduce pools every layer. The last three say which collective th
 window while another begins a micro-batch is found out by every rank.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ class Layout:
 
     def __init__(self, num_experts: Sequence[int]):
         self.num_experts = tuple(num_experts)
-        ends = torch.tensor(num_experts).cumsum(0).tolist()
+        ends = list(itertools.accumulate(num_experts))
         self.slices = [slice(end - size, end) for size, end in zip(num_experts, ends, strict=True)]
         self.num_layers = len(num_experts)
         self.tokens = slice(ends[-1], ends[-1] + self.num_layers)
@@ -98,7 +99,9 @@ class MicroBatch:
         self.first_layer: int | None = None
         self.factor: Tensor | None = None  # what the caller multiplied the loss with, known in the backward
         # by loss and layer, its sum over the tokens
-        self.losses = vector.new_zeros(num_losses, num_layers, dtype=torch.float64)
+        self.dtype = torch.float32  # of the losses, or wider
+        with torch.inference_mode(False):
+            self.losses = vector.new_zeros(num_losses, num_layers, dtype=torch.float64)
 
     def serve(self, factor: Tensor) -> None:
         """A ticket's backward has run: the backwards of this micro-batch's routers follow."""
@@ -241,7 +244,14 @@ def number_sequences(
         ids = sequence_ids.reshape(1, -1) if sequence_ids.dim() == 1 else sequence_ids
         starts = torch.ones_like(ids, dtype=torch.bool)
         starts[:, 1:] = ids[:, 1:] != ids[:, :-1]
+        if starts.numel() != num_tokens:
+            raise EquipoiseError(
+                f"sequence_ids must hold one number per token: got shape {tuple(sequence_ids.shape)} for {num_tokens} "
+                "tokens. Pass those of these tokens with balance.token_mask(mask, sequence_ids)."
+            )
         return starts.reshape(-1).cumsum(0).sub_(1).to(device), num_tokens
+    if num_tokens == 0:
+        return torch.zeros(0, dtype=torch.int64, device=device), 0
     if rows <= 0 or num_tokens % rows:
         return None, 0
     return torch.arange(num_tokens, device=device) // (num_tokens // rows), rows

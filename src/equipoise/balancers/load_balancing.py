@@ -2,6 +2,7 @@
 
 from typing import final
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -13,7 +14,8 @@ __all__ = ["LoadBalancingLoss", "load_balancing_loss", "sequence_load_balancing_
 
 
 def _probability(routing: Routing, normalise: bool) -> Float[Tensor, "tokens experts"]:
-    p = routing.scores / routing.scores.sum(-1, keepdim=True) if normalise else routing.scores
+    total = routing.scores.sum(-1, keepdim=True).clamp_min(torch.finfo(routing.scores.dtype).tiny)
+    p = routing.scores / total if normalise else routing.scores
     return p if routing.mask is None else p * routing.mask.to(p.dtype)[:, None]
 
 

@@ -30,7 +30,7 @@ def _value(text: str) -> object:
 
 
 def _parse_one(text: str, whole: str) -> Balancer:
-    name, _, options = text.partition(":")
+    name, colon, options = text.partition(":")
     if name not in BALANCERS:
         raise UsageError(
             f"A strategy must be made of none, {', '.join(BALANCERS)}: got {name!r} in {whole!r}. Example: "
@@ -39,7 +39,7 @@ def _parse_one(text: str, whole: str) -> Balancer:
     kind = BALANCERS[name]
     known = list(inspect.signature(kind).parameters)
     arguments: dict[str, object] = {}
-    for option in options.split(",") if options else []:
+    for option in options.split(",") if colon else []:
         key, equals, value = option.partition("=")
         if not equals or key not in known:
             raise UsageError(

@@ -82,7 +82,7 @@ class _CountingTopK(OffsetTopK):
     calls = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.topk, Tensor.topk) and args[0].shape[-1] == self.offset.shape[0]:
+        if func in (torch.topk, Tensor.topk) and args and args[0].shape[-1] == self.offset.shape[0]:
             self.calls += 1
         return super().__torch_function__(func, types, args, kwargs)
 
@@ -92,11 +92,14 @@ def _stand_in(router: nn.Module, generator: torch.Generator) -> nn.Module:
     copy = router.__class__.__new__(router.__class__)
     copy.__dict__ = dict(router.__dict__)
     copy._parameters = {
-        name: parameter if parameter is None else nn.Parameter(torch.randn(parameter.shape, generator=generator))
+        name: parameter
+        if parameter is None
+        else nn.Parameter(torch.randn(parameter.shape, generator=generator, dtype=torch.float32, device="cpu"))
         for name, parameter in router._parameters.items()
     }
     copy._buffers = {
-        name: buffer if buffer is None else torch.zeros(buffer.shape) for name, buffer in router._buffers.items()
+        name: buffer if buffer is None else torch.zeros(buffer.shape, device="cpu", dtype=torch.float32)
+        for name, buffer in router._buffers.items()
     }
     return copy
 
@@ -119,12 +122,16 @@ def prove(name: str, router: nn.Module, kind: RouterKind) -> int:
     generator = torch.Generator().manual_seed(0)
     stand_in = _stand_in(router, generator)
     num_experts, dim = stand_in._parameters["weight"].shape
-    hidden = torch.randn(64, dim, generator=generator) / dim**0.5
-    favourite = torch.zeros(num_experts)
+    hidden = torch.randn(64, dim, generator=generator, dtype=torch.float32, device="cpu") / dim**0.5
+    favourite = torch.zeros(num_experts, device="cpu", dtype=torch.float32)
     favourite[num_experts // 2] = 100.0
+    moderate = (
+        0.3 * score(torch.randn(1, num_experts, generator=generator, dtype=torch.float32, device="cpu"), kind.gate)[0]
+    )
+    grouped = getattr(stand_in, "num_group", 1) > 1
 
     def run(offset: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], int]:
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
             if kind.slot is not None:
                 if kind.slot not in stand_in._buffers:
                     raise refuse(f"there is no buffer {kind.slot}")
@@ -133,7 +140,8 @@ def prove(name: str, router: nn.Module, kind: RouterKind) -> int:
             with _CountingTopK(offset) as mode:
                 return stand_in.forward(hidden), mode.calls
 
-    for offset in (torch.zeros(num_experts), favourite):
+    first: tuple[Tensor, Tensor, Tensor] | None = None
+    for offset in (torch.zeros_like(favourite), moderate, favourite):
         output, calls = run(offset)
         if calls != 1:
             raise refuse(f"{calls} calls of top-k were seen")
@@ -142,6 +150,16 @@ def prove(name: str, router: nn.Module, kind: RouterKind) -> int:
         logits, weights, expert_ids = output
         if logits.shape != (64, num_experts) or expert_ids.dtype != torch.int64:
             raise refuse(f"the logits have shape {tuple(logits.shape)} and the expert ids {expert_ids.dtype}")
+        first = first or output
+        same = (expert_ids == first[2]).all(-1)
+        if not torch.allclose(weights[same], first[1][same], rtol=1e-4):
+            raise refuse("the offset changes the weights of the same choice")
+        scores = score(logits, kind.gate)
+        if (
+            not grouped
+            and (expert_ids.sort().values != (scores + offset).topk(expert_ids.shape[-1]).indices.sort().values).any()
+        ):
+            raise refuse("the chosen experts are not the best by these scores plus the offset")
         factor = weights / score(logits, kind.gate).gather(-1, expert_ids)
         if not torch.allclose(factor, factor[:, :1].expand_as(factor), rtol=1e-4):
             raise refuse("the weights are not in proportion to these scores")

@@ -12,6 +12,7 @@ into the forward, where the load is not known yet.
 """
 
 import itertools
+import sys
 import weakref
 from functools import cache
 from typing import Any, NamedTuple, Protocol
@@ -61,6 +62,11 @@ class Observer(Protocol):
 
     def restore_offset(self, layer: int) -> None: ...
 
+    @property
+    def num_calls(self) -> int: ...
+
+    def forward_failed(self, num_calls: int) -> None: ...
+
     def adopt_offset(self, layer: int) -> None: ...
 
 
@@ -70,8 +76,11 @@ class ForwardContext:
     A copy of the model carries inert copies of the hooks, so it never writes into the original's context.
     """
 
-    def __init__(self, parameter_names: list[str]):
-        self.parameter_names = parameter_names
+    def __init__(self, model: nn.Module, observer: "Observer"):
+        self.model = model
+        self.observer = observer
+        self.depth = 0  # forwards of attached modules under way, one inside another
+        self.num_calls = 0  # router calls before the outermost of them
         self.mask: Tensor | None = None
         self.sequence_ids: Tensor | None = None
         self.rows = 0
@@ -80,8 +89,8 @@ class ForwardContext:
     def clear(self) -> None:
         self.mask, self.sequence_ids, self.rows, self.given = None, None, 0, False
 
-    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        named = dict(zip(self.parameter_names, args, strict=False))
+    def before(self, names: list[str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        named = dict(zip(names, args, strict=False))
         named.update(kwargs)
         rows = 0
         for name in ("input_ids", "inputs_embeds", *named):
@@ -89,26 +98,36 @@ class ForwardContext:
             if isinstance(value, Tensor) and (value.dim() >= 3 or (value.dim() == 2 and not value.is_floating_point())):
                 rows = value.shape[0]
                 break
-        self.rows = rows
-        if not self.given:
-            mask = named.get("attention_mask")
-            self.mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        self.rows = rows or self.rows
+        mask = named.get("attention_mask")
+        if not self.given and isinstance(mask, Tensor) and mask.dim() == 2:
+            self.mask = mask
+        if module is self.model:
+            self.depth = 0  # whatever a forward that was interrupted left
+        if self.depth == 0 and not torch.compiler.is_compiling():
+            self.num_calls = self.observer.num_calls
+        self.depth += 1
 
-    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def after(self, names: list[str], module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.depth -= 1
+        if self.depth:
+            return
         self.rows = 0
         if not self.given:
             self.mask = None
+        if output is None and not torch.compiler.is_compiling() and sys.exc_info()[1] is not None:
+            self.observer.forward_failed(self.num_calls)
 
 
 class Hook:
     """A method of a context as a module hook; a copy or a pickle of it does nothing."""
 
-    def __init__(self, method: Any = None):
-        self.method = method
+    def __init__(self, method: Any = None, names: list[str] | None = None):
+        self.method, self.names = method, names
 
     def __call__(self, *args: Any) -> None:
         if self.method is not None:
-            self.method(*args)
+            self.method(self.names, *args)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Hook, ()
@@ -158,7 +177,7 @@ class OffsetTopK(TorchFunctionMode):
         self.offset = offset
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.topk, Tensor.topk) and args[0].shape[-1] == self.offset.shape[0]:
+        if func in (torch.topk, Tensor.topk) and args and args[0].shape[-1] == self.offset.shape[0]:
             scores = args[0]
             ids = torch.topk(scores.detach() + self.offset, *args[1:], **(kwargs or {})).indices
             return torch.return_types.topk((scores.gather(-1, ids), ids))
