@@ -40,7 +40,7 @@ class _Run:
     vocab_size: int = 2048
     """Tokens of the BPE that is trained."""
 
-    steps: int = 90
+    steps: int = 80
     """Optimizer steps."""
 
     layers: int = 3
