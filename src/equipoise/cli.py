@@ -6,6 +6,7 @@ Exit codes: 0 done; 1 something outside is not as it must be; 2 what was asked f
 import contextlib
 import io
 import json
+import os
 import re
 import shlex
 import sys
@@ -67,6 +68,7 @@ def _run(asked: Compare | Train | Report, command: str) -> None:
 
         print(write_report(asked.folder))
         return
+    _share_the_cores()
     try:
         from equipoise.lab.watch import Terminal, print_table
     except ImportError as error:
@@ -91,6 +93,15 @@ def _run(asked: Compare | Train | Report, command: str) -> None:
         train(asked, terminal, command)
     print_table(asked.out)
     print(asked.out)
+
+
+def _share_the_cores() -> None:
+    """Threads of torch wait for each other thousands of times a step. By default they wait in a busy loop, and where
+    anything else runs on the machine the one that is waited for does not get its core: steps take 40 times as long. So
+    they sleep after a short while. It must be said before torch is loaded; what the user has set stays.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def main(arguments: list[str] | None = None) -> None:
