@@ -1292,3 +1292,22 @@ def test_a_model_of_two_gates_has_the_notes_of_both():
     model = tiny_lm()
     model.blocks = nn.ModuleList([model.blocks[1], model.blocks[0]])
     assert attach(model, "loss-free").notes(100)
+
+
+def test_a_state_that_steers_is_refused_where_nothing_holds_its_offsets():
+    balance = equipoise.attach(tiny_lm(), "frozen", offsets=OFFSETS)
+    other = equipoise.attach(tiny_lm(), "lbl")
+    with pytest.raises(EquipoiseError, match="offsets must have a balancer that holds them"):
+        other.load_state_dict(balance.state_dict())
+    other.load_state_dict(equipoise.attach(tiny_lm(), "loss-free").state_dict())  # all zero: nothing is lost
+
+
+def test_attach_wants_a_module():
+    with pytest.raises(TypeError, match="must be a torch.nn.Module: got str"):
+        equipoise.attach("qwen", "lbl")
+
+
+def test_a_loss_of_the_models_own_beside_ours_is_said(caplog):
+    model = models.family("qwen3_moe", output_router_logits=True, router_aux_loss_coef=0.5)
+    equipoise.attach(model, "lbl")
+    assert "adds a load-balancing loss of its own" in caplog.text

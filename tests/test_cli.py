@@ -1,6 +1,7 @@
 """The command line as a person meets it: what it says, on which stream, with which exit code."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -133,3 +134,22 @@ def test_help_and_report_load_no_torch(text, tmp_path, arguments):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_what_the_machine_refuses_is_one_line(text, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    line = _fails(["train", "--data", text, "--out", tmp_path / "file" / "run", *SMALL], 1, capsys)
+    assert "Not a directory" in line
+
+
+def test_a_reader_of_stdout_may_leave(text, tmp_path):
+    code = "import sys; from equipoise.cli import main; main(sys.argv[1:])"
+    run = tmp_path / "run"
+    main(["train", "--data", str(text), "--out", str(run), *SMALL])
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-u", "-c", code, "report", str(run)], stdout=write, stderr=subprocess.PIPE, text=True
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, "")

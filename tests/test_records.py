@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import shutil
 
@@ -161,3 +162,11 @@ def test_find_runs(tmp_path):
     shutil.copytree(run.path, tmp_path / "another")
     assert [found.path.name for found in find_runs(tmp_path)] == ["another", "run"]
     assert [found.path for found in find_runs(run.path)] == [run.path]
+
+
+def test_what_is_not_finite_is_written_as_null(tmp_path):
+    run = Run.create(tmp_path / "run", {"rate": math.inf})
+    run.append("steps", {"step": 1, "loss": math.nan, "load": [1, -math.inf]})
+    assert run.config["rate"] is None
+    assert list(run.rows("steps")) == [{"step": 1, "loss": None, "load": [1, None]}]
+    assert b"NaN" not in (run.path / "steps.jsonl").read_bytes()

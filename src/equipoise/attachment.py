@@ -1,5 +1,6 @@
 """Finds the routers of a model, agrees with the other ranks, and makes a ``Balance``."""
 
+import hashlib
 import logging
 import os
 import sys
@@ -47,14 +48,17 @@ def attach(
         offsets: by layer, the offsets to begin with, or the path of saved ones; default what the model's slots hold.
 
     With balancers at offset zero and without losses, logits, weights, choices and gradients of the model are the same
-    bit for bit. Collective over ``group``: every rank compares layers and strategies and raises the same error when
-    they differ. Raises ``EquipoiseError`` when the model holds no router that is known, or one that behaves otherwise
-    than its family, or when it is attached already.
+    bit for bit. Collective over ``group``: every rank compares layers, strategies and offsets and raises the same
+    error when they differ. Raises ``EquipoiseError`` when the model holds no router that is known, or one that behaves
+    otherwise than its family, or when it is attached already.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module: got {type(model).__name__}.")
     inner = _unwrap(model)
     pool = Pool(_process_group(group))
     error: Exception | None = None
     fingerprint: Any = None
+    digest: str | None = None  # of the offsets to begin with
     try:
         resolved = _resolve(balancers)
         layers = _find_layers(inner, where)
@@ -65,12 +69,14 @@ def attach(
             )
         start = {layer.name: slot_of(layer) for layer in layers} if offsets is None else _read_offsets(offsets, layers)
         fingerprint = (format_strategy(resolved), [(x.name, x.num_experts, x.k, x.kind) for x in layers])
+        steered = any(balancer.has_offset for balancer in resolved)
+        digest = _digest(start) if steered and not any(p.device.type == "meta" for p in inner.parameters()) else None
     except Exception as caught:
         error = caught
-    everyone = pool.gather((fingerprint, None if error is None else f"{type(error).__name__}: {error}"))
+    everyone = pool.gather((fingerprint, None if error is None else f"{type(error).__name__}: {error}", digest))
     if error is not None:
         raise error
-    for rank, (theirs, their_error) in enumerate(everyone):
+    for rank, (theirs, their_error, _) in enumerate(everyone):
         if their_error is not None:
             raise EquipoiseError(f"attach must succeed on every rank: on rank {rank} of the group, {their_error}")
         if theirs != everyone[0][0]:
@@ -78,11 +84,31 @@ def attach(
                 "every rank must attach the same strategy to the same layers: rank 0 of the group has "
                 f"{_describe(everyone[0][0])}, rank {rank} has {_describe(theirs)}."
             )
+    if len({found for _, _, found in everyone} - {None}) > 1:
+        raise EquipoiseError(
+            "every rank must begin with the same offsets: they differ from rank to rank. Load the same checkpoint on "
+            "every rank, or broadcast the model (as DistributedDataParallel does), before attach."
+        )
     _reset_dynamo(model)
+    _warn_of_another_loss(inner, resolved)
     for layer in layers:
         if "_equipoise" in layer.router.__dict__:  # a copy of an attached model: take its inert tap off
             untap_router(layer.router)
     return Balance(inner, layers, resolved, pool, start)
+
+
+def _warn_of_another_loss(model: nn.Module, balancers: Sequence[Balancer]) -> None:
+    config = getattr(model, "config", None)
+    coefficient = getattr(config, "router_aux_loss_coef", 0) or 0
+    if coefficient and getattr(config, "output_router_logits", False) and any(b.has_loss for b in balancers):
+        _log.warning(
+            "attach: the model adds a load-balancing loss of its own (output_router_logits with router_aux_loss_coef="
+            f"{coefficient:g}), and this one comes on top. Set model.config.output_router_logits = False to have one."
+        )
+
+
+def _digest(offsets: Mapping[str, Tensor]) -> str:
+    return hashlib.blake2b(repr([offset.tolist() for offset in offsets.values()]).encode()).hexdigest()
 
 
 def _describe(fingerprint: Any) -> str:

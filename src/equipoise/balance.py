@@ -150,6 +150,7 @@ class Balance:
         window = self._window
         called = [any(micro_batch.calls[i] for micro_batch in window.micro_batches) for i in range(len(self._layers))]
         if not all(called):
+            window.fail(self._device())
             missing = [layer.name for layer, was in zip(self._layers, called, strict=True) if not was]
             raise EquipoiseError(
                 "every attached router must be called in training mode between two steps: "
@@ -315,6 +316,15 @@ class Balance:
                 raise EquipoiseError(
                     f"the state must be of a model with the same layers: its {key} have {few(sizes)}, this model has "
                     f"{few(names)}. Load the state that was saved with this model."
+                )
+        for index, layer in enumerate(self._layers):
+            group, _ = self._recorder.group_of[index]
+            if group.steering is None and not torch.equal(
+                state["offsets"][layer.name].cpu(), self._offset_of(index).cpu()
+            ):
+                raise EquipoiseError(
+                    f"offsets must have a balancer that holds them: the state of {state.get('strategy')} moves the "
+                    f"choice of {layer.name}, this Balance has {self._strategy}. Attach with frozen or loss-free too."
                 )
         for index, layer in enumerate(self._layers):
             group, row = self._recorder.group_of[index]

@@ -9,7 +9,9 @@ import json
 import os
 import re
 import shlex
+import signal
 import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -80,12 +82,15 @@ def _run(asked: Compare | Train | Report, command: str) -> None:
         with Terminal(num_runs=len(asked.runs())) as terminal:
             from equipoise.lab.compare import compare
 
-            results = compare(asked, terminal, command)
-        print_table(asked.out)
-        print(f"{asked.out / 'report.html'}", file=sys.stderr)
+            results, failure = compare(asked, terminal, command)
+        if results:
+            print_table(asked.out)
+            print(f"{asked.out / 'report.html'}", file=sys.stderr)
         if asked.json:
             json.dump(results, sys.stdout, ensure_ascii=False, indent=1)
             print()
+        if failure is not None:
+            raise failure
         return
     with Terminal() as terminal:
         from equipoise.lab.train import train
@@ -107,14 +112,22 @@ def _share_the_cores() -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the command ``equipoise``."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: say how to go on
     try:
         _run(_parse(arguments), shlex.join(["equipoise", *arguments]))
     except UsageError as error:
         _fail(str(error), 2)
     except EquipoiseError as error:
         _fail(str(error), 1)
+    except BrokenPipeError:  # whoever read stdout has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        _fail(f"files must be there to read and write: {error}. Mend that; --resume goes on with what was begun.", 1)
     except KeyboardInterrupt:
-        _fail("stopped. Go on with the same command and --resume.", 130)
+        print("equipoise: stopped. Go on with the same command and --resume.", file=sys.stderr)
+        sys.exit(130)
 
 
 def _fail(message: str, code: int) -> None:

@@ -12,9 +12,11 @@ A run is one strategy and one seed in one folder:
 
 The three ``.jsonl`` files only grow. A line is written whole and flushed, so a run that is killed leaves at most one
 torn line at the very end: reading drops that one, and any other damage is an error that names file and line.
+A number that is not finite (a run that diverged) is written as null: every file is JSON for any reader.
 """
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,24 +24,43 @@ from typing import Any
 
 from equipoise.errors import EquipoiseError
 
-__all__ = ["Run", "find_runs", "write_json"]
+__all__ = ["Run", "find_runs", "finite", "is_new", "read_json", "write_json"]
 
 FORMAT = 1
 LOGS = ("steps", "loads", "evaluations")
+
+
+def finite(value: Any) -> Any:
+    """``value`` as JSON can hold it: None for every number that is not finite.
+
+    >>> finite({"loss": float("nan"), "load": [1, 2]})
+    {'loss': None, 'load': [1, 2]}
+    """
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def is_new(folder: Path) -> bool:
+    """Whether ``folder`` is not there, or holds nothing but what a kill left of its very first file."""
+    first = {".config.json.tmp", ".compare.json.tmp"}
+    return not folder.is_dir() or all(path.name in first for path in folder.iterdir())
 
 
 def write_json(path: Path, value: Any) -> None:
     """Writes ``value`` so that ``path`` holds either the old text or the new one, whatever happens in between."""
     aside = path.with_name(f".{path.name}.tmp")
     with open(aside, "w", encoding="utf-8") as file:
-        json.dump(value, file, ensure_ascii=False, indent=1)
+        json.dump(finite(value), file, ensure_ascii=False, indent=1, allow_nan=False)
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
     os.replace(aside, path)
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -58,7 +79,7 @@ class Run:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self.config: dict[str, Any] = _read_json(self.path / "config.json")
+        self.config: dict[str, Any] = read_json(self.path / "config.json")
         found = self.config.get("format") if isinstance(self.config, dict) else None
         if found != FORMAT:
             raise EquipoiseError(
@@ -76,9 +97,15 @@ class Run:
     def append(self, log: str, row: Mapping[str, Any]) -> None:
         """Adds one line to ``steps``, ``loads`` or ``evaluations``."""
         assert log in LOGS, log
-        line = json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n"
         with open(self.path / f"{log}.jsonl", "ab") as file:
-            file.write(line.encode())
+            file.write(_line(row))
+
+    def sync(self) -> None:
+        """Brings the logs to the disk: what a checkpoint stands on must not be lost when it is kept."""
+        for path in (self.path / f"{log}.jsonl" for log in LOGS):
+            if path.exists():
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
 
     def rows(self, log: str) -> Iterator[dict[str, Any]]:
         """The lines of a log, oldest first. A torn last line, which a kill leaves, is dropped."""
@@ -112,8 +139,7 @@ class Run:
             kept = [row for row in self.rows(log) if row["step"] <= step]
             aside = path.with_name(f".{path.name}.tmp")
             with open(aside, "wb") as file:
-                for row in kept:
-                    file.write(json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode() + b"\n")
+                file.writelines(map(_line, kept))
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(aside, path)
@@ -125,10 +151,14 @@ class Run:
 
     @property
     def result(self) -> dict[str, Any]:
-        return _read_json(self.path / "result.json")
+        return read_json(self.path / "result.json")
 
     def finish(self, result: Mapping[str, Any]) -> None:
         write_json(self.path / "result.json", dict(result))
+
+
+def _line(row: Mapping[str, Any]) -> bytes:
+    return json.dumps(finite(row), ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode() + b"\n"
 
 
 def find_runs(folder: str | Path) -> list[Run]:

@@ -61,6 +61,10 @@ class Pool:
         self.size, self.group = 1, None
         if group is None and not (dist.is_available() and dist.is_initialized()):
             return
+        if group is dist.GroupMember.NON_GROUP_MEMBER:
+            raise EquipoiseError(
+                "group must hold this rank: it is a group of other ranks. Attach on the ranks of the group only."
+            )
         ranks = dist.get_process_group_ranks(group if group is not None else dist.group.WORLD)
         self.size = len(ranks)
         if self.size > 1:
@@ -180,6 +184,11 @@ class Window:
 
     def _check(self, vector: Tensor) -> None:
         closings, closing_count, number = vector[self.layout.header].tolist()
+        if closings > self.pool.size:
+            raise EquipoiseError(
+                "every attached router must be called on every rank between two steps: on another rank one was not, "
+                "and its step() raised. Its message names the router."
+            )
         if 0 < closings < self.pool.size:
             begins = self.pool.size - closings
             raise EquipoiseError(
@@ -200,6 +209,13 @@ class Window:
         self._wait()
         assert self._closed is not None
         return self._closed
+
+    def fail(self, device: torch.device) -> None:
+        """This rank cannot close the window: where the others wait for it, they are told and raise too."""
+        if self.pools_each:
+            vector = self.layout.zeros(device)
+            vector[self.layout.header.start] = self.pool.size + 1
+            self.pool.all_reduce(vector).wait()
 
     def close(self) -> Tensor:
         """Ends the window: its counts over all ranks. The one collective of a window."""

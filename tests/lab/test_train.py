@@ -1,13 +1,16 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+import safetensors.torch
 import torch
+from tokenizers import Tokenizer
 
 import equipoise
 from equipoise.errors import EquipoiseError, UsageError
@@ -295,3 +298,171 @@ def test_learning_rate_rises_and_falls():
     assert rates[-1] == pytest.approx(0.2)
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert learning_rate_at(0, steps=1, peak=1.0, warmup=0.0) == 1.0
+
+
+def test_a_run_is_not_continued_over_a_gap_in_its_records(tiny, silent):
+    config = tiny()
+    with pytest.raises(KeyboardInterrupt):
+        train(config, silent(11))
+    log = config.out / "loads.jsonl"
+    log.write_bytes(b"".join(log.read_bytes().splitlines(keepends=True)[:3]))
+    with pytest.raises(EquipoiseError, match="loads.jsonl holds 3 of 10"):
+        train(tiny(resume=True), silent())
+
+
+def test_a_run_that_ends_in_nan_writes_json(tiny, silent, monkeypatch):
+    original = training.evaluate
+    monkeypatch.setattr(training, "evaluate", lambda *a, **k: original(*a, **k) | {"val_nats": math.nan})
+    monkeypatch.setattr(training.nn.utils, "clip_grad_norm_", lambda *given: torch.tensor(math.inf))
+    config = tiny(steps=1, save_model=False)
+    result = train(config, silent())
+    assert result["val_nats"] is None
+    assert result == Run(config.out).result
+    for path in config.out.glob("*.json*"):
+        assert not {"NaN", "Infinity"} & set(path.read_text().replace(",", ":").replace("}", ":").split(":"))
+    assert _rows(config.out)[0]["grad_norm"] is None
+
+
+def test_a_run_that_was_killed_before_its_checkpoints_were_removed_is_tidied(tiny, silent):
+    config = tiny(steps=1)
+    train(config, silent())
+    (config.out / "checkpoints" / "step-00000001").mkdir(parents=True)
+    train(tiny(steps=1, resume=True), silent())
+    assert not (config.out / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(("most_bytes", "message"), [(60_000, "A checkpoint must"), (20_000, "The trained model must")])
+def test_a_full_disk_is_one_message_and_the_run_goes_on_when_there_is_room(tiny, silent, tmp_path, most_bytes, message):
+    resource = pytest.importorskip("resource")
+    steps = 12 if most_bytes > 20_000 else 3
+    whole = train(tiny(out=tmp_path / "whole", steps=steps), silent())
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, before[1]))
+    try:
+        with pytest.raises(EquipoiseError, match=message):
+            train(tiny(steps=steps), silent())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list((tmp_path / "run").rglob("*.tmp"))
+    assert _without_times(train(tiny(steps=steps, resume=True), silent())) == _without_times(whole)
+
+
+@pytest.mark.parametrize("moment", ["write", "read"])
+def test_ctrl_c_within_a_checkpoint_stops_and_is_not_called_damage(tiny, silent, monkeypatch, moment):
+    from torch.distributed.checkpoint import filesystem
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    config, watcher = tiny(), silent()
+    if moment == "read":
+        with pytest.raises(KeyboardInterrupt):
+            train(config, silent(11))
+        monkeypatch.setattr(filesystem.FileSystemReader, "read_data", stop)
+    else:
+        monkeypatch.setattr(filesystem.FileSystemWriter, "write_data", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny(resume=moment == "read"), watcher)
+    assert not any("damaged" in line for line in watcher.said)
+
+
+def test_a_resumed_run_keeps_its_precision_and_says_what_changed(tiny, silent, monkeypatch):
+    config = tiny(dtype="auto")
+    monkeypatch.setattr(training, "machine", lambda dtype: (torch.device("cpu"), False))
+    with pytest.raises(KeyboardInterrupt):
+        train(config, silent(6))
+    monkeypatch.setattr(training, "machine", lambda dtype: (torch.device("cpu"), True))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 99)
+    watcher = silent()
+    again = training._Training(tiny(dtype="auto", resume=True), watcher, "")
+    assert not again.autocast
+    assert any("threads changed" in line for line in watcher.said)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Folder of a tiny model of Transformers, without a tokenizer."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(
+        "qwen3_moe", vocab_size=300, hidden_size=32, intermediate_size=16, moe_intermediate_size=16, head_dim=32,
+        num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, num_experts=4, num_experts_per_tok=2,
+        bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(5)  # not the seed of the runs
+    folder = tmp_path_factory.mktemp("saved")
+    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def _copy(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "model")
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin", "config"])
+def test_a_model_saved_in_bfloat16_trains_float32_weights(tiny, silent, saved, tmp_path, kind):
+    folder = _copy(saved, tmp_path)
+    held = safetensors.torch.load_file(folder / "model.safetensors")
+    if kind != "safetensors":
+        (folder / "model.safetensors").unlink()
+    if kind == "bin":
+        torch.save(held, folder / "pytorch_model.bin")
+    training_ = training._Training(tiny(model=folder), silent(), "")
+    assert {parameter.dtype for parameter in training_.model.parameters()} == {torch.float32}
+    same = torch.equal(training_.model.get_input_embeddings().weight.bfloat16(), held["model.embed_tokens.weight"])
+    assert same == (kind != "config")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing", "size", "field"])
+def test_a_damaged_model_is_refused_in_one_line(tiny, silent, saved, tmp_path, damage):
+    folder = _copy(saved, tmp_path)
+    weights, config = folder / "model.safetensors", json.loads((folder / "config.json").read_text())
+    held = safetensors.torch.load_file(weights)
+    if damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:300])
+    elif damage == "missing":
+        left = {name: value for name, value in held.items() if "experts" not in name}
+        safetensors.torch.save_file(left, weights, metadata={"format": "pt"})
+    else:
+        config |= {"hidden_size": 64} if damage == "size" else {"num_hidden_layers": "three"}
+        (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(EquipoiseError, match="--model must") as caught:
+        train(tiny(model=folder, steps=1), silent())
+    assert "\n" not in str(caught.value)
+
+
+def test_offsets_beside_a_model_are_taken_up(tiny, silent, saved, tmp_path):
+    folder = _copy(saved, tmp_path)
+    name = "model.layers.0.mlp.gate"
+    safetensors.torch.save_file({name: torch.tensor([0.5, -0.5, 0.0, 0.0])}, folder / "equipoise_offsets.safetensors")
+    watcher = silent()
+    steered = training._Training(tiny(model=folder, strategy="frozen", out=tmp_path / "a"), watcher, "")
+    assert steered.balance.offsets[name].tolist() == [0.5, -0.5, 0.0, 0.0]
+    assert watcher.said == []
+    training._Training(tiny(model=folder, strategy="none", out=tmp_path / "b"), watcher, "")
+    assert "none holds no offsets" in watcher.said[0]
+
+
+def test_the_saved_tokenizer_ends_documents_with_its_own_token(tiny, silent, tmp_path):
+    from transformers import AutoTokenizer
+
+    first = tiny(steps=1, out=tmp_path / "first")
+    train(first, silent())
+    file = tmp_path / "tokenizer.json"
+    file.write_text((first.out / "model" / "tokenizer.json").read_text().replace("<|endoftext|>", "</s>"))
+    config = tiny(steps=1, tokenizer=file)
+    train(config, silent())
+    tokenizer = AutoTokenizer.from_pretrained(config.out / "model")
+    assert (tokenizer.eos_token, len(tokenizer)) == ("</s>", 300)
+
+
+def test_bits_per_byte_is_by_the_text_that_was_evaluated(tiny, silent):
+    from equipoise.lab.data import load_corpus
+
+    config = tiny(steps=1, evaluation_sequences=1)
+    result = train(config, silent())
+    corpus = load_corpus(config.data, vocab_size=300, sequence_length=16)
+    tokenizer = Tokenizer.from_file(str(corpus.tokenizer_file))
+    for name, domain in result["domains"].items():
+        num_bytes = len(tokenizer.decode(corpus.sequences("test", name, 16)[0].tolist()).encode())
+        assert domain["bits_per_byte"] == pytest.approx(domain["nats"] * 16 / num_bytes / math.log(2))

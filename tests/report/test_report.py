@@ -270,6 +270,12 @@ def test_runs_on_unequal_terms_are_said_to_be(tmp_path):
     assert "The runs differ in <strong>learning_rate</strong>" in own_text(write_report(tmp_path))
 
 
+def test_options_that_only_the_command_line_knows_are_terms_too(tmp_path):
+    make_run(tmp_path / "a", "none", options={"weight_decay": 0.1, "strategy": "none"}, corpus_fingerprint="1")
+    make_run(tmp_path / "b", "lbl", options={"weight_decay": 0.2, "strategy": "lbl"}, corpus_fingerprint="2")
+    assert unequal_terms([run.config for run in find_runs(tmp_path)]) == ["corpus_fingerprint", "weight_decay"]
+
+
 def test_notes_command_and_versions_are_shown(tmp_path):
     make_run(tmp_path / "a", "none", notes=["the rate is too short"])
     text = own_text(write_report(tmp_path))

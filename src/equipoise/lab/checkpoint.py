@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from equipoise.attachment import OFFSETS_FILE
 from equipoise.balance import Balance
 from equipoise.errors import EquipoiseError
+from equipoise.lab.data import end_of_text
 from equipoise.records import write_json
 from equipoise.taps.tap import OWN_SLOT
 
@@ -52,9 +53,17 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def save(
-    folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, balance: Balance, **facts: Any
-) -> None:
+def _reason(error: BaseException) -> str:
+    """One line for whatever torch wraps an error in; Ctrl-C, which it wraps too, goes on as Ctrl-C."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    if isinstance(error, KeyboardInterrupt):
+        raise KeyboardInterrupt from None
+    reason = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {reason[0][:100]}"
+
+
+def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, balance: Balance) -> None:
     """Writes ``folder/step-N`` aside and renames it when it is whole; keeps the newest two."""
     target, aside = folder / f"step-{step:08d}", folder / f".step-{step:08d}.tmp"
     for old in (aside, target):
@@ -63,16 +72,16 @@ def save(
     try:
         with _one_process():
             dcp.save(_state(model, optimizer, balance), checkpoint_id=aside, no_dist=True)
-        write_json(aside / "facts.json", {"step": step, **facts})
+        write_json(aside / "facts.json", {"step": step})
         for file in aside.iterdir():
             _sync(file)
         aside.rename(target)
         _sync(folder)
-    except OSError as error:
+    except (OSError, RuntimeError, CheckpointException) as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise EquipoiseError(
-            f"A checkpoint must fit on the disk: {target}: {error.strerror or error}. The checkpoints before it are "
-            "whole; make room and resume with --resume."
+            f"A checkpoint must be written whole: {target}: {_reason(error)}. The checkpoints before it are whole; "
+            "make room on the disk and resume with --resume."
         ) from None
     for old in sorted(folder.glob("step-*"))[:-KEPT]:
         shutil.rmtree(old, ignore_errors=True)
@@ -90,8 +99,7 @@ def load_newest(
             with _one_process():
                 dcp.load(state, checkpoint_id=path, no_dist=True)
         except (Exception, CheckpointException) as error:  # whatever a damaged file makes of torch, json or the disk
-            reason = str(error).strip().splitlines() or [""]
-            warn(f"checkpoint {path} is damaged ({type(error).__name__}: {reason[0][:100]}); trying the one before it")
+            warn(f"checkpoint {path} is damaged ({_reason(error)}); trying the one before it")
             continue
         set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
         balance.load_state_dict(state["balance"])
@@ -112,12 +120,29 @@ def save_model(folder: Path, model: nn.Module, balance: Balance, tokenizer_file:
     ``config.json`` names them: plain Transformers routes without; ``equipoise.attach(model, "frozen", offsets=folder)``
     routes with them.
     """
-    from transformers import PreTrainedTokenizerFast
+    from safetensors import SafetensorError
 
     aside = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
+    try:
+        note = _write_model(aside, folder, model, balance, tokenizer_file)
+        shutil.rmtree(folder, ignore_errors=True)
+        aside.rename(folder)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise EquipoiseError(
+            f"The trained model must be written whole: {folder}: {_reason(error)}. Make room on the disk and go on "
+            "with --resume, or leave the model out with --no-save-model too."
+        ) from None
+    return note
+
+
+def _write_model(aside: Path, folder: Path, model: nn.Module, balance: Balance, tokenizer_file: Path) -> str | None:
+    from transformers import PreTrainedTokenizerFast
+
     model.save_pretrained(aside)
-    PreTrainedTokenizerFast(tokenizer_file=str(tokenizer_file), eos_token="<|endoftext|>").save_pretrained(aside)
+    end = end_of_text(tokenizer_file)
+    PreTrainedTokenizerFast(tokenizer_file=str(tokenizer_file), eos_token=end).save_pretrained(aside)
     note = None
     offsets = balance.offsets
     if any(name.endswith(OWN_SLOT) for name, _ in model.named_buffers()):
@@ -130,6 +155,4 @@ def save_model(folder: Path, model: nn.Module, balance: Balance, tokenizer_file:
             f"{model.config.model_type} has no slot for offsets: plain Transformers routes {folder} without them; "
             f'equipoise.attach(model, "frozen", offsets="{folder}") routes with them.'
         )
-    shutil.rmtree(folder, ignore_errors=True)
-    aside.rename(folder)
     return note

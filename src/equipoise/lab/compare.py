@@ -4,22 +4,26 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from equipoise.errors import EquipoiseError
+from equipoise.balancers import format_strategy, parse_strategy
+from equipoise.errors import EquipoiseError, UsageError
 from equipoise.lab.config import Compare, Train
 from equipoise.lab.train import Watcher, check, train
-from equipoise.records import Run, write_json
+from equipoise.records import Run, is_new, read_json, write_json
 from equipoise.report import write_report
 
 __all__ = ["compare"]
 
 
-def compare(config: Compare, watcher: Watcher, command: str = "") -> list[dict[str, Any]]:
+def compare(config: Compare, watcher: Watcher, command: str = "") -> tuple[list[dict[str, Any]], EquipoiseError | None]:
     """Trains every strategy and seed, and writes ``results.json`` and ``report.html`` into ``config.out``.
 
-    Returns the results, seeds first, strategies in the order given. A run that fails does not stop the others: they are
-    finished, recorded and reported, and then the first failure is raised.
+    Returns the results, seeds first, strategies in the order given, and the first failure. A run that fails does not
+    stop the others: they are finished, recorded and reported.
     """
     config.check()
+    plain = [format_strategy(parse_strategy(strategy)) for strategy in config.strategies]
+    if len(set(plain)) < len(plain):
+        raise UsageError(f"--strategies must be different: got {', '.join(config.strategies)}. Leave the repeated out.")
     runs = config.runs()
     _check_folder(config)
     for run in runs:
@@ -37,10 +41,12 @@ def compare(config: Compare, watcher: Watcher, command: str = "") -> list[dict[s
                 raise  # nothing of it depends on the strategy: a bad data folder, say
     write_json(config.out / "results.json", results)
     if any(_began(run) for run in runs):
-        write_report(config.out)
-    if failures:
-        raise failures[0]
-    return results
+        try:
+            write_report(config.out)
+        except EquipoiseError:
+            if not failures:
+                raise  # else it only follows from them
+    return results, failures[0] if failures else None
 
 
 def _began(run: Train) -> bool:
@@ -55,7 +61,7 @@ def _check_folder(config: Compare) -> None:
     out: Path = config.out
     if out.exists() and not out.is_dir():
         raise EquipoiseError(f"--out must be a folder: {out} is a file. Choose another.")
-    if not out.is_dir() or not any(out.iterdir()):
+    if is_new(out):
         return
     names = sorted(path.name for path in out.iterdir())
     if not config.resume:
@@ -68,6 +74,20 @@ def _check_folder(config: Compare) -> None:
             f"--resume must name the folder of a comparison: {out} has no compare.json. Choose the folder that was "
             "passed as --out, or leave --resume out and choose a new one."
         )
+    there = read_json(out / "compare.json")["options"]
+    dropped = [s for s in there["strategies"] if s not in config.strategies]
+    if dropped or config.seeds < there["seeds"]:
+        raise EquipoiseError(
+            f"a comparison goes on with all that it has: {out} has {', '.join(there['strategies'])}, seeds "
+            f"{there['seeds']}; got {', '.join(config.strategies)}, seeds {config.seeds}. Nothing was touched. "
+            "Strategies and seeds may be added, not left out."
+        )
+    for name, value in config.shared().items():
+        if there.get(name) != value:
+            raise EquipoiseError(
+                f"a comparison goes on with the options that it began with: {out} has {name}={there.get(name)!r}, got "
+                f"{value!r}. Nothing was touched. Give the same options, or choose another folder."
+            )
     for run in config.runs():
-        if run.out.is_dir() and any(run.out.iterdir()):
+        if not is_new(run.out):
             Run(run.out)  # a damaged one is an error before anything is trained

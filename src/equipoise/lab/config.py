@@ -32,7 +32,8 @@ class _Run:
     """Text: "corpus" (eight domains, inside the package), or your own.
     A folder: one file or one sub-folder a domain, .txt, .jsonl or .parquet, each also .xz.
     Documents: blocks between blank lines of a .txt; files of a sub-folder; "text" of a line or row.
-    Or one file, or the name of a data set that the library datasets resolves."""
+    Or one file, or the name of a data set that the library datasets resolves.
+    A domain needs at least four documents, some of which are held out."""
 
     tokenizer: Path | None = None
     """A tokenizer.json, or a folder with one. By default a byte-level BPE is trained on the training text."""
@@ -95,11 +96,11 @@ class _Run:
     evaluation_sequences: int = 64
     """Sequences of each domain in an evaluation, at most; every domain gives equally many."""
 
-    checkpoint_every: int = 50
+    checkpoint_every: int = 20
     """Steps between checkpoints; a run that is killed loses at most the steps since the last one."""
 
     save_model: bool = True
-    """Save the trained model, for plain Transformers, in the run's folder."""
+    """The trained model is saved in the run's folder, for plain Transformers, unless --no-save-model."""
 
     resume: bool = False
     """Go on where an earlier call with the same options was stopped."""
@@ -149,7 +150,7 @@ class _Run:
 class Train(_Run):
     """Train one model under one strategy."""
 
-    strategy: str = "loss-free"
+    strategy: str = "loss-free:rate=1e-2"
     """none, frozen, loss-free or lbl, with options or several at once.
     loss-free:rate=1e-2
     lbl:scope=micro_batch,coefficient=1e-2
@@ -157,6 +158,11 @@ class Train(_Run):
 
     seed: int = 0
     """Decides weights, order of the text and order of the domains, together."""
+
+    def check(self) -> None:
+        super().check()
+        if self.seed < 0:
+            raise UsageError(f"--seed must be at least 0: got {self.seed}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,9 +193,6 @@ class Compare(_Run):
             raise UsageError(f"--seeds must be at least 1: got {self.seeds}.")
         if not self.strategies:
             raise UsageError("--strategies must name at least one: got none. Example: --strategies none loss-free")
-        twice = {s for s in self.strategies if self.strategies.count(s) > 1}
-        if twice:
-            raise UsageError(f"--strategies must be different: got {', '.join(sorted(twice))} twice.")
 
     def runs(self) -> list[Train]:
         """One run a seed and strategy, each in a folder of its own below ``out``."""

@@ -28,7 +28,7 @@ from equipoise.lab.text import FEWEST_DOCUMENTS, Text, count_held_out, find_text
 if TYPE_CHECKING:  # imported where it is used: reading from the cache does not need it
     from tokenizers import Tokenizer
 
-__all__ = ["SPLITS", "Batches", "Corpus", "MicroBatch", "load_corpus"]
+__all__ = ["SPLITS", "Batches", "Corpus", "MicroBatch", "end_of_text", "load_corpus"]
 
 SPLITS = ("train", "selection", "test")
 FORMAT = 1  # of the cache: count up when the same input gives other files
@@ -67,12 +67,16 @@ class Corpus:
         num = len(tokens) // length
         return tokens[: num * length].reshape(num, length)
 
-    def bytes_per_token(self, split: str, domain: str) -> float:
-        """Bytes of text per token, counting end-of-text tokens too.
+    def bytes_per_token(self, split: str, domain: str, num_tokens: int | None = None) -> float:
+        """Bytes of text per token, counting end-of-text tokens too: of the whole split, or of its first tokens.
 
         nats per token / bytes_per_token / ln(2) is bits per byte, which compares across tokenizers.
         """
-        return self._of(self.num_bytes, split, domain) / len(self._of(self.tokens, split, domain))
+        tokens = self._of(self.tokens, split, domain)
+        if num_tokens is None:
+            return self._of(self.num_bytes, split, domain) / len(tokens)
+        text = _read_tokenizer(self.tokenizer_file).decode(tokens[:num_tokens].tolist(), skip_special_tokens=True)
+        return len(text.encode()) / num_tokens
 
     def _of(self, table: dict[str, dict[str, Any]], split: str, domain: str) -> Any:
         if split not in SPLITS:
@@ -327,18 +331,23 @@ def _read_tokenizer(path: Path) -> "Tokenizer":
     return tokenizer
 
 
-def _end_of_text(tokenizer: "Tokenizer") -> int:
-    numbers = [number for number in map(tokenizer.token_to_id, ENDS) if number is not None]
-    if not numbers:
+def end_of_text(tokenizer_file: Path) -> str:
+    """The token of this tokenizer that ends a document."""
+    return _end_of_text(_read_tokenizer(tokenizer_file))
+
+
+def _end_of_text(tokenizer: "Tokenizer") -> str:
+    found = [end for end in ENDS if tokenizer.token_to_id(end) is not None]
+    if not found:
         raise EquipoiseError(
             f"The tokenizer must have a token for the end of a document: it has none of {', '.join(ENDS)}. Add one to "
             "its tokenizer.json."
         )
-    return numbers[0]
+    return found[0]
 
 
 def _encode(tokenizer: "Tokenizer", documents: list[str], dtype: np.dtype) -> list[np.ndarray]:
-    end = _end_of_text(tokenizer)
+    end = tokenizer.token_to_id(_end_of_text(tokenizer))
     encoded = []
     for first in range(0, len(documents), 256):  # in parts: an encoding is many times larger than its tokens
         part = tokenizer.encode_batch_fast(documents[first : first + 256], add_special_tokens=False)

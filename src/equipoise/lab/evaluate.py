@@ -56,7 +56,7 @@ def evaluate(
                     batch = torch.from_numpy(rows[domain][first : min(first + sequences, num)].astype(np.int64))
                     with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
                         total += float(language_model_loss(model, batch.to(device))) * len(batch)
-            nats, bytes_per_token = total / num, corpus.bytes_per_token(split, domain)
+            nats, bytes_per_token = total / num, corpus.bytes_per_token(split, domain, num * sequence_length)
             nats_sum, bytes_sum = nats_sum + nats, bytes_sum + bytes_per_token
             domains[domain] = {
                 "nats": nats,

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from equipoise.attachment import OFFSETS_FILE
 from equipoise.errors import EquipoiseError
 from equipoise.lab.config import Train
 
@@ -60,16 +61,26 @@ def build_model(config: Train, vocab_size: int) -> nn.Module:
     if config.model is None:
         small = AutoConfig.for_model(config.arch, **_small_config(config, vocab_size))
         return AutoModelForCausalLM.from_config(small)
-    try:
-        found = AutoConfig.from_pretrained(config.model)
-        has_weights = any(config.model.glob("*.safetensors"))
-        auto = AutoModelForCausalLM
-        model = auto.from_pretrained(config.model) if has_weights else auto.from_config(found)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    files = [*config.model.glob("*.safetensors"), *config.model.glob("pytorch_model*.bin")]
+    has_weights = any(file.name != OFFSETS_FILE for file in files)
+    auto, missing = AutoModelForCausalLM, set()
+    try:  # the weights that AdamW moves are float32, whatever they were saved in
+        if has_weights:
+            model, info = auto.from_pretrained(config.model, dtype=torch.float32, output_loading_info=True)
+            missing = info["missing_keys"]
+        else:
+            model = auto.from_config(AutoConfig.from_pretrained(config.model), dtype=torch.float32)
+    except Exception as error:  # whatever a damaged or foreign folder makes of Transformers
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise EquipoiseError(
-            f"--model must be a causal language model of Transformers: {config.model}: {reason}"
+            f"--model must be a causal language model of Transformers: {config.model}: {reason} Restore the folder, or "
+            "choose another."
         ) from None
+    if missing:
+        raise EquipoiseError(
+            f"--model must hold all of its weights: {config.model} lacks {len(missing)}, as {min(missing)}. Restore "
+            "them, or remove all weights to begin from fresh ones."
+        )
     rows = model.get_input_embeddings().num_embeddings
     if rows < vocab_size:
         raise EquipoiseError(

@@ -10,13 +10,14 @@ import platform
 import shutil
 import statistics
 import time
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from equipoise import __version__
-from equipoise.attachment import attach
+from equipoise.attachment import OFFSETS_FILE, attach
 from equipoise.balance import Balance
 from equipoise.balancers import parse_strategy
 from equipoise.errors import EquipoiseError
@@ -26,7 +27,7 @@ from equipoise.lab.data import Batches, Corpus, load_corpus
 from equipoise.lab.engine import learning_rate_at, machine, reproducible
 from equipoise.lab.evaluate import evaluate, language_model_loss
 from equipoise.lab.models import build_model, num_active_parameters
-from equipoise.records import Run
+from equipoise.records import Run, is_new
 from equipoise.taps.families import find_routers
 
 __all__ = ["Watcher", "train"]
@@ -51,7 +52,7 @@ def check(config: Train) -> None:
     out = config.out
     if out.exists() and not out.is_dir():
         raise EquipoiseError(f"--out must be a folder: {out} is a file. Choose another.")
-    if out.is_dir() and any(out.iterdir()) and not config.resume:
+    if not is_new(out) and not config.resume:
         raise EquipoiseError(
             f"--out must be new or empty: {out} holds {_some(out)}. Nothing was touched. Choose another folder, or "
             "go on with a run that was stopped with --resume."
@@ -66,8 +67,28 @@ def _some(folder: Any) -> str:
 def train(config: Train, watcher: Watcher, command: str = "") -> dict[str, Any]:
     """Trains one run and returns its result (the content of ``result.json``)."""
     check(config)
+    if not is_new(config.out) and Run(config.out).complete:
+        _same_options(Run(config.out), config)
+        watcher.begin(config, config.steps)
+        watcher.end()
+        shutil.rmtree(config.out / "checkpoints", ignore_errors=True)  # killed before it could
+        return Run(config.out).result
     with reproducible():
         return _Training(config, watcher, command).run()
+
+
+def _same_options(records: Run, config: Train) -> None:
+    there = {**records.config.get("options", {})}
+    for name, value in _asked(config).items():
+        if there.get(name) != value:
+            raise EquipoiseError(
+                f"a run goes on with the options that it began with: {config.out} has "
+                f"{name}={there.get(name)!r}, got {value!r}. Give the same options, or choose another folder."
+            )
+
+
+def _asked(config: Train) -> dict[str, Any]:
+    return {**config.shared(), "strategy": config.strategy, "seed": config.seed}
 
 
 class _Training:
@@ -90,7 +111,7 @@ class _Training:
             shuffled=config.shuffled,
         )
         self.model: nn.Module = build_model(config, self.corpus.vocab_size).to(self.device).train()
-        self.balance: Balance = attach(self.model, config.strategy)
+        self.balance: Balance = attach(self.model, config.strategy, offsets=self._saved_offsets())
         self.k: int = self.model.config.num_experts_per_tok  # type: ignore[assignment]
         self.num_experts = len(next(iter(self.balance.offsets.values())))
         decayed = [p for p in self.model.parameters() if p.requires_grad and p.dim() >= 2]
@@ -103,24 +124,29 @@ class _Training:
         )
         self.records = self._open_records(command)
 
+    def _saved_offsets(self) -> Path | None:
+        """The offsets that lie beside the weights of --model, where its family has no slot for them."""
+        if self.config.model is None or not (self.config.model / OFFSETS_FILE).exists():
+            return None
+        if any(balancer.has_offset for balancer in parse_strategy(self.config.strategy)):
+            return self.config.model
+        self.watcher.say(f"{self.config.strategy} holds no offsets: those beside {self.config.model} are left out")
+        return None
+
     def _open_records(self, command: str) -> Run:
         config = self.config
-        asked = {**config.shared(), "strategy": config.strategy, "seed": config.seed}
-        if config.out.is_dir() and any(config.out.iterdir()):
+        if not is_new(config.out):
             records = Run(config.out)
-            there = {**records.config.get("options", {})}
-            for name, value in asked.items():
-                if there.get(name) != value:
-                    raise EquipoiseError(
-                        f"a run goes on with the options that it began with: {config.out} has "
-                        f"{name}={there.get(name)!r}, got {value!r}. Give the same options, or choose another folder."
-                    )
+            _same_options(records, config)
             if records.config["corpus_fingerprint"] != self.corpus.fingerprint:
                 raise EquipoiseError(
                     f"a run goes on with the text that it began with: the text of {config.out} changed."
                 )
+            self.autocast = records.config["dtype"] == "bfloat16"  # "auto" may mean another on this machine
+            changed = [name for name, value in self._machine().items() if records.config.get(name) != value]
+            if changed:
+                self.watcher.say(f"{' and '.join(changed)} changed since {config.out} began: numbers may differ")
             return records
-        names = ("torch", "transformers", "tokenizers", "numpy")
         return Run.create(
             config.out,
             {
@@ -128,7 +154,7 @@ class _Training:
                 "seed": config.seed,
                 "arch": config.arch if config.model is None else self.model.config.model_type,
                 "steps": config.steps,
-                "options": asked,
+                "options": _asked(config),
                 "num_parameters": sum(p.numel() for p in self.model.parameters()),
                 "num_active_parameters": num_active_parameters(self.model, self.k, self.num_experts),
                 "gate": find_routers(self.model)[0][2].gate,
@@ -145,31 +171,44 @@ class _Training:
                 "learning_rate": config.learning_rate,
                 "shuffled": config.shuffled,
                 "order": config.order,
-                "wrapper": type(self.model).__name__ if hasattr(self.model, "module") else "none",
+                "wrapper": "none",  # one process
                 "dtype": "bfloat16" if self.autocast else "float32",
-                "device": str(self.device),
-                "threads": torch.get_num_threads(),
                 "command": command,
                 "began": datetime.datetime.now(datetime.UTC).isoformat(),
                 "notes": self.balance.notes(config.steps),
-                "versions": {
-                    "equipoise": __version__,
-                    "python": platform.python_version(),
-                    **{name: importlib.metadata.version(name) for name in names},
-                },
+                **self._machine(),
             },
         )
 
+    def _machine(self) -> dict[str, Any]:
+        names = ("torch", "transformers", "tokenizers", "numpy")
+        return {
+            "device": str(self.device),
+            "threads": torch.get_num_threads(),
+            "versions": {
+                "equipoise": __version__,
+                "python": platform.python_version(),
+                **{name: importlib.metadata.version(name) for name in names},
+            },
+        }
+
     def run(self) -> dict[str, Any]:
         records, config = self.records, self.config
-        if records.complete:
-            return records.result
         facts = checkpoint.load_newest(
             records.path / "checkpoints", self.model, self.optimizer, self.balance, self.watcher.say
         )
         done = 0 if facts is None else facts["step"]
+        for log in ("steps", "loads"):
+            there = [row["step"] for row in records.rows(log) if row["step"] <= done]
+            if there != list(range(1, done + 1)):
+                raise EquipoiseError(
+                    f"A run goes on with the records of every step before its checkpoint: {records.path / log}.jsonl "
+                    f"holds {len(there)} of {done}. Restore it, or remove the newest of {records.path / 'checkpoints'}."
+                )
         records.rewind(done)
         self.watcher.begin(config, done)
+        for note in records.config["notes"]:
+            self.watcher.say(note)
         seconds = [row["seconds"] for row in records.rows("steps")]
         for step in range(done, config.steps):
             row = self._step(step)
@@ -186,6 +225,7 @@ class _Training:
             if config.evaluate_every and (step + 1) % config.evaluate_every == 0 and not last:
                 records.append("evaluations", {"step": step + 1, **self._evaluate("selection")})
             if (step + 1) % config.checkpoint_every == 0 and not last:
+                records.sync()
                 checkpoint.save(records.path / "checkpoints", step + 1, self.model, self.optimizer, self.balance)
         result = self._finish(seconds)
         self.watcher.end()
@@ -272,4 +312,4 @@ class _Training:
         }
         records.finish(result)
         shutil.rmtree(records.path / "checkpoints", ignore_errors=True)  # the model is saved, the run is whole
-        return result
+        return records.result

@@ -54,7 +54,9 @@ class Terminal:
         self.task = self.progress.add_task(
             self.label.replace("[", "\\["), total=config.steps, completed=done, figures="first step ..."
         )
-        if done:
+        if done == config.steps:
+            self.say(f"{self.label}: complete already")
+        elif done:
             self.say(f"{self.label}: going on after step {done}")
 
     def step(self, row: dict[str, Any], tokens_per_second: float) -> None:

@@ -4,7 +4,6 @@ No network and no clock: the same runs give the same bytes.
 """
 
 import json
-import math
 import os
 import re
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from equipoise.records import finite
 from equipoise.report.figures import CAP, curve, heat_map, layer_labels, strategy_styles
 from equipoise.report.reading import Reading, read_runs
 from equipoise.report.summary import COLUMNS, findings, mean_and_sd, number, summary_rows, unequal_terms
@@ -83,15 +83,7 @@ def _page(readings: Sequence[Reading]) -> dict[str, Any]:
 
 def embed(value: Any) -> str:
     """JSON that can stand inside ``<script>``: no ``<`` and nothing that is not a finite number."""
-    return json.dumps(_finite(value), ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return json.dumps(finite(value), ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def breakable(name: str) -> Markup:

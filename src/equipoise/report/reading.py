@@ -116,6 +116,11 @@ def _read(run: Run, name: str) -> Reading:
     if result is not None:
         _must_hold(run.path / "result.json", result, [column.key for column in COLUMNS] + ["domains"])
         _check_result(run.path / "result.json", result)
+        if len(steps) != config["steps"]:
+            raise EquipoiseError(
+                f"{run.path / 'steps.jsonl'} must hold the {config['steps']} steps of a finished run: it holds "
+                f"{len(steps)}. Restore the file, or train again."
+            )
     return Reading(run, name, steps, evaluation, result)
 
 

@@ -153,12 +153,19 @@ EQUAL = (
     "order",
     "dtype",
     "wrapper",
+    "corpus_fingerprint",
+    "vocab_size",
 )
+EQUAL_OPTIONS = ("model", "warmup", "weight_decay", "clip", "evaluation_sequences")  # of the command line, the rest
 
 
 def unequal_terms(configs: Sequence[Mapping[str, Any]]) -> list[str]:
     """The settings that must be the same for runs to be comparable, and are not."""
-    return [key for key in EQUAL if any(config.get(key) != configs[0].get(key) for config in configs[1:])]
+    terms = [
+        {key: config.get(key) for key in EQUAL} | {key: config.get("options", {}).get(key) for key in EQUAL_OPTIONS}
+        for config in configs
+    ]
+    return [key for key in terms[0] if any(other[key] != terms[0][key] for other in terms[1:])]
 
 
 def findings(runs: Sequence[Run]) -> list[Markup]:
