@@ -14,6 +14,8 @@ import re
 import sys
 from pathlib import Path
 
+from equipoise.lab.config import Compare
+
 ROOT = Path(__file__).parent.parent
 STORED = ROOT / "benchmarks" / "results" / "demo.json"
 README = ROOT / "README.md"
@@ -21,7 +23,7 @@ MARKS = re.compile(r"(<!-- demo: .*? -->\n).*?(<!-- /demo -->)", re.DOTALL)
 COLUMNS = {
     "strategy": ("strategy", "`{}`"),
     "maxvio_global": ("MaxVio, validation", "{:.2f}"),
-    "maxvio_batch": ("MaxVio, last steps", "{:.2f}"),
+    "maxvio_batch": ("MaxVio, batch", "{:.2f}"),
     "dead_experts": ("dead experts", "{:.0f}"),
     "domain_information_bits": ("domain information, bits", "{:.2f}"),
     "val_nats": ("validation loss, nats", "{:.3f}"),
@@ -34,6 +36,7 @@ def store(folder: Path) -> dict:
     config = json.loads(next(folder.glob("*/config.json")).read_text())
     stored = {
         "command": config["command"],
+        "options": config["options"],
         "date": config["began"][:10],
         "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}, no accelerator",
         "versions": config["versions"],
@@ -76,6 +79,10 @@ def main() -> None:
         found = MARKS.search(README.read_text())
         if found is None or table(stored) not in found.group(0):
             sys.exit("README.md does not hold the table of benchmarks/results/demo.json: run benchmarks/demo.py FOLDER")
+        asked = Compare(out=Path("runs/demo"))
+        options = {name: value for name, value in stored["options"].items() if name in asked.shared()}
+        if options != asked.shared() or [r["strategy"] for r in stored["results"]] != list(asked.strategies):
+            sys.exit("benchmarks/results/demo.json is of other defaults than `equipoise compare` has: run it again")
         return
     if len(sys.argv) != 2:
         sys.exit(__doc__)
