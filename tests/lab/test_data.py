@@ -17,7 +17,8 @@ from tokenizers import Tokenizer
 
 from equipoise.errors import EquipoiseError, UsageError
 from equipoise.lab import data, text
-from equipoise.lab.data import SPLITS, Batches, Corpus, load_corpus
+from equipoise.lab.batches import Batches
+from equipoise.lab.data import SPLITS, Corpus, load_corpus
 from equipoise.lab.text import count_held_out, most_held_out
 
 END = "<|endoftext|>"

@@ -280,7 +280,7 @@ def test_training_goes_on_from_a_saved_model(tiny, silent, tmp_path):
         ({"steps": 0}, "--steps must be at least 1: got 0"),
         ({"width": 40}, "--width must be a multiple of 32"),
         ({"experts_per_token": 5}, "must be at most --experts: got 5 of 4"),
-        ({"learning_rate": float("nan")}, "--learning-rate must be above 0: got nan"),
+        ({"learning_rate": float("nan")}, "--learning-rate must be a finite number above 0: got nan"),
         ({"warmup": 1.0}, "--warmup must be a share"),
     ],
 )

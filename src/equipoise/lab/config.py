@@ -26,7 +26,8 @@ class _Run:
     qwen3_moe, olmoe, mixtral: softmax gate."""
 
     model: Path | None = None
-    """Folder of a Transformers model to train instead of --arch: its weights if it has any, else its config."""
+    """Folder of a Transformers model to train instead of --arch: its weights if it has any, else its config.
+    --layers, --width, --experts and the like are then the model's own."""
 
     data: str = "corpus"
     """Text: "corpus" (eight domains, inside the package), or your own.
@@ -125,7 +126,7 @@ class _Run:
                 raise UsageError(f"--{_flag(name)} must be at least {least}: got {getattr(self, name)}.")
         for name in ("learning_rate", "clip"):
             if not 0 < getattr(self, name) < float("inf"):
-                raise UsageError(f"--{_flag(name)} must be above 0: got {getattr(self, name)}.")
+                raise UsageError(f"--{_flag(name)} must be a finite number above 0: got {getattr(self, name)}.")
         if not 0 <= self.warmup < 1:
             raise UsageError(f"--warmup must be a share of the steps, from 0 to below 1: got {self.warmup}.")
         if not 0 <= self.weight_decay < float("inf"):

@@ -34,7 +34,8 @@ def machine(dtype: str) -> tuple[torch.device, bool]:
 def reproducible() -> Iterator[None]:
     """The same command gives the same numbers, bit for bit: no atomic additions in an order of their own."""
     deterministic: Any = torch.utils.deterministic
-    before = torch.are_deterministic_algorithms_enabled(), deterministic.fill_uninitialized_memory
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = deterministic.fill_uninitialized_memory
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     _keep_freed_memory()
     torch.use_deterministic_algorithms(True)
@@ -42,8 +43,8 @@ def reproducible() -> Iterator[None]:
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before[0])
-        deterministic.fill_uninitialized_memory = before[1]
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        deterministic.fill_uninitialized_memory = filled
 
 
 def _keep_freed_memory() -> None:

@@ -22,8 +22,9 @@ from equipoise.balance import Balance
 from equipoise.balancers import parse_strategy
 from equipoise.errors import EquipoiseError
 from equipoise.lab import checkpoint
+from equipoise.lab.batches import Batches
 from equipoise.lab.config import Train
-from equipoise.lab.data import Batches, Corpus, load_corpus
+from equipoise.lab.data import Corpus, load_corpus
 from equipoise.lab.engine import learning_rate_at, machine, reproducible
 from equipoise.lab.evaluate import evaluate, language_model_loss
 from equipoise.lab.models import build_model, num_active_parameters
