@@ -102,8 +102,8 @@ def _run(asked: Compare | Train | Report, command: str) -> None:
 
 def _share_the_cores() -> None:
     """Threads of torch wait for each other thousands of times a step. By default they wait in a busy loop, and where
-    anything else runs on the machine the one that is waited for does not get its core: steps take 40 times as long. So
-    they sleep after a short while. It must be said before torch is loaded; what the user has set stays.
+    anything else runs on the machine the one that is waited for does not get its core: a step takes many times as long.
+    So they sleep after a short while. It must be said before torch is loaded; what the user has set stays.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")

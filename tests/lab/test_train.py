@@ -63,7 +63,6 @@ def test_every_strategy_starts_from_the_same_weights_and_sees_the_same_text(tiny
         rows.append(_rows(config.out))
     assert rows[0][0]["loss"] == rows[1][0]["loss"] == rows[2][0]["loss"]
     assert rows[0][0]["maxvio_batch"] == rows[1][0]["maxvio_batch"] == rows[2][0]["maxvio_batch"]
-    assert rows[0][1]["loss"] == rows[2][1]["loss"] or rows[0][1]["maxvio_batch"] != rows[2][1]["maxvio_batch"]
     assert rows[0][1]["loss"] != rows[1][1]["loss"], "the balancing loss did not reach the weights"
     assert all(row["learning_rate"] == rows[0][i]["learning_rate"] for r in rows for i, row in enumerate(r))
 
