@@ -111,6 +111,22 @@ def route(logits, k, gate, offset=None, num_groups=1, top_groups=1, renormalise=
     return all_ids, all_weights
 
 
+def route_multiplied(logits, k, gate, offset):
+    """As route, but the choice is by s_te * (1 + b_e): (expert_ids [T][k], weights [T][k]) (paper 1, eq. 5).
+
+    Listed by descending product, ties to the lower index; the weights are the plain scores s_te of the chosen.
+    """
+    all_ids, all_weights = [], []
+    for row in scores(logits, gate):
+        products = [row[e] * (1.0 + offset[e]) for e in range(len(row))]
+        chosen = sorted(range(len(row)), key=lambda e: (-products[e], e))[:k]
+        if len(chosen) < k:
+            raise ValueError(f"fewer than {k} experts")
+        all_ids.append(chosen)
+        all_weights.append([row[e] for e in chosen])
+    return all_ids, all_weights
+
+
 def load(expert_ids, num_experts, mask=None):
     """c_e = number of (token, slot) assignments to expert e over the unmasked tokens (design, section 5)."""
     counts = [0] * num_experts
@@ -191,6 +207,23 @@ def sequence_loss(scores, expert_ids, sequence_ids, mask=None, normalise=True):
             own += share * mean_score
         loss += len(members) / total_tokens * num_experts * own
     return loss
+
+
+def log_sum_exp(row):
+    """ln sum_e exp(z_e), shifted by the maximum so that it cannot overflow."""
+    top = max(row)
+    return top + math.log(sum(math.exp(z - top) for z in row))
+
+
+def z_loss(logits, mask=None):
+    """L = (1/N) sum_t (ln sum_e exp(z_te))^2 over the unmasked tokens (ST-MoE, 2202.08906, eq. 5). 0 without tokens."""
+    tokens = 0
+    total = 0.0
+    for t, row in enumerate(logits):
+        if is_counted(mask, t):
+            tokens += 1
+            total += log_sum_exp(row) ** 2
+    return total / tokens if tokens > 0 else 0.0
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -293,6 +326,18 @@ def sequence_gradient(logits, expert_ids, sequence_ids, gate, mask=None, normali
     return gradient
 
 
+def z_loss_gradient(logits, mask=None):
+    """dL/dz_te = 2 ln(sum_j exp(z_tj)) softmax(z_t)_e / N of the z-loss; rows of zeros for masked tokens."""
+    tokens = sum(1 for t in range(len(logits)) if is_counted(mask, t))
+    gradient = []
+    for t, row in enumerate(logits):
+        if is_counted(mask, t):
+            gradient.append([2.0 * log_sum_exp(row) * share / tokens for share in softmax(row)])
+        else:
+            gradient.append([0.0] * len(row))
+    return gradient
+
+
 def numerical_gradient(function, logits, eps=1e-6):
     """dF/dz_tj by central differences, (F(z + eps) - F(z - eps)) / (2 eps); function: logits -> number."""
     gradient = []
@@ -342,6 +387,21 @@ def global_batch_gradients(micro_batches, k, gate, coefficient, weights, normali
 # offsets
 
 
+def balance_signs(counts):
+    """sign(c̄ - c_e) = sign(sum(c) - E c_e) of every expert, in integers; all 0 without any load."""
+    total = sum(counts)
+    signs = []
+    for count in counts:
+        difference = total - len(counts) * count
+        if difference > 0:
+            signs.append(1)
+        elif difference < 0:
+            signs.append(-1)
+        else:
+            signs.append(0)
+    return signs
+
+
 def sign_rule(offset, counts, rate, center):
     """b_e + rate * (sign(c̄ - c_e) [- mean of the signs if center]); the new offset as a list.
 
@@ -349,16 +409,7 @@ def sign_rule(offset, counts, rate, center):
     Without any load every sign is 0 and the offset stays.
     """
     num_experts = len(counts)
-    total = sum(counts)
-    signs = []
-    for count in counts:
-        difference = total - num_experts * count
-        if difference > 0:
-            signs.append(1)
-        elif difference < 0:
-            signs.append(-1)
-        else:
-            signs.append(0)
+    signs = balance_signs(counts)
     mean_sign = sum(signs) / num_experts if center else 0.0
     return [offset[e] + rate * (signs[e] - mean_sign) for e in range(num_experts)]
 
@@ -373,6 +424,207 @@ def proportional_rule(offset, counts, rate, center):
     if mean == 0:
         return list(offset)
     return [offset[e] + rate * (mean - counts[e]) / mean for e in range(num_experts)]
+
+
+def rms_rule(offset, counts, rate, center):
+    """b_e + rate * (step_e [- mean step if center]), step_e = e_e / sqrt((1/E) sum_e e_e^2), e_e = c̄ - c_e.
+
+    (Su, kexue.fm/archives/10757.) The new offset as a list. The steps are 0 if all errors are 0, so without any
+    load the offset stays. The errors sum to zero by themselves, so center changes nothing but the rounding.
+    """
+    num_experts = len(counts)
+    mean = sum(counts) / num_experts
+    errors = [mean - count for count in counts]
+    root = math.sqrt(sum(error**2 for error in errors) / num_experts)
+    steps = [error / root if root > 0.0 else 0.0 for error in errors]
+    mean_step = sum(steps) / num_experts if center else 0.0
+    return [offset[e] + rate * (steps[e] - mean_step) for e in range(num_experts)]
+
+
+def multiplicative_rule(offset, counts, rate, center):
+    """w_e = 1 + b_e, a factor on the scores: w_e + rate * sign(c̄ - c_e) [then over the mean of w if center], less 1.
+
+    (Paper 1, eq. 5 and table 4.) The new offset w - 1 as a list; for the choice see route_multiplied. A common
+    factor does not change the choice, so centring divides. Without any load every sign is 0; center still
+    brings the mean of w to 1.
+    """
+    num_experts = len(counts)
+    signs = balance_signs(counts)
+    factors = [1.0 + offset[e] + rate * signs[e] for e in range(num_experts)]
+    if center:
+        mean = sum(factors) / num_experts
+        factors = [factor / mean for factor in factors]
+    return [factor - 1.0 for factor in factors]
+
+
+def momentum_rule(offset, momentum, counts, rate, beta, sharpness, center):
+    """SMEBU (Arcee Trinity Large, 2602.17004): (offset, momentum), the new ones as lists.
+
+    v_e = (c̄ - c_e) / c̄; d_e = rate * tanh(sharpness * v_e) [- mean of these over the experts if center];
+    m_e = beta m_e + (1 - beta) d_e; b_e + m_e. Without any load v = 0: the momentum decays and still moves b.
+    """
+    num_experts = len(counts)
+    mean = sum(counts) / num_experts
+    steps = []
+    for count in counts:
+        violation = (mean - count) / mean if mean > 0 else 0.0
+        steps.append(rate * math.tanh(sharpness * violation))
+    if center:
+        mean_step = sum(steps) / num_experts
+        steps = [step - mean_step for step in steps]
+    new_momentum = [beta * momentum[e] + (1.0 - beta) * steps[e] for e in range(num_experts)]
+    return [offset[e] + new_momentum[e] for e in range(num_experts)], new_momentum
+
+
+def micro_batch_sign_rule(offset, micro_batch_counts, rate, center):
+    """b_e + rate * (step_e [- mean step if center]), step_e the mean over the micro-batches m of sign(c̄_m - c_em).
+
+    micro_batch_counts: the counts [E] of every micro-batch of every rank. One without any assignment is left
+    out of the mean; if none is left the offset stays. The new offset as a list.
+    """
+    num_experts = len(offset)
+    kept = 0
+    sums = [0] * num_experts
+    for counts in micro_batch_counts:
+        if sum(counts) > 0:
+            kept += 1
+            for e, sign in enumerate(balance_signs(counts)):
+                sums[e] += sign
+    if kept == 0:
+        return list(offset)
+    mean_step = sum(sums) / (kept * num_experts) if center else 0.0
+    return [offset[e] + rate * (sums[e] / kept - mean_step) for e in range(num_experts)]
+
+
+def rate_at(rate, window, schedule, zero_from):
+    """The rate of the window before which `window` windows were closed.
+
+    constant: rate; linear: rate * max(0, 1 - window / zero_from); drop: rate while window < zero_from, then 0.
+    """
+    if schedule == "constant":
+        return rate
+    if schedule == "linear":
+        return rate * max(0.0, 1.0 - window / zero_from)
+    if schedule == "drop":
+        return rate if window < zero_from else 0.0
+    raise ValueError(f"unknown schedule {schedule!r}")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# quantile balancing (Su, kexue.fm/archives/11619; Kimi K3, 2607.24653, section 2.3.3)
+#
+# The margin d_te = alpha_t - (s_te + b_e), alpha_t the (k+1)-th largest of s_t + b, is what expert e lacks to
+# reach the threshold of token t. The thresholds held, with b_e + x it is above that of the tokens with d_te < x,
+# so x at the k/E quantile of its margins gives it its share of the tokens. Margins of exactly 0 are common: every
+# token has one, that of its (k+1)-th expert.
+
+
+def margins(scores, k, offset, mask=None):
+    """d_te of the unmasked tokens, [N][E]; there is a (k+1)-th largest only for k < E."""
+    rows = []
+    for t, row in enumerate(scores):
+        if is_counted(mask, t):
+            choice = [row[e] + offset[e] for e in range(len(row))]
+            alpha = sorted(choice, reverse=True)[k]
+            rows.append([alpha - value for value in choice])
+    return rows
+
+
+def quantile_average(offset, deltas, ema):
+    """ema * b_e + (1 - ema) * target_e, target_e = b_e + delta_e less the mean of these over the experts."""
+    num_experts = len(offset)
+    targets = [offset[e] + deltas[e] for e in range(num_experts)]
+    mean = sum(targets) / num_experts
+    return [ema * offset[e] + (1.0 - ema) * (targets[e] - mean) for e in range(num_experts)]
+
+
+def quantile_rule(scores, k, offset, mask=None, ema=0.0):
+    """The new offset with delta_e the (floor(N k / E) + 1)-th smallest of the margins d_te over the tokens.
+
+    So at most floor(N k / E) margins are below delta_e and more than that are not above it. The offset stays,
+    uncentred, without tokens and where every expert is chosen anyway (k = E).
+    """
+    num_experts = len(offset)
+    tokens = sum(1 for t in range(len(scores)) if is_counted(mask, t))
+    if tokens == 0 or k == num_experts:
+        return list(offset)
+    rows = margins(scores, k, offset, mask)
+    rank = tokens * k // num_experts  # in integers; 0 is the smallest
+    deltas = [sorted(row[e] for row in rows)[rank] for e in range(num_experts)]
+    return quantile_average(offset, deltas, ema)
+
+
+def histogram_edges(bins):
+    """The bins + 1 edges from -8 to 8, 0 in the middle; bins a power of two, 32 or more.
+
+    r = bins / 32 bins an octave, 16 octaves: 2^(-13+o) (1 + i/r) for o = 0..15 and i = 0..r-1, the first of them
+    (2^-13) replaced by 0, and 2^3; below 0 the mirror image.
+    """
+    if bins < 32 or bins & (bins - 1) != 0:
+        raise ValueError(f"{bins} bins are not a power of two from 32 on")
+    per_octave = bins // 32
+    upper_half = []
+    for o in range(16):
+        for i in range(per_octave):
+            upper_half.append(2.0 ** (-13 + o) * (1.0 + i / per_octave))
+    upper_half[0] = 0.0
+    upper_half.append(8.0)
+    lower_half = [-edge for edge in reversed(upper_half[1:])]
+    return lower_half + upper_half
+
+
+def find_bin(value, edges):
+    """The bin j of a value: edges[j] <= value < edges[j+1] from 0 on, edges[j] < value <= edges[j+1] below 0.
+
+    What lies beyond the edges, or on the last one of either side, falls in the outermost bin.
+    """
+    bins = len(edges) - 1
+    if value >= 0.0:
+        for j in range(bins // 2, bins):
+            if edges[j] <= value < edges[j + 1]:
+                return j
+        return bins - 1
+    for j in range(bins // 2):
+        if edges[j] < value <= edges[j + 1]:
+            return j
+    return 0
+
+
+def quantile_histogram(scores, k, offset, mask=None, bins=128):
+    """The histograms of the margins, counts [E][bins], one row an expert; all 0 for k = E, which has no margins."""
+    num_experts = len(offset)
+    edges = histogram_edges(bins)
+    counts = [[0] * bins for _ in range(num_experts)]
+    if k == num_experts:
+        return counts
+    for row in margins(scores, k, offset, mask):
+        for e in range(num_experts):
+            counts[e][find_bin(row[e], edges)] += 1
+    return counts
+
+
+def quantile_from_histogram(counts, k, num_tokens, offset, ema=0.0):
+    """As quantile_rule, with delta_e read from the histogram counts [E][bins]: the q-th value, q = N k / E.
+
+    In the first bin whose cumulative count (its own included) exceeds q, delta_e is
+    lower + (q - cumulative count before it) / count in it * (upper - lower); 8 if there is no such bin.
+    """
+    num_experts = len(offset)
+    if num_tokens == 0 or k == num_experts:
+        return list(offset)
+    q = num_tokens * k / num_experts
+    deltas = []
+    for row in counts:
+        edges = histogram_edges(len(row))
+        delta = 8.0
+        before = 0
+        for j, count in enumerate(row):
+            if before + count > q:
+                delta = edges[j] + (q - before) / count * (edges[j + 1] - edges[j])
+                break
+            before += count
+        deltas.append(delta)
+    return quantile_average(offset, deltas, ema)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -433,6 +685,17 @@ def effective_experts(counts):
 def dead_experts(counts):
     """The number of experts with c_e = 0."""
     return sum(1 for count in counts if count == 0)
+
+
+def drop_rate(counts, capacity):
+    """sum_e max(0, c_e - capacity) / sum(c): the share of the assignments an expert of that capacity turns away."""
+    total = sum(counts)
+    if total == 0:
+        return math.nan
+    dropped = 0
+    for count in counts:
+        dropped += max(0, count - capacity)
+    return dropped / total
 
 
 def expected_maximum(num_experts):
@@ -589,6 +852,15 @@ def _self_check():
     _expect("offset weights", weights, [[0.1, 0.9]])
     _expect("ties", route([[0.0, 1.0, 0.0, 1.0]], 3, "softmax")[0], [[1, 3, 0]])
 
+    # times 8 on expert 1: .9 .8 .6 .5 .7 .2, second though + 7 would put it first; times 1/2 on expert 0: .45, out
+    ids, weights = route_multiplied(row, 2, "sigmoid", [0, 7.0, 0, 0, 0, 0])
+    _expect("multiplied ids", ids, [[0, 1]])
+    _expect("multiplied weights", weights, [[0.9, 0.1]])
+    ids, weights = route_multiplied(row, 2, "sigmoid", [-0.5, 0, 0, 0, 0, 0])
+    _expect("divided ids", ids, [[4, 2]])
+    _expect("divided weights", weights, [[0.7, 0.6]])
+    _expect("multiplied ties", route_multiplied([[0.0, 1.0, 0.0, 1.0]], 3, "softmax", [0.5] * 4)[0], [[1, 3, 0]])
+
     # token 1 is masked: experts 0 1 and 1 2 remain
     ids = [[0, 1], [0, 3], [1, 2]]
     _expect("load", load(ids, 4), [2, 2, 1, 1])
@@ -610,6 +882,17 @@ def _self_check():
     _expect("masked sequence loss", sequence_loss(s, [[0], [0], [1]], [0, 0, 1], [1, 0, 1]), 1.55)
     _expect("empty sequence loss", sequence_loss(s, [[0], [0], [1]], [0, 0, 1], [0, 0, 0]), 0.0)
 
+    # ln(1 + 3) = 2 ln 2 and ln(1 + 1) = ln 2: (4 + 1)/2 ln^2 2; softmax (1/4 3/4) and (1/2 1/2):
+    # 2 (2 ln 2) (1/4 3/4) / 2 and 2 (ln 2) (1/2 1/2) / 2; far out: 800 + ln 2, no overflow
+    z = [[0.0, ln(3)], [0.0, 0.0]]
+    _expect("z-loss", z_loss(z), 2.5 * ln(2) ** 2)
+    _expect("masked z-loss", z_loss(z, [1, 0]), 4 * ln(2) ** 2)
+    _expect("empty z-loss", z_loss(z, [0, 0]), 0.0)
+    _expect("large z-loss", z_loss([[800.0, 800.0]]), (800 + ln(2)) ** 2, 1e-9)
+    _expect("z-loss gradient", z_loss_gradient(z), [[ln(2) / 2, 1.5 * ln(2)], [ln(2) / 2, ln(2) / 2]])
+    _expect("masked z-loss gradient", z_loss_gradient(z, [0, 1]), [[0.0, 0.0], [ln(2), ln(2)]])
+    _expect("empty z-loss gradient", z_loss_gradient(z, [0, 0]), [[0.0, 0.0], [0.0, 0.0]])
+
     # one token, two experts, f = (1 0), equal logits: p = (1/2 1/2)
     #   softmax: 2 * p_0 (1 - p_0) = 1/2
     #   sigmoid at 0: d = 1/4, dp_0/dz_0 = (1 - 1/2) (1/4) / 1 = 1/8, times 2 = 1/4 ; raw: 2 d = 1/2
@@ -629,6 +912,8 @@ def _self_check():
     logits = [[random.gauss(0, 2) for _ in range(5)] for _ in range(9)]
     mask = [1, 1, 0, 1, 1, 1, 1, 0, 1]
     sequences = [0, 0, 0, 2, 2, 2, 5, 5, 5]
+    numeric = numerical_gradient(lambda z: z_loss(z, mask), logits)
+    _expect("z-loss numerical", z_loss_gradient(logits, mask), numeric, 1e-8)
     for gate in gates:
         ids, _ = route(logits, 2, gate)
         counts = load(ids, 5, mask)
@@ -675,6 +960,157 @@ def _self_check():
         _expect("no load, sign", sign_rule([1.0, 2.0], [0, 0], 0.1, center), [1.0, 2.0])
         _expect("no load, proportional", proportional_rule([1.0, 2.0], [0, 0], 0.1, center), [1.0, 2.0])
 
+    # mean 5: errors -5 1 1 3, mean square 36/4 = 9: steps -5/3 1/3 1/3 1, times .3
+    for center in (False, True):
+        _expect("rms", rms_rule([1.0, 0, 0, 0], [10, 4, 4, 2], 0.3, center), [0.5, 0.1, 0.1, 0.3])
+        _expect("rms of zero", rms_rule([1.0, 2.0, 3.0], [7, 7, 7], 0.3, center), [1.0, 2.0, 3.0])
+        _expect("no load, rms", rms_rule([1.0, 2.0], [0, 0], 0.3, center), [1.0, 2.0])
+
+    # w 2 1 1 1, signs - + + +: 1.9 1.1 1.1 1.1, mean 1.3: 19/13 and 11/13, less 1;
+    # without load 2 1, mean 3/2: 4/3 and 2/3, less 1
+    got = multiplicative_rule([1.0, 0, 0, 0], [6, 1, 1, 0], 0.1, False)
+    _expect("multiplicative", got, [0.9, 0.1, 0.1, 0.1])
+    got = multiplicative_rule([1.0, 0, 0, 0], [6, 1, 1, 0], 0.1, True)
+    _expect("centred multiplicative", got, [6 / 13, -2 / 13, -2 / 13, -2 / 13])
+    _expect("no load, multiplicative", multiplicative_rule([1.0, 0.0], [0, 0], 0.1, False), [1.0, 0.0])
+    _expect("no load, centred", multiplicative_rule([1.0, 0.0], [0, 0], 0.1, True), [1 / 3, -1 / 3])
+
+    # v = -2 1/2 1/2 1; tanh(ln a) = (a^2 - 1)/(a^2 + 1), so with sharpness ln 2 (a = 1/4, sqrt 2, sqrt 2, 2)
+    # -15/17 1/3 1/3 3/5, times 5.1: -4.5 1.7 1.7 3.06, mean .49: -4.99 1.21 1.21 2.57;
+    # m = .9 (1 0 0 2) + .1 d; b = (1 0 0 0) + m; without load m = .9 (1 0 0 2)
+    old = ([1.0, 0, 0, 0], [1.0, 0, 0, 2.0])
+    got = momentum_rule(*old, [6, 1, 1, 0], 5.1, 0.9, ln(2), False)
+    _expect("momentum", got, [[1.45, 0.17, 0.17, 2.106], [0.45, 0.17, 0.17, 2.106]])
+    got = momentum_rule(*old, [6, 1, 1, 0], 5.1, 0.9, ln(2), True)
+    _expect("centred momentum", got, [[1.401, 0.121, 0.121, 2.057], [0.401, 0.121, 0.121, 2.057]])
+    got = momentum_rule(*old, [0, 0, 0, 0], 5.1, 0.9, ln(2), True)
+    _expect("no load, momentum", got, [[1.9, 0, 0, 1.8], [0.9, 0, 0, 1.8]])
+
+    # signs - + + +, none (empty), + - 0 0 (mean 2): sums 0 0 1 1 over two, steps 0 0 1/2 1/2, mean 1/4
+    parts = [[6, 1, 1, 0], [0, 0, 0, 0], [1, 3, 2, 2]]
+    got = micro_batch_sign_rule([1.0, 0, 0, 0], parts, 0.1, False)
+    _expect("micro-batch sign", got, [1.0, 0.0, 0.05, 0.05])
+    got = micro_batch_sign_rule([1.0, 0, 0, 0], parts, 0.1, True)
+    _expect("centred micro-batch sign", got, [0.975, -0.025, 0.025, 0.025])
+    for none in ([], [[0, 0], [0, 0]]):
+        _expect("no load, micro-batch sign", micro_batch_sign_rule([1.0, 2.0], none, 0.1, True), [1.0, 2.0])
+
+    # linear to zero at 10: 1, 7/10, 0, then it stays there; the drop comes at 10, not at 9
+    got = [rate_at(0.2, window, "linear", 10) for window in (0, 3, 10, 15)]
+    _expect("linear rate", got, [0.2, 0.14, 0.0, 0.0])
+    _expect("drop", [rate_at(0.2, window, "drop", 10) for window in (0, 9, 10, 15)], [0.2, 0.2, 0.0, 0.0])
+    _expect("constant rate", rate_at(0.2, 99, "constant", 10), 0.2)
+
+    # s + b of the tokens, b = (0 0 1/4):  3/4 1/2 3/8 | 7/8 3/8 3/4 | 1/2 1/4 3/8 ; the fourth is masked
+    # k = 1, alpha 1/2 | 3/4 | 3/8:  d = -1/4 0 1/8 | -1/8 3/8 0 | -1/8 1/8 0
+    #   N k / E = 1, the second smallest of each expert: -1/8 1/8 0; b + delta = -1/8 1/8 1/4, mean 1/12
+    s = [[0.75, 0.5, 0.125], [0.875, 0.375, 0.5], [0.5, 0.25, 0.125], [0.0, 1.0, 0.0]]
+    b = [0.0, 0.0, 0.25]
+    mask = [1, 1, 1, 0]
+    _expect("quantile", quantile_rule(s, 1, b, mask), [-5 / 24, 1 / 24, 4 / 24])
+    #   a half of b, a half of that: the last 1/8 + 1/12
+    _expect("averaged quantile", quantile_rule(s, 1, b, mask, 0.5), [-5 / 48, 1 / 48, 10 / 48])
+    #   a quarter of that, three of b: (-5/96 1/96 3/16 + 1/24)
+    _expect("slow quantile", quantile_rule(s, 1, b, mask, 0.75), [-5 / 96, 1 / 96, 22 / 96])
+    #   two tokens, floor(2/3) = 0, the smallest: -1/4 0 0; b + delta = -1/4 0 1/4, mean 0
+    _expect("floored quantile", quantile_rule(s, 1, b, [1, 1, 0, 0]), [-0.25, 0.0, 0.25])
+    # k = 2, alpha the smallest, 3/8 | 3/8 | 1/4:  d = -3/8 -1/8 0 | -1/2 0 -3/8 | -1/4 0 -1/8
+    #   N k / E = 2, the third smallest: -1/4 0 0, as above; with the second token masked floor(4/3) = 1, the
+    #   larger of two: -1/4 0 0 again; with b = (0 0 0) and the first token alone d = -5/8 -3/8 0, floor(2/3) = 0,
+    #   mean -1/3: -7/24 -1/24 8/24
+    _expect("quantile of two", quantile_rule(s, 2, b, mask), [-0.25, 0.0, 0.25])
+    _expect("floored quantile of two", quantile_rule(s, 2, b, [1, 0, 1, 0]), [-0.25, 0.0, 0.25])
+    _expect("one token", quantile_rule(s, 2, [0.0] * 3, [1, 0, 0, 0]), [-7 / 24, -1 / 24, 8 / 24])
+    _expect("no token, quantile", quantile_rule(s, 1, b, [0] * 4, 0.5), b)
+    _expect("all experts, quantile", quantile_rule(s, 3, b, mask, 0.5), b)
+    _expect("all experts, histogram", quantile_histogram(s, 3, b, mask, 32), [[0] * 32] * 3)
+
+    # one bin an octave: powers of two from 2^-12 on; four: 4 5 6 7 8 at the end, 0 5/4 6/4 7/4 (2^-13) at the start
+    powers = [2.0**n for n in range(-12, 4)]
+    _expect("32 edges", histogram_edges(32), [-p for p in reversed(powers)] + [0.0] + powers)
+    edges = histogram_edges(128)
+    _expect("last edges", edges[-5:], [4, 5, 6, 7, 8])
+    _expect("first edges", edges[:5], [-8, -7, -6, -5, -4])
+    _expect("middle edges", [e * 2**15 for e in edges[61:70]], [-7, -6, -5, 0, 5, 6, 7, 8, 10], 0.0)
+    for bins in (32, 64, 128, 256):
+        edges = histogram_edges(bins)
+        _expect(f"{bins} edges rise", [len(edges), sorted(set(edges)) == edges], [bins + 1, True])
+
+    # scores x 0 -x: alpha 0, margins -x 0 x. 128 bins: 0 is in bin 64 and [5, 6) is bin 64 + 15 * 4 + 1 = 125, its
+    # mirror 63 - 61 = 2; below 5/4 2^-13 the bin next to 0, 64 or 63, at it the next, 65 or 62; at 8 and beyond the
+    # last. 1 = 2^(-13 + 13): 64 + 52 = 116 and 63 - 52 = 11; just below 1: one nearer to 0, 115 and 12
+    step = 1.25 * 2.0**-13
+    for x, low, high in (
+        (5.0, 2, 125),
+        (5.5, 2, 125),
+        (2.0**-14, 63, 64),
+        (2.0**-13, 63, 64),
+        (step, 62, 65),
+        (1.0, 11, 116),
+        (1.0 - 2.0**-40, 12, 115),
+        (8.0 - 2.0**-40, 0, 127),
+        (8.0, 0, 127),
+        (30.0, 0, 127),
+    ):
+        got = quantile_histogram([[x, 0.0, -x]], 1, [0.0] * 3)
+        _expect(
+            f"bins of {x}", [[len(row), sum(row), row.index(1)] for row in got], [[128, 1, b] for b in (low, 64, high)]
+        )
+
+    # the margins of the three tokens in 32 bins: [1/4, 1/2) is 2^(-13 + 11), bin 27, mirror 4; [1/8, 1/4) 26 and 5
+    got = quantile_histogram(s, 1, b, mask, 32)
+    wanted = [[0] * 32 for _ in range(3)]
+    wanted[0][4], wanted[0][5] = 1, 2
+    wanted[1][16], wanted[1][26], wanted[1][27] = 1, 1, 1
+    wanted[2][16], wanted[2][26] = 2, 1
+    _expect("histogram", got, wanted)
+    #   q = 1, not exceeded by a count of 1: (-1/4, -1/8] at its lower end, [1/8, 1/4) at its lower end, and half of
+    #   [0, 2^-12): b + delta = -1/4 1/8 1/4 + 2^-13
+    tiny = 2.0**-13
+    mean = (0.125 + tiny) / 3
+    got = quantile_from_histogram(got, 1, 3, b)
+    _expect("quantile of bins", got, [-0.25 - mean, 0.125 - mean, 0.25 + tiny - mean])
+    # q = 5/2. Two in [1/4, 1/2), three in [1/2, 1): 1/2 + (1/2)/3 * 1/2 = 7/12. Four in (-1/2, -1/4], one in [4, 8):
+    # -1/2 + (5/2)/4 * 1/4 = -11/32. b + delta = 7/12 and 21/32 = 112/192 and 126/192, mean 119/192
+    counts = [[0] * 32, [0] * 32]
+    counts[0][27], counts[0][28] = 2, 3
+    counts[1][4], counts[1][31] = 4, 1
+    _expect("within bins", quantile_from_histogram(counts, 1, 5, [0.0, 1.0]), [-7 / 192, 7 / 192])
+    got = quantile_from_histogram(counts, 1, 5, [0.0, 1.0], 0.25)
+    _expect("averaged bins", got, [-0.75 * 7 / 192, 0.25 + 0.75 * 7 / 192])
+    _expect("no token, bins", quantile_from_histogram(counts, 1, 0, [0.0, 1.0], 0.25), [0.0, 1.0])
+    _expect("all experts, bins", quantile_from_histogram(counts, 2, 5, [0.0, 1.0], 0.25), [0.0, 1.0])
+    # q = 2, of two margins none beyond it: 8; of three in [4, 8) two thirds of the way: 20/3; mean 22/3
+    counts = [[0] * 32, [0] * 32]
+    counts[0][16] = 2
+    counts[1][31] = 3
+    _expect("beyond the bins", quantile_from_histogram(counts, 1, 4, [0.0, 0.0]), [2 / 3, -2 / 3])
+
+    # a common shift of the offset does not change the choice, nor the target; bins no wider than 2^-10 (margins
+    # within 1, 512 bins an octave) put delta, and so its mean, within 2^-10 of the exact one; floor(N k / E) =
+    # floor(200 * 2 / 6) = 66: that many margins of every expert are below its delta, fewer where delta is the
+    # common value 0, and more are not above it
+    s = scores([[random.gauss(e / 3, 1) for e in range(6)] for _ in range(230)], "sigmoid")
+    mask = [t >= 30 for t in range(230)]
+    b = [random.gauss(0, 0.1) for _ in range(6)]
+    got = quantile_rule(s, 2, b, mask)
+    _expect("shifted quantile", quantile_rule(s, 2, [value + 0.3 for value in b], mask), got)
+    binned = quantile_from_histogram(quantile_histogram(s, 2, b, mask, 2**14), 2, 200, b)
+    _expect("fine bins", binned, got, 2.0**-9)
+    rows = margins(s, 2, b, mask)
+    mean = sorted(row[0] for row in rows)[66] - (got[0] - b[0])  # what every target has lost to its centring
+    for e in range(6):
+        delta = got[e] - b[e] + mean
+        below = sum(1 for row in rows if row[e] < delta - 1e-9)
+        up_to = sum(1 for row in rows if row[e] <= delta + 1e-9)
+        at_zero = abs(delta) < 1e-9
+        _expect(f"margins around delta of {e}", [below <= 66 < up_to, at_zero or (below, up_to) == (66, 67)], [1, 1])
+    # repeated on the same scores it comes close to balance: mean 200/3, so that a violation of .05 is three tokens
+    for _ in range(40):
+        b = quantile_rule(s, 2, b, mask)
+    choice = [sorted(range(6), key=lambda e: -(row[e] + b[e]))[:2] for row in s]
+    _expect("balance by quantiles", max_violation(load(choice, 6, mask)), 0.0, 0.05)
+
     # mean 2; deviations 2 0 0 -2, variance 8/4 = 2; shares 1/2 1/4 1/4: H = (1/2 + 2/4 + 2/4) ln 2 = 1.5 ln 2
     counts = [4, 2, 2, 0]
     _expect("max_violation", max_violation(counts), 1.0)
@@ -685,6 +1121,9 @@ def _self_check():
     _expect("effective_experts", effective_experts(counts), 2**1.5)
     _expect("dead_experts", dead_experts(counts), 1)
     _expect("at balance", [max_violation([3, 3]), min_violation([3, 3]), normalised_entropy([3, 3])], [0, 0, 1])
+    # of 8 assignments 2 are beyond a capacity of 2, 3.5 + 1.5 + 1.5 beyond 1/2
+    _expect("drop_rate", [drop_rate(counts, 2), drop_rate(counts, 4), drop_rate(counts, 0.5)], [0.25, 0.0, 6.5 / 8])
+    _expect("no load, drop_rate", math.isnan(drop_rate([0, 0], 2)), True)
 
     # the design's values; m(1) = 0, m(2) = 1/sqrt(pi), m(3) = 3/(2 sqrt(pi)) are known exactly
     for num_experts, wanted in ((8, 1.42), (32, 2.07), (64, 2.34), (256, 2.83)):

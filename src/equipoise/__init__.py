@@ -15,8 +15,10 @@ _HOME = {
     "Frozen": "balancers",
     "LoadBalancingLoss": "balancers",
     "LossFree": "balancers",
+    "Quantile": "balancers",
     "Routing": "routing",
     "UsageError": "errors",
+    "ZLoss": "balancers",
     "attach": "attachment",
     "coefficient_of_variation": "metrics",
     "dead_experts": "metrics",
@@ -28,11 +30,13 @@ _HOME = {
     "max_violation": "metrics",
     "min_violation": "metrics",
     "parse_strategy": "balancers",
+    "quantile_offset": "balancers",
     "route": "routing",
     "sampling_floor": "metrics",
     "score": "routing",
     "sequence_load": "load",
     "sequence_load_balancing_loss": "balancers",
+    "z_loss": "balancers",
 }
 
 __all__ = sorted(_HOME, key=str.casefold)
@@ -45,9 +49,13 @@ if TYPE_CHECKING:
         Frozen,
         LoadBalancingLoss,
         LossFree,
+        Quantile,
+        ZLoss,
         load_balancing_loss,
         parse_strategy,
+        quantile_offset,
         sequence_load_balancing_loss,
+        z_loss,
     )
     from equipoise.errors import EquipoiseError, UsageError
     from equipoise.load import expert_load, sequence_load

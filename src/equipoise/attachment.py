@@ -61,13 +61,14 @@ def attach(
     digest: str | None = None  # of the offsets to begin with
     try:
         resolved = _resolve(balancers)
-        layers = _find_layers(inner, where)
+        multiplies = any(balancer.multiplies for balancer in resolved)
+        layers = _find_layers(inner, where, multiplies)
         if offsets is not None and not any(balancer.has_offset for balancer in resolved):
             raise UsageError(
                 f"offsets must have a balancer that holds them: got the strategy {format_strategy(resolved)}. Add "
                 "frozen or loss-free to it."
             )
-        start = {layer.name: slot_of(layer) for layer in layers} if offsets is None else _read_offsets(offsets, layers)
+        start = {x.name: slot_of(x, multiplies) for x in layers} if offsets is None else _read_offsets(offsets, layers)
         fingerprint = (format_strategy(resolved), [(x.name, x.num_experts, x.k, x.kind) for x in layers])
         steered = any(balancer.has_offset for balancer in resolved)
         digest = _digest(start) if steered and not any(p.device.type == "meta" for p in inner.parameters()) else None
@@ -125,7 +126,7 @@ def _process_group(group: Any | None) -> Any | None:
     return group.get_group()
 
 
-def _find_layers(model: nn.Module, where: Callable[[str, nn.Module], bool] | None) -> list[Layer]:
+def _find_layers(model: nn.Module, where: Callable[[str, nn.Module], bool] | None, multiplies: bool) -> list[Layer]:
     layers, proven = [], {}
     for name, router, kind in find_routers(model):
         if where is not None and not where(name, router):
@@ -140,7 +141,7 @@ def _find_layers(model: nn.Module, where: Callable[[str, nn.Module], bool] | Non
             tuple(sorted((k, str(v)) for k, v in vars(router).items() if isinstance(v, int | float | str))),
         )
         if key not in proven:
-            proven[key] = prove(name, router, kind)
+            proven[key] = prove(name, router, kind, multiplies)
         layers.append(Layer(name, router, kind, num_experts_of(router), proven[key]))
     if not layers:
         raise EquipoiseError("where must choose at least one router: it chose none.")
@@ -201,4 +202,7 @@ def _read_offsets(offsets: Mapping[str, Tensor] | str | os.PathLike[str], layers
     wanted = {layer.name: (layer.num_experts,) for layer in layers}
     if sizes != wanted:
         raise EquipoiseError(f"offsets must name the layers of this model: got {few(sizes)}, expected {few(wanted)}.")
+    for name, value in offsets.items():
+        if not value.is_floating_point() or not value.isfinite().all():
+            raise EquipoiseError(f"offsets must be finite floating-point numbers: those of {name} are not.")
     return {layer.name: offsets[layer.name].detach().float().to(slot_of(layer).device, copy=True) for layer in layers}

@@ -13,7 +13,7 @@ from equipoise import metrics
 from equipoise.balancers import Balancer, format_strategy
 from equipoise.errors import EquipoiseError
 from equipoise.recorder import Layer, Recorder, slot_of
-from equipoise.taps.tap import ForwardContext, Hook, Tap, tap_router, untap_router
+from equipoise.taps.tap import OWN_SLOT, ForwardContext, Hook, Tap, tap_router, untap_router
 from equipoise.window import MicroBatch, Pool, Window
 
 __all__ = ["Balance", "few"]
@@ -92,8 +92,9 @@ class Balance:
             group, row = self._recorder.group_of[index]
             tap = Tap(self._recorder, self._context, index, layer.kind, has_loss=bool(group.losses))
             own = None
-            if group.steering is not None and layer.kind.slot is None:
+            if group.steering is not None and group.slot_name(layer) == OWN_SLOT:
                 own = group.steering.offset()[row].clone()
+                tap.multiplies = group.steering.multiplies
                 _allow_compile_over_checkpoint()
             tap_router(layer.router, tap, own)
             self._taps.append(tap)
@@ -143,6 +144,8 @@ class Balance:
 
         Raises ``EquipoiseError`` when a router was not called in this window, naming it.
         """
+        if not isinstance(applied, bool) and not (isinstance(applied, Tensor) and applied.numel() == 1):
+            raise ValueError(f"applied must be true, false or a tensor of one number: got {_shape(applied)}.")
         if not self._taps:
             raise EquipoiseError(
                 "step() must be called before detach(): this Balance was detached. Attach the model again."
@@ -161,8 +164,8 @@ class Balance:
                 )
                 + ". Call step() once an optimizer step, after a forward; leave layers out with attach(where=...)."
             )
-        micro_batches = window.micro_batches
-        self._recorder.last = window.close()
+        micro_batches, before = window.micro_batches, self._num_windows
+        self._recorder.last, statistics = window.close()
         self._last_micro_batches, self._last_micro_batch = micro_batches, micro_batches[-1]
         self._num_windows += 1
         if self._context.given:
@@ -170,14 +173,17 @@ class Balance:
         if applied is False:
             return
         for group in self._groups:
-            load = torch.stack([self._layout.load(self._recorder.last, layer) for layer in group.layers])
-            for balancer in group.balancers:
-                offset = balancer.offset()
-                before = offset.clone() if isinstance(applied, Tensor) and offset is not None else None
-                balancer.update(load)
-                if before is not None:
-                    assert isinstance(applied, Tensor) and offset is not None
-                    offset.copy_(torch.where(applied.to(offset.device).bool(), offset, before))
+            load = self._recorder.load_of(group, self._recorder.last)
+            for index, balancer in enumerate(group.balancers):
+                found = [
+                    statistics.values[layer, index] for layer in group.layers if (layer, index) in statistics.values
+                ]
+                state = _state(balancer) if isinstance(applied, Tensor) else {}
+                held = {name: value.clone() for name, value in state.items()}
+                balancer.update(load, found or None, before)
+                for name, value in held.items():
+                    assert isinstance(applied, Tensor)
+                    state[name].copy_(torch.where(applied.to(value.device).bool(), state[name], value))
             if group.steering is not None:
                 for layer in group.layers:
                     self._recorder.restore_offset(layer)
@@ -255,8 +261,9 @@ class Balance:
 
         ``maxvio_batch``, ``min_violation``, ``coefficient_of_variation``, ``load_entropy``: means over layers.
         ``maxvio_micro``: mean over this rank's micro-batches. ``maxvio_floor``: what chance alone would give.
-        ``dead_experts``: sum over layers. ``tokens``: unmasked, in the window. ``load_balancing_loss``: the first
-        loss's mean over layers and this rank's micro-batches, 1 at balance. ``offset_max``: largest magnitude.
+        ``dead_experts``: sum over layers. ``tokens``: unmasked, in the window. ``load_balancing_loss``, ``z_loss``: by
+        loss, without its coefficient, the mean over layers and this rank's micro-batches; a second loss of a kind has
+        its scope behind its name. ``offset_max``: largest magnitude.
         """
         if self._recorder.last is None:
             return {}
@@ -277,12 +284,12 @@ class Balance:
         if self._last_micro_batches:  # not after a resume
             micro = [metrics.max_violation(self._by_name(m.vector)) for m in self._last_micro_batches]
             result["maxvio_micro"] = float(torch.stack(micro).nanmean())
-        if self._last_micro_batches and self._recorder.num_losses:
-            values = [m.losses[0] / m.vector[self._layout.tokens].clamp_min(1) for m in self._last_micro_batches]
-            counted = [
-                v for m, v in zip(self._last_micro_batches, values, strict=True) if m.vector[self._layout.tokens].any()
-            ]
-            result["load_balancing_loss"] = float(torch.stack(counted).mean()) if counted else 0.0
+        counted = [m for m in self._last_micro_batches if m.vector[self._layout.tokens].any()]
+        for index, balancer in enumerate(self._groups[0].losses):
+            values = [m.losses[index] / m.vector[self._layout.tokens].clamp_min(1) for m in counted]
+            name = balancer.metric if balancer.metric not in result else f"{balancer.metric}_{balancer.scope}"
+            if self._last_micro_batches:
+                result[name] = float(torch.stack(values).mean()) if values else 0.0
         if any(group.steering is not None for group in self._groups):
             result["offset_max"] = max(float(offset.abs().max()) for offset in self.offsets.values())
         return result
@@ -293,30 +300,77 @@ class Balance:
         return list(dict.fromkeys(notes))
 
     def state_dict(self) -> dict[str, Any]:
-        """Offsets, the last window's counts and number of windows: equal on all ranks. Legal between windows only."""
+        """Offsets and what moves with them, the last window's counts, the number of windows: equal on all ranks.
+
+        Legal between windows only.
+        """
         if self._window.micro_batches:
             raise EquipoiseError(
                 "state_dict() must be called between windows: "
                 f"{len(self._window.micro_batches)} micro-batch(es) were counted since the last one. Call step() first."
             )
         load = {name: counts.clone() for name, counts in self.load.items()}
-        return {"strategy": self._strategy, "num_windows": self._num_windows, "offsets": self.offsets, "load": load}
+        state: dict[str, dict[str, Tensor]] = {}
+        for index, layer in enumerate(self._layers):
+            group, row = self._recorder.group_of[index]
+            for name, value in {} if group.steering is None else group.steering.state().items():
+                state.setdefault(name, {})[layer.name] = value[row].clone()
+        return {
+            "strategy": self._strategy,
+            "num_windows": self._num_windows,
+            "offsets": self.offsets,
+            "multiplies": any(group.steering is not None and group.steering.multiplies for group in self._groups),
+            "state": state,
+            "load": load,
+        }
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes up what ``state_dict`` gave; the state of another model is refused before anything moves."""
+        """Takes up what ``state_dict`` gave; the state of another model is refused before anything moves.
+
+        What only another strategy keeps (a momentum) is left out, and what that state lacks begins at zero.
+        """
         if self._window.micro_batches:
             raise EquipoiseError("load_state_dict() must be called between windows. Call step() first.")
+        self._check_state(state)
+        for index, layer in enumerate(self._layers):
+            group, row = self._recorder.group_of[index]
+            if group.steering is not None:
+                group.steering.offset()[row].copy_(state["offsets"][layer.name])
+                for name, value in group.steering.state().items():
+                    held = state.get("state", {}).get(name)
+                    value[row].copy_(torch.zeros_like(value[row]) if held is None else held[layer.name])
+                self._recorder.restore_offset(index)
+        self._num_windows = int(state["num_windows"])
+        self._recorder.last = None
+        if self._num_windows and "load" in state:
+            self._recorder.last = self._layout.zeros(self._device())
+            for index, layer in enumerate(self._layers):
+                self._layout.load(self._recorder.last, index).copy_(state["load"][layer.name])
+            self._last_micro_batches = []
+
+    def _check_state(self, state: Mapping[str, Any]) -> None:
         names = {layer.name: (layer.num_experts,) for layer in self._layers}
-        for key in ("offsets", "load"):
-            if key == "load" and key not in state:
-                continue
-            sizes = {name: tuple(value.shape) for name, value in state.get(key, {}).items()}
-            if sizes != names or "num_windows" not in state:
+        parts = {key: state.get(key, {}) for key in ("offsets", "load") if key in state or key == "offsets"}
+        for key, part in {**parts, **state.get("state", {})}.items():
+            sizes = {name: tuple(value.shape) for name, value in part.items()}
+            if sizes != names or not isinstance(state.get("num_windows"), int):
                 raise EquipoiseError(
                     f"the state must be of a model with the same layers: its {key} have {few(sizes)}, this model has "
                     f"{few(names)}. Load the state that was saved with this model."
                 )
+            for name, value in part.items():
+                if (value < 0).any() or value.dtype != torch.int64 if key == "load" else not value.isfinite().all():
+                    raise EquipoiseError(
+                        f"the state must hold {'int64 counts' if key == 'load' else 'finite numbers'}: its {key} of "
+                        f"{name} are not. The file is damaged, or training had diverged; load an earlier one."
+                    )
+        ours = any(group.steering is not None and group.steering.multiplies for group in self._groups)
+        if ours != state.get("multiplies", False):
+            raise EquipoiseError(
+                "offsets that are added and offsets that multiply cannot take each other's place: the state is of "
+                f"{state.get('strategy')}, this Balance has {self._strategy}. Attach the strategy of the state."
+            )
         for index, layer in enumerate(self._layers):
             group, _ = self._recorder.group_of[index]
             if group.steering is None and not torch.equal(
@@ -326,18 +380,6 @@ class Balance:
                     f"offsets must have a balancer that holds them: the state of {state.get('strategy')} moves the "
                     f"choice of {layer.name}, this Balance has {self._strategy}. Attach with frozen or loss-free too."
                 )
-        for index, layer in enumerate(self._layers):
-            group, row = self._recorder.group_of[index]
-            if group.steering is not None:
-                group.steering.offset()[row].copy_(state["offsets"][layer.name])
-                self._recorder.restore_offset(index)
-        self._num_windows = int(state["num_windows"])
-        self._recorder.last = None
-        if self._num_windows and "load" in state:
-            self._recorder.last = self._layout.zeros(self._device())
-            for index, layer in enumerate(self._layers):
-                self._layout.load(self._recorder.last, index).copy_(state["load"][layer.name])
-            self._last_micro_batches = []
 
     def detach(self) -> dict[str, Float[Tensor, " experts"]]:
         """Removes all that ``attach`` added and returns the offsets. A family's own slot keeps what it holds; the
@@ -373,6 +415,12 @@ class Balance:
         if group.steering is not None:
             return group.steering.offset()[row]
         return slot_of(self._layers[layer])
+
+
+def _state(balancer: Balancer) -> dict[str, Tensor]:
+    """All that ``update`` moves."""
+    offset = balancer.offset()
+    return balancer.state() if offset is None else {"offset": offset, **balancer.state()}
 
 
 def few(values: Any) -> str:

@@ -16,7 +16,7 @@ from equipoise.balancers import Balancer, Layers
 from equipoise.errors import EquipoiseError
 from equipoise.routing import Routing, score
 from equipoise.taps.tap import OWN_SLOT, RECOMPUTED, UNCOUNTED, RouterKind
-from equipoise.window import Call, Layout, MicroBatch, Pool, Window, fit_mask, number_sequences
+from equipoise.window import Call, Layout, MicroBatch, Pool, Statistics, Window, fit_mask, number_sequences
 
 __all__ = ["Group", "Layer", "Recorder", "slot_of"]
 
@@ -39,6 +39,13 @@ class Group:
         self.balancers = balancers
         self.losses = [balancer for balancer in balancers if balancer.has_loss]
         self.steering = next((balancer for balancer in balancers if balancer.has_offset), None)
+        self.has_statistics = any(type(b).statistic is not Balancer.statistic for b in balancers)
+
+    def slot_name(self, layer: Layer) -> str:
+        """The buffer that steers ``layer``: the family's own slot, which is added to the scores, or one of ours."""
+        if layer.kind.slot is None or (self.steering is not None and self.steering.multiplies):
+            return OWN_SLOT
+        return layer.kind.slot
 
 
 class Recorder:
@@ -51,7 +58,8 @@ class Recorder:
         self.num_losses = sum(balancer.has_loss for balancer in balancers)
         self.needs_sequences = any(balancer.has_loss and balancer.scope == "sequence" for balancer in balancers)
         pools_each = any(b.has_loss and b.scope == "global_batch" and b.pooling == "window" for b in balancers)
-        self.window = Window(self.layout, pool, self.num_losses, pools_each)
+        gathered = [balancer.gathers for balancer in balancers]
+        self.window = Window(self.layout, pool, self.num_losses, pools_each, gathered, self._close_statistics)
         self.last: Tensor | None = None  # pooled counts of the last closed window
         self.loss_scale: float | Tensor | None = None
         self.has_tickets = False  # loss() was called: it separates micro-batches
@@ -91,13 +99,30 @@ class Recorder:
         if self.needs_sequences:
             segments, num_sequences = number_sequences(sequence_ids, rows, num_tokens, expert_ids.device)
         call = Call(layer, micro_batch, mask, segments, num_sequences, num_tokens if mask is None else mask.sum())
-        if self.num_losses:
+        group, row = self.group_of[layer]
+        if self.num_losses or group.has_statistics:
             routing = self._routing(layer, call, logits, expert_ids, weights)
-            for index, balancer in enumerate(self.group_of[layer][0].losses):
+            for index, balancer in enumerate(group.balancers):
+                statistic = balancer.statistic(routing, row)
+                if statistic is not None:
+                    micro_batch.statistics.add(layer, index, statistic)
+            for index, balancer in enumerate(group.losses):
                 value = balancer.loss(routing, self._scope_load(balancer, layer, micro_batch, window.load_now))
                 micro_batch.losses[index, layer].add_(value * call.num_tokens)
                 micro_batch.dtype = torch.promote_types(micro_batch.dtype, value.dtype)
         return window.record(call)
+
+    def _close_statistics(self, vector: Tensor, statistics: Statistics) -> None:
+        """A micro-batch closes: what balancers want to know of its load."""
+        for group in self.groups:
+            for index, balancer in enumerate(group.balancers):
+                found = balancer.micro_batch_statistic(self.load_of(group, vector))
+                if found is not None:
+                    for layer, value in zip(group.layers, found, strict=True):
+                        statistics.add(layer, index, value.clone())
+
+    def load_of(self, group: Group, vector: Tensor) -> Int[Tensor, "layers experts"]:
+        return torch.stack([self.layout.load(vector, layer) for layer in group.layers])
 
     @property
     def num_calls(self) -> int:
@@ -181,7 +206,7 @@ class Recorder:
     def _scope_load(
         self, balancer: Balancer, layer: int, micro_batch: MicroBatch, pooled: Tensor | None
     ) -> Int[Tensor, " experts"] | None:
-        if balancer.scope == "sequence":
+        if balancer.scope in ("sequence", "token"):
             return None
         if balancer.scope == "micro_batch":
             return self.layout.load(micro_batch.vector, layer)
@@ -197,13 +222,13 @@ class Recorder:
         group, row = self.group_of[layer]
         if group.steering is None:
             return
-        router, kind = self.layers[layer].router, self.layers[layer].kind
-        name = kind.slot or OWN_SLOT
+        router, name = self.layers[layer].router, group.slot_name(self.layers[layer])
         slot, offset = router._buffers.get(name), group.steering.offset()
         if slot is None:
             return
         if slot.device != offset.device and slot.device.type != "meta":
-            offset.data = offset.data.to(slot.device)
+            for value in (offset, *group.steering.state().values()):
+                value.data = value.data.to(slot.device)
         if slot.dtype == offset.dtype and slot.device == offset.device:
             slot.detach().copy_(offset[row])
         elif slot.device.type != "meta":
@@ -212,8 +237,7 @@ class Recorder:
     def adopt_offset(self, layer: int) -> None:
         """A checkpoint was loaded into the family's slot: the offset becomes what it holds."""
         group, row = self.group_of[layer]
-        slot = self.layers[layer].kind.slot
-        if group.steering is None or slot is None:
+        if group.steering is None or group.slot_name(self.layers[layer]) == OWN_SLOT:
             return
         held, offset = slot_of(self.layers[layer]), group.steering.offset()[row]
         held = held.to(offset.device)
@@ -243,10 +267,15 @@ def _make_groups(
     return groups, group_of
 
 
-def slot_of(layer: Layer) -> Float[Tensor, " experts"]:
+def slot_of(layer: Layer, multiplies: bool = False) -> Float[Tensor, " experts"]:
     """What steers a router now, float32: its family's slot, a slot of ours from an earlier attach, or nothing."""
-    held, weight = layer.router._buffers.get(layer.kind.slot or OWN_SLOT), layer.router.weight
+    router, weight = layer.router, layer.router.weight
     assert isinstance(weight, Tensor)
+    name = OWN_SLOT if multiplies or layer.kind.slot is None else layer.kind.slot
+    held = router._buffers.get(name)
+    tap = router.__dict__.get("_equipoise")
+    if name == OWN_SLOT and tap is not None and tap.multiplies != multiplies:  # a copy, steered the other way
+        held = None
     if held is None or held.device.type == "meta":
         return torch.zeros(
             layer.num_experts, dtype=torch.float32, device="cpu" if weight.device.type == "meta" else weight.device

@@ -5,11 +5,12 @@ All counts of a micro-batch lie in one int64 vector,
     [ load of layer 0 | load of layer 1 | ... | tokens of each layer | closings, closing count, micro-batch number ]
 
 so that one all-reduce pools every layer. The last three say which collective this rank is in: a rank that closes the
-window while another begins a micro-batch is found out by every rank.
+window while another begins a micro-batch is found out by every rank. What balancers want to know besides the load,
+their statistics, is added up beside it and pooled with it when the window closes.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from equipoise.errors import EquipoiseError
 
-__all__ = ["Call", "Layout", "MicroBatch", "Pool", "Window", "fit_mask", "number_sequences"]
+__all__ = ["Call", "Closed", "Layout", "MicroBatch", "Pool", "Statistics", "Window", "fit_mask", "number_sequences"]
 
 
 class Layout:
@@ -82,6 +83,41 @@ class Pool:
         return None if self.group is None else dist.all_reduce(vector, group=self.group, async_op=True)
 
 
+class Statistics:
+    """What balancers count besides the load, by (layer, number of the balancer): summed, or put one after another."""
+
+    def __init__(self, gathered: Sequence[bool]):
+        self.gathered = gathered
+        self.values: dict[tuple[int, int], Tensor] = {}
+
+    def add(self, layer: int, balancer: int, value: Tensor) -> None:
+        there = self.values.get((layer, balancer))
+        if there is None:
+            self.values[layer, balancer] = value
+        elif self.gathered[balancer]:
+            self.values[layer, balancer] = torch.cat([there, value])
+        else:
+            there.add_(value)
+
+    def merge(self, other: "Statistics") -> None:
+        for (layer, balancer), value in other.values.items():
+            self.add(layer, balancer, value)
+
+    @property
+    def summed(self) -> list[Tensor]:
+        """Those that are summed, in the same order on every rank."""
+        return [self.values[key] for key in sorted(self.values) if not self.gathered[key[1]]]
+
+    def gather(self, pool: Pool) -> None:
+        """Puts the ranks' values one after another where they are not summed."""
+        keys = [key for key in sorted(self.values) if self.gathered[key[1]]]
+        if keys and pool.size > 1:
+            everyone = pool.gather([self.values[key].cpu() for key in keys])
+            for index, key in enumerate(keys):
+                rows = torch.cat([values[index] for values in everyone])
+                self.values[key] = rows.to(self.values[key].device)
+
+
 class Call(NamedTuple):
     """One counted router call of ``layer``."""
 
@@ -96,8 +132,9 @@ class Call(NamedTuple):
 class MicroBatch:
     """What was counted between two calls of ``loss()``, on this rank. Calls are known by their number in the window."""
 
-    def __init__(self, vector: Tensor, num_layers: int, num_losses: int):
+    def __init__(self, vector: Tensor, num_layers: int, num_losses: int, statistics: Statistics):
         self.vector = vector
+        self.statistics = statistics  # handed to the window when this micro-batch closes
         self.calls: list[list[int]] = [[] for _ in range(num_layers)]
         self.unserved: list[list[int]] = [[] for _ in range(num_layers)]  # calls whose backward has not run yet
         self.first_layer: int | None = None
@@ -113,14 +150,35 @@ class MicroBatch:
         self.unserved = [list(calls) for calls in self.calls]
 
 
-class Window:
-    """The open window: its micro-batches and their pooled counts."""
+class Closed(NamedTuple):
+    """What a window ends with, over all ranks."""
 
-    def __init__(self, layout: Layout, pool: Pool, num_losses: int, pools_each: bool):
+    vector: Int[Tensor, " numbers"]
+    statistics: Statistics
+
+
+class Window:
+    """The open window: its micro-batches and their pooled counts.
+
+    ``gathered`` says of each balancer whether its statistics are put one after another; ``close_statistics(vector,
+    statistics)`` is called with the counts of every micro-batch that closes and adds what depends on them.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        pool: Pool,
+        num_losses: int,
+        pools_each: bool,
+        gathered: Sequence[bool],
+        close_statistics: Callable[[Tensor, Statistics], None],
+    ):
         self.layout = layout
         self.pool = pool
         self.num_losses = num_losses
         self.pools_each = pools_each and pool.size > 1  # pool every micro-batch, since a loss waits for it
+        self.gathered = gathered
+        self.close_statistics = close_statistics
         self.number = -1
         self._open()
 
@@ -130,13 +188,15 @@ class Window:
         self.current: MicroBatch | None = None
         self.serving: MicroBatch | None = None  # the one whose ticket's backward ran last
         self.calls: list[Call] = []
+        self._statistics = Statistics(self.gathered)  # of the closed micro-batches, on this rank
         self._closed: Tensor | None = None  # sum of the closed micro-batches, over the ranks if pools_each
         self._pending: list[tuple[Any, Tensor]] = []
 
     def micro_batch(self, device: torch.device) -> MicroBatch:
         if self.current is None:
             with torch.inference_mode(False):  # counts outlive it
-                self.current = MicroBatch(self.layout.zeros(device), self.layout.num_layers, self.num_losses)
+                vector, statistics = self.layout.zeros(device), Statistics(self.gathered)
+                self.current = MicroBatch(vector, self.layout.num_layers, self.num_losses, statistics)
             self.micro_batches.append(self.current)
         return self.current
 
@@ -164,6 +224,9 @@ class Window:
         """Ends the current micro-batch and begins to pool it where a loss needs the pooled counts."""
         closed, self.current = self.current, None
         if closed is not None:
+            self.close_statistics(closed.vector, closed.statistics)
+            self._statistics.merge(closed.statistics)
+            closed.statistics = Statistics(self.gathered)
             vector = closed.vector.clone()
             if self.pools_each:
                 vector[self.layout.header.stop - 1] = len(self.micro_batches)
@@ -217,8 +280,8 @@ class Window:
             vector[self.layout.header.start] = self.pool.size + 1
             self.pool.all_reduce(vector).wait()
 
-    def close(self) -> Tensor:
-        """Ends the window: its counts over all ranks. The one collective of a window."""
+    def close(self) -> Closed:
+        """Ends the window: its counts and statistics over all ranks. The one collective of a window."""
         self.close_micro_batch()
         if self.pools_each:
             self._wait()
@@ -227,15 +290,21 @@ class Window:
         else:
             assert self._closed is not None
             vector = self._closed
+        statistics = self._statistics
         if self.pool.size > 1:
-            header = self.layout.header
+            header, summed = self.layout.header, statistics.summed
             vector[header.start], vector[header.start + 1], vector[header.stop - 1] = 1, len(self.micro_batches), 0
-            self.pool.all_reduce(vector).wait()
+            together = torch.cat([vector, *(value.reshape(-1) for value in summed)])
+            self.pool.all_reduce(together).wait()
+            vector, *pooled = together.split([vector.numel(), *(value.numel() for value in summed)])
+            for value, total in zip(summed, pooled, strict=True):
+                value.copy_(total.view_as(value))
             if self.pools_each:
                 self._check(vector)
                 vector = self._closed
+            statistics.gather(self.pool)
         self._open()
-        return vector
+        return Closed(vector, statistics)
 
 
 def fit_mask(mask: Tensor | None, num_tokens: int, name: str) -> Float[Tensor, " tokens"] | None:

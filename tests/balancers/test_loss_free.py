@@ -11,7 +11,8 @@ from equipoise import Frozen, LossFree, expert_load, max_violation, route
 from equipoise.balancers import Layers
 from equipoise.routing import GATES
 
-rules = pytest.mark.parametrize("rule", ["sign", "proportional"])
+ADDED = ["sign", "proportional", "rms", "momentum"]
+rules = pytest.mark.parametrize("rule", ADDED)
 centers = pytest.mark.parametrize("center", [True, False])
 
 
@@ -39,6 +40,112 @@ def test_proportional_rule_by_hand():
     assert_close(balancer.offset(), torch.tensor([[-0.2, 0.05, 0.05, 0.1]]))
 
 
+def test_rms_rule_by_hand():
+    # errors -3, 1, 1, 1: root of the mean square is sqrt(12/4)
+    balancer = _prepared(torch.zeros(1, 4), rate=0.1, rule="rms")
+    balancer.update(torch.tensor([[6, 2, 2, 2]]))
+    assert_close(balancer.offset(), 0.1 / math.sqrt(3) * torch.tensor([[-3.0, 1, 1, 1]]))
+
+
+def test_momentum_rule_by_hand():
+    # mean 2: v = -1, 1/2, 1/2, 0; tanh(2 v), centred; half of it in the first step, then 1/2 m + 1/2 d
+    balancer = _prepared(torch.zeros(1, 4), rate=0.1, rule="momentum")
+    load = torch.tensor([[4, 1, 1, 2]])
+    clamped = torch.tensor([-math.tanh(2), math.tanh(1), math.tanh(1), 0])
+    d = 0.1 * (clamped - clamped.mean())
+    balancer.update(load)
+    assert_close(balancer.state()["momentum"][0], d / 2)
+    balancer.update(load)
+    assert_close(balancer.state()["momentum"][0], d * 3 / 4)
+    assert_close(balancer.offset()[0], d / 2 + d * 3 / 4)
+
+
+def test_multiplicative_rule_by_hand():
+    # factors 1/2, 3/2, 3/2, 3/2; centred: divided by their mean 5/4
+    plain = _prepared(torch.zeros(1, 4), rate=0.5, rule="multiplicative", center=False)
+    plain.update(torch.tensor([[6, 2, 2, 2]]))
+    assert_close(plain.offset(), torch.tensor([[-0.5, 0.5, 0.5, 0.5]]))
+    centred = _prepared(torch.zeros(1, 4), rate=0.5, rule="multiplicative")
+    centred.update(torch.tensor([[6, 2, 2, 2]]))
+    assert_close(centred.offset(), torch.tensor([[-0.6, 0.2, 0.2, 0.2]]))
+    for _ in range(9):
+        plain.update(torch.tensor([[6, 2, 2, 2]]))
+    assert plain.offset()[0, 0] == -1.0  # a factor of 0: below it the worst score would win
+
+
+def test_micro_batch_signs_by_hand():
+    # signs (-, +, +, +), (+, -, +, +) and an empty micro-batch: means 0, 0, 1, 1; centred: minus 1/2
+    balancer = _prepared(torch.zeros(1, 4), rate=0.5, rule="sign", scope="micro_batch")
+    loads = [torch.tensor([[6, 2, 2, 2]]), torch.tensor([[0, 9, 1, 1]]), torch.zeros(1, 4, dtype=torch.int64)]
+    statistic = sum(balancer.micro_batch_statistic(load) for load in loads)
+    assert statistic.tolist() == [[0, 0, 2, 2, 2]]
+    balancer.update(sum(loads), statistic)
+    assert_close(balancer.offset(), torch.tensor([[-0.25, -0.25, 0.25, 0.25]]))
+    with pytest.raises(ValueError, match="must have the signs of the micro-batches"):
+        balancer.update(sum(loads))
+
+
+@centers
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+def test_micro_batch_signs_equal_the_reference(center, dtype, atol):
+    generator = torch.Generator().manual_seed(1)
+    balancer = _prepared(torch.zeros(2, 6, dtype=dtype), rate=1e-2, rule="sign", scope="micro_batch", center=center)
+    expected = torch.zeros(2, 6).tolist()
+    for number in range(20):
+        loads = torch.randint(0, 12, (5, 2, 6), generator=generator)
+        loads[number % 5] = 0
+        statistic = sum(balancer.micro_batch_statistic(load) for load in loads)
+        balancer.update(loads.sum(0), statistic)
+        expected = [
+            reference.micro_batch_sign_rule(b, loads[:, layer].tolist(), 1e-2, center)
+            for layer, b in enumerate(expected)
+        ]
+    assert_close(balancer.offset(), torch.tensor(expected, dtype=dtype), rtol=0, atol=atol)
+
+
+@centers
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+@pytest.mark.parametrize("beta", [0.0, 0.5, 0.9])
+def test_momentum_equals_the_reference(center, dtype, atol, beta):
+    generator = torch.Generator().manual_seed(1)
+    options = dict(rule="momentum", momentum=beta, sharpness=1.5, center=center)
+    balancer = _prepared(torch.zeros(2, 6, dtype=dtype), rate=1e-2, **options)
+    expected = [([0.0] * 6, [0.0] * 6)] * 2
+    for number in range(20):
+        load = torch.randint(0, 12, (2, 6), generator=generator)
+        if number == 3:
+            load[0] = 0  # nothing counted: what is left of the last step
+        balancer.update(load)
+        expected = [
+            reference.momentum_rule(b, m, c, 1e-2, beta, 1.5, center)
+            for (b, m), c in zip(expected, load.tolist(), strict=True)
+        ]
+    assert_close(balancer.offset(), torch.tensor([b for b, _ in expected], dtype=dtype), rtol=0, atol=atol)
+    assert_close(balancer.state()["momentum"], torch.tensor([m for _, m in expected], dtype=dtype), rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "drop"])
+def test_schedules_equal_the_reference(schedule):
+    zero_from = None if schedule == "constant" else 10
+    balancer = _prepared(torch.zeros(1, 2), rate=0.5, rule="sign", schedule=schedule, zero_from=zero_from)
+    previous = 0.0
+    for window in range(15):
+        balancer.update(torch.tensor([[3, 1]]), None, window)
+        rate = reference.rate_at(0.5, window, schedule, 10)
+        assert balancer.rate_at(window) == rate
+        assert_close(balancer.offset()[0, 1].item() - previous, rate, rtol=0, atol=1e-6)
+        previous = balancer.offset()[0, 1].item()
+    # by hand: linear 0.5 * (10 + 9 + ... + 1) / 10, drop 0.5 * 10
+    assert_close(previous, {"constant": 7.5, "linear": 2.75, "drop": 5.0}[schedule], rtol=0, atol=1e-5)
+
+
+def test_a_balancer_that_was_not_copied_keeps_its_rule_for_each_gate():
+    balancer = LossFree()
+    balancer.prepare(Layers("softmax", 1, torch.zeros(1, 2)))
+    assert balancer.rule == "proportional" and not balancer.multiplies
+    assert LossFree(rule="multiplicative").multiplies
+
+
 def test_algorithm_1_of_the_paper():
     """Wang et al. 2024, Algorithm 1: c_i assigned, c-bar mean, e_i = c-bar - c_i, b_i += u * sign(e_i)."""
     generator = torch.Generator().manual_seed(0)
@@ -53,12 +160,14 @@ def test_algorithm_1_of_the_paper():
     assert_close(balancer.offset()[0], torch.tensor(b), rtol=0, atol=1e-8)  # float32 sums of 20 steps
 
 
-@rules
+@pytest.mark.parametrize("rule", ["sign", "proportional", "rms", "multiplicative"])
 @centers
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])  # 30 roundings
 def test_update_equals_the_reference(rule, center, dtype, atol):
     generator = torch.Generator().manual_seed(1)
     start = torch.randn(3, 6, generator=generator, dtype=torch.float64)
+    if rule == "multiplicative":  # factors around 1
+        start = 0.2 * start.tanh()
     balancer = _prepared(start.to(dtype), rate=1e-2, rule=rule, center=center)
     expected = start.tolist()
     step = getattr(reference, f"{rule}_rule")
@@ -129,7 +238,17 @@ def test_layers_do_not_mix(rule):
         assert torch.equal(one.offset()[0], both.offset()[row])
 
 
-@pytest.mark.parametrize(("gate", "rule", "rate"), [("sigmoid", "sign", 0.01), ("softmax", "proportional", 0.02)])
+@pytest.mark.parametrize(
+    ("gate", "rule", "rate"),
+    [
+        ("sigmoid", "sign", 0.01),
+        ("sqrt_softplus", "sign", 0.02),
+        ("softmax", "proportional", 0.02),
+        ("sigmoid", "rms", 0.01),
+        ("softmax", "rms", 0.003),
+        ("sigmoid", "momentum", 0.02),
+    ],
+)
 @pytest.mark.parametrize("center", [True, False])
 def test_a_skewed_router_evens_out(gate, rule, rate, center):
     generator, skew = torch.Generator().manual_seed(0), torch.tensor([2.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0])
@@ -170,7 +289,7 @@ def test_rate_must_be_finite_and_above_zero(rate):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rule": "momentum"}, "rule must be one of sign, proportional: got 'momentum'"),
+        ({"rule": "cubic"}, "rule must be one of sign, proportional, rms, multiplicative, momentum: got 'cubic'"),
         ({"center": 1.0}, "center must be true or false: got 1.0"),
         ({"rate": 0}, "To switch balancing off, use the strategy none"),
     ],
@@ -194,3 +313,5 @@ def test_notes_say_that_a_run_is_too_short():
     assert "at most 1;" in note and "0.1, too short a way" in note
     assert LossFree(rate=1e-2, rule="sign").notes(1000) == []
     assert LossFree(rate=1e-3, rule="proportional").notes(100) == []
+    (note,) = LossFree(rate=1e-2, rule="sign", schedule="drop", zero_from=20).notes(1000)
+    assert "1000 steps" in note and "at most 0.2" in note

@@ -3,7 +3,9 @@
 from equipoise.balancers.base import Balancer, Layers
 from equipoise.balancers.load_balancing import LoadBalancingLoss, load_balancing_loss, sequence_load_balancing_loss
 from equipoise.balancers.loss_free import Frozen, LossFree
+from equipoise.balancers.quantile import Quantile, quantile_offset
 from equipoise.balancers.strategy import format_strategy, parse_strategy
+from equipoise.balancers.z_loss import ZLoss, z_loss
 
 __all__ = [
     "Balancer",
@@ -11,8 +13,12 @@ __all__ = [
     "Layers",
     "LoadBalancingLoss",
     "LossFree",
+    "Quantile",
+    "ZLoss",
     "format_strategy",
     "load_balancing_loss",
     "parse_strategy",
+    "quantile_offset",
     "sequence_load_balancing_loss",
+    "z_loss",
 ]

@@ -7,6 +7,7 @@ state is stacked, ``(layers, experts)``.
 
 import inspect
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from equipoise.routing import Routing
 
-__all__ = ["Balancer", "Layers", "check_number"]
+__all__ = ["Balancer", "Layers", "check_bool", "check_choice", "check_load", "check_number", "check_whole"]
 
 SCOPES = ("sequence", "micro_batch", "global_batch")
 POOLINGS = ("window", "previous")
@@ -34,28 +35,53 @@ class Layers:
 class Balancer:
     """One mechanism. Subclasses are final and override what they need; every hook is a no-op here.
 
-    ``name`` is what strategy strings call it; ``scope`` says whose counts reach ``loss``; ``coefficient`` weighs it.
+    ``name`` is what strategy strings call it, ``metric`` what the logs call its loss. ``scope`` says whose counts reach
+    ``loss``: of the ``global_batch``, the ``micro_batch``, or none (``sequence``, ``token``). ``coefficient`` weighs
+    the loss. With ``multiplies`` the choice is made by ``score * (1 + offset)`` instead of ``score + offset``.
+    ``gathers`` puts statistics one after another, for small batches, where others are summed.
     """
 
     name: str = ""
+    metric: str = "loss"
     scope: str = "global_batch"
     pooling: str = "window"
     coefficient: float = 0.0
+    multiplies: bool = False
+    gathers: bool = False
 
     def prepare(self, layers: Layers) -> None:
         """Takes up the state for these layers. Called once, on a copy, by ``attach``."""
 
     def offset(self) -> Float[Tensor, "layers experts"] | None:
-        """Added to the scores for the choice only. The tensor itself is the state: it is moved, saved and loaded."""
+        """Moves the choice only, never the weights. The tensor itself is the state: it is moved, saved and loaded."""
+        return None
+
+    def state(self) -> dict[str, Float[Tensor, "layers experts"]]:
+        """What ``update`` moves besides the offset, by name: saved, loaded and held back with it. Zero at the start."""
+        return {}
+
+    def statistic(self, routing: Routing, row: int) -> Tensor | None:
+        """What ``update`` must know of one counted router call of layer ``row`` besides its load: int64 of a fixed
+        shape, 0 for masked tokens. It is summed over the calls of the window and over the ranks."""
+        return None
+
+    def micro_batch_statistic(self, load: Int[Tensor, "layers experts"]) -> Int[Tensor, "layers numbers"] | None:
+        """The same of one micro-batch on one rank, from its load."""
         return None
 
     def loss(self, routing: Routing, load: Int[Tensor, " experts"] | None) -> Float[Tensor, ""] | None:
         """One layer's loss, without the coefficient: a mean over the unmasked tokens of ``routing``, differentiable in
-        its logits. ``load`` holds the counts of the balancer's scope (None for ``sequence``)."""
+        its logits. ``load`` holds the counts of the balancer's scope (None for ``sequence`` and ``token``)."""
         return None
 
-    def update(self, load: Int[Tensor, "layers experts"]) -> None:
-        """Moves the offset, in place, by the pooled load of the window that ends."""
+    def update(
+        self, load: Int[Tensor, "layers experts"], statistic: Sequence[Tensor] | None = None, window: int = 0
+    ) -> None:
+        """Moves the offset, in place, at the end of a window.
+
+        ``load`` is the window's, over all ranks; ``statistic`` what the hook gave, pooled, by layer; ``window`` the
+        number of windows that ended before.
+        """
 
     @property
     def has_offset(self) -> bool:
@@ -89,6 +115,22 @@ def check_number(name: str, value: Any, *, positive: bool) -> float:
             + (" To switch balancing off, use the strategy none." if positive else "")
         )
     return float(value)
+
+
+def check_whole(name: str, value: Any, *, least: int) -> int:
+    """A whole number, or an error that says so. Strategy strings bring it as a float."""
+    number = not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value)
+    if not number or value != math.floor(value):
+        raise ValueError(f"{name} must be a whole number: got {value!r}.")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}: got {value!r}.")
+    return int(value)
+
+
+def check_bool(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be true or false: got {value!r}.")
+    return value
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> str:

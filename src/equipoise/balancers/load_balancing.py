@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from equipoise.balancers.base import POOLINGS, SCOPES, Balancer, check_choice, check_number
+from equipoise.balancers.base import POOLINGS, SCOPES, Balancer, check_bool, check_choice, check_number
 from equipoise.load import expert_load, sequence_load
 from equipoise.routing import Routing
 
@@ -98,6 +98,7 @@ class LoadBalancingLoss(Balancer):
     """
 
     name = "lbl"
+    metric = "load_balancing_loss"
 
     def __init__(
         self,
@@ -109,9 +110,7 @@ class LoadBalancingLoss(Balancer):
         self.coefficient = check_number("coefficient", coefficient, positive=False)
         self.scope = check_choice("scope", scope, SCOPES)
         self.pooling = check_choice("pooling", pooling, POOLINGS)
-        if not isinstance(normalise, bool):
-            raise ValueError(f"normalise must be true or false: got {normalise!r}.")
-        self.normalise = normalise
+        self.normalise = check_bool("normalise", normalise)
 
     def loss(self, routing: Routing, load: Int[Tensor, " experts"] | None) -> Float[Tensor, ""]:
         if self.scope == "sequence":

@@ -1,39 +1,66 @@
 """Loss-Free Balancing: an offset for the choice of experts, moved after each step against the load."""
 
+from collections.abc import Sequence
 from typing import final
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from equipoise.balancers.base import Balancer, Layers, check_choice, check_load, check_number
+from equipoise.balancers.base import (
+    Balancer,
+    Layers,
+    check_bool,
+    check_choice,
+    check_load,
+    check_number,
+    check_whole,
+)
 
 __all__ = ["Frozen", "LossFree"]
 
-RULES = ("sign", "proportional")
+RULES = ("sign", "proportional", "rms", "multiplicative", "momentum")
+SCHEDULES = ("constant", "linear", "drop")
 PAPER_RATE = 1e-3
 
 
 @final
 class LossFree(Balancer):
-    """Auxiliary-loss-free balancing. Once a window, from the counts c of all its tokens on all ranks,
+    """Auxiliary-loss-free balancing: an offset b, moved once a window by the counts c of all its tokens on all ranks.
 
-        sign            b_e += rate * sign(mean(c) - c_e)
-        proportional    b_e += rate * (mean(c) - c_e) / mean(c)
+        error           v_e = (mean(c) - c_e) / mean(c)         1: no token, 0: even, below 0: overloaded
+        sign            b_e += rate * sign(v_e)
+        proportional    b_e += rate * v_e
+        rms             b_e += rate * v_e / sqrt(mean(v^2))
+        momentum        m_e <- momentum * m_e + (1 - momentum) * rate * tanh(sharpness * v_e);  b_e += m_e
+        multiplicative  w_e += rate * sign(v_e), w = 1 at the start, >= 0; chosen by s_e * w_e instead of s_e + b_e
 
     so that an overloaded expert becomes harder to choose. No gradient; weights never see b.
 
     Args:
-        rate: largest step of the offset (sign) or step at an error of one mean load (proportional), in the units of
-            the scores, so b moves by at most ``rate * steps`` under the sign rule. Default 1e-3.
-        rule: ``sign`` or ``proportional``; default by the gate: ``sign`` on sigmoid and sqrt_softplus, ``proportional``
-            on softmax, where 1e-3 can be more than a tenth of a score (paper, appendix C).
-        center: subtract the mean of the step over the experts, so that b cannot drift. The choice does not change by
-            it (a common shift of all experts is invisible to top-k); large drifted biases collapse in bfloat16.
+        rate: step of the offset, in the units of the scores; under ``sign`` b moves by at most ``rate * steps``.
+        rule: one of those above; default by the gate: ``sign`` on sigmoid and sqrt_softplus, ``proportional`` on
+            softmax, where 1e-3 can be more than a tenth of a score (paper, appendix C).
+        center: subtract the mean of the step over the experts, so that b cannot drift; under ``multiplicative`` divide
+            w by its mean. The choice does not change by it (what all experts share is invisible to top-k); large
+            drifted biases collapse in bfloat16.
+        scope: ``global_batch``, or ``micro_batch`` (rule ``sign`` only): the mean of the signs of every micro-batch
+            that has tokens, pooled over ranks. The other rules follow the counts smoothly; in equal micro-batches the
+            mean of their errors is the error of the whole.
+        schedule: of the rate, by number of windows: ``constant``; ``linear`` to zero at window ``zero_from``; ``drop``
+            to zero at once there, as DeepSeek-V3 does for its last part.
+        zero_from: the first window in which the rate is zero.
+        momentum: share of the last step that is kept, from 0 to below 1; default 0.5.
+        sharpness: slope of the clamp ``tanh(sharpness * v)``, no unit; default 2.
 
-    Source: Wang et al. 2024, arXiv:2408.15664, Algorithm 1 (sign, 1e-3) and Table 3 (proportional). Where we differ:
-    the paper does not centre (``center=False`` is the paper); it leaves the unit of the proportional error open, ours
-    is the mean load; the sign is taken in integers, ``sign(sum(c) - E * c_e)``, so it cannot be wrong by rounding.
+    State, saved and loaded with the offset: ``momentum``.
+
+    Sources: Wang et al. 2024, arXiv:2408.15664, Algorithm 1 (sign, 1e-3), Table 3 (proportional), Eq. 5 and Table 4
+    (multiplicative); Su 2025, kexue.fm/archives/10757 (rms); Arcee Trinity Large, arXiv:2602.17004 (momentum, there
+    SMEBU); Moonlight, arXiv:2502.16982, appendix C (center); DeepSeek-V3, arXiv:2412.19437, section 4.2 (drop).
+    Where we differ: the first paper does not centre (``center=False`` is the paper) and leaves the unit of the
+    proportional error open, ours is the mean load; signs are taken in integers, ``sign(sum(c) - E * c_e)``, so they
+    cannot be wrong by rounding; ``micro_batch`` is our reading of "Balance BSZ" for an offset (paper 2, Table 1).
 
     >>> balancer = LossFree(rate=0.5, rule="sign", center=False)
     >>> balancer.prepare(Layers("sigmoid", k=1, offset=torch.zeros(1, 4)))
@@ -43,44 +70,122 @@ class LossFree(Balancer):
 
     name = "loss-free"
 
-    def __init__(self, rate: float = 1e-3, rule: str | None = None, center: bool = True):
+    def __init__(
+        self,
+        rate: float = 1e-3,
+        rule: str | None = None,
+        center: bool = True,
+        scope: str = "global_batch",
+        schedule: str = "constant",
+        zero_from: int | None = None,
+        momentum: float | None = None,
+        sharpness: float | None = None,
+    ):
         self.rate = check_number("rate", rate, positive=True)
         self.rule = rule if rule is None else check_choice("rule", rule, RULES)
-        if not isinstance(center, bool):
-            raise ValueError(f"center must be true or false: got {center!r}.")
-        self.center = center
+        self.center = check_bool("center", center)
+        self.scope = check_choice("scope", scope, ("micro_batch", "global_batch"))
+        if scope == "micro_batch" and rule != "sign":
+            raise ValueError(f"scope=micro_batch must go with rule=sign: got rule={rule}. Write rule=sign beside it.")
+        self.schedule = check_choice("schedule", schedule, SCHEDULES)
+        self.zero_from = zero_from if zero_from is None else check_whole("zero_from", zero_from, least=1)
+        if (schedule == "constant") != (zero_from is None):
+            raise ValueError(
+                "zero_from must be given with schedule=linear or schedule=drop, and only with them: got "
+                f"schedule={schedule}, zero_from={zero_from}."
+            )
+        for option, value in (("momentum", momentum), ("sharpness", sharpness)):
+            if value is not None and rule != "momentum":
+                raise ValueError(f"{option} must go with rule=momentum: got rule={rule}.")
+        self.momentum = momentum if momentum is None else check_number("momentum", momentum, positive=False)
+        if momentum is not None and momentum >= 1:
+            raise ValueError(f"momentum must be below 1: got {momentum!r}.")
+        self.sharpness = sharpness if sharpness is None else check_number("sharpness", sharpness, positive=True)
+
+    @property
+    def multiplies(self) -> bool:  # type: ignore[override]
+        return self.rule == "multiplicative"
 
     def prepare(self, layers: Layers) -> None:
         self.rule = self.rule or ("proportional" if layers.gate == "softmax" else "sign")
         self._offset = layers.offset.clone()
+        self._momentum = torch.zeros_like(self._offset) if self.rule == "momentum" else None
 
     def offset(self) -> Float[Tensor, "layers experts"]:
         return self._offset
 
+    def state(self) -> dict[str, Float[Tensor, "layers experts"]]:
+        return {} if self._momentum is None else {"momentum": self._momentum}
+
+    def micro_batch_statistic(self, load: Int[Tensor, "layers experts"]) -> Int[Tensor, "layers numbers"] | None:
+        if self.scope != "micro_batch":
+            return None
+        has_tokens = load.sum(-1, keepdim=True) > 0
+        return torch.cat([_error(load).sign(), has_tokens.long()], dim=-1)
+
     @torch.no_grad()
-    def update(self, load: Int[Tensor, "layers experts"]) -> None:
+    def update(
+        self, load: Int[Tensor, "layers experts"], statistic: Sequence[Tensor] | None = None, window: int = 0
+    ) -> None:
         check_load(load, self._offset)
-        num_experts = load.shape[-1]
-        error = load.sum(-1, keepdim=True) - num_experts * load  # num_experts * (mean - count), exact
-        if self.rule == "sign":
-            step = error.sign().to(self._offset.dtype)
-        else:
-            step = (error.double() / load.sum(-1, keepdim=True).clamp_min(1)).to(self._offset.dtype)
+        step, rate = self._step(load, statistic), self.rate_at(window)
+        if self.rule == "multiplicative":
+            factor = (1 + self._offset + rate * step).clamp_min(0)  # below 0 the worst score would win
+            self._offset.copy_((factor / factor.mean(-1, keepdim=True) if self.center else factor) - 1)
+            return
         if self.center:
             step = step - step.mean(-1, keepdim=True)
-        self._offset.add_(step, alpha=self.rate)
+        if self._momentum is not None:
+            kept = 0.5 if self.momentum is None else self.momentum
+            self._momentum.mul_(kept).add_(step, alpha=(1 - kept) * rate)
+            self._offset.add_(self._momentum)
+        else:
+            self._offset.add_(step, alpha=rate)
+
+    def _step(self, load: Tensor, statistic: Sequence[Tensor] | None) -> Float[Tensor, "layers experts"]:
+        """What the rate is multiplied with, in the offset's dtype."""
+        dtype = self._offset.dtype
+        if self.scope == "micro_batch":
+            if statistic is None:
+                raise ValueError("scope=micro_batch must have the signs of the micro-batches: got no statistic.")
+            pooled = torch.stack(list(statistic))
+            return (pooled[:, :-1].double() / pooled[:, -1:].clamp_min(1)).to(dtype)
+        error = _error(load)
+        if self.rule in ("sign", "multiplicative"):
+            return error.sign().to(dtype)
+        if self.rule == "rms":
+            size = error.double().square().mean(-1, keepdim=True).sqrt()
+            return (error / size.clamp_min(torch.finfo(size.dtype).tiny)).to(dtype)
+        relative = error.double() / load.sum(-1, keepdim=True).clamp_min(1)
+        if self.rule == "momentum":
+            relative = ((2.0 if self.sharpness is None else self.sharpness) * relative).tanh()
+        return relative.to(dtype)
+
+    def rate_at(self, window: int) -> float:
+        """The rate after ``window`` windows have ended."""
+        if self.zero_from is None:
+            return self.rate
+        if self.schedule == "linear":
+            return self.rate * max(0.0, 1 - window / self.zero_from)
+        return self.rate if window < self.zero_from else 0.0
 
     def notes(self, num_steps: int) -> list[str]:
-        if self.rule == "proportional":
+        if self.rule in ("proportional", "rms"):
             return []
-        reach = f"In {num_steps} steps at rate {self.rate:g} an offset moves by at most {self.rate * num_steps:.2g}"
-        if self.rate * num_steps < 0.5:
+        moved = [self.rate_at(window) for window in range(num_steps)] if self.zero_from else [self.rate] * num_steps
+        way, share = sum(moved), sum(moved) / self.rate
+        what = "a factor" if self.rule == "multiplicative" else "an offset"
+        reach = f"In {num_steps} steps at rate {self.rate:g} {what} moves by at most {way:.2g}"
+        if way < 0.5:
             return [f"{reach}, and a sigmoid score lies between 0 and 1: take more steps or a larger rate."]
-        if PAPER_RATE * num_steps < 0.5 and self.rate > PAPER_RATE:
-            return [
-                f"{reach}; at the paper's {PAPER_RATE:g} it would be {PAPER_RATE * num_steps:.2g}, too short a way."
-            ]
+        if PAPER_RATE * share < 0.5 and self.rate > PAPER_RATE:
+            return [f"{reach}; at the paper's {PAPER_RATE:g} it would be {PAPER_RATE * share:.2g}, too short a way."]
         return []
+
+
+def _error(load: Int[Tensor, "layers experts"]) -> Int[Tensor, "layers experts"]:
+    """``experts * (mean - count)``, exact."""
+    return load.sum(-1, keepdim=True) - load.shape[-1] * load
 
 
 @final

@@ -13,11 +13,15 @@ from collections.abc import Sequence
 from equipoise.balancers.base import Balancer
 from equipoise.balancers.load_balancing import LoadBalancingLoss
 from equipoise.balancers.loss_free import Frozen, LossFree
+from equipoise.balancers.quantile import Quantile
+from equipoise.balancers.z_loss import ZLoss
 from equipoise.errors import UsageError
 
 __all__ = ["format_strategy", "parse_strategy"]
 
-BALANCERS: dict[str, type[Balancer]] = {kind.name: kind for kind in (Frozen, LossFree, LoadBalancingLoss)}
+BALANCERS: dict[str, type[Balancer]] = {
+    kind.name: kind for kind in (Frozen, LossFree, Quantile, LoadBalancingLoss, ZLoss)
+}
 
 
 def _value(text: str) -> object:

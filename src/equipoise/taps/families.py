@@ -1,9 +1,12 @@
 """Which routers we know, by class name, and the proof that we know them right.
 
-The table says how a family's router selects. ``prove`` does not believe it: it runs the family's own forward on a
+The table says how a family's router selects. A module that is in no family may say it itself: an attribute or property
+``router_kind`` that holds a ``RouterKind``, beside a parameter ``weight`` [experts, dim] and a forward that returns
+(logits, weights, expert_ids) of the flattened tokens. ``prove`` believes neither: it runs the router's own forward on a
 stand-in with random weights and refuses a router that behaves otherwise.
 """
 
+import inspect
 from typing import Any
 
 import torch
@@ -44,6 +47,11 @@ def plain_name(name: str) -> str:
 
 
 def _kind_of(module: nn.Module) -> RouterKind | None:
+    # static: wrappers of torch.compile and checkpointing would answer with what the module inside declares
+    if inspect.getattr_static(module, "router_kind", None) is not None:
+        declared: Any = module.router_kind
+        if isinstance(declared, RouterKind):
+            return declared
     for cls in type(module).__mro__:
         if cls.__name__ in _KINDS:
             return _KINDS[cls.__name__]
@@ -66,7 +74,8 @@ def find_routers(model: nn.Module) -> list[tuple[str, nn.Module, RouterKind]]:
         + (f", but {', '.join(seen)}, which it does not know" if seen else " and no other mixture-of-experts layer")
         + ". Attach to one of these families: "
         + ", ".join(FAMILIES)
-        + "."
+        + "; in a model of your own use equipoise.nn.Router, or give your router an attribute router_kind, an "
+        "equipoise.taps.tap.RouterKind(gate, slot)."
     )
 
 
@@ -104,18 +113,19 @@ def _stand_in(router: nn.Module, generator: torch.Generator) -> nn.Module:
     return copy
 
 
-def prove(name: str, router: nn.Module, kind: RouterKind) -> int:
+def prove(name: str, router: nn.Module, kind: RouterKind, multiplies: bool = False) -> int:
     """Proves on random inputs that the router selects as ``kind`` says; returns k. Touches nothing of the model's.
 
     Proven: the outputs are (logits, weights, expert_ids); the weights are the gate's scores of the chosen experts up to
     one factor a token; an offset moves the choice and leaves the scores alone; without a slot, exactly one top-k is
-    taken over the experts.
+    taken over the experts. With ``multiplies`` the offset is a factor 1 + offset, for which no family has a slot.
     """
 
     def refuse(what: str) -> EquipoiseError:
         return EquipoiseError(
             f"a {type(router).__name__} must select by {kind.gate} scores"
             + (f" plus its {kind.slot}" if kind.slot else " with one top-k over its experts")
+            + (" and without groups" if multiplies else "")
             + f": in {name} {what}. This version of the family is not supported; attach with where=... to leave it out."
         )
 
@@ -128,18 +138,21 @@ def prove(name: str, router: nn.Module, kind: RouterKind) -> int:
     moderate = (
         0.3 * score(torch.randn(1, num_experts, generator=generator, dtype=torch.float32, device="cpu"), kind.gate)[0]
     )
-    grouped = getattr(stand_in, "num_group", 1) > 1
+    grouped = any(getattr(stand_in, name, 1) > 1 for name in ("num_group", "num_groups"))
 
     def run(offset: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], int]:
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             if kind.slot is not None:
                 if kind.slot not in stand_in._buffers:
                     raise refuse(f"there is no buffer {kind.slot}")
-                stand_in._buffers[kind.slot] = offset
-                return stand_in.forward(hidden), 1
-            with _CountingTopK(offset) as mode:
-                return stand_in.forward(hidden), mode.calls
+                stand_in._buffers[kind.slot] = torch.zeros_like(offset) if multiplies else offset
+                if not multiplies:
+                    return stand_in.forward(hidden), 1
+            with _CountingTopK(offset, multiplies) as mode:
+                return stand_in.forward(hidden), 1 if kind.slot else mode.calls
 
+    if multiplies and grouped:
+        raise refuse("there are groups")
     first: tuple[Tensor, Tensor, Tensor] | None = None
     for offset in (torch.zeros_like(favourite), moderate, favourite):
         output, calls = run(offset)
@@ -155,11 +168,10 @@ def prove(name: str, router: nn.Module, kind: RouterKind) -> int:
         if not torch.allclose(weights[same], first[1][same], rtol=1e-4):
             raise refuse("the offset changes the weights of the same choice")
         scores = score(logits, kind.gate)
-        if (
-            not grouped
-            and (expert_ids.sort().values != (scores + offset).topk(expert_ids.shape[-1]).indices.sort().values).any()
-        ):
-            raise refuse("the chosen experts are not the best by these scores plus the offset")
+        choice = scores * (1 + offset) if multiplies else scores + offset
+        best = choice.topk(expert_ids.shape[-1]).indices
+        if not grouped and (expert_ids.sort().values != best.sort().values).any():
+            raise refuse("the chosen experts are not the best by these scores and the offset")
         factor = weights / score(logits, kind.gate).gather(-1, expert_ids)
         if not torch.allclose(factor, factor[:, :1].expand_as(factor), rtol=1e-4):
             raise refuse("the weights are not in proportion to these scores")

@@ -143,11 +143,12 @@ class Tap:
         self.layer = layer
         self.has_loss = has_loss
         self.steers = False  # by a slot of our own
+        self.multiplies = False  # that slot is a factor 1 + offset
         self.kind = kind
         _TAPS[self.key] = self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _inert_tap, (self.kind, self.steers)
+        return _inert_tap, (self.kind, self.steers, self.multiplies)
 
     def restore(self) -> None:
         if self.observer is not None:
@@ -158,10 +159,10 @@ class Tap:
             self.observer.adopt_offset(self.layer)
 
 
-def _inert_tap(kind: RouterKind, steers: bool) -> Tap:
+def _inert_tap(kind: RouterKind, steers: bool, multiplies: bool = False) -> Tap:
     tap = Tap.__new__(Tap)
     tap.key, tap.observer, tap.context, tap.layer, tap.has_loss = -1, None, None, -1, False
-    tap.kind, tap.steers = kind, steers
+    tap.kind, tap.steers, tap.multiplies = kind, steers, multiplies
     return tap
 
 
@@ -170,16 +171,19 @@ _TAPS: "weakref.WeakValueDictionary[int, Tap]" = weakref.WeakValueDictionary()
 
 
 class OffsetTopK(TorchFunctionMode):
-    """Adds the offset to the argument of a top-k over the experts; the values come from the argument without it."""
+    """Steers a top-k over the experts: by argument + offset, or argument * (1 + offset). The values that come back are
+    those of the argument as it was."""
 
-    def __init__(self, offset: Float[Tensor, " experts"]):
+    def __init__(self, offset: Float[Tensor, " experts"], multiplies: bool = False):
         super().__init__()
-        self.offset = offset
+        self.offset, self.multiplies = offset, multiplies
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (torch.topk, Tensor.topk) and args and args[0].shape[-1] == self.offset.shape[0]:
             scores = args[0]
-            ids = torch.topk(scores.detach() + self.offset, *args[1:], **(kwargs or {})).indices
+            plain = scores.detach()
+            choice = plain * (1 + self.offset) if self.multiplies else plain + self.offset
+            ids = torch.topk(choice, *args[1:], **(kwargs or {})).indices
             return torch.return_types.topk((scores.gather(-1, ids), ids))
         return func(*args, **(kwargs or {}))
 
@@ -189,7 +193,7 @@ def _tapped(base: Any) -> Any:
     def forward(self, *args, **kwargs):
         tap = self._equipoise
         if tap.steers:
-            with OffsetTopK(self._buffers[OWN_SLOT]):
+            with OffsetTopK(self._buffers[OWN_SLOT], tap.multiplies):
                 output = base.forward(self, *args, **kwargs)
         else:
             output = base.forward(self, *args, **kwargs)

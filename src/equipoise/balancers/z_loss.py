@@ -1,0 +1,57 @@
+"""The router z-loss: keeps the logits small."""
+
+from typing import final
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from equipoise.balancers.base import Balancer, check_number
+from equipoise.routing import Routing
+
+__all__ = ["ZLoss", "z_loss"]
+
+
+def z_loss(logits: Float[Tensor, "tokens experts"], mask: Float[Tensor, " tokens"] | None = None) -> Float[Tensor, ""]:
+    """``mean_t logsumexp_e(z_te)^2`` over the unmasked tokens; 0 without any. In float32 or wider.
+
+    It is log(E)^2 where all logits are 0, and falls further as they become negative together. It does not balance: it
+    keeps logits in the range where low precision still tells them apart.
+
+    Source: Zoph et al. 2022, ST-MoE, arXiv:2202.08906, Eq. 5.
+
+    >>> z_loss(torch.zeros(3, 8))  # log(8)^2
+    tensor(4.3241)
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    squares = logits.logsumexp(-1).square()
+    if mask is None:
+        return squares.sum() / max(logits.shape[0], 1)
+    if mask.shape != logits.shape[:1]:
+        raise ValueError(
+            f"mask must hold one number per token: expected shape ({logits.shape[0]},), got {tuple(mask.shape)}."
+        )
+    counts = (mask != 0).to(squares.dtype)
+    return (squares * counts).sum() / counts.sum().clamp_min(1)
+
+
+@final
+class ZLoss(Balancer):
+    """The router z-loss ``coefficient * sum over layers of mean_t logsumexp(z_t)^2``. Beside a balancer, not for one.
+
+    Args:
+        coefficient: weight of the loss; 1e-3 in ST-MoE and OLMoE.
+
+    It needs no counts, so it has no scope. Source: Zoph et al. 2022, ST-MoE, arXiv:2202.08906, Eq. 5. Where we differ:
+    padding is left out, and layers are summed, as all our losses are.
+    """
+
+    name = "z"
+    metric = "z_loss"
+    scope = "token"
+
+    def __init__(self, coefficient: float = 1e-3):
+        self.coefficient = check_number("coefficient", coefficient, positive=False)
+
+    def loss(self, routing: Routing, load: Int[Tensor, " experts"] | None) -> Float[Tensor, ""]:
+        return z_loss(routing.logits, routing.mask)

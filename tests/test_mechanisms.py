@@ -1,0 +1,315 @@
+"""Every mechanism through ``attach``: what it counts in a window, what it moves, what is saved; on one rank and two."""
+
+import pytest
+import reference
+import torch
+from dealt_ranks import deal, ids, mask
+from models import DIM, EXPERTS, K, family, tiny_lm
+from ranks import run_on_ranks
+from torch.testing import assert_close
+
+import equipoise
+from equipoise import EquipoiseError
+
+NAMES = ["blocks.0.gate", "blocks.1.gate"]
+GATES = ["sigmoid", "softmax"]
+MOVING = [
+    "loss-free:rate=0.05,rule=sign",
+    "loss-free:rate=0.05,rule=sign,scope=micro_batch",
+    "loss-free:rate=0.05,rule=proportional",
+    "loss-free:rate=0.05,rule=rms",
+    "loss-free:rate=0.05,rule=momentum",
+    "loss-free:rate=0.05,rule=multiplicative",
+    "loss-free:rate=0.05,rule=sign,schedule=linear,zero_from=3",
+    "quantile",
+    "quantile:bins=0",
+    "quantile:bins=32,ema=0.5,fraction=0.5",
+]
+moving = pytest.mark.parametrize("strategy", MOVING)
+
+
+def _recorded(model):
+    """Logits and choices of every router call, by layer, through hooks of the test's own."""
+    seen = [[], []]
+    for layer, block in enumerate(model.blocks):
+        block.gate.register_forward_hook(
+            lambda m, a, output, calls=seen[layer]: calls.append((output[0].detach(), output[2]))
+        )
+    return seen
+
+
+def _window(model, balance, seeds):
+    for seed in seeds:
+        loss = model(ids(seed), mask(seed)) + balance.loss()
+        (loss / len(seeds)).backward()
+    balance.step()
+    model.zero_grad()
+
+
+def _expected(strategy, offset, momentum, calls, masks, gate, window):
+    """One window of a layer by the float64 loops: the new offset and momentum."""
+    options = dict(o.split("=") for o in strategy.partition(":")[2].split(",") if o)
+    flags = [m.flatten().tolist() for m in masks]
+    logits = [call[0].double().tolist() for call in calls]
+    if strategy.startswith("quantile"):
+        rows, mask = sum(logits, []), sum(flags, [])
+        scores = reference.scores(rows, gate)
+        if options.get("bins") == "0":
+            return reference.quantile_rule(scores, K, offset, mask), momentum
+        counts = reference.quantile_histogram(scores, K, offset, mask, 128)
+        return reference.quantile_from_histogram(counts, K, sum(mask), offset), momentum
+    counts = [reference.load(ids.tolist(), EXPERTS, flag) for (_, ids), flag in zip(calls, flags, strict=True)]
+    pooled = [sum(column) for column in zip(*counts, strict=True)]
+    rate = float(options["rate"])
+    if "zero_from" in options:
+        rate = reference.rate_at(rate, window, options["schedule"], int(options["zero_from"]))
+    if options.get("scope") == "micro_batch":
+        return reference.micro_batch_sign_rule(offset, counts, rate, True), momentum
+    if options["rule"] == "momentum":
+        return reference.momentum_rule(offset, momentum, pooled, rate, 0.5, 2.0, True)
+    return getattr(reference, f"{options['rule']}_rule")(offset, pooled, rate, True), momentum
+
+
+@pytest.mark.parametrize("strategy", MOVING[:-1])
+def test_three_windows_move_the_offsets_as_the_reference(strategy):
+    model = tiny_lm()
+    balance = equipoise.attach(model, strategy, "lbl:coefficient=0.1", "z")
+    seen = _recorded(model)
+    offsets, momenta = [[0.0] * EXPERTS] * 2, [[0.0] * EXPERTS] * 2
+    for window in range(3):
+        for calls in seen:
+            calls.clear()
+        seeds = range(3 * window, 3 * window + 3)
+        _window(model, balance, seeds)
+        for layer, gate in enumerate(GATES):
+            found = balance.offsets[NAMES[layer]].double()
+            offsets[layer], momenta[layer] = _expected(
+                strategy, offsets[layer], momenta[layer], seen[layer], [mask(s) for s in seeds], gate, window
+            )
+            # the histogram's reference bins float32 scores in float64: a margin at an edge may change its bin
+            tolerance = 2e-4 if strategy == "quantile" else 1e-6
+            assert_close(found, torch.tensor(offsets[layer], dtype=torch.float64), rtol=0, atol=tolerance)
+            offsets[layer] = found.tolist()
+            assert found.any()
+
+
+@moving
+@pytest.mark.parametrize("checkpointing", ["non_reentrant", "reentrant"])
+def test_recomputation_evaluation_and_pauses_are_not_counted(strategy, checkpointing):
+    found = []
+    for kind in (None, checkpointing):
+        model = tiny_lm(kind)
+        balance = equipoise.attach(model, strategy, "lbl:coefficient=0.1")
+        for window in range(2):
+            if kind is not None:
+                with balance.paused():
+                    model(ids(99))
+                with balance.measuring():
+                    model(ids(98))
+            _window(model, balance, (2 * window, 2 * window + 1))
+        found.append(balance.offsets)
+    for name in NAMES:
+        assert torch.equal(found[0][name], found[1][name])
+
+
+@moving
+def test_a_skipped_step_moves_nothing_whatever_says_so(strategy):
+    found = []
+    for skipped in (False, torch.tensor(False), None):
+        model = tiny_lm()
+        balance = equipoise.attach(model, strategy)
+        for window, applied in enumerate((True, skipped, True)):
+            if applied is None:
+                continue
+            model(ids(window), mask(window))
+            balance.step(applied)
+        found.append(balance.state_dict())
+    for state in found[1:]:
+        for part in ("offsets", "state"):
+            if part == "offsets" and state is found[2] and "schedule" in strategy:
+                continue  # a window that was skipped passes all the same
+            values = state[part] if part == "offsets" else state[part].get("momentum", {})
+            ours = found[0][part] if part == "offsets" else found[0][part].get("momentum", {})
+            for name, value in values.items():
+                assert torch.equal(value, ours[name])
+
+
+@moving
+def test_state_resumes_as_if_never_stopped(strategy, tmp_path):
+    model = tiny_lm()
+    balance = equipoise.attach(model, strategy)
+    _window(model, balance, (0, 1))
+    _window(model, balance, (2, 3))
+    torch.save(balance.state_dict(), tmp_path / "state.pt")
+    again = tiny_lm()
+    resumed = equipoise.attach(again, strategy)
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    for m, b in ((model, balance), (again, resumed)):
+        _window(m, b, (4, 5))
+    first, second = balance.state_dict(), resumed.state_dict()
+    assert first["state"].keys() == second["state"].keys() == ({"momentum"} if "rule=momentum" in strategy else set())
+    for name in NAMES:
+        assert torch.equal(first["offsets"][name], second["offsets"][name])
+        assert torch.equal(first["load"][name], second["load"][name])
+        for values in first["state"]:
+            assert torch.equal(first["state"][values][name], second["state"][values][name])
+
+
+def test_the_momentum_of_another_strategy_is_left_out_or_begins_at_zero():
+    with_momentum, without = (
+        equipoise.attach(tiny_lm(), f"loss-free:rate=0.1,rule={rule}") for rule in ("momentum", "sign")
+    )
+    for balance, seed in ((with_momentum, 0), (without, 1)):
+        model = balance._context.model
+        model(ids(seed))
+        balance.step()
+    state = without.state_dict()
+    assert any(value.any() for value in with_momentum.state_dict()["state"]["momentum"].values())
+    with_momentum.load_state_dict(state)
+    assert not any(value.any() for value in with_momentum.state_dict()["state"]["momentum"].values())
+    without.load_state_dict(with_momentum.state_dict())
+    torch.testing.assert_close(without.offsets, state["offsets"])
+
+
+def test_a_state_of_factors_is_not_taken_for_one_of_sums():
+    multiplied, added = (
+        equipoise.attach(tiny_lm(), f"loss-free:rate=0.1,rule={rule}") for rule in ("multiplicative", "sign")
+    )
+    for one, other in ((multiplied, added), (added, multiplied)):
+        with pytest.raises(EquipoiseError, match="offsets that are added and offsets that multiply"):
+            one.load_state_dict(other.state_dict())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_state_that_is_not_finite_is_refused(value):
+    balance = equipoise.attach(tiny_lm(), "loss-free:rate=0.1,rule=momentum")
+    for part in ("offsets", "momentum"):
+        state = balance.state_dict()
+        values = state["offsets"] if part == "offsets" else state["state"]["momentum"]
+        values[NAMES[1]][2] = value
+        with pytest.raises(EquipoiseError, match=f"finite numbers: its {part} of blocks.1.gate"):
+            balance.load_state_dict(state)
+    state = balance.state_dict() | {"load": {name: torch.zeros(EXPERTS) for name in NAMES}}
+    with pytest.raises(EquipoiseError, match="int64 counts"):
+        balance.load_state_dict(state)
+
+
+# ---- factors ----
+
+
+@pytest.mark.parametrize("name", ["glm4_moe", "deepseek_v3", "qwen3_moe", "olmoe", "mixtral"])
+def test_factors_choose_by_the_product_and_leave_the_weights(name):
+    model = family(name)
+    tokens = torch.randint(0, 64, (2, 9))
+    plain = model(tokens, use_cache=False).logits
+    balance = equipoise.attach(model, "loss-free:rate=0.3,rule=multiplicative")
+    assert torch.equal(model(tokens, use_cache=False).logits, plain), "factors of 1 change nothing"
+    balance.step()
+    names = list(balance.offsets)
+    assert all(offset.any() for offset in balance.offsets.values())
+    routers = dict(model.named_modules())
+    for layer in names:
+        router = routers[layer]
+        slot = router._buffers.get("e_score_correction_bias")
+        assert slot is None or not slot.any(), "the family's own slot is a sum: it stays as it was"
+        hidden = torch.randn(20, 32)
+        logits, weights, expert_ids = router(hidden)
+        gate = "sigmoid" if slot is not None else "softmax"
+        chosen, plain_weights = reference.route_multiplied(
+            logits.double().tolist(), 2, gate, balance.offsets[layer].tolist()
+        )
+        assert [sorted(row) for row in expert_ids.tolist()] == [sorted(row) for row in chosen]
+        share = weights / weights.sum(-1, keepdim=True)
+        expected = torch.tensor(plain_weights)
+        expected = expected / expected.sum(-1, keepdim=True)
+        assert_close(share.sort().values.float(), expected.sort().values, rtol=1e-4, atol=1e-5)
+    held = balance.offsets
+    given_back = balance.detach()
+    for layer in names:
+        assert torch.equal(held[layer], given_back[layer])
+        assert "_equipoise_offset" not in routers[layer]._buffers
+
+
+def test_factors_are_refused_where_there_are_groups():
+    model = family("deepseek_v3", n_group=4, topk_group=2)
+    with pytest.raises(EquipoiseError, match="there are groups"):
+        equipoise.attach(model, "loss-free:rule=multiplicative")
+
+
+def test_factors_begin_at_one_on_a_copy_that_was_steered_by_sums():
+    import copy
+
+    model = tiny_lm()
+    balance = equipoise.attach(model, "loss-free:rate=0.1,rule=sign")
+    model(ids(0))
+    balance.step()
+    copied = equipoise.attach(copy.deepcopy(model), "loss-free:rule=multiplicative")
+    assert not any(offset.any() for offset in copied.offsets.values())
+    again = equipoise.attach(copy.deepcopy(model), "loss-free")
+    torch.testing.assert_close(again.offsets, balance.offsets)
+
+
+def test_factors_follow_a_cast():
+    model = tiny_lm()
+    balance = equipoise.attach(model, "loss-free:rate=0.1,rule=multiplicative")
+    model(ids(0))
+    balance.step()
+    held = balance.offsets
+    model.to(torch.bfloat16)
+    for block, name in zip(model.blocks, NAMES, strict=True):
+        assert block.gate._equipoise_offset.dtype == torch.float32
+        assert torch.equal(block.gate._equipoise_offset, held[name])
+
+
+# ---- composition ----
+
+
+def test_losses_are_logged_by_name_and_each_has_its_own_coefficient():
+    strategy = "loss-free:rate=1e-3+lbl:coefficient=0.5+lbl:scope=sequence,coefficient=0.25+z:coefficient=0.125"
+    model = tiny_lm()
+    balance = equipoise.attach(model, strategy)
+    model(ids(0))
+    value = balance.loss().detach()
+    balance.step()
+    found = balance.metrics()
+    parts = [found[name] for name in ("load_balancing_loss", "load_balancing_loss_sequence", "z_loss")]
+    assert_close(float(value), 2 * (0.5 * parts[0] + 0.25 * parts[1] + 0.125 * parts[2]), rtol=1e-6, atol=0)
+    assert len(set(parts)) == 3
+
+
+@pytest.mark.parametrize("strategy", ["z:coefficient=0.5", "z:coefficient=0.5+quantile"])
+def test_the_gradient_of_the_z_loss_is_that_of_the_reference(strategy):
+    from torch import nn
+
+    model = tiny_lm()
+    balance = equipoise.attach(model, strategy)
+    seen = _recorded(model)
+    loss = model(ids(0), mask(3)) * 0 + 8 * balance.loss()
+    hidden = []
+    model.blocks[1].gate.register_forward_pre_hook(lambda m, args: hidden.append(args[0].detach()))
+    with balance.paused():
+        model(ids(0), mask(3))
+    loss.backward()
+    flags = mask(3).flatten().tolist()
+    gradient = reference.z_loss_gradient(seen[1][0][0].double().tolist(), flags)
+    expected = 8 * 0.5 * torch.tensor(gradient, dtype=torch.float64).T @ hidden[0].double()
+    assert isinstance(model.blocks[1].gate.weight, nn.Parameter) and hidden[0].shape[-1] == DIM
+    assert_close(model.blocks[1].gate.weight.grad.double(), expected, rtol=1e-5, atol=1e-7)
+
+
+# ---- two ranks ----
+
+DEALT = ["loss-free:rate=0.05,rule=sign,scope=micro_batch", "loss-free:rate=0.05,rule=momentum"]
+DEALT += ["quantile:fraction=0.7", "quantile:bins=0"]
+
+
+@pytest.mark.xdist_group("two ranks of mechanisms")
+def test_two_ranks_move_the_offsets_as_one():
+    torch.manual_seed(0)
+    alone = deal(0, DEALT, 1)
+    for results in run_on_ranks(2, deal, DEALT, 2):
+        assert not isinstance(results, str), results
+        for ours, theirs in zip(results, alone, strict=True):
+            for name in NAMES:
+                assert torch.equal(ours[name], theirs[name])
+                assert theirs[name].any()
