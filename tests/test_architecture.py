@@ -10,17 +10,20 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "src" / "equipoise"
 
-CORE = ["errors", "routing", "load", "metrics", "balancers", "taps", "window", "recorder", "balance", "attachment"]
+CORE = ["errors", "recipes", "routing", "load", "metrics", "balancers", "taps", "window", "recorder", "balance"]
+CORE += ["attachment"]
 ALLOWED = {name: set(CORE[:rank]) for rank, name in enumerate(CORE)}
 ALLOWED |= {
+    "nn": {"errors", "routing", "load", "taps"},
+    "testing": {"equipoise", *CORE},
     "records": {"errors"},
     "report": {"errors", "records"},
     "lab": {"equipoise", *CORE, "records", "report"},
     "cli": {"equipoise", *CORE, "records", "report", "lab"},
-    "__init__": set(CORE),  # lazily, by name
+    "__init__": {*CORE, "nn", "testing"},  # lazily, by name
     "__main__": {"cli"},
 }
-TORCH_FREE = ["records", "report"] + (["cli"] if (ROOT / "cli.py").exists() else [])
+TORCH_FREE = ["records", "report", "recipes"] + (["cli"] if (ROOT / "cli.py").exists() else [])
 
 
 def _places() -> list[Path]:

@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 
 from equipoise.cli import main
+from equipoise.recipes import RECIPES, split_strategy
 
 SMALL = [
     "--vocab-size=300", "--steps=2", "--layers=1", "--width=32", "--experts=4", "--experts-per-token=2",
@@ -57,7 +59,7 @@ def test_train_prints_its_folder(text, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
-        (["--strategies", "magic"], 2, "must be made of none, frozen, loss-free, lbl: got 'magic'"),
+        (["--strategies", "magic"], 2, "got 'magic'"),
         (["--strategies", "lbl:scop=x"], 2, "An option of lbl must be coefficient=... or scope=..."),
         (["--strategies", "loss-free:rate=-1"], 2, "rate must be above 0: got -1.0"),
         (["--strategies", "lbl:coefficient=nan"], 2, "coefficient must be a finite number"),
@@ -122,8 +124,18 @@ def test_report_of_nothing_and_of_damage_is_one_line(text, tmp_path, capsys):
     assert "config.json must be JSON" in line
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["compare", "--help"], ["report", "FOLDER"]])
-def test_help_and_report_load_no_torch(text, tmp_path, arguments):
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["compare", "--help"],
+        ["report", "FOLDER"],
+        ["recipes"],
+        ["recipes", "switch"],
+        ["recipes", "--json"],
+    ],
+)
+def test_help_report_and_recipes_load_no_torch(text, tmp_path, arguments):
     if "FOLDER" in arguments:
         main(["train", "--data", str(text), "--out", str(tmp_path / "run"), *SMALL])
         arguments = ["report", str(tmp_path / "run")]
@@ -134,6 +146,64 @@ def test_help_and_report_load_no_torch(text, tmp_path, arguments):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_recipes_are_listed_a_line_each(capsys):
+    main(["recipes"])
+    out, err = capsys.readouterr()
+    assert [line.split() for line in out.splitlines()] == [[r.name, r.gate, r.strategy] for r in RECIPES.values()]
+    assert err == ""
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_recipes_fit_a_terminal(monkeypatch, capsys, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes stdout for a terminal
+    main(["recipes"])
+    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert max(map(len, lines)) <= width
+    for one in RECIPES.values():
+        at = lines.index(f"{one.name}  {one.gate}")
+        for part in split_strategy(one.strategy):
+            assert any(line.split()[-1] == part for line in lines[at : at + 7]), "no mechanism is broken"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_shown_whole(monkeypatch, capsys, name):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    main(["recipes", name])
+    out = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    assert RECIPES[name].strategy in out.splitlines(), "one line, to be copied"
+    words = " ".join(out.split())
+    for text in (RECIPES[name].summary, *RECIPES[name].notes):
+        assert text in words
+    for key, value, source in RECIPES[name].values():
+        assert re.search(rf"{re.escape(key)} +{re.escape(value)} +{re.escape(source[:12])}", out)
+
+
+def test_recipes_as_json(capsys):
+    main(["recipes", "--json"])
+    every = json.loads(capsys.readouterr().out)
+    main(["recipes", "olmoe", "--json"])
+    one = json.loads(capsys.readouterr().out)
+    assert [r["name"] for r in every] == list(RECIPES)
+    assert one in every
+    assert one["sources"] == dict(RECIPES["olmoe"].sources)
+    assert one["notes"] == list(RECIPES["olmoe"].notes)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["deepseek-v5"], "got 'deepseek-v5'. Did you mean deepseek-v"),
+        (["deepseek-v5", "--json"], "got 'deepseek-v5'"),
+        (["qwen3"], "must have a source for every value"),
+        (["switch", "olmoe"], "olmoe"),
+    ],
+)
+def test_an_unknown_recipe_is_one_line_and_exit_code_2(capsys, arguments, message):
+    assert message in _fails(["recipes", *arguments], 2, capsys)
 
 
 def test_what_the_machine_refuses_is_one_line(text, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """equipoise: load balancing for mixture-of-experts training in PyTorch.
 
-Attach it to the model you already have, choose a mechanism and a scope, and trust the counts. ``attach`` is the door.
+Attach it to the model you already have, choose a mechanism and a scope, and trust the counts. ``attach`` is the door;
+``equipoise.nn`` has a router and a layer for models of your own, ``equipoise.testing`` checks balancers and models.
 """
 
 import importlib
@@ -21,6 +22,7 @@ _HOME = {
     "ZLoss": "balancers",
     "attach": "attachment",
     "coefficient_of_variation": "metrics",
+    "convert_coefficient": "recipes",
     "dead_experts": "metrics",
     "domain_information": "metrics",
     "effective_experts": "metrics",
@@ -31,6 +33,7 @@ _HOME = {
     "min_violation": "metrics",
     "parse_strategy": "balancers",
     "quantile_offset": "balancers",
+    "recipe": "recipes",
     "route": "routing",
     "sampling_floor": "metrics",
     "score": "routing",
@@ -38,6 +41,8 @@ _HOME = {
     "sequence_load_balancing_loss": "balancers",
     "z_loss": "balancers",
 }
+
+_MODULES = ("nn", "testing")
 
 __all__ = sorted(_HOME, key=str.casefold)
 
@@ -69,14 +74,17 @@ if TYPE_CHECKING:
         min_violation,
         sampling_floor,
     )
+    from equipoise.recipes import convert_coefficient, recipe
     from equipoise.routing import Routing, route, score
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"equipoise.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'equipoise' has no attribute {name!r}")
     return getattr(importlib.import_module(f"equipoise.{_HOME[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return [*__all__, "__version__"]
+    return [*__all__, *_MODULES, "__version__"]

@@ -1,4 +1,4 @@
-"""The command line: ``equipoise compare | train | report``. Talk goes to stderr; stdout is for results.
+"""The command line: ``equipoise compare | train | report | recipes``. Talk goes to stderr; stdout is for results.
 
 Exit codes: 0 done; 1 something outside is not as it must be; 2 what was asked for cannot be; 130 stopped by the user.
 """
@@ -12,12 +12,16 @@ import shlex
 import signal
 import sys
 import threading
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from equipoise.errors import EquipoiseError, UsageError
 from equipoise.lab.config import Compare, Train
+from equipoise.recipes import RECIPES, Recipe, recipe, split_strategy
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 __all__ = ["main"]
 
@@ -30,13 +34,34 @@ class Report:
     """The folder that was passed as --out to compare or train."""
 
 
-def _parse(arguments: list[str]) -> Compare | Train | Report:
+@dataclass(frozen=True)
+class Recipes:
+    """Published settings by name: all of them, or one with the source of every value."""
+
+    name: str
+    json: bool
+
+
+def _parse(arguments: list[str]) -> Compare | Train | Report | Recipes:
     import tyro
+
+    def recipes(
+        name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[NAME]", help_behavior_hint="")] = "",
+        json: bool = False,
+    ) -> Recipes:
+        """Published settings by name: all of them, or one with the source of every value.
+
+        Args:
+            name: The recipe to show; without it, all.
+            json: Print JSON.
+        """
+        return Recipes(name, json)
 
     commands = (
         Annotated[Compare, tyro.conf.subcommand("compare")]
         | Annotated[Train, tyro.conf.subcommand("train")]
         | Annotated[Report, tyro.conf.subcommand("report"), tyro.conf.Positional]
+        | Annotated[Recipes, tyro.conf.subcommand("recipes", constructor=recipes)]
     )
     errors = io.StringIO()
     try:
@@ -64,7 +89,10 @@ def _one_line(text: str) -> str:
     return re.sub(r"[\s╰╯│─]+", " ", words).strip()
 
 
-def _run(asked: Compare | Train | Report, command: str) -> None:
+def _run(asked: Compare | Train | Report | Recipes, command: str) -> None:
+    if isinstance(asked, Recipes):
+        _show_recipes(asked)
+        return
     if isinstance(asked, Report):
         from equipoise.report import write_report
 
@@ -98,6 +126,60 @@ def _run(asked: Compare | Train | Report, command: str) -> None:
         train(asked, terminal, command)
     print_table(asked.out)
     print(asked.out)
+
+
+def _show_recipes(asked: Recipes) -> None:
+    chosen = [recipe(asked.name)] if asked.name else list(RECIPES.values())
+    if asked.json:
+        content = [asdict(one) for one in chosen]
+        json.dump(content[0] if asked.name else content, sys.stdout, ensure_ascii=False, indent=1)
+        print()
+        return
+    from rich.console import Console
+
+    console = Console(highlight=False, markup=False, emoji=False)
+    if asked.name:
+        _show_recipe(chosen[0], console)
+    elif console.is_terminal:
+        _show_list(chosen, console)
+    else:  # a line each, for grep
+        names, gates = (max(len(getattr(one, field)) for one in chosen) for field in ("name", "gate"))
+        for one in chosen:
+            print(f"{one.name:{names}}  {one.gate:{gates}}  {one.strategy}")
+
+
+def _show_list(recipes: list[Recipe], console: "Console") -> None:
+    from rich.padding import Padding
+    from rich.text import Text
+
+    for one in recipes:
+        console.print(Text.assemble((one.name, "bold"), "  ", (one.gate, "dim")))
+        strategy = Text("\n+ ".join(split_strategy(one.strategy)), style="cyan")
+        console.print(Padding(one.summary, (0, 0, 0, 4)), Padding(strategy, (0, 0, 0, 4)), sep="")
+    console.print("One with its sources: equipoise recipes NAME. In Python: attach(model, NAME).", style="dim")
+
+
+def _show_recipe(one: Recipe, console: "Console") -> None:
+    from rich.table import Table
+
+    if not console.is_terminal:
+        console.width = 120  # a file has no width
+    settings = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    for column in ("setting", "value", "source"):
+        settings.add_column(column, overflow="fold", no_wrap=column != "source")
+    for row in one.values():
+        settings.add_row(*row)
+    notes = Table.grid(padding=(0, 1))
+    for note in one.notes:
+        notes.add_row("-", note)
+    with console.capture() as shown:
+        console.print(one.name, style="bold")
+        console.print(f"{one.summary}\n")
+        console.print(f"{one.strategy}\n", style="cyan", soft_wrap=True)  # one line, to be copied
+        console.print(settings)
+        if one.notes:
+            console.print("", notes, sep="\n")
+    print("\n".join(line.rstrip() for line in shown.get().splitlines()))
 
 
 def _share_the_cores() -> None:

@@ -3,6 +3,7 @@ import pytest
 from equipoise import Balancer, Frozen, LoadBalancingLoss, LossFree, UsageError, parse_strategy
 from equipoise.balancers import format_strategy
 from equipoise.balancers.strategy import BALANCERS
+from equipoise.recipes import RECIPES
 
 
 @pytest.mark.parametrize(
@@ -65,7 +66,10 @@ def test_a_plus_in_a_number_does_not_split():
     ("text", "message"),
     [
         ("", "must have a name: got an empty one"),
-        ("los-free", "must be made of none, frozen, loss-free, quantile, lbl, z: got 'los-free' in 'los-free'"),
+        (
+            "los-free",
+            "made of none, frozen, loss-free, quantile, lbl, z, or be a recipe .*got 'los-free' in 'los-free'",
+        ),
         ("LBL", "got 'LBL'"),
         ("lbl+", r"got 'lbl\+'"),
         ("+lbl", "got ''"),
@@ -105,12 +109,21 @@ def test_a_plus_in_a_number_does_not_split():
         ("quantile:fraction=0", "fraction must be above 0"),
         ("quantile:fraction=2", "fraction must be at most 1"),
         ("z:coefficient=-1", "coefficient must be at least 0"),
+        ("deepseek-v3+z", "got 'deepseek-v3' in"),
+        ("qwen3", "qwen3 is left out"),
         ("lbl:scope=token", "scope must be one of sequence, micro_batch, global_batch: got 'token'"),
     ],
 )
 def test_bad_strategies_are_usage_errors(text, message):
     with pytest.raises(UsageError, match=message):
         parse_strategy(text)
+
+
+def test_a_recipe_is_a_strategy():
+    names = "loss-free:center=false+lbl:coefficient=0.0001,scope=sequence"
+    assert format_strategy(parse_strategy("deepseek-v3")) == "loss-free:rule=sign,center=false" + names[22:]
+    for name in RECIPES:
+        assert parse_strategy(name)
 
 
 def test_every_balancer_has_its_own_name_and_one_level_of_inheritance():

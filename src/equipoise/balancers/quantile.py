@@ -33,9 +33,9 @@ def _exact(margins: Float[Tensor, "tokens experts"], k: int) -> tuple[Float[Tens
     return margins.sort(0).values.index_select(0, place.reshape(1))[0], num_tokens
 
 
-def edges(bins: int) -> Float[Tensor, " edges"]:
+def edges(bins: int, device: torch.device | None = None) -> Float[Tensor, " edges"]:
     """The bins + 1 edges of the histogram: 0 in the middle, ``bins / 32`` bins an octave from 2^-13 to 2^3."""
-    step = torch.arange(bins // 2 + 1, dtype=torch.float64)
+    step = torch.arange(bins // 2 + 1, dtype=torch.float64, device=device)
     an_octave = bins // (2 * OCTAVES)
     octave = (step / an_octave).floor()
     positive = torch.exp2(SMALLEST + octave) * (1 + (step - octave * an_octave) / an_octave)
@@ -62,7 +62,7 @@ def _from_histogram(
     index = (cumulated <= wanted.unsqueeze(-1)).sum(-1, keepdim=True).clamp(max=histogram.shape[-1] - 1)
     inside = histogram.gather(-1, index).squeeze(-1)
     before = cumulated.gather(-1, index).squeeze(-1) - inside
-    edge = edges(histogram.shape[-1]).to(histogram.device)
+    edge = edges(histogram.shape[-1], histogram.device)
     lower, upper = edge[index.squeeze(-1)], edge[index.squeeze(-1) + 1]
     return lower + (upper - lower) * (wanted - before) / inside.clamp_min(1), num_tokens
 

@@ -1,13 +1,12 @@
 """Strategy strings: the same in Python, on the command line and in a run's config.
 
-none | frozen | NAME[:option=value,...] [+ NAME[:option=value,...]] ...
+none | RECIPE | NAME[:option=value,...] [+ NAME[:option=value,...]] ...
 
-loss-free:rate=1e-2,rule=proportional       lbl:scope=micro_batch,coefficient=1e-2
-loss-free+lbl:scope=sequence,coefficient=1e-4
+loss-free:rate=1e-2,rule=proportional           lbl:scope=micro_batch,coefficient=1e-2
+loss-free+lbl:scope=sequence,coefficient=1e-4   deepseek-v3
 """
 
 import inspect
-import re
 from collections.abc import Sequence
 
 from equipoise.balancers.base import Balancer
@@ -16,6 +15,7 @@ from equipoise.balancers.loss_free import Frozen, LossFree
 from equipoise.balancers.quantile import Quantile
 from equipoise.balancers.z_loss import ZLoss
 from equipoise.errors import UsageError
+from equipoise.recipes import RECIPES, WITHHELD, recipe, split_strategy
 
 __all__ = ["format_strategy", "parse_strategy"]
 
@@ -37,8 +37,8 @@ def _parse_one(text: str, whole: str) -> Balancer:
     name, colon, options = text.partition(":")
     if name not in BALANCERS:
         raise UsageError(
-            f"A strategy must be made of none, {', '.join(BALANCERS)}: got {name!r} in {whole!r}. Example: "
-            "loss-free:rate=1e-3+lbl:scope=sequence,coefficient=1e-4"
+            f"A strategy must be made of none, {', '.join(BALANCERS)}, or be a recipe ({', '.join(RECIPES)}): got "
+            f"{name!r} in {whole!r}. Example: loss-free:rate=1e-3+lbl:scope=sequence,coefficient=1e-4"
         )
     kind = BALANCERS[name]
     known = list(inspect.signature(kind).parameters)
@@ -60,7 +60,7 @@ def _parse_one(text: str, whole: str) -> Balancer:
 
 
 def parse_strategy(text: str) -> list[Balancer]:
-    """The balancers that a strategy string names; ``none`` names no balancer.
+    """The balancers that a strategy string or a recipe names; ``none`` names no balancer.
 
     >>> [str(balancer) for balancer in parse_strategy("loss-free:rate=1e-2+lbl:scope=sequence")]
     ['loss-free:rate=0.01', 'lbl:scope=sequence']
@@ -69,7 +69,9 @@ def parse_strategy(text: str) -> list[Balancer]:
         return []
     if not text:
         raise UsageError("A strategy must have a name: got an empty one. Use none for no balancing.")
-    return [_parse_one(part, text) for part in re.split(r"\+(?=[A-Za-z])", text)]  # 1e+2 is a number, not two names
+    if text in RECIPES or text in WITHHELD:
+        text = recipe(text).strategy
+    return [_parse_one(part, text) for part in split_strategy(text)]
 
 
 def format_strategy(balancers: Sequence[Balancer]) -> str:
