@@ -1307,6 +1307,29 @@ def test_attach_wants_a_module():
         equipoise.attach("qwen", "lbl")
 
 
+def test_where_must_be_a_function():
+    with pytest.raises(TypeError, match="where must be a function of .name, router.: got str"):
+        equipoise.attach(tiny_lm(), "lbl", where="blocks.0")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "1", True, torch.ones(2)])
+def test_a_loss_scale_that_cannot_be_is_refused(value):
+    _, balance = _attached("lbl")
+    with pytest.raises(ValueError, match="loss_scale must be a finite number"):
+        balance.loss_scale = value
+    assert balance.loss_scale is None
+
+
+@pytest.mark.parametrize("applied", [None, 1.0, "yes", torch.ones(2)])
+def test_a_verdict_that_is_none_is_refused_before_the_window_closes(applied):
+    model, balance = _attached("loss-free:rate=0.1")
+    model(_ids())
+    with pytest.raises(ValueError, match="applied must be true, false or a tensor of one number"):
+        balance.step(applied)
+    balance.step()
+    assert any(offset.any() for offset in balance.offsets.values())
+
+
 def test_a_loss_of_the_models_own_beside_ours_is_said(caplog):
     model = models.family("qwen3_moe", output_router_logits=True, router_aux_loss_coef=0.5)
     equipoise.attach(model, "lbl")

@@ -57,6 +57,8 @@ def test_a_token_that_lists_an_expert_twice_counts_twice():
         (torch.zeros(4, dtype=torch.int64), None, r"expert_ids must have the shape \(tokens, k\): got \(4,\)"),
         (torch.zeros(4, 2, dtype=torch.int64), torch.ones(3), r"expected shape \(4,\), got \(3,\)"),
         (torch.zeros(4, 2, dtype=torch.int64), torch.ones(2, 2), r"expected shape \(4,\), got \(2, 2\)"),
+        (torch.zeros(4, 2), None, "expert_ids must be integers: got torch.float32"),
+        (torch.zeros(4, 2, dtype=torch.bool), None, "expert_ids must be integers: got torch.bool"),
     ],
 )
 def test_expert_load_refuses_bad_input(ids, mask, message):

@@ -12,12 +12,20 @@ from equipoise import (
     coefficient_of_variation,
     dead_experts,
     domain_information,
+    drop_rate,
     effective_experts,
+    gini,
     load_entropy,
     max_violation,
     min_violation,
     sampling_floor,
 )
+
+
+def _gini(counts):
+    pairs = sum(abs(a - b) for a in counts for b in counts)
+    return pairs / (2 * len(counts) * sum(counts)) if sum(counts) else math.nan
+
 
 # metric: (reference, value at [4, 2, 2, 0], at balance, when one of four experts takes all)
 METRICS = {
@@ -27,6 +35,7 @@ METRICS = {
     load_entropy: (reference.normalised_entropy, 0.75, 1.0, 0.0),  # 1.5 ln 2 / ln 4
     effective_experts: (reference.effective_experts, 2**1.5, 4.0, 1.0),
     dead_experts: (reference.dead_experts, 1.0, 0.0, 3.0),
+    gini: (lambda c: _gini(c), 0.375, 0.0, 0.75),  # pairs: 2, 2, 4, 0, 2, 2, twice, over 2 * 16 * 2
 }
 metrics = pytest.mark.parametrize("metric", METRICS, ids=lambda metric: metric.__name__)
 
@@ -130,6 +139,18 @@ def test_an_even_router_evens_out_every_metric():
 
 
 # ---- the floor ----
+
+
+def test_drop_rate_by_hand_and_by_the_reference():
+    assert_close(drop_rate(torch.tensor([4, 2, 2, 0]), 1.5), _f64((2.5 + 0.5 + 0.5) / 8))
+    load = _loads(3, 7)
+    for capacity in (0, 100, 499.5, 1000):
+        expected = [reference.drop_rate(row.tolist(), capacity) for row in load]
+        assert_close(drop_rate(load, capacity), _f64(expected), rtol=1e-12, atol=0)
+    assert drop_rate(torch.zeros(4).long(), 1).isnan()
+    for wrong in (-1, math.nan):
+        with pytest.raises(ValueError, match="capacity must be at least 0"):
+            drop_rate(load, wrong)
 
 
 @pytest.mark.parametrize(("experts", "m"), [(8, 1.42), (32, 2.07), (64, 2.34), (256, 2.83)])

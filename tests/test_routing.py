@@ -210,6 +210,7 @@ def test_route_carries_the_mask():
         ((2, 4), 1, {"num_groups": 0}, "num_groups=0"),
         ((2, 4), 1, {"offset": torch.zeros(3)}, r"expected shape \(4,\), got \(3,\)"),
         ((2, 4), 1, {"offset": torch.zeros(1, 4)}, r"expected shape \(4,\), got \(1, 4\)"),
+        ((2, 4), 1, {"mask": torch.ones(3)}, r"mask must hold one number per token: expected shape \(2,\)"),
         ((2, 4), 1, {"gate": "relu"}, "gate must be one of"),
     ],
 )

@@ -54,6 +54,8 @@ def attach(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module: got {type(model).__name__}.")
+    if where is not None and not callable(where):
+        raise TypeError(f"where must be a function of (name, router): got {type(where).__name__}.")
     inner = _unwrap(model)
     pool = Pool(_process_group(group))
     error: Exception | None = None

@@ -1,6 +1,7 @@
 """Ties the routers of a model to balancers: counts, pools over ranks, steps, saves."""
 
 import inspect
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -71,6 +72,9 @@ class Balance:
 
     @loss_scale.setter
     def loss_scale(self, value: float | Tensor | None) -> None:
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if value is not None and not number and not (isinstance(value, Tensor) and value.numel() == 1):
+            raise ValueError(f"loss_scale must be a finite number, a tensor of one or None: got {value!r}.")
         self._recorder.loss_scale = value
 
     def _tap(self, model: nn.Module) -> None:

@@ -27,6 +27,8 @@ def expert_load(
     """
     if expert_ids.dim() != 2:
         raise ValueError(f"expert_ids must have the shape (tokens, k): got {tuple(expert_ids.shape)}.")
+    if expert_ids.is_floating_point() or expert_ids.dtype == torch.bool:
+        raise ValueError(f"expert_ids must be integers: got {expert_ids.dtype}. Pass the indices of the top-k.")
     if mask is not None and mask.shape != expert_ids.shape[:1]:
         raise ValueError(
             f"mask must hold one number per token: expected shape ({expert_ids.shape[0]},), got {tuple(mask.shape)}."

@@ -17,7 +17,9 @@ __all__ = [
     "coefficient_of_variation",
     "dead_experts",
     "domain_information",
+    "drop_rate",
     "effective_experts",
+    "gini",
     "load_entropy",
     "max_violation",
     "min_violation",
@@ -68,6 +70,37 @@ def coefficient_of_variation(load: Load) -> Float[Tensor, "*layers"]:
     tensor(0.5000, dtype=torch.float64)
     """
     return _by_layer(lambda c: c.std(-1, correction=0) / c.mean(-1), load)
+
+
+def gini(load: Load) -> Float[Tensor, "*layers"]:
+    """Gini coefficient, ``sum_ij |c_i - c_j| / (2 E^2 mean(c))``: 0 is even, 1 - 1/E is collapse onto one expert.
+
+    Source: used for experts by LPR, arXiv:2506.21328.
+
+    >>> gini(torch.tensor([3, 1]))
+    tensor(0.2500, dtype=torch.float64)
+    """
+
+    def sorted_form(c: Tensor) -> Tensor:  # sum_ij |c_i - c_j| = 2 sum_i (2 i - E - 1) c_(i), i from 1
+        experts = c.shape[-1]
+        rank = 2 * torch.arange(1, experts + 1, device=c.device) - experts - 1
+        return (rank * c.sort(-1).values).sum(-1) / (experts * c.sum(-1))
+
+    return _by_layer(sorted_form, load)
+
+
+def drop_rate(load: Load, capacity: float) -> Float[Tensor, "*layers"]:
+    """Share of the assignments beyond a capacity, ``sum_e max(0, c_e - capacity) / sum_e c_e``: from 0 to below 1.
+
+    ``capacity`` is in assignments an expert; a capacity factor f over N tokens is ``f * N * k / E``. Where experts drop
+    by the call, give the load of a call; pooled loads drop less.
+
+    >>> drop_rate(torch.tensor([4, 2, 2, 0]), capacity=3)
+    tensor(0.1250, dtype=torch.float64)
+    """
+    if not capacity >= 0:
+        raise ValueError(f"capacity must be at least 0: got {capacity!r}.")
+    return _by_layer(lambda c: (c - capacity).clamp_min(0).sum(-1) / c.sum(-1), load)
 
 
 def _entropy(c: Tensor) -> Tensor:

@@ -84,7 +84,7 @@ class Recorder:
         if self.paused or (not self.measuring and not training):
             return UNCOUNTED
         num_tokens = expert_ids.shape[0]
-        mask = fit_mask(mask, num_tokens, self.layers[layer].name)
+        mask = fit_mask(mask, num_tokens, self.layers[layer].name, expert_ids.device)
         if self.measuring:
             if self.measured is None:
                 self.measured = self.layout.zeros(expert_ids.device)

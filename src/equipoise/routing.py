@@ -116,6 +116,10 @@ def route(
         raise ValueError(
             f"offset must hold one number per expert: expected shape ({num_experts},), got {tuple(offset.shape)}."
         )
+    if mask is not None and mask.shape != logits.shape[:1]:
+        raise ValueError(
+            f"mask must hold one number per token: expected shape ({logits.shape[0]},), got {tuple(mask.shape)}."
+        )
     scores = score(logits, gate)
     choice = scores.detach() if offset is None else scores.detach() + offset
     if num_groups > 1:

@@ -307,7 +307,7 @@ class Window:
         return Closed(vector, statistics)
 
 
-def fit_mask(mask: Tensor | None, num_tokens: int, name: str) -> Float[Tensor, " tokens"] | None:
+def fit_mask(mask: Tensor | None, num_tokens: int, name: str, device: torch.device) -> Float[Tensor, " tokens"] | None:
     """The mask of these tokens, 0 or 1, a copy. Of a 2-D mask that covers a cached prefix too the end counts."""
     if mask is None:
         return None
@@ -318,7 +318,7 @@ def fit_mask(mask: Tensor | None, num_tokens: int, name: str) -> Float[Tensor, "
             f"the mask must hold one number per token that {name} routes: got shape {tuple(mask.shape)} for "
             f"{num_tokens} tokens. Pass the mask of these tokens with balance.token_mask(mask)."
         )
-    return (mask.reshape(-1) != 0).float()
+    return (mask.to(device).reshape(-1) != 0).float()
 
 
 def number_sequences(

@@ -152,7 +152,7 @@ class Train(_Run):
     """Train one model under one strategy."""
 
     strategy: str = "loss-free:rate=1e-2"
-    """none, frozen, loss-free or lbl, with options or several at once.
+    """none, loss-free, quantile, lbl, z, frozen, with options or several at once; or a recipe (equipoise recipes).
     loss-free:rate=1e-2
     lbl:scope=micro_batch,coefficient=1e-2
     loss-free+lbl:scope=sequence,coefficient=1e-4"""
