@@ -73,6 +73,12 @@ def attach(
         start = {x.name: slot_of(x, multiplies) for x in layers} if offsets is None else _read_offsets(offsets, layers)
         fingerprint = (format_strategy(resolved), [(x.name, x.num_experts, x.k, x.kind) for x in layers])
         steered = any(balancer.has_offset for balancer in resolved)
+        for name, value in start.items():
+            if steered and not value.isfinite().all():
+                raise EquipoiseError(
+                    f"the bias of {name} must hold finite numbers: it does not. It is damaged, or was never filled "
+                    "after to_empty(); load the checkpoint, or set it to zero, before attach."
+                )
         digest = _digest(start) if steered and not any(p.device.type == "meta" for p in inner.parameters()) else None
     except Exception as caught:
         error = caught

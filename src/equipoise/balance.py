@@ -30,6 +30,11 @@ class _Ticket(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
+        if ctx.micro_batch not in ctx.window.micro_batches:
+            raise EquipoiseError(
+                "a backward must run before step() closes its window: it ran after. Call balance.step() after the "
+                "optimizer's step."
+            )
         ctx.micro_batch.serve(grad)
         ctx.window.serving = ctx.micro_batch
         return None, None, None, None

@@ -80,11 +80,14 @@ class Recorder:
     ) -> int:
         recomputing = torch._C._current_graph_task_id() != -1  # the one place that asks: a backward is running
         if recomputing:
-            return RECOMPUTED if training and not self.measuring and not self.paused else UNCOUNTED
+            if not training or self.measuring or self.paused:
+                return UNCOUNTED
+            self._check_recomputation(layer)
+            return RECOMPUTED
         if self.paused or (not self.measuring and not training):
             return UNCOUNTED
         num_tokens = expert_ids.shape[0]
-        mask = fit_mask(mask, num_tokens, self.layers[layer].name, expert_ids.device)
+        mask = fit_mask(mask, num_tokens, rows, self.layers[layer].name, expert_ids.device)
         if self.measuring:
             if self.measured is None:
                 self.measured = self.layout.zeros(expert_ids.device)
@@ -111,6 +114,16 @@ class Recorder:
                 micro_batch.losses[index, layer].add_(value * call.num_tokens)
                 micro_batch.dtype = torch.promote_types(micro_batch.dtype, value.dtype)
         return window.record(call)
+
+    def _check_recomputation(self, layer: int) -> None:
+        """A layer that the window has not counted yet was counted in one before: its offset has moved since."""
+        steering, window = self.group_of[layer][0].steering, self.window
+        if steering is not None and window.number > 0 and not any(m.calls[layer] for m in window.micro_batches):
+            raise EquipoiseError(
+                f"a backward must run before step() closes its window: {self.layers[layer].name} is recomputed after, "
+                "by other offsets than its forward had. Call balance.step() after the optimizer's step; run the "
+                "backward of a forward in paused() or measuring() there too."
+            )
 
     def _close_statistics(self, vector: Tensor, statistics: Statistics) -> None:
         """A micro-batch closes: what balancers want to know of its load."""
@@ -241,6 +254,11 @@ class Recorder:
             return
         held, offset = slot_of(self.layers[layer]), group.steering.offset()[row]
         held = held.to(offset.device)
+        if not held.isfinite().all():
+            raise EquipoiseError(
+                f"the bias of {self.layers[layer].name} must hold finite numbers: the one that was loaded does not. "
+                "The checkpoint is damaged, or its training had diverged; load an earlier one."
+            )
         if any(torch.equal(offset.to(dtype).float(), held) for dtype in (torch.float32, torch.bfloat16, torch.float16)):
             self.restore_offset(layer)  # the checkpoint holds ours, perhaps rounded
         else:

@@ -307,7 +307,9 @@ class Window:
         return Closed(vector, statistics)
 
 
-def fit_mask(mask: Tensor | None, num_tokens: int, name: str, device: torch.device) -> Float[Tensor, " tokens"] | None:
+def fit_mask(
+    mask: Tensor | None, num_tokens: int, rows: int, name: str, device: torch.device
+) -> Float[Tensor, " tokens"] | None:
     """The mask of these tokens, 0 or 1, a copy. Of a 2-D mask that covers a cached prefix too the end counts."""
     if mask is None:
         return None
@@ -317,6 +319,11 @@ def fit_mask(mask: Tensor | None, num_tokens: int, name: str, device: torch.devi
         raise EquipoiseError(
             f"the mask must hold one number per token that {name} routes: got shape {tuple(mask.shape)} for "
             f"{num_tokens} tokens. Pass the mask of these tokens with balance.token_mask(mask)."
+        )
+    if mask.dim() == 2 and 1 < rows == mask.shape[1] != mask.shape[0] > 1:
+        raise EquipoiseError(
+            f"the mask must have a row for each of the {rows} rows of the batch: got shape {tuple(mask.shape)}, which "
+            "has them as columns. Pass mask.T, in the order in which the tokens are routed."
         )
     return (mask.to(device).reshape(-1) != 0).float()
 
