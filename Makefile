@@ -1,12 +1,13 @@
 # make install   a virtual environment in .venv with the tested set of constraints.txt
 # make demo      the main job on the packaged corpus: table on the terminal, page in runs/demo/report.html
 # make test      everything that CI runs
+# make mutants   breaks the core on purpose, one demon a time; the tests must see every break
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO ?= runs/demo
 
-.PHONY: install demo test clean
+.PHONY: install demo test mutants clean
 
 install: $(VENV)/.installed
 
@@ -25,6 +26,9 @@ test: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/pytest -n 2 --dist loadgroup
+
+mutants: install
+	$(BIN)/python tests/mutants.py
 
 clean:
 	rm -rf $(VENV) runs build dist
