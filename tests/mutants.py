@@ -1,0 +1,471 @@
+"""Breaks the core on purpose, one demon a time, and runs the tests that must see it: ``make mutants``.
+
+Each break is one replacement in a copy of the source. A break that no test sees, or whose text is no longer there,
+fails the run. The tests named here are enough to see a break; they are not the only ones that do. Without a break they
+pass: that is what ``make test`` is for.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent
+WORKERS = int(os.environ.get("WORKERS", 2))
+
+
+class Mutant(NamedTuple):
+    what: str  # the demon, by its number in docs/demons.md
+    file: str  # below src/equipoise
+    old: str
+    new: str
+    tests: str  # what pytest is asked to run
+
+
+BALANCE, COUNTS, LOSS = "tests/test_balance.py", "tests/test_counting.py", "tests/balancers/test_load_balancing.py"
+RULES, MECHANISMS, FAMILIES = (
+    "tests/balancers/test_loss_free.py",
+    "tests/test_mechanisms.py",
+    "tests/taps/test_families.py",
+)
+QUANTILE = "tests/balancers/test_quantile.py"
+
+MUTANTS = [
+    # A. scale and normalisation
+    Mutant(
+        "1: the global loss is weaker by the number of micro-batches",
+        "recorder.py",
+        "torch.ones_like(total) * factor",
+        "torch.ones_like(total) * factor / len(self.window.micro_batches)",
+        f"{BALANCE} -k 'factor or uneven'",
+    ),
+    Mutant(
+        "2: counts are divided by the tokens of this micro-batch",
+        "balancers/load_balancing.py",
+        "share = load.to(p.dtype) / load.sum().clamp_min(1).to(p.dtype)",
+        "share = load.to(p.dtype) / (_num_tokens(routing) * routing.expert_ids.shape[-1])",
+        f"{BALANCE} -k uneven",
+    ),
+    Mutant(
+        "8: the coefficient is never applied",
+        "recorder.py",
+        "total = total + balancer.coefficient * balancer.loss(routing, load)",
+        "total = total + balancer.loss(routing, load)",
+        f"{BALANCE} -k uneven",
+    ),
+    Mutant(
+        "9: the factor that the loss was given is ignored",
+        "recorder.py",
+        "torch.ones_like(total) * factor",
+        "torch.ones_like(total)",
+        f"{BALANCE} -k factor",
+    ),
+    Mutant(
+        "13: a loss k times as large",
+        "balancers/load_balancing.py",
+        "return num_experts * (share * p.sum(0)).sum() / _num_tokens(routing)",
+        "return num_experts * routing.expert_ids.shape[-1] * (share * p.sum(0)).sum() / _num_tokens(routing)",
+        LOSS,
+    ),
+    Mutant(
+        "14: the layers' counts are one",
+        "recorder.py",
+        "            return self.layout.load(pooled, layer)\n        if self.last",
+        "            return sum(self.layout.load(pooled, i) for i in (0, 1))\n        if self.last",
+        "tests/test_grid.py -k 'eager and float32 and one_process'",
+    ),
+    # B. wrong inputs to the loss
+    Mutant(
+        "18: the gate is applied twice",
+        "routing.py",
+        '        return logits.softmax(-1)\n    if gate == "sigmoid"',
+        '        return logits.softmax(-1).softmax(-1)\n    if gate == "sigmoid"',
+        "tests/test_routing.py -k score",
+    ),
+    Mutant(
+        "20: a shape makes the loss blind to the load",
+        "balancers/load_balancing.py",
+        "return num_experts * (share * p.sum(0)).sum() / _num_tokens(routing)",
+        "return (share[:, None] * p.sum(0)).sum() / _num_tokens(routing)",
+        LOSS,
+    ),
+    Mutant(
+        "22: what the capacity drops is added up over recomputations",
+        "nn.py",
+        "self.num_dropped.copy_(dropped.sum())",
+        "self.num_dropped.add_(dropped.sum())",
+        "tests/test_nn.py -k 'capacity or drop'",
+    ),
+    Mutant(
+        "24: sigmoid scores are not normalised",
+        "balancers/load_balancing.py",
+        "p = routing.scores / total if normalise else routing.scores",
+        "p = routing.scores",
+        LOSS,
+    ),
+    Mutant(
+        "28: scores in bfloat16",
+        "routing.py",
+        "logits = logits.to(torch.promote_types(logits.dtype, torch.float32))",
+        "logits = logits + 0",
+        "tests/test_routing.py",
+    ),
+    Mutant(
+        "30, 78: the offset reaches the weights",
+        "taps/tap.py",
+        "return torch.return_types.topk((scores.gather(-1, ids), ids))",
+        "return torch.return_types.topk((choice.gather(-1, ids), ids))",
+        f"{FAMILIES} -k weights",
+    ),
+    Mutant(
+        "78: the offset reaches the weights of route",
+        "routing.py",
+        "weights = scores.gather(-1, expert_ids)",
+        "weights = choice.gather(-1, expert_ids)",
+        "tests/test_routing.py -k weights",
+    ),
+    # C. silent no-op
+    Mutant(
+        "31, 38: a loss that is not added goes unnoticed",
+        "recorder.py",
+        "        if call is None or factor is None:\n            raise",
+        "        factor = 0.0 if factor is None else factor\n        if call is None:\n            raise",
+        f"{BALANCE} -k 'ticket or taken'",
+    ),
+    Mutant(
+        "40: the model's slot is not moved",
+        "balance.py",
+        "                for layer in group.layers:\n                    self._recorder.restore_offset(layer)",
+        "                pass",
+        f"{BALANCE} {FAMILIES} -k 'evens or resume or factors or slot'",
+    ),
+    # D. masks, packing, context
+    Mutant(
+        "42, 44: padding is counted",
+        "window.py",
+        "            unmasked = mask.long()",
+        "            unmasked = torch.ones_like(mask).long()",
+        f"{BALANCE} -k padding",
+    ),
+    Mutant(
+        "42: padding is in the loss",
+        "balancers/load_balancing.py",
+        "return p if routing.mask is None else p * routing.mask.to(p.dtype)[:, None]",
+        "return p",
+        LOSS,
+    ),
+    Mutant(
+        "43: packed sequences are one",
+        "window.py",
+        "    if sequence_ids is not None:\n        ids",
+        "    if False:\n        ids",
+        f"{BALANCE} -k pack",
+    ),
+    Mutant(
+        "45: the mask of a cached prefix is taken from its beginning",
+        "window.py",
+        "mask = mask[:, -(num_tokens // mask.shape[0]) :]",
+        "mask = mask[:, : num_tokens // mask.shape[0]]",
+        f"{BALANCE} -k cached",
+    ),
+    Mutant(
+        "49: an empty micro-batch divides by nothing",
+        "balancers/load_balancing.py",
+        "return routing.mask.sum().clamp_min(1).to(routing.scores.dtype)",
+        "return routing.mask.sum().to(routing.scores.dtype)",
+        LOSS,
+    ),
+    # E. ranks
+    Mutant(
+        "55: counts stay on their rank",
+        "window.py",
+        "            self.pool.all_reduce(together).wait()",
+        "            pass",
+        f"{MECHANISMS} -k two_ranks",
+    ),
+    Mutant(
+        "93: statistics stay on their rank",
+        "window.py",
+        "            value.copy_(total.view_as(value))",
+        "            pass",
+        f"{MECHANISMS} -k two_ranks",
+    ),
+    # F. recomputation, evaluation
+    Mutant(
+        "59, 60: a recomputation is counted",
+        "recorder.py",
+        "recomputing = torch._C._current_graph_task_id() != -1",
+        "recomputing = False",
+        f"{FAMILIES} {MECHANISMS} -k 'checkpointing or recomputation'",
+    ),
+    Mutant(
+        "62: f is what was known when the micro-batch closed",
+        "recorder.py",
+        "                    pooled = self.window.load_pooled()",
+        "                    pooled = self.window.micro_batches[0].vector",
+        "tests/test_grid.py -k 'eager and float32 and one_process'",
+    ),
+    Mutant(
+        "64: evaluation is counted",
+        "recorder.py",
+        "if self.paused or (not self.measuring and not training):",
+        "if self.paused:",
+        f"{BALANCE} -k evaluat",
+    ),
+    Mutant(
+        "65: what is paused is counted",
+        "recorder.py",
+        "if self.paused or (not self.measuring and not training):",
+        "if not self.measuring and not training:",
+        f"{BALANCE} -k pause",
+    ),
+    Mutant(
+        "64: a measurement is counted in the window too",
+        "recorder.py",
+        "            self.layout.count(self.measured, layer, expert_ids, mask)\n            return UNCOUNTED",
+        "            self.layout.count(self.measured, layer, expert_ids, mask)",
+        f"{BALANCE} -k measuring",
+    ),
+    # G. storage and dtype
+    Mutant(
+        "68: a cast rounds the offset",
+        "taps/tap.py",
+        "        base._apply(self, fn, recurse)\n        self._equipoise.restore()",
+        "        base._apply(self, fn, recurse)",
+        f"{FAMILIES} -k 'cast or meta'",
+    ),
+    Mutant(
+        "69: counts in float32",
+        "load.py",
+        "load = torch.zeros(num_experts, dtype=torch.int64, device=expert_ids.device)\n    return load.scatter_add_(0, "
+        "expert_ids.reshape(-1).long(), _ones(expert_ids, mask))",
+        "load = torch.zeros(num_experts, device=expert_ids.device)\n    return load.scatter_add_(0, "
+        "expert_ids.reshape(-1).long(), _ones(expert_ids, mask).float())",
+        "tests/test_load.py",
+    ),
+    Mutant(
+        "71: a resumed run begins with other offsets",
+        "balance.py",
+        '                group.steering.offset()[row].copy_(state["offsets"][layer.name])',
+        "                pass",
+        f"{BALANCE} {MECHANISMS} -k never_stopped",
+    ),
+    Mutant(
+        "71: a momentum is not saved",
+        "balancers/loss_free.py",
+        'return {} if self._momentum is None else {"momentum": self._momentum}',
+        "return {}",
+        f"{MECHANISMS} -k never_stopped",
+    ),
+    Mutant(
+        "71: a checkpoint that is loaded after attach loses its bias",
+        "taps/tap.py",
+        "        self._equipoise.adopt()",
+        "        self._equipoise.restore()",
+        f"{FAMILIES} -k adopted",
+    ),
+    Mutant(
+        "74: a copy of the model is counted",
+        "taps/tap.py",
+        "        return _inert_tap, (self.kind, self.steers, self.multiplies)",
+        "        return (lambda tap: tap), (self,)",
+        f"{FAMILIES} -k copy",
+    ),
+    # H. update rule
+    Mutant(
+        "the offset moves with the load, not against it",
+        "balancers/loss_free.py",
+        "return load.sum(-1, keepdim=True) - load.shape[-1] * load",
+        "return load.shape[-1] * load - load.sum(-1, keepdim=True)",
+        RULES,
+    ),
+    Mutant(
+        "76, 77: the step is not centred",
+        "balancers/loss_free.py",
+        "            step = step - step.mean(-1, keepdim=True)",
+        "            step = step - 0",
+        f"{RULES} -k 'hand or reference'",
+    ),
+    Mutant(
+        "the proportional error is in tokens",
+        "balancers/loss_free.py",
+        "relative = error.double() / load.sum(-1, keepdim=True).clamp_min(1)",
+        "relative = error.double() / load.shape[-1]",
+        f"{RULES} -k 'hand or reference'",
+    ),
+    Mutant(
+        "79: the rate falls to zero a window late",
+        "balancers/loss_free.py",
+        "return self.rate if window < self.zero_from else 0.0",
+        "return self.rate if window <= self.zero_from else 0.0",
+        f"{RULES} -k schedules",
+    ),
+    Mutant(
+        "81: a skipped step moves the offset",
+        "balance.py",
+        "        if applied is False:\n            return",
+        "        if applied is None:\n            return",
+        f"{BALANCE} {MECHANISMS} -k skipped",
+    ),
+    Mutant(
+        "81: a verdict on the device is not heeded",
+        "balance.py",
+        "state[name].copy_(torch.where(applied.to(value.device).bool(), state[name], value))",
+        "state[name].copy_(state[name])",
+        f"{BALANCE} {MECHANISMS} -k skipped",
+    ),
+    Mutant(
+        "82: signs of micro-batches are summed",
+        "balancers/loss_free.py",
+        "return (pooled[:, :-1].double() / pooled[:, -1:].clamp_min(1)).to(dtype)",
+        "return pooled[:, :-1].to(dtype)",
+        f"{RULES} -k micro_batch",
+    ),
+    Mutant(
+        "82: an empty micro-batch has a say",
+        "balancers/loss_free.py",
+        "has_tokens = load.sum(-1, keepdim=True) > 0",
+        "has_tokens = load.sum(-1, keepdim=True) >= 0",
+        f"{RULES} -k micro_batch",
+    ),
+    Mutant(
+        "80: the quantile of the other tail",
+        "balancers/quantile.py",
+        "wanted = (num_tokens * k).double() / histogram.shape[-2]",
+        "wanted = (num_tokens * (histogram.shape[-2] - k)).double() / histogram.shape[-2]",
+        f"{QUANTILE} -k 'reference or even'",
+    ),
+    Mutant(
+        "80: a prefix instead of a random subset",
+        "balancers/quantile.py",
+        "            drawn = _draw(routing.logits, self.fraction)",
+        "            drawn = torch.arange(margins.shape[0]) < self.fraction * margins.shape[0]",
+        f"{QUANTILE} -k 'fraction or dealt'",
+    ),
+    Mutant(
+        "47, 80: padding is in the quantile",
+        "balancers/quantile.py",
+        "counted = None if routing.mask is None else routing.mask != 0",
+        "counted = None",
+        f"{QUANTILE} -k 'reference or nothing'",
+    ),
+    # I, J. frozen, coverage
+    Mutant(
+        "84: a frozen offset moves",
+        "balancers/loss_free.py",
+        '    name = "frozen"\n',
+        '    name = "frozen"\n\n    def update(self, load, statistic=None, window=0):\n        self._offset += 1\n',
+        f"{RULES} -k frozen",
+    ),
+    Mutant(
+        "88: the second kind of layer is never updated",
+        "balance.py",
+        "        for group in self._groups:\n            load = self._recorder.load_of",
+        "        for group in self._groups[:1]:\n            load = self._recorder.load_of",
+        f"{BALANCE} -k rules_of_the_gates",
+    ),
+    Mutant(
+        "88, 89: a router that was not called goes unnoticed",
+        "balance.py",
+        "        if not all(called):",
+        "        if not any(called):",
+        f"{BALANCE} -k not_called",
+    ),
+    Mutant(
+        "89: a state is saved in the middle of a window",
+        "balance.py",
+        '        if self._window.micro_batches:\n            raise EquipoiseError(\n                "state_dict()',
+        '        if False:\n            raise EquipoiseError(\n                "state_dict()',
+        f"{BALANCE} -k legal",
+    ),
+    # K. groups
+    Mutant(
+        "91: masked groups are 0 and win against negative scores",
+        "routing.py",
+        'float("-inf")).flatten(-2)',
+        "0.0).flatten(-2)",
+        "tests/test_routing.py -k group",
+    ),
+    # L. metrics
+    Mutant(
+        "94: MaxVio is max over mean",
+        "metrics.py",
+        "c.amax(-1) / c.mean(-1) - 1",
+        "c.amax(-1) / c.mean(-1)",
+        "tests/test_metrics.py",
+    ),
+    Mutant(
+        "92: layers are pooled before the metric",
+        "metrics.py",
+        "return torch.stack([_by_layer(metric, layer) for layer in load.values()]).mean(0)",
+        "return _by_layer(metric, torch.stack(list(load.values())).sum(0))",
+        "tests/test_metrics.py",
+    ),
+    Mutant(
+        "93: domains weigh by their tokens",
+        "metrics.py",
+        "weight = used / used.sum(-1, keepdim=True)",
+        "weight = n / n.sum(-1, keepdim=True)",
+        "tests/test_metrics.py",
+    ),
+    # and ours
+    Mutant(
+        "a third-party factor reaches the weights",
+        "taps/tap.py",
+        "choice = plain * (1 + self.offset) if self.multiplies else plain + self.offset",
+        "choice = plain + self.offset",
+        f"{MECHANISMS} -k product",
+    ),
+]
+
+
+def _copy(folder: Path) -> None:
+    for name in ("src", "tests", "docs", "benchmarks"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "Makefile", "constraints.txt", "CONTRIBUTING.md"):
+        shutil.copy(ROOT / name, folder / name)
+
+
+def _pytest(folder: Path, tests: str) -> subprocess.CompletedProcess[str]:
+    command = f"{sys.executable} -m pytest -x -q -n 0 -p no:cacheprovider {tests}"
+    environment = os.environ | {"PYTHONPATH": str(folder / "src"), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, shell=True, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+
+
+def judge(mutant: Mutant) -> str:
+    """``seen``, or what went wrong."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        _copy(folder)
+        path = folder / "src" / "equipoise" / mutant.file
+        source = path.read_text()
+        if source.count(mutant.old) != 1:
+            return f"its text is there {source.count(mutant.old)} times in {mutant.file}"
+        path.write_text(source.replace(mutant.old, mutant.new))
+        done = _pytest(folder, mutant.tests)
+    if done.returncode == 1:
+        return "seen"
+    if done.returncode == 0:
+        return f"NOT SEEN by {mutant.tests}"
+    return f"pytest could not run: {(done.stdout + done.stderr)[-300:]}"
+
+
+def main() -> None:
+    asked = sys.argv[1:]  # words of the breaks that are wanted, default all
+    chosen = [mutant for mutant in MUTANTS if not asked or any(word in mutant.what for word in asked)]
+    started, missed = time.time(), 0
+    with ThreadPoolExecutor(WORKERS) as pool:
+        for mutant, verdict in zip(chosen, pool.map(judge, chosen), strict=True):
+            missed += verdict != "seen"
+            print(f"{verdict:8} {mutant.what}", flush=True)
+    print(f"{len(chosen) - missed} of {len(chosen)} breaks seen, {time.time() - started:.0f} s")
+    sys.exit(bool(missed))
+
+
+if __name__ == "__main__":
+    main()
