@@ -555,18 +555,18 @@ def quantile_rule(scores, k, offset, mask=None, ema=0.0):
 
 
 def histogram_edges(bins):
-    """The bins + 1 edges from -8 to 8, 0 in the middle; bins a power of two, 32 or more.
+    """The bins + 1 edges from -8 to 8, 0 in the middle; bins a power of two, 64 or more.
 
-    r = bins / 32 bins an octave, 16 octaves: 2^(-13+o) (1 + i/r) for o = 0..15 and i = 0..r-1, the first of them
-    (2^-13) replaced by 0, and 2^3; below 0 the mirror image.
+    r = bins / 64 bins an octave, 32 octaves: 2^(-29+o) (1 + i/r) for o = 0..31 and i = 0..r-1, the first of them
+    (2^-29) replaced by 0, and 2^3; below 0 the mirror image.
     """
-    if bins < 32 or bins & (bins - 1) != 0:
-        raise ValueError(f"{bins} bins are not a power of two from 32 on")
-    per_octave = bins // 32
+    if bins < 64 or bins & (bins - 1) != 0:
+        raise ValueError(f"{bins} bins are not a power of two from 64 on")
+    per_octave = bins // 64
     upper_half = []
-    for o in range(16):
+    for o in range(32):
         for i in range(per_octave):
-            upper_half.append(2.0 ** (-13 + o) * (1.0 + i / per_octave))
+            upper_half.append(2.0 ** (-29 + o) * (1.0 + i / per_octave))
     upper_half[0] = 0.0
     upper_half.append(8.0)
     lower_half = [-edge for edge in reversed(upper_half[1:])]
@@ -1023,31 +1023,32 @@ def _self_check():
     _expect("one token", quantile_rule(s, 2, [0.0] * 3, [1, 0, 0, 0]), [-7 / 24, -1 / 24, 8 / 24])
     _expect("no token, quantile", quantile_rule(s, 1, b, [0] * 4, 0.5), b)
     _expect("all experts, quantile", quantile_rule(s, 3, b, mask, 0.5), b)
-    _expect("all experts, histogram", quantile_histogram(s, 3, b, mask, 32), [[0] * 32] * 3)
+    _expect("all experts, histogram", quantile_histogram(s, 3, b, mask, 64), [[0] * 64] * 3)
 
-    # one bin an octave: powers of two from 2^-12 on; four: 4 5 6 7 8 at the end, 0 5/4 6/4 7/4 (2^-13) at the start
-    powers = [2.0**n for n in range(-12, 4)]
-    _expect("32 edges", histogram_edges(32), [-p for p in reversed(powers)] + [0.0] + powers)
+    # one bin an octave: powers of two from 2^-28 on; two: 4 6 8 at the end, 0 3/2 4/2 6/2 (2^-29) at the start
+    powers = [2.0**n for n in range(-28, 4)]
+    _expect("64 edges", histogram_edges(64), [-p for p in reversed(powers)] + [0.0] + powers)
     edges = histogram_edges(128)
-    _expect("last edges", edges[-5:], [4, 5, 6, 7, 8])
-    _expect("first edges", edges[:5], [-8, -7, -6, -5, -4])
-    _expect("middle edges", [e * 2**15 for e in edges[61:70]], [-7, -6, -5, 0, 5, 6, 7, 8, 10], 0.0)
-    for bins in (32, 64, 128, 256):
+    _expect("last edges", edges[-5:], [2, 3, 4, 6, 8])
+    _expect("first edges", edges[:5], [-8, -6, -4, -3, -2])
+    _expect("middle edges", [e * 2**30 for e in edges[61:70]], [-6, -4, -3, 0, 3, 4, 6, 8, 12], 0.0)
+    for bins in (64, 128, 256):
         edges = histogram_edges(bins)
         _expect(f"{bins} edges rise", [len(edges), sorted(set(edges)) == edges], [bins + 1, True])
 
-    # scores x 0 -x: alpha 0, margins -x 0 x. 128 bins: 0 is in bin 64 and [5, 6) is bin 64 + 15 * 4 + 1 = 125, its
-    # mirror 63 - 61 = 2; below 5/4 2^-13 the bin next to 0, 64 or 63, at it the next, 65 or 62; at 8 and beyond the
-    # last. 1 = 2^(-13 + 13): 64 + 52 = 116 and 63 - 52 = 11; just below 1: one nearer to 0, 115 and 12
-    step = 1.25 * 2.0**-13
+    # scores x 0 -x: alpha 0, margins -x 0 x. 128 bins: 0 is in bin 64 and [4, 6) is bin 64 + 31 * 2 = 126, its
+    # mirror 63 - 62 = 1; below 3/2 2^-29 the bin next to 0, 64 or 63, at it the next, 65 or 62; at 8 and beyond the
+    # last. 1 = 2^(-29 + 29): 64 + 58 = 122 and 63 - 58 = 5; just below 1: one nearer to 0, 121 and 6
+    step = 1.5 * 2.0**-29
     for x, low, high in (
-        (5.0, 2, 125),
-        (5.5, 2, 125),
-        (2.0**-14, 63, 64),
-        (2.0**-13, 63, 64),
+        (5.0, 1, 126),
+        (5.5, 1, 126),
+        (7.0, 0, 127),
+        (2.0**-30, 63, 64),
+        (2.0**-29, 63, 64),
         (step, 62, 65),
-        (1.0, 11, 116),
-        (1.0 - 2.0**-40, 12, 115),
+        (1.0, 5, 122),
+        (1.0 - 2.0**-40, 6, 121),
         (8.0 - 2.0**-40, 0, 127),
         (8.0, 0, 127),
         (30.0, 0, 127),
@@ -1057,33 +1058,33 @@ def _self_check():
             f"bins of {x}", [[len(row), sum(row), row.index(1)] for row in got], [[128, 1, b] for b in (low, 64, high)]
         )
 
-    # the margins of the three tokens in 32 bins: [1/4, 1/2) is 2^(-13 + 11), bin 27, mirror 4; [1/8, 1/4) 26 and 5
-    got = quantile_histogram(s, 1, b, mask, 32)
-    wanted = [[0] * 32 for _ in range(3)]
+    # the margins of the three tokens in 64 bins: [1/4, 1/2) is 2^(-29 + 27), bin 59, mirror 4; [1/8, 1/4) 58 and 5
+    got = quantile_histogram(s, 1, b, mask, 64)
+    wanted = [[0] * 64 for _ in range(3)]
     wanted[0][4], wanted[0][5] = 1, 2
-    wanted[1][16], wanted[1][26], wanted[1][27] = 1, 1, 1
-    wanted[2][16], wanted[2][26] = 2, 1
+    wanted[1][32], wanted[1][58], wanted[1][59] = 1, 1, 1
+    wanted[2][32], wanted[2][58] = 2, 1
     _expect("histogram", got, wanted)
     #   q = 1, not exceeded by a count of 1: (-1/4, -1/8] at its lower end, [1/8, 1/4) at its lower end, and half of
-    #   [0, 2^-12): b + delta = -1/4 1/8 1/4 + 2^-13
-    tiny = 2.0**-13
+    #   [0, 2^-28): b + delta = -1/4 1/8 1/4 + 2^-29
+    tiny = 2.0**-29
     mean = (0.125 + tiny) / 3
     got = quantile_from_histogram(got, 1, 3, b)
     _expect("quantile of bins", got, [-0.25 - mean, 0.125 - mean, 0.25 + tiny - mean])
     # q = 5/2. Two in [1/4, 1/2), three in [1/2, 1): 1/2 + (1/2)/3 * 1/2 = 7/12. Four in (-1/2, -1/4], one in [4, 8):
     # -1/2 + (5/2)/4 * 1/4 = -11/32. b + delta = 7/12 and 21/32 = 112/192 and 126/192, mean 119/192
-    counts = [[0] * 32, [0] * 32]
-    counts[0][27], counts[0][28] = 2, 3
-    counts[1][4], counts[1][31] = 4, 1
+    counts = [[0] * 64, [0] * 64]
+    counts[0][59], counts[0][60] = 2, 3
+    counts[1][4], counts[1][63] = 4, 1
     _expect("within bins", quantile_from_histogram(counts, 1, 5, [0.0, 1.0]), [-7 / 192, 7 / 192])
     got = quantile_from_histogram(counts, 1, 5, [0.0, 1.0], 0.25)
     _expect("averaged bins", got, [-0.75 * 7 / 192, 0.25 + 0.75 * 7 / 192])
     _expect("no token, bins", quantile_from_histogram(counts, 1, 0, [0.0, 1.0], 0.25), [0.0, 1.0])
     _expect("all experts, bins", quantile_from_histogram(counts, 2, 5, [0.0, 1.0], 0.25), [0.0, 1.0])
     # q = 2, of two margins none beyond it: 8; of three in [4, 8) two thirds of the way: 20/3; mean 22/3
-    counts = [[0] * 32, [0] * 32]
-    counts[0][16] = 2
-    counts[1][31] = 3
+    counts = [[0] * 64, [0] * 64]
+    counts[0][32] = 2
+    counts[1][63] = 3
     _expect("beyond the bins", quantile_from_histogram(counts, 1, 4, [0.0, 0.0]), [2 / 3, -2 / 3])
 
     # a common shift of the offset does not change the choice, nor the target; bins no wider than 2^-10 (margins
@@ -1095,7 +1096,7 @@ def _self_check():
     b = [random.gauss(0, 0.1) for _ in range(6)]
     got = quantile_rule(s, 2, b, mask)
     _expect("shifted quantile", quantile_rule(s, 2, [value + 0.3 for value in b], mask), got)
-    binned = quantile_from_histogram(quantile_histogram(s, 2, b, mask, 2**14), 2, 200, b)
+    binned = quantile_from_histogram(quantile_histogram(s, 2, b, mask, 2**15), 2, 200, b)
     _expect("fine bins", binned, got, 2.0**-9)
     rows = margins(s, 2, b, mask)
     mean = sorted(row[0] for row in rows)[66] - (got[0] - b[0])  # what every target has lost to its centring

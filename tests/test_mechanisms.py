@@ -23,7 +23,7 @@ MOVING = [
     "loss-free:rate=0.05,rule=sign,schedule=linear,zero_from=3",
     "quantile",
     "quantile:bins=0",
-    "quantile:bins=32,ema=0.5,fraction=0.5",
+    "quantile:bins=64,ema=0.5,fraction=0.5",
 ]
 moving = pytest.mark.parametrize("strategy", MOVING)
 
@@ -313,3 +313,21 @@ def test_two_ranks_move_the_offsets_as_one():
             for name in NAMES:
                 assert torch.equal(ours[name], theirs[name])
                 assert theirs[name].any()
+
+
+@moving
+def test_a_training_forward_under_inference_mode_is_counted_with_the_others(strategy):
+    found = []
+    for inference in (False, True):
+        model = tiny_lm()
+        balance = equipoise.attach(model, strategy)
+        for seed in range(2):
+            with torch.inference_mode(inference):
+                model(ids(seed))
+                balance.loss()
+            model(ids(seed + 2)).backward()
+            balance.loss()
+            balance.step()
+        found.append(balance.offsets)
+    for name in NAMES:
+        assert torch.equal(found[0][name], found[1][name])

@@ -90,10 +90,11 @@ class Statistics:
         self.gathered = gathered
         self.values: dict[tuple[int, int], Tensor] = {}
 
+    @torch.inference_mode(False)  # they outlive it
     def add(self, layer: int, balancer: int, value: Tensor) -> None:
         there = self.values.get((layer, balancer))
         if there is None:
-            self.values[layer, balancer] = value
+            self.values[layer, balancer] = value.clone() if value.is_inference() else value
         elif self.gathered[balancer]:
             self.values[layer, balancer] = torch.cat([there, value])
         else:
@@ -220,6 +221,7 @@ class Window:
         number = token & 0xFFFFFFFF
         return number, self.calls[number]
 
+    @torch.inference_mode(False)  # counts outlive it
     def close_micro_batch(self) -> MicroBatch | None:
         """Ends the current micro-batch and begins to pool it where a loss needs the pooled counts."""
         closed, self.current = self.current, None

@@ -67,12 +67,12 @@ def test_exact_equals_the_reference(gate, masked, dtype, atol):
     assert_close(ours, torch.tensor(expected, dtype=dtype), rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize("bins", [32, 64, 128, 1024])
+@pytest.mark.parametrize("bins", [64, 128, 1024])
 def test_edges_equal_the_reference(bins):
     assert_close(edges(bins), torch.tensor(reference.histogram_edges(bins), dtype=torch.float64), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("bins", [32, 128])
+@pytest.mark.parametrize("bins", [64, 128])
 def test_every_margin_falls_into_its_bin(bins):
     edge = edges(bins)
     inside = (edge[1:] + edge[:-1]) / 2
@@ -84,7 +84,7 @@ def test_every_margin_falls_into_its_bin(bins):
 
 
 @pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("bins", [32, 128])
+@pytest.mark.parametrize("bins", [64, 128])
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
 def test_the_histogram_and_its_offset_equal_the_reference(gate, bins, dtype, atol):
     logits, start = _logits(60, 5, seed=3), 0.1 * _logits(1, 5, seed=4)
@@ -110,7 +110,7 @@ def test_the_histogram_is_within_its_bins_of_the_exact_offset(seed, gate, k):
         balancer = _prepared(start.clone(), k, gate, bins=bins)
         _step(balancer, logits, k, gate)
         found.append(balancer.offset()[0])
-    # bins are a quarter of an octave wide at most; the mean adds as much again
+    # bins are half an octave wide at most; the mean adds as much again
     widest = 0.5 * float((found[0] - start[0]).abs().max()) + 2**-12
     assert_close(found[1], found[0], rtol=0, atol=2 * widest)
 
@@ -124,6 +124,17 @@ def test_a_skewed_router_is_even_within_a_few_windows(bins, gate):
         history.append(float(max_violation(load)))
     assert history[0] > 2, "the input is not skewed: the test proves nothing"
     assert max(history[5:]) < 0.25, history  # floor 0.07
+
+
+@pytest.mark.parametrize("bins", [0, 64, 128])
+@pytest.mark.parametrize("spread", [1.0, 4.0, 8.0])
+def test_a_peaked_softmax_is_even_too(bins, spread):
+    """Most scores of such a router are below 1e-6: their order decides who gets a token that the best do not take."""
+    balancer = _prepared(torch.zeros(1, 64), gate="softmax", bins=bins)
+    logits, history = spread * _logits(4096, 64, seed=0, dtype=torch.float32), []
+    for _ in range(30):
+        history.append(float(max_violation(_step(balancer, logits, gate="softmax"))))
+    assert sum(history[-5:]) / 5 < 0.25, history
 
 
 @pytest.mark.parametrize("bins", [0, 64])
@@ -157,7 +168,7 @@ def test_a_fraction_is_a_random_subset_of_about_its_size_and_no_prefix(bins):
     assert abs(float(pairs) - 0.0625) < 0.05
 
 
-@pytest.mark.parametrize("bins", [0, 32])
+@pytest.mark.parametrize("bins", [0, 64])
 def test_without_tokens_or_with_k_of_all_experts_nothing_moves(bins):
     start = torch.tensor([[0.3, -0.1, 0.1]])
     balancer = _prepared(start, k=1, bins=bins)
@@ -187,11 +198,11 @@ def test_ties_and_dead_experts_give_finite_offsets(bins):
 
 
 def test_counts_beyond_float32_are_exact():
-    histogram = torch.zeros(2, 32, dtype=torch.int64)
+    histogram = torch.zeros(2, 64, dtype=torch.int64)
     histogram[:, 3], histogram[:, 20] = 2**40 + 1, 2**40 - 1  # half of all lies one beyond the edge of bin 3
     found, number = _from_histogram(histogram, 1)
     assert number.tolist() == [2**41] * 2
-    lower, upper = edges(32)[3:5].tolist()
+    lower, upper = edges(64)[3:5].tolist()
     assert_close(found[0].item(), lower + (upper - lower) * 2**40 / (2**40 + 1), rtol=1e-15, atol=0)
 
 

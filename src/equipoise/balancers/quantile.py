@@ -12,7 +12,7 @@ from equipoise.routing import Routing
 
 __all__ = ["Quantile", "quantile_offset"]
 
-OCTAVES, SMALLEST = 16, -13  # bins reach from 2^-13 to 2^3 on either side of zero
+OCTAVES, SMALLEST = 32, -29  # from 2^-29, the grain of a float32 offset, to 2^3
 
 
 def _margins(
@@ -34,7 +34,7 @@ def _exact(margins: Float[Tensor, "tokens experts"], k: int) -> tuple[Float[Tens
 
 
 def edges(bins: int, device: torch.device | None = None) -> Float[Tensor, " edges"]:
-    """The bins + 1 edges of the histogram: 0 in the middle, ``bins / 32`` bins an octave from 2^-13 to 2^3."""
+    """The bins + 1 edges of the histogram: 0 in the middle, ``bins / 64`` bins an octave from 2^-29 to 2^3."""
     step = torch.arange(bins // 2 + 1, dtype=torch.float64, device=device)
     an_octave = bins // (2 * OCTAVES)
     octave = (step / an_octave).floor()
@@ -126,8 +126,8 @@ class Quantile(Balancer):
     It works on scores of any range. The tokens route by the last window's offset, so nothing leaks.
 
     Args:
-        bins: of the histogram of ``a_t - s_te - b_e`` that is kept for each expert, a power of two from 32; the new
-            offset is interpolated in a bin. Bins are ``bins / 32`` an octave from 2^-13 to 2^3 around the present
+        bins: of the histogram of ``a_t - s_te - b_e`` that is kept for each expert, a power of two from 64; the new
+            offset is interpolated in a bin. Bins are ``bins / 64`` an octave from 2^-29 to 2^3 around the present
             offset, so the closer the balance the finer they are, whatever the range of the scores. 0: exact; all
             values of the window are kept and gathered (8 N E bytes a layer), for small batches.
         ema: share of the old offset that is kept, from 0 to below 1.
@@ -135,8 +135,9 @@ class Quantile(Balancer):
             logits, the same wherever it is dealt; never the first ones.
 
     Source: Su 2026, kexue.fm/archives/11619; Kimi K3, arXiv:2607.24653, section 2.3.3. Where we differ: K3 keeps 1000
-    bins of equal width on [min b - 1, max b + 1]; ours are fewer and fit softmax scores of 1/256 as well. With
-    group-limited routing the best expert that was not chosen may lie in a group that was closed: an approximation.
+    bins of equal width on [min b - 1, max b + 1]; ours are fewer, and fit the 1e-7 of a peaked softmax router
+    as well. With group-limited routing the best expert that was not chosen may lie in a group that was closed: an
+    approximation.
     """
 
     name = "quantile"
@@ -144,7 +145,7 @@ class Quantile(Balancer):
     def __init__(self, bins: int = 128, ema: float = 0.0, fraction: float = 1.0):
         self.bins = check_whole("bins", bins, least=0)
         if self.bins and (self.bins < 2 * OCTAVES or self.bins.bit_count() != 1 or self.bins > 2**20):
-            raise ValueError(f"bins must be 0 (exact) or a power of two from {2 * OCTAVES}: got {bins!r}.")
+            raise ValueError(f"bins must be 0 (exact) or a power of two from {2 * OCTAVES} to {2**20}: got {bins!r}.")
         self.ema = check_number("ema", ema, positive=False)
         self.fraction = check_number("fraction", fraction, positive=True)
         if self.ema >= 1:
