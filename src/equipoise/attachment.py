@@ -15,7 +15,7 @@ from equipoise.balance import Balance, few
 from equipoise.balancers import Balancer, format_strategy, parse_strategy
 from equipoise.errors import EquipoiseError, UsageError
 from equipoise.recorder import Layer, slot_of
-from equipoise.taps.families import find_routers, num_experts_of, prove
+from equipoise.taps.families import find_routers, num_experts_of, prove, unknown_routers
 from equipoise.taps.tap import is_tapped, untap_router
 from equipoise.window import Pool
 
@@ -97,6 +97,11 @@ def attach(
         raise EquipoiseError(
             "every rank must begin with the same offsets: they differ from rank to rank. Load the same checkpoint on "
             "every rank, or broadcast the model (as DistributedDataParallel does), before attach."
+        )
+    if where is None and (left_out := unknown_routers(inner)):
+        _log.warning(
+            f"attach: {few(left_out)} is neither counted nor balanced: equipoise does not know it. Give it an "
+            "attribute router_kind, or choose layers with where=... to say that it may be left out."
         )
     _reset_dynamo(model)
     _warn_of_another_loss(inner, resolved)

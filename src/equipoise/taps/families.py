@@ -16,7 +16,7 @@ from equipoise.errors import EquipoiseError
 from equipoise.routing import score
 from equipoise.taps.tap import OffsetTopK, RouterKind
 
-__all__ = ["FAMILIES", "find_routers", "prove"]
+__all__ = ["FAMILIES", "find_routers", "prove", "unknown_routers"]
 
 BIASED = RouterKind("sigmoid", "e_score_correction_bias")
 SOFTMAX = RouterKind("softmax", None)
@@ -77,6 +77,19 @@ def find_routers(model: nn.Module) -> list[tuple[str, nn.Module, RouterKind]]:
         + "; in a model of your own use equipoise.nn.Router, or give your router an attribute router_kind, an "
         "equipoise.taps.tap.RouterKind(gate, slot)."
     )
+
+
+def unknown_routers(model: nn.Module) -> list[str]:
+    """Names of modules that are called a router or a gate, have a weight of two dimensions, and are of no family."""
+    known = [module for _, module, _ in find_routers(model)]
+    inside = {part for module in known for part in module.modules()}
+    return [
+        f"{plain_name(name)} ({type(module).__name__})"
+        for name, module in model.named_modules()
+        if module not in inside
+        and type(module).__name__.lower().endswith(("router", "gate"))
+        and getattr(module._parameters.get("weight"), "ndim", 0) == 2
+    ]
 
 
 def _looks_like_moe(name: str) -> bool:
