@@ -93,6 +93,13 @@ def test_route_equals_the_reference(gate, case):
     assert torch.equal(routing.scores, score(logits, gate))
 
 
+def test_weights_of_scores_that_underflow_are_zero_not_nan():
+    logits = torch.full((2, 4), -1e4, requires_grad=True)
+    weights = route(logits, 2, gate="sigmoid", renormalise=True).weights
+    weights.sum().backward()
+    assert not weights.any() and logits.grad.isfinite().all()
+
+
 def test_route_by_hand():
     # sigmoid scores .5 .75 .5: experts 1, then (with an offset of +.1) 2; weights .75, .5, together 1.25
     logits = torch.tensor([[0.0, LN3, 0.0]], dtype=torch.float64)

@@ -127,5 +127,5 @@ def route(
     expert_ids = choice.topk(k, dim=-1).indices
     weights = scores.gather(-1, expert_ids)
     if renormalise:
-        weights = weights / weights.sum(-1, keepdim=True)
+        weights = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
     return Routing(logits, scores, expert_ids, weights * scale, mask)

@@ -526,6 +526,8 @@ def test_attach_works_in_any_surrounding(name, where):
         ("_orig_mod.module.layers.1._checkpoint_wrapped_module.gate", "layers.1.gate"),
         ("_fsdp_wrapped_module.layers.1._fsdp_wrapped_module.gate", "layers.1.gate"),
         ("layers.module.gate", "layers.module.gate"),
+        ("layers.1.gate._checkpoint_wrapped_module", "layers.1.gate"),
+        ("", ""),
     ],
 )
 def test_plain_name_is_without_wrappers(name, plain):

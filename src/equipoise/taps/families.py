@@ -39,8 +39,10 @@ def plain_name(name: str) -> str:
     >>> plain_name("module._orig_mod.layers.1.gate")
     'layers.1.gate'
     """
+    name += "."  # a wrapper may stand at the end too
     for wrapper in _WRAPPERS[:-1]:
         name = name.replace(wrapper, "")
+    name = name.removesuffix(".")
     while name.startswith("module."):
         name = name.removeprefix("module.")
     return name
