@@ -243,7 +243,9 @@ def test_factors_begin_at_one_on_a_copy_that_was_steered_by_sums():
     balance = equipoise.attach(model, "loss-free:rate=0.1,rule=sign")
     model(ids(0))
     balance.step()
-    copied = equipoise.attach(copy.deepcopy(model), "loss-free:rule=multiplicative")
+    other = copy.deepcopy(model)
+    other.blocks[0].gate.e_score_correction_bias.zero_()
+    copied = equipoise.attach(other, "loss-free:rule=multiplicative")
     assert not any(offset.any() for offset in copied.offsets.values())
     again = equipoise.attach(copy.deepcopy(model), "loss-free")
     torch.testing.assert_close(again.offsets, balance.offsets)
@@ -331,3 +333,14 @@ def test_a_training_forward_under_inference_mode_is_counted_with_the_others(stra
         found.append(balance.offsets)
     for name in NAMES:
         assert torch.equal(found[0][name], found[1][name])
+
+
+def test_a_factor_on_a_slot_that_is_not_zero_is_refused():
+    """Top-k cannot see a bias that all experts share; a factor on the sum would make the busiest busier."""
+    model = family("glm4_moe")
+    for name, slot in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            slot.fill_(-1.0)
+    with pytest.raises(EquipoiseError, match="a factor must find a slot of zeros: model.layers.0.mlp.gate adds"):
+        equipoise.attach(model, "loss-free:rule=multiplicative")
+    equipoise.attach(model, "loss-free:rule=sign")

@@ -148,6 +148,12 @@ def _find_layers(model: nn.Module, where: Callable[[str, nn.Module], bool] | Non
             raise EquipoiseError(
                 f"a router must be attached once: {name} is attached already. Call detach() on its Balance first."
             )
+        held = None if kind.slot is None else router._buffers.get(kind.slot)
+        if multiplies and held is not None and held.device.type != "meta" and held.any():
+            raise EquipoiseError(
+                f"a factor must find a slot of zeros: {name} adds its {kind.slot} before the top-k, which the factor "
+                "would multiply too, upside down where the sum is below zero. Zero the slot, or take a rule that adds."
+            )
         key = (
             type(router),
             num_experts_of(router),

@@ -112,7 +112,7 @@ def check_number(name: str, value: Any, *, positive: bool) -> float:
     if value < 0 or (positive and value == 0):
         raise ValueError(
             f"{name} must be {'above' if positive else 'at least'} 0: got {value!r}."
-            + (" To switch balancing off, use the strategy none." if positive else "")
+            + (" To switch balancing off, use the strategy none." if name == "rate" else "")
         )
     return float(value)
 

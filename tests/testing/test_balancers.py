@@ -1,0 +1,629 @@
+"""Every balancer of ours conforms, and each known way to get one wrong is found under the invariant's own name."""
+
+import itertools
+from typing import ClassVar
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from equipoise import Frozen, LoadBalancingLoss, LossFree
+from equipoise.balancers import Balancer, Quantile, ZLoss, parse_strategy
+from equipoise.balancers.loss_free import RULES
+from equipoise.balancers.strategy import BALANCERS
+from equipoise.testing import BALANCER_INVARIANTS, ConformanceError, check_balancer
+
+OFFSET = {
+    "offset is the state",
+    "float64 stays",
+    "resumes from its state",
+    "finite",
+    "huge counts",
+    "no tokens move nothing",
+    "layers do not mix",
+    "experts permute",
+    "deterministic",
+    "any division of the tokens",
+    "masked tokens do not matter",
+    "moves against the load",
+}
+LOSS = {name for name in BALANCER_INVARIANTS if name.startswith("loss ")}
+ANY = {"specification", "copies", "strategy string", "inputs unchanged", "no host synchronisation"}
+EVEN, STATISTIC = {"even load moves nothing"}, {"statistic"}
+LOSS_FREE, QUANTILE = ANY | OFFSET | EVEN, ANY | OFFSET | STATISTIC
+
+OURS = {
+    **{
+        f"loss-free:rate=0.01,rule={rule},center={center}": LOSS_FREE
+        for rule, center in itertools.product(RULES, ("true", "false"))
+    },
+    "loss-free": LOSS_FREE,
+    "loss-free:rate=0.01,rule=sign,scope=micro_batch": LOSS_FREE | STATISTIC,
+    "loss-free:rate=0.01,rule=sign,center=false,scope=micro_batch": LOSS_FREE | STATISTIC,
+    "loss-free:rate=0.02,rule=sign,schedule=linear,zero_from=20": LOSS_FREE,
+    "loss-free:rate=0.02,schedule=drop,zero_from=10": LOSS_FREE,
+    "loss-free:rate=0.01,rule=momentum,momentum=0.9,sharpness=5": LOSS_FREE,
+    **{f"quantile:bins={bins}": QUANTILE for bins in (64, 128)},
+    **{f"quantile:bins={bins},ema=0.5,fraction=0.5": QUANTILE for bins in (64, 128)},
+    "quantile:bins=0": QUANTILE - {"huge counts"},
+    "quantile:bins=0,fraction=0.5": QUANTILE - {"huge counts"},
+    **{
+        f"lbl:scope={scope},normalise={normalise}": ANY | LOSS
+        for scope, normalise in itertools.product(("sequence", "micro_batch", "global_batch"), ("true", "false"))
+    },
+    "lbl:coefficient=0.5,pooling=previous": ANY | LOSS,
+    "z:coefficient=0.1": ANY | LOSS,
+    "frozen": ANY | {"offset is the state", "float64 stays"},
+}
+
+
+def test_every_registered_balancer_is_here():
+    assert {type(parse_strategy(text)[0]) for text in OURS} == set(BALANCERS.values())
+    assert {*OFFSET, *LOSS, *ANY, *EVEN, *STATISTIC} == set(BALANCER_INVARIANTS)
+
+
+@pytest.mark.parametrize("strategy", OURS)
+def test_our_balancers_conform(strategy):
+    assert set(check_balancer(lambda: parse_strategy(strategy)[0])) == OURS[strategy]
+
+
+# ---- a balancer of somebody else's ----
+
+
+class Sound(Balancer):
+    """Every hook: counts, a statistic, a state, a loss."""
+
+    name, metric, coefficient = "sound", "sound_loss", 0.1
+
+    def __init__(self, rate=1e-2):
+        self.rate = rate
+
+    def prepare(self, layers):
+        self._offset = layers.offset.clone()
+        self._momentum = torch.zeros_like(self._offset)
+
+    def offset(self):
+        return self._offset
+
+    def state(self):
+        return {"momentum": self._momentum}
+
+    def statistic(self, routing, row):
+        """How many unmasked tokens like each expert best."""
+        counted = 1 if routing.mask is None else (routing.mask != 0).long()[:, None]
+        best = (routing.scores.detach() + self._offset[row]).argmax(-1)
+        return (F.one_hot(best, routing.scores.shape[-1]) * counted).sum(0)
+
+    def error(self, load):
+        return (load.sum(-1, keepdim=True) - load.shape[-1] * load).sign()
+
+    def update(self, load, statistic=None, window=0):
+        step = self.error(load) + 0.5 * self.error(torch.stack(list(statistic)))
+        self._momentum.mul_(0.5).add_(step.to(self._offset.dtype), alpha=self.rate)
+        self._offset.add_(self._momentum)
+
+    def loss(self, routing, load):
+        p = routing.scores / routing.scores.sum(-1, keepdim=True).clamp_min(1e-30)
+        mask = torch.ones_like(p[:, 0]) if routing.mask is None else routing.mask.to(p)
+        share = load.to(p) / load.sum().clamp_min(1)
+        return load.numel() * ((p * mask[:, None]).sum(0) * share).sum() / mask.sum().clamp_min(1)
+
+
+class ByLoad(Balancer):
+    """The load alone."""
+
+    def __init__(self, rate=1e-2):
+        self.rate = rate
+
+    def prepare(self, layers):
+        self._offset = layers.offset.clone()
+
+    def offset(self):
+        return self._offset
+
+    def error(self, load):
+        return (load.sum(-1, keepdim=True) - load.shape[-1] * load).sign()
+
+    @torch.no_grad()
+    def update(self, load, statistic=None, window=0):
+        self._offset.add_(self.error(load).to(self._offset.dtype), alpha=self.rate)
+
+
+class ByPreference(Balancer):
+    """A loss alone."""
+
+    scope = "token"
+
+    def __init__(self, coefficient=0.1):
+        self.coefficient = coefficient
+
+    def loss(self, routing, load):
+        z = routing.logits.to(torch.promote_types(routing.logits.dtype, torch.float32))
+        if routing.mask is not None:
+            z = z * routing.mask.to(z)[:, None]
+        return z.square().mean(-1).sum() / self.tokens(routing)
+
+    def tokens(self, routing):
+        return max(len(routing.logits), 1) if routing.mask is None else routing.mask.sum().clamp_min(1)
+
+
+class Shifted(ByLoad):
+    """A factor."""
+
+    multiplies = True
+
+    @torch.no_grad()
+    def update(self, load, statistic=None, window=0):
+        super().update(load)
+        self._offset.clamp_(min=-1)
+
+
+class Rows(Sound):
+    """Statistics that are kept token by token."""
+
+    gathers = True
+
+    def statistic(self, routing, row):
+        best = F.one_hot(routing.scores.detach().argmax(-1), routing.scores.shape[-1]).float()
+        return best if routing.mask is None else best * routing.mask[:, None]
+
+    def update(self, load, statistic=None, window=0):
+        super().update(load, [rows.long().sum(0) for rows in statistic])
+
+
+class SomeTokens(Sound):
+    """Looks at half of the tokens, drawn by a number that depends on the order of the experts."""
+
+    def statistic(self, routing, row):
+        weights = torch.arange(1, 1 + routing.scores.shape[-1], device=routing.scores.device)
+        drawn = ((routing.scores.detach() * 1e5).long() * weights).sum(-1) % 2
+        mask = drawn.float() if routing.mask is None else routing.mask * drawn
+        return super().statistic(routing._replace(mask=mask), row)
+
+
+@pytest.mark.parametrize(
+    ("balancer", "checked"),
+    [
+        (SomeTokens, ANY | OFFSET | STATISTIC | LOSS),
+        (Sound, ANY | OFFSET | STATISTIC | LOSS),
+        (Rows, (ANY | OFFSET | STATISTIC | LOSS) - {"huge counts"}),
+        (ByLoad, LOSS_FREE),
+        (Shifted, LOSS_FREE),
+        (ByPreference, ANY | LOSS),
+    ],
+)
+def test_a_balancer_of_somebody_else_conforms(balancer, checked):
+    assert set(check_balancer(balancer)) == checked
+
+
+# ---- what goes wrong ----
+
+
+class MovesAnotherTensor(ByLoad):
+    def update(self, load, statistic=None, window=0):
+        self._offset = self._offset + self.rate * self.error(load)
+
+
+class HoldsWhatItWasGiven(ByLoad):
+    def prepare(self, layers):
+        self._offset = layers.offset
+
+
+class StartsAtZero(ByLoad):
+    def prepare(self, layers):
+        self._offset = torch.zeros_like(layers.offset)
+
+
+class HasAGradient(ByLoad):
+    def prepare(self, layers):
+        self._offset = layers.offset.clone().requires_grad_()
+
+
+class GivesACopy(ByLoad):
+    def offset(self):
+        return self._offset.clone()
+
+
+class AlwaysFloat32(ByLoad):
+    def prepare(self, layers):
+        self._offset = layers.offset.float().clone()
+
+
+class SharesTheClass(ByLoad):
+    held: ClassVar[dict] = {}
+
+    def prepare(self, layers):
+        self._offset = self.held.setdefault(layers.gate, layers.offset.clone())
+
+
+class CountsInInt32(ByLoad):
+    def error(self, load):
+        load = load.int()
+        return (load.sum(-1, keepdim=True, dtype=torch.int32) - load.shape[-1] * load).sign()
+
+
+class OneMeanForAllLayers(ByLoad):
+    def error(self, load):
+        return (load.sum() - load.numel() * load).sign()
+
+
+class Reversed(ByLoad):
+    def error(self, load):
+        return -super().error(load)
+
+
+class NeverMoves(ByLoad):
+    def update(self, load, statistic=None, window=0):
+        pass
+
+
+class DividesByTheLoad(ByLoad):
+    def error(self, load):
+        return 1 - load / load.double().mean(-1, keepdim=True)
+
+
+class NoErrorIsAboveZero(ByLoad):
+    def error(self, load):
+        return (load.double() <= load.double().mean(-1, keepdim=True) * (1 + 1e-9)).double() - (
+            torch.arange(load.shape[-1]) == 0
+        ).double()
+
+
+class OnlyGoesDownForTheFirst(ByLoad):
+    def error(self, load):
+        error = super().error(load)
+        error[:, 0].clamp_(max=0)
+        return error
+
+
+class SomeTokensAndTheFirstExpert(SomeTokens):
+    def error(self, load):
+        error = super().error(load)
+        error[:, 0].clamp_(max=0)
+        return error
+
+
+class TheFirstTokens(Sound):
+    def statistic(self, routing, row):
+        mask = torch.ones(len(routing.logits)) if routing.mask is None else routing.mask
+        return super().statistic(routing._replace(mask=mask * (mask.cumsum(0) < 9)), row)
+
+
+class DrawsAtRandom(ByLoad):
+    def error(self, load):
+        return super().error(load) * torch.rand(load.shape)
+
+
+class DrawsByItself(ByLoad):
+    generator = torch.Generator()
+
+    def error(self, load):
+        return super().error(load) * (1 + torch.rand(load.shape[:1] + (1,), generator=self.generator))
+
+
+class RemembersTheWindowBefore(ByLoad):
+    before = 0
+
+    def error(self, load):
+        error, self.before = super().error(load) + self.before, super().error(load)
+        return error
+
+
+class CountsWindowsItself(ByLoad):
+    windows = 0
+
+    def error(self, load):
+        self.windows += 1
+        return super().error(load) / self.windows
+
+
+class ChangesTheLoad(ByLoad):
+    def error(self, load):
+        return load.mul_(-load.shape[-1]).sub_(load.sum(-1, keepdim=True) // load.shape[-1]).sign()
+
+
+class BelowZero(Shifted):
+    def update(self, load, statistic=None, window=0):
+        self._offset.add_(self.error(load), alpha=0.7)
+
+
+class NotEveryFieldIsText(ByLoad):
+    def __init__(self, rate=1e-2, rule=None):
+        self.rate, self.rule = rate, rule or object()
+
+
+class HoldsAFunction(ByLoad):
+    def prepare(self, layers):
+        super().prepare(layers)
+        self.kept = lambda: None
+
+
+class CopiesAreTheSame(ByLoad):
+    def __deepcopy__(self, memo):
+        return self if hasattr(self, "_offset") else type(self)(self.rate)
+
+
+class IgnoresTheMask(Sound):
+    def statistic(self, routing, row):
+        return super().statistic(routing._replace(mask=None), row)
+
+
+class AlwaysTheFirstLayer(Sound):
+    def statistic(self, routing, row):
+        return super().statistic(routing, 0)
+
+
+class ForgetsItsMomentum(Sound):
+    def state(self):
+        return {}
+
+
+class StatisticInFloats(Sound):
+    def statistic(self, routing, row):
+        return super().statistic(routing, row).float()
+
+
+class StatisticInOneBuffer(Sound):
+    def statistic(self, routing, row):
+        found = super().statistic(routing, row)
+        self.buffer = found if not hasattr(self, "buffer") else self.buffer.copy_(found)
+        return self.buffer
+
+
+class NoStatisticWithoutTokens(Sound):
+    def statistic(self, routing, row):
+        return super().statistic(routing, row) if len(routing.logits) else None
+
+
+class ShapeOfTheCall(Sound):
+    def statistic(self, routing, row):
+        return routing.expert_ids.clone()
+
+
+class ShareOfTheCall(Sound):
+    def statistic(self, routing, row):
+        found = super().statistic(routing, row)
+        return found * 1000 // found.sum().clamp_min(1)
+
+
+class ChangesTheScores(Sound):
+    def statistic(self, routing, row):
+        routing.scores.detach().add_(self._offset[row] + 1)
+        return super().statistic(routing._replace(scores=routing.scores - self._offset[row]), row)
+
+
+class CountsByItem(Sound):
+    def statistic(self, routing, row):
+        found = super().statistic(routing, row)
+        return found if found.sum().item() >= 0 else -found
+
+
+class CountsByBincount(ByLoad):
+    def error(self, load):
+        return torch.stack([torch.bincount(row, minlength=1)[:1] for row in load]) * 0 + super().error(load)
+
+
+class IndexesByAMask(ByLoad):
+    def error(self, load):
+        error = super().error(load)
+        error[load == 0] = error[load == 0] + 0
+        return error
+
+
+class CopiesFromTheHost(ByLoad):
+    def error(self, load):
+        return super().error(load) * torch.arange(load.shape[-1]).clamp(1, 1).to(load.device)
+
+
+class TensorOfPythonNumbers(ByLoad):
+    def error(self, load):
+        return super().error(load) * torch.tensor([1] * load.shape[-1], device=load.device)
+
+
+class ReadsOnTheHost(ByLoad):
+    def error(self, load):
+        return super().error(load.cpu()).to(load.device)
+
+
+class SynchronisesInTheLoss(Sound):
+    def loss(self, routing, load):
+        return super().loss(routing, load) if float(load.sum()) else routing.logits.sum() * 0
+
+
+class LossOfTheMasked(Sound):
+    def loss(self, routing, load):
+        return super().loss(routing._replace(mask=None), load)
+
+
+class LossOverTheWrongDimension(Sound):
+    def loss(self, routing, load):
+        return super().loss(routing._replace(scores=routing.logits.float().softmax(0)), load)
+
+
+class LossOfHalfAGradient(Sound):
+    def loss(self, routing, load):
+        return super().loss(routing._replace(scores=(routing.scores + routing.scores.detach()) / 2), load)
+
+
+class LossOfDetachedTotals(ByPreference):
+    def loss(self, routing, load):
+        value = super().loss(routing, load)
+        return value * value.detach()
+
+
+class LossIsASum(ByPreference):
+    def tokens(self, routing):
+        return 1.0
+
+
+class LossOfNothingIsNan(ByPreference):
+    def tokens(self, routing):
+        return len(routing.logits) if routing.mask is None else routing.mask.sum()
+
+
+class LossWithTheCoefficient(ByPreference):
+    def loss(self, routing, load):
+        return self.coefficient * super().loss(routing, load)
+
+
+class LossByTheWeights(Sound):
+    def loss(self, routing, load):
+        return super().loss(routing, load) + routing.weights.mean() * (len(routing.logits) > 0)
+
+
+class LossWithoutTheLogits(Sound):
+    def loss(self, routing, load):
+        return super().loss(routing._replace(scores=routing.scores.detach()), load)
+
+
+class LossIn16Bits(ByPreference):
+    def loss(self, routing, load):
+        return super().loss(routing, load).to(routing.logits.dtype)
+
+
+class LossOfTheFirstExpert(ByPreference):
+    def loss(self, routing, load):
+        return super().loss(routing._replace(logits=routing.logits[:, :1]), load)
+
+
+class LossIsAVector(ByPreference):
+    def loss(self, routing, load):
+        return super().loss(routing, load)[None]
+
+
+class LossOfThousands(ByPreference):
+    def loss(self, routing, load):
+        return super().loss(routing._replace(logits=routing.logits.exp()), load)
+
+
+class ChangesTheLogits(ByPreference):
+    def loss(self, routing, load):
+        value = super().loss(routing, load)
+        routing.logits.data.mul_(2)
+        return value
+
+
+class UnknownScope(ByPreference):
+    scope = "batch"
+
+
+BROKEN = [
+    (MovesAnotherTensor, "offset is the state", "not moved in place"),
+    (HoldsWhatItWasGiven, "offset is the state", "Layers.offset itself was moved"),
+    (StartsAtZero, "offset is the state", "at the start"),
+    (HasAGradient, "offset is the state", "offset requires a gradient"),
+    (GivesACopy, "offset is the state", "another tensor"),
+    (AlwaysFloat32, "float64 stays", "torch.float32 at the start"),
+    (SharesTheClass, "specification", "of another copy that was not used"),
+    (UnknownScope, "specification", "scope 'batch'"),
+    (NotEveryFieldIsText, "strategy string", "object at 0x"),
+    (HoldsAFunction, "copies", "copied by pickle"),
+    (CopiesAreTheSame, "copies", "of the original, while only the copy was used"),
+    (CountsInInt32, "huge counts", "times"),
+    (OneMeanForAllLayers, "layers do not mix", "when another layer changed"),
+    (AlwaysTheFirstLayer, "layers do not mix", "layer 1"),
+    (Reversed, "moves against the load", "seed 13"),
+    (NeverMoves, "moves against the load", "the busiest by [0.0, 0.0]"),
+    (DividesByTheLoad, "no tokens move nothing", "nan"),
+    (DividesByTheLoad, "finite", "window no tokens"),
+    (NoErrorIsAboveZero, "even load moves nothing", "7 for every expert"),
+    (OnlyGoesDownForTheFirst, "experts permute", "order ["),
+    (SomeTokensAndTheFirstExpert, "experts permute", "order ["),
+    (TheFirstTokens, "any division of the tokens", "not as one call"),
+    (DrawsAtRandom, "deterministic", "the global generator was used"),
+    (DrawsByItself, "deterministic", "after three windows"),
+    (RemembersTheWindowBefore, "resumes from its state", "a new copy"),
+    (CountsWindowsItself, "resumes from its state", "a new copy"),
+    (ForgetsItsMomentum, "resumes from its state", "a new copy"),
+    (ChangesTheLoad, "inputs unchanged", "hook update"),
+    (ChangesTheScores, "inputs unchanged", "hook statistic"),
+    (ChangesTheLogits, "inputs unchanged", "hook loss"),
+    (BelowZero, "finite", "a factor of -"),
+    (IgnoresTheMask, "masked tokens do not matter", "with masked tokens"),
+    (StatisticInFloats, "statistic", "torch.float32, whose sums may round"),
+    (StatisticInOneBuffer, "statistic", "the same memory"),
+    (NoStatisticWithoutTokens, "statistic", "None"),
+    (ShapeOfTheCall, "statistic", "statistic of the shapes"),
+    (ShareOfTheCall, "any division of the tokens", "dealt as"),
+    (CountsByItem, "no host synchronisation", "hook statistic"),
+    (CountsByBincount, "no host synchronisation", "bincount"),
+    (IndexesByAMask, "no host synchronisation", "hook update"),
+    (CopiesFromTheHost, "no host synchronisation", "copies between host and device"),
+    (TensorOfPythonNumbers, "no host synchronisation", "tensor of Python numbers"),
+    (ReadsOnTheHost, "no host synchronisation", "hook update"),
+    (SynchronisesInTheLoss, "no host synchronisation", "hook loss and its backward"),
+    (LossOfTheMasked, "loss of masked tokens", "a gradient at masked tokens"),
+    (LossOverTheWrongDimension, "loss is a mean over tokens", "tokens of a part"),
+    (LossOverTheWrongDimension, "loss dtype", "torch.float32, not torch.float64"),
+    (LossOfHalfAGradient, "loss derivative", "seed of the direction 0"),
+    (LossOfDetachedTotals, "loss derivative", "by differences"),
+    (LossIsASum, "loss is a mean over tokens", "from the parts"),
+    (LossOfNothingIsNan, "loss finite", "a loss of nan"),
+    (LossWithTheCoefficient, "loss without its coefficient", "coefficient 1.3"),
+    (LossByTheWeights, "loss gradient by the logits only", "a gradient through routing.weights"),
+    (LossWithoutTheLogits, "loss gradient by the logits only", "a loss without a gradient"),
+    (LossIn16Bits, "loss dtype", "torch.bfloat16, not torch.float32"),
+    (LossOfTheFirstExpert, "loss permutes", "in the first order"),
+    (LossIsAVector, "loss finite", "not a scalar tensor"),
+    (LossOfThousands, "loss finite", "a loss of inf"),
+]
+
+
+@pytest.mark.parametrize(("balancer", "invariant", "came"), BROKEN, ids=lambda value: getattr(value, "__name__", value))
+def test_a_broken_balancer_is_found_under_the_name_of_the_invariant(balancer, invariant, came):
+    SharesTheClass.held.clear()
+    with pytest.raises(ConformanceError) as error:
+        check_balancer(balancer, only=invariant)
+    message = str(error.value)
+    assert message.startswith(f"{invariant}: ") and message.endswith(".")
+    assert " must " in message.partition(" Got: ")[0] or " may " in message.partition(" Got: ")[0]
+    assert came in message.partition(" Got: ")[2]
+    assert "gate s" in message
+
+
+def test_every_invariant_has_a_balancer_that_breaks_it():
+    assert {invariant for _, invariant, _ in BROKEN} == set(BALANCER_INVARIANTS)
+
+
+# ---- how it is used ----
+
+
+@pytest.mark.parametrize("invariant", BALANCER_INVARIANTS)
+def test_one_invariant_at_a_time(invariant):
+    assert check_balancer(Frozen, only=invariant) in ((), (invariant,))
+
+
+def test_the_first_that_does_not_hold_is_raised_and_gates_can_be_left_out():
+    with pytest.raises(ConformanceError, match="^offset is the state: "):
+        check_balancer(MovesAnotherTensor)
+
+    class ForSoftmax(ByLoad):
+        def prepare(self, layers):
+            if layers.gate != "softmax":
+                raise ValueError("softmax only")
+            super().prepare(layers)
+
+    with pytest.raises(ConformanceError, match="ValueError: softmax only; with gate sigmoid"):
+        check_balancer(ForSoftmax, only="offset is the state", gates=("softmax", "sigmoid"))
+    assert check_balancer(ForSoftmax, only="offset is the state", gates=("softmax",)) == ("offset is the state",)
+
+
+def test_a_failure_carries_its_cause():
+    with pytest.raises(ConformanceError) as error:
+        check_balancer(CountsByItem, only="no host synchronisation")
+    assert isinstance(error.value, AssertionError) and isinstance(error.value.__cause__, RuntimeError)
+
+
+def test_bad_arguments_are_refused():
+    with pytest.raises(ValueError, match="only must be one of specification, .*: got 'speed'"):
+        check_balancer(LossFree, only="speed")
+    with pytest.raises(TypeError, match="factory must make a Balancer: got str"):
+        check_balancer(lambda: "loss-free")
+
+
+def test_the_global_generator_is_left_alone():
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    for balancer in (LossFree, Quantile, LoadBalancingLoss, ZLoss):
+        check_balancer(balancer, gates=("softmax",))
+    assert torch.equal(torch.get_rng_state(), before)
