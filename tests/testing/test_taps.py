@@ -594,3 +594,13 @@ def test_checkpointing_of_the_model_and_of_the_call_are_both_tried(monkeypatch):
 def test_the_second_batch_is_another():
     subject = Subject(Model(), {"input_ids": IDS, "flag": True}, None)
     assert not torch.equal(subject.flipped["input_ids"], IDS) and subject.flipped["flag"] is True
+
+
+def test_a_model_that_is_attached_is_refused():
+    model = models.tiny_lm()
+    balance = equipoise.attachment.attach(model, "loss-free")
+    for given in (model, deepcopy(model)):
+        with pytest.raises(ValueError, match="model must be as it is before attach"):
+            check_tap(given, {"input_ids": IDS})
+    balance.detach()
+    assert check_tap(model, {"input_ids": IDS}, only="detach restores") == ("detach restores",)

@@ -50,6 +50,11 @@ def check_tap(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module: got {type(model).__name__}.")
+    if any("_equipoise" in module.__dict__ for module in model.modules()):
+        raise ValueError(
+            "model must be as it is before attach: this one is attached, or a copy of one that is. Call detach() on "
+            "its Balance first, or build it anew."
+        )
     subject = Subject(model, _random_batch(model) if batch is None else dict(batch), where)
     shapes = {name: tuple(value.shape) for name, value in subject.batch.items() if isinstance(value, Tensor)}
     given: dict[str, object] = {"model": type(model).__name__, "batch": shapes}

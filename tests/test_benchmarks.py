@@ -1,0 +1,96 @@
+"""The benchmarks compute what they say; their results are stored runs and are not made here."""
+
+import importlib.util
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from equipoise.lab.config import Train
+
+ROOT = Path(__file__).parent.parent
+
+
+def _load(name):
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", ROOT / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_steps_until_balance_by_hand():
+    quantile = _load("quantile")
+    values = [1.0, 0.3, 0.2, 0.2, 0.4, 0.1]  # medians of three: 0.3, 0.2, 0.2, 0.2
+    assert quantile.steps_until(values, span=3) == 4
+    assert quantile.steps_until(values, 0.05, span=3) is None
+    assert quantile.share_after([0.2, 0.2, 0.4, 0.4], span=2) == pytest.approx(0.0)
+    assert quantile.share_after(values, span=3) == 1.0
+    assert quantile.share_after(values, 0.05, span=3) is None
+
+
+@pytest.mark.parametrize("quantile_steps, sign_steps, holds", [(10, (30, 40, None), True), (11, (30, 40, None), False)])
+def test_the_claim_is_against_the_best_rate(quantile_steps, sign_steps, holds):
+    quantile = _load("quantile")
+    found = dict(zip((quantile.QUANTILE, *quantile.SIGN), (quantile_steps, *sign_steps), strict=True))
+    rows = [{"strategy": strategy, "steps_until_balance": steps} for strategy, steps in found.items()]
+    claim = quantile.claim(rows, 50)
+    assert claim["holds"] is holds and claim["best_sign"] == quantile.SIGN[0] and claim["factor_is"] == "exact"
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    monkeypatch.setenv("EQUIPOISE_CACHE", str(tmp_path / "cache"))
+    text = tmp_path / "text"
+    text.mkdir()
+    for name, words in {"fruit": "apple pear plum fig", "metal": "iron zinc gold tin"}.items():
+        draw = random.Random(name)
+        documents = [" ".join(draw.choices(words.split(), k=60)) for _ in range(60)]
+        (text / f"{name}.txt").write_text("\n\n".join(documents))
+    return Train(
+        out=tmp_path / "run",
+        data=str(text),
+        strategy="lbl:scope=global_batch",
+        steps=3,
+        vocab_size=300,
+        layers=2,
+        width=32,
+        experts=4,
+        experts_per_token=2,
+        expert_width=16,
+        sequence_length=16,
+        sequences=2,
+        micro_batches=2,
+        evaluation_sequences=4,
+        save_model=False,
+    )
+
+
+@pytest.mark.slow
+def test_pooling_error_trains_as_the_lab_does_and_measures_beside_it(tiny, tmp_path):
+    from equipoise.lab.train import train
+    from equipoise.records import Run
+
+    class Silent:
+        say = begin = step = end = lambda *arguments: None
+
+    pooling_error = _load("pooling_error")
+    train(tiny, Silent())
+    expected = [row["loss"] for row in Run(tiny.out).rows("steps")]
+    with pooling_error.reproducible():
+        training = pooling_error.Training(replace(tiny, out=tmp_path / "other"))
+        losses = [training.step(), training.step()]
+        found = training.measure()
+        losses.append(training.step())
+    assert losses == pytest.approx(expected, rel=1e-6)
+    assert max(found["check"].values()) < pooling_error.LARGEST
+    for mode in pooling_error.MODES:
+        assert 0 < found["errors"][mode]["routers"]["error"] < 100
+    # one micro-batch and the window are the same where the window has one: no way to know f is then wrong
+    with pooling_error.reproducible():
+        training = pooling_error.Training(replace(tiny, out=tmp_path / "third", micro_batches=1))
+        training.step()
+        found = training.measure()
+    assert found["errors"]["window"]["routers"]["error"] < 1e-6
+    assert found["errors"]["micro_batch"]["routers"]["error"] < 1e-6
+    assert found["errors"]["previous"]["routers"]["error"] > 1e-3
