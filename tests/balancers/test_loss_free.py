@@ -315,3 +315,10 @@ def test_notes_say_that_a_run_is_too_short():
     assert LossFree(rate=1e-3, rule="proportional").notes(100) == []
     (note,) = LossFree(rate=1e-2, rule="sign", schedule="drop", zero_from=20).notes(1000)
     assert "1000 steps" in note and "at most 0.2" in note
+
+
+def test_notes_say_how_large_a_step_is_on_a_softmax_gate():
+    (note,) = _prepared(torch.zeros(1, 128), "softmax", rate=1e-3, rule="sign").notes(100)
+    assert "128 experts a step of 0.001 is 13% of a mean score" in note  # the paper's own example, appendix C
+    assert _prepared(torch.zeros(1, 128), "softmax", rate=1e-3).notes(100) == []
+    assert "softmax" not in str(_prepared(torch.zeros(1, 128), "sigmoid", rate=1e-3).notes(100))

@@ -108,7 +108,7 @@ class LossFree(Balancer):
 
     def prepare(self, layers: Layers) -> None:
         self.rule = self.rule or ("proportional" if layers.gate == "softmax" else "sign")
-        self._offset = layers.offset.clone()
+        self._offset, self._gate = layers.offset.clone(), layers.gate
         self._momentum = torch.zeros_like(self._offset) if self.rule == "momentum" else None
 
     def offset(self) -> Float[Tensor, "layers experts"]:
@@ -170,6 +170,13 @@ class LossFree(Balancer):
         return self.rate if window < self.zero_from else 0.0
 
     def notes(self, num_steps: int) -> list[str]:
+        if self.rule in ("sign", "momentum") and getattr(self, "_gate", None) == "softmax":
+            num_experts = self._offset.shape[-1]
+            share = f"{self.rate * num_experts:.0%}"
+            return [
+                f"On a softmax gate with {num_experts} experts a step of {self.rate:g} is {share} of a mean score; "
+                "rule=proportional follows the size of the error (arXiv:2408.15664, appendix C)."
+            ]
         if self.rule in ("proportional", "rms"):
             return []
         moved = [self.rate_at(window) for window in range(num_steps)] if self.zero_from else [self.rate] * num_steps
