@@ -172,9 +172,9 @@ class LossFree(Balancer):
     def notes(self, num_steps: int) -> list[str]:
         if self.rule in ("sign", "momentum") and getattr(self, "_gate", None) == "softmax":
             num_experts = self._offset.shape[-1]
-            share = f"{self.rate * num_experts:.0%}"
+            part = f"{self.rate * num_experts:.0%}"
             return [
-                f"On a softmax gate with {num_experts} experts a step of {self.rate:g} is {share} of a mean score; "
+                f"On a softmax gate with {num_experts} experts a step of {self.rate:g} is {part} of a mean score; "
                 "rule=proportional follows the size of the error (arXiv:2408.15664, appendix C)."
             ]
         if self.rule in ("proportional", "rms"):
