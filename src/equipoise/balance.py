@@ -214,7 +214,8 @@ class Balance:
         self._recorder.measuring, self._recorder.measured = True, None
         load: dict[str, Tensor] = {}
         try:
-            yield load
+            with self._context.aside():
+                yield load
             vector = self._layout.zeros(self._device()) if self._recorder.measured is None else self._recorder.measured
             work = self._pool.all_reduce(vector)
             if work is not None:
@@ -228,7 +229,8 @@ class Balance:
         """Counts nothing, for forwards that are no training: generation, a probe. Offsets still steer."""
         before, self._recorder.paused = self._recorder.paused, True
         try:
-            yield
+            with self._context.aside():
+                yield
         finally:
             self._recorder.paused = before
 
@@ -236,6 +238,7 @@ class Balance:
         """Says which tokens of the coming micro-batch count and which sequence each is in.
 
         Holds until the next ``loss()`` or ``step()`` and outranks an ``attention_mask`` that the model is called with.
+        Inside ``measuring()`` and ``paused()`` it is put aside, and one that is given there ends with them.
 
         Args:
             mask: 1 for a token that counts, 0 for padding; ``[batch, sequence]`` or flat; None: all count.
@@ -263,7 +266,8 @@ class Balance:
         micro_batch = self._window.current or self._last_micro_batch
         if micro_batch is None:
             return torch.zeros((), dtype=torch.int64, device=self._device())
-        return micro_batch.vector[self._layout.tokens].min()
+        tokens = micro_batch.vector[self._layout.tokens]
+        return torch.stack([tokens[layer] for layer, calls in enumerate(micro_batch.calls) if calls]).min()
 
     def metrics(self) -> dict[str, float]:
         """Figures of the last closed window over all ranks, as Python numbers (this waits for a GPU); {} before it.

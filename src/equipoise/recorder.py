@@ -113,7 +113,7 @@ class Recorder:
                 value = balancer.loss(routing, self._scope_load(balancer, layer, micro_batch, window.load_now))
                 micro_batch.losses[index, layer].add_(value * call.num_tokens)
                 micro_batch.dtype = torch.promote_types(micro_batch.dtype, value.dtype)
-        return window.record(call)
+        return window.record(call, expert_ids)
 
     def _check_recomputation(self, layer: int) -> None:
         """A layer that the window has not counted yet was counted in one before: its offset has moved since."""
@@ -164,7 +164,7 @@ class Recorder:
     ) -> Float[Tensor, "tokens experts"]:
         if token == UNCOUNTED:
             return torch.zeros_like(logits)
-        call, factor = self._serve(layer, token)
+        call, factor = self._serve(layer, token, expert_ids)
         micro_batch = call.micro_batch
         if micro_batch is self.window.current or not self.has_tickets:  # no loss() closed it: loss_scale stands in
             self.window.close_micro_batch()
@@ -184,7 +184,7 @@ class Recorder:
             (gradient,) = torch.autograd.grad(total, logits, grad_outputs=torch.ones_like(total) * factor)
         return gradient
 
-    def _serve(self, layer: int, token: int) -> tuple[Call, Tensor | float]:
+    def _serve(self, layer: int, token: int, expert_ids: Tensor) -> tuple[Call, Tensor | float]:
         """The counted call that this backward belongs to, and the factor of its loss."""
         window = self.window
         number, call = -1, None
@@ -193,7 +193,7 @@ class Recorder:
             if micro_batch is None and self.loss_scale is not None:
                 micro_batch = next((m for m in window.micro_batches if m.unserved[layer]), None)
             if micro_batch is not None and micro_batch.unserved[layer]:
-                number = micro_batch.unserved[layer][-1]  # backwards run from the last call to the first
+                number = micro_batch.find(layer, expert_ids)
                 call = window.calls[number]
         else:
             number, call = window.call(token)
@@ -210,6 +210,7 @@ class Recorder:
             )
         if number in call.micro_batch.unserved[layer]:
             call.micro_batch.unserved[layer].remove(number)
+            call.micro_batch.choices.pop(number, None)
         return call, factor
 
     def _routing(self, layer: int, call: Call, logits: Tensor, expert_ids: Tensor, weights: Tensor) -> Routing:

@@ -138,12 +138,29 @@ class MicroBatch:
         self.statistics = statistics  # handed to the window when this micro-batch closes
         self.calls: list[list[int]] = [[] for _ in range(num_layers)]
         self.unserved: list[list[int]] = [[] for _ in range(num_layers)]  # calls whose backward has not run yet
+        self.choices: dict[int, Tensor] = {}  # expert ids of unserved calls
         self.first_layer: int | None = None
         self.factor: Tensor | None = None  # what the caller multiplied the loss with, known in the backward
         # by loss and layer, its sum over the tokens
         self.dtype = torch.float32  # of the losses, or wider
         with torch.inference_mode(False):
             self.losses = vector.new_zeros(num_losses, num_layers, dtype=torch.float64)
+
+    def find(self, layer: int, expert_ids: Tensor) -> int:
+        """Which unserved call of ``layer`` was made again: of several, the one that chose most alike, or the last.
+
+        Backwards run from the last call to the first, but not every call has one.
+        """
+        calls = self.unserved[layer]
+        if len(calls) == 1:
+            return calls[0]
+        alike = [
+            int((self.choices[c] == expert_ids).sum())
+            if c in self.choices and self.choices[c].shape == expert_ids.shape
+            else -1
+            for c in calls
+        ]
+        return max(zip(alike, calls, strict=True))[1]
 
     def serve(self, factor: Tensor) -> None:
         """A ticket's backward has run: the backwards of this micro-batch's routers follow."""
@@ -201,12 +218,14 @@ class Window:
             self.micro_batches.append(self.current)
         return self.current
 
-    def record(self, call: Call) -> int:
+    def record(self, call: Call, expert_ids: Tensor) -> int:
         """Keeps a call and returns its token, which its backward brings back."""
         number, micro_batch = len(self.calls), call.micro_batch
         self.calls.append(call)
         micro_batch.calls[call.layer].append(number)
         micro_batch.unserved[call.layer].append(number)
+        if self.num_losses:
+            micro_batch.choices[number] = expert_ids.to(torch.int16)  # a copy: a compiled graph reuses its buffers
         if micro_batch.first_layer is None:
             micro_batch.first_layer = call.layer
         return self.number << 32 | number
@@ -305,6 +324,8 @@ class Window:
                 self._check(vector)
                 vector = self._closed
             statistics.gather(self.pool)
+        for micro_batch in self.micro_batches:
+            micro_batch.choices.clear()
         self._open()
         return Closed(vector, statistics)
 

@@ -6,14 +6,17 @@ offset, and passes the weights through one opaque op:
     equipoise::tap            identity on the weights; counts the call, unless it runs inside a backward (recomputation)
     equipoise::tap_backward   reads the pooled load when the backward runs, returns the losses' gradient of the logits
 
-Both find their state by an integer key at run time, so nothing differentiable leaves the layer and a compiled graph
-reads no stale state. The backward op takes the incoming gradient as an argument: without it the compiler may move it
-into the forward, where the load is not known yet.
+Both find their state by a key at run time, so nothing differentiable leaves the layer and a compiled graph reads no
+stale state. The key is a tensor: an integer would be a constant of the graph, and where layers are compiled one by one
+every layer would need a graph of its own (the ninth is refused). The backward op takes the incoming gradient as an
+argument: without it the compiler may move it into the forward, where the load is not known yet.
 """
 
 import itertools
 import sys
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple, Protocol
 
@@ -79,7 +82,7 @@ class ForwardContext:
     def __init__(self, model: nn.Module, observer: "Observer"):
         self.model = model
         self.observer = observer
-        self.depth = 0  # forwards of attached modules under way, one inside another
+        self.outer: list[tuple[Tensor | None, int]] = []  # by forward under way, mask and rows of the one around it
         self.num_calls = 0  # router calls before the outermost of them
         self.mask: Tensor | None = None
         self.sequence_ids: Tensor | None = None
@@ -89,9 +92,24 @@ class ForwardContext:
     def clear(self) -> None:
         self.mask, self.sequence_ids, self.rows, self.given = None, None, 0, False
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Puts aside what belongs to the open micro-batch; what is said meanwhile ends with it."""
+        held = self.mask, self.sequence_ids, self.rows, self.given
+        self.clear()
+        try:
+            yield
+        finally:
+            self.mask, self.sequence_ids, self.rows, self.given = held
+
     def before(self, names: list[str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         named = dict(zip(names, args, strict=False))
         named.update(kwargs)
+        if module is self.model:
+            self.outer = []  # whatever a forward that was interrupted left
+        if not self.outer and not torch.compiler.is_compiling():
+            self.num_calls = self.observer.num_calls
+        self.outer.append((None if self.given else self.mask, self.rows))
         rows = 0
         for name in ("input_ids", "inputs_embeds", *named):
             value = named.get(name)
@@ -102,19 +120,13 @@ class ForwardContext:
         mask = named.get("attention_mask")
         if not self.given and isinstance(mask, Tensor) and mask.dim() == 2:
             self.mask = mask
-        if module is self.model:
-            self.depth = 0  # whatever a forward that was interrupted left
-        if self.depth == 0 and not torch.compiler.is_compiling():
-            self.num_calls = self.observer.num_calls
-        self.depth += 1
 
     def after(self, names: list[str], module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self.depth -= 1
-        if self.depth:
-            return
-        self.rows = 0
+        mask, self.rows = self.outer.pop() if self.outer else (None, 0)
         if not self.given:
-            self.mask = None
+            self.mask = mask
+        if self.outer:
+            return
         if output is None and not torch.compiler.is_compiling() and sys.exc_info()[1] is not None:
             self.observer.forward_failed(self.num_calls)
 
@@ -137,7 +149,8 @@ class Tap:
     """Ties one router to its observer. A copy of a router carries an inert tap: steered as it was, never counted."""
 
     def __init__(self, observer: Observer, context: ForwardContext, layer: int, kind: RouterKind, has_loss: bool):
-        self.key = next(_KEYS)
+        number = next(_KEYS)
+        self.key = torch.tensor(number, device="cpu")
         self.observer: Observer | None = observer
         self.context: ForwardContext | None = context
         self.layer = layer
@@ -145,7 +158,7 @@ class Tap:
         self.steers = False  # by a slot of our own
         self.multiplies = False  # that slot is a factor 1 + offset
         self.kind = kind
-        _TAPS[self.key] = self
+        _TAPS[number] = self
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _inert_tap, (self.kind, self.steers, self.multiplies)
@@ -161,7 +174,7 @@ class Tap:
 
 def _inert_tap(kind: RouterKind, steers: bool, multiplies: bool = False) -> Tap:
     tap = Tap.__new__(Tap)
-    tap.key, tap.observer, tap.context, tap.layer, tap.has_loss = -1, None, None, -1, False
+    tap.observer, tap.context, tap.layer, tap.has_loss = None, None, -1, False
     tap.kind, tap.steers, tap.multiplies = kind, steers, multiplies
     return tap
 
@@ -213,6 +226,8 @@ def _tapped(base: Any) -> Any:
             rows,
             tap.key,
             self.training,
+            # a compiler merges two calls with the same arguments; it takes no two empty tensors for the same
+            torch.empty(0, device=weights.device) if torch.compiler.is_compiling() else None,
         )
         return logits, weights, expert_ids
 
@@ -274,18 +289,18 @@ def is_tapped(module: nn.Module) -> bool:
 
 torch.library.define(
     "equipoise::tap",
-    "(Tensor weights, Tensor logits, Tensor expert_ids, Tensor? mask, Tensor? sequence_ids, SymInt rows, int key, "
-    "bool training) -> (Tensor, Tensor)",
+    "(Tensor weights, Tensor logits, Tensor expert_ids, Tensor? mask, Tensor? sequence_ids, SymInt rows, Tensor key, "
+    "bool training, Tensor? call) -> (Tensor, Tensor)",
 )
 torch.library.define(
     "equipoise::tap_backward",
-    "(Tensor grad_weights, Tensor logits, Tensor expert_ids, Tensor weights, Tensor token, int key) -> Tensor",
+    "(Tensor grad_weights, Tensor logits, Tensor expert_ids, Tensor weights, Tensor token, Tensor key) -> Tensor",
 )
 
 
 @torch.library.impl("equipoise::tap", "CompositeExplicitAutograd")
-def _tap(weights, logits, expert_ids, mask, sequence_ids, rows, key, training):
-    tap = _TAPS.get(key)
+def _tap(weights, logits, expert_ids, mask, sequence_ids, rows, key, training, call):
+    tap = _TAPS.get(int(key))
     token = UNCOUNTED
     if tap is not None and tap.observer is not None:
         token = tap.observer.observe(tap.layer, weights, logits, expert_ids, mask, sequence_ids, int(rows), training)
@@ -293,13 +308,13 @@ def _tap(weights, logits, expert_ids, mask, sequence_ids, rows, key, training):
 
 
 @torch.library.register_fake("equipoise::tap")
-def _(weights, logits, expert_ids, mask, sequence_ids, rows, key, training):
+def _(weights, logits, expert_ids, mask, sequence_ids, rows, key, training, call):
     return torch.empty_like(weights), torch.empty((), dtype=torch.int64, device="cpu")
 
 
 @torch.library.impl("equipoise::tap_backward", "CompositeExplicitAutograd")
 def _tap_backward(grad_weights, logits, expert_ids, weights, token, key):
-    tap = _TAPS.get(key)
+    tap = _TAPS.get(int(key))
     if tap is None or tap.observer is None:  # detached between forward and backward
         return torch.zeros_like(logits)
     return tap.observer.gradient(tap.layer, token.item(), logits, expert_ids, weights)
@@ -311,18 +326,17 @@ def _(grad_weights, logits, expert_ids, weights, token, key):
 
 
 def _setup_context(ctx, inputs, output):
-    _, logits, expert_ids, _, _, _, key, _ = inputs
-    ctx.key = key
+    _, logits, expert_ids, _, _, _, key, _, _ = inputs
     ctx.has_loss = logits.requires_grad
     if ctx.has_loss:
-        ctx.save_for_backward(logits, expert_ids, *output)
+        ctx.save_for_backward(logits, expert_ids, *output, key)
 
 
 def _backward(ctx, grad_weights, grad_token):
     grad_logits = None
     if ctx.has_loss:
-        grad_logits = torch.ops.equipoise.tap_backward(grad_weights, *ctx.saved_tensors, ctx.key)
-    return grad_weights, grad_logits, None, None, None, None, None, None
+        grad_logits = torch.ops.equipoise.tap_backward(grad_weights, *ctx.saved_tensors)
+    return grad_weights, grad_logits, None, None, None, None, None, None, None
 
 
 torch.library.register_autograd("equipoise::tap", _backward, setup_context=_setup_context)
