@@ -17,6 +17,7 @@ _HOME = {
     "LoadBalancingLoss": "balancers",
     "LossFree": "balancers",
     "Quantile": "balancers",
+    "RouterKind": "taps.tap",
     "Routing": "routing",
     "UsageError": "errors",
     "ZLoss": "balancers",
@@ -80,6 +81,7 @@ if TYPE_CHECKING:
     )
     from equipoise.recipes import convert_coefficient, recipe
     from equipoise.routing import Routing, route, score
+    from equipoise.taps.tap import RouterKind
 
 
 def __getattr__(name: str) -> Any:

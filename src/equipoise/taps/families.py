@@ -77,7 +77,7 @@ def find_routers(model: nn.Module) -> list[tuple[str, nn.Module, RouterKind]]:
         + ". Attach to one of these families: "
         + ", ".join(FAMILIES)
         + "; in a model of your own use equipoise.nn.Router, or give your router an attribute router_kind, an "
-        "equipoise.taps.tap.RouterKind(gate, slot)."
+        "equipoise.RouterKind(gate, slot)."
     )
 
 

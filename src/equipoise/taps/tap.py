@@ -33,10 +33,15 @@ RECOMPUTED = -2  # token of a call that was made again inside a backward
 
 
 class RouterKind(NamedTuple):
-    """What must be known of a family's router; ``attach`` proves it by a probing forward."""
+    """What must be known of a router: its gate (``softmax``, ``sigmoid`` or ``sqrt_softplus``) and the name of the
+    float buffer that it adds to the scores for the choice, or None. ``attach`` proves it by a probing forward.
+
+    A module of yours that has it as ``router_kind`` is known to ``attach``. It must have a ``weight`` [experts, dim]
+    and return (logits [tokens, experts], weights [tokens, k], expert_ids [tokens, k]).
+    """
 
     gate: str
-    slot: str | None  # the family's own offset buffer, or None
+    slot: str | None
 
 
 class Observer(Protocol):
