@@ -40,6 +40,7 @@ from typing import Any
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: its threads shall not spin where cores are shared
 
 import torch
+from picture import photograph
 from torch import Tensor, nn
 
 import equipoise
@@ -411,20 +412,6 @@ def draw(stored: dict[str, Any]) -> None:
         font={"family": "DejaVu Sans, sans-serif", "size": 13, "color": "#202020"},
     )
     photograph(figure, FIGURE)
-
-
-def photograph(figure: Any, path: Path) -> None:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
-        size = {"width": figure.layout.width, "height": figure.layout.height}
-        page = browser.new_page(viewport=size, device_scale_factor=2)
-        page.set_content(figure.to_html(include_plotlyjs=True, config={"staticPlot": True}))
-        page.locator(".js-plotly-plot .main-svg").first.wait_for()
-        page.wait_for_timeout(500)
-        page.locator(".js-plotly-plot").screenshot(path=path)
-        browser.close()
 
 
 def main() -> None:

@@ -27,6 +27,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from picture import photograph
+
 from equipoise.records import find_runs, read_json, write_json
 
 ROOT = Path(__file__).parent.parent
@@ -321,20 +323,6 @@ def draw(stored: dict[str, Any]) -> None:
         },
     )
     photograph(figure, FIGURE)
-
-
-def photograph(figure: Any, path: Path) -> None:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
-        size = {"width": figure.layout.width, "height": figure.layout.height}
-        page = browser.new_page(viewport=size, device_scale_factor=2)
-        page.set_content(figure.to_html(include_plotlyjs=True, config={"staticPlot": True}))
-        page.locator(".js-plotly-plot .main-svg").first.wait_for()
-        page.wait_for_timeout(500)
-        page.locator(".js-plotly-plot").screenshot(path=path)
-        browser.close()
 
 
 def main() -> None:
