@@ -344,3 +344,85 @@ def test_a_factor_on_a_slot_that_is_not_zero_is_refused():
     with pytest.raises(EquipoiseError, match="a factor must find a slot of zeros: model.layers.0.mlp.gate adds"):
         equipoise.attach(model, "loss-free:rule=multiplicative")
     equipoise.attach(model, "loss-free:rule=sign")
+
+
+class _Counts(equipoise.Balancer):
+    """Gives the same tensor for every call and remembers what comes back."""
+
+    name = "counts"
+
+    def __init__(self, amount=1, **others):
+        self.value = amount
+
+    def prepare(self, layers):
+        self.one, self.seen = torch.ones(1, dtype=torch.int64).expand(2), []
+
+    def statistic(self, routing, row):
+        return self.one
+
+    def update(self, load, statistic=None, window=0):
+        self.seen.append(torch.stack(list(statistic)).tolist())
+
+
+def test_a_statistic_stays_the_balancers_own():
+    model = tiny_lm()
+    balance = equipoise.attach(model, _Counts())
+    for window in range(3):
+        for seed in range(2):
+            model(ids(2 * window + seed))
+        balance.step()
+    for group in balance._groups:
+        assert group.balancers[0].seen == [[[2, 2]]] * 3
+        assert group.balancers[0].one.tolist() == [1, 1]
+
+
+def test_a_balancer_that_keeps_its_arguments_elsewhere_still_has_a_name():
+    assert str(_Counts(amount=3)) == "counts"
+
+
+def test_a_bias_that_is_adopted_brings_no_momentum_along():
+    model = tiny_lm()
+    balance = equipoise.attach(model, "loss-free:rate=0.1,rule=momentum")
+    model(ids(0))
+    balance.step()
+    state = model.state_dict()
+    state["blocks.0.gate.e_score_correction_bias"] = torch.linspace(-0.5, 0.5, EXPERTS)
+    model.load_state_dict(state)
+    momentum = balance.state_dict()["state"]["momentum"]
+    assert not momentum[NAMES[0]].any() and momentum[NAMES[1]].any()
+    state["blocks.0.gate.e_score_correction_bias"] = torch.full((EXPERTS,), float("nan"))
+    with pytest.raises(EquipoiseError, match="must hold finite numbers"):
+        model.load_state_dict(state)
+    assert torch.equal(model.blocks[0].gate.e_score_correction_bias, balance.offsets[NAMES[0]])
+
+
+def test_a_whole_state_may_be_given_as_offsets(caplog):
+    model = tiny_lm()
+    balance = equipoise.attach(model, "loss-free:rate=0.1")
+    model(ids(0))
+    balance.step()
+    again = equipoise.attach(tiny_lm(), "frozen", offsets=balance.state_dict())
+    torch.testing.assert_close(again.offsets, balance.offsets)
+    with pytest.raises(EquipoiseError, match="offsets must be tensors by layer name"):
+        equipoise.attach(tiny_lm(), "frozen", offsets={NAMES[0]: 1})
+    for wrong in (None, {"offsets": 1}):
+        with pytest.raises(EquipoiseError, match="the state must be what state_dict"):
+            balance.load_state_dict(wrong)
+    assert not caplog.records
+    equipoise.attach(tiny_lm(), "kimi-k3")
+    assert "kimi-k3 was published with a sigmoid gate, this model has sigmoid and softmax" in caplog.text
+
+
+def test_a_mask_that_is_no_mask_is_refused():
+    balance = equipoise.attach(tiny_lm(), "lbl")
+    for wrong in (torch.full((2, 16), -1e9), torch.full((2, 16), 0.5), torch.full((2, 16), -100)):
+        with pytest.raises(ValueError, match="mask must hold 1 for a token that counts and 0 for padding"):
+            balance.token_mask(wrong)
+
+
+def test_factors_reach_a_peaked_softmax():
+    model = family("mixtral")
+    for name, parameter in model.named_parameters():
+        if name.endswith("gate.weight"):
+            parameter.data.mul_(8)
+    equipoise.attach(model, "loss-free:rule=multiplicative")

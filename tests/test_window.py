@@ -14,5 +14,7 @@ def test_ranks_that_differ_raise_on_every_rank_and_hang_none():
             assert "closed it after 2 micro-batches, 1 rank(s) began micro-batch 3" in found[counts]
         for counts in ((1, 0), (0, 2)):
             assert ("none was" if counts[rank] == 0 else "on another rank one was not") in found[counts]
+        for strategy in ("lbl+quantile", "lbl+loss-free:rule=sign,scope=micro_batch"):
+            assert "closed it after 2 micro-batches, 1 rank(s) began micro-batch 3" in found[strategy]
         assert "must begin with the same offsets" in found["start"]
         assert found["others"] == "went on" if rank == 0 else "group must hold this rank" in found["others"]

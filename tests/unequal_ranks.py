@@ -14,9 +14,9 @@ def _said(function, *args):
         return str(error)
 
 
-def _window(rank, counts):
+def _window(rank, counts, strategy="lbl+loss-free"):
     model = family("glm4_moe", layers=1)
-    balance = equipoise.attach(model, "lbl+loss-free")
+    balance = equipoise.attach(model, strategy)
     for seed in range(counts[rank]):
         ids = torch.randint(0, 16, (2, 8), generator=torch.Generator().manual_seed(seed))
         (model(input_ids=ids).logits.mean() + balance.loss()).backward()
@@ -40,4 +40,6 @@ def _of_others(rank):
 
 def everything(rank):
     found = {counts: _said(_window, rank, counts) for counts in ((2, 2), (2, 3), (3, 2), (1, 0), (0, 2))}
+    for strategy in ("lbl+quantile", "lbl+loss-free:rule=sign,scope=micro_batch"):  # statistics besides the counts
+        found[strategy] = _said(_window, rank, (2, 3), strategy)
     return {**found, "start": _said(_unequal_start, rank), "others": _of_others(rank)}

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from equipoise.balance import Balance, few
 from equipoise.balancers import Balancer, format_strategy, parse_strategy
 from equipoise.errors import EquipoiseError, UsageError
+from equipoise.recipes import RECIPES
 from equipoise.recorder import Layer, slot_of
 from equipoise.taps.families import find_routers, num_experts_of, prove, unknown_routers
 from equipoise.taps.tap import is_tapped, untap_router
@@ -103,6 +104,13 @@ def attach(
             f"attach: {few(left_out)} is neither counted nor balanced: equipoise does not know it. Give it an "
             "attribute router_kind, or choose layers with where=... to say that it may be left out."
         )
+    for named in balancers:
+        gates = {layer.kind.gate for layer in layers}
+        if isinstance(named, str) and named in RECIPES and gates != {RECIPES[named].gate}:
+            _log.warning(
+                f"attach: the recipe {named} was published with a {RECIPES[named].gate} gate, this model has "
+                f"{' and '.join(sorted(gates))}: rates are in the units of the scores and need not carry over."
+            )
     _reset_dynamo(model)
     _warn_of_another_loss(inner, resolved)
     for layer in layers:
@@ -217,6 +225,10 @@ def _read_offsets(offsets: Mapping[str, Tensor] | str | os.PathLike[str], layers
         except ImportError:
             raise EquipoiseError("reading saved offsets needs safetensors: pip install safetensors.") from None
         offsets = load_file(path)
+    if isinstance(offsets.get("offsets"), Mapping):  # a whole state_dict()
+        offsets = offsets["offsets"]  # type: ignore[assignment]
+    if not all(isinstance(value, Tensor) for value in offsets.values()):
+        raise EquipoiseError("offsets must be tensors by layer name, as Balance.offsets gives them: got other values.")
     sizes = {name: tuple(value.shape) for name, value in offsets.items()}
     wanted = {layer.name: (layer.num_experts,) for layer in layers}
     if sizes != wanted:

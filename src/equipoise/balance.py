@@ -155,6 +155,7 @@ class Balance:
         """
         if not isinstance(applied, bool) and not (isinstance(applied, Tensor) and applied.numel() == 1):
             raise ValueError(f"applied must be true, false or a tensor of one number: got {_shape(applied)}.")
+        applied = applied.reshape(()) if isinstance(applied, Tensor) else applied
         if not self._taps:
             raise EquipoiseError(
                 "step() must be called before detach(): this Balance was detached. Attach the model again."
@@ -241,12 +242,19 @@ class Balance:
         Inside ``measuring()`` and ``paused()`` it is put aside, and one that is given there ends with them.
 
         Args:
-            mask: 1 for a token that counts, 0 for padding; ``[batch, sequence]`` or flat; None: all count.
+            mask: 1 for a token that counts, 0 for padding; ``[batch, sequence]`` or flat; None: all count. Of a 2-D
+                mask that is longer than what a router sees (a cached prefix, a layer that predicts further) the end
+                counts: give it the columns that the model is called with.
             sequence_ids: an integer that changes where a new packed sequence begins; the same shape.
         """
         for name, value in (("mask", mask), ("sequence_ids", sequence_ids)):
             if value is not None and (not isinstance(value, Tensor) or value.dim() not in (1, 2)):
                 raise ValueError(f"{name} must be a tensor [batch, sequence] or [tokens]: got {_shape(value)}.")
+        if mask is not None and mask.device.type == "cpu" and not ((mask == 0) | (mask == 1)).all():
+            raise ValueError(
+                "mask must hold 1 for a token that counts and 0 for padding: got other values. Labels, and masks that "
+                "are added to attention scores, are not masks of tokens."
+            )
         self._context.mask, self._context.sequence_ids, self._context.given = mask, sequence_ids, True
 
     # ---- what comes out ----
@@ -345,6 +353,8 @@ class Balance:
         """
         if self._window.micro_batches:
             raise EquipoiseError("load_state_dict() must be called between windows. Call step() first.")
+        if not isinstance(state, Mapping) or not isinstance(state.get("offsets", {}), Mapping):
+            raise EquipoiseError(f"the state must be what state_dict() gave: got {type(state).__name__}.")
         self._check_state(state)
         for index, layer in enumerate(self._layers):
             group, row = self._recorder.group_of[index]

@@ -509,7 +509,8 @@ def convert_coefficient(
 
     Args:
         coefficient: weight of the load-balancing loss in ``source``, at least 0.
-        source, target: names of ``FRAMEWORKS``.
+        source, target: equipoise, megatron, megatron-global, transformers, olmo-core, megablocks, deepspeed, maxtext,
+            xtuner or paper-raw; what each means stands in ``equipoise.recipes.FRAMEWORKS`` and docs/recipes.md.
         num_layers: MoE layers of the model; olmo-core divides by all layers, so give it those.
         k: experts a token.
         num_experts: routed experts of a layer.

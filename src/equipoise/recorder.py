@@ -256,6 +256,7 @@ class Recorder:
         held, offset = slot_of(self.layers[layer]), group.steering.offset()[row]
         held = held.to(offset.device)
         if not held.isfinite().all():
+            self.restore_offset(layer)
             raise EquipoiseError(
                 f"the bias of {self.layers[layer].name} must hold finite numbers: the one that was loaded does not. "
                 "The checkpoint is damaged, or its training had diverged; load an earlier one."
@@ -264,6 +265,8 @@ class Recorder:
             self.restore_offset(layer)  # the checkpoint holds ours, perhaps rounded
         else:
             offset.copy_(held)
+            for value in group.steering.state().values():
+                value[row].zero_()
             self.restore_offset(layer)
 
 

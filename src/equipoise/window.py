@@ -92,17 +92,21 @@ class Statistics:
 
     @torch.inference_mode(False)  # they outlive it
     def add(self, layer: int, balancer: int, value: Tensor) -> None:
+        self._put(layer, balancer, value.clone(memory_format=torch.contiguous_format))  # what came is the balancer's
+
+    def merge(self, other: "Statistics") -> None:
+        """Takes over what ``other`` holds."""
+        for (layer, balancer), value in other.values.items():
+            self._put(layer, balancer, value)
+
+    def _put(self, layer: int, balancer: int, value: Tensor) -> None:
         there = self.values.get((layer, balancer))
         if there is None:
-            self.values[layer, balancer] = value.clone() if value.is_inference() else value
+            self.values[layer, balancer] = value
         elif self.gathered[balancer]:
             self.values[layer, balancer] = torch.cat([there, value])
         else:
             there.add_(value)
-
-    def merge(self, other: "Statistics") -> None:
-        for (layer, balancer), value in other.values.items():
-            self.add(layer, balancer, value)
 
     @property
     def summed(self) -> list[Tensor]:
@@ -260,11 +264,12 @@ class Window:
         self._closed = vector if self._closed is None else self._closed.add_(vector)
 
     def _wait(self) -> None:
-        for work, vector in self._pending:
+        pending, self._pending = self._pending, []
+        for work, _ in pending:
             work.wait()
+        for _, vector in pending:
             self._check(vector)
             self._add(vector)
-        self._pending = []
 
     def _check(self, vector: Tensor) -> None:
         closings, closing_count, number = vector[self.layout.header].tolist()
@@ -302,7 +307,8 @@ class Window:
             self.pool.all_reduce(vector).wait()
 
     def close(self) -> Closed:
-        """Ends the window: its counts and statistics over all ranks. The one collective of a window."""
+        """Ends the window: its counts and statistics over all ranks, in one collective; where every micro-batch is
+        pooled, in one for the closing and one for statistics, if there are any."""
         self.close_micro_batch()
         if self.pools_each:
             self._wait()
@@ -315,14 +321,17 @@ class Window:
         if self.pool.size > 1:
             header, summed = self.layout.header, statistics.summed
             vector[header.start], vector[header.start + 1], vector[header.stop - 1] = 1, len(self.micro_batches), 0
-            together = torch.cat([vector, *(value.reshape(-1) for value in summed)])
-            self.pool.all_reduce(together).wait()
-            vector, *pooled = together.split([vector.numel(), *(value.numel() for value in summed)])
-            for value, total in zip(summed, pooled, strict=True):
-                value.copy_(total.view_as(value))
-            if self.pools_each:
+            if self.pools_each:  # the others may begin a micro-batch: what is exchanged has its size
+                self.pool.all_reduce(vector).wait()
                 self._check(vector)
-                vector = self._closed
+                vector = self._closed.new_zeros(0)
+            if vector.numel() or summed:
+                together = torch.cat([vector, *(value.reshape(-1) for value in summed)])
+                self.pool.all_reduce(together).wait()
+                vector, *pooled = together.split([vector.numel(), *(value.numel() for value in summed)])
+                for value, total in zip(summed, pooled, strict=True):
+                    value.copy_(total.view_as(value))
+            vector = self._closed if self.pools_each else vector
             statistics.gather(self.pool)
         for micro_batch in self.micro_batches:
             micro_batch.choices.clear()

@@ -321,4 +321,5 @@ def test_notes_say_how_large_a_step_is_on_a_softmax_gate():
     (note,) = _prepared(torch.zeros(1, 128), "softmax", rate=1e-3, rule="sign").notes(100)
     assert "128 experts a step of 0.001 is 13% of a mean score" in note  # the paper's own example, appendix C
     assert _prepared(torch.zeros(1, 128), "softmax", rate=1e-3).notes(100) == []
+    assert _prepared(torch.zeros(1, 8), "softmax", rate=1e-3, rule="sign").notes(100) == []  # 1 % of a mean score
     assert "softmax" not in str(_prepared(torch.zeros(1, 128), "sigmoid", rate=1e-3).notes(100))

@@ -215,3 +215,16 @@ def test_bad_input_is_refused():
     for wrong in (dict(k=0), dict(k=5), dict(offset=torch.zeros(3)), dict(mask=torch.ones(2))):
         with pytest.raises(ValueError, match=r"must (have the shape|hold one number)"):
             quantile_offset(torch.rand(6, 4), **({"k": 2} | wrong))
+
+
+@pytest.mark.parametrize("bins", [0, 128])
+def test_logits_that_are_not_numbers_do_not_stay_in_the_offset(bins):
+    balancer = _prepared(torch.zeros(1, 4), bins=bins)
+    logits = _logits(64, 4, dtype=torch.float32)
+    broken = logits.clone()
+    broken[:40, 2] = math.nan
+    _step(balancer, broken)
+    assert bins or balancer.offset().isfinite().all()
+    for _ in range(3):
+        _step(balancer, logits)
+    assert balancer.offset().isfinite().all()

@@ -109,7 +109,7 @@ def test_a_plus_in_a_number_does_not_split():
         ("quantile:fraction=0", "fraction must be above 0"),
         ("quantile:fraction=2", "fraction must be at most 1"),
         ("z:coefficient=-1", "coefficient must be at least 0"),
-        ("deepseek-v3+z", "got 'deepseek-v3' in"),
+        ("deepseek-v3+z", "A recipe must stand alone: got 'deepseek-v3.z'"),
         ("qwen3", "qwen3 is left out"),
         ("lbl:scope=token", "scope must be one of sequence, micro_batch, global_batch: got 'token'"),
     ],

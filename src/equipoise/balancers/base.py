@@ -36,8 +36,10 @@ class Balancer:
     """One mechanism. Subclasses are final and override what they need; every hook is a no-op here.
 
     ``name`` is what strategy strings call it, ``metric`` what the logs call its loss. ``scope`` says whose counts reach
-    ``loss``: of the ``global_batch``, the ``micro_batch``, or none (``sequence``, ``token``). ``coefficient`` weighs
-    the loss. With ``multiplies`` the choice is made by ``score * (1 + offset)`` instead of ``score + offset``.
+    ``loss``: of the ``global_batch``, the ``micro_batch``, or none (``sequence``, ``token``); ``pooling`` is ``window``
+    or ``previous``, as for ``LoadBalancingLoss``. ``coefficient`` weighs the loss. Arguments of the constructor are
+    kept under their own names: the strategy string is made of them. With ``multiplies`` the choice is made by
+    ``score * (1 + offset)`` instead of ``score + offset``.
     ``gathers`` puts statistics one after another, for small batches, where others are summed.
     """
 
@@ -50,7 +52,10 @@ class Balancer:
     gathers: bool = False
 
     def prepare(self, layers: Layers) -> None:
-        """Takes up the state for these layers. Called once, on a copy, by ``attach``."""
+        """Takes up the state for these layers. Called once, on a copy, by ``attach``.
+
+        ``layers`` has ``gate``, ``k`` and ``offset`` [layers, experts], what the model's slots hold: clone it.
+        """
 
     def offset(self) -> Float[Tensor, "layers experts"] | None:
         """Moves the choice only, never the weights. The tensor itself is the state: it is moved, saved and loaded."""
@@ -99,8 +104,8 @@ class Balancer:
         """The strategy string that makes this balancer again; options at their default are left out."""
         options = []
         for key, parameter in inspect.signature(type(self)).parameters.items():
-            value = getattr(self, key)
-            if value != parameter.default:
+            value = getattr(self, key, parameter.default)
+            if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) and value != parameter.default:
                 options.append(f"{key}={str(value).lower() if isinstance(value, bool) else value}")
         return (self.name or type(self).__name__) + (":" + ",".join(options) if options else "")
 

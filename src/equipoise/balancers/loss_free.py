@@ -129,6 +129,8 @@ class LossFree(Balancer):
     ) -> None:
         check_load(load, self._offset)
         step, rate = self._step(load, statistic), self.rate_at(window)
+        if rate == 0 and self._momentum is None:
+            return
         if self.rule == "multiplicative":
             factor = (1 + self._offset + rate * step).clamp_min(0)  # below 0 the worst score would win
             self._offset.copy_((factor / factor.mean(-1, keepdim=True) if self.center else factor) - 1)
@@ -170,7 +172,8 @@ class LossFree(Balancer):
         return self.rate if window < self.zero_from else 0.0
 
     def notes(self, num_steps: int) -> list[str]:
-        if self.rule in ("sign", "momentum") and getattr(self, "_gate", None) == "softmax":
+        softmax = getattr(self, "_gate", None) == "softmax"
+        if softmax and self.rule in ("sign", "momentum") and self.rate * self._offset.shape[-1] > 0.1:
             num_experts = self._offset.shape[-1]
             part = f"{self.rate * num_experts:.0%}"
             return [
@@ -183,6 +186,10 @@ class LossFree(Balancer):
         way, share = sum(moved), sum(moved) / self.rate
         what = "a factor" if self.rule == "multiplicative" else "an offset"
         reach = f"In {num_steps} steps at rate {self.rate:g} {what} moves by at most {way:.2g}"
+        if self.rule == "multiplicative":
+            return [f"{reach}, from 1: take more steps or a larger rate."] if way < 0.5 else []
+        if softmax:
+            return []
         if way < 0.5:
             return [f"{reach}, and a sigmoid score lies between 0 and 1: take more steps or a larger rate."]
         if PAPER_RATE * share < 0.5 and self.rate > PAPER_RATE:

@@ -26,6 +26,7 @@ def _margins(
 
 def _exact(margins: Float[Tensor, "tokens experts"], k: int) -> tuple[Float[Tensor, " experts"], Int[Tensor, ""]]:
     """The (N k / E + 1)-th smallest margin of each expert, and N, the number of rows that are not +inf."""
+    margins = margins.masked_fill(~margins.isfinite().all(-1, keepdim=True), float("inf"))  # nan logits do not count
     num_tokens = (margins[:, :1] < float("inf")).sum()
     place = (num_tokens * k // margins.shape[-1]).clamp(max=max(margins.shape[0] - 1, 0))
     if margins.shape[0] == 0:

@@ -35,6 +35,11 @@ def _value(text: str) -> object:
 
 def _parse_one(text: str, whole: str) -> Balancer:
     name, colon, options = text.partition(":")
+    if name in RECIPES:
+        raise UsageError(
+            f"A recipe must stand alone: got {whole!r}. Copy its string, {RECIPES[name].strategy}, and change that; or "
+            f"give attach several strategies, as in attach(model, {name!r}, 'z')."
+        )
     if name not in BALANCERS:
         raise UsageError(
             f"A strategy must be made of none, {', '.join(BALANCERS)}, or be a recipe ({', '.join(RECIPES)}): got "

@@ -149,7 +149,7 @@ def prove(name: str, router: nn.Module, kind: RouterKind, multiplies: bool = Fal
     num_experts, dim = stand_in._parameters["weight"].shape
     hidden = torch.randn(64, dim, generator=generator, dtype=torch.float32, device="cpu") / dim**0.5
     favourite = torch.zeros(num_experts, device="cpu", dtype=torch.float32)
-    favourite[num_experts // 2] = 100.0
+    favourite[num_experts // 2] = 1e30 if multiplies else 100.0  # a softmax score may be very small
     moderate = (
         0.3 * score(torch.randn(1, num_experts, generator=generator, dtype=torch.float32, device="cpu"), kind.gate)[0]
     )
