@@ -83,6 +83,7 @@ class LossFree(Balancer):
     ):
         self.rate = check_number("rate", rate, positive=True)
         self.rule = rule if rule is None else check_choice("rule", rule, RULES)
+        self.multiplies = rule == "multiplicative"
         self.center = check_bool("center", center)
         self.scope = check_choice("scope", scope, ("micro_batch", "global_batch"))
         if scope == "micro_batch" and rule != "sign":
@@ -101,10 +102,6 @@ class LossFree(Balancer):
         if momentum is not None and momentum >= 1:
             raise ValueError(f"momentum must be below 1: got {momentum!r}.")
         self.sharpness = sharpness if sharpness is None else check_number("sharpness", sharpness, positive=True)
-
-    @property
-    def multiplies(self) -> bool:  # type: ignore[override]
-        return self.rule == "multiplicative"
 
     def prepare(self, layers: Layers) -> None:
         self.rule = self.rule or ("proportional" if layers.gate == "softmax" else "sign")

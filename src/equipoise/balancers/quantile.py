@@ -130,7 +130,7 @@ class Quantile(Balancer):
         bins: of the histogram of ``a_t - s_te - b_e`` that is kept for each expert, a power of two from 64; the new
             offset is interpolated in a bin. Bins are ``bins / 64`` an octave from 2^-29 to 2^3 around the present
             offset, so the closer the balance the finer they are, whatever the range of the scores. 0: exact; all
-            values of the window are kept and gathered (8 N E bytes a layer), for small batches.
+            values of the window are kept and gathered (4 N E bytes a layer), for small batches.
         ema: share of the old offset that is kept, from 0 to below 1.
         fraction: share of the tokens that is looked at, above 0 to 1. Which ones is decided by a hash of a token's
             logits, the same wherever it is dealt; never the first ones.
@@ -147,16 +147,13 @@ class Quantile(Balancer):
         self.bins = check_whole("bins", bins, least=0)
         if self.bins and (self.bins < 2 * OCTAVES or self.bins.bit_count() != 1 or self.bins > 2**20):
             raise ValueError(f"bins must be 0 (exact) or a power of two from {2 * OCTAVES} to {2**20}: got {bins!r}.")
+        self.gathers = self.bins == 0
         self.ema = check_number("ema", ema, positive=False)
         self.fraction = check_number("fraction", fraction, positive=True)
         if self.ema >= 1:
             raise ValueError(f"ema must be below 1: got {ema!r}.")
         if self.fraction > 1:
             raise ValueError(f"fraction must be at most 1: got {fraction!r}.")
-
-    @property
-    def gathers(self) -> bool:  # type: ignore[override]
-        return self.bins == 0
 
     def prepare(self, layers: Layers) -> None:
         self._offset, self._k = layers.offset.clone(), layers.k
