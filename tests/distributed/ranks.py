@@ -1,5 +1,9 @@
-"""Runs a function on several gloo ranks on this machine and brings back what each returned."""
+"""Runs a function on several gloo ranks on this machine and brings back what each returned.
 
+Ranks are forked from a server that has imported torch and the models once, so that a rank starts at once.
+"""
+
+import multiprocessing
 import os
 import tempfile
 import traceback
@@ -12,13 +16,14 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+PRELOADED = ["torch", "torch.distributed.fsdp", "models", "equipoise.attachment"]
+TIMEOUT = timedelta(seconds=60)
+
 
 def _rank(rank: int, num_ranks: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", f"file://{folder}/store", rank=rank, world_size=num_ranks, timeout=timedelta(seconds=60)
-    )
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=num_ranks, timeout=TIMEOUT)
     try:
         result = function(rank, *args)
     except Exception:
@@ -30,6 +35,7 @@ def _rank(rank: int, num_ranks: int, folder: str, function: Callable[..., Any], 
 
 def run_on_ranks(num_ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """``function(rank, *args)`` on each rank; a traceback in place of what a rank could not return."""
+    multiprocessing.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_rank, (num_ranks, folder, function, args), nprocs=num_ranks)
+        mp.start_processes(_rank, (num_ranks, folder, function, args), nprocs=num_ranks, start_method="forkserver")
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(num_ranks)]
