@@ -1,13 +1,7 @@
 import os
-import sys
-from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-sys.path[:0] = [
-    str(Path(__file__).parent),
-    str(Path(__file__).parent / "distributed"),
-]  # models.py, grid.py, ranks.py ...
 
 import pytest
 import torch
