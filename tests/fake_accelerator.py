@@ -20,7 +20,7 @@ from equipoise.balancers import Balancer, parse_strategy
 from equipoise.recorder import Layer
 from equipoise.routing import route
 from equipoise.taps.tap import UNCOUNTED, RouterKind
-from equipoise.window import Pool
+from equipoise.pool import Pool
 
 EXPERTS, K, DIM = 8, 2, 4
 DEVICE = "cuda:0" if torch.backends.cuda.is_built() else "fakegpu:0"

@@ -1059,6 +1059,8 @@ def test_metrics_by_hand():
         "dead_experts": sum(map(reference.dead_experts, counts)),
         "tokens": 20,
         "load_balancing_loss": sum(values) / 2,
+        "collectives": 0,
+        "collective_bytes": 0,
         "offset_max": max(float(offset.abs().max()) for offset in balance.offsets.values()),
     }
     assert found.keys() == expected.keys()

@@ -1,6 +1,5 @@
 """Finds the routers of a model, agrees with the other ranks, and makes a ``Balance``."""
 
-import hashlib
 import logging
 import os
 import sys
@@ -14,11 +13,11 @@ from torch import Tensor, nn
 from equipoise.balance import Balance, few
 from equipoise.balancers import Balancer, format_strategy, parse_strategy
 from equipoise.errors import EquipoiseError, UsageError
+from equipoise.pool import Pool, digest
 from equipoise.recipes import RECIPES
 from equipoise.recorder import Layer, slot_of
 from equipoise.taps.families import find_routers, num_experts_of, prove, unknown_routers
 from equipoise.taps.tap import is_tapped, untap_router
-from equipoise.window import Pool
 
 __all__ = ["OFFSETS_FILE", "attach"]
 
@@ -34,6 +33,7 @@ def attach(
     where: Callable[[str, nn.Module], bool] | None = None,
     group: Any | None = None,
     offsets: Mapping[str, Tensor] | str | os.PathLike[str] | None = None,
+    allow_empty: bool = False,
 ) -> Balance:
     """Attaches balancers to the mixture-of-experts model you already have.
 
@@ -45,27 +45,31 @@ def attach(
         model: the model; may be wrapped (DDP, FSDP2, compiled).
         balancers: mechanisms, as objects or strategy strings; none at all only counts.
         where: ``where(name, router) -> bool`` chooses layers; default all.
-        group: the process group, or a ``DeviceMesh``, whose ranks hold different tokens; default the world.
+        group: the process group, or a ``DeviceMesh``, whose ranks hold different tokens of the same layers; default
+            the world. Data, sharded, context and sequence parallel ranks do, tensor parallel ones hold the same tokens
+            and pipeline stages other layers: ``group=mesh["dp", "cp"]``. Expert parallel ranks count all experts,
+            whoever holds them, so they are in it when their tokens differ.
         offsets: by layer, the offsets to begin with, or the path of saved ones; default what the model's slots hold.
+        allow_empty: accept a model without routers, a pipeline stage of dense layers: its ``Balance`` does nothing.
 
     With balancers at offset zero and without losses, logits, weights, choices and gradients of the model are the same
     bit for bit. Collective over ``group``: every rank compares layers, strategies and offsets and raises the same
     error when they differ. Raises ``EquipoiseError`` when the model holds no router that is known, or one that behaves
     otherwise than its family, or when it is attached already.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module: got {type(model).__name__}.")
-    if where is not None and not callable(where):
-        raise TypeError(f"where must be a function of (name, router): got {type(where).__name__}.")
-    inner = _unwrap(model)
-    pool = Pool(_process_group(group))
+    pool = Pool(group)
     error: Exception | None = None
     fingerprint: Any = None
-    digest: str | None = None  # of the offsets to begin with
+    start_digest: str | None = None
     try:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module: got {type(model).__name__}.")
+        if where is not None and not callable(where):
+            raise TypeError(f"where must be a function of (name, router): got {type(where).__name__}.")
+        inner = _unwrap(model)
         resolved = _resolve(balancers)
         multiplies = any(balancer.multiplies for balancer in resolved)
-        layers = _find_layers(inner, where, multiplies)
+        layers = _find_layers(inner, where, multiplies, allow_empty)
         if offsets is not None and not any(balancer.has_offset for balancer in resolved):
             raise UsageError(
                 f"offsets must have a balancer that holds them: got the strategy {format_strategy(resolved)}. Add "
@@ -80,21 +84,18 @@ def attach(
                     f"the bias of {name} must hold finite numbers: it does not. It is damaged, or was never filled "
                     "after to_empty(); load the checkpoint, or set it to zero, before attach."
                 )
-        digest = _digest(start) if steered and not any(p.device.type == "meta" for p in inner.parameters()) else None
+        if steered and not any(p.device.type == "meta" for p in inner.parameters()):
+            start_digest = digest(start)
     except Exception as caught:
         error = caught
-    everyone = pool.gather((fingerprint, None if error is None else f"{type(error).__name__}: {error}", digest))
-    if error is not None:
-        raise error
-    for rank, (theirs, their_error, _) in enumerate(everyone):
-        if their_error is not None:
-            raise EquipoiseError(f"attach must succeed on every rank: on rank {rank} of the group, {their_error}")
+    everyone = pool.agree("attach", (fingerprint, start_digest), error)
+    for rank, (theirs, _) in enumerate(everyone):
         if theirs != everyone[0][0]:
             raise EquipoiseError(
                 "every rank must attach the same strategy to the same layers: rank 0 of the group has "
                 f"{_describe(everyone[0][0])}, rank {rank} has {_describe(theirs)}."
             )
-    if len({found for _, _, found in everyone} - {None}) > 1:
+    if len({found for _, found in everyone} - {None}) > 1:
         raise EquipoiseError(
             "every rank must begin with the same offsets: they differ from rank to rank. Load the same checkpoint on "
             "every rank, or broadcast the model (as DistributedDataParallel does), before attach."
@@ -129,27 +130,16 @@ def _warn_of_another_loss(model: nn.Module, balancers: Sequence[Balancer]) -> No
         )
 
 
-def _digest(offsets: Mapping[str, Tensor]) -> str:
-    return hashlib.blake2b(repr([offset.tolist() for offset in offsets.values()]).encode()).hexdigest()
-
-
 def _describe(fingerprint: Any) -> str:
     strategy, layers = fingerprint
     return f"{strategy} on {few({name: size for name, size, _, _ in layers})}"
 
 
-def _process_group(group: Any | None) -> Any | None:
-    get_group = getattr(group, "get_group", None)  # a DeviceMesh of one dimension
-    if get_group is None:
-        return group
-    if group.ndim != 1:
-        group = group._flatten()
-    return group.get_group()
-
-
-def _find_layers(model: nn.Module, where: Callable[[str, nn.Module], bool] | None, multiplies: bool) -> list[Layer]:
+def _find_layers(
+    model: nn.Module, where: Callable[[str, nn.Module], bool] | None, multiplies: bool, allow_empty: bool
+) -> list[Layer]:
     layers, proven = [], {}
-    for name, router, kind in find_routers(model):
+    for name, router, kind in find_routers(model, allow_empty):
         if where is not None and not where(name, router):
             continue
         if is_tapped(router):
@@ -170,7 +160,7 @@ def _find_layers(model: nn.Module, where: Callable[[str, nn.Module], bool] | Non
         if key not in proven:
             proven[key] = prove(name, router, kind, multiplies)
         layers.append(Layer(name, router, kind, num_experts_of(router), proven[key]))
-    if not layers:
+    if not layers and not allow_empty:
         raise EquipoiseError("where must choose at least one router: it chose none.")
     return layers
 

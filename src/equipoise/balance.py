@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from equipoise import metrics
 from equipoise.balancers import Balancer, format_strategy
 from equipoise.errors import EquipoiseError
+from equipoise.pool import Pool, digest
 from equipoise.recorder import Layer, Recorder, slot_of
 from equipoise.taps.tap import OWN_SLOT, ForwardContext, Hook, Tap, tap_router, untap_router
-from equipoise.window import MicroBatch, Pool, Window
+from equipoise.window import MicroBatch, Window
 
 __all__ = ["Balance", "few"]
 
@@ -67,6 +68,9 @@ class Balance:
         self._recorder = Recorder(layers, balancers, pool, offsets)
         self._layout, self._window, self._groups = self._recorder.layout, self._recorder.window, self._recorder.groups
         self._num_windows = 0
+        self._traffic = [0, 0]
+        self._detached = False
+        self._device_of_model = next(model.parameters(), torch.zeros(())).device
         self._last_micro_batches: list[MicroBatch] = []
         self._last_micro_batch: MicroBatch | None = None
         self._tap(model)
@@ -149,21 +153,26 @@ class Balance:
 
         Args:
             applied: whether the optimizer's step was applied, a bool or a 0-d tensor (a GradScaler skips steps). The
-                window closes either way; the offsets move only if it was.
+                window closes either way; the offsets move only if it was, on every rank.
 
-        Raises ``EquipoiseError`` when a router was not called in this window, naming it.
+        Collective over the group. Raises ``EquipoiseError`` when a router was not called in this window, naming it; the
+        other ranks raise too.
         """
         if not isinstance(applied, bool) and not (isinstance(applied, Tensor) and applied.numel() == 1):
             raise ValueError(f"applied must be true, false or a tensor of one number: got {_shape(applied)}.")
         applied = applied.reshape(()) if isinstance(applied, Tensor) else applied
-        if not self._taps:
+        if self._detached:
             raise EquipoiseError(
                 "step() must be called before detach(): this Balance was detached. Attach the model again."
             )
+        if not self._layers:  # a pipeline stage of dense layers
+            self._num_windows += 1
+            self._context.clear()
+            return
         window = self._window
         called = [any(micro_batch.calls[i] for micro_batch in window.micro_batches) for i in range(len(self._layers))]
         if not all(called):
-            window.fail(self._device())
+            window.fail(self._device(), self._recorder.empty_statistics())
             missing = [layer.name for layer, was in zip(self._layers, called, strict=True) if not was]
             raise EquipoiseError(
                 "every attached router must be called in training mode between two steps: "
@@ -175,7 +184,7 @@ class Balance:
                 + ". Call step() once an optimizer step, after a forward; leave layers out with attach(where=...)."
             )
         micro_batches, before = window.micro_batches, self._num_windows
-        self._recorder.last, statistics = window.close()
+        self._recorder.last, statistics, applied, *self._traffic = window.close(applied)
         self._last_micro_batches, self._last_micro_batch = micro_batches, micro_batches[-1]
         self._num_windows += 1
         if self._context.given:
@@ -199,7 +208,11 @@ class Balance:
                     self._recorder.restore_offset(layer)
 
     def follow(self, optimizer: torch.optim.Optimizer) -> Any:
-        """Calls ``step()`` after every ``optimizer.step()``; ``remove()`` on what comes back ends it."""
+        """Calls ``step()`` after every ``optimizer.step()``; ``remove()`` on what comes back ends it.
+
+        A step that a GradScaler skips, or that raises, does not get that far: close its window with
+        ``step(applied=False)``, else its counts are part of the next one.
+        """
         return optimizer.register_step_post_hook(lambda *_: self.step())
 
     # ---- what counts ----
@@ -218,7 +231,7 @@ class Balance:
             with self._context.aside():
                 yield load
             vector = self._layout.zeros(self._device()) if self._recorder.measured is None else self._recorder.measured
-            work = self._pool.all_reduce(vector)
+            work = self._pool.all_reduce(vector[self._layout.loads]) if self._layers else None
             if work is not None:
                 work.wait()
             load.update(self._by_name(vector))
@@ -284,8 +297,10 @@ class Balance:
         ``maxvio_micro``: mean over this rank's micro-batches. ``maxvio_floor``: what chance alone would give.
         ``dead_experts``: sum over layers. ``tokens``: unmasked, in the window. ``load_balancing_loss``, ``z_loss``: by
         loss, without its coefficient, the mean over layers and this rank's micro-batches; a second loss of a kind has
-        its scope behind its name. ``offset_max``: largest magnitude.
+        its scope behind its name. ``offset_max``: largest magnitude. ``collectives``, ``collective_bytes``: begun for
+        the window, and what this rank gave to them.
         """
+        self._window.read()
         if self._recorder.last is None:
             return {}
         load = self.load
@@ -313,6 +328,7 @@ class Balance:
                 result[name] = float(torch.stack(values).mean()) if values else 0.0
         if any(group.steering is not None for group in self._groups):
             result["offset_max"] = max(float(offset.abs().max()) for offset in self.offsets.values())
+        result |= zip(("collectives", "collective_bytes"), map(float, self._traffic), strict=True)
         return result
 
     def notes(self, num_steps: int) -> list[str]:
@@ -349,13 +365,19 @@ class Balance:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes up what ``state_dict`` gave; the state of another model is refused before anything moves.
 
-        What only another strategy keeps (a momentum) is left out, and what that state lacks begins at zero.
+        What only another strategy keeps (a momentum) is left out, and what that state lacks begins at zero. Collective
+        over the group: every rank loads the same state, whatever number of ranks saved it.
         """
-        if self._window.micro_batches:
-            raise EquipoiseError("load_state_dict() must be called between windows. Call step() first.")
-        if not isinstance(state, Mapping) or not isinstance(state.get("offsets", {}), Mapping):
-            raise EquipoiseError(f"the state must be what state_dict() gave: got {type(state).__name__}.")
-        self._check_state(state)
+        error = None
+        try:
+            self._check_state(state)
+        except Exception as caught:
+            error = caught
+        states = self._pool.agree("load_state_dict", None if error else digest(state), error)
+        if len(set(states)) > 1:
+            raise EquipoiseError(
+                "every rank must load the same state: they differ from rank to rank. Load the same checkpoint on all."
+            )
         for index, layer in enumerate(self._layers):
             group, row = self._recorder.group_of[index]
             if group.steering is not None:
@@ -373,6 +395,10 @@ class Balance:
             self._last_micro_batches = []
 
     def _check_state(self, state: Mapping[str, Any]) -> None:
+        if self._window.micro_batches:
+            raise EquipoiseError("load_state_dict() must be called between windows. Call step() first.")
+        if not isinstance(state, Mapping) or not isinstance(state.get("offsets", {}), Mapping):
+            raise EquipoiseError(f"the state must be what state_dict() gave: got {type(state).__name__}.")
         names = {layer.name: (layer.num_experts,) for layer in self._layers}
         parts = {key: state.get(key, {}) for key in ("offsets", "load") if key in state or key == "offsets"}
         for key, part in {**parts, **state.get("state", {})}.items():
@@ -410,8 +436,9 @@ class Balance:
         offsets = self.offsets
         for hook in self._hooks:
             hook.remove()
-        if not self._taps:  # detached already
+        if self._detached:
             return offsets
+        self._detached = True
         for layer, tap in zip(self._layers, self._taps, strict=True):
             tap.observer = None
             untap_router(layer.router)
@@ -426,6 +453,8 @@ class Balance:
     # ---- helpers ----
 
     def _device(self) -> torch.device:
+        if not self._layers:
+            return self._device_of_model
         weight = self._layers[0].router.weight
         assert isinstance(weight, Tensor)
         return weight.device

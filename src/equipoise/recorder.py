@@ -4,8 +4,10 @@ Which tokens, when: a call counts when the router is in training mode, not pause
 is a recomputation). The gradient is computed in the backward, by the counts that are pooled by then.
 """
 
+import sys
 from collections.abc import Sequence
 from copy import deepcopy
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -14,9 +16,10 @@ from torch import Tensor, nn
 
 from equipoise.balancers import Balancer, Layers
 from equipoise.errors import EquipoiseError
+from equipoise.pool import Pool
 from equipoise.routing import Routing, score
 from equipoise.taps.tap import OWN_SLOT, RECOMPUTED, UNCOUNTED, RouterKind
-from equipoise.window import Call, Layout, MicroBatch, Pool, Statistics, Window, fit_mask, number_sequences
+from equipoise.window import Call, Layout, MicroBatch, Statistics, Window, fit_mask, number_sequences
 
 __all__ = ["Group", "Layer", "Recorder", "slot_of"]
 
@@ -66,6 +69,7 @@ class Recorder:
         self.paused = False
         self.measuring = False
         self.measured: Tensor | None = None  # counts since measuring began
+        self.inferring = False  # the last forward was one by which a pipeline finds out its shapes
 
     def observe(
         self,
@@ -79,6 +83,10 @@ class Recorder:
         training: bool,
     ) -> int:
         recomputing = torch._C._current_graph_task_id() != -1  # the one place that asks: a backward is running
+        if not recomputing:
+            self.inferring = _infers_shapes()
+        if self.inferring:
+            return UNCOUNTED
         if recomputing:
             if not training or self.measuring or self.paused:
                 return UNCOUNTED
@@ -133,6 +141,24 @@ class Recorder:
                 if found is not None:
                     for layer, value in zip(group.layers, found, strict=True):
                         statistics.add(layer, index, value.clone())
+
+    def empty_statistics(self) -> Statistics:
+        """The statistics of a window without tokens: zeros, in the order and of the size of every other window's."""
+        statistics = Statistics(self.window.gathered)
+        for group in self.groups if any(group.has_statistics for group in self.groups) else []:
+            for row, index in enumerate(group.layers):
+                layer = self.layers[index]
+                logits = slot_of(layer).new_zeros(0, layer.num_experts)
+                expert_ids = torch.zeros(0, layer.k, dtype=torch.int64, device=logits.device)
+                scores = score(logits, layer.kind.gate)
+                routing = Routing(logits, scores, expert_ids, logits.new_zeros(0, layer.k), None, None, 0)
+                for number, balancer in enumerate(group.balancers):
+                    found = balancer.statistic(routing, row)
+                    if found is not None:
+                        statistics.add(index, number, found)
+        if self.layers:
+            self._close_statistics(self.layout.zeros(slot_of(self.layers[0]).device), statistics)
+        return statistics
 
     def load_of(self, group: Group, vector: Tensor) -> Int[Tensor, "layers experts"]:
         return torch.stack([self.layout.load(vector, layer) for layer in group.layers])
@@ -268,6 +294,19 @@ class Recorder:
             for value in group.steering.state().values():
                 value[row].zero_()
             self.restore_offset(layer)
+
+
+def _infers_shapes() -> bool:
+    """Whether this forward is one that ``torch.distributed.pipelining`` runs on uninitialised data, before the first
+    step of a stage that was not given its ``input_args``, to find out the shapes of what it sends and receives."""
+    if "torch.distributed.pipelining" not in sys.modules:
+        return False
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name in ("_forward_metadata_inference", "_shape_inference"):
+            return frame.f_globals.get("__name__") == "torch.distributed.pipelining.stage"
+        frame = frame.f_back
+    return False
 
 
 def _make_groups(

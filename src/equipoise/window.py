@@ -2,11 +2,15 @@
 
 All counts of a micro-batch lie in one int64 vector,
 
-    [ load of layer 0 | load of layer 1 | ... | tokens of each layer | closings, closing count, micro-batch number ]
+    [ load of layer 0 | load of layer 1 | ... | closings, closing count, micro-batch number | tokens of each layer ]
 
-so that one all-reduce pools every layer. The last three say which collective this rank is in: a rank that closes the
+so that one all-reduce of its beginning pools every layer. The loads alone travel where the window is pooled once. Where
+every micro-batch is, the next three go with them and say which collective this rank is in: a rank that closes the
 window while another begins a micro-batch is found out by every rank. What balancers want to know besides the load,
 their statistics, is added up beside it and pooled with it when the window closes.
+
+Two things are told inside the loads, which are never below 0: a rank that cannot close its window makes the last one
+negative, and a rank whose optimizer skipped its step adds ``SKIPPED`` to the first.
 """
 
 import itertools
@@ -14,13 +18,15 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from equipoise.errors import EquipoiseError
+from equipoise.pool import Pool
 
-__all__ = ["Call", "Closed", "Layout", "MicroBatch", "Pool", "Statistics", "Window", "fit_mask", "number_sequences"]
+__all__ = ["Call", "Closed", "Layout", "MicroBatch", "Statistics", "Window", "fit_mask", "number_sequences"]
+
+SKIPPED = 2**48  # more than an expert gets in a window; so are the 2^62 / ranks of a rank that cannot close it
 
 
 class Layout:
@@ -31,12 +37,13 @@ class Layout:
         ends = list(itertools.accumulate(num_experts))
         self.slices = [slice(end - size, end) for size, end in zip(num_experts, ends, strict=True)]
         self.num_layers = len(num_experts)
-        self.tokens = slice(ends[-1], ends[-1] + self.num_layers)
-        self.header = slice(self.tokens.stop, self.tokens.stop + 3)
+        self.loads = slice(0, ends[-1] if ends else 0)
+        self.header = slice(self.loads.stop, self.loads.stop + 3)
+        self.tokens = slice(self.header.stop, self.header.stop + self.num_layers)
 
     def zeros(self, device: torch.device) -> Int[Tensor, " numbers"]:
         with torch.inference_mode(False):  # counts outlive an evaluation under inference mode
-            return torch.zeros(self.header.stop, dtype=torch.int64, device=device)
+            return torch.zeros(self.tokens.stop, dtype=torch.int64, device=device)
 
     def load(self, vector: Tensor, layer: int) -> Int[Tensor, " experts"]:
         return vector[self.slices[layer]]
@@ -53,34 +60,6 @@ class Layout:
             tokens = unmasked.sum()
         self.load(vector, layer).scatter_add_(0, ids, ones)
         vector[self.tokens.start + layer].add_(tokens)
-
-
-class Pool:
-    """The ranks whose counts are pooled, on a process group of our own, so that no call pairs with anybody else's."""
-
-    def __init__(self, group: Any | None):
-        self.size, self.group = 1, None
-        if group is None and not (dist.is_available() and dist.is_initialized()):
-            return
-        if group is dist.GroupMember.NON_GROUP_MEMBER:
-            raise EquipoiseError(
-                "group must hold this rank: it is a group of other ranks. Attach on the ranks of the group only."
-            )
-        ranks = dist.get_process_group_ranks(group if group is not None else dist.group.WORLD)
-        self.size = len(ranks)
-        if self.size > 1:
-            self.group = dist.new_group(ranks, use_local_synchronization=True)
-
-    def gather(self, value: Any) -> list[Any]:
-        """Everybody's Python value, in rank order."""
-        values = [value] * self.size
-        if self.group is not None:
-            dist.all_gather_object(values, value, group=self.group)
-        return values
-
-    def all_reduce(self, vector: Tensor) -> Any:
-        """Begins to sum ``vector`` over the ranks in place; ``wait()`` on what comes back, None on a single rank."""
-        return None if self.group is None else dist.all_reduce(vector, group=self.group, async_op=True)
 
 
 class Statistics:
@@ -177,6 +156,9 @@ class Closed(NamedTuple):
 
     vector: Int[Tensor, " numbers"]
     statistics: Statistics
+    applied: bool | Tensor  # whether the optimizer's step was applied on every rank
+    collectives: int
+    num_bytes: int  # that this rank gave to them
 
 
 class Window:
@@ -202,6 +184,7 @@ class Window:
         self.gathered = gathered
         self.close_statistics = close_statistics
         self.number = -1
+        self._unread: list[tuple[Tensor, Any]] = []  # what the ranks told, on its way from a GPU
         self._open()
 
     def _open(self) -> None:
@@ -213,6 +196,7 @@ class Window:
         self._statistics = Statistics(self.gathered)  # of the closed micro-batches, on this rank
         self._closed: Tensor | None = None  # sum of the closed micro-batches, over the ranks if pools_each
         self._pending: list[tuple[Any, Tensor]] = []
+        self._collectives, self._num_bytes = 0, 0
 
     def micro_batch(self, device: torch.device) -> MicroBatch:
         if self.current is None:
@@ -252,28 +236,60 @@ class Window:
             self.close_statistics(closed.vector, closed.statistics)
             self._statistics.merge(closed.statistics)
             closed.statistics = Statistics(self.gathered)
-            vector = closed.vector.clone()
+            vector = closed.vector[: self._width].clone()
             if self.pools_each:
                 vector[self.layout.header.stop - 1] = len(self.micro_batches)
-                self._pending.append((self.pool.all_reduce(vector), vector))
+                self._pending.append((self._all_reduce(vector), vector))
             else:
                 self._add(vector)
         return closed
 
+    @property
+    def _width(self) -> int:
+        """How much of a vector travels."""
+        return self.layout.header.stop if self.pools_each else self.layout.loads.stop
+
     def _add(self, vector: Tensor) -> None:
         self._closed = vector if self._closed is None else self._closed.add_(vector)
+
+    def _all_reduce(self, vector: Tensor) -> Any:
+        """Begins a collective, once it is known that the ones before brought no bad news."""
+        self.read()
+        collectives, num_bytes = self.pool.collectives, self.pool.num_bytes
+        work = self.pool.all_reduce(vector)
+        self._collectives += self.pool.collectives - collectives
+        self._num_bytes += self.pool.num_bytes - num_bytes
+        return work
 
     def _wait(self) -> None:
         pending, self._pending = self._pending, []
         for work, _ in pending:
             work.wait()
         for _, vector in pending:
-            self._check(vector)
+            self._look(vector)
             self._add(vector)
 
-    def _check(self, vector: Tensor) -> None:
-        closings, closing_count, number = vector[self.layout.header].tolist()
-        if closings > self.pool.size:
+    def _look(self, vector: Tensor) -> None:
+        """Takes in what the ranks tell beside their counts: on a CPU now, of a GPU before the next collective begins,
+        when it has long been there, so that the host need not wait for it."""
+        told = vector[self.layout.loads.stop - 1 : self._width]
+        if told.device.type == "cpu":
+            self._check(told.tolist())
+            return
+        event = torch.get_device_module(told.device).Event()
+        self._unread.append((told.to("cpu", non_blocking=True), event))
+        event.record()
+
+    def read(self) -> None:
+        """Raises if a collective brought bad news that nobody looked at yet."""
+        unread, self._unread = self._unread, []
+        for told, event in unread:
+            event.synchronize()
+            self._check(told.tolist())
+
+    def _check(self, told: list[int]) -> None:
+        last_load, closings, closing_count, number = [*told, 0, 0, 0][:4]
+        if last_load < 0:
             raise EquipoiseError(
                 "every attached router must be called on every rank between two steps: on another rank one was not, "
                 "and its step() raised. Its message names the router."
@@ -291,7 +307,8 @@ class Window:
         """The counts known at this moment without waiting for anybody."""
         if self.current is None:
             return self._closed
-        return self.current.vector if self._closed is None else self._closed + self.current.vector
+        current = self.current.vector[: self._width]
+        return current if self._closed is None else self._closed + current
 
     def load_pooled(self) -> Tensor:
         """The counts of all closed micro-batches, over all ranks; waits for what is under way."""
@@ -299,44 +316,68 @@ class Window:
         assert self._closed is not None
         return self._closed
 
-    def fail(self, device: torch.device) -> None:
-        """This rank cannot close the window: where the others wait for it, they are told and raise too."""
-        if self.pools_each:
-            vector = self.layout.zeros(device)
-            vector[self.layout.header.start] = self.pool.size + 1
-            self.pool.all_reduce(vector).wait()
+    def fail(self, device: torch.device, statistics: Statistics) -> None:
+        """This rank cannot close the window: the others, who wait for it, are told and raise too.
 
-    def close(self) -> Closed:
-        """Ends the window: its counts and statistics over all ranks, in one collective; where every micro-batch is
-        pooled, in one for the closing and one for statistics, if there are any."""
+        ``statistics`` are those of a window without tokens: what the others exchange has their size.
+        """
+        if self.pool.size > 1:
+            vector = self.layout.zeros(device)[: self._width]
+            vector[self.layout.loads.stop - 1] = -(2**62 // self.pool.size)
+            summed = [] if self.pools_each else statistics.summed
+            self._all_reduce(torch.cat([vector, *(value.reshape(-1) for value in summed)])).wait()
+
+    def close(self, applied: bool | Tensor = True) -> Closed:
+        """Ends the window: its counts, its statistics and whether its step was applied, over all ranks, in one
+        collective; where every micro-batch is pooled, in one for the closing and one for statistics, if there are any.
+        """
         self.close_micro_batch()
         if self.pools_each:
             self._wait()
-            assert self._closed is not None
-            vector = torch.zeros_like(self._closed)
-        else:
-            assert self._closed is not None
-            vector = self._closed
-        statistics = self._statistics
+        assert self._closed is not None
+        vector, statistics = self._closed, self._statistics
         if self.pool.size > 1:
-            header, summed = self.layout.header, statistics.summed
-            vector[header.start], vector[header.start + 1], vector[header.stop - 1] = 1, len(self.micro_batches), 0
-            if self.pools_each:  # the others may begin a micro-batch: what is exchanged has its size
-                self.pool.all_reduce(vector).wait()
-                self._check(vector)
-                vector = self._closed.new_zeros(0)
-            if vector.numel() or summed:
-                together = torch.cat([vector, *(value.reshape(-1) for value in summed)])
-                self.pool.all_reduce(together).wait()
-                vector, *pooled = together.split([vector.numel(), *(value.numel() for value in summed)])
-                for value, total in zip(summed, pooled, strict=True):
-                    value.copy_(total.view_as(value))
-            vector = self._closed if self.pools_each else vector
+            vector, applied = self._pool(vector, statistics.summed, applied)
+            before = self.pool.collectives
             statistics.gather(self.pool)
+            self._collectives += self.pool.collectives - before
         for micro_batch in self.micro_batches:
             micro_batch.choices.clear()
+        closed = Closed(vector, statistics, applied, self._collectives, self._num_bytes)
         self._open()
-        return Closed(vector, statistics)
+        return closed
+
+    def _pool(self, counts: Tensor, summed: list[Tensor], applied: bool | Tensor) -> tuple[Tensor, bool | Tensor]:
+        """Sums counts (unless they are pooled already) and statistics over the ranks, the latter in place."""
+        closing = torch.zeros_like(counts) if self.pools_each else counts
+        if isinstance(applied, Tensor):
+            closing[0] += (~applied.to(closing.device).bool()).long() * SKIPPED
+        elif not applied:
+            closing[0] += SKIPPED
+        if self.pools_each:  # the others may begin a micro-batch: what is exchanged has its size
+            header = self.layout.header
+            closing[header.start], closing[header.start + 1] = 1, len(self.micro_batches)
+            self._all_reduce(closing).wait()
+            self._look(closing)
+            if summed:
+                self._sum(summed)
+        else:
+            closing = self._sum([closing, *summed])[0]
+            self._look(closing)
+        skips = closing[0] >> 48
+        applied = not int(skips) if skips.device.type == "cpu" else skips == 0
+        closing[0] &= SKIPPED - 1
+        return counts if self.pools_each else closing, applied
+
+    def _sum(self, values: list[Tensor]) -> list[Tensor]:
+        """Sums tensors over the ranks, in place, in one collective."""
+        together = values[0] if len(values) == 1 else torch.cat([value.reshape(-1) for value in values])
+        self._all_reduce(together).wait()
+        if len(values) > 1:
+            totals = together.split([value.numel() for value in values])
+            for value, total in zip(values, totals, strict=True):
+                value.copy_(total.view_as(value))
+        return values
 
 
 def fit_mask(

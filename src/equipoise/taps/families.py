@@ -60,8 +60,9 @@ def _kind_of(module: nn.Module) -> RouterKind | None:
     return None
 
 
-def find_routers(model: nn.Module) -> list[tuple[str, nn.Module, RouterKind]]:
-    """The routers of ``model`` in model order. None at all is an error that names what was seen instead."""
+def find_routers(model: nn.Module, allow_empty: bool = False) -> list[tuple[str, nn.Module, RouterKind]]:
+    """The routers of ``model`` in model order. None at all is an error that names what was seen instead; with
+    ``allow_empty`` only where something was seen."""
     found = [
         (plain_name(name), module, kind)
         for name, module in model.named_modules()
@@ -70,6 +71,8 @@ def find_routers(model: nn.Module) -> list[tuple[str, nn.Module, RouterKind]]:
     if found:
         return found
     seen = sorted({type(m).__name__ for m in model.modules() if _looks_like_moe(type(m).__name__)})
+    if allow_empty and not seen:
+        return []
     raise EquipoiseError(
         f"the model must hold a router that equipoise knows ({', '.join(sorted(_KINDS))}): "
         f"{type(model).__name__} holds none"
@@ -77,13 +80,13 @@ def find_routers(model: nn.Module) -> list[tuple[str, nn.Module, RouterKind]]:
         + ". Attach to one of these families: "
         + ", ".join(FAMILIES)
         + "; in a model of your own use equipoise.nn.Router, or give your router an attribute router_kind, an "
-        "equipoise.RouterKind(gate, slot)."
+        "equipoise.RouterKind(gate, slot); a pipeline stage of dense layers takes allow_empty=True."
     )
 
 
 def unknown_routers(model: nn.Module) -> list[str]:
     """Names of modules that are called a router or a gate, have a weight of two dimensions, and are of no family."""
-    known = [module for _, module, _ in find_routers(model)]
+    known = [module for _, module, _ in find_routers(model, allow_empty=True)]
     inside = {part for module in known for part in module.modules()}
     return [
         f"{plain_name(name)} ({type(module).__name__})"
