@@ -12,9 +12,11 @@ import shlex
 import signal
 import sys
 import threading
+import time
+import traceback
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 from equipoise.errors import EquipoiseError, UsageError
 from equipoise.lab.config import Compare, Train
@@ -22,6 +24,8 @@ from equipoise.recipes import RECIPES, Recipe, recipe, split_strategy
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from equipoise.lab.watch import Terminal
 
 __all__ = ["main"]
 
@@ -107,25 +111,31 @@ def _run(asked: Compare | Train | Report | Recipes, command: str) -> None:
         ) from None
     asked.check()
     if isinstance(asked, Compare):
-        with Terminal(num_runs=len(asked.runs())) as terminal:
+        with _shown(Terminal(num_runs=len(asked.runs()))) as terminal:
             from equipoise.lab.compare import compare
 
             results, failure = compare(asked, terminal, command)
-        if results:
+        if results and _rank() == 0:
             print_table(asked.out)
             print(f"{asked.out / 'report.html'}", file=sys.stderr)
-        if asked.json:
+        if asked.json and _rank() == 0:
             json.dump(results, sys.stdout, ensure_ascii=False, indent=1)
             print()
         if failure is not None:
             raise failure
         return
-    with Terminal() as terminal:
+    with _shown(Terminal()) as terminal:
         from equipoise.lab.train import train
 
         train(asked, terminal, command)
-    print_table(asked.out)
-    print(asked.out)
+    if _rank() == 0:
+        print_table(asked.out)
+        print(asked.out)
+
+
+def _shown(terminal: "Terminal") -> Any:
+    """The terminal of the first rank; the others have nothing to show."""
+    return terminal if _rank() == 0 else contextlib.nullcontext(terminal)
 
 
 def _show_recipes(asked: Recipes) -> None:
@@ -197,21 +207,71 @@ def main(arguments: list[str] | None = None) -> None:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: say how to go on
     try:
-        _run(_parse(arguments), shlex.join(["equipoise", *arguments]))
+        _run(_parse(arguments), _launcher() + shlex.join(["equipoise", *arguments]))
     except UsageError as error:
-        _fail(str(error), 2)
+        _fail(error, str(error), 2)
     except EquipoiseError as error:
-        _fail(str(error), 1)
+        _fail(error, str(error), 1)
     except BrokenPipeError:  # whoever read stdout has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        _leave(1)
     except OSError as error:
-        _fail(f"files must be there to read and write: {error}. Mend that; --resume goes on with what was begun.", 1)
+        what = f"files must be there to read and write: {error}. Mend that; --resume goes on with what was begun."
+        _fail(error, what, 1)
     except KeyboardInterrupt:
-        print("equipoise: stopped. Go on with the same command and --resume.", file=sys.stderr)
-        sys.exit(130)
+        if _rank() == 0:
+            _say("equipoise: stopped. Go on with the same command and --resume.")
+        _leave(130)
+    except Exception as error:
+        if _num_ranks() == 1:
+            raise
+        if _rank() == 0 or not getattr(error, "of_all_ranks", False):
+            traceback.print_exc()
+        _leave(1)
+    if _num_ranks() > 1 and "equipoise.lab.ranks" in sys.modules:
+        sys.modules["equipoise.lab.ranks"].part()
 
 
-def _fail(message: str, code: int) -> None:
-    print(f"equipoise: error: {message}", file=sys.stderr)
+def _fail(error: Exception, message: str, code: int) -> None:
+    """Says what is wrong: the first rank, and any other whose error is its own. What the command line gets wrong, all
+    ranks of a node get wrong."""
+    shared = getattr(error, "of_all_ranks", False)
+    own = not shared and (not isinstance(error, UsageError) or int(os.environ.get("LOCAL_RANK", "0")) == 0)
+    if _rank() == 0:
+        _say(f"equipoise: error: {message}")
+    elif own:
+        _say(f"equipoise: rank {_rank()}: error: {message}")
+    elif shared:
+        time.sleep(1)  # torchrun ends all ranks when the first of them leaves: rank 0 says why before
+    _leave(code)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _leave(code: int) -> NoReturn:
+    """Ends the process. One of several ranks leaves at once: at the usual end of Python, gloo waits for collectives
+    that are under way, and the other ranks may be gone."""
+    if _num_ranks() > 1 and "torch" in sys.modules:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)
+
+
+def _num_ranks() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0")) if _num_ranks() > 1 else 0
+
+
+def _launcher() -> str:
+    """What torchrun was told, for the command that the run folder records."""
+    if _num_ranks() == 1:
+        return ""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", _num_ranks()))
+    nodes = f"--nnodes {_num_ranks() // here} " if here < _num_ranks() else ""
+    return f"torchrun {nodes}--nproc-per-node {here} -m "

@@ -1,4 +1,7 @@
-"""Checkpoints that survive a kill at any moment, and the model that leaves for plain Transformers."""
+"""Checkpoints that survive a kill at any moment, and the model that leaves for plain Transformers.
+
+Rank 0 writes and reads the whole state, so that a run goes on with any number of ranks and any wrapper.
+"""
 
 import json
 import os
@@ -13,12 +16,14 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from equipoise.attachment import OFFSETS_FILE
 from equipoise.balance import Balance
 from equipoise.errors import EquipoiseError
 from equipoise.lab.data import end_of_text
+from equipoise.lab.ranks import ALONE, Ranks
+from equipoise.lab.wrappers import state_to_save
 from equipoise.records import write_json
 from equipoise.taps.tap import OWN_SLOT
 
@@ -28,7 +33,9 @@ KEPT = 2  # the newest, and the one before it in case the newest is damaged
 
 
 def _state(model: nn.Module, optimizer: torch.optim.Optimizer, balance: Balance) -> dict[str, Any]:
-    model_state, optimizer_state = get_state_dict(model, optimizer)
+    """The whole state, on rank 0; collective."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    model_state, optimizer_state = get_state_dict(model, optimizer, options=options)
     return {
         "model": model_state,
         "optimizer": optimizer_state,
@@ -63,15 +70,27 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {reason[0][:100]}"
 
 
-def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, balance: Balance) -> None:
+def save(
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    balance: Balance,
+    ranks: Ranks = ALONE,
+) -> None:
     """Writes ``folder/step-N`` aside and renames it when it is whole; keeps the newest two."""
+    state = _state(model, optimizer, balance)
+    ranks.first(_write, folder, step, state)
+
+
+def _write(folder: Path, step: int, state: dict[str, Any]) -> None:
     target, aside = folder / f"step-{step:08d}", folder / f".step-{step:08d}.tmp"
     for old in (aside, target):
         shutil.rmtree(old, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
         with _one_process():
-            dcp.save(_state(model, optimizer, balance), checkpoint_id=aside, no_dist=True)
+            dcp.save(state, checkpoint_id=aside, no_dist=True)
         write_json(aside / "facts.json", {"step": step})
         for file in aside.iterdir():
             _sync(file)
@@ -88,44 +107,71 @@ def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optim
 
 
 def load_newest(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, balance: Balance, warn: Any
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    balance: Balance,
+    warn: Any,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any] | None:
     """Takes up the newest whole checkpoint and returns its facts; None if there is none. A damaged one is named."""
-    found = sorted(folder.glob("step-*"), reverse=True)
+    if not ranks.first(_find, folder):
+        return None
+    state = _state(model, optimizer, balance)
+    facts, balance_state, random = ranks.first(_read, folder, state, warn)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=ranks.size > 1)
+    set_state_dict(
+        model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=options
+    )
+    balance.load_state_dict(balance_state)
+    torch.set_rng_state(random)
+    return facts
+
+
+def _find(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step-*"), reverse=True)
+
+
+def _read(folder: Path, state: dict[str, Any], warn: Any) -> tuple[dict[str, Any], dict[str, Any], torch.Tensor]:
+    """Fills ``state`` from the newest whole checkpoint; its facts, and what every rank needs all of."""
+    found = _find(folder)
     for path in found:
         try:
             facts = json.loads((path / "facts.json").read_text())
-            state = _state(model, optimizer, balance)
             with _one_process():
                 dcp.load(state, checkpoint_id=path, no_dist=True)
         except (Exception, CheckpointException) as error:  # whatever a damaged file makes of torch, json or the disk
             warn(f"checkpoint {path} is damaged ({_reason(error)}); trying the one before it")
             continue
-        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-        balance.load_state_dict(state["balance"])
-        torch.set_rng_state(state["random"])
-        return facts
-    if found:
-        raise EquipoiseError(
-            f"A run can go on from a whole checkpoint only: all {len(found)} in {folder} are damaged. Restore one, or "
-            "remove the run's folder and train again."
-        )
-    return None
+        return facts, state["balance"], state["random"]
+    raise EquipoiseError(
+        f"A run can go on from a whole checkpoint only: all {len(found)} in {folder} are damaged. Restore one, or "
+        "remove the run's folder and train again."
+    )
 
 
-def save_model(folder: Path, model: nn.Module, balance: Balance, tokenizer_file: Path) -> str | None:
+def save_model(
+    folder: Path, model: nn.Module, balance: Balance, tokenizer_file: Path, ranks: Ranks = ALONE
+) -> str | None:
     """Saves the trained model for plain Transformers; returns what a user must know about its offsets, if anything.
 
     A family with a bias slot carries its offsets in the slot. Of the others the offsets lie beside the weights and
     ``config.json`` names them: plain Transformers routes without; ``equipoise.attach(model, "frozen", offsets=folder)``
     routes with them.
     """
+    weights = state_to_save(model)
+    return ranks.first(_save_model, folder, model, weights, balance, tokenizer_file)
+
+
+def _save_model(
+    folder: Path, model: nn.Module, weights: dict[str, Any] | None, balance: Balance, tokenizer_file: Path
+) -> str | None:
     from safetensors import SafetensorError
 
     aside = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     try:
-        note = _write_model(aside, folder, model, balance, tokenizer_file)
+        note = _write_model(aside, folder, model, weights, balance, tokenizer_file)
         shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -137,10 +183,17 @@ def save_model(folder: Path, model: nn.Module, balance: Balance, tokenizer_file:
     return note
 
 
-def _write_model(aside: Path, folder: Path, model: nn.Module, balance: Balance, tokenizer_file: Path) -> str | None:
+def _write_model(
+    aside: Path,
+    folder: Path,
+    model: nn.Module,
+    weights: dict[str, Any] | None,
+    balance: Balance,
+    tokenizer_file: Path,
+) -> str | None:
     from transformers import PreTrainedTokenizerFast
 
-    model.save_pretrained(aside)
+    model.save_pretrained(aside, state_dict=weights)
     end = end_of_text(tokenizer_file)
     PreTrainedTokenizerFast(tokenizer_file=str(tokenizer_file), eos_token=end).save_pretrained(aside)
     note = None

@@ -7,46 +7,66 @@ from typing import Any
 from equipoise.balancers import format_strategy, parse_strategy
 from equipoise.errors import EquipoiseError, UsageError
 from equipoise.lab.config import Compare, Train
-from equipoise.lab.train import Watcher, check, train
+from equipoise.lab.ranks import LostRank, Ranks, is_shared, meet
+from equipoise.lab.train import Nobody, Watcher, check, same_options, train
 from equipoise.records import Run, is_new, read_json, write_json
 from equipoise.report import write_report
 
 __all__ = ["compare"]
 
 
-def compare(config: Compare, watcher: Watcher, command: str = "") -> tuple[list[dict[str, Any]], EquipoiseError | None]:
+def compare(
+    config: Compare, watcher: Watcher, command: str = "", ranks: Ranks | None = None
+) -> tuple[list[dict[str, Any]], EquipoiseError | None]:
     """Trains every strategy and seed, and writes ``results.json`` and ``report.html`` into ``config.out``.
 
-    Returns the results, seeds first, strategies in the order given, and the first failure. A run that fails does not
-    stop the others: they are finished, recorded and reported.
+    Returns the results, seeds first, strategies in the order given, and the first failure, on every rank. A run that
+    fails does not stop the others: they are finished, recorded and reported.
     """
+    ranks = meet() if ranks is None else ranks
+    watcher = watcher if ranks.rank == 0 else Nobody()
+    same_options(config, ranks)
+    ranks.together(_check_options, config)
+    ranks.first(_check_folder, config)
+    runs = config.runs()
+    for run in runs:
+        check(dataclasses.replace(run, resume=True), ranks)  # its folder is ours; the options are what is checked
+    ranks.first(_begin, config, command)
+    results, failures = [], []
+    for run in runs:
+        try:
+            results.append(train(dataclasses.replace(run, resume=True), watcher, command, ranks))
+        except EquipoiseError as error:
+            if isinstance(error, LostRank) or (ranks.size > 1 and not is_shared(error)):
+                raise  # the ranks no longer act as one
+            watcher.say(f"{run.strategy}, seed {run.seed}: {error}")
+            failures.append(error)
+            if not results and len(failures) == 1 and not ranks.first(_began, run):
+                raise  # nothing of it depends on the strategy: a bad data folder, say
+    ranks.first(_end, config, results, failures)
+    return results, failures[0] if failures else None
+
+
+def _check_options(config: Compare) -> None:
     config.check()
     plain = [format_strategy(parse_strategy(strategy)) for strategy in config.strategies]
     if len(set(plain)) < len(plain):
         raise UsageError(f"--strategies must be different: got {', '.join(config.strategies)}. Leave the repeated out.")
-    runs = config.runs()
-    _check_folder(config)
-    for run in runs:
-        check(dataclasses.replace(run, resume=True))  # its folder is ours; the options are what is checked
+
+
+def _begin(config: Compare, command: str) -> None:
     config.out.mkdir(parents=True, exist_ok=True)
     write_json(config.out / "compare.json", {"command": command, "options": _options(config)})
-    results, failures = [], []
-    for run in runs:
-        try:
-            results.append(train(dataclasses.replace(run, resume=True), watcher, command))
-        except EquipoiseError as error:
-            watcher.say(f"{run.strategy}, seed {run.seed}: {error}")
-            failures.append(error)
-            if not results and len(failures) == 1 and not _began(run):
-                raise  # nothing of it depends on the strategy: a bad data folder, say
+
+
+def _end(config: Compare, results: list[dict[str, Any]], failures: list[EquipoiseError]) -> None:
     write_json(config.out / "results.json", results)
-    if any(_began(run) for run in runs):
+    if any(map(_began, config.runs())):
         try:
             write_report(config.out)
         except EquipoiseError:
             if not failures:
                 raise  # else it only follows from them
-    return results, failures[0] if failures else None
 
 
 def _began(run: Train) -> bool:

@@ -67,7 +67,7 @@ class _Run:
     """Sequences a micro-batch. All of one domain, unless --shuffled."""
 
     micro_batches: int = 8
-    """Micro-batches a step (gradient accumulation)."""
+    """Micro-batches a step, of all ranks together (gradient accumulation); a multiple of the number of ranks."""
 
     shuffled: bool = False
     """Mix domains in every micro-batch. By default each holds one domain: an upper bound of what scope does."""
@@ -90,6 +90,10 @@ class _Run:
 
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Precision of the forward: auto is bfloat16 autocast where the machine has it, else float32."""
+
+    wrapper: Literal["auto", "none", "ddp", "fsdp2"] = "auto"
+    """How the model is spread over the ranks that torchrun starts: a copy on each (ddp), or sharded (fsdp2).
+    auto: none in one process, ddp with several."""
 
     evaluate_every: int = 0
     """Steps between evaluations on the selection text; 0: only at the end, on the test text."""
@@ -142,7 +146,7 @@ class _Run:
 
     def shared(self) -> dict[str, Any]:
         """The options that decide the numbers of a run, as JSON can hold them."""
-        left_out = {"out", "resume", "strategy", "strategies", "seed", "seeds", "json", "save_model"}
+        left_out = {"out", "resume", "strategy", "strategies", "seed", "seeds", "json", "save_model", "wrapper"}
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {k: str(v) if isinstance(v, Path) else v for k, v in fields.items() if k not in left_out}
 

@@ -9,18 +9,11 @@ from typing import Any
 
 import torch
 
-from equipoise.errors import EquipoiseError
-
 __all__ = ["learning_rate_at", "machine", "reproducible"]
 
 
 def machine(dtype: str) -> tuple[torch.device, bool]:
     """The device, and whether forwards run under bfloat16 autocast."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise EquipoiseError(
-            f"the lab runs in one process in this version: WORLD_SIZE is {os.environ['WORLD_SIZE']}. Start it without "
-            "torchrun; the library itself (equipoise.attach) works on many ranks."
-        )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if dtype != "auto":
         return device, dtype == "bfloat16"

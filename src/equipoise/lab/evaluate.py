@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from equipoise import metrics
 from equipoise.balance import Balance
 from equipoise.lab.data import Corpus
+from equipoise.lab.ranks import ALONE, Ranks
+from equipoise.lab.wrappers import is_sharded
 
 __all__ = ["evaluate", "language_model_loss"]
 
@@ -35,8 +37,9 @@ def evaluate(
     k: int,
     device: torch.device,
     autocast: bool,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
-    """Figures of the model on ``split``; every domain gives the same number of sequences.
+    """Figures of the model on ``split``; every domain gives the same number of sequences, dealt to the ranks.
 
     Returns ``val_nats`` (mean over tokens), ``val_perplexity``, ``val_bits_per_byte``, ``maxvio_global`` (all domains
     pooled), ``maxvio_floor``, ``domain_information_bits`` (mean over layers), ``dead_experts`` (sum over layers), and
@@ -46,26 +49,39 @@ def evaluate(
     num = min([most_sequences, *map(len, rows.values())])
     was_training = model.training
     model.eval()
-    domains: dict[str, Any] = {}
-    nats_sum = bytes_sum = 0.0
+    firsts = range(0, num, sequences)  # the first sequence of each batch of a domain
+    mine = firsts[ranks.rank :: ranks.size]
+    idle = is_sharded(model) and len(mine) < len(firsts[:: ranks.size])  # no batch left, and the others need our shards
+
+    def total_nats(domain: str, first: int) -> float:
+        batch = torch.from_numpy(rows[domain][first : min(first + sequences, num)].astype(np.int64))
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            return float(language_model_loss(model, batch.to(device))) * len(batch)
+
+    totals: dict[str, float] = {}
+    loads: dict[str, dict[str, Tensor]] = {}
     try:
         for domain in corpus.domains:
-            total = 0.0
-            with balance.measuring() as load:
-                for first in range(0, num, sequences):
-                    batch = torch.from_numpy(rows[domain][first : min(first + sequences, num)].astype(np.int64))
-                    with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-                        total += float(language_model_loss(model, batch.to(device))) * len(batch)
-            nats, bytes_per_token = total / num, corpus.bytes_per_token(split, domain, num * sequence_length)
-            nats_sum, bytes_sum = nats_sum + nats, bytes_sum + bytes_per_token
-            domains[domain] = {
-                "nats": nats,
-                "bits_per_byte": nats / bytes_per_token / math.log(2),
-                "tokens": num * sequence_length,
-                "load": [layer.tolist() for layer in load.values()],
-            }
+            with balance.measuring() as loads[domain]:
+                totals[domain] = 0.0
+                for first in mine:
+                    totals[domain] += total_nats(domain, first)
+                if idle:
+                    with balance.paused():
+                        total_nats(domain, 0)
     finally:
         model.train(was_training)
+    domains: dict[str, Any] = {}
+    nats_sum = bytes_sum = 0.0
+    for domain, total in ranks.sum(totals).items():
+        nats, bytes_per_token = total / num, corpus.bytes_per_token(split, domain, num * sequence_length)
+        nats_sum, bytes_sum = nats_sum + nats, bytes_sum + bytes_per_token
+        domains[domain] = {
+            "nats": nats,
+            "bits_per_byte": nats / bytes_per_token / math.log(2),
+            "tokens": num * sequence_length,
+            "load": [layer.tolist() for layer in loads[domain].values()],
+        }
     by_domain = [[torch.tensor(layer) for layer in row["load"]] for row in domains.values()]
     layers = [torch.stack(layer) for layer in zip(*by_domain, strict=True)]  # of each layer (domains, experts)
     pooled = {str(index): layer.sum(0) for index, layer in enumerate(layers)}

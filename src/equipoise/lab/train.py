@@ -1,8 +1,11 @@
 """One run: trains one model under one strategy and writes its run folder.
 
 corpus -> micro-batches -> forwards of a window -> one backward -> optimizer -> balance.step() -> records
+
+All that has to do with the run folder is done by rank 0, in ``ranks.first``: on another node it need not be there.
 """
 
+import dataclasses
 import datetime
 import importlib.metadata
 import math
@@ -20,7 +23,7 @@ from equipoise import __version__
 from equipoise.attachment import OFFSETS_FILE, attach
 from equipoise.balance import Balance
 from equipoise.balancers import parse_strategy
-from equipoise.errors import EquipoiseError
+from equipoise.errors import EquipoiseError, UsageError
 from equipoise.lab import checkpoint
 from equipoise.lab.batches import Batches
 from equipoise.lab.config import Train
@@ -28,10 +31,12 @@ from equipoise.lab.data import Corpus, load_corpus
 from equipoise.lab.engine import learning_rate_at, machine, reproducible
 from equipoise.lab.evaluate import evaluate, language_model_loss
 from equipoise.lab.models import build_model, num_active_parameters
+from equipoise.lab.ranks import ALONE, Ranks, meet
+from equipoise.lab.wrappers import check_wrapper, copy_to_ranks, digest, find_wrapper, full, shard, synchronising
 from equipoise.records import Run, is_new
 from equipoise.taps.families import find_routers
 
-__all__ = ["Watcher", "train"]
+__all__ = ["Nobody", "Watcher", "same_options", "train"]
 
 
 class Watcher(Protocol):
@@ -46,10 +51,37 @@ class Watcher(Protocol):
     def end(self) -> None: ...
 
 
-def check(config: Train) -> None:
+class Nobody:
+    """The watcher of a rank other than the first."""
+
+    def say(self, text: str) -> None: ...
+
+    def begin(self, config: Train, done: int) -> None: ...
+
+    def step(self, row: dict[str, Any], tokens_per_second: float) -> None: ...
+
+    def end(self) -> None: ...
+
+
+def check(config: Train, ranks: Ranks = ALONE) -> None:
     """Everything about a run that can be wrong before a model is built."""
+    ranks.together(_check_options, config, ranks.size)
+    ranks.first(_check_out, config)
+
+
+def _check_options(config: Train, num_ranks: int) -> None:
     config.check()
     parse_strategy(config.strategy)
+    check_wrapper(config.wrapper, num_ranks)
+    if config.micro_batches % num_ranks:
+        next_multiple = -(-config.micro_batches // num_ranks) * num_ranks
+        raise UsageError(
+            "--micro-batches must be a multiple of the number of ranks, which share the micro-batches of a step: got "
+            f"{config.micro_batches} on {num_ranks} ranks. Take {next_multiple}, or another number of ranks."
+        )
+
+
+def _check_out(config: Train) -> None:
     out = config.out
     if out.exists() and not out.is_dir():
         raise EquipoiseError(f"--out must be a folder: {out} is a file. Choose another.")
@@ -65,17 +97,46 @@ def _some(folder: Any) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def train(config: Train, watcher: Watcher, command: str = "") -> dict[str, Any]:
-    """Trains one run and returns its result (the content of ``result.json``)."""
-    check(config)
-    if not is_new(config.out) and Run(config.out).complete:
-        _same_options(Run(config.out), config)
-        watcher.begin(config, config.steps)
-        watcher.end()
-        shutil.rmtree(config.out / "checkpoints", ignore_errors=True)  # killed before it could
-        return Run(config.out).result
+def train(config: Train, watcher: Watcher, command: str = "", ranks: Ranks | None = None) -> dict[str, Any]:
+    """Trains one run and returns its result (the content of ``result.json``), on every rank.
+
+    ``ranks`` are, by default, those that torchrun started (:func:`equipoise.lab.ranks.meet`).
+    """
+    ranks = meet() if ranks is None else ranks
+    watcher = watcher if ranks.rank == 0 else Nobody()
+    same_options(config, ranks)
+    check(config, ranks)
+    result = ranks.first(_complete, config, watcher)
+    if result is not None:
+        return result
     with reproducible():
-        return _Training(config, watcher, command).run()
+        with ranks.alive(lambda: "before the first step", lambda: "Start the same command again."):
+            training = _Training(config, watcher, command, ranks)
+        return training.run()
+
+
+def same_options(config: Any, ranks: Ranks) -> None:
+    """Refuses ranks that were started with different options; ``out`` is the first rank's business alone."""
+    options = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    del options["out"]
+    ranks.agree(
+        {"command": type(config).__name__.lower(), **options},
+        lambda name, value, rank, theirs: (
+            f"every rank must be started with the same options: {name} is {value!r} on rank 0, {theirs!r} on rank "
+            f"{rank}. Start every node with the same command; only --out may differ."
+        ),
+    )
+
+
+def _complete(config: Train, watcher: Watcher) -> dict[str, Any] | None:
+    """The result of a run that is complete already."""
+    if is_new(config.out) or not Run(config.out).complete:
+        return None
+    _same_options(Run(config.out), config)
+    watcher.begin(config, config.steps)
+    watcher.end()
+    shutil.rmtree(config.out / "checkpoints", ignore_errors=True)  # killed before it could
+    return Run(config.out).result
 
 
 def _same_options(records: Run, config: Train) -> None:
@@ -92,38 +153,72 @@ def _asked(config: Train) -> dict[str, Any]:
     return {**config.shared(), "strategy": config.strategy, "seed": config.seed}
 
 
+def _another_text(name: str, value: Any, rank: int, theirs: Any) -> str:
+    return (
+        f"every rank must have the same text: rank 0 has the {name} {value}, rank {rank} has {theirs}. Copy the text "
+        "and the tokenizer of --data and --tokenizer to every node."
+    )
+
+
+def _other_weights(name: str, value: Any, rank: int, theirs: Any) -> str:
+    return (
+        f"every rank must begin with the same {name}: those of rank {rank} are not those of rank 0. Copy --model to "
+        "every node, and install the same versions there."
+    )
+
+
 class _Training:
-    def __init__(self, config: Train, watcher: Watcher, command: str):
-        self.config, self.watcher = config, watcher
-        self.device, self.autocast = machine(config.dtype)
-        self.corpus: Corpus = load_corpus(
-            None if config.data == "corpus" else config.data,
-            tokenizer=config.tokenizer,
-            vocab_size=config.vocab_size,
-            progress=watcher.say,
-            sequence_length=config.sequence_length,
-        )
+    records: Run  # on rank 0
+
+    def __init__(self, config: Train, watcher: Watcher, command: str, ranks: Ranks = ALONE):
+        self.config, self.watcher, self.ranks = config, watcher, ranks
+        self.device, autocast = machine(config.dtype)
+        self.autocast = all(ranks.gather(autocast))
+        self.corpus: Corpus = ranks.by_node(self._load_corpus)
+        ranks.agree({"fingerprint": self.corpus.fingerprint}, _another_text)
         self.batches = Batches(
             self.corpus,
             sequence_length=config.sequence_length,
             sequences_per_micro_batch=config.sequences,
-            micro_batches_per_step=config.micro_batches,
+            micro_batches_per_step=config.micro_batches // ranks.size,
             seed=config.seed,
             shuffled=config.shuffled,
+            rank=ranks.rank,
+            num_ranks=ranks.size,
         )
-        self.model: nn.Module = build_model(config, self.corpus.vocab_size).to(self.device).train()
-        self.balance: Balance = attach(self.model, config.strategy, offsets=self._saved_offsets())
-        self.k: int = self.model.config.num_experts_per_tok  # type: ignore[assignment]
+        self.inner: nn.Module = ranks.together(build_model, config, self.corpus.vocab_size)
+        if ranks.size > 1:
+            ranks.agree({"weights": digest(self.inner)}, _other_weights)
+        self.inner = self.inner.to(self.device).train()
+        wrapper = check_wrapper(config.wrapper, ranks.size)
+        if wrapper == "fsdp2":
+            shard(self.inner, ranks.size, self.device)
+        self.balance: Balance = ranks.together(self._attach)
+        self.model = copy_to_ranks(self.inner) if wrapper == "ddp" else self.inner
+        self.k: int = self.inner.config.num_experts_per_tok  # type: ignore[assignment]
         self.num_experts = len(next(iter(self.balance.offsets.values())))
-        decayed = [p for p in self.model.parameters() if p.requires_grad and p.dim() >= 2]
-        other = [p for p in self.model.parameters() if p.requires_grad and p.dim() < 2]
+        decayed = [p for p in self.inner.parameters() if p.requires_grad and p.dim() >= 2]
+        other = [p for p in self.inner.parameters() if p.requires_grad and p.dim() < 2]
         self.optimizer = torch.optim.AdamW(
             [{"params": decayed, "weight_decay": config.weight_decay}, {"params": other, "weight_decay": 0.0}],
             lr=config.learning_rate,
             betas=(0.9, 0.95),
             fused=True,
         )
-        self.records = self._open_records(command)
+        self.done, self.saved = 0, 0  # steps: trained, in the newest checkpoint
+        self.autocast = ranks.first(self._open_records, command)
+
+    def _load_corpus(self) -> Corpus:
+        return load_corpus(
+            None if self.config.data == "corpus" else self.config.data,
+            tokenizer=self.config.tokenizer,
+            vocab_size=self.config.vocab_size,
+            progress=self.watcher.say,
+            sequence_length=self.config.sequence_length,
+        )
+
+    def _attach(self) -> Balance:
+        return attach(self.inner, self.config.strategy, offsets=self._saved_offsets())
 
     def _saved_offsets(self) -> Path | None:
         """The offsets that lie beside the weights of --model, where its family has no slot for them."""
@@ -134,8 +229,9 @@ class _Training:
         self.watcher.say(f"{self.config.strategy} holds no offsets: those beside {self.config.model} are left out")
         return None
 
-    def _open_records(self, command: str) -> Run:
-        config = self.config
+    def _open_records(self, command: str) -> bool:
+        """Opens or begins the run folder; whether the run is one in bfloat16."""
+        config, machine = self.config, self._machine()
         if not is_new(config.out):
             records = Run(config.out)
             _same_options(records, config)
@@ -143,22 +239,25 @@ class _Training:
                 raise EquipoiseError(
                     f"a run goes on with the text that it began with: the text of {config.out} changed."
                 )
-            self.autocast = records.config["dtype"] == "bfloat16"  # "auto" may mean another on this machine
-            changed = [name for name, value in self._machine().items() if records.config.get(name) != value]
+            there = {"wrapper": "none", "num_ranks": 1, **records.config}
+            changed = [
+                name.replace("num_ranks", "number of ranks") for name in machine if there.get(name) != machine[name]
+            ]
             if changed:
                 self.watcher.say(f"{' and '.join(changed)} changed since {config.out} began: numbers may differ")
-            return records
-        return Run.create(
+            self.records = records
+            return records.config["dtype"] == "bfloat16"  # "auto" may mean another on this machine
+        self.records = Run.create(
             config.out,
             {
                 "strategy": config.strategy,
                 "seed": config.seed,
-                "arch": config.arch if config.model is None else self.model.config.model_type,
+                "arch": config.arch if config.model is None else self.inner.config.model_type,
                 "steps": config.steps,
                 "options": _asked(config),
-                "num_parameters": sum(p.numel() for p in self.model.parameters()),
-                "num_active_parameters": num_active_parameters(self.model, self.k, self.num_experts),
-                "gate": find_routers(self.model)[0][2].gate,
+                "num_parameters": sum(p.numel() for p in self.inner.parameters()),
+                "num_active_parameters": num_active_parameters(self.inner, self.k, self.num_experts),
+                "gate": find_routers(self.inner)[0][2].gate,
                 "num_experts": self.num_experts,
                 "experts_per_token": self.k,
                 "layers": list(self.balance.offsets),
@@ -172,18 +271,21 @@ class _Training:
                 "learning_rate": config.learning_rate,
                 "shuffled": config.shuffled,
                 "order": config.order,
-                "wrapper": "none",  # one process
                 "dtype": "bfloat16" if self.autocast else "float32",
                 "command": command,
                 "began": datetime.datetime.now(datetime.UTC).isoformat(),
                 "notes": self.balance.notes(config.steps),
-                **self._machine(),
+                **machine,
             },
         )
+        return self.autocast
 
     def _machine(self) -> dict[str, Any]:
         names = ("torch", "transformers", "tokenizers", "numpy")
+        wrapper, num_ranks = find_wrapper(self.model)
         return {
+            "wrapper": wrapper,
+            "num_ranks": num_ranks,
             "device": str(self.device),
             "threads": torch.get_num_threads(),
             "versions": {
@@ -194,43 +296,72 @@ class _Training:
         }
 
     def run(self) -> dict[str, Any]:
-        records, config = self.records, self.config
+        with self.ranks.alive(lambda: f"at step {self.done + 1}", self._what_then):
+            return self._run()
+
+    def _run(self) -> dict[str, Any]:
+        config, ranks = self.config, self.ranks
         facts = checkpoint.load_newest(
-            records.path / "checkpoints", self.model, self.optimizer, self.balance, self.watcher.say
+            self._checkpoints, self.inner, self.optimizer, self.balance, self.watcher.say, ranks
         )
-        done = 0 if facts is None else facts["step"]
+        self.done = self.saved = 0 if facts is None else facts["step"]
+        self.seconds: list[float] = ranks.first(self._begin)
+        for step in range(self.done, config.steps):
+            ranks.first(self._record, self._step(step), patient=False)
+            self.done, last = step + 1, step + 1 == config.steps
+            if config.evaluate_every and self.done % config.evaluate_every == 0 and not last:
+                ranks.first(self._append_evaluation, self._evaluate("selection"))
+            if self.done % config.checkpoint_every == 0 and not last:
+                ranks.first(self._sync)
+                checkpoint.save(self._checkpoints, self.done, self.inner, self.optimizer, self.balance, ranks)
+                self.saved = self.done
+        return self._finish()
+
+    @property
+    def _checkpoints(self) -> Path:
+        return self.config.out / "checkpoints"
+
+    def _what_then(self) -> str:
+        newest = f"The newest checkpoint is of step {self.saved}" if self.saved else "There is no checkpoint yet"
+        return f"{newest}; start the same command again with --resume."
+
+    # ---- rank 0 only ----
+
+    def _begin(self) -> list[float]:
+        """Takes up the records of the steps before the checkpoint; the seconds that they took."""
+        records = self.records
         for log in ("steps", "loads"):
-            there = [row["step"] for row in records.rows(log) if row["step"] <= done]
-            if there != list(range(1, done + 1)):
+            there = [row["step"] for row in records.rows(log) if row["step"] <= self.done]
+            if there != list(range(1, self.done + 1)):
                 raise EquipoiseError(
                     f"A run goes on with the records of every step before its checkpoint: {records.path / log}.jsonl "
-                    f"holds {len(there)} of {done}. Restore it, or remove the newest of {records.path / 'checkpoints'}."
+                    f"holds {len(there)} of {self.done}. Restore it, or remove the newest of {self._checkpoints}."
                 )
-        records.rewind(done)
-        self.watcher.begin(config, done)
+        records.rewind(self.done)
+        self.watcher.begin(self.config, self.done)
         for note in records.config["notes"]:
             self.watcher.say(note)
-        seconds = [row["seconds"] for row in records.rows("steps")]
-        for step in range(done, config.steps):
-            row = self._step(step)
-            seconds.append(row["seconds"])
-            records.append("steps", row)
-            records.append("loads", {"step": step + 1, "load": [load.tolist() for load in self.balance.load.values()]})
-            self.watcher.step(row, self._tokens_per_step / statistics.median(seconds[-20:]))
-            if not math.isfinite(row["loss"]):
-                raise EquipoiseError(
-                    f"training must not diverge: the loss of {config.strategy}, seed {config.seed}, is {row['loss']} "
-                    f"at step {step + 1}. Its records are kept in {records.path}; take a lower --learning-rate."
-                )
-            last = step + 1 == config.steps
-            if config.evaluate_every and (step + 1) % config.evaluate_every == 0 and not last:
-                records.append("evaluations", {"step": step + 1, **self._evaluate("selection")})
-            if (step + 1) % config.checkpoint_every == 0 and not last:
-                records.sync()
-                checkpoint.save(records.path / "checkpoints", step + 1, self.model, self.optimizer, self.balance)
-        result = self._finish(seconds)
-        self.watcher.end()
-        return result
+        return [row["seconds"] for row in records.rows("steps")]
+
+    def _record(self, row: dict[str, Any]) -> None:
+        config, records, step = self.config, self.records, row["step"]
+        self.seconds.append(row["seconds"])
+        records.append("steps", row)
+        records.append("loads", {"step": step, "load": [load.tolist() for load in self.balance.load.values()]})
+        self.watcher.step(row, self._tokens_per_step / statistics.median(self.seconds[-20:]))
+        if not math.isfinite(row["loss"]):
+            raise EquipoiseError(
+                f"training must not diverge: the loss of {config.strategy}, seed {config.seed}, is {row['loss']} "
+                f"at step {step}. Its records are kept in {records.path}; take a lower --learning-rate."
+            )
+
+    def _append_evaluation(self, row: dict[str, Any]) -> None:
+        self.records.append("evaluations", {"step": self.done, **row})
+
+    def _sync(self) -> None:
+        self.records.sync()
+
+    # ---- all ranks ----
 
     @property
     def _tokens_per_step(self) -> int:
@@ -243,37 +374,44 @@ class _Training:
             group["lr"] = rate
         window = self.batches.window(step)
         losses, task, balancing = [], torch.zeros((), device=self.device), torch.zeros((), device=self.device)
-        for micro_batch in window:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-                loss = language_model_loss(self.model, micro_batch.input_ids.to(self.device))
-            ticket = self.balance.loss()
-            task, balancing = task + loss.detach(), balancing + ticket.detach()
-            loss = (loss + ticket) / len(window)  # equally many tokens in each
-            if config.order == "interleaved":
-                loss.backward()
-            else:
-                losses.append(loss)
+        interleaved = config.order == "interleaved"
+        for number, micro_batch in enumerate(window, start=1):
+            with synchronising(self.model, not interleaved or number == len(window)):
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+                    loss = language_model_loss(self.model, micro_batch.input_ids.to(self.device))
+                ticket = self.balance.loss()
+                task, balancing = task + loss.detach(), balancing + ticket.detach()
+                loss = (loss + ticket) / len(window)  # equally many tokens in each; ranks average their gradients
+                if interleaved:
+                    loss.backward()
+                else:
+                    losses.append(loss)
         if losses:
             torch.stack(losses).sum().backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
+        norm = full(nn.utils.clip_grad_norm_(self.inner.parameters(), config.clip))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.balance.step()
-        figures = self.balance.metrics()
-        return {
-            "step": step + 1,
+        figures = {
             "loss": float(task) / len(window),
             "balancing_loss": float(balancing) / len(window),
+            **{name: value for name, value in self.balance.metrics().items() if name != "tokens"},
+        }
+        figures = self.ranks.mean(figures)  # some are of this rank's micro-batches
+        return {
+            "step": step + 1,
+            "loss": figures.pop("loss"),
+            "balancing_loss": figures.pop("balancing_loss"),
             "grad_norm": float(norm),
             "learning_rate": rate,
             "tokens": (step + 1) * self._tokens_per_step,
-            **{name: value for name, value in figures.items() if name != "tokens"},
+            **figures,
             "seconds": time.perf_counter() - started,
         }
 
     def _evaluate(self, split: str) -> dict[str, Any]:
         return evaluate(
-            self.model,
+            self.inner,
             self.balance,
             self.corpus,
             split=split,
@@ -283,17 +421,26 @@ class _Training:
             k=self.k,
             device=self.device,
             autocast=self.autocast,
+            ranks=self.ranks,
         )
 
-    def _finish(self, seconds: list[float]) -> dict[str, Any]:
-        config, records = self.config, self.records
+    def _finish(self) -> dict[str, Any]:
+        config, ranks = self.config, self.ranks
         self.watcher.say("evaluating on the test text")
         row = self._evaluate("test")
-        records.append("evaluations", {"step": config.steps, **row})
+        ranks.first(self._append_evaluation, row)
         if config.save_model:
-            note = checkpoint.save_model(records.path / "model", self.model, self.balance, self.corpus.tokenizer_file)
+            note = checkpoint.save_model(
+                config.out / "model", self.inner, self.balance, self.corpus.tokenizer_file, ranks
+            )
             if note:
                 self.watcher.say(note)
+        result = ranks.first(self._complete, row)
+        self.watcher.end()
+        return result
+
+    def _complete(self, row: dict[str, Any]) -> dict[str, Any]:
+        config, records = self.config, self.records
         last = [step["maxvio_batch"] for step in records.rows("steps")][-max(1, config.steps // 10) :]
         result = {
             "strategy": config.strategy,
@@ -305,7 +452,7 @@ class _Training:
             "maxvio_batch": sum(last) / len(last),
             "domain_information_bits": row["domain_information_bits"],
             "dead_experts": row["dead_experts"],
-            "tokens_per_second": self._tokens_per_step / statistics.median(seconds),
+            "tokens_per_second": self._tokens_per_step / statistics.median(self.seconds),
             "domains": {
                 name: {"nats": domain["nats"], "bits_per_byte": domain["bits_per_byte"]}
                 for name, domain in row["domains"].items()
