@@ -16,7 +16,12 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 
 from equipoise.attachment import OFFSETS_FILE
 from equipoise.balance import Balance
@@ -120,9 +125,8 @@ def load_newest(
     state = _state(model, optimizer, balance)
     facts, balance_state, random = ranks.first(_read, folder, state, warn)
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=ranks.size > 1)
-    set_state_dict(
-        model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=options
-    )
+    set_model_state_dict(model, state["model"], options=options)
+    set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
     balance.load_state_dict(balance_state)
     torch.set_rng_state(random)
     return facts

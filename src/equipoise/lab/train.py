@@ -305,6 +305,8 @@ class _Training:
             self._checkpoints, self.inner, self.optimizer, self.balance, self.watcher.say, ranks
         )
         self.done = self.saved = 0 if facts is None else facts["step"]
+        if self.model is not self.inner:
+            self._settle()
         self.seconds: list[float] = ranks.first(self._begin)
         for step in range(self.done, config.steps):
             ranks.first(self._record, self._step(step), patient=False)
@@ -362,6 +364,14 @@ class _Training:
         self.records.sync()
 
     # ---- all ranks ----
+
+    def _settle(self) -> None:
+        """A backward before the first step. DDP lays gradients out anew after the first one, and where more than two
+        ranks are summed the layout decides the rounding: so a run that goes on rounds as one that never stopped."""
+        with self.balance.paused(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            loss = language_model_loss(self.model, self.batches.window(0)[0].input_ids.to(self.device))
+        loss.backward()
+        self.optimizer.zero_grad(set_to_none=True)
 
     @property
     def _tokens_per_step(self) -> int:
