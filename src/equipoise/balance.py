@@ -373,11 +373,16 @@ class Balance:
             self._check_state(state)
         except Exception as caught:
             error = caught
-        states = self._pool.agree("load_state_dict", None if error else digest(state), error)
-        if len(set(states)) > 1:
-            raise EquipoiseError(
-                "every rank must load the same state: they differ from rank to rank. Load the same checkpoint on all."
-            )
+        told = None if error else (state["num_windows"], {key: digest(value) for key, value in state.items()})
+        states = self._pool.agree("load_state_dict", told, error)
+        for rank, theirs in enumerate(states):
+            if theirs != states[0]:
+                (first, one), (windows, other) = states[0], theirs
+                parts = ", ".join(sorted(key for key in one.keys() | other.keys() if one.get(key) != other.get(key)))
+                raise EquipoiseError(
+                    f"every rank must load the same state: rank 0 of the group has one after {first} windows, rank "
+                    f"{rank} one after {windows}, and they differ in {parts}. Load the same checkpoint on all."
+                )
         for index, layer in enumerate(self._layers):
             group, row = self._recorder.group_of[index]
             if group.steering is not None:
