@@ -1,0 +1,253 @@
+"""Runs of the lab on several ranks: the same numbers as in one process, the same errors on every rank."""
+
+import json
+import os
+import re
+
+import lab_ranks
+import pytest
+import safetensors.torch
+import torch
+from lab_ranks import STRATEGY, tiny
+from ranks import run_on_ranks
+
+from equipoise.lab.batches import Batches
+from equipoise.lab.data import load_corpus
+from equipoise.lab.ranks import ALONE
+from equipoise.records import Run
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ranks")]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A folder with a text, and the runs of one process that those of many are compared with."""
+    root = tmp_path_factory.mktemp("lab")
+    lab_ranks.write_text(root / "text")
+    for rank in (0, 1):
+        (root / str(rank)).mkdir()
+        lab_ranks.write_text(root / str(rank) / "text", 60 + rank)
+    (root / "0" / "model").mkdir()
+    (root / "0" / "model" / "config.json").write_text("{}")
+    before = os.environ.get("EQUIPOISE_CACHE")
+    os.environ["EQUIPOISE_CACHE"] = str(root / "cache")
+    yield root
+    if before is None:
+        del os.environ["EQUIPOISE_CACHE"]
+    else:
+        os.environ["EQUIPOISE_CACHE"] = before
+
+
+def _alone(root, name, stop_after=None, **options):
+    found = lab_ranks.attempt(tiny(root, name, **options), ALONE, stop_after)
+    assert found["error"] is None or stop_after, found["error"]
+    return found
+
+
+@pytest.fixture(scope="module")
+def one(root):
+    loss = "loss-free+lbl:scope=micro_batch"
+    return {
+        "one": _alone(root, "one", evaluate_every=3, save_model=True),
+        "interleaved": _alone(root, "interleaved", order="interleaved", strategy=loss, steps=3),
+        "cut": _alone(root, "one cut", 5),
+        "qwen": _alone(root, "one qwen", arch="qwen3_moe", steps=2, save_model=True),
+    }
+
+
+@pytest.fixture(scope="module")
+def two(root, one):
+    found = run_on_ranks(2, lab_ranks.two, root)
+    for on_rank in found:
+        assert not isinstance(on_rank, str), on_rank
+    return found
+
+
+def _rows(folder, log="steps"):
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in Run(folder).rows(log)]
+
+
+def _without_times(result):
+    return {key: value for key, value in result.items() if key != "tokens_per_second"}
+
+
+WHEN_CALLED = ("balancing_loss", "load_balancing_loss")  # by the counts that a rank knows at each forward
+
+
+def _assert_close(ours, theirs, left_out=()):
+    assert ours.keys() == theirs.keys()
+    for name in ours.keys() - {*left_out, "collectives", "collective_bytes"}:
+        # float32, summed in another order; what is compared has no value near 0 but the counts, which are exact
+        assert ours[name] == pytest.approx(theirs[name], rel=1e-5), name
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3, 4])
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_ranks_deal_the_window_of_one_process_without_overlap(root, num_ranks, shuffled):
+    corpus = load_corpus(root / "text", vocab_size=300, sequence_length=16)
+
+    def windows(num, rank):
+        batches = Batches(
+            corpus,
+            sequence_length=16,
+            sequences_per_micro_batch=2,
+            micro_batches_per_step=12 // num,
+            seed=3,
+            shuffled=shuffled,
+            rank=rank,
+            num_ranks=num,
+        )
+        return [
+            (step, m.domain, tuple(m.input_ids.flatten().tolist())) for step in (0, 1) for m in batches.window(step)
+        ]
+
+    dealt = [micro for rank in range(num_ranks) for micro in windows(num_ranks, rank)]
+    assert sorted(dealt) == sorted(windows(1, 0))
+    assert len(dealt) == 24
+
+
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
+def test_a_run_on_two_ranks_gives_the_numbers_of_one_process(root, two, wrapper):
+    assert two[0][wrapper]["error"] is None, two[0][wrapper]
+    assert two[0][wrapper]["result"] == two[1][wrapper]["result"]
+    assert two[1][wrapper]["said"] == [], "only rank 0 speaks"
+    config = Run(root / wrapper).config
+    assert (config["wrapper"], config["num_ranks"]) == (wrapper, 2)
+    assert (Run(root / "one").config["wrapper"], Run(root / "one").config["num_ranks"]) == ("none", 1)
+    assert _rows(root / wrapper, "loads")[0] == _rows(root / "one", "loads")[0]  # before any weight could part
+    for ours, theirs in zip(_rows(root / wrapper)[:3], _rows(root / "one")[:3], strict=True):
+        _assert_close(ours, theirs, WHEN_CALLED)
+    evaluations = [_rows(root / name, "evaluations") for name in (wrapper, "one")]
+    assert [row["step"] for row in evaluations[0]] == [3, 6, 8]
+    for ours, theirs in zip(*evaluations, strict=True):
+        assert ours["val_nats"] == pytest.approx(theirs["val_nats"], rel=1e-4)  # one choice of an expert may part
+        for name, domain in theirs["domains"].items():
+            assert ours["domains"][name]["tokens"] == domain["tokens"] == 6 * 16
+            assert sum(ours["domains"][name]["load"][0]) == 6 * 16 * 2, "a batch was counted twice, or not"
+    assert evaluations[0][0]["domains"]["metal"]["load"] == evaluations[1][0]["domains"]["metal"]["load"]
+
+
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
+def test_interleaved_backwards_on_two_ranks_give_the_numbers_of_one_process(root, two, wrapper):
+    name = f"{wrapper} interleaved"
+    assert two[0][name]["error"] is None, two[0][name]
+    for ours, theirs in zip(_rows(root / name), _rows(root / "interleaved"), strict=True):
+        _assert_close(ours, theirs)  # of a micro-batch the counts are known: the balancing loss is the same too
+
+
+def _same_model(ours, theirs, rel):
+    assert sorted(file.name for file in ours.iterdir()) == sorted(file.name for file in theirs.iterdir())
+    assert (ours / "config.json").read_text() == (theirs / "config.json").read_text()
+    left, right = (safetensors.torch.load_file(folder / "model.safetensors") for folder in (ours, theirs))
+    assert left.keys() == right.keys()
+    for name, value in left.items():
+        assert value.dtype == right[name].dtype
+        torch.testing.assert_close(value, right[name], rtol=0, atol=rel)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [("ddp", "one"), ("fsdp2", "one"), ("qwen", "one qwen")], ids=["ddp", "fsdp2", "no slot"]
+)
+def test_the_saved_model_is_whole_and_that_of_one_process(root, two, ours, theirs):
+    assert two[0][ours]["error"] is None, two[0][ours]
+    _same_model(root / ours / "model", root / theirs / "model", 1e-3)  # AdamW's first steps magnify a rounding
+    assert not list((root / ours).rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
+def test_a_run_that_was_stopped_goes_on_bit_for_bit_on_as_many_ranks(root, two, wrapper):
+    for rank in (0, 1):
+        cut, resumed = two[rank][f"{wrapper} cut"], two[rank][f"{wrapper} cut resumed"]
+        assert cut["error"].startswith("KeyboardInterrupt")
+        assert resumed["error"] is None, resumed
+        assert _without_times(resumed["result"]) == _without_times(two[rank][wrapper]["result"])
+    assert resumed["done"] is None
+    assert two[0][f"{wrapper} cut resumed"]["done"] == 3
+    assert two[0][f"{wrapper} cut resumed"]["said"][0].startswith("In 8 steps"), "nothing changed"
+    for log in ("steps", "loads", "evaluations"):
+        assert _rows(root / f"{wrapper} cut", log) == _rows(root / wrapper, log)
+    _same_model(root / f"{wrapper} cut" / "model", root / wrapper / "model", 0)
+
+
+def _went_on(root, found, name, whole, changed):
+    assert found["error"] is None, found
+    assert found["done"] == 3
+    assert found["said"][0].startswith(f"{changed} changed since")
+    assert [row["step"] for row in _rows(root / name)] == list(range(1, 9))
+    for ours, theirs in zip(_rows(root / name)[:4], _rows(root / whole)[:4], strict=True):
+        _assert_close(ours, theirs, WHEN_CALLED)
+    assert found["result"]["val_nats"] == pytest.approx(Run(root / whole).result["val_nats"], rel=1e-3)
+
+
+def test_a_run_goes_on_with_other_ranks_and_another_wrapper(root, two):
+    _went_on(root, two[0]["fsdp2 to ddp"], "fsdp2 cut, on other ranks", "fsdp2", "wrapper")
+    _went_on(root, two[0]["one to fsdp2"], "one cut", "one", "wrapper and number of ranks")
+    options = {"evaluate_every": 3, "save_model": True, "resume": True}
+    alone = _alone(root, "ddp cut, on other ranks", **options)
+    _went_on(root, alone, "ddp cut, on other ranks", "ddp", "wrapper and number of ranks")
+
+
+def test_a_run_on_four_ranks_goes_on_bit_for_bit(root):
+    for found in run_on_ranks(4, lab_ranks.four, root):
+        assert not isinstance(found, str), found
+        assert found["resumed"]["error"] is None
+        assert _without_times(found["resumed"]["result"]) == _without_times(found["whole"]["result"])
+    assert _rows(root / "four cut") == _rows(root / "four")
+    alone = _alone(root, "four alone", width=64, layers=2, expert_width=32, steps=1)
+    _assert_close(_rows(root / "four")[0], _rows(root / "four alone")[0] | {"learning_rate": 3e-3}, WHEN_CALLED)
+    assert _rows(root / "four", "loads")[0] == _rows(root / "four alone", "loads")[0]
+    assert alone["result"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "options",
+            "EquipoiseError: every rank must be started with the same options: learning_rate is 0.001 on rank 0",
+        ),
+        ("micro-batches", "UsageError: --micro-batches must be a multiple of the number of ranks, .*got 3 on 2 ranks"),
+        ("no wrapper", "UsageError: --wrapper none must be one process: got 2 ranks"),
+        ("not new", "EquipoiseError: --out must be new or empty: .*ddp holds"),
+        ("other text", "EquipoiseError: every rank must have the same text: rank 0 has the fingerprint"),
+        ("model of one", "UsageError: on rank 1: --model must be a folder with a config.json: model is not"),
+        ("full disk", "EquipoiseError: A checkpoint must be written whole: .*step-00000006"),
+    ],
+)
+def test_what_cannot_be_is_the_same_error_on_every_rank(root, two, name, message):
+    assert re.match(message, two[0][name]["error"]), two[0][name]["error"]
+    assert two[1][name]["error"] == two[0][name]["error"]
+    assert two[0][name]["shared"]
+    assert two[1][name]["shared"]
+    if name not in ("not new", "full disk"):
+        assert not (root / name).exists(), "it was refused after something was written"
+    assert not (root / "not new 1").exists()
+
+
+def test_a_full_disk_leaves_a_run_that_goes_on(root, two):
+    assert two[0]["room again"]["error"] is None, two[0]["room again"]
+    assert two[1]["room again"]["result"]["val_nats"] == two[1]["ddp"]["result"]["val_nats"]
+    assert not list((root / "full disk").rglob("*.tmp"))
+
+
+def test_of_a_damaged_newest_checkpoint_the_one_before_it_is_used_on_every_rank(root, two):
+    assert any("step-00000006 is damaged" in line for line in two[0]["damaged"]["said"])
+    assert two[0]["damaged"]["done"] == 3
+    for rank in (0, 1):
+        assert two[rank]["damaged"]["result"]["val_nats"] == two[rank]["ddp"]["result"]["val_nats"]
+
+
+def test_a_comparison_on_two_ranks(root, two):
+    found = two[0]["compare"]
+    assert found == two[1]["compare"]
+    assert found["failure"] is None
+    assert [result["strategy"] for result in found["results"]] == ["none", STRATEGY]
+    assert json.loads((root / "compare" / "results.json").read_text()) == found["results"]
+    assert (root / "compare" / "report.html").exists()
+    assert (root / "compare" / "compare.json").exists()
+
+
+def test_one_process_is_not_wrapped(root):
+    found = lab_ranks.attempt(tiny(root, "alone", wrapper="ddp"), ALONE)
+    assert found["error"].startswith("UsageError: --wrapper ddp must have several ranks: got one process. Start them")
+    assert not (root / "alone").exists()
