@@ -64,6 +64,7 @@ class Balance:
     ):
         self._layers = layers
         self._strategy = format_strategy(balancers)
+        self._multiplies = any(balancer.multiplies for balancer in balancers)
         self._pool = pool
         self._recorder = Recorder(layers, balancers, pool, offsets)
         self._layout, self._window, self._groups = self._recorder.layout, self._recorder.window, self._recorder.groups
@@ -356,7 +357,7 @@ class Balance:
             "strategy": self._strategy,
             "num_windows": self._num_windows,
             "offsets": self.offsets,
-            "multiplies": any(group.steering is not None and group.steering.multiplies for group in self._groups),
+            "multiplies": self._multiplies,
             "state": state,
             "load": load,
         }
@@ -419,8 +420,7 @@ class Balance:
                         f"the state must hold {'int64 counts' if key == 'load' else 'finite numbers'}: its {key} of "
                         f"{name} are not. The file is damaged, or training had diverged; load an earlier one."
                     )
-        ours = any(group.steering is not None and group.steering.multiplies for group in self._groups)
-        if ours != state.get("multiplies", False):
+        if self._multiplies != state.get("multiplies", False):
             raise EquipoiseError(
                 "offsets that are added and offsets that multiply cannot take each other's place: the state is of "
                 f"{state.get('strategy')}, this Balance has {self._strategy}. Attach the strategy of the state."

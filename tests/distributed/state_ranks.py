@@ -211,6 +211,27 @@ def other_names(folder: Path) -> None:
     dcp.save({"balance": balance}, checkpoint_id=folder, no_dist=True)
 
 
+# ---- pipeline stages ----
+
+
+def stages(rank: int, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Two stages in one checkpoint, the first without routers: the state of this rank's before and after."""
+    alone = [dist.new_group([other]) for other in range(2)][rank]
+
+    def stage() -> tuple[nn.Module, equipoise.Balance]:
+        model = lm() if rank else nn.Linear(DIM, DIM)
+        return model, equipoise.attach(model, STRATEGIES["factor"], group=alone, allow_empty=True)
+
+    model, balance = stage()
+    if rank:
+        model(micro_batch(0, 0))
+    balance.step()
+    dcp.save({"balance": balance}, checkpoint_id=folder)
+    _, resumed = stage()
+    dcp.load({"balance": resumed}, checkpoint_id=folder)
+    return balance.state_dict(), resumed.state_dict()
+
+
 # ---- Accelerate ----
 
 
@@ -276,6 +297,7 @@ def on_two(rank: int, folder: Path) -> dict[str, Any]:
         for wrapper in ("ddp", "fsdp2")
     }
     found["refused"] = refusals(rank, folder)
+    found["stages"] = stages(rank, folder / "stages")
     first, last = range(SAVED), range(SAVED, WINDOWS)
     found["accelerate begins"] = accelerated(rank, 2, first, None, folder / "accelerate")
     found["accelerate goes on"] = accelerated(rank, 2, last, folder / "accelerate", None)

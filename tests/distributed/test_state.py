@@ -124,6 +124,13 @@ def test_one_process_goes_on_after_four_ranks(found, strategy):
     assert last["num_windows"] == WINDOWS
 
 
+def test_pipeline_stages_share_a_checkpoint(found):
+    """What it holds once, for all ranks, holds for a stage without routers too."""
+    for rank, (before, after) in enumerate(result["stages"] for result in found.two):
+        assert_same_state(after, before)
+        assert (after["num_windows"], len(after["offsets"])) == (1, 2 * rank)
+
+
 def test_accelerate_saves_on_two_ranks_and_goes_on_on_one_or_two(found):
     alone, half = Training(ACCELERATED), Training(ACCELERATED)
     before = half.train(range(SAVED), OVERFLOWS)
