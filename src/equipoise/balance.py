@@ -451,9 +451,8 @@ class Balance:
         return offsets
 
     def __repr__(self) -> str:
-        return (
-            f"Balance({self._strategy!r}, {len(self._layers)} layers of {few(set(self._layout.num_experts))} experts)"
-        )
+        sizes = f" of {few(sorted(set(self._layout.num_experts)))} experts" if self._layers else ""
+        return f"Balance({self._strategy!r}, {len(self._layers)} layers{sizes})"
 
     # ---- helpers ----
 

@@ -25,11 +25,11 @@ class Pool:
         self.collectives, self.num_bytes = 0, 0  # begun so far, and what this rank gave to them
         if group is None and not (dist.is_available() and dist.is_initialized()):
             return
-        ranks = _ranks(group)
+        ranks, theirs = _ranks(group), _process_groups(group)
         self.size = len(ranks)
         if self.size > 1:
-            timeout = _timeout(group if isinstance(group, dist.ProcessGroup) else dist.group.WORLD)
-            self.group = dist.new_group(ranks, timeout=timeout, use_local_synchronization=True)
+            _make_alike(theirs)
+            self.group = dist.new_group(ranks, timeout=_timeout(theirs[0]), use_local_synchronization=True)
 
     def gather(self, value: Any) -> list[Any]:
         """Everybody's Python value, in rank order."""
@@ -89,6 +89,28 @@ def _ranks(group: Any) -> list[int]:
             "group must hold this rank: it is a group of other ranks. Attach on the ranks of the group only."
         )
     return ranks
+
+
+def _process_groups(group: Any) -> list[Any]:
+    """Those of torch that ``group`` is made of."""
+    if isinstance(group, dist.DeviceMesh):
+        return group.get_all_groups()
+    return [dist.group.WORLD if group is None else group]
+
+
+def _make_alike(groups: list[Any]) -> None:
+    """Gives every rank of the groups as many process groups as the one that has most.
+
+    torch names a group that only its own ranks make by their number, and ranks with different numbers would wait for
+    each other under different names, forever.
+    """
+    number = most = len(dist.distributed_c10d._world.pg_names)
+    for group in groups:
+        everyones = [0] * dist.get_world_size(group)
+        dist.all_gather_object(everyones, most, group=group)
+        most = max(everyones)
+    for _ in range(most - number):
+        dist.new_group([dist.get_rank()], use_local_synchronization=True)
 
 
 def _timeout(group: Any) -> Any:

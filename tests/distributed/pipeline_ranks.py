@@ -12,10 +12,7 @@ import equipoise
 
 MICRO_BATCHES, ROWS, LENGTH = 4, 2, 7
 STRATEGY = "loss-free:rate=1e-2+lbl:coefficient=0.5+lbl:scope=micro_batch,coefficient=0.2+lbl:scope=sequence"
-ORDERS = {  # forward (F) and backward (B) of which micro-batch on which stage
-    "gpipe": [f"{s}F{m}" for s in (0, 1) for m in range(4)] + [f"{s}B{m}" for s in (1, 0) for m in range(4)],
-    "1f1b": "0F0 0F1 1F0 1B0 0B0 0F2 1F1 1B1 0B1 0F3 1F2 1B2 0B2 1F3 1B3 0B3".split(),
-}
+ONE_F_ONE_B = "0F0 0F1 1F0 1B0 0B0 0F2 1F1 1B1 0B1 0F3 1F2 1B2 0B2 1F3 1B3 0B3"
 
 
 class Case(NamedTuple):
@@ -27,7 +24,7 @@ class Case(NamedTuple):
 
 CASES = [
     Case(schedule, told, checkpointed, dense)
-    for schedule in ORDERS
+    for schedule in ("gpipe", "1f1b")
     for told in (True, False)
     for checkpointed in (False, True)
     for dense in (False, True)
@@ -62,8 +59,18 @@ def stages(case: Case) -> list[nn.Module]:
     return [First(case.checkpointed, case.dense_first).train(), Last(case.checkpointed).train()]
 
 
-def ids(step: int) -> Tensor:
-    generator = torch.Generator().manual_seed(step)
+def order(schedule: str, number: int) -> list[str]:
+    """Forward (F) and backward (B) of which micro-batch on which stage, as in 0F2."""
+    if schedule == "1f1b":
+        assert number == MICRO_BATCHES
+        return ONE_F_ONE_B.split(" ")
+    forwards = [f"{stage}F{m}" for stage in (0, 1) for m in range(number)]
+    return forwards + [f"{stage}B{m}" for stage in (1, 0) for m in range(number)]
+
+
+def ids(step: int, place: int = 0) -> Tensor:
+    """The batch of a pipeline; there are as many as data-parallel ranks."""
+    generator = torch.Generator().manual_seed(10 * step + place)
     return torch.randint(0, VOCAB, (MICRO_BATCHES * ROWS, LENGTH), generator=generator)
 
 
@@ -80,25 +87,25 @@ def outcome(stage: nn.Module, balance: equipoise.Balance) -> dict[str, Any]:
     }
 
 
-def by_hand(case: Case, steps: int = 2) -> list[dict[str, Any]]:
-    """What each stage comes to in one process, with a ticket in every micro-batch."""
+def by_hand(case: Case, pipelines: int = 1, steps: int = 2) -> list[dict[str, Any]]:
+    """What each stage comes to in one process, with a ticket in every micro-batch of all pipelines."""
     both = stages(case)
     balances = [equipoise.attach(stage, STRATEGY, allow_empty=True) for stage in both]
     for step in range(steps):
         for stage in both:
             stage.zero_grad()
-        parts = ids(step).split(ROWS)
+        parts = [part for place in range(pipelines) for part in ids(step, place).split(ROWS)]
         sent: dict[int, Tensor] = {}
         received: dict[int, Tensor] = {}
         roots: dict[tuple[int, int], Tensor] = {}
-        for place, what, number in ((int(o[0]), o[1], int(o[2])) for o in ORDERS[case.schedule]):
+        for place, what, number in ((int(o[0]), o[1], int(o[2:])) for o in order(case.schedule, len(parts))):
             if what == "F" and place == 0:
                 sent[number] = both[0](parts[number])
-                roots[0, number] = balances[0].loss() / MICRO_BATCHES
+                roots[0, number] = balances[0].loss() / len(parts)
             elif what == "F":
                 received[number] = sent[number].detach().requires_grad_()
                 loss = loss_of(both[1](received[number]), parts[number]) + balances[1].loss()
-                roots[1, number] = loss / MICRO_BATCHES
+                roots[1, number] = loss / len(parts)
             elif place == 1:
                 roots[1, number].backward()
             else:
@@ -108,9 +115,10 @@ def by_hand(case: Case, steps: int = 2) -> list[dict[str, Any]]:
     return [outcome(stage, balance) for stage, balance in zip(both, balances, strict=True)]
 
 
-def pipelined(rank: int, case: Case, group: Any, attach_group: Any, steps: int = 2, told: Any = ids) -> dict[str, Any]:
+def pipelined(rank: int, case: Case, group: Any, replicas: Any, place: int = 0, steps: int = 2) -> dict[str, Any]:
+    """Stage ``rank`` of a pipeline over ``group``; ``replicas`` hold the same stage, this rank is number ``place``."""
     stage = stages(case)[rank]
-    balance = equipoise.attach(stage, STRATEGY, group=attach_group, allow_empty=True)
+    balance = equipoise.attach(stage, STRATEGY, group=replicas, allow_empty=True)
     balance.loss_scale = 1.0  # the schedule divides all gradients by the number of micro-batches
     hidden = torch.zeros(ROWS, LENGTH, DIM, requires_grad=True)
     shapes = {}
@@ -122,7 +130,7 @@ def pipelined(rank: int, case: Case, group: Any, attach_group: Any, steps: int =
     schedule = kind(part, MICRO_BATCHES, loss_fn=loss_of)
     for step in range(steps):
         stage.zero_grad()
-        batch = told(step)
+        batch = ids(step, place)
         if rank == 0:
             schedule.step(batch)
         else:

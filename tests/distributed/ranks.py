@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-PRELOADED = ["torch", "torch.distributed.fsdp", "models", "equipoise.attachment"]
+PRELOADED = ["torch", "torch.distributed.fsdp", "models", "equipoise.attachment", "equipoise.lab.compare"]
 TIMEOUT = timedelta(seconds=60)
 
 
@@ -25,12 +25,13 @@ def _rank(rank: int, num_ranks: int, folder: str, function: Callable[..., Any], 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=num_ranks, timeout=TIMEOUT)
     try:
-        result = function(rank, *args)
-    except Exception:
-        result = traceback.format_exc()
-    torch.save(result, f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+        torch.save(function(rank, *args), f"{folder}/{rank}.pt")
+        dist.barrier()
+        dist.destroy_process_group()
+    except Exception:  # the others find it gone, and need not wait
+        if not Path(f"{folder}/{rank}.pt").exists():
+            torch.save(traceback.format_exc(), f"{folder}/{rank}.pt")
+        os._exit(0)
 
 
 def run_on_ranks(num_ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
