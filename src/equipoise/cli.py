@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 from equipoise.errors import EquipoiseError, UsageError
 from equipoise.lab.config import Compare, Train
+from equipoise.lab.stop import Told, told
 from equipoise.recipes import RECIPES, Recipe, recipe, split_strategy
 
 if TYPE_CHECKING:
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
     from equipoise.lab.watch import Terminal
 
 __all__ = ["main"]
-
-GRACE = 2.0  # seconds from the word to stop to stopping, on several ranks
 
 
 @dataclass(frozen=True)
@@ -207,7 +206,10 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point of the command ``equipoise``."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if threading.current_thread() is threading.main_thread():
-        _stop_when_told()
+        if _num_ranks() > 1:
+            Told(_rank()).listen()
+        else:
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: say how to go on
     try:
         _run(_parse(arguments), _launcher() + shlex.join(["equipoise", *arguments]))
     except UsageError as error:
@@ -234,31 +236,13 @@ def main(arguments: list[str] | None = None) -> None:
         sys.modules["equipoise.lab.ranks"].part()
 
 
-def _stop_when_told() -> None:
-    """SIGTERM is as Ctrl-C: say how to go on.
-
-    Of several ranks it does not tell whether the user stops them or another one was lost. So they go on for a moment,
-    in which the next collective would find out; then rank 0 stops, and the others after it.
-    """
-    if _num_ranks() == 1:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        return
-    signal.signal(signal.SIGALRM, signal.default_int_handler)
-    for told in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(told, lambda *_: signal.setitimer(signal.ITIMER_REAL, GRACE + (1 if _rank() else 0)))
-
-
-def _follows_the_first() -> bool:
-    """Whether rank 0 was told to stop and has stopped by now: whoever misses it then need not say so."""
-    return _rank() > 0 and 0 < signal.getitimer(signal.ITIMER_REAL)[0] < 1.5
-
-
 def _fail(error: Exception, message: str, code: int) -> None:
     """Says what is wrong: the first rank, and any other whose error is its own. What the command line gets wrong, all
     ranks of a node get wrong."""
     shared = getattr(error, "of_all_ranks", False)
     own = not shared and (not isinstance(error, UsageError) or int(os.environ.get("LOCAL_RANK", "0")) == 0)
-    own = own and not _follows_the_first()
+    stopped = told()
+    own = own and not (stopped is not None and stopped.follows_the_first())
     if _rank() == 0:
         _say(f"equipoise: error: {message}")
     elif own:

@@ -155,6 +155,10 @@ def two(rank: int, root: Path) -> dict[str, dict]:
     return found
 
 
+def one_run(rank: int, root: Path, name: str, options: dict) -> dict:
+    return attempt(tiny(root, name, **options), _begin(rank, root))
+
+
 def four(rank: int, root: Path) -> dict[str, dict]:
     """A run that is stopped, and one that is not: large enough for sums over four ranks to be rounded."""
     ranks = _begin(rank, root)

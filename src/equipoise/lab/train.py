@@ -32,6 +32,7 @@ from equipoise.lab.engine import learning_rate_at, machine, reproducible
 from equipoise.lab.evaluate import evaluate, language_model_loss
 from equipoise.lab.models import build_model, num_active_parameters
 from equipoise.lab.ranks import ALONE, Ranks, meet
+from equipoise.lab.stop import told
 from equipoise.lab.wrappers import check_wrapper, copy_to_ranks, digest, find_wrapper, full, shard, synchronising
 from equipoise.records import Run, is_new
 from equipoise.taps.families import find_routers
@@ -405,9 +406,12 @@ class _Training:
         figures = {
             "loss": float(task) / len(window),
             "balancing_loss": float(balancing) / len(window),
+            "told": 0.0 if told() is None else 1.0,
             **{name: value for name, value in self.balance.metrics().items() if name != "tokens"},
         }
         figures = self.ranks.mean(figures)  # some are of this rank's micro-batches
+        if figures.pop("told") == 1:
+            raise KeyboardInterrupt  # on every rank, after the same step
         return {
             "step": step + 1,
             "loss": figures.pop("loss"),
