@@ -28,6 +28,7 @@ class Mutant(NamedTuple):
 
 
 BALANCE, COUNTS, LOSS = "tests/test_balance.py", "tests/test_counting.py", "tests/balancers/test_load_balancing.py"
+STATE = "tests/distributed/test_state.py"
 RULES, MECHANISMS, FAMILIES = (
     "tests/balancers/test_loss_free.py",
     "tests/test_mechanisms.py",
@@ -420,6 +421,20 @@ MUTANTS = [
         "choice = plain * (1 + self.offset) if self.multiplies else plain + self.offset",
         "choice = plain + self.offset",
         f"{MECHANISMS} -k product",
+    ),
+    Mutant(
+        "one rank loads an older state than the others",
+        "balance.py",
+        "            if theirs != states[0]:",
+        "            if False:",
+        f"{STATE} -k refused",
+    ),
+    Mutant(
+        "a run that is resumed forgets the share of its last window",
+        "balance.py",
+        'self._layout.load(self._recorder.last, index).copy_(state["load"][layer.name])',
+        "pass",
+        f"{STATE} -k one_process",
     ),
 ]
 
