@@ -717,6 +717,21 @@ def test_follow_steps_with_the_optimizer():
         balance.state_dict()
 
 
+def test_follow_steps_once_with_an_optimizer_that_steps_by_its_base_class():
+    class Inherited(torch.optim.SGD):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    model, balance = _attached("loss-free:rate=0.1")
+    torch.optim.SGD(model.parameters(), lr=0.1)  # from now on torch calls the hooks in the base class's step too
+    optimizer = Inherited(model.parameters(), lr=0.1)
+    balance.follow(optimizer)
+    for _ in range(2):
+        (model(_ids()) + balance.loss()).backward()
+        optimizer.step()
+    assert balance.state_dict()["num_windows"] == 2
+
+
 def test_a_grad_scaler_changes_nothing():
     expected = _one_gradient("loss-free:rate=0.1+lbl:coefficient=0.5")
     model, balance = _attached("loss-free:rate=0.1+lbl:coefficient=0.5")

@@ -2,8 +2,10 @@
 
 import inspect
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import torch
@@ -214,7 +216,7 @@ class Balance:
         A step that a GradScaler skips, or that raises, does not get that far: close its window with
         ``step(applied=False)``, else its counts are part of the next one.
         """
-        return optimizer.register_step_post_hook(lambda *_: self.step())
+        return optimizer.register_step_post_hook(lambda *_: None if _is_inner_step(optimizer) else self.step())
 
     # ---- what counts ----
 
@@ -482,6 +484,18 @@ def _state(balancer: Balancer) -> dict[str, Tensor]:
 def few(values: Any) -> str:
     values = [f"{k} [{v}]" for k, v in values.items()] if isinstance(values, Mapping) else [str(v) for v in values]
     return ", ".join(values[:3]) + (f" ... ({len(values)} in all)" if len(values) > 3 else "") if values else "none"
+
+
+def _is_inner_step(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the hook that asks was called by a step inside a step: torch calls the hooks of a class's ``step`` and
+    again those of the ``super().step()`` in it."""
+    frame: FrameType | None = sys._getframe()
+    depth = 0
+    while frame is not None:
+        is_step = frame.f_code.co_qualname == "Optimizer.profile_hook_step.<locals>.wrapper"
+        depth += is_step and frame.f_locals.get("self") is optimizer
+        frame = frame.f_back
+    return depth > 1
 
 
 def _shape(value: Any) -> str:

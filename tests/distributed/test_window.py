@@ -1,20 +1,119 @@
-"""What many ranks do to one window: unequal numbers of micro-batches, a rank without any, ranks that begin unequal."""
+"""One window on two ranks that differ: in their number of micro-batches, in what they skip, in what they fail at."""
+
+from functools import cache
 
 import pytest
+import torch
+import window_ranks
 from ranks import run_on_ranks
-from unequal_ranks import everything
+from window_ranks import EXPERTS, LAYERS, SETTINGS, UNEQUAL
+
+pytestmark = pytest.mark.xdist_group("ranks")
 
 
-@pytest.mark.slow
-def test_ranks_that_differ_raise_on_every_rank_and_hang_none():
-    for rank, found in enumerate(run_on_ranks(2, everything)):
+@cache
+def _on_two_ranks():
+    return run_on_ranks(2, window_ranks.everything)
+
+
+def _found(case):
+    for found in _on_two_ranks():
         assert not isinstance(found, str), found
-        assert found[2, 2] == "went on"
-        for counts in ((2, 3), (3, 2)):
-            assert "closed it after 2 micro-batches, 1 rank(s) began micro-batch 3" in found[counts]
-        for counts in ((1, 0), (0, 2)):
-            assert ("none was" if counts[rank] == 0 else "on another rank one was not") in found[counts]
-        for strategy in ("lbl+quantile", "lbl+loss-free:rule=sign,scope=micro_batch"):
-            assert "closed it after 2 micro-batches, 1 rank(s) began micro-batch 3" in found[strategy]
-        assert "must begin with the same offsets" in found["start"]
-        assert found["others"] == "went on" if rank == 0 else "group must hold this rank" in found["others"]
+    return [found[case] for found in _on_two_ranks()]
+
+
+@pytest.mark.parametrize("counts", [(2, 3), (3, 2)])
+def test_unequal_numbers_of_micro_batches_are_named_on_both_ranks(counts):
+    for said in _found(counts):
+        assert "closed it after 2 micro-batches, 1 rank(s) began micro-batch 3" in said
+    assert _found((2, 2)) == ["went on", "went on"]
+
+
+@pytest.mark.parametrize("strategy", ["lbl+quantile", "lbl+loss-free:rule=sign,scope=micro_batch"])
+def test_unequal_numbers_are_named_with_statistics_under_way_too(strategy):
+    for said in _found(strategy):
+        assert "closed it after 2 micro-batches, 1 rank(s) began micro-batch 3" in said
+
+
+@pytest.mark.parametrize("counts", [(1, 0), (0, 2)])
+def test_a_rank_without_a_forward_raises_on_both_where_micro_batches_are_pooled(counts):
+    for rank, said in enumerate(_found(counts)):
+        assert ("none was" if counts[rank] == 0 else "on another rank one was not") in said
+
+
+@pytest.mark.parametrize(
+    "strategy", ["loss-free", "quantile", "quantile:bins=0", "loss-free:rule=sign,scope=micro_batch"]
+)
+def test_a_rank_without_a_forward_raises_on_both_where_the_window_is(strategy):
+    first, second = _found(("one calls nothing", strategy))
+    assert "on another rank one was not" in first and "none was" in second
+
+
+@pytest.mark.parametrize("strategy", UNEQUAL)
+def test_unequal_numbers_are_welcome_where_nothing_waits_for_them(strategy):
+    expected = window_ranks.dealt(strategy, [0, 1, 2, 3])
+    for found in _found(("unequal", strategy)):
+        assert found["load"] == expected["load"]
+        for layer, offset in found["offsets"].items():
+            assert torch.equal(offset, expected["offsets"][layer])
+
+
+@pytest.mark.parametrize(
+    ("layers", "strategy"),
+    [(layers, s) for layers in LAYERS for s in (SETTINGS if layers < 64 else ("loss-free", "lbl+quantile"))],
+)
+def test_one_collective_a_window_and_one_a_micro_batch_where_a_loss_waits_for_it(strategy, layers):
+    """Whatever the number of layers; none is begun that is not in ``metrics``."""
+    load = 8 * layers * EXPERTS
+    header, histogram = 3 * 8, 8 * layers * EXPERTS * 128
+    collectives, num_bytes = {
+        "loss-free": (1, load),
+        "quantile": (1, load + histogram),
+        "lbl:pooling=previous": (1, load),
+        "lbl": (4, 4 * (load + header)),
+        "lbl+quantile": (5, 4 * (load + header) + histogram),
+    }[strategy]
+    assert _found(("traffic", layers, strategy)) == [(collectives, collectives, num_bytes)] * 2
+
+
+@pytest.mark.parametrize(
+    "strategy", ["loss-free:rate=1e-2,rule=sign", "quantile", "lbl+loss-free:rate=1e-2,rule=momentum"]
+)
+@pytest.mark.parametrize("as_tensor", [False, True])
+@pytest.mark.parametrize("ranks", [(), (1,), (0, 1)])
+def test_a_step_that_one_rank_skips_is_skipped_by_all(strategy, as_tensor, ranks):
+    for moved, moved_after, tokens in _found(("skipped", ranks, as_tensor, strategy)):
+        assert moved is (not ranks)
+        assert moved_after and tokens == 2 * 16  # the window closed: its counts are not in the next one
+
+
+def test_a_step_that_a_grad_scaler_skips_moves_neither_weights_nor_offsets():
+    assert _found("scaled") == [[(False, False), (True, True)]] * 2
+
+
+def test_a_window_whose_optimizer_raised_is_closed_without_moving_anything():
+    expected = window_ranks.after_an_optimizer_that_raises([0, 1, 2, 3])
+    for found in _found("raises"):
+        assert found["load"] == expected["load"]
+        assert all(torch.equal(found["offsets"][layer], offset) for layer, offset in expected["offsets"].items())
+        assert all(offset.any() for offset in found["offsets"].values())
+
+
+def test_a_short_last_window_counts_its_own_tokens():
+    found = _found("short")
+    assert found[0] == found[1]
+    loads, offsets = found[0][::2], found[0][1::2]
+    assert [sum(load[0]) for load in loads] == [2 * 16 * n for n in (6, 2, 2)]
+    assert offsets[0] != offsets[1] and offsets[1] == offsets[2]
+
+
+def test_ranks_that_begin_with_other_offsets_or_in_a_group_of_others_are_refused():
+    assert all("must begin with the same offsets" in said for said in _found("start"))
+    first, second = _found("others")
+    assert first == "went on" and "group must hold this rank" in second
+
+
+def test_a_rank_that_never_comes_is_waited_for_as_long_as_the_group_says():
+    first, second = _found("never")
+    assert first.startswith("raised") and "2000ms" in first, first
+    assert second == "stayed away"
