@@ -34,6 +34,7 @@ STRATEGIES = [
     "quantile:bins=0",
     "frozen",
 ]
+POOLED = ["loss-free", "lbl:coefficient=0.1", "quantile", "lbl:coefficient=0.1+quantile"]
 WAITING: dict[str, Callable[[Tensor], Any]] = {
     "item": lambda load: load.sum().item(),
     "tolist": lambda load: load.tolist(),
@@ -55,7 +56,34 @@ class _Router(nn.Module):
         raise AssertionError("the observer is called by hand here: inside fake tensors the op would not run")
 
 
-def _balance(balancers):
+class _Done:
+    def wait(self):
+        pass
+
+
+class _TwoRanks(Pool):
+    """As if another rank had counted nothing: the sums are what is here."""
+
+    def __init__(self):
+        super().__init__(None)
+        self.size = 2
+
+    def gather(self, value):
+        return [value, value]
+
+    def all_reduce(self, vector):
+        return _Done()
+
+
+class _Event:
+    def record(self):
+        pass
+
+    def synchronize(self):
+        raise AssertionError("waited for the device")
+
+
+def _balance(balancers, pool=None):
     model = nn.ModuleList([_Router(), _Router(EXPERTS + 2)])
     gates = ("sigmoid", "softmax")
     layers = [
@@ -63,7 +91,7 @@ def _balance(balancers):
         for i, (router, gate) in enumerate(zip(model, gates, strict=True))
     ]
     start = {layer.name: torch.zeros(layer.num_experts, device=DEVICE) for layer in layers}
-    return Balance(model, layers, balancers, Pool(None), start)
+    return Balance(model, layers, balancers, pool or Pool(None), start)
 
 
 def _windows(balance, *, masked, applied=True, dtype=torch.float32):
@@ -135,6 +163,18 @@ def _takes_a_verdict(strategy: str) -> None:
     _windows(_balance(parse_strategy(strategy)), masked=False, applied=applied)
 
 
+def _pools(strategy: str, verdict: bool) -> None:
+    """Two ranks: what they tell beside their counts is on its way to the host, and nobody waits for it."""
+    balance = _balance(parse_strategy(strategy), _TwoRanks())
+    window, device = balance._window, torch.get_device_module(torch.device(DEVICE))
+    device.Event, told = _Event, []
+    window.read = lambda: (told.extend(window._unread), window._unread.clear())
+    applied = torch.ones((), dtype=torch.bool, device=DEVICE) if verdict else True
+    _windows(balance, masked=False, applied=applied)
+    window.read()
+    assert told and all(numbers.device.type == "cpu" for numbers, _ in told)
+
+
 def main() -> None:
     if not torch.backends.cuda.is_built():
         from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
@@ -145,6 +185,9 @@ def main() -> None:
         for masked in (False, True):
             found[f"{strategy}, {'masked' if masked else 'whole'}"] = _run(lambda s=strategy, m=masked: _trains(s, m))
         found[f"{strategy}, verdict"] = _run(lambda s=strategy: _takes_a_verdict(s))
+    for strategy in POOLED:
+        for verdict in (False, True):
+            found[f"{strategy}, two ranks, {verdict}"] = _run(lambda s=strategy, v=verdict: _pools(s, v))
     for name, what in WAITING.items():
         found[name] = _run(lambda w=what: _windows(_balance([_Waits(w)]), masked=False))
     print(json.dumps(found))

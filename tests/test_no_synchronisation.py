@@ -11,6 +11,8 @@ import pytest
 
 CASES = [f"{s}, {case}" for s in fake_accelerator.STRATEGIES for case in ("whole", "masked", "verdict")]
 
+CASES += [f"{s}, two ranks, {verdict}" for s in fake_accelerator.POOLED for verdict in (False, True)]
+
 
 @cache
 def _found():
