@@ -54,6 +54,7 @@ class Found(NamedTuple):
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
+    torch.set_num_threads(1)  # as every test does, but this comes before one
     folder = tmp_path_factory.mktemp("state")
     alone = {name: Training(strategy).train(range(WINDOWS)) for name, strategy in STRATEGIES.items()}
     with warnings.catch_warnings():
