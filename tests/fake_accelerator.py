@@ -17,10 +17,10 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from equipoise.balance import Balance
 from equipoise.balancers import Balancer, parse_strategy
+from equipoise.pool import Pool
 from equipoise.recorder import Layer
 from equipoise.routing import route
 from equipoise.taps.tap import UNCOUNTED, RouterKind
-from equipoise.pool import Pool
 
 EXPERTS, K, DIM = 8, 2, 4
 DEVICE = "cuda:0" if torch.backends.cuda.is_built() else "fakegpu:0"

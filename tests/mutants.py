@@ -28,7 +28,8 @@ class Mutant(NamedTuple):
 
 
 BALANCE, COUNTS, LOSS = "tests/test_balance.py", "tests/test_counting.py", "tests/balancers/test_load_balancing.py"
-STATE = "tests/distributed/test_state.py"
+STATE, WINDOW = "tests/distributed/test_state.py", "tests/distributed/test_window.py"
+GROUPS, PIPELINE = "tests/distributed/test_groups.py", "tests/distributed/test_pipeline.py"
 RULES, MECHANISMS, FAMILIES = (
     "tests/balancers/test_loss_free.py",
     "tests/test_mechanisms.py",
@@ -421,6 +422,70 @@ MUTANTS = [
         "choice = plain * (1 + self.offset) if self.multiplies else plain + self.offset",
         "choice = plain + self.offset",
         f"{MECHANISMS} -k product",
+    ),
+    # many ranks
+    Mutant(
+        "55: every rank moves its offsets by its own counts",
+        "pool.py",
+        "        return dist.all_reduce(vector, group=self.group, async_op=True)",
+        "        return dist.all_reduce(vector.clone(), group=self.group, async_op=True)",
+        f"{GROUPS} -k one_process",
+    ),
+    Mutant(
+        "50, 51: the ranks of a mesh are the world",
+        "pool.py",
+        "group.mesh.flatten().tolist()",
+        "list(range(dist.get_world_size()))",
+        f"{GROUPS} -k one_process",
+    ),
+    Mutant(
+        "81: one rank's skipped step holds nobody else back",
+        "window.py",
+        "            closing[0] += SKIPPED\n",
+        "            pass\n",
+        f"{WINDOW} -k skips",
+    ),
+    Mutant(
+        "81: a skipped step stays in the counts",
+        "window.py",
+        "        closing[0] &= SKIPPED - 1\n",
+        "",
+        f"{WINDOW} -k 'skips or short'",
+    ),
+    Mutant(
+        "90: a rank that cannot close its window tells nobody",
+        "window.py",
+        "            vector[self.layout.loads.stop - 1] = -(2**62 // self.pool.size)\n",
+        "",
+        f"{WINDOW} -k 'without_a_forward'",
+    ),
+    Mutant(
+        "unequal numbers of micro-batches are not noticed",
+        "window.py",
+        "        if 0 < closings < self.pool.size:",
+        "        if False:",
+        f"{WINDOW} -k unequal",
+    ),
+    Mutant(
+        "97: a forward that finds out shapes is counted",
+        "recorder.py",
+        "            self.inferring = _infers_shapes()",
+        "            self.inferring = False",
+        PIPELINE,
+    ),
+    Mutant(
+        "97: what is recomputed in the backward of such a forward is taken for a micro-batch",
+        "recorder.py",
+        "        if self.inferring:\n            return UNCOUNTED\n        if recomputing:",
+        "        if self.inferring and not recomputing:\n            return UNCOUNTED\n        if recomputing:",
+        PIPELINE,
+    ),
+    Mutant(
+        "an error on one rank is not told to the others",
+        "pool.py",
+        "            if theirs is not None:\n",
+        "            if False:\n",
+        f"{GROUPS} -k same_error",
     ),
     Mutant(
         "one rank loads an older state than the others",

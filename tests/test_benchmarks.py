@@ -38,6 +38,21 @@ def test_the_claim_is_against_the_best_rate(quantile_steps, sign_steps, holds):
     assert claim["holds"] is holds and claim["best_sign"] == quantile.SIGN[0] and claim["factor_is"] == "exact"
 
 
+def test_the_page_of_many_ranks_has_the_stored_figures():
+    ranks = _load("ranks")
+    stored = ranks.read_json(ranks.STORED)
+    assert ranks.page(stored) == ranks.PAGE.read_text()
+    changed = {**stored, "growth": [{**row, "step_milliseconds": 0} for row in stored["growth"]]}
+    assert ranks.page(changed) != ranks.PAGE.read_text()
+    assert {row["strategy"] for row in stored["step_time"]} == set(ranks.STRATEGIES)
+
+
+def test_growth_is_of_what_it_says():
+    ranks = _load("ranks")
+    row = ranks.growth(2, 16, 2)
+    assert row["collective_bytes"] == 8 * 2 * 16 and row["step_milliseconds"] > 0
+
+
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
     monkeypatch.setenv("EQUIPOISE_CACHE", str(tmp_path / "cache"))

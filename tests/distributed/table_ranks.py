@@ -141,9 +141,7 @@ class Deep(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Embedding(VOCAB, 8)
-        self.blocks = nn.ModuleList(
-            MoE(8, hidden=6, num_experts=6, k=2, gate=gate) for gate in ("sigmoid", "softmax")
-        )
+        self.blocks = nn.ModuleList(MoE(8, hidden=6, num_experts=6, k=2, gate=gate) for gate in ("sigmoid", "softmax"))
         self.head = nn.Linear(8, VOCAB)
 
     def forward(self, ids: Tensor, attention_mask: Tensor) -> Tensor:

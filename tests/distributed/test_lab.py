@@ -49,7 +49,7 @@ def one(root):
     loss = "loss-free+lbl:scope=micro_batch"
     return {
         "one": _alone(root, "one", evaluate_every=3, save_model=True),
-        "interleaved": _alone(root, "interleaved", order="interleaved", strategy=loss, steps=3),
+        "interleaved": _alone(root, "interleaved", order="interleaved", strategy=loss, steps=3, evaluation_sequences=2),
         "cut": _alone(root, "one cut", 5),
         "qwen": _alone(root, "one qwen", arch="qwen3_moe", steps=2, save_model=True),
     }
@@ -128,11 +128,12 @@ def test_a_run_on_two_ranks_gives_the_numbers_of_one_process(root, two, wrapper)
 
 
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
-def test_interleaved_backwards_on_two_ranks_give_the_numbers_of_one_process(root, two, wrapper):
+def test_interleaved_backwards_on_two_ranks_give_the_numbers_of_one_process(root, one, two, wrapper):
     name = f"{wrapper} interleaved"
     assert two[0][name]["error"] is None, two[0][name]
     for ours, theirs in zip(_rows(root / name), _rows(root / "interleaved"), strict=True):
         _assert_close(ours, theirs)  # of a micro-batch the counts are known: the balancing loss is the same too
+    assert two[0][name]["result"]["val_nats"] == pytest.approx(one["interleaved"]["result"]["val_nats"], rel=1e-4)
 
 
 def _same_model(ours, theirs, rel):

@@ -1,0 +1,231 @@
+"""What does balancing cost on many ranks? Step time with and without it, and how its local part grows.
+
+    python benchmarks/ranks.py            # measures, stores benchmarks/results/ranks.json, writes it into docs/scale.md
+    python benchmarks/ranks.py --check    # the tables of docs/scale.md are the stored result's
+
+Step time: gloo ranks on this machine, one thread each, train the lab's default model under DistributedDataParallel.
+Each rank holds the model twice, attached and not, and steps them in turn; what is given is the ratio of the two steps
+of a pair, its median and quartiles over the pairs. Where ranks share cores a single step tells nothing, a pair does.
+
+Growth: one process; routers of up to 128 layers x 1024 experts, as each of 1024 ranks would hold. Measured is what is
+local, `step()` and the counting of a router call; the network is a formula in docs/scale.md.
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import os
+import platform
+import re
+import shlex
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: its threads shall not spin where cores are shared
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+import equipoise
+from equipoise.lab.config import Train
+from equipoise.lab.evaluate import language_model_loss
+from equipoise.lab.models import build_model
+from equipoise.nn import Router
+from equipoise.records import read_json, write_json
+
+ROOT = Path(__file__).parent.parent
+STORED = ROOT / "benchmarks" / "results" / "ranks.json"
+PAGE = ROOT / "docs" / "scale.md"
+MARKS = re.compile(r"(<!-- ranks: .*? -->\n).*?(<!-- /ranks -->)", re.DOTALL)
+STRATEGIES = ("none", "loss-free", "quantile", "lbl:pooling=previous", "lbl", "loss-free+lbl:scope=sequence")
+LAYERS, EXPERTS = (8, 32, 128), (64, 256, 1024)
+MICRO_BATCHES, SEQUENCES, LENGTH, VOCAB = 2, 4, 128, 2048
+TOKENS, WIDTH, K = 1024, 16, 8  # of the routers in "growth"
+
+
+def quartiles(values: list[float]) -> list[float]:
+    """The lower quartile, the median and the upper quartile.
+
+    >>> quartiles([1.0, 2.0, 3.0, 4.0, 5.0])
+    [2.0, 3.0, 4.0]
+    """
+    return statistics.quantiles(values, n=4, method="inclusive")
+
+
+class Side:
+    """One of the two models of a pair, with its optimizer."""
+
+    def __init__(self, strategy: str | None):
+        inner = build_model(Train(out=Path("unused")), VOCAB).train()
+        self.balance = None if strategy is None else equipoise.attach(inner, strategy)
+        self.model = nn.parallel.DistributedDataParallel(inner)
+        self.optimizer = torch.optim.AdamW(inner.parameters(), lr=1e-3, fused=True)
+
+    def step(self, batch: torch.Tensor) -> float:
+        """One optimizer step; the seconds until the last rank has done it."""
+        dist.barrier()
+        started = time.perf_counter()
+        losses = []
+        for micro_batch in batch:
+            loss = language_model_loss(self.model, micro_batch)
+            losses.append(loss if self.balance is None else loss + self.balance.loss())
+        (torch.stack(losses).sum() / len(losses)).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.balance is not None:
+            self.balance.step()
+        dist.barrier()
+        return time.perf_counter() - started
+
+
+def pairs(rank: int, num_ranks: int, strategy: str, number: int) -> dict[str, Any]:
+    sides = [Side(None), Side(strategy)]
+    generator = torch.Generator().manual_seed(rank)
+    seconds: list[list[float]] = [[], []]
+    for pair in range(number + 2):
+        batch = torch.randint(0, VOCAB, (MICRO_BATCHES, SEQUENCES, LENGTH), generator=generator)
+        for place in (0, 1) if pair % 2 else (1, 0):
+            seconds[place].append(sides[place].step(batch))
+    plain, balanced = (values[2:] for values in seconds)  # the first two warm up
+    metrics = sides[1].balance.metrics()
+    return {
+        "strategy": strategy,
+        "ratio": quartiles([ours / theirs for ours, theirs in zip(balanced, plain, strict=True)]),
+        "seconds_without": statistics.median(plain),
+        "collectives": int(metrics["collectives"]),
+        "collective_bytes": int(metrics["collective_bytes"]),
+    }
+
+
+def on_a_rank(rank: int, num_ranks: int, folder: str, number: int) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=num_ranks)
+    for strategy in STRATEGIES:
+        row = pairs(rank, num_ranks, strategy, number)
+        if rank == 0:
+            print(f"{strategy}: {row['ratio'][1]:.3f}", file=sys.stderr, flush=True)
+            write_json(Path(folder) / f"{STRATEGIES.index(strategy)}.json", row)
+    dist.destroy_process_group()
+
+
+def step_time(num_ranks: int, number: int) -> list[dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(on_a_rank, (num_ranks, folder, number), nprocs=num_ranks)
+        return [read_json(Path(folder) / f"{index}.json") for index in range(len(STRATEGIES))]
+
+
+class Routers(nn.Module):
+    def __init__(self, layers: int, experts: int):
+        super().__init__()
+        self.routers = nn.ModuleList(Router(WIDTH, experts, K) for _ in range(layers))
+
+    def forward(self, x: torch.Tensor) -> None:
+        for router in self.routers:
+            router(x)
+
+
+def seconds_of(function: Any, *arguments: Any) -> float:
+    started = time.perf_counter()
+    function(*arguments)
+    return time.perf_counter() - started
+
+
+@torch.no_grad()
+def growth(layers: int, experts: int, number: int) -> dict[str, Any]:
+    torch.manual_seed(0)
+    plain, attached = Routers(layers, experts).train(), Routers(layers, experts).train()
+    balance = equipoise.attach(attached, "loss-free")
+    steps, calls = [], []
+    for pair in range(number + 2):
+        x = torch.randn(TOKENS, WIDTH)
+        order = (plain, attached) if pair % 2 else (attached, plain)
+        found = {model: seconds_of(model, x) for model in order}
+        calls.append((found[attached] - found[plain]) / layers)
+        steps.append(seconds_of(balance.step))
+    return {
+        "layers": layers,
+        "experts": experts,
+        "step_milliseconds": 1e3 * statistics.median(steps[2:]),
+        "call_microseconds": 1e6 * statistics.median(calls[2:]),
+        "collective_bytes": 8 * layers * experts,
+    }
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    rows = [growth(layers, experts, arguments.pairs) for layers in LAYERS for experts in EXPERTS]
+    return {
+        "command": shlex.join(["python", "benchmarks/ranks.py", *sys.argv[1:]]),
+        "date": datetime.date.today().isoformat(),
+        "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}, no accelerator",
+        "versions": {name: importlib.metadata.version(name) for name in ("equipoise", "torch", "transformers")},
+        "ranks": arguments.ranks,
+        "pairs": arguments.pairs,
+        "step": f"{MICRO_BATCHES} micro-batches of {SEQUENCES} x {LENGTH} tokens a rank",
+        "step_time": step_time(arguments.ranks, arguments.pairs),
+        "growth": rows,
+    }
+
+
+def tables(stored: dict[str, Any]) -> str:
+    lines = [
+        f"Step time on {stored['ranks']} gloo ranks over that without equipoise, {stored['step']}:",
+        "",
+        "| strategy | ratio, median (quartiles) | collectives a step | bytes a step and rank |",
+        "|---|---|---|---|",
+    ]
+    for row in stored["step_time"]:
+        low, median, high = row["ratio"]
+        lines.append(
+            f"| `{row['strategy']}` | {median:.3f} ({low:.3f} to {high:.3f}) | {row['collectives']} | "
+            f"{row['collective_bytes']:,} |"
+        )
+    lines += [
+        "",
+        "The local part of Loss-Free, one thread, no network:",
+        "",
+        "| layers x experts | `step()`, ms | counting a router call, µs | bytes a window, 8 L E |",
+        "|---|---|---|---|",
+    ]
+    for row in stored["growth"]:
+        lines.append(
+            f"| {row['layers']} x {row['experts']} | {row['step_milliseconds']:.1f} | {row['call_microseconds']:.0f} | "
+            f"{row['collective_bytes']:,} |"
+        )
+    versions = ", ".join(f"{name} {version}" for name, version in stored["versions"].items())
+    lines += [
+        "",
+        f"`{stored['command']}`, {stored['pairs']} pairs, {stored['hardware']}, {stored['date']}, {versions}.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def page(stored: dict[str, Any]) -> str:
+    return MARKS.sub(lambda found: f"{found[1]}{tables(stored)}{found[2]}", PAGE.read_text())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--ranks", type=int, default=4, help="gloo ranks")
+    parser.add_argument("--pairs", type=int, default=20, help="pairs of steps that are counted")
+    parser.add_argument("--check", action="store_true", help="only compare docs/scale.md with the stored result")
+    arguments = parser.parse_args()
+    if arguments.check:
+        if page(read_json(STORED)) != PAGE.read_text():
+            sys.exit("docs/scale.md must have the tables of benchmarks/results/ranks.json: it has others.")
+        return
+    stored = measure(arguments)
+    write_json(STORED, stored)
+    PAGE.write_text(page(stored))
+    print(tables(stored))
+
+
+if __name__ == "__main__":
+    main()
