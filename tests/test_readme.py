@@ -19,6 +19,14 @@ def test_the_code_runs(capsys):
     assert all(0 <= value <= 3 for value in printed)
 
 
+def test_the_fragments_for_many_ranks_are_python():
+    """They need ranks to run; ``tests/distributed`` runs the same calls."""
+    fragments = re.findall(r"```py\n(.*?)```", README, re.DOTALL)
+    assert len(fragments) == 2
+    for code in fragments:
+        compile(code, "README.md", "exec")
+
+
 def test_every_file_it_names_is_there():
     for link in re.findall(r"\]\(((?!http)[^)]+)\)", README):
         assert (ROOT / link).exists(), link
