@@ -184,13 +184,6 @@ MUTANTS = [
     ),
     # E. ranks
     Mutant(
-        "55: counts stay on their rank",
-        "window.py",
-        "            self.pool.all_reduce(together).wait()",
-        "            pass",
-        f"{MECHANISMS} -k two_ranks",
-    ),
-    Mutant(
         "93: statistics stay on their rank",
         "window.py",
         "            value.copy_(total.view_as(value))",

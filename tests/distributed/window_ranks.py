@@ -119,17 +119,18 @@ def traffic(layers: int, strategy: str) -> tuple[int, int, int]:
 # ---- steps that are skipped ----
 
 
-def skipped_on(rank: int, ranks: tuple[int, ...], as_tensor: bool, strategy: str) -> tuple[bool, bool, int]:
-    """Whether the offsets moved, whether they moved in the window after, and the tokens of that one."""
+def skipped_on(rank: int, ranks: tuple[int, ...], as_tensor: bool, strategy: str) -> list[tuple[bool, int]]:
+    """Of two windows, the second of which is applied: whether the offsets have moved, and the tokens."""
     model = tiny_lm()
     balance = equipoise.attach(model, strategy)
-    moved = []
+    found = []
     for window in range(2):
         (model(_ids(2 * window + rank)) + balance.loss()).backward()
         applied: bool | Tensor = window == 1 or rank not in ranks
         balance.step(torch.tensor(applied) if as_tensor else applied)
-        moved.append(any(offset.any() for offset in balance.offsets.values()))
-    return moved[0], moved[1], int(balance.metrics()["tokens"])
+        moved = any(bool(offset.any()) for offset in balance.offsets.values())
+        found.append((moved, int(balance.metrics()["tokens"])))
+    return found
 
 
 def scaled(rank: int) -> list[tuple[bool, bool]]:
