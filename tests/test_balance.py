@@ -732,6 +732,50 @@ def test_follow_steps_once_with_an_optimizer_that_steps_by_its_base_class():
     assert balance.state_dict()["num_windows"] == 2
 
 
+def test_follow_passes_over_the_step_with_which_torch_makes_a_state():
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    model, balance = _attached("loss-free:rate=0.1")
+    optimizer = torch.optim.AdamW(model.parameters())
+    balance.follow(optimizer)
+    get_state_dict(model, optimizer)
+    (model(_ids()) + balance.loss()).backward()
+    optimizer.step()
+    assert balance.state_dict()["num_windows"] == 1
+
+
+def test_follow_refuses_an_optimizer_without_hooks():
+    class Prepared(torch.optim.Optimizer):
+        def __init__(self, optimizer):
+            self.optimizer = optimizer
+
+    model, balance = _attached("loss-free:rate=0.1")
+    with pytest.raises(TypeError, match="got Prepared. Pass the one that it wraps"):
+        balance.follow(Prepared(torch.optim.SGD(model.parameters())))
+
+
+@pytest.mark.parametrize("strategy", ["loss-free:rate=0.1,rule=momentum", "quantile"])
+def test_what_is_written_into_a_slot_in_place_is_the_offset(strategy):
+    """As a checkpoint that is read into the tensors of ``state_dict()``."""
+    bias = torch.tensor([0.3, -0.2, 0.0, 0.1, -0.3, 0.1])
+    model, expected = _attached(strategy)
+    model.blocks[0].gate.load_state_dict({**model.blocks[0].gate.state_dict(), "e_score_correction_bias": bias})
+    other, balance = _attached(strategy)
+    other.blocks[0].gate.state_dict()["e_score_correction_bias"].copy_(bias)
+    for each, its in ((model, expected), (other, balance)):
+        for _ in range(2):
+            (each(_ids()) + its.loss()).backward()
+            its.step()
+    for name in NAMES:
+        assert torch.equal(balance.offsets[name], expected.offsets[name])
+    assert torch.equal(other.blocks[0].gate.e_score_correction_bias, balance.offsets[NAMES[0]])
+    other.blocks[0].gate.e_score_correction_bias.copy_(bias)
+    assert torch.equal(balance.offsets[NAMES[0]], bias)
+    before = balance.offsets[NAMES[0]].bfloat16().float()
+    other.blocks[0].gate.e_score_correction_bias.copy_(before)  # ours, rounded: the offset stays as it was
+    assert torch.equal(balance.offsets[NAMES[0]], bias)
+
+
 def test_a_grad_scaler_changes_nothing():
     expected = _one_gradient("loss-free:rate=0.1+lbl:coefficient=0.5")
     model, balance = _attached("loss-free:rate=0.1+lbl:coefficient=0.5")

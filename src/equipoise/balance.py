@@ -195,6 +195,8 @@ class Balance:
         if applied is False:
             return
         for group in self._groups:
+            for layer in group.layers:
+                self._recorder.adopt_writes(layer)
             load = self._recorder.load_of(group, self._recorder.last)
             for index, balancer in enumerate(group.balancers):
                 found = [
@@ -214,9 +216,15 @@ class Balance:
         """Calls ``step()`` after every ``optimizer.step()``; ``remove()`` on what comes back ends it.
 
         A step that a GradScaler skips, or that raises, does not get that far: close its window with
-        ``step(applied=False)``, else its counts are part of the next one.
+        ``step(applied=False)``, else its counts are part of the next one. ``optimizer`` is one of torch; of one that
+        Accelerate prepared, pass ``optimizer.optimizer``.
         """
-        return optimizer.register_step_post_hook(lambda *_: None if _is_inner_step(optimizer) else self.step())
+        if not isinstance(getattr(optimizer, "_optimizer_step_post_hooks", None), Mapping):
+            raise TypeError(
+                f"optimizer must be one of torch, whose steps have hooks: got {type(optimizer).__name__}. Pass the "
+                "one that it wraps, as optimizer.optimizer, or call step() yourself."
+            )
+        return optimizer.register_step_post_hook(lambda *_: self.step() if _is_step_of_training(optimizer) else None)
 
     # ---- what counts ----
 
@@ -471,6 +479,7 @@ class Balance:
     def _offset_of(self, layer: int) -> Tensor:
         group, row = self._recorder.group_of[layer]
         if group.steering is not None:
+            self._recorder.adopt_writes(layer)
             return group.steering.offset()[row]
         return slot_of(self._layers[layer])
 
@@ -486,16 +495,18 @@ def few(values: Any) -> str:
     return ", ".join(values[:3]) + (f" ... ({len(values)} in all)" if len(values) > 3 else "") if values else "none"
 
 
-def _is_inner_step(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the hook that asks was called by a step inside a step: torch calls the hooks of a class's ``step`` and
-    again those of the ``super().step()`` in it."""
+def _is_step_of_training(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a hook that asks was called by a step of the loop, and not by the ``super().step()`` in one, whose hooks
+    torch calls too, or by the one with which torch makes an optimizer's state before it loads a checkpoint."""
     frame: FrameType | None = sys._getframe()
     depth = 0
     while frame is not None:
         is_step = frame.f_code.co_qualname == "Optimizer.profile_hook_step.<locals>.wrapper"
         depth += is_step and frame.f_locals.get("self") is optimizer
+        if frame.f_code.co_name == "_init_optim_state":
+            return False
         frame = frame.f_back
-    return depth > 1
+    return depth == 1
 
 
 def _shape(value: Any) -> str:

@@ -69,6 +69,7 @@ class Recorder:
         self.paused = False
         self.measuring = False
         self.measured: Tensor | None = None  # counts since measuring began
+        self.slots: dict[int, tuple[int, int]] = {}  # by layer, the slot that was written last, and its version then
         self.inferring = False  # the last forward was one by which a pipeline finds out its shapes
 
     def observe(
@@ -111,6 +112,8 @@ class Recorder:
             segments, num_sequences = number_sequences(sequence_ids, rows, num_tokens, expert_ids.device)
         call = Call(layer, micro_batch, mask, segments, num_sequences, num_tokens if mask is None else mask.sum())
         group, row = self.group_of[layer]
+        if group.has_statistics:
+            self.adopt_writes(layer)  # what is counted is told apart by the offset
         if self.num_losses or group.has_statistics:
             routing = self._routing(layer, call, logits, expert_ids, weights)
             for index, balancer in enumerate(group.balancers):
@@ -273,6 +276,25 @@ class Recorder:
             slot.detach().copy_(offset[row])
         elif slot.device.type != "meta":
             router._buffers[name] = offset[row].clone()
+        self.slots[layer] = _version(router._buffers[name])
+
+    def adopt_writes(self, layer: int) -> None:
+        """What somebody wrote into the family's slot in place becomes the offset: a checkpoint that was read into the
+        tensors of ``state_dict()``, as ``torch.distributed.checkpoint`` does. Asks nothing of a GPU."""
+        group, row = self.group_of[layer]
+        if group.steering is None or group.slot_name(self.layers[layer]) == OWN_SLOT or layer not in self.slots:
+            return
+        slot, offset = self.layers[layer].router._buffers[group.slot_name(self.layers[layer])], group.steering.offset()
+        if _version(slot) == self.slots[layer] or slot.device != offset.device:
+            return
+        held, offset = slot.detach().float(), offset[row]
+        same = ~held.isfinite()  # a damaged number is not taken up
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):  # ours, perhaps rounded
+            same |= offset.to(dtype).float() == held
+        offset.copy_(torch.where(same, offset, held))
+        for value in group.steering.state().values():
+            value[row] *= same.all()
+        self.restore_offset(layer)
 
     def adopt_offset(self, layer: int) -> None:
         """A checkpoint was loaded into the family's slot: the offset becomes what it holds."""
@@ -294,6 +316,11 @@ class Recorder:
             for value in group.steering.state().values():
                 value[row].zero_()
             self.restore_offset(layer)
+
+
+def _version(slot: Any) -> tuple[int, int]:
+    """Changes when another tensor takes the slot's place, and when it is written in place."""
+    return id(slot), 0 if slot.is_inference() else slot._version
 
 
 def _infers_shapes() -> bool:
