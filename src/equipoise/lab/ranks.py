@@ -48,19 +48,28 @@ class Ranks:
         """What ``function(*args)`` returns on rank 0, on every rank; what it raises there is raised on every rank."""
         if self.size == 1:
             return function(*args)
-        outcome: list[Any] = [None, None]
-        error = None
+        value: Any = None
+        error: BaseException | None = None
         if self.rank == 0:
             value, error = _outcome(function, *args)
-            outcome = [value, error and _portable(error)]
         try:
-            dist.broadcast_object_list(outcome, 0, group=self._patient if patient else None)
+            value, told = self._hand_out((value, error and _portable(error)), patient)
         except RuntimeError:
             if error is None:
                 raise
-        if error is not None or outcome[1] is not None:
-            raise error or outcome[1]
-        return outcome[0]
+        if error is not None or told is not None:
+            raise error or told
+        return value
+
+    def _hand_out(self, value: Any, patient: bool) -> Any:
+        """Rank 0's value, on every rank. They may wait long for rank 0, which never waits long for them."""
+        limit = PATIENCE if patient and self.rank else STEP
+        packed = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+        size = torch.tensor([packed.numel()])
+        dist.broadcast(size, 0, group=self._patient, async_op=True).wait(limit)
+        packed = packed if self.rank == 0 else torch.empty(int(size), dtype=torch.uint8)
+        dist.broadcast(packed, 0, group=self._patient, async_op=True).wait(limit)
+        return value if self.rank == 0 else pickle.loads(packed.numpy().tobytes())
 
     def together(self, function: Callable[..., T], *args: Any) -> T:
         """``function(*args)`` on every rank; where it fails on any, the first of these errors is raised on all."""
@@ -208,7 +217,7 @@ def _lost(error: RuntimeError) -> str | None:
     signs = r"gloo|nccl|connection (closed|reset|refused)|broken pipe|timed? ?out|socket|peer"
     if not isinstance(error, dist.DistError) and not re.search(signs, text, re.IGNORECASE):
         return None
-    return re.sub(r"^\[[^\]]*\]\s*", "", text)[:200].rstrip(". ")
+    return re.sub(r"^\[[^\]]*\]\s*", "", text).split(". ")[0].rstrip(".!")[:200]
 
 
 def _first_line(error: BaseException) -> str:
