@@ -8,7 +8,8 @@ from equipoise.balancers import format_strategy, parse_strategy
 from equipoise.errors import EquipoiseError, UsageError
 from equipoise.lab.config import Compare, Train
 from equipoise.lab.ranks import LostRank, Ranks, is_shared, meet
-from equipoise.lab.train import Nobody, Watcher, check, same_options, train
+from equipoise.lab.run_folder import Nobody, Watcher
+from equipoise.lab.train import check, same_options, train
 from equipoise.records import Run, is_new, read_json, write_json
 from equipoise.report import write_report
 

@@ -8,13 +8,10 @@ All that has to do with the run folder is done by rank 0, in ``ranks.first``: on
 import dataclasses
 import datetime
 import importlib.metadata
-import math
 import platform
-import shutil
-import statistics
 import time
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,36 +29,13 @@ from equipoise.lab.engine import learning_rate_at, machine, reproducible
 from equipoise.lab.evaluate import evaluate, language_model_loss
 from equipoise.lab.models import build_model, num_active_parameters
 from equipoise.lab.ranks import ALONE, Ranks, meet
+from equipoise.lab.run_folder import Nobody, RunFolder, Watcher, asked, complete_result
 from equipoise.lab.stop import told
 from equipoise.lab.wrappers import check_wrapper, copy_to_ranks, digest, find_wrapper, full, shard, synchronising
-from equipoise.records import Run, is_new
+from equipoise.records import is_new
 from equipoise.taps.families import find_routers
 
-__all__ = ["Nobody", "Watcher", "same_options", "train"]
-
-
-class Watcher(Protocol):
-    """Who is told how a run goes on."""
-
-    def say(self, text: str) -> None: ...
-
-    def begin(self, config: Train, done: int) -> None: ...
-
-    def step(self, row: dict[str, Any], tokens_per_second: float) -> None: ...
-
-    def end(self) -> None: ...
-
-
-class Nobody:
-    """The watcher of a rank other than the first."""
-
-    def say(self, text: str) -> None: ...
-
-    def begin(self, config: Train, done: int) -> None: ...
-
-    def step(self, row: dict[str, Any], tokens_per_second: float) -> None: ...
-
-    def end(self) -> None: ...
+__all__ = ["same_options", "train"]
 
 
 def check(config: Train, ranks: Ranks = ALONE) -> None:
@@ -107,7 +81,7 @@ def train(config: Train, watcher: Watcher, command: str = "", ranks: Ranks | Non
     watcher = watcher if ranks.rank == 0 else Nobody()
     same_options(config, ranks)
     check(config, ranks)
-    result = ranks.first(_complete, config, watcher)
+    result = ranks.first(complete_result, config, watcher)
     if result is not None:
         return result
     with reproducible():
@@ -129,31 +103,6 @@ def same_options(config: Any, ranks: Ranks) -> None:
     )
 
 
-def _complete(config: Train, watcher: Watcher) -> dict[str, Any] | None:
-    """The result of a run that is complete already."""
-    if is_new(config.out) or not Run(config.out).complete:
-        return None
-    _same_options(Run(config.out), config)
-    watcher.begin(config, config.steps)
-    watcher.end()
-    shutil.rmtree(config.out / "checkpoints", ignore_errors=True)  # killed before it could
-    return Run(config.out).result
-
-
-def _same_options(records: Run, config: Train) -> None:
-    there = {**records.config.get("options", {})}
-    for name, value in _asked(config).items():
-        if there.get(name) != value:
-            raise EquipoiseError(
-                f"a run goes on with the options that it began with: {config.out} has "
-                f"{name}={there.get(name)!r}, got {value!r}. Give the same options, or choose another folder."
-            )
-
-
-def _asked(config: Train) -> dict[str, Any]:
-    return {**config.shared(), "strategy": config.strategy, "seed": config.seed}
-
-
 def _another_text(name: str, value: Any, rank: int, theirs: Any) -> str:
     return (
         f"every rank must have the same text: rank 0 has the {name} {value}, rank {rank} has {theirs}. Copy the text "
@@ -169,8 +118,6 @@ def _other_weights(name: str, value: Any, rank: int, theirs: Any) -> str:
 
 
 class _Training:
-    records: Run  # on rank 0
-
     def __init__(self, config: Train, watcher: Watcher, command: str, ranks: Ranks = ALONE):
         self.config, self.watcher, self.ranks = config, watcher, ranks
         self.device, autocast = machine(config.dtype)
@@ -207,7 +154,8 @@ class _Training:
             fused=True,
         )
         self.done, self.saved = 0, 0  # steps: trained, in the newest checkpoint
-        self.autocast = ranks.first(self._open_records, command)
+        self.folder = RunFolder(config, watcher)  # rank 0 alone writes into it
+        self.autocast = ranks.first(self.folder.open, self._facts(command), self._machine())
 
     def _load_corpus(self) -> Corpus:
         return load_corpus(
@@ -230,56 +178,35 @@ class _Training:
         self.watcher.say(f"{self.config.strategy} holds no offsets: those beside {self.config.model} are left out")
         return None
 
-    def _open_records(self, command: str) -> bool:
-        """Opens or begins the run folder; whether the run is one in bfloat16."""
-        config, machine = self.config, self._machine()
-        if not is_new(config.out):
-            records = Run(config.out)
-            _same_options(records, config)
-            if records.config["corpus_fingerprint"] != self.corpus.fingerprint:
-                raise EquipoiseError(
-                    f"a run goes on with the text that it began with: the text of {config.out} changed."
-                )
-            there = {"wrapper": "none", "num_ranks": 1, **records.config}
-            changed = [
-                name.replace("num_ranks", "number of ranks") for name in machine if there.get(name) != machine[name]
-            ]
-            if changed:
-                self.watcher.say(f"{' and '.join(changed)} changed since {config.out} began: numbers may differ")
-            self.records = records
-            return records.config["dtype"] == "bfloat16"  # "auto" may mean another on this machine
-        self.records = Run.create(
-            config.out,
-            {
-                "strategy": config.strategy,
-                "seed": config.seed,
-                "arch": config.arch if config.model is None else self.inner.config.model_type,
-                "steps": config.steps,
-                "options": _asked(config),
-                "num_parameters": sum(p.numel() for p in self.inner.parameters()),
-                "num_active_parameters": num_active_parameters(self.inner, self.k, self.num_experts),
-                "gate": find_routers(self.inner)[0][2].gate,
-                "num_experts": self.num_experts,
-                "experts_per_token": self.k,
-                "layers": list(self.balance.offsets),
-                "domains": list(self.corpus.domains),
-                "data": config.data,
-                "corpus_fingerprint": self.corpus.fingerprint,
-                "vocab_size": self.corpus.vocab_size,
-                "sequence_length": config.sequence_length,
-                "sequences_per_micro_batch": config.sequences,
-                "micro_batches_per_step": config.micro_batches,
-                "learning_rate": config.learning_rate,
-                "shuffled": config.shuffled,
-                "order": config.order,
-                "dtype": "bfloat16" if self.autocast else "float32",
-                "command": command,
-                "began": datetime.datetime.now(datetime.UTC).isoformat(),
-                "notes": self.balance.notes(config.steps),
-                **machine,
-            },
-        )
-        return self.autocast
+    def _facts(self, command: str) -> dict[str, Any]:
+        config = self.config
+        return {
+            "strategy": config.strategy,
+            "seed": config.seed,
+            "arch": config.arch if config.model is None else self.inner.config.model_type,
+            "steps": config.steps,
+            "options": asked(config),
+            "num_parameters": sum(p.numel() for p in self.inner.parameters()),
+            "num_active_parameters": num_active_parameters(self.inner, self.k, self.num_experts),
+            "gate": find_routers(self.inner)[0][2].gate,
+            "num_experts": self.num_experts,
+            "experts_per_token": self.k,
+            "layers": list(self.balance.offsets),
+            "domains": list(self.corpus.domains),
+            "data": config.data,
+            "corpus_fingerprint": self.corpus.fingerprint,
+            "vocab_size": self.corpus.vocab_size,
+            "sequence_length": config.sequence_length,
+            "sequences_per_micro_batch": config.sequences,
+            "micro_batches_per_step": config.micro_batches,
+            "learning_rate": config.learning_rate,
+            "shuffled": config.shuffled,
+            "order": config.order,
+            "dtype": "bfloat16" if self.autocast else "float32",
+            "command": command,
+            "began": datetime.datetime.now(datetime.UTC).isoformat(),
+            "notes": self.balance.notes(config.steps),
+        }
 
     def _machine(self) -> dict[str, Any]:
         names = ("torch", "transformers", "tokenizers", "numpy")
@@ -303,68 +230,27 @@ class _Training:
     def _run(self) -> dict[str, Any]:
         config, ranks = self.config, self.ranks
         facts = checkpoint.load_newest(
-            self._checkpoints, self.inner, self.optimizer, self.balance, self.watcher.say, ranks
+            self.folder.checkpoints, self.inner, self.optimizer, self.balance, self.watcher.say, ranks
         )
         self.done = self.saved = 0 if facts is None else facts["step"]
         if self.model is not self.inner:
             self._settle()
-        self.seconds: list[float] = ranks.first(self._begin)
+        ranks.first(self.folder.begin, self.done)
         for step in range(self.done, config.steps):
-            ranks.first(self._record, self._step(step), patient=False)
+            row, load = self._step(step), [load.tolist() for load in self.balance.load.values()]
+            ranks.first(self.folder.step, row, load, patient=False)
             self.done, last = step + 1, step + 1 == config.steps
             if config.evaluate_every and self.done % config.evaluate_every == 0 and not last:
-                ranks.first(self._append_evaluation, self._evaluate("selection"))
+                ranks.first(self.folder.evaluation, self.done, self._evaluate("selection"))
             if self.done % config.checkpoint_every == 0 and not last:
-                ranks.first(self._sync)
-                checkpoint.save(self._checkpoints, self.done, self.inner, self.optimizer, self.balance, ranks)
+                ranks.first(self.folder.sync)
+                checkpoint.save(self.folder.checkpoints, self.done, self.inner, self.optimizer, self.balance, ranks)
                 self.saved = self.done
         return self._finish()
-
-    @property
-    def _checkpoints(self) -> Path:
-        return self.config.out / "checkpoints"
 
     def _what_then(self) -> str:
         newest = f"The newest checkpoint is of step {self.saved}" if self.saved else "There is no checkpoint yet"
         return f"{newest}; start the same command again with --resume."
-
-    # ---- rank 0 only ----
-
-    def _begin(self) -> list[float]:
-        """Takes up the records of the steps before the checkpoint; the seconds that they took."""
-        records = self.records
-        for log in ("steps", "loads"):
-            there = [row["step"] for row in records.rows(log) if row["step"] <= self.done]
-            if there != list(range(1, self.done + 1)):
-                raise EquipoiseError(
-                    f"A run goes on with the records of every step before its checkpoint: {records.path / log}.jsonl "
-                    f"holds {len(there)} of {self.done}. Restore it, or remove the newest of {self._checkpoints}."
-                )
-        records.rewind(self.done)
-        self.watcher.begin(self.config, self.done)
-        for note in records.config["notes"]:
-            self.watcher.say(note)
-        return [row["seconds"] for row in records.rows("steps")]
-
-    def _record(self, row: dict[str, Any]) -> None:
-        config, records, step = self.config, self.records, row["step"]
-        self.seconds.append(row["seconds"])
-        records.append("steps", row)
-        records.append("loads", {"step": step, "load": [load.tolist() for load in self.balance.load.values()]})
-        self.watcher.step(row, self._tokens_per_step / statistics.median(self.seconds[-20:]))
-        if not math.isfinite(row["loss"]):
-            raise EquipoiseError(
-                f"training must not diverge: the loss of {config.strategy}, seed {config.seed}, is {row['loss']} "
-                f"at step {step}. Its records are kept in {records.path}; take a lower --learning-rate."
-            )
-
-    def _append_evaluation(self, row: dict[str, Any]) -> None:
-        self.records.append("evaluations", {"step": self.done, **row})
-
-    def _sync(self) -> None:
-        self.records.sync()
-
-    # ---- all ranks ----
 
     def _settle(self) -> None:
         """A backward before the first step. DDP lays gradients out anew after the first one, and where more than two
@@ -373,10 +259,6 @@ class _Training:
             loss = language_model_loss(self.model, self.batches.window(0)[0].input_ids.to(self.device))
         loss.backward()
         self.optimizer.zero_grad(set_to_none=True)
-
-    @property
-    def _tokens_per_step(self) -> int:
-        return self.config.micro_batches * self.config.sequences * self.config.sequence_length
 
     def _step(self, step: int) -> dict[str, Any]:
         config, started = self.config, time.perf_counter()
@@ -418,7 +300,7 @@ class _Training:
             "balancing_loss": figures.pop("balancing_loss"),
             "grad_norm": float(norm),
             "learning_rate": rate,
-            "tokens": (step + 1) * self._tokens_per_step,
+            "tokens": (step + 1) * self.folder.tokens_per_step,
             **figures,
             "seconds": time.perf_counter() - started,
         }
@@ -442,36 +324,13 @@ class _Training:
         config, ranks = self.config, self.ranks
         self.watcher.say("evaluating on the test text")
         row = self._evaluate("test")
-        ranks.first(self._append_evaluation, row)
+        ranks.first(self.folder.evaluation, config.steps, row)
         if config.save_model:
             note = checkpoint.save_model(
                 config.out / "model", self.inner, self.balance, self.corpus.tokenizer_file, ranks
             )
             if note:
                 self.watcher.say(note)
-        result = ranks.first(self._complete, row)
+        result = ranks.first(self.folder.finish, row)
         self.watcher.end()
         return result
-
-    def _complete(self, row: dict[str, Any]) -> dict[str, Any]:
-        config, records = self.config, self.records
-        last = [step["maxvio_batch"] for step in records.rows("steps")][-max(1, config.steps // 10) :]
-        result = {
-            "strategy": config.strategy,
-            "seed": config.seed,
-            "steps": config.steps,
-            "tokens": config.steps * self._tokens_per_step,
-            **{name: row[name] for name in ("val_nats", "val_perplexity", "val_bits_per_byte", "maxvio_global")},
-            "maxvio_floor": row["maxvio_floor"],
-            "maxvio_batch": sum(last) / len(last),
-            "domain_information_bits": row["domain_information_bits"],
-            "dead_experts": row["dead_experts"],
-            "tokens_per_second": self._tokens_per_step / statistics.median(self.seconds),
-            "domains": {
-                name: {"nats": domain["nats"], "bits_per_byte": domain["bits_per_byte"]}
-                for name, domain in row["domains"].items()
-            },
-        }
-        records.finish(result)
-        shutil.rmtree(records.path / "checkpoints", ignore_errors=True)  # the model is saved, the run is whole
-        return records.result

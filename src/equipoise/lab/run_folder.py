@@ -1,0 +1,165 @@
+"""What a run leaves in its folder. Of many ranks the first alone has it: every method here is for that one to call.
+
+corpus, model and balance -> facts -> config.json; steps and evaluations -> rows; the last evaluation -> result.json
+"""
+
+import math
+import shutil
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol, final
+
+from equipoise.errors import EquipoiseError
+from equipoise.lab.config import Train
+from equipoise.records import Run, is_new
+
+__all__ = ["Nobody", "RunFolder", "Watcher", "asked", "complete_result"]
+
+
+class Watcher(Protocol):
+    """Who is told how a run goes on."""
+
+    def say(self, text: str) -> None: ...
+
+    def begin(self, config: Train, done: int) -> None: ...
+
+    def step(self, row: dict[str, Any], tokens_per_second: float) -> None: ...
+
+    def end(self) -> None: ...
+
+
+class Nobody:
+    """The watcher of a rank other than the first."""
+
+    def say(self, text: str) -> None: ...
+
+    def begin(self, config: Train, done: int) -> None: ...
+
+    def step(self, row: dict[str, Any], tokens_per_second: float) -> None: ...
+
+    def end(self) -> None: ...
+
+
+def complete_result(config: Train, watcher: Watcher) -> dict[str, Any] | None:
+    """The result of a run that is complete already."""
+    if is_new(config.out) or not Run(config.out).complete:
+        return None
+    _same_options(Run(config.out), config)
+    watcher.begin(config, config.steps)
+    watcher.end()
+    shutil.rmtree(config.out / "checkpoints", ignore_errors=True)  # killed before it could
+    return Run(config.out).result
+
+
+def asked(config: Train) -> dict[str, Any]:
+    """The options that a run must keep when it goes on."""
+    return {**config.shared(), "strategy": config.strategy, "seed": config.seed}
+
+
+def _same_options(records: Run, config: Train) -> None:
+    there = {**records.config.get("options", {})}
+    for name, value in asked(config).items():
+        if there.get(name) != value:
+            raise EquipoiseError(
+                f"a run goes on with the options that it began with: {config.out} has "
+                f"{name}={there.get(name)!r}, got {value!r}. Give the same options, or choose another folder."
+            )
+
+
+@final
+class RunFolder:
+    """The folder of one run, from its first step or its last checkpoint to its result."""
+
+    records: Run
+
+    def __init__(self, config: Train, watcher: Watcher):
+        self.config, self.watcher = config, watcher
+        self.tokens_per_step = config.micro_batches * config.sequences * config.sequence_length
+        self.seconds: list[float] = []  # of every step
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.config.out / "checkpoints"
+
+    def open(self, facts: Mapping[str, Any], machine: Mapping[str, Any]) -> bool:
+        """Begins a folder with these facts, or opens the one that is there; whether its run is one in bfloat16.
+
+        ``facts`` do not change when a run goes on, ``machine`` may: then the watcher says so.
+        """
+        config = self.config
+        if is_new(config.out):
+            self.records = Run.create(config.out, {**facts, **machine})
+        else:
+            self.records = Run(config.out)
+            _same_options(self.records, config)
+            if self.records.config["corpus_fingerprint"] != facts["corpus_fingerprint"]:
+                raise EquipoiseError(
+                    f"a run goes on with the text that it began with: the text of {config.out} changed."
+                )
+            there = {"wrapper": "none", "num_ranks": 1, **self.records.config}
+            changed = [
+                name.replace("num_ranks", "number of ranks") for name in machine if there.get(name) != machine[name]
+            ]
+            if changed:
+                self.watcher.say(f"{' and '.join(changed)} changed since {config.out} began: numbers may differ")
+        return self.records.config["dtype"] == "bfloat16"  # "auto" may mean another on this machine
+
+    def begin(self, done: int) -> None:
+        """Takes up the records of the steps before the checkpoint."""
+        records = self.records
+        for log in ("steps", "loads"):
+            there = [row["step"] for row in records.rows(log) if row["step"] <= done]
+            if there != list(range(1, done + 1)):
+                raise EquipoiseError(
+                    f"A run goes on with the records of every step before its checkpoint: {records.path / log}.jsonl "
+                    f"holds {len(there)} of {done}. Restore it, or remove the newest of {self.checkpoints}."
+                )
+        records.rewind(done)
+        self.watcher.begin(self.config, done)
+        for note in records.config["notes"]:
+            self.watcher.say(note)
+        self.seconds = [row["seconds"] for row in records.rows("steps")]
+
+    def step(self, row: dict[str, Any], load: list[list[int]]) -> None:
+        """Writes a step; one whose loss is not finite is an error, after it is written."""
+        config, records = self.config, self.records
+        self.seconds.append(row["seconds"])
+        records.append("steps", row)
+        records.append("loads", {"step": row["step"], "load": load})
+        self.watcher.step(row, self.tokens_per_step / statistics.median(self.seconds[-20:]))
+        if not math.isfinite(row["loss"]):
+            raise EquipoiseError(
+                f"training must not diverge: the loss of {config.strategy}, seed {config.seed}, is {row['loss']} "
+                f"at step {row['step']}. Its records are kept in {records.path}; take a lower --learning-rate."
+            )
+
+    def evaluation(self, step: int, row: dict[str, Any]) -> None:
+        self.records.append("evaluations", {"step": step, **row})
+
+    def sync(self) -> None:
+        self.records.sync()
+
+    def finish(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Writes the result of the run, whose last evaluation ``row`` is, and returns it."""
+        config, records = self.config, self.records
+        last = [step["maxvio_batch"] for step in records.rows("steps")][-max(1, config.steps // 10) :]
+        result = {
+            "strategy": config.strategy,
+            "seed": config.seed,
+            "steps": config.steps,
+            "tokens": config.steps * self.tokens_per_step,
+            **{name: row[name] for name in ("val_nats", "val_perplexity", "val_bits_per_byte", "maxvio_global")},
+            "maxvio_floor": row["maxvio_floor"],
+            "maxvio_batch": sum(last) / len(last),
+            "domain_information_bits": row["domain_information_bits"],
+            "dead_experts": row["dead_experts"],
+            "tokens_per_second": self.tokens_per_step / statistics.median(self.seconds),
+            "domains": {
+                name: {"nats": domain["nats"], "bits_per_byte": domain["bits_per_byte"]}
+                for name, domain in row["domains"].items()
+            },
+        }
+        records.finish(result)
+        shutil.rmtree(self.checkpoints, ignore_errors=True)  # the model is saved, the run is whole
+        return records.result
