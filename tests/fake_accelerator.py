@@ -166,13 +166,25 @@ def _takes_a_verdict(strategy: str) -> None:
 def _pools(strategy: str, verdict: bool) -> None:
     """Two ranks: what they tell beside their counts is on its way to the host, and nobody waits for it."""
     balance = _balance(parse_strategy(strategy), _TwoRanks())
-    window, device = balance._window, torch.get_device_module(torch.device(DEVICE))
-    device.Event, told = _Event, []
-    window.read = lambda: (told.extend(window._unread), window._unread.clear())
+    exchange, device = balance._window.exchange, torch.get_device_module(torch.device(DEVICE))
+    device.Event, told, order = _Event, [], []
+    begin, look, step = exchange.pool.all_reduce, exchange._look, balance.step
+
+    def read():
+        order.extend(["read"] if exchange._unread else [])
+        told.extend(exchange._unread)
+        exchange._unread.clear()
+
+    exchange.read = read
+    exchange.pool.all_reduce = lambda vector: (order.append("begin"), begin(vector))[1]
+    exchange._look = lambda *given, **named: (order.append("look"), look(*given, **named))[1]
+    balance.step = lambda *given: (order.append("step"), step(*given))[1]
     applied = torch.ones((), dtype=torch.bool, device=DEVICE) if verdict else True
     _windows(balance, masked=False, applied=applied)
-    window.read()
-    assert told and all(numbers.device.type == "cpu" for numbers, _ in told)
+    exchange.read()
+    assert told and all(numbers.device.type == "cpu" for numbers, *_ in told)
+    last_step = order[len(order) - order[::-1].index("step") :]
+    assert "look" in last_step and "read" not in last_step[last_step.index("look") : -1], last_step
 
 
 def main() -> None:

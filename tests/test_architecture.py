@@ -10,7 +10,20 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "src" / "equipoise"
 
-CORE = ["errors", "recipes", "routing", "load", "metrics", "balancers", "taps", "pool", "window", "recorder", "balance"]
+CORE = [
+    "errors",
+    "recipes",
+    "routing",
+    "load",
+    "metrics",
+    "balancers",
+    "taps",
+    "pool",
+    "exchange",
+    "window",
+    "recorder",
+    "balance",
+]
 CORE += ["attachment"]
 ALLOWED = {name: set(CORE[:rank]) for rank, name in enumerate(CORE)}
 ALLOWED |= {

@@ -5,8 +5,9 @@ import torch
 from models import VOCAB, tiny_lm
 
 import equipoise
+from equipoise.exchange import MARK
+from equipoise.load import Layout
 from equipoise.pool import Pool, digest
-from equipoise.window import Layout
 
 
 class _Event:
@@ -33,17 +34,24 @@ def test_an_error_of_one_process_is_its_own():
     assert Pool(None).agree("attach", 3, None) == [3]
 
 
-@pytest.mark.parametrize("told, words", [([-1], "on another rank one was not"), ([3, 1, 2, 3], "closed it after 2")])
+@pytest.mark.parametrize(
+    "told, words",
+    [
+        ([0, -1], "on another rank one did not"),
+        ([0, 3, 1, 2, 3], "closed it after 2"),
+        ([MARK + 7, 3], "1 of 2 ranks are at the end of"),
+    ],
+)
 def test_bad_news_on_its_way_from_a_gpu_is_read_before_the_next_collective(told, words):
     model, balance = _attached()
-    window, event = balance._window, _Event()
-    window.pool.size = 2
-    window._unread.append((torch.tensor(told), event))
+    exchange, event = balance._window.exchange, _Event()
+    exchange.pool.size = 2
+    exchange._unread.append((torch.tensor(told), event, False))
     model(torch.randint(0, VOCAB, (2, 7)))
     with pytest.raises(equipoise.EquipoiseError, match=words):
         balance.step()
-    assert event.waited and not window._unread
-    window._unread.append((torch.tensor([0]), event))
+    assert event.waited and not exchange._unread
+    exchange._unread.append((torch.tensor([5, 0]), event, False))
     assert balance.metrics() == {}  # good news
 
 

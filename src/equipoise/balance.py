@@ -4,7 +4,7 @@ import inspect
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -163,7 +163,11 @@ class Balance:
         """
         if not isinstance(applied, bool) and not (isinstance(applied, Tensor) and applied.numel() == 1):
             raise ValueError(f"applied must be true, false or a tensor of one number: got {_shape(applied)}.")
-        applied = applied.reshape(()) if isinstance(applied, Tensor) else applied
+        if isinstance(applied, Tensor):
+            applied = applied.reshape(())
+            if applied.device.type == "cpu" != self._device().type:
+                applied = bool(applied)  # on the host already
+        self._pool.check_alone()
         if self._detached:
             raise EquipoiseError(
                 "step() must be called before detach(): this Balance was detached. Attach the model again."
@@ -195,8 +199,7 @@ class Balance:
         if applied is False:
             return
         for group in self._groups:
-            for layer in group.layers:
-                self._recorder.adopt_writes(layer)
+            self._recorder.adopt_writes(group)
             load = self._recorder.load_of(group, self._recorder.last)
             for index, balancer in enumerate(group.balancers):
                 found = [
@@ -232,20 +235,26 @@ class Balance:
     def measuring(self) -> Iterator[dict[str, Int[Tensor, " experts"]]]:
         """Counts an evaluation, in any mode, and moves nothing; the open window is untouched.
 
-        Yields a dict that is filled at the end: by layer, int64 ``[experts]``, summed over the ranks.
+        Yields a dict that is filled at the end: by layer, int64 ``[experts]``, summed over the ranks. Collective over
+        the group: every rank enters and leaves it, also one without a batch.
         """
         if self._recorder.measuring:
             raise EquipoiseError("measuring() must not be nested: it is open already. Leave the inner one out.")
+        self._pool.check_alone()
         self._recorder.measuring, self._recorder.measured = True, None
         load: dict[str, Tensor] = {}
         try:
             with self._context.aside():
                 yield load
             vector = self._layout.zeros(self._device()) if self._recorder.measured is None else self._recorder.measured
-            work = self._pool.all_reduce(vector[self._layout.loads]) if self._layers else None
-            if work is not None:
-                work.wait()
+            self._window.exchange.measure(vector)
             load.update(self._by_name(vector))
+        except EquipoiseError:  # every rank has it, or is told by whoever has
+            raise
+        except Exception:
+            with suppress(RuntimeError):  # the others may be gone
+                self._window.exchange.fail(self._device())
+            raise
         finally:
             self._recorder.measuring, self._recorder.measured = False, None
 
@@ -285,6 +294,7 @@ class Balance:
 
     @property
     def load(self) -> dict[str, Int[Tensor, " experts"]]:
+        self._window.exchange.read()
         if self._recorder.last is None:
             return self._by_name(self._layout.zeros(self._device()))
         return self._by_name(self._recorder.last)
@@ -311,7 +321,7 @@ class Balance:
         its scope behind its name. ``offset_max``: largest magnitude. ``collectives``, ``collective_bytes``: begun for
         the window, and what this rank gave to them.
         """
-        self._window.read()
+        self._window.exchange.read()
         if self._recorder.last is None:
             return {}
         load = self.load
@@ -380,6 +390,8 @@ class Balance:
         over the group: every rank loads the same state, whatever number of ranks saved it.
         """
         error = None
+        self._pool.check_alone()
+        self._window.exchange.read()
         try:
             self._check_state(state)
         except Exception as caught:
@@ -419,7 +431,8 @@ class Balance:
         parts = {key: state.get(key, {}) for key in ("offsets", "load") if key in state or key == "offsets"}
         for key, part in {**parts, **state.get("state", {})}.items():
             sizes = {name: tuple(value.shape) for name, value in part.items()}
-            if sizes != names or not isinstance(state.get("num_windows"), int):
+            windows = state.get("num_windows")
+            if sizes != names or not isinstance(windows, int) or isinstance(windows, bool) or windows < 0:
                 raise EquipoiseError(
                     f"the state must be of a model with the same layers: its {key} have {few(sizes)}, this model has "
                     f"{few(names)}. Load the state that was saved with this model."
@@ -447,7 +460,7 @@ class Balance:
 
     def detach(self) -> dict[str, Float[Tensor, " experts"]]:
         """Removes all that ``attach`` added and returns the offsets. A family's own slot keeps what it holds; the
-        offsets of a family without one are gone from the model."""
+        offsets of a family without one are gone from the model. On every rank of the group, or on none."""
         offsets = self.offsets
         for hook in self._hooks:
             hook.remove()
@@ -458,6 +471,7 @@ class Balance:
             tap.observer = None
             untap_router(layer.router)
         self._hooks, self._taps = [], []
+        self._pool.close()
         return offsets
 
     def __repr__(self) -> str:
@@ -479,7 +493,7 @@ class Balance:
     def _offset_of(self, layer: int) -> Tensor:
         group, row = self._recorder.group_of[layer]
         if group.steering is not None:
-            self._recorder.adopt_writes(layer)
+            self._recorder.adopt_writes(group)
             return group.steering.offset()[row]
         return slot_of(self._layers[layer])
 

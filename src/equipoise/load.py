@@ -1,12 +1,15 @@
 """choice -> load: how many assignments each expert got. Integer counts, no synchronisation with a GPU."""
 
+import itertools
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from equipoise.routing import Routing
 
-__all__ = ["expert_load", "sequence_load"]
+__all__ = ["Layout", "expert_load", "sequence_load"]
 
 
 def _ones(expert_ids: Tensor, mask: Tensor | None) -> Tensor:
@@ -49,3 +52,41 @@ def sequence_load(routing: Routing) -> Int[Tensor, "sequences experts"]:
     load = torch.zeros(routing.num_sequences * num_experts, dtype=torch.int64, device=cell.device)
     load.scatter_add_(0, cell.reshape(-1), _ones(routing.expert_ids, routing.mask))
     return load.view(routing.num_sequences, num_experts)
+
+
+class Layout:
+    """Where each layer's numbers lie in the one int64 vector that holds all counts of a micro-batch,
+
+        [ load of layer 0 | load of layer 1 | ... | closings, closing count, micro-batch number | tokens of each layer ]
+
+    so that one all-reduce of its beginning pools every layer. The three in the middle are for ``Exchange``.
+    """
+
+    def __init__(self, num_experts: Sequence[int]):
+        self.num_experts = tuple(num_experts)
+        ends = list(itertools.accumulate(num_experts))
+        self.slices = [slice(end - size, end) for size, end in zip(num_experts, ends, strict=True)]
+        self.num_layers = len(num_experts)
+        self.loads = slice(0, ends[-1] if ends else 0)
+        self.header = slice(self.loads.stop, self.loads.stop + 3)
+        self.tokens = slice(self.header.stop, self.header.stop + self.num_layers)
+
+    def zeros(self, device: torch.device) -> Int[Tensor, " numbers"]:
+        with torch.inference_mode(False):  # counts outlive an evaluation under inference mode
+            return torch.zeros(self.tokens.stop, dtype=torch.int64, device=device)
+
+    def load(self, vector: Tensor, layer: int) -> Int[Tensor, " experts"]:
+        return vector[self.slices[layer]]
+
+    def count(self, vector: Tensor, layer: int, expert_ids: Tensor, mask: Tensor | None) -> None:
+        """Adds one call, in place: k assignments for each unmasked token. No synchronisation."""
+        ids = expert_ids.reshape(-1)
+        if mask is None:
+            ones = torch.ones((), dtype=torch.int64, device=ids.device).expand_as(ids)
+            tokens: Tensor | int = expert_ids.shape[0]
+        else:
+            unmasked = mask.long()
+            ones = unmasked[:, None].expand_as(expert_ids).reshape(-1)
+            tokens = unmasked.sum()
+        self.load(vector, layer).scatter_add_(0, ids, ones)
+        vector[self.tokens.start + layer].add_(tokens)

@@ -23,13 +23,28 @@ class Pool:
     def __init__(self, group: Any | None = None):
         self.size, self.group = 1, None
         self.collectives, self.num_bytes = 0, 0  # begun so far, and what this rank gave to them
-        if group is None and not (dist.is_available() and dist.is_initialized()):
+        self._before_others = group is None and not _is_initialised()
+        if self._before_others:
             return
         ranks, theirs = _ranks(group), _process_groups(group)
         self.size = len(ranks)
         if self.size > 1:
-            _make_alike(theirs)
-            self.group = dist.new_group(ranks, timeout=_timeout(theirs[0]), use_local_synchronization=True)
+            self.group = _new_group(ranks, theirs)
+
+    def check_alone(self) -> None:
+        """Raises where there are other ranks by now, of whom this pool knows nothing."""
+        if self._before_others and _is_initialised() and dist.get_world_size() > 1:
+            raise EquipoiseError(
+                "attach must come after torch.distributed.init_process_group (with Accelerate, after Accelerator()): "
+                f"it came before, and the counts of {dist.get_world_size()} ranks would each be alone. Call detach() "
+                "and attach again."
+            )
+
+    def close(self) -> None:
+        """Gives the process group back."""
+        group, self.group = self.group, None
+        if group is not None and _is_initialised():
+            dist.destroy_process_group(group)
 
     def gather(self, value: Any) -> list[Any]:
         """Everybody's Python value, in rank order."""
@@ -98,19 +113,46 @@ def _process_groups(group: Any) -> list[Any]:
     return [dist.group.WORLD if group is None else group]
 
 
-def _make_alike(groups: list[Any]) -> None:
-    """Gives every rank of the groups as many process groups as the one that has most.
+_FIRST_NUMBER = 4096  # of the names of our groups: more than others have groups
+_number = _FIRST_NUMBER  # of our next group on this rank; never used again
 
-    torch names a group that only its own ranks make by their number, and ranks with different numbers would wait for
-    each other under different names, forever.
+
+def _new_group(ranks: list[int], theirs: list[Any]) -> Any:
+    """A process group that only ``ranks`` make, among whom the groups ``theirs`` reach everybody.
+
+    torch names such a group by how many groups a rank has. Ranks with unequal numbers would wait for each other under
+    different names, forever, and after a group was destroyed a name comes again, and is refused. So the ranks agree on
+    a number that none of them has used, and for a moment seem to have that many groups.
     """
-    number = most = len(dist.distributed_c10d._world.pg_names)
-    for group in groups:
+    global _number
+    for group in theirs:
         everyones = [0] * dist.get_world_size(group)
-        dist.all_gather_object(everyones, most, group=group)
-        most = max(everyones)
-    for _ in range(most - number):
-        dist.new_group([dist.get_rank()], use_local_synchronization=True)
+        dist.all_gather_object(everyones, _number, group=group)
+        _number = max(everyones)
+    names, world = dist.distributed_c10d._world.pg_names, dist.group.WORLD
+    seeming = {object(): f"equipoise/{place}" for place in range(_number - len(names))}
+    # with a device bound, nccl splits the world's communicator, in which the ranks outside would have to take part
+    bound = getattr(world, "bound_device_id", None)
+    names.update(seeming)  # type: ignore[arg-type]
+    try:
+        if bound is not None:
+            world.bound_device_id = None
+        return dist.new_group(
+            ranks,
+            timeout=_timeout(theirs[0]),
+            backend=dist.get_backend_config(theirs[0]),
+            use_local_synchronization=True,
+        )
+    finally:
+        if bound is not None:
+            world.bound_device_id = bound
+        for place in seeming:
+            names.pop(place, None)  # type: ignore[call-overload]
+        _number += 1
+
+
+def _is_initialised() -> bool:
+    return dist.is_available() and dist.is_initialized()
 
 
 def _timeout(group: Any) -> Any:

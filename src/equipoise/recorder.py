@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from equipoise.balancers import Balancer, Layers
 from equipoise.errors import EquipoiseError
+from equipoise.load import Layout
 from equipoise.pool import Pool
 from equipoise.routing import Routing, score
 from equipoise.taps.tap import OWN_SLOT, RECOMPUTED, UNCOUNTED, RouterKind
-from equipoise.window import Call, Layout, MicroBatch, Statistics, Window, fit_mask, number_sequences
+from equipoise.window import Call, MicroBatch, Statistics, Window, fit_mask, number_sequences
 
 __all__ = ["Group", "Layer", "Recorder", "slot_of"]
 
@@ -69,7 +70,6 @@ class Recorder:
         self.paused = False
         self.measuring = False
         self.measured: Tensor | None = None  # counts since measuring began
-        self.slots: dict[int, tuple[int, int]] = {}  # by layer, the slot that was written last, and its version then
         self.inferring = False  # the last forward was one by which a pipeline finds out its shapes
 
     def observe(
@@ -112,8 +112,8 @@ class Recorder:
             segments, num_sequences = number_sequences(sequence_ids, rows, num_tokens, expert_ids.device)
         call = Call(layer, micro_batch, mask, segments, num_sequences, num_tokens if mask is None else mask.sum())
         group, row = self.group_of[layer]
-        if group.has_statistics:
-            self.adopt_writes(layer)  # what is counted is told apart by the offset
+        if group.has_statistics and micro_batch is window.micro_batches[0] and len(micro_batch.calls[layer]) == 0:
+            self.adopt_writes(group)  # what is counted is told apart by the offset
         if self.num_losses or group.has_statistics:
             routing = self._routing(layer, call, logits, expert_ids, weights)
             for index, balancer in enumerate(group.balancers):
@@ -276,25 +276,28 @@ class Recorder:
             slot.detach().copy_(offset[row])
         elif slot.device.type != "meta":
             router._buffers[name] = offset[row].clone()
-        self.slots[layer] = _version(router._buffers[name])
 
-    def adopt_writes(self, layer: int) -> None:
-        """What somebody wrote into the family's slot in place becomes the offset: a checkpoint that was read into the
-        tensors of ``state_dict()``, as ``torch.distributed.checkpoint`` does. Asks nothing of a GPU."""
-        group, row = self.group_of[layer]
-        if group.steering is None or group.slot_name(self.layers[layer]) == OWN_SLOT or layer not in self.slots:
+    def adopt_writes(self, group: Group) -> None:
+        """What somebody wrote into the slots of a family in place becomes the offset: a checkpoint that was read into
+        the tensors of ``state_dict()``, or came from another rank in DDP's broadcast. Asks nothing of a GPU."""
+        if group.steering is None:
             return
-        slot, offset = self.layers[layer].router._buffers[group.slot_name(self.layers[layer])], group.steering.offset()
-        if _version(slot) == self.slots[layer] or slot.device != offset.device:
+        offset = group.steering.offset()
+        slots = [self._slot(layer) for layer in group.layers]
+        if offset is None or any(slot is None or slot.device != offset.device for slot in slots):
             return
-        held, offset = slot.detach().float(), offset[row]
+        held = torch.stack([slot.detach().float() for slot in slots])
         same = ~held.isfinite()  # a damaged number is not taken up
         for dtype in (torch.float32, torch.bfloat16, torch.float16):  # ours, perhaps rounded
             same |= offset.to(dtype).float() == held
         offset.copy_(torch.where(same, offset, held))
         for value in group.steering.state().values():
-            value[row] *= same.all()
-        self.restore_offset(layer)
+            value *= same.all(-1, keepdim=True)
+
+    def _slot(self, layer: int) -> Tensor | None:
+        """The slot of the layer's family, if that is what steers it."""
+        name = self.group_of[layer][0].slot_name(self.layers[layer])
+        return None if name == OWN_SLOT else self.layers[layer].router._buffers.get(name)
 
     def adopt_offset(self, layer: int) -> None:
         """A checkpoint was loaded into the family's slot: the offset becomes what it holds."""
@@ -316,11 +319,6 @@ class Recorder:
             for value in group.steering.state().values():
                 value[row].zero_()
             self.restore_offset(layer)
-
-
-def _version(slot: Any) -> tuple[int, int]:
-    """Changes when another tensor takes the slot's place, and when it is written in place."""
-    return id(slot), 0 if slot.is_inference() else slot._version
 
 
 def _infers_shapes() -> bool:

@@ -1,20 +1,11 @@
 """What has been counted between two optimizer steps: calls, micro-batches, a window, pooled over ranks.
 
-All counts of a micro-batch lie in one int64 vector,
-
-    [ load of layer 0 | load of layer 1 | ... | closings, closing count, micro-batch number | tokens of each layer ]
-
-so that one all-reduce of its beginning pools every layer. The loads alone travel where the window is pooled once. Where
-every micro-batch is, the next three go with them and say which collective this rank is in: a rank that closes the
-window while another begins a micro-batch is found out by every rank. What balancers want to know besides the load,
-their statistics, is added up beside it and pooled with it when the window closes.
-
-Two things are told inside the loads, which are never below 0: a rank that cannot close its window makes the last one
-negative, and a rank whose optimizer skipped its step adds ``SKIPPED`` to the first.
+What balancers want to know besides the load, their statistics, is added up beside it and pooled with it when the window
+closes. See ``Exchange`` for what travels.
 """
 
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -22,44 +13,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from equipoise.errors import EquipoiseError
+from equipoise.exchange import Exchange
+from equipoise.load import Layout
 from equipoise.pool import Pool
 
-__all__ = ["Call", "Closed", "Layout", "MicroBatch", "Statistics", "Window", "fit_mask", "number_sequences"]
-
-SKIPPED = 2**48  # more than an expert gets in a window; so are the 2^62 / ranks of a rank that cannot close it
-
-
-class Layout:
-    """Where each layer's numbers lie in a vector."""
-
-    def __init__(self, num_experts: Sequence[int]):
-        self.num_experts = tuple(num_experts)
-        ends = list(itertools.accumulate(num_experts))
-        self.slices = [slice(end - size, end) for size, end in zip(num_experts, ends, strict=True)]
-        self.num_layers = len(num_experts)
-        self.loads = slice(0, ends[-1] if ends else 0)
-        self.header = slice(self.loads.stop, self.loads.stop + 3)
-        self.tokens = slice(self.header.stop, self.header.stop + self.num_layers)
-
-    def zeros(self, device: torch.device) -> Int[Tensor, " numbers"]:
-        with torch.inference_mode(False):  # counts outlive an evaluation under inference mode
-            return torch.zeros(self.tokens.stop, dtype=torch.int64, device=device)
-
-    def load(self, vector: Tensor, layer: int) -> Int[Tensor, " experts"]:
-        return vector[self.slices[layer]]
-
-    def count(self, vector: Tensor, layer: int, expert_ids: Tensor, mask: Tensor | None) -> None:
-        """Adds one call, in place: k assignments for each unmasked token. No synchronisation."""
-        ids = expert_ids.reshape(-1)
-        if mask is None:
-            ones = torch.ones((), dtype=torch.int64, device=ids.device).expand_as(ids)
-            tokens: Tensor | int = expert_ids.shape[0]
-        else:
-            unmasked = mask.long()
-            ones = unmasked[:, None].expand_as(expert_ids).reshape(-1)
-            tokens = unmasked.sum()
-        self.load(vector, layer).scatter_add_(0, ids, ones)
-        vector[self.tokens.start + layer].add_(tokens)
+__all__ = ["Call", "Closed", "MicroBatch", "Statistics", "Window", "fit_mask", "number_sequences"]
 
 
 class Statistics:
@@ -92,11 +50,11 @@ class Statistics:
         """Those that are summed, in the same order on every rank."""
         return [self.values[key] for key in sorted(self.values) if not self.gathered[key[1]]]
 
-    def gather(self, pool: Pool) -> None:
+    def gather(self, exchange: Exchange) -> None:
         """Puts the ranks' values one after another where they are not summed."""
         keys = [key for key in sorted(self.values) if self.gathered[key[1]]]
-        if keys and pool.size > 1:
-            everyone = pool.gather([self.values[key].cpu() for key in keys])
+        if keys:
+            everyone = exchange.gather([self.values[key].cpu() for key in keys])
             for index, key in enumerate(keys):
                 rows = torch.cat([values[index] for values in everyone])
                 self.values[key] = rows.to(self.values[key].device)
@@ -180,11 +138,10 @@ class Window:
         self.layout = layout
         self.pool = pool
         self.num_losses = num_losses
-        self.pools_each = pools_each and pool.size > 1  # pool every micro-batch, since a loss waits for it
+        self.exchange = Exchange(layout, pool, pools_each)
         self.gathered = gathered
         self.close_statistics = close_statistics
         self.number = -1
-        self._unread: list[tuple[Tensor, Any]] = []  # what the ranks told, on its way from a GPU
         self._open()
 
     def _open(self) -> None:
@@ -196,7 +153,7 @@ class Window:
         self._statistics = Statistics(self.gathered)  # of the closed micro-batches, on this rank
         self._closed: Tensor | None = None  # sum of the closed micro-batches, over the ranks if pools_each
         self._pending: list[tuple[Any, Tensor]] = []
-        self._collectives, self._num_bytes = 0, 0
+        self.exchange.reset()
 
     def micro_batch(self, device: torch.device) -> MicroBatch:
         if self.current is None:
@@ -236,148 +193,69 @@ class Window:
             self.close_statistics(closed.vector, closed.statistics)
             self._statistics.merge(closed.statistics)
             closed.statistics = Statistics(self.gathered)
-            vector = closed.vector[: self._width].clone()
-            if self.pools_each:
-                vector[self.layout.header.stop - 1] = len(self.micro_batches)
-                self._pending.append((self._all_reduce(vector), vector))
+            vector = closed.vector[: self.exchange.width].clone()
+            if self.exchange.pools_each:
+                self._pending.append((self.exchange.begin(vector, len(self.micro_batches)), vector))
             else:
                 self._add(vector)
         return closed
 
-    @property
-    def _width(self) -> int:
-        """How much of a vector travels."""
-        return self.layout.header.stop if self.pools_each else self.layout.loads.stop
-
     def _add(self, vector: Tensor) -> None:
         self._closed = vector if self._closed is None else self._closed.add_(vector)
 
-    def _all_reduce(self, vector: Tensor) -> Any:
-        """Begins a collective, once it is known that the ones before brought no bad news."""
-        self.read()
-        collectives, num_bytes = self.pool.collectives, self.pool.num_bytes
-        work = self.pool.all_reduce(vector)
-        self._collectives += self.pool.collectives - collectives
-        self._num_bytes += self.pool.num_bytes - num_bytes
-        return work
-
-    def _wait(self) -> None:
-        pending, self._pending = self._pending, []
-        for work, _ in pending:
-            work.wait()
-        for _, vector in pending:
-            self._look(vector)
+    def _receive(self) -> None:
+        while self._pending:
+            work, vector = self._pending.pop(0)
+            self.exchange.receive(vector, work)
             self._add(vector)
 
-    def _look(self, vector: Tensor) -> None:
-        """Takes in what the ranks tell beside their counts: on a CPU now, of a GPU before the next collective begins,
-        when it has long been there, so that the host need not wait for it."""
-        told = vector[self.layout.loads.stop - 1 : self._width]
-        if told.device.type == "cpu":
-            self._check(told.tolist())
-            return
-        event = torch.get_device_module(told.device).Event()
-        self._unread.append((told.to("cpu", non_blocking=True), event))
-        event.record()
-
-    def read(self) -> None:
-        """Raises if a collective brought bad news that nobody looked at yet."""
-        unread, self._unread = self._unread, []
-        for told, event in unread:
-            event.synchronize()
-            self._check(told.tolist())
-
-    def _check(self, told: list[int]) -> None:
-        last_load, closings, closing_count, number = [*told, 0, 0, 0][:4]
-        if last_load < 0:
-            raise EquipoiseError(
-                "every attached router must be called on every rank between two steps: on another rank one was not, "
-                "and its step() raised. Its message names the router."
-            )
-        if 0 < closings < self.pool.size:
-            begins = self.pool.size - closings
-            raise EquipoiseError(
-                "every rank must have the same number of micro-batches in a window when a loss pools over the window: "
-                f"{closings} rank(s) closed it after {closing_count // closings} micro-batches, {begins} rank(s) began "
-                f"micro-batch {number // begins}. Give all ranks equally many, or use pooling=previous."
-            )
+    @contextmanager
+    def _dropped_on_error(self) -> Iterator[None]:
+        """A window in which a rank failed cannot be closed on any: all of them begin the next."""
+        try:
+            yield
+        except EquipoiseError:
+            self._open()
+            raise
 
     @property
     def load_now(self) -> Tensor | None:
         """The counts known at this moment without waiting for anybody."""
         if self.current is None:
             return self._closed
-        current = self.current.vector[: self._width]
+        current = self.current.vector[: self.exchange.width]
         return current if self._closed is None else self._closed + current
 
     def load_pooled(self) -> Tensor:
         """The counts of all closed micro-batches, over all ranks; waits for what is under way."""
-        self._wait()
+        with self._dropped_on_error():
+            self._receive()
         assert self._closed is not None
         return self._closed
 
     def fail(self, device: torch.device, statistics: Statistics) -> None:
-        """This rank cannot close the window: the others, who wait for it, are told and raise too.
-
-        ``statistics`` are those of a window without tokens: what the others exchange has their size.
-        """
+        """This rank cannot close the window. Where others wait for it they are told, and all drop it."""
         if self.pool.size > 1:
-            vector = self.layout.zeros(device)[: self._width]
-            vector[self.layout.loads.stop - 1] = -(2**62 // self.pool.size)
-            summed = [] if self.pools_each else statistics.summed
-            self._all_reduce(torch.cat([vector, *(value.reshape(-1) for value in summed)])).wait()
+            self.exchange.fail(device, statistics.summed)
+            self._open()
 
     def close(self, applied: bool | Tensor = True) -> Closed:
         """Ends the window: its counts, its statistics and whether its step was applied, over all ranks, in one
         collective; where every micro-batch is pooled, in one for the closing and one for statistics, if there are any.
         """
-        self.close_micro_batch()
-        if self.pools_each:
-            self._wait()
-        assert self._closed is not None
-        vector, statistics = self._closed, self._statistics
-        if self.pool.size > 1:
-            vector, applied = self._pool(vector, statistics.summed, applied)
-            before = self.pool.collectives
-            statistics.gather(self.pool)
-            self._collectives += self.pool.collectives - before
+        with self._dropped_on_error():
+            self.close_micro_batch()
+            self._receive()
+            assert self._closed is not None
+            vector, statistics = self._closed, self._statistics
+            if self.pool.size > 1:
+                vector, applied = self.exchange.close(vector, statistics.summed, applied, len(self.micro_batches))
+                statistics.gather(self.exchange)
         for micro_batch in self.micro_batches:
             micro_batch.choices.clear()
-        closed = Closed(vector, statistics, applied, self._collectives, self._num_bytes)
+        closed = Closed(vector, statistics, applied, self.exchange.collectives, self.exchange.num_bytes)
         self._open()
         return closed
-
-    def _pool(self, counts: Tensor, summed: list[Tensor], applied: bool | Tensor) -> tuple[Tensor, bool | Tensor]:
-        """Sums counts (unless they are pooled already) and statistics over the ranks, the latter in place."""
-        closing = torch.zeros_like(counts) if self.pools_each else counts
-        if isinstance(applied, Tensor):
-            closing[0] += (~applied.to(closing.device).bool()).long() * SKIPPED
-        elif not applied:
-            closing[0] += SKIPPED
-        if self.pools_each:  # the others may begin a micro-batch: what is exchanged has its size
-            header = self.layout.header
-            closing[header.start], closing[header.start + 1] = 1, len(self.micro_batches)
-            self._all_reduce(closing).wait()
-            self._look(closing)
-            if summed:
-                self._sum(summed)
-        else:
-            closing = self._sum([closing, *summed])[0]
-            self._look(closing)
-        skips = closing[0] >> 48
-        applied = not int(skips) if skips.device.type == "cpu" else skips == 0
-        closing[0] &= SKIPPED - 1
-        return counts if self.pools_each else closing, applied
-
-    def _sum(self, values: list[Tensor]) -> list[Tensor]:
-        """Sums tensors over the ranks, in place, in one collective."""
-        together = values[0] if len(values) == 1 else torch.cat([value.reshape(-1) for value in values])
-        self._all_reduce(together).wait()
-        if len(values) > 1:
-            totals = together.split([value.numel() for value in values])
-            for value, total in zip(values, totals, strict=True):
-                value.copy_(total.view_as(value))
-        return values
 
 
 def fit_mask(

@@ -71,7 +71,7 @@ def find_routers(model: nn.Module, allow_empty: bool = False) -> list[tuple[str,
     if found:
         return found
     seen = sorted({type(m).__name__ for m in model.modules() if _looks_like_moe(type(m).__name__)})
-    if allow_empty and not seen:
+    if allow_empty and not any(_is_moe(type(m).__name__) for m in model.modules() if m is not model):
         return []
     raise EquipoiseError(
         f"the model must hold a router that equipoise knows ({', '.join(sorted(_KINDS))}): "
@@ -99,6 +99,11 @@ def unknown_routers(model: nn.Module) -> list[str]:
 
 def _looks_like_moe(name: str) -> bool:
     return any(word in name.lower() for word in ("router", "moe", "expert", "gating"))
+
+
+def _is_moe(name: str) -> bool:
+    """Of dense layers too many families have "Moe" in their name, as Glm4MoeRMSNorm."""
+    return name.lower().endswith(("router", "gate", "gating", "moe", "experts", "moeblock", "moelayer"))
 
 
 def num_experts_of(router: nn.Module) -> int:

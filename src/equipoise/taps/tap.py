@@ -25,6 +25,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from equipoise.errors import EquipoiseError
+
 __all__ = ["ForwardContext", "RECOMPUTED", "RouterKind", "Tap", "UNCOUNTED", "tap_router", "untap_router"]
 
 OWN_SLOT = "_equipoise_offset"  # the buffer of a router whose family has no slot of its own
@@ -219,6 +221,11 @@ def _tapped(base: Any) -> Any:
         if context is None:  # a copy of the model
             return output
         logits, weights, expert_ids = output
+        if type(logits).__name__ == "DTensor":
+            raise EquipoiseError(
+                f"a router must give plain tensors: {type(self).__name__} gives a DTensor. Leave it out of the plan of "
+                "parallelize_module: every tensor parallel rank has the same tokens and routes them by itself."
+            )
         rows = context.rows
         if rows == 0 and args and args[0].dim() == 3:
             rows = args[0].shape[0]
