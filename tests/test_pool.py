@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import VOCAB, tiny_lm
+from models import VOCAB, family, tiny_lm
 
 import equipoise
 from equipoise.exchange import MARK
@@ -96,3 +96,11 @@ def test_a_model_with_an_unknown_mixture_of_experts_is_not_empty():
 
     with pytest.raises(equipoise.EquipoiseError, match="OtherMoE"):
         equipoise.attach(torch.nn.Sequential(OtherMoE()), "none", allow_empty=True)
+
+
+@pytest.mark.parametrize(
+    "name, options", [("glm4_moe", {"first_k_dense_replace": 2}), ("qwen3_moe", {"mlp_only_layers": [0, 1]})]
+)
+def test_a_stage_of_dense_layers_of_a_family_is_empty(name, options):
+    stage = family(name, **options).model
+    assert len(equipoise.attach(stage, "deepseek-v3", allow_empty=True).offsets) == 0

@@ -107,7 +107,7 @@ def attach(
         )
     for named in balancers:
         gates = {layer.kind.gate for layer in layers}
-        if isinstance(named, str) and named in RECIPES and gates != {RECIPES[named].gate}:
+        if gates and isinstance(named, str) and named in RECIPES and gates != {RECIPES[named].gate}:
             _log.warning(
                 f"attach: the recipe {named} was published with a {RECIPES[named].gate} gate, this model has "
                 f"{' and '.join(sorted(gates))}: rates are in the units of the scores and need not carry over."

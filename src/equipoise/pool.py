@@ -130,6 +130,7 @@ def _new_group(ranks: list[int], theirs: list[Any]) -> Any:
         dist.all_gather_object(everyones, _number, group=group)
         _number = max(everyones)
     names, world = dist.distributed_c10d._world.pg_names, dist.group.WORLD
+    config = dist.get_backend_config(theirs[0])
     seeming = {object(): f"equipoise/{place}" for place in range(_number - len(names))}
     # with a device bound, nccl splits the world's communicator, in which the ranks outside would have to take part
     bound = getattr(world, "bound_device_id", None)
@@ -140,7 +141,7 @@ def _new_group(ranks: list[int], theirs: list[Any]) -> Any:
         return dist.new_group(
             ranks,
             timeout=_timeout(theirs[0]),
-            backend=dist.get_backend_config(theirs[0]),
+            backend=None if config == dist.get_backend_config(world) else config,
             use_local_synchronization=True,
         )
     finally:

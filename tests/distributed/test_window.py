@@ -113,6 +113,50 @@ def test_ranks_that_begin_with_other_offsets_or_in_a_group_of_others_are_refused
     assert first == "went on" and "group must hold this rank" in second
 
 
+@pytest.mark.parametrize("counts", [(2, 4), (4, 2)])
+def test_unequal_numbers_are_named_with_forwards_first_too(counts):
+    for said in _found(("forwards first", counts)):
+        assert "closed it after 2 micro-batches, 1 rank(s) began micro-batch 3" in said
+
+
+@pytest.mark.parametrize("strategy", ["loss-free", "lbl"])
+def test_an_evaluation_on_one_rank_only_is_found_out_on_both(strategy):
+    for said in _found(("measured alone", strategy)):
+        assert "1 of 2 ranks are at the end of measuring(), the others in a step" in said
+
+
+def test_an_evaluation_that_raises_on_one_rank_raises_on_both_and_leaves_nothing_behind():
+    first, second = _found("evaluation")
+    assert "measuring() must end on every rank" in first[0] and second[0] == "no evaluation"
+    assert first[1] == second[1] == 2 * 16
+
+
+@pytest.mark.parametrize("strategy", ["loss-free", "lbl", "quantile"])
+def test_after_a_window_that_a_rank_could_not_close_the_next_ones_count_right(strategy):
+    for found in _found(("goes on", strategy)):
+        assert "every attached router must be called" in found[0]
+        assert found[1:] == [2 * 16] * 5
+
+
+def test_attach_before_the_process_group_is_found_out():
+    assert all("attach must come after torch.distributed.init_process_group" in said for said in _found("early"))
+
+
+def test_process_groups_come_and_go_beside_ours_and_ours_go_with_detach():
+    for before, after in _found("groups"):
+        assert before == after
+
+
+def test_a_bias_that_one_rank_loads_and_ddp_hands_out_is_the_offset_everywhere():
+    first, second = _found("one loads")
+    assert first == second
+    assert first[0][0] > 4 and max(map(abs, first[1])) < 0.1
+
+
+def test_a_router_of_distributed_tensors_is_refused_in_words():
+    assert all("a router must give plain tensors" in said for said in _found("tensor router"))
+
+
 def test_a_rank_that_never_comes_is_waited_for_as_long_as_the_group_says():
     first, second = _found("never")
     assert first.startswith("raised") and "2000ms" in first, first

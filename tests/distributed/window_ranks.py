@@ -9,8 +9,11 @@ import torch
 import torch.distributed as dist
 from models import VOCAB, family, tiny_lm
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import distribute_module, distribute_tensor
 
 import equipoise
+from equipoise import pool
 from equipoise.errors import EquipoiseError
 from equipoise.nn import Router
 
@@ -69,6 +72,111 @@ def dealt(strategy: str, seeds: list[int], group: Any = None) -> dict[str, Any]:
         (model(_ids(seed)) + balance.loss()).backward()
     balance.step()
     return {"load": {name: load.tolist() for name, load in balance.load.items()}, "offsets": balance.offsets}
+
+
+def forwards_first(rank: int, counts: tuple[int, int]) -> str:
+    model = tiny_lm()
+    balance = equipoise.attach(model, "lbl")
+    losses = [model(_ids(seed)) + balance.loss() for seed in range(counts[rank])]
+    torch.stack(losses).sum().backward()
+    balance.step()
+    return "went on"
+
+
+def measured_alone(rank: int, strategy: str) -> Any:
+    """An evaluation on rank 0 only, while rank 1 trains on."""
+    model = tiny_lm()
+    balance = equipoise.attach(model, strategy)
+    if rank == 0:
+        with balance.measuring():
+            model(_ids(0))
+        return "measured"
+    (model(_ids(1)) + balance.loss()).backward()
+    balance.step()
+    return "stepped"
+
+
+def evaluation_that_raises(rank: int) -> list[Any]:
+    """On rank 1, which catches it; then a window."""
+    model = tiny_lm()
+    balance = equipoise.attach(model, "loss-free")
+    found: list[Any] = []
+    try:
+        with balance.measuring():
+            model(_ids(rank))
+            if rank == 1:
+                raise ArithmeticError("no evaluation")
+    except (ArithmeticError, EquipoiseError) as error:
+        found.append(str(error))
+    model(_ids(rank)).backward()
+    balance.step()
+    return [*found, int(balance.metrics()["tokens"])]
+
+
+def after_a_window_that_failed(rank: int, strategy: str) -> list[Any]:
+    """Rank 1 has no forward in the first window; both catch the error and go on."""
+    model = tiny_lm()
+    balance = equipoise.attach(model, strategy)
+    found: list[Any] = []
+    for window in range(6):
+        try:
+            if window or rank == 0:
+                (model(_ids(2 * window + rank)) + balance.loss()).backward()
+            balance.step()
+            found.append(int(balance.metrics()["tokens"]))
+        except EquipoiseError as error:
+            found.append(str(error))
+    return found
+
+
+def attached_too_early(rank: int) -> str:
+    initialised, pool._is_initialised = pool._is_initialised, lambda: False
+    try:
+        model = tiny_lm()
+        balance = equipoise.attach(model, "loss-free")
+    finally:
+        pool._is_initialised = initialised
+    model(_ids(rank)).backward()
+    return str(said(balance.step))
+
+
+def groups_that_come_and_go(rank: int) -> tuple[int, int]:
+    """Attach beside a group that is destroyed, and after it; the number of process groups before and after."""
+    before = len(dist.distributed_c10d._world.pg_names)
+    for _ in range(3):
+        group = dist.new_group()
+        model = tiny_lm()
+        balance = equipoise.attach(model, "none")
+        dist.destroy_process_group(group)
+        balance.detach()
+        equipoise.attach(model, "none").detach()
+    return before, len(dist.distributed_c10d._world.pg_names)
+
+
+def loaded_on_one_rank(rank: int) -> list[list[float]]:
+    """Rank 0 loads a bias into the model after attach; DDP's broadcast takes it to rank 1. Two windows."""
+    inner = tiny_lm()
+    balance = equipoise.attach(inner, "loss-free:rate=1e-2,rule=sign")
+    model = nn.parallel.DistributedDataParallel(inner)
+    gate = inner.blocks[0].gate
+    if rank == 0:
+        bias = torch.tensor([5.0, 0.0, 1.0, -1.0, 0.5, 0.25])
+        gate.load_state_dict({**gate.state_dict(), "e_score_correction_bias": bias})
+    for window in range(2):
+        (model(_ids(2 * window + rank)) + balance.loss()).backward()
+        balance.step()
+    return [offset.tolist() for offset in balance.offsets.values()]
+
+
+def tensor_router(rank: int) -> str:
+    """A router whose weights tensor parallelism has made DTensors."""
+    mesh = init_device_mesh("cpu", (2,))
+    model = tiny_lm()
+    distribute_module(model.blocks[1].gate, mesh)  # replicated
+    hidden = distribute_tensor(torch.randn(4, 8), mesh)
+    balance = equipoise.attach(model.blocks[1], "none", group=dist.new_group([rank], use_local_synchronization=True))
+    assert isinstance(balance, equipoise.Balance)
+    return str(said(model.blocks[1].gate, hidden))
 
 
 # ---- how often the ranks talk, and how much ----
@@ -240,6 +348,17 @@ def everything(rank: int) -> dict[Any, Any]:
             for as_tensor in (False, True):
                 case = "skipped", ranks, as_tensor, strategy
                 found[case] = skipped_on(rank, ranks, as_tensor, strategy)
+    for counts in ((2, 4), (4, 2)):
+        found["forwards first", counts] = said(forwards_first, rank, counts)
+    for strategy in ("loss-free", "lbl"):
+        found["measured alone", strategy] = said(measured_alone, rank, strategy)
+    for strategy in ("loss-free", "lbl", "quantile"):
+        found["goes on", strategy] = after_a_window_that_failed(rank, strategy)
+    found["evaluation"] = evaluation_that_raises(rank)
+    found["early"] = attached_too_early(rank)
+    found["groups"] = groups_that_come_and_go(rank)
+    found["one loads"] = loaded_on_one_rank(rank)
+    found["tensor router"] = tensor_router(rank)
     found["scaled"] = scaled(rank)
     found["raises"] = after_an_optimizer_that_raises([rank, 2 + rank])
     found["short"] = with_a_short_last_window([rank, 2 + rank, 4 + rank])
