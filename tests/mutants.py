@@ -149,7 +149,7 @@ MUTANTS = [
     # D. masks, packing, context
     Mutant(
         "42, 44: padding is counted",
-        "window.py",
+        "load.py",
         "            unmasked = mask.long()",
         "            unmasked = torch.ones_like(mask).long()",
         f"{BALANCE} -k padding",
@@ -185,7 +185,7 @@ MUTANTS = [
     # E. ranks
     Mutant(
         "93: statistics stay on their rank",
-        "window.py",
+        "exchange.py",
         "            value.copy_(total.view_as(value))",
         "            pass",
         f"{MECHANISMS} -k two_ranks",
@@ -360,8 +360,8 @@ MUTANTS = [
     Mutant(
         "88: the second kind of layer is never updated",
         "balance.py",
-        "        for group in self._groups:\n            load = self._recorder.load_of",
-        "        for group in self._groups[:1]:\n            load = self._recorder.load_of",
+        "        for group in self._groups:\n            self._recorder.adopt_writes(group)",
+        "        for group in self._groups[:1]:\n            self._recorder.adopt_writes(group)",
         f"{BALANCE} -k rules_of_the_gates",
     ),
     Mutant(
@@ -433,31 +433,52 @@ MUTANTS = [
     ),
     Mutant(
         "81: one rank's skipped step holds nobody else back",
-        "window.py",
-        "            closing[0] += SKIPPED\n",
+        "exchange.py",
+        "            closing[0] += MARK\n",
         "            pass\n",
         f"{WINDOW} -k skips",
     ),
     Mutant(
         "81: a skipped step stays in the counts",
-        "window.py",
-        "        closing[0] &= SKIPPED - 1\n",
+        "exchange.py",
+        "        closing[0] &= MARK - 1\n",
         "",
         f"{WINDOW} -k 'skips or short'",
     ),
     Mutant(
         "90: a rank that cannot close its window tells nobody",
-        "window.py",
-        "            vector[self.layout.loads.stop - 1] = -(2**62 // self.pool.size)\n",
+        "exchange.py",
+        "            vector[self._last] = -(2**62 // self.pool.size)\n",
         "",
         f"{WINDOW} -k 'without_a_forward'",
     ),
     Mutant(
         "unequal numbers of micro-batches are not noticed",
-        "window.py",
-        "        if 0 < closings < self.pool.size:",
+        "exchange.py",
+        "        if 0 < closings < size:",
         "        if False:",
         f"{WINDOW} -k unequal",
+    ),
+    Mutant(
+        "an evaluation on one rank pairs with a step on another",
+        "exchange.py",
+        "        vector[self._second] += MARK\n",
+        "        vector[self._second] += 0\n",
+        f"{WINDOW} -k 'measur or evaluation'",
+    ),
+    Mutant(
+        "a window that a rank could not close is gone on with",
+        "window.py",
+        "        except EquipoiseError:\n            self._open()\n            raise",
+        "        except EquipoiseError:\n            raise",
+        f"{WINDOW} -k next_ones",
+    ),
+    Mutant(
+        "75: what is written into a slot in place is written over",
+        "recorder.py",
+        "        offset.copy_(torch.where(same, offset, held))\n",
+        "",
+        f"{BALANCE} -k in_place",
     ),
     Mutant(
         "97: a forward that finds out shapes is counted",
