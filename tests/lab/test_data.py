@@ -535,6 +535,35 @@ def test_shuffled_draws_another_permutation_each_step():
     assert len(orders) == 4
 
 
+@pytest.mark.parametrize("shuffled", [False, True])
+@pytest.mark.parametrize("together", [2, 3, 6])
+def test_micro_batches_that_are_forwarded_together_are_those_of_one_by_one(together, shuffled):
+    alone = batches(micro_batches_per_step=6, shuffled=shuffled)
+    joined = batches(micro_batches_per_step=6, shuffled=shuffled, balance_batch=together)
+    for step in range(5):
+        one_by_one, window = alone.window(step), joined.window(step)
+        assert [len(batch.input_ids) for batch in window] == [2 * together] * (6 // together)
+        assert origins(window) == origins(one_by_one)
+        for number, batch in enumerate(window):
+            parts = {part.domain for part in one_by_one[number * together : (number + 1) * together]}
+            assert batch.domain == (parts.pop() if len(parts) == 1 else "mixed")
+
+
+def test_micro_batches_of_one_domain_keep_its_name_together():
+    assert {batch.domain for batch in batches(toy((30,)), balance_batch=3).window(0)} == {"a"}
+
+
+def test_what_is_forwarded_together_is_the_same_on_any_number_of_ranks():
+    alone = batches(micro_batches_per_step=12, balance_batch=2).window(3)
+    for num in (2, 3):
+        ranks = [
+            batches(micro_batches_per_step=12 // num, balance_batch=2, rank=r, num_ranks=num).window(3)
+            for r in range(num)
+        ]
+        dealt = [ranks[r][m] for m in range(6 // num) for r in range(num)]
+        assert [origins([batch]) for batch in dealt] == [origins([batch]) for batch in alone]
+
+
 def test_batches_of_another_split(folder, tmp_path):
     corpus = load(folder, tmp_path / "cache")
     window = batches(corpus, sequence_length=16, split="test").window(0)
@@ -642,11 +671,19 @@ def test_bad_options(folder, tmp_path):
 def test_bad_arguments_of_batches_and_corpus():
     with pytest.raises(UsageError, match=r"micro-batch of 8 sequences: train of 'a' has 7 of 4 tokens\. Add text"):
         batches(sequences_per_micro_batch=8)
-    for name in ("sequence_length", "sequences_per_micro_batch", "micro_batches_per_step", "num_ranks"):
+    for name in (
+        "sequence_length",
+        "sequences_per_micro_batch",
+        "micro_batches_per_step",
+        "balance_batch",
+        "num_ranks",
+    ):
         with pytest.raises(ValueError, match=rf"{name} must be at least 1: got 0"):
             batches(**{name: 0})
     with pytest.raises(ValueError, match="seed must be at least 0: got -1"):
         batches(seed=-1)
+    with pytest.raises(ValueError, match="balance_batch must divide micro_batches_per_step: got 2 of 3"):
+        batches(balance_batch=2)
     with pytest.raises(ValueError, match=r"got rank 2 of 2"):
         batches(rank=2, num_ranks=2)
     with pytest.raises(ValueError, match="step must be at least 0"):

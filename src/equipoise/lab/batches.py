@@ -32,6 +32,9 @@ class Batches:
 
     ``shuffled=True`` gives the same sequences in each step, permuted over all its micro-batches and ranks: every
     micro-batch then mixes domains and is called ``mixed``.
+
+    ``balance_batch`` consecutive micro-batches are handed out as one, to be forwarded together, and dealt to the ranks
+    so: the sequences of a step and their order stay the same. Of several domains it is called ``mixed``.
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class Batches:
         micro_batches_per_step: int,
         seed: int,
         shuffled: bool = False,
+        balance_batch: int = 1,
         rank: int = 0,
         num_ranks: int = 1,
         split: str = "train",
@@ -51,11 +55,16 @@ class Batches:
             ("sequence_length", sequence_length, 1),
             ("sequences_per_micro_batch", sequences_per_micro_batch, 1),
             ("micro_batches_per_step", micro_batches_per_step, 1),
+            ("balance_batch", balance_batch, 1),
             ("num_ranks", num_ranks, 1),
             ("seed", seed, 0),
         ):
             if value < least:
                 raise ValueError(f"{name} must be at least {least}: got {value}.")
+        if micro_batches_per_step % balance_batch:
+            raise ValueError(
+                f"balance_batch must divide micro_batches_per_step: got {balance_batch} of {micro_batches_per_step}."
+            )
         if not 0 <= rank < num_ranks:
             raise ValueError(f"rank must be in 0 ... num_ranks - 1: got rank {rank} of {num_ranks}.")
         self._rows = [corpus.sequences(split, domain, sequence_length) for domain in corpus.domains]
@@ -68,10 +77,11 @@ class Batches:
         self.domains = corpus.domains
         self.seed, self.shuffled, self.rank, self.num_ranks = seed, shuffled, rank, num_ranks
         self.sequences_per_micro_batch, self.micro_batches_per_step = sequences_per_micro_batch, micro_batches_per_step
+        self.balance_batch = balance_batch
         self._epochs: dict[int, tuple[int, np.ndarray]] = {}  # of each domain, the epoch last asked for and its order
 
     def window(self, step: int) -> list[MicroBatch]:
-        """This rank's micro-batches of ``step`` (from 0), in the order in which they run."""
+        """What this rank forwards in ``step`` (from 0), in this order: its micro-batches, ``balance_batch`` as one."""
         if step < 0:
             raise ValueError(f"step must be at least 0: got {step}.")
         num = self.micro_batches_per_step * self.num_ranks
@@ -79,10 +89,12 @@ class Batches:
         if self.shuffled:
             pool = batches.reshape(-1, 2)
             batches = pool[self._permutation(len(pool), "shuffle", step)].reshape(batches.shape)
-        return [
-            MicroBatch("mixed" if self.shuffled else self.domains[batch[0, 0]], self._gather(batch))
-            for batch in batches[self.rank :: self.num_ranks]
-        ]
+        together = batches.reshape(num // self.balance_batch, -1, 2)
+        return [MicroBatch(self._name(batch), self._gather(batch)) for batch in together[self.rank :: self.num_ranks]]
+
+    def _name(self, addresses: Int64[np.ndarray, "sequences 2"]) -> str:
+        pure = not self.shuffled and (addresses[:, 0] == addresses[0, 0]).all()
+        return self.domains[addresses[0, 0]] if pure else "mixed"
 
     def _addresses(self, number: int) -> Int64[np.ndarray, "sequences 2"]:
         """(domain, row) of each sequence of the micro-batch with this global number."""

@@ -95,7 +95,7 @@ def _check_folder(config: Compare) -> None:
             f"--resume must name the folder of a comparison: {out} has no compare.json. Choose the folder that was "
             "passed as --out, or leave --resume out and choose a new one."
         )
-    there = read_json(out / "compare.json")["options"]
+    there = config.recorded(read_json(out / "compare.json")["options"])
     dropped = [s for s in there["strategies"] if s not in config.strategies]
     if dropped or config.seeds < there["seeds"]:
         raise EquipoiseError(

@@ -1,6 +1,7 @@
 """What a run is asked to be: one dataclass a command, for the command line and for Python. Imports no torch."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +25,10 @@ class _Run:
     """Transformers architecture, built small from a config.
     glm4_moe, deepseek_v3: sigmoid gate, shared expert, bias slot.
     qwen3_moe, olmoe, mixtral: softmax gate."""
+
+    qk_norm: bool = False
+    """Norms on the queries and keys of glm4_moe's attention: a lower loss, and seeds differ less.
+    qwen3_moe and olmoe always have them; mixtral and deepseek_v3 never."""
 
     model: Path | None = None
     """Folder of a Transformers model to train instead of --arch: its weights if it has any, else its config.
@@ -68,6 +73,10 @@ class _Run:
 
     micro_batches: int = 8
     """Micro-batches a step, of all ranks together (gradient accumulation); a multiple of the number of ranks."""
+
+    balance_batch: int = 1
+    """Consecutive micro-batches that are forwarded together as one: scope micro_batch counts over so many.
+    The text of a step stays the same. It must divide the micro-batches of every rank."""
 
     shuffled: bool = False
     """Mix domains in every micro-batch. By default each holds one domain: an upper bound of what scope does."""
@@ -122,6 +131,7 @@ class _Run:
             ("sequence_length", 2),
             ("sequences", 1),
             ("micro_batches", 1),
+            ("balance_batch", 1),
             ("evaluate_every", 0),
             ("evaluation_sequences", 1),
             ("checkpoint_every", 1),
@@ -141,8 +151,24 @@ class _Run:
             raise UsageError(
                 f"--experts-per-token must be at most --experts: got {self.experts_per_token} of {self.experts}."
             )
+        if self.micro_batches % self.balance_batch:
+            raise UsageError(
+                f"--balance-batch must divide --micro-batches: got {self.balance_batch} of {self.micro_batches}."
+            )
+        if self.qk_norm and (self.model is not None or self.arch != "glm4_moe"):
+            raise UsageError(f"--qk-norm must go with --arch glm4_moe: got {self._why_no_qk_norm()} Leave it out.")
         if self.model is not None and not (self.model / "config.json").is_file():
             raise UsageError(f"--model must be a folder with a config.json: {self.model} is not.")
+
+    def recorded(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The options of a folder, with the defaults of those that came later than the folder."""
+        return {field.name: field.default for field in dataclasses.fields(self)} | dict(options)
+
+    def _why_no_qk_norm(self) -> str:
+        if self.model is not None:
+            return "--model, whose own config says it."
+        always = self.arch in ("qwen3_moe", "olmoe")
+        return f"{self.arch}, which {'always has these norms' if always else 'has no such norms'}."
 
     def shared(self) -> dict[str, Any]:
         """The options that decide the numbers of a run, as JSON can hold them."""

@@ -38,7 +38,7 @@ def _small_config(config: Train, vocab_size: int) -> dict[str, Any]:
         routed_scaling_factor=1.0,
     )
     special: dict[str, dict[str, Any]] = {
-        "glm4_moe": deepseek | dict(head_dim=32, num_mtp_layers=0),
+        "glm4_moe": deepseek | dict(head_dim=32, num_mtp_layers=0, use_qk_norm=config.qk_norm),
         "deepseek_v3": deepseek
         | dict(q_lora_rank=None, kv_lora_rank=64, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=32),
         "qwen3_moe": dict(

@@ -58,7 +58,7 @@ def asked(config: Train) -> dict[str, Any]:
 
 
 def _same_options(records: Run, config: Train) -> None:
-    there = {**records.config.get("options", {})}
+    there = config.recorded(records.config.get("options", {}))
     for name, value in asked(config).items():
         if there.get(name) != value:
             raise EquipoiseError(

@@ -54,6 +54,11 @@ def _check_options(config: Train, num_ranks: int) -> None:
             "--micro-batches must be a multiple of the number of ranks, which share the micro-batches of a step: got "
             f"{config.micro_batches} on {num_ranks} ranks. Take {next_multiple}, or another number of ranks."
         )
+    if config.micro_batches // num_ranks % config.balance_batch:
+        raise UsageError(
+            "--balance-batch must divide the micro-batches of a rank: got "
+            f"{config.balance_batch} of {config.micro_batches // num_ranks} on each of {num_ranks} ranks."
+        )
 
 
 def _check_out(config: Train) -> None:
@@ -131,6 +136,7 @@ class _Training:
             micro_batches_per_step=config.micro_batches // ranks.size,
             seed=config.seed,
             shuffled=config.shuffled,
+            balance_batch=config.balance_batch,
             rank=ranks.rank,
             num_ranks=ranks.size,
         )
