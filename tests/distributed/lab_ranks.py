@@ -127,6 +127,16 @@ def two(rank: int, root: Path) -> dict[str, dict]:
         found[f"{name} resumed"] = run(name, wrapper=wrapper, evaluate_every=3, save_model=True, resume=True)
     found["fsdp2 to ddp"] = run("fsdp2 cut, on other ranks", evaluate_every=3, save_model=True, resume=True)
     found["one to fsdp2"] = run("one cut", wrapper="fsdp2", resume=True)
+    switched = {"strategy": "loss-free:rate=1e-2", "then": "loss-free:rate=1e-2+lbl", "switch_at": 4}
+    for wrapper in ("ddp", "fsdp2"):
+        found[f"{wrapper} switched"] = run(f"{wrapper} switched", wrapper=wrapper, **switched)
+        for stop_after in (5, 8):  # the checkpoint is before the switch, or after it
+            name = f"{wrapper} switched, stopped after {stop_after}"
+            run(name, stop_after, wrapper=wrapper, **switched)
+            found[name] = run(name, wrapper=wrapper, **switched, resume=True)
+    joined = {"strategy": "lbl:scope=micro_batch,coefficient=1", "balance_batch": 2, "steps": 3}
+    found["ddp together"] = run("ddp together", wrapper="ddp", **joined)
+    found["balance batch"] = run("balance batch", balance_batch=4)
     found["qwen"] = run("qwen", arch="qwen3_moe", wrapper="fsdp2", steps=2, save_model=True)
 
     found["options"] = run("options", learning_rate=1e-3 * (1 + rank))

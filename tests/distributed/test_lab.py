@@ -49,6 +49,10 @@ def one(root):
     loss = "loss-free+lbl:scope=micro_batch"
     return {
         "one": _alone(root, "one", evaluate_every=3, save_model=True),
+        "switched": _alone(
+            root, "switched", strategy="loss-free:rate=1e-2", then="loss-free:rate=1e-2+lbl", switch_at=4
+        ),
+        "together": _alone(root, "together", strategy="lbl:scope=micro_batch,coefficient=1", balance_batch=2, steps=3),
         "interleaved": _alone(root, "interleaved", order="interleaved", strategy=loss, steps=3, evaluation_sequences=2),
         "cut": _alone(root, "one cut", 5),
         "qwen": _alone(root, "one qwen", arch="qwen3_moe", steps=2, save_model=True),
@@ -136,6 +140,28 @@ def test_interleaved_backwards_on_two_ranks_give_the_numbers_of_one_process(root
     assert two[0][name]["result"]["val_nats"] == pytest.approx(one["interleaved"]["result"]["val_nats"], rel=1e-4)
 
 
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
+def test_a_run_that_changes_its_strategy_on_two_ranks(root, two, wrapper):
+    name = f"{wrapper} switched"
+    assert two[0][name]["error"] is None, two[0][name]
+    rows = _rows(root / name)
+    assert [row["strategy"] for row in rows] == ["loss-free:rate=1e-2"] * 4 + ["loss-free:rate=1e-2+lbl"] * 4
+    for ours, theirs in zip(rows[:6], _rows(root / "switched"), strict=False):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)  # one choice of an expert may part
+    for stop_after, done in ((5, 3), (8, 6)):
+        cut = f"{name}, stopped after {stop_after}"
+        assert two[0][cut]["error"] is None, two[0][cut]
+        assert two[0][cut]["done"] == done
+        assert _without_times(two[1][cut]["result"]) == _without_times(two[1][name]["result"])
+        assert _rows(root / cut) == rows
+
+
+def test_micro_batches_that_are_forwarded_together_are_those_of_one_process(root, two):
+    assert two[0]["ddp together"]["error"] is None, two[0]["ddp together"]
+    for ours, theirs in zip(_rows(root / "ddp together"), _rows(root / "together"), strict=True):
+        _assert_close(ours, theirs)
+
+
 def _same_model(ours, theirs, rel):
     assert sorted(file.name for file in ours.iterdir()) == sorted(file.name for file in theirs.iterdir())
     assert (ours / "config.json").read_text() == (theirs / "config.json").read_text()
@@ -208,6 +234,10 @@ def test_a_run_on_four_ranks_goes_on_bit_for_bit(root):
             "EquipoiseError: every rank must be started with the same options: learning_rate is 0.001 on rank 0",
         ),
         ("micro-batches", "UsageError: --micro-batches must be a multiple of the number of ranks, .*got 3 on 2 ranks"),
+        (
+            "balance batch",
+            "UsageError: --balance-batch must divide the micro-batches of a rank: got 4 of 2 on each of 2",
+        ),
         ("no wrapper", "UsageError: --wrapper none must be one process: got 2 ranks"),
         ("not new", "EquipoiseError: --out must be new or empty: .*ddp holds"),
         ("other text", "EquipoiseError: every rank must have the same text: rank 0 has the fingerprint"),

@@ -228,7 +228,7 @@ def traffic(layers: int, strategy: str) -> tuple[int, int, int]:
 
 
 def skipped_on(rank: int, ranks: tuple[int, ...], as_tensor: bool, strategy: str) -> list[tuple[bool, int]]:
-    """Of two windows, the second of which is applied: whether the offsets have moved, and the tokens."""
+    """Of two windows, the second of which is applied: whether the offsets have moved, and the assignments counted."""
     model = tiny_lm()
     balance = equipoise.attach(model, strategy)
     found = []
@@ -237,7 +237,7 @@ def skipped_on(rank: int, ranks: tuple[int, ...], as_tensor: bool, strategy: str
         applied: bool | Tensor = window == 1 or rank not in ranks
         balance.step(torch.tensor(applied) if as_tensor else applied)
         moved = any(bool(offset.any()) for offset in balance.offsets.values())
-        found.append((moved, int(balance.metrics()["tokens"])))
+        found.append((moved, int(sum(load.sum() for load in balance.load.values()))))
     return found
 
 
