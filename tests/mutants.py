@@ -36,6 +36,7 @@ RULES, MECHANISMS, FAMILIES = (
     "tests/taps/test_families.py",
 )
 QUANTILE = "tests/balancers/test_quantile.py"
+ESTIMATES, VERDICTS, POWER = (f"tests/analysis/test_{name}.py" for name in ("statistics", "verdicts", "power"))
 
 MUTANTS = [
     # A. scale and normalisation
@@ -514,6 +515,112 @@ MUTANTS = [
         'self._layout.load(self._recorder.last, index).copy_(state["load"][layer.name])',
         "pass",
         f"{STATE} -k one_process",
+    ),
+    # analysis
+    Mutant(
+        "statistics: an interval of n degrees of freedom",
+        "analysis/statistics.py",
+        "stats.t.isf((1 - level) / 2, n - 1)",
+        "stats.t.isf((1 - level) / 2, n)",
+        f"{ESTIMATES} -k 'hand or reference'",
+    ),
+    Mutant(
+        "statistics: an interval whose level is one-sided",
+        "analysis/statistics.py",
+        "stats.t.isf((1 - level) / 2, n - 1)",
+        "stats.t.isf(1 - level, n - 1)",
+        f"{ESTIMATES} -k 'hand or reference or covers'",
+    ),
+    Mutant(
+        "statistics: the standard deviation of a population",
+        "analysis/statistics.py",
+        "/ math.sqrt(n - 1) if n > 1",
+        "/ math.sqrt(n) if n > 1",
+        f"{ESTIMATES} -k 'hand or reference'",
+    ),
+    Mutant(
+        "statistics: arms are paired by their order",
+        "analysis/statistics.py",
+        "paired(arm, baseline, intersect)), level=level)",
+        "zip(arm.values(), baseline.values(), strict=True)), level=level)",
+        f"{ESTIMATES} -k 'hand or order'",
+    ),
+    Mutant(
+        "statistics: a slope on the factor itself",
+        "analysis/statistics.py",
+        "x = [math.log2(factor) for factor in arms]",
+        "x = [float(factor) for factor in arms]",
+        f"{ESTIMATES} -k slope",
+    ),
+    Mutant(
+        "statistics: equal where the interval and the margin overlap",
+        "analysis/verdicts.py",
+        "inside, outside = -margin < low and high < margin,",
+        "inside, outside = -margin < high and low < margin,",
+        f"{VERDICTS} -k hand",
+    ),
+    Mutant(
+        "statistics: one of the two one-sided tests is enough",
+        "analysis/verdicts.py",
+        "p_claim = max(estimate.p_lower(margin), estimate.p_higher(-margin))",
+        "p_claim = min(estimate.p_lower(margin), estimate.p_higher(-margin))",
+        f"{VERDICTS} -k 'hand or alike'",
+    ),
+    Mutant(
+        "statistics: lower and higher are one claim",
+        "analysis/verdicts.py",
+        'if hypothesis.direction == "higher":',
+        "if False:",
+        f"{VERDICTS} -k hand",
+    ),
+    Mutant(
+        "statistics: Holm forgets the claims that are decided",
+        "analysis/verdicts.py",
+        "least = max(least, min(1.0, (len(p_values) - rank) * p_values[name]))",
+        "least = min(1.0, (len(p_values) - rank) * p_values[name])",
+        f"{VERDICTS} -k holm",
+    ),
+    Mutant(
+        "statistics: Holm's p is shown and not used",
+        "analysis/verdicts.py",
+        'verdict=judgement.verdict if adjusted[name] < 1 - judgement.estimate.level else "undecided",',
+        "verdict=judgement.verdict,",
+        f"{VERDICTS} -k 'survive or family'",
+    ),
+    Mutant(
+        "statistics: power without the spread of the standard deviation",
+        "analysis/power.py",
+        "stats.nct.sf(t_quantile(n, level), n - 1, noncentrality)",
+        "stats.norm.sf(t_quantile(n, level) - noncentrality)",
+        f"{POWER} -k 'reference or tables'",
+    ),
+    Mutant(
+        "statistics: power of equality by one margin alone",
+        "analysis/power.py",
+        "- special.ndtr(t * u - margin - centre)",
+        "",
+        f"{POWER} -k reference",
+    ),
+    Mutant(
+        "statistics: one seed too many",
+        "analysis/power.py",
+        "while n - below > 1:",
+        "while n - below > 2:",
+        f"{POWER} -k 'tables or first'",
+    ),
+    Mutant(
+        "statistics: seeds for an effect on the wrong side",
+        "analysis/power.py",
+        "    if not _on_its_side(hypothesis, mean):\n        return None\n",
+        "",
+        f"{POWER} -k wrong",
+    ),
+    Mutant(
+        "statistics: the noise of an arm is taken for that of the difference",
+        "analysis/power.py",
+        "detectable_effect(difference, n,",
+        "detectable_effect(estimate(firsts).sd, n,",
+        f"{POWER} -k noise",
     ),
 ]
 

@@ -30,13 +30,14 @@ ALLOWED |= {
     "nn": {"errors", "routing", "load", "taps"},
     "testing": {"equipoise", *CORE},
     "records": {"errors"},
+    "analysis": {"errors", "records"},
     "report": {"errors", "records"},
     "lab": {"equipoise", *CORE, "records", "report"},
     "cli": {"equipoise", *CORE, "records", "report", "lab"},
     "__init__": {*CORE, "nn", "testing"},  # lazily, by name
     "__main__": {"cli"},
 }
-TORCH_FREE = ["records", "report", "recipes"] + (["cli"] if (ROOT / "cli.py").exists() else [])
+TORCH_FREE = ["records", "report", "recipes", "analysis"] + (["cli"] if (ROOT / "cli.py").exists() else [])
 
 
 def _places() -> list[Path]:
@@ -95,6 +96,7 @@ def test_imports_flow_one_way(path):
         ("balancers", "from ..routing import route", {".."}),
         ("records", "from equipoise.metrics import max_violation", {"metrics"}),
         ("report", "from equipoise.lab import data", {"lab"}),
+        ("analysis", "from equipoise import report", {"report"}),
         ("balance", "from equipoise.lab import data", {"lab"}),
         ("balance", "from equipoise.routing import route\nimport torch", set()),
         ("lab", "from equipoise import attach, records", set()),

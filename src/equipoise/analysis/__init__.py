@@ -1,0 +1,42 @@
+"""numbers of runs -> verdicts: what a handful of seeds says about a claim, and what it does not. Imports no torch.
+
+    values by seed ── paired_differences, trend ──> Estimate ── judge ──> Judgement ── judge_family ──> Judgement
+                                                       └── noise, power, seeds_needed: what more seeds would decide
+
+``level`` is the level of a two-sided interval, everywhere. A p of a ``Judgement`` is on its scale: the verdict is
+decided where ``p < 1 - level``.
+
+>>> wide = {0: 5.41, 1: 5.37, 2: 5.44, 3: 5.40}  # validation loss by seed, global-batch scope
+>>> narrow = {0: 5.45, 1: 5.43, 2: 5.49, 3: 5.43}  # micro-batch scope
+>>> difference = paired_differences(wide, narrow)
+>>> print(difference)
+-0.045 [-0.0655, -0.0245], 95 % of 4
+>>> judge(difference, Hypothesis("lower")).verdict
+'supported'
+>>> judge(difference, Hypothesis("equal", margin=0.05)).verdict
+'undecided'
+>>> seeds_needed(Hypothesis("equal", margin=0.05), difference.mean, difference.sd)
+55
+"""
+
+from equipoise.analysis.power import MAX_SEEDS, Noise, detectable_effect, noise, power, seeds_needed
+from equipoise.analysis.statistics import Estimate, estimate, paired_differences, trend
+from equipoise.analysis.verdicts import Hypothesis, Judgement, holm, judge, judge_family
+
+__all__ = [
+    "MAX_SEEDS",
+    "Estimate",
+    "Hypothesis",
+    "Judgement",
+    "Noise",
+    "detectable_effect",
+    "estimate",
+    "holm",
+    "judge",
+    "judge_family",
+    "noise",
+    "paired_differences",
+    "power",
+    "seeds_needed",
+    "trend",
+]
