@@ -105,7 +105,7 @@ class Training:
             betas=(0.9, 0.95),
             fused=True,
         )
-        facts = checkpoint.load_newest(config.out, self.model, self.optimizer, self.balance, say)
+        facts = checkpoint.load_newest(config.out, self.model, self.optimizer, lambda step: self.balance, say)
         self.done = 0 if facts is None else facts["step"]
 
     def learning_rate(self) -> float:

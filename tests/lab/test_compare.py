@@ -112,6 +112,13 @@ def test_a_comparison_goes_on_with_the_same_options_only_and_keeps_its_results(t
     assert len(more) == 3
 
 
+def test_every_strategy_of_a_comparison_may_hand_over_to_another(two, silent):
+    results, _ = compare(two(then="z", switch_at=1), silent())
+    assert [r["strategy"] for r in results] == ["none, after step 1 z", "lbl:scope=micro_batch, after step 1 z"]
+    with pytest.raises(UsageError, match="--then must be another strategy than --strategy: got none after none"):
+        compare(two(out=two().out / "new", then="none", switch_at=1), silent())
+
+
 def test_when_every_run_diverges_the_divergence_is_the_error(two, silent, monkeypatch):
     original = training.language_model_loss
     monkeypatch.setattr(training, "language_model_loss", lambda *given: original(*given) * float("nan"))

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -89,7 +89,7 @@ def save(
 
 
 def _write(folder: Path, step: int, state: dict[str, Any]) -> None:
-    target, aside = folder / f"step-{step:08d}", folder / f".step-{step:08d}.tmp"
+    target, aside = _path(folder, step), folder / f".step-{step:08d}.tmp"
     for old in (aside, target):
         shutil.rmtree(old, ignore_errors=True)
     aside.mkdir(parents=True)
@@ -115,41 +115,58 @@ def load_newest(
     folder: Path,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    balance: Balance,
+    balance_of: Callable[[int], Balance],
     warn: Any,
     ranks: Ranks = ALONE,
 ) -> dict[str, Any] | None:
-    """Takes up the newest whole checkpoint and returns its facts; None if there is none. A damaged one is named."""
-    if not ranks.first(_find, folder):
-        return None
-    state = _state(model, optimizer, balance)
-    facts, balance_state, random = ranks.first(_read, folder, state, warn)
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=ranks.size > 1)
-    set_model_state_dict(model, state["model"], options=options)
-    set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
-    balance.load_state_dict(balance_state)
-    torch.set_rng_state(random)
-    return facts
+    """Takes up the newest whole checkpoint and returns its facts; None if there is none. A damaged one is named.
 
-
-def _find(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-*"), reverse=True)
-
-
-def _read(folder: Path, state: dict[str, Any], warn: Any) -> tuple[dict[str, Any], dict[str, Any], torch.Tensor]:
-    """Fills ``state`` from the newest whole checkpoint; its facts, and what every rank needs all of."""
-    found = _find(folder)
-    for path in found:
-        try:
-            facts = json.loads((path / "facts.json").read_text())
-            with _one_process():
-                dcp.load(state, checkpoint_id=path, no_dist=True)
-        except (Exception, CheckpointException) as error:  # whatever a damaged file makes of torch, json or the disk
-            warn(f"checkpoint {path} is damaged ({_reason(error)}); trying the one before it")
+    ``balance_of(step)`` is what balances ``step``: the state that a checkpoint holds depends on the strategy.
+    """
+    found = ranks.first(_find, folder)
+    for step in found:
+        balance = balance_of(step)
+        state = _state(model, optimizer, balance)
+        read = ranks.first(_read, _path(folder, step), state, warn)
+        if read is None:
             continue
-        return facts, state["balance"], state["random"]
+        facts, balance_state, random = read
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=ranks.size > 1)
+        set_model_state_dict(model, state["model"], options=options)
+        set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
+        balance.load_state_dict(balance_state)
+        torch.set_rng_state(random)
+        return facts
+    if found:
+        ranks.first(_refuse, folder, len(found))
+    return None
+
+
+def _path(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:08d}"
+
+
+def _find(folder: Path) -> list[int]:
+    """The steps of the checkpoints that are there, newest first."""
+    numbers = (path.name.removeprefix("step-") for path in folder.glob("step-*"))
+    return sorted((int(number) for number in numbers if number.isdigit()), reverse=True)
+
+
+def _read(path: Path, state: dict[str, Any], warn: Any) -> tuple[dict[str, Any], dict[str, Any], torch.Tensor] | None:
+    """Fills ``state`` from a checkpoint; its facts, and what every rank needs all of. None where it is damaged."""
+    try:
+        facts = json.loads((path / "facts.json").read_text())
+        with _one_process():
+            dcp.load(state, checkpoint_id=path, no_dist=True)
+    except (Exception, CheckpointException) as error:  # whatever a damaged file makes of torch, json or the disk
+        warn(f"checkpoint {path} is damaged ({_reason(error)}); trying the one before it")
+        return None
+    return facts, state["balance"], state["random"]
+
+
+def _refuse(folder: Path, num: int) -> None:
     raise EquipoiseError(
-        f"A run can go on from a whole checkpoint only: all {len(found)} in {folder} are damaged. Restore one, or "
+        f"A run can go on from a whole checkpoint only: all {num} in {folder} are damaged. Restore one, or "
         "remove the run's folder and train again."
     )
 

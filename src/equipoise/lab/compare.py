@@ -40,7 +40,7 @@ def compare(
         except EquipoiseError as error:
             if isinstance(error, LostRank) or (ranks.size > 1 and not is_shared(error)):
                 raise  # the ranks no longer act as one
-            watcher.say(f"{run.strategy}, seed {run.seed}: {error}")
+            watcher.say(f"{run.label}, seed {run.seed}: {error}")
             failures.append(error)
             if not results and len(failures) == 1 and not ranks.first(_began, run):
                 raise  # nothing of it depends on the strategy: a bad data folder, say

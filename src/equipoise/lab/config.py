@@ -81,6 +81,13 @@ class _Run:
     shuffled: bool = False
     """Mix domains in every micro-batch. By default each holds one domain: an upper bound of what scope does."""
 
+    then: str | None = None
+    """Another strategy, which takes over after step --switch-at. Offsets go on where both hold some;
+    where only the first does they end (frozen+... keeps them as they are)."""
+
+    switch_at: int | None = None
+    """The last step before --then takes over."""
+
     order: Literal["forwards_first", "interleaved"] = "forwards_first"
     """forwards_first: all forwards of a step, then one backward: the global batch is exact.
     interleaved: forward, backward, forward, ...: a backward knows the micro-batches so far."""
@@ -151,6 +158,14 @@ class _Run:
             raise UsageError(
                 f"--experts-per-token must be at most --experts: got {self.experts_per_token} of {self.experts}."
             )
+        if (self.then is None) != (self.switch_at is None):
+            there, missing = ("--then", "--switch-at") if self.switch_at is None else ("--switch-at", "--then")
+            raise UsageError(f"{there} must go with {missing}: got no {missing}. Give both, or leave both out.")
+        if self.switch_at is not None and not 1 <= self.switch_at < self.steps:
+            raise UsageError(
+                "--switch-at must leave steps to both strategies, so lie between 1 and --steps - 1: got "
+                f"{self.switch_at} of {self.steps}."
+            )
         if self.micro_batches % self.balance_batch:
             raise UsageError(
                 f"--balance-batch must divide --micro-batches: got {self.balance_batch} of {self.micro_batches}."
@@ -189,6 +204,15 @@ class Train(_Run):
 
     seed: int = 0
     """Decides weights, order of the text and order of the domains, together."""
+
+    @property
+    def label(self) -> str:
+        """What the run is called: its strategy, and the one that takes over."""
+        return self.strategy if self.then is None else f"{self.strategy}, after step {self.switch_at} {self.then}"
+
+    def strategy_of(self, step: int) -> str:
+        """The strategy under which ``step``, counted from 1, is trained."""
+        return self.strategy if self.then is None or step <= (self.switch_at or 0) else self.then
 
     def check(self) -> None:
         super().check()

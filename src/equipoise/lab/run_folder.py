@@ -130,7 +130,7 @@ class RunFolder:
         self.watcher.step(row, self.tokens_per_step / statistics.median(self.seconds[-20:]))
         if not math.isfinite(row["loss"]):
             raise EquipoiseError(
-                f"training must not diverge: the loss of {config.strategy}, seed {config.seed}, is {row['loss']} "
+                f"training must not diverge: the loss of {config.label}, seed {config.seed}, is {row['loss']} "
                 f"at step {row['step']}. Its records are kept in {records.path}; take a lower --learning-rate."
             )
 
@@ -145,7 +145,7 @@ class RunFolder:
         config, records = self.config, self.records
         last = [step["maxvio_batch"] for step in records.rows("steps")][-max(1, config.steps // 10) :]
         result = {
-            "strategy": config.strategy,
+            "strategy": config.label,
             "seed": config.seed,
             "steps": config.steps,
             "tokens": config.steps * self.tokens_per_step,

@@ -31,6 +31,7 @@ from equipoise.lab.models import build_model, num_active_parameters
 from equipoise.lab.ranks import ALONE, Ranks, meet
 from equipoise.lab.run_folder import Nobody, RunFolder, Watcher, asked, complete_result
 from equipoise.lab.stop import told
+from equipoise.lab.switch import check_switch, holds_offsets, switch
 from equipoise.lab.wrappers import check_wrapper, copy_to_ranks, digest, find_wrapper, full, shard, synchronising
 from equipoise.records import is_new
 from equipoise.taps.families import find_routers
@@ -47,6 +48,8 @@ def check(config: Train, ranks: Ranks = ALONE) -> None:
 def _check_options(config: Train, num_ranks: int) -> None:
     config.check()
     parse_strategy(config.strategy)
+    if config.then is not None:
+        check_switch(config.strategy, config.then)
     check_wrapper(config.wrapper, num_ranks)
     if config.micro_batches % num_ranks:
         next_multiple = -(-config.micro_batches // num_ranks) * num_ranks
@@ -147,6 +150,8 @@ class _Training:
         wrapper = check_wrapper(config.wrapper, ranks.size)
         if wrapper == "fsdp2":
             shard(self.inner, ranks.size, self.device)
+        self.notes: list[str] = [] if config.then is None else ranks.together(self._try_then)
+        self.strategy = config.strategy  # of the step that comes next
         self.balance: Balance = ranks.together(self._attach)
         self.model = copy_to_ranks(self.inner) if wrapper == "ddp" else self.inner
         self.k: int = self.inner.config.num_experts_per_tok  # type: ignore[assignment]
@@ -173,21 +178,38 @@ class _Training:
         )
 
     def _attach(self) -> Balance:
-        return attach(self.inner, self.config.strategy, offsets=self._saved_offsets())
+        return attach(self.inner, self.strategy, offsets=self._saved_offsets())
+
+    def _try_then(self) -> list[str]:
+        """Finds out before the first step whether the strategy that takes over can be attached; its notes."""
+        config = self.config
+        assert config.then is not None and config.switch_at is not None
+        balance = attach(self.inner, config.then)
+        balance.detach()
+        return balance.notes(config.steps - config.switch_at)
+
+    def _balance_of(self, step: int) -> Balance:
+        """What balances ``step``, before its state is loaded."""
+        strategy = self.config.strategy_of(step)
+        if strategy != self.strategy:
+            self.balance.detach()
+            self.strategy = strategy
+            self.balance = self.ranks.together(self._attach)
+        return self.balance
 
     def _saved_offsets(self) -> Path | None:
         """The offsets that lie beside the weights of --model, where its family has no slot for them."""
         if self.config.model is None or not (self.config.model / OFFSETS_FILE).exists():
             return None
-        if any(balancer.has_offset for balancer in parse_strategy(self.config.strategy)):
+        if holds_offsets(self.strategy):
             return self.config.model
-        self.watcher.say(f"{self.config.strategy} holds no offsets: those beside {self.config.model} are left out")
+        self.watcher.say(f"{self.strategy} holds no offsets: those beside {self.config.model} are left out")
         return None
 
     def _facts(self, command: str) -> dict[str, Any]:
         config = self.config
         return {
-            "strategy": config.strategy,
+            "strategy": config.label,
             "seed": config.seed,
             "arch": config.arch if config.model is None else self.inner.config.model_type,
             "steps": config.steps,
@@ -211,7 +233,7 @@ class _Training:
             "dtype": "bfloat16" if self.autocast else "float32",
             "command": command,
             "began": datetime.datetime.now(datetime.UTC).isoformat(),
-            "notes": self.balance.notes(config.steps),
+            "notes": list(dict.fromkeys(self.balance.notes(config.switch_at or config.steps) + self.notes)),
         }
 
     def _machine(self) -> dict[str, Any]:
@@ -236,13 +258,16 @@ class _Training:
     def _run(self) -> dict[str, Any]:
         config, ranks = self.config, self.ranks
         facts = checkpoint.load_newest(
-            self.folder.checkpoints, self.inner, self.optimizer, self.balance, self.watcher.say, ranks
+            self.folder.checkpoints, self.inner, self.optimizer, self._balance_of, self.watcher.say, ranks
         )
         self.done = self.saved = 0 if facts is None else facts["step"]
         if self.model is not self.inner:
             self._settle()
         ranks.first(self.folder.begin, self.done)
         for step in range(self.done, config.steps):
+            if config.strategy_of(step + 1) != self.strategy:
+                self.strategy = config.strategy_of(step + 1)
+                self.balance = ranks.together(switch, self.inner, self.balance, self.strategy)
             row, load = self._step(step), [load.tolist() for load in self.balance.load.values()]
             ranks.first(self.folder.step, row, load, patient=False)
             self.done, last = step + 1, step + 1 == config.steps
@@ -302,6 +327,7 @@ class _Training:
             raise KeyboardInterrupt  # on every rank, after the same step
         return {
             "step": step + 1,
+            **({} if config.then is None else {"strategy": self.strategy}),
             "loss": figures.pop("loss"),
             "balancing_loss": figures.pop("balancing_loss"),
             "grad_norm": float(norm),

@@ -47,7 +47,7 @@ class Terminal:
 
     def begin(self, config: Train, done: int) -> None:
         self.run += 1
-        self.name = config.strategy + (f" seed {config.seed}" if config.seed else "")
+        self.name = config.label + (f" seed {config.seed}" if config.seed else "")
         self.num_steps, self.started, self.first = config.steps, time.monotonic(), done
         count = f"[{self.run}/{self.num_runs}] " if self.num_runs > 1 else ""
         self.label = count + self.name

@@ -1,0 +1,49 @@
+"""Another strategy from some step on: what the one before hands over."""
+
+import torch
+from torch import nn
+
+from equipoise.attachment import attach
+from equipoise.balance import Balance
+from equipoise.balancers import parse_strategy
+from equipoise.errors import UsageError
+from equipoise.taps.families import find_routers
+
+__all__ = ["check_switch", "holds_offsets", "switch"]
+
+
+def holds_offsets(strategy: str) -> bool:
+    return any(balancer.has_offset for balancer in parse_strategy(strategy))
+
+
+def check_switch(strategy: str, then: str) -> None:
+    """Raises UsageError where ``then`` cannot follow ``strategy``."""
+    before, after = parse_strategy(strategy), parse_strategy(then)
+    if list(map(str, before)) == list(map(str, after)):
+        raise UsageError(f"--then must be another strategy than --strategy: got {then} after {strategy}.")
+    first, second = ({one.multiplies for one in balancers if one.has_offset} for balancers in (before, after))
+    if first and second and first != second:
+        raise UsageError(
+            "--then must take up the offsets of --strategy, and those that are added and those that multiply cannot "
+            f"take each other's place: got {then} after {strategy}."
+        )
+
+
+@torch.no_grad()
+def switch(model: nn.Module, balance: Balance, strategy: str) -> Balance:
+    """Ends ``balance`` and attaches ``strategy`` in its place, between two steps. Collective, as ``attach`` is.
+
+    Offsets, and what moves with them, go on where both strategies hold some. Where only the one before did they end,
+    and the routers choose by their scores alone. The number of windows goes on, so that a schedule does not begin anew.
+    """
+    before = balance.state_dict()
+    held, holds = holds_offsets(before["strategy"]), holds_offsets(strategy)
+    balance.detach()
+    if held and not holds:
+        for _, router, kind in find_routers(model):
+            if kind.slot is not None:
+                router.get_buffer(kind.slot).zero_()
+    after = attach(model, strategy)
+    begin = before if held and holds else after.state_dict()
+    after.load_state_dict(before | {name: begin[name] for name in ("offsets", "state", "multiplies")})
+    return after
