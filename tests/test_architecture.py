@@ -33,7 +33,8 @@ ALLOWED |= {
     "analysis": {"errors", "records"},
     "report": {"errors", "records"},
     "lab": {"equipoise", *CORE, "records", "report"},
-    "cli": {"equipoise", *CORE, "records", "report", "lab"},
+    "reproduce": {"errors", "records", "analysis"},
+    "cli": {"equipoise", *CORE, "records", "report", "lab", "reproduce"},
     "__init__": {*CORE, "nn", "testing"},  # lazily, by name
     "__main__": {"cli"},
 }

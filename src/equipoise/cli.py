@@ -22,6 +22,7 @@ from equipoise.errors import EquipoiseError, UsageError
 from equipoise.lab.config import Compare, Train
 from equipoise.lab.stop import Told, told
 from equipoise.recipes import RECIPES, Recipe, recipe, split_strategy
+from equipoise.reproduce.config import Reproduce
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -47,7 +48,7 @@ class Recipes:
     json: bool
 
 
-def _parse(arguments: list[str]) -> Compare | Train | Report | Recipes:
+def _parse(arguments: list[str]) -> Compare | Train | Report | Recipes | Reproduce:
     import tyro
 
     def recipes(
@@ -62,11 +63,35 @@ def _parse(arguments: list[str]) -> Compare | Train | Report | Recipes:
         """
         return Recipes(name, json)
 
+    def reproduce(
+        claim: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[CLAIM]", help_behavior_hint="")] = "all",
+        budget: float | None = None,
+        out: Path = Path("runs/reproduce"),
+        results: Path = Path("benchmarks/results/claims"),
+        workers: int = 0,
+        page: Path | None = None,
+        json: bool = False,
+    ) -> Reproduce:
+        """Test what the papers claim, with paired seeds, at the size of a laptop.
+
+        Args:
+            claim: The claim to test; without it, all.
+            budget: Minutes. No run is begun that is not expected to end within them; the same command goes on later. 0
+                runs nothing and says what the results say.
+            out: Folder of the runs under way.
+            results: Folder of the results, one small file a run. What is there is not run again.
+            workers: Runs side by side, one thread each; 0: as many as there are cores.
+            page: Write a page in Markdown with all claims.
+            json: Print the verdicts as JSON on stdout.
+        """
+        return Reproduce(claim, budget, out, results, workers, page, json)
+
     commands = (
         Annotated[Compare, tyro.conf.subcommand("compare")]
         | Annotated[Train, tyro.conf.subcommand("train")]
         | Annotated[Report, tyro.conf.subcommand("report"), tyro.conf.Positional]
         | Annotated[Recipes, tyro.conf.subcommand("recipes", constructor=recipes)]
+        | Annotated[Reproduce, tyro.conf.subcommand("reproduce", constructor=reproduce)]
     )
     errors = io.StringIO()
     try:
@@ -94,7 +119,7 @@ def _one_line(text: str) -> str:
     return re.sub(r"[\s╰╯│─]+", " ", words).strip()
 
 
-def _run(asked: Compare | Train | Report | Recipes, command: str) -> None:
+def _run(asked: Compare | Train | Report | Recipes | Reproduce, command: str) -> None:
     if isinstance(asked, Recipes):
         _show_recipes(asked)
         return
@@ -111,6 +136,9 @@ def _run(asked: Compare | Train | Report | Recipes, command: str) -> None:
             f"the lab needs more than torch: {error.name} is missing. Install it with: pip install 'equipoise[lab]'"
         ) from None
     asked.check()
+    if isinstance(asked, Reproduce):
+        _reproduce(asked)
+        return
     if isinstance(asked, Compare):
         with _shown(Terminal(num_runs=len(asked.runs()))) as terminal:
             from equipoise.lab.compare import compare
@@ -157,6 +185,18 @@ def _show_recipes(asked: Recipes) -> None:
         names, gates = (max(len(getattr(one, field)) for one in chosen) for field in ("name", "gate"))
         for one in chosen:
             print(f"{one.name:{names}}  {one.gate:{gates}}  {one.strategy}")
+
+
+def _reproduce(asked: Reproduce) -> None:
+    from equipoise.lab.watch import Runs, print_rows
+    from equipoise.reproduce.command import as_json, reproduce, table_rows
+
+    with Runs() as progress:
+        found = reproduce(asked, progress)
+    print_rows(("claim", "comparison", "means of the arms", "difference, 95 % interval", "verdict"), table_rows(found))
+    if asked.json:
+        json.dump(as_json(found), sys.stdout, ensure_ascii=False, indent=1)
+        print()
 
 
 def _show_list(recipes: list[Recipe], console: "Console") -> None:

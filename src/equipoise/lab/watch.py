@@ -1,6 +1,7 @@
 """What a person sees while runs go on: a live line on a terminal, a plain line now and then elsewhere. To stderr."""
 
 import time
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -11,7 +12,7 @@ from equipoise.lab.config import Train
 from equipoise.records import find_runs
 from equipoise.report import COLUMNS, summary_rows
 
-__all__ = ["Terminal", "print_table"]
+__all__ = ["Runs", "Terminal", "print_rows", "print_table"]
 
 SILENCE = 10.0  # seconds between lines where there is no terminal to redraw
 
@@ -92,4 +93,52 @@ def print_table(folder: Any) -> None:
         table.add_column(column.short, justify="right", min_width=max(map(len, column.short.split())))
     for row in summary_rows(find_runs(folder)):
         table.add_row(row["strategy"], *(column.text(row) for column in COLUMNS))
+    console.print(table)
+
+
+class Runs:
+    """Shows how many runs are done and the time left. Use it as a context manager."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True, highlight=False)
+        self.progress = Progress(
+            TextColumn("runs"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[left]}"),
+            console=self.console,
+        )
+        self.task: TaskID | None = None
+
+    def __enter__(self) -> "Runs":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.task is not None and self.console.is_terminal:
+            self.progress.stop()
+
+    def say(self, text: str) -> None:
+        self.console.print(text, style="dim", markup=False, soft_wrap=True)
+
+    def done(self, number: int, total: int, seconds_left: float | None) -> None:
+        left = "" if seconds_left is None or number == total else f"about {seconds_left / 60:.0f} minutes left"
+        if not self.console.is_terminal:
+            self.say(f"{number} of {total} runs  {left}".rstrip())
+            return
+        if self.task is None:
+            self.task = self.progress.add_task("", total=total, left="")
+            self.progress.start()
+        self.progress.update(self.task, completed=number, left=left)
+
+
+def print_rows(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A table, to stderr."""
+    console = Console(stderr=True, highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, 160)  # a log has no width
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    for title in titles:
+        table.add_column(title, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
     console.print(table)

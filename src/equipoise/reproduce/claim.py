@@ -1,0 +1,167 @@
+"""Claims: small files that say, before anything is run, what is compared and what would support it. Imports no torch.
+
+A claim is a TOML file in ``claims/``:
+
+    title = "..."                  one sentence that can be true or false
+    source = "..."                 where it is claimed
+    paper = "..."                  what is reported there
+    size = "small" | "standard"    see ``sizes.toml``: everything that all arms of all claims have in common
+    seeds = 8                      0, 1, ..., paired between arms
+
+    [arms.NAME]                    options of ``equipoise train`` that this arm has besides those of its size
+    strategy = "..."
+
+    [primary]                      the one comparison that decides; [[also]] are further ones, for information
+    statistic = "val_nats"         a key of a run's result.json
+    of = "NAME"                    the difference is of this arm
+    against = "NAME"               to that one
+    claim = "lower" | "higher" | "equal"
+    margin = 0.01                  of "equal" only: how much of a difference is none
+
+A trend has ``over = {NAME = 1, NAME = 2, ...}`` in place of ``of`` and ``against``: by seed, the slope of the statistic
+over log2 of these numbers.
+"""
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from typing import Any
+
+from equipoise.errors import EquipoiseError, UsageError
+
+__all__ = ["SIZES", "Claim", "Comparison", "Job", "claim_names", "load_claim"]
+
+_FOLDER = files("equipoise.reproduce") / "claims"
+
+
+def _read(file: Traversable) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise EquipoiseError(f"{file} must be TOML: {error}. Restore the file.") from None
+
+
+SIZES: dict[str, dict[str, Any]] = _read(_FOLDER / "sizes.toml")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One statistic of two arms, or of several over a factor, and what is claimed of it."""
+
+    statistic: str
+    claim: str  # lower, higher, equal
+    of: str = ""
+    against: str = ""
+    over: Mapping[str, float] = field(default_factory=dict)
+    margin: float | None = None
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        return tuple(self.over) or (self.against, self.of)
+
+    def __str__(self) -> str:
+        if self.over:
+            return f"{self.statistic} over {', '.join(f'{value:g}' for value in self.over.values())}"
+        return f"{self.statistic}, {self.of} − {self.against}"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run that a claim needs: options of ``equipoise train``, with a seed."""
+
+    options: tuple[tuple[str, Any], ...]
+
+    @property
+    def arguments(self) -> list[str]:
+        """As the command line takes them."""
+        found = []
+        for name, value in self.options:
+            flag = f"--{name.replace('_', '-')}"
+            if isinstance(value, bool):
+                found += [flag] if value else []
+            else:
+                found += [flag, str(value)]
+        return found
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What is claimed, where, and which runs decide it."""
+
+    name: str
+    title: str
+    source: str
+    paper: str
+    size: str
+    seeds: int
+    arms: Mapping[str, Mapping[str, Any]]
+    primary: Comparison
+    also: tuple[Comparison, ...] = ()
+    note: str = ""
+
+    def job(self, arm: str, seed: int) -> Job:
+        options = {**SIZES[self.size], **self.arms[arm], "seed": seed}
+        return Job(tuple(sorted(options.items())))
+
+    def jobs(self) -> list[Job]:
+        """All of them, a seed's before the next one's, so that what is there is always paired."""
+        return [self.job(arm, seed) for seed in range(self.seeds) for arm in self.arms]
+
+
+def claim_names() -> list[str]:
+    """The claims, main ones first."""
+    names = (file.name for file in _FOLDER.iterdir())
+    return sorted(name.removesuffix(".toml") for name in names if name.endswith(".toml") and name != "sizes.toml")
+
+
+def load_claim(name: str) -> Claim:
+    if name not in claim_names():
+        raise UsageError(f"CLAIM must be all or one of {', '.join(claim_names())}: got {name!r}.")
+    return parse_claim(name, _read(_FOLDER / f"{name}.toml"))
+
+
+def parse_claim(name: str, content: Mapping[str, Any]) -> Claim:
+    """The claim that a file's content says; an error names what is missing or cannot be."""
+    wanted = {"title", "source", "paper", "size", "seeds", "arms", "primary"}
+    _keys(name, content, wanted, wanted | {"also", "note"})
+    if content["size"] not in SIZES:
+        raise EquipoiseError(f"claim {name}: size must be one of {', '.join(SIZES)}: got {content['size']!r}.")
+    if not isinstance(content["seeds"], int) or content["seeds"] < 2:
+        raise EquipoiseError(f"claim {name}: seeds must be a whole number from 2: got {content['seeds']!r}.")
+    for arm, options in content["arms"].items():
+        if "strategy" not in options:
+            raise EquipoiseError(f"claim {name}: arm {arm} must have a strategy: it has {', '.join(options)}.")
+    return Claim(
+        name=name,
+        title=content["title"],
+        source=content["source"],
+        paper=content["paper"],
+        size=content["size"],
+        seeds=content["seeds"],
+        arms=content["arms"],
+        primary=_comparison(name, content["primary"], content["arms"]),
+        also=tuple(_comparison(name, each, content["arms"]) for each in content.get("also", ())),
+        note=content.get("note", ""),
+    )
+
+
+def _comparison(name: str, content: Mapping[str, Any], arms: Mapping[str, Any]) -> Comparison:
+    ends = {"over"} if "over" in content else {"of", "against"}
+    margin = {"margin"} if content.get("claim") == "equal" else set()
+    _keys(name, content, {"statistic", "claim"} | ends | margin, {"statistic", "claim"} | ends | margin)
+    found = Comparison(**content)
+    if found.claim not in ("lower", "higher", "equal"):
+        raise EquipoiseError(f"claim {name}: claim must be lower, higher or equal: got {found.claim!r}.")
+    for arm in found.arms:
+        if arm not in arms:
+            raise EquipoiseError(f"claim {name}: {found} must be of its arms {', '.join(arms)}: got {arm!r}.")
+    return found
+
+
+def _keys(name: str, content: Mapping[str, Any], wanted: set[str], known: set[str]) -> None:
+    if missing := wanted - set(content):
+        raise EquipoiseError(f"claim {name}: {', '.join(sorted(missing))} must be there: it is not.")
+    if unknown := set(content) - known:
+        raise EquipoiseError(f"claim {name}: {', '.join(sorted(unknown))} is nothing that a claim has.")

@@ -1,0 +1,221 @@
+"""Runs are done once, within the budget, resumed and shared; what they say is computed from stored results alone."""
+
+import json
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from equipoise.errors import EquipoiseError, UsageError
+from equipoise.records import write_json
+from equipoise.reproduce.claim import Job, load_claim, parse_claim
+from equipoise.reproduce.command import as_json, reproduce, table_rows
+from equipoise.reproduce.config import Reproduce
+from equipoise.reproduce.page import page
+from equipoise.reproduce.runs import Results, execute, key_of
+from equipoise.reproduce.verdict import findings
+
+CLAIM = parse_claim(
+    "x",
+    {
+        "title": "a is lower than b",
+        "source": "somewhere",
+        "paper": "a 1, b 2",
+        "size": "small",
+        "seeds": 4,
+        "arms": {"a": {"strategy": "none"}, "b": {"strategy": "loss-free"}},
+        "primary": {"statistic": "val_nats", "of": "a", "against": "b", "claim": "lower"},
+        "also": [{"statistic": "val_nats", "over": {"a": 1, "b": 2}, "claim": "higher"}],
+    },
+)
+
+
+class Quiet:
+    def __init__(self):
+        self.said, self.seen = [], []
+
+    def say(self, text):
+        self.said.append(text)
+
+    def done(self, number, total, seconds_left):
+        self.seen.append((number, total, seconds_left))
+
+
+def _store(results, job, value, seconds=10.0):
+    results.folder.mkdir(parents=True, exist_ok=True)
+    content = {"options": dict(job.options), "result": {"val_nats": value}, "seconds": seconds}
+    content |= {"began": "2026-01-02T03:04", "hardware": "2 CPU cores", "versions": {"torch": "2"}}
+    write_json(results.folder / f"{key_of(job)}.json", content)
+
+
+def _fill(results, differences):
+    for seed, difference in enumerate(differences):
+        _store(results, CLAIM.job("a", seed), 5.0 + seed + difference)
+        _store(results, CLAIM.job("b", seed), 5.0 + seed)
+
+
+class Process:
+    """Stands in for `equipoise train`: writes the run folder that it would have left."""
+
+    started, running, most = [], 0, 0
+    lock = threading.Lock()
+
+    def __init__(self, command, stdout, stderr, env, code=0):
+        assert env["OMP_NUM_THREADS"] == "1" and command[1:4] == ["-m", "equipoise", "train"]
+        self.arguments, self.stdout, self.code = command[4:], stdout, code
+        Process.started.append(self.arguments)
+
+    def wait(self):
+        with Process.lock:
+            Process.running += 1
+            Process.most = max(Process.most, Process.running)
+        time.sleep(0.05)
+        with Process.lock:
+            Process.running -= 1
+        folder = self.arguments[self.arguments.index("--out") + 1]
+        if self.code:
+            self.stdout.write(b"something before\nequipoise: error: no text\n")
+            return self.code
+        _write_run(folder)
+        return 0
+
+    def send_signal(self, number):
+        pass
+
+
+def _write_run(folder):
+    from pathlib import Path
+
+    folder = Path(folder)
+    folder.mkdir(parents=True)
+    write_json(
+        folder / "config.json",
+        {"format": 1, "began": "2026-01-02", "device": "cpu", "dtype": "bfloat16", "versions": {"torch": "2"}},
+    )
+    (folder / "steps.jsonl").write_text('{"step":1,"seconds":2.0}\n{"step":2,"seconds":3.0}\n')
+    write_json(folder / "result.json", {"val_nats": 5.0, "domains": {"law": {"nats": 4.0, "bits_per_byte": 1.0}}})
+
+
+@pytest.fixture(autouse=True)
+def _nothing_started():
+    Process.started, Process.running, Process.most = [], 0, 0
+
+
+def test_missing_runs_are_done_once_side_by_side_and_their_folders_go(tmp_path):
+    results, quiet = Results(tmp_path / "results"), Quiet()
+    jobs = [*CLAIM.jobs(), *CLAIM.jobs()]  # claims share runs
+    assert execute(jobs, results, tmp_path / "work", quiet, workers=2, start=Process)
+    assert len(Process.started) == 8 and Process.most == 2
+    assert list((tmp_path / "work").iterdir()) == []
+    assert quiet.seen[0] == (0, 8, None) and quiet.seen[-1] == (8, 8, 0.0)
+    stored = results.get(CLAIM.job("a", 0))
+    assert stored["result"]["val_nats"] == 5.0 and stored["seconds"] == 5.0 and stored["domains"] == {"law": 4.0}
+    assert sum(file.stat().st_size for file in results.folder.iterdir()) < 8 * 5000
+    assert execute(jobs, results, tmp_path / "work", Quiet(), workers=2, start=Process)
+    assert len(Process.started) == 8  # nothing is run again
+
+
+def test_no_run_is_begun_that_would_not_end_within_the_budget(tmp_path):
+    results, quiet = Results(tmp_path / "results"), Quiet()
+    _store(results, CLAIM.job("a", 0), 5.0, seconds=50.0)
+    assert not execute(CLAIM.jobs(), results, tmp_path / "work", quiet, workers=1, minutes=0.5, start=Process)
+    assert Process.started == []
+    assert execute(CLAIM.jobs(), results, tmp_path / "work", quiet, workers=1, minutes=60, start=Process)
+
+
+def test_a_run_that_fails_is_named_with_what_it_said_and_what_is_done_is_kept(tmp_path):
+    results = Results(tmp_path / "results")
+
+    def second_fails(command, **given):
+        return Process(command, **given, code=int(len(Process.started) == 1))
+
+    with pytest.raises(EquipoiseError, match="ended with 1 and said: equipoise: error: no text"):
+        execute(CLAIM.jobs(), results, tmp_path / "work", Quiet(), workers=1, start=second_fails)
+    assert len(results.missing(CLAIM.jobs())) == 7
+
+
+def test_a_result_of_other_options_is_refused(tmp_path):
+    results = Results(tmp_path)
+    _store(results, CLAIM.job("a", 0), 5.0)
+    (tmp_path / f"{key_of(CLAIM.job('a', 0))}.json").rename(tmp_path / f"{key_of(CLAIM.job('b', 0))}.json")
+    with pytest.raises(EquipoiseError, match="must be the result of the options in its name"):
+        results.get(CLAIM.job("b", 0))
+
+
+def test_the_name_of_a_run_is_its_options_whatever_their_order():
+    assert key_of(Job((("a", 1), ("b", 2)))) != key_of(Job((("a", 1), ("b", 3))))
+    assert CLAIM.job("a", 0) == CLAIM.job("a", 0) and key_of(CLAIM.job("a", 0)) != key_of(CLAIM.job("a", 1))
+
+
+@pytest.mark.parametrize(
+    ("differences", "verdict"),
+    [
+        ([], "undecided"),
+        ([-0.1], "undecided"),
+        ([-0.1, -0.11, -0.09, -0.1], "supported"),
+        ([0.1, 0.11, 0.09, 0.1], "not supported"),
+        ([-0.1, 0.09, -0.05, 0.04], "undecided"),
+    ],
+)
+def test_verdicts_are_of_paired_differences(tmp_path, differences, verdict):
+    results = Results(tmp_path)
+    _fill(results, differences)
+    first, trend = findings([CLAIM], results)
+    assert first.verdict == verdict and first.is_primary and not trend.is_primary
+    if len(differences) > 1:
+        assert first.estimate.n == len(differences)
+        assert first.estimate.mean == pytest.approx(sum(differences) / len(differences))
+        assert trend.estimate.mean == pytest.approx(-sum(differences) / len(differences))  # from a to b, one doubling
+
+
+def test_a_seed_that_only_one_arm_has_is_left_out(tmp_path):
+    results = Results(tmp_path)
+    _fill(results, [-0.1, -0.11, -0.09])
+    _store(results, CLAIM.job("a", 3), 100.0)
+    first, _ = findings([CLAIM], results)
+    assert first.estimate.n == 3 and first.means["a"] == pytest.approx(5.9)
+
+
+def test_an_undecided_claim_says_how_many_seeds_would_decide_it(tmp_path):
+    results = Results(tmp_path)
+    _fill(results, [-0.1, 0.02, -0.05, 0.01])
+    (first, _) = findings([CLAIM], results)
+    assert first.verdict == "undecided" and 5 < first.seeds_needed < 100
+    assert f"undecided; about {first.seeds_needed} seeds would" in page([CLAIM], [first], results)
+
+
+def test_the_page_has_the_figures_and_how_they_came_about(tmp_path):
+    results = Results(tmp_path)
+    _fill(results, [-0.1, -0.11, -0.09, -0.1])
+    text = page([CLAIM], findings([CLAIM], results), results)
+    assert "val_nats, a − b: −0.1000 [−0.1130, −0.0870], 4 seeds" in text and "| supported |" in text
+    assert "8 of 8 runs, 1 minutes of one core" in text and "`equipoise reproduce x`" in text
+
+
+def test_a_budget_of_nothing_runs_nothing_and_says_what_is_there(tmp_path):
+    asked = Reproduce("1-scope", budget=0, out=tmp_path / "work", results=tmp_path / "results", json=True)
+    found = reproduce(asked, Quiet())
+    assert [finding.verdict for finding in found] == ["undecided"] * len(found)
+    assert json.loads(json.dumps(as_json(found)))[0]["seeds"] == 0
+    assert table_rows(found)[0][0] == "1-scope"
+    assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"claim": "9"}, "CLAIM must be all or one of"),
+        ({"budget": -1.0}, "--budget must be a number of minutes"),
+        ({"workers": -1}, "--workers must be at least 0"),
+        ({"claim": "1-scope", "page": SimpleNamespace()}, "--page must have all claims on it"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused(options, words):
+    with pytest.raises(UsageError, match=words):
+        Reproduce(**options).check()
+
+
+def test_the_claims_that_there_are_share_runs():
+    shared = set(load_claim("1-scope").jobs()) & set(load_claim("2-specialisation").jobs())
+    assert len(shared) == 6
