@@ -757,6 +757,16 @@ def domain_information_plugin(counts_by_domain):
     return information
 
 
+def max_domain_share(counts_by_domain):
+    """The largest c_de / n_d, n_d = sum_e c_de, over experts and the domains that have assignments; nan without any."""
+    largest = math.nan
+    for counts in counts_by_domain:
+        for count in counts:
+            if sum(counts) > 0 and not count / sum(counts) <= largest:
+                largest = count / sum(counts)
+    return largest
+
+
 def domain_information(counts_by_domain):
     """I(domain; expert) in bits, Miller-Madow corrected, domains equally weighted (design, section 5).
 
@@ -1146,6 +1156,8 @@ def _self_check():
     _expect("plug-in, uneven", domain_information_plugin(uneven), 1.5 - 0.75 * math.log2(3))
     _expect("corrected, uneven", domain_information(uneven), 1.5 - 0.75 * math.log2(3) - 3 / 64 / ln(2))
     _expect("one domain", domain_information([[3, 2, 1]]), 0.0)
+    # shares 3/4 1/4 and 1/2 1/2; a domain without assignments has none
+    _expect("largest share", max_domain_share([[3, 1], [0, 0], [50, 50]]), 0.75)
 
     print(f"reference: {_expect.passed} checks passed")
 

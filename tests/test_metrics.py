@@ -16,6 +16,7 @@ from equipoise import (
     effective_experts,
     gini,
     load_entropy,
+    max_domain_share,
     max_violation,
     min_violation,
     sampling_floor,
@@ -241,3 +242,45 @@ def test_a_domain_without_tokens_is_left_out():
 def test_domain_information_refuses_a_single_row():
     with pytest.raises(ValueError, match=r"\(domains, \.\.\., experts\): got \(3,\)"):
         domain_information(torch.tensor([1, 2, 3]))
+
+
+def test_max_domain_share_by_hand():
+    assert max_domain_share(torch.tensor([[3, 1], [0, 0], [50, 50]])) == 0.75
+    assert max_domain_share(torch.full((3, 8), 7)) == 1 / 8  # even
+    assert max_domain_share(torch.eye(4, dtype=torch.int64)) == 1  # an expert for each
+    assert max_domain_share(torch.tensor([[9, 0, 0, 0]] * 2)) == 1  # one expert takes all: share, not specialisation
+
+
+def test_max_domain_share_equals_the_reference_for_every_layer():
+    load = _loads(5, 3, 16) ** 2
+    load[2, 1] = 0
+    load[:, 2] = 0  # a layer without tokens
+    found = max_domain_share(load)
+    assert found.shape == (3,) and found.dtype == torch.float64
+    for layer in range(3):
+        assert_close(found[layer], _f64(reference.max_domain_share(load[:, layer].tolist())), equal_nan=True)
+    assert found[2].isnan() and not found[:2].isnan().any()
+
+
+def test_max_domain_share_does_not_see_the_order_nor_the_size_of_domains():
+    load, generator = _loads(5, 16), torch.Generator().manual_seed(1)
+    found = max_domain_share(load)
+    assert_close(max_domain_share(load[:, torch.randperm(16, generator=generator)]), found)
+    assert_close(max_domain_share(load * torch.tensor([1, 10, 100, 3, 7])[:, None]), found)
+
+
+def test_max_domain_share_of_choices_by_domain_is_above_that_of_choices_without():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(4, 2000, 8, generator=generator)
+    favour = 3 * torch.eye(4, 8)[:, None]
+    plain, own = (
+        torch.stack([equipoise.expert_load(equipoise.route(domain, 2).expert_ids, 8) for domain in x])
+        for x in (logits, logits + favour)
+    )
+    assert 1 / 8 < max_domain_share(plain) < 0.15
+    assert 0.4 < max_domain_share(own) <= 0.5  # a token takes two different ones
+
+
+def test_max_domain_share_refuses_a_single_row():
+    with pytest.raises(ValueError, match=r"\(domains, \.\.\., experts\): got \(3,\)"):
+        max_domain_share(torch.tensor([1, 2, 3]))

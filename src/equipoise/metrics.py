@@ -21,6 +21,7 @@ __all__ = [
     "effective_experts",
     "gini",
     "load_entropy",
+    "max_domain_share",
     "max_violation",
     "min_violation",
     "sampling_floor",
@@ -210,3 +211,21 @@ def domain_information(load: Int[Tensor, "domains *layers experts"]) -> Float[Te
 
     within = (weight * entropy(share, n.clamp_min(1))).sum(-1)
     return (entropy(mixture, 1 / (weight.square() / n.clamp_min(1)).sum(-1)) - within) / math.log(2)
+
+
+def max_domain_share(load: Int[Tensor, "domains *layers experts"]) -> Float[Tensor, "*layers"]:
+    """The largest share that one expert has of the assignments of one domain, ``max_de c_de / sum_e c_de``.
+
+    1/experts where every domain is spread evenly; 1 where some domain goes to a single expert, 1/k at most where every
+    token takes k different ones. A domain without any assignment is left out. Average it over layers.
+    Source: Qiu et al. 2025, arXiv:2501.11873, Fig. 1, whose freq(E|D) is per token of the domain: k times the share.
+
+    >>> max_domain_share(torch.tensor([[30, 10], [50, 50]]))
+    tensor(0.7500, dtype=torch.float64)
+    """
+    if load.dim() < 2:
+        raise ValueError(f"load must have the shape (domains, ..., experts): got {tuple(load.shape)}.")
+    counts = load.double()
+    total = counts.sum(-1, keepdim=True)
+    share = counts / total.clamp_min(1)
+    return torch.where((total > 0).any(0).squeeze(-1), share.amax((0, -1)), math.nan)

@@ -6,7 +6,8 @@ A run is one strategy and one seed in one folder:
     steps.jsonl         one line a step: step, loss, maxvio_batch, ..., tokens (so far), seconds (of this step);
                         and strategy (of this step) in a run that changes it
     loads.jsonl         one line a step: step, load (layers x experts counts of the step, pooled over ranks)
-    evaluations.jsonl   one line an evaluation: step, overall figures, and by domain nats, bits per byte, load
+    evaluations.jsonl   one line an evaluation: step, overall figures, and by domain nats, bits per byte, load and
+                        top-k score sum (by layer)
     result.json         the last word, written when the run is complete
     checkpoints/        what a resumed run needs
     model/              the trained model, for plain Transformers

@@ -156,6 +156,20 @@ def test_a_run_that_changes_its_strategy_on_two_ranks(root, two, wrapper):
         assert _rows(root / cut) == rows
 
 
+@pytest.mark.parametrize(("name", "whole"), [("", "one"), (" interleaved", "interleaved")])
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
+def test_scores_of_an_evaluation_are_summed_over_the_ranks(root, two, wrapper, name, whole):
+    """Three batches of a domain on two ranks, or one, so that a rank has none."""
+    assert two[0][f"{wrapper}{name}"]["error"] is None
+    ours, theirs = (_rows(root / folder, "evaluations") for folder in (f"{wrapper}{name}", whole))
+    for row, expected in zip(ours, theirs, strict=True):
+        assert row["topk_score_sum"] == pytest.approx(expected["topk_score_sum"], rel=1e-3)
+        for domain, figures in expected["domains"].items():
+            # a choice of an expert may part, of 6 or 2 sequences of 16
+            assert row["domains"][domain]["topk_score_sum"] == pytest.approx(figures["topk_score_sum"], rel=1e-3)
+    assert two[1][f"{wrapper}{name}"]["result"]["topk_score_sum"] == ours[-1]["topk_score_sum"]
+
+
 def test_micro_batches_that_are_forwarded_together_are_those_of_one_process(root, two):
     assert two[0]["ddp together"]["error"] is None, two[0]["ddp together"]
     for ours, theirs in zip(_rows(root / "ddp together"), _rows(root / "together"), strict=True):

@@ -13,6 +13,7 @@ from equipoise import metrics
 from equipoise.balance import Balance
 from equipoise.lab.data import Corpus
 from equipoise.lab.ranks import ALONE, Ranks
+from equipoise.lab.scores import topk_score_sums
 from equipoise.lab.wrappers import is_sharded
 
 __all__ = ["evaluate", "language_model_loss"]
@@ -42,8 +43,9 @@ def evaluate(
     """Figures of the model on ``split``; every domain gives the same number of sequences, dealt to the ranks.
 
     Returns ``val_nats`` (mean over tokens), ``val_perplexity``, ``val_bits_per_byte``, ``maxvio_global`` (all domains
-    pooled), ``maxvio_floor``, ``domain_information_bits`` (mean over layers), ``dead_experts`` (sum over layers), and
-    by domain ``nats``, ``bits_per_byte``, ``tokens``, ``load`` (layers x experts).
+    pooled), ``maxvio_floor``, ``domain_information_bits`` and ``max_domain_share`` (means over layers),
+    ``topk_score_sum`` (mean over layers and domains), ``dead_experts`` (sum over layers), and by domain ``nats``,
+    ``bits_per_byte``, ``tokens``, ``load`` (layers x experts), ``topk_score_sum`` (layers).
     """
     rows = {domain: corpus.sequences(split, domain, sequence_length) for domain in corpus.domains}
     num = min([most_sequences, *map(len, rows.values())])
@@ -60,17 +62,20 @@ def evaluate(
 
     totals: dict[str, float] = {}
     loads: dict[str, dict[str, Tensor]] = {}
+    sums: dict[str, dict[str, float]] = {}
     try:
         for domain in corpus.domains:
             with balance.measuring() as loads[domain]:
                 totals[domain] = 0.0
-                for first in mine:
-                    totals[domain] += total_nats(domain, first)
+                with topk_score_sums(model) as sums[domain]:
+                    for first in mine:
+                        totals[domain] += total_nats(domain, first)
                 if idle:
                     with balance.paused():
                         total_nats(domain, 0)
     finally:
         model.train(was_training)
+    score_sums = {domain: list(ranks.sum(by_layer).values()) for domain, by_layer in sums.items()}
     domains: dict[str, Any] = {}
     nats_sum = bytes_sum = 0.0
     for domain, total in ranks.sum(totals).items():
@@ -81,6 +86,7 @@ def evaluate(
             "bits_per_byte": nats / bytes_per_token / math.log(2),
             "tokens": num * sequence_length,
             "load": [layer.tolist() for layer in loads[domain].values()],
+            "topk_score_sum": [total / (num * sequence_length) for total in score_sums[domain]],
         }
     by_domain = [[torch.tensor(layer) for layer in row["load"]] for row in domains.values()]
     layers = [torch.stack(layer) for layer in zip(*by_domain, strict=True)]  # of each layer (domains, experts)
@@ -88,6 +94,7 @@ def evaluate(
     tokens = num * sequence_length * len(domains)
     floors = [metrics.sampling_floor(tokens, k, layer.shape[-1]) for layer in layers]
     nats = nats_sum / len(domains)
+    by_layer = [value for row in domains.values() for value in row["topk_score_sum"]]
     return {
         "split": split,
         "val_nats": nats,
@@ -96,6 +103,8 @@ def evaluate(
         "maxvio_global": float(metrics.max_violation(pooled)),
         "maxvio_floor": sum(floors) / len(floors),
         "domain_information_bits": float(torch.stack([metrics.domain_information(x) for x in layers]).mean()),
+        "max_domain_share": float(torch.stack([metrics.max_domain_share(x) for x in layers]).mean()),
+        "topk_score_sum": sum(by_layer) / len(by_layer),
         "dead_experts": float(metrics.dead_experts(pooled)),
         "domains": domains,
     }

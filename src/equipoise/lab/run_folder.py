@@ -152,8 +152,10 @@ class RunFolder:
             **{name: row[name] for name in ("val_nats", "val_perplexity", "val_bits_per_byte", "maxvio_global")},
             "maxvio_floor": row["maxvio_floor"],
             "maxvio_batch": sum(last) / len(last),
-            "domain_information_bits": row["domain_information_bits"],
-            "dead_experts": row["dead_experts"],
+            **{
+                name: row[name]
+                for name in ("domain_information_bits", "max_domain_share", "topk_score_sum", "dead_experts")
+            },
             "tokens_per_second": self.tokens_per_step / statistics.median(self.seconds),
             "domains": {
                 name: {"nats": domain["nats"], "bits_per_byte": domain["bits_per_byte"]}

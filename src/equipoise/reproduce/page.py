@@ -10,10 +10,10 @@ from equipoise.reproduce.verdict import Finding
 __all__ = ["number", "page", "says"]
 
 DIGITS = {"val_nats": 4, "val_perplexity": 2}
-LIMITS = """These are small models, trained for minutes on the packaged text. What holds here need not hold at scale, and
-what is undecided here may be plain there. Micro-batches hold text of one domain each, so the differences between scopes
-are upper bounds. An interval is of the seeds (weights, data and domain order together), not of other texts, sizes or
-learning rates."""
+LIMITS = """These are small models, trained for minutes on the packaged text. What holds here need not hold at scale,
+and what is undecided here may be plain there. Micro-batches hold text of one domain each, so the differences between
+scopes are upper bounds. An interval is of the seeds (weights, data and domain order together), not of other texts,
+sizes or learning rates."""
 
 
 def number(value: float, statistic: str) -> str:
