@@ -409,6 +409,49 @@ MUTANTS = [
         "weight = n / n.sum(-1, keepdim=True)",
         "tests/test_metrics.py",
     ),
+    # the lab
+    Mutant(
+        "lab: the largest share of a domain is that of all domains together",
+        "metrics.py",
+        "share.amax((0, -1))",
+        "share.mean(0).amax(-1)",
+        "tests/test_metrics.py -k domain_share",
+    ),
+    Mutant(
+        "lab: the score sum is of the highest scores, not of the chosen experts",
+        "lab/scores.py",
+        "scores.gather(-1, expert_ids)",
+        "scores.topk(expert_ids.shape[-1]).values",
+        "tests/lab/test_evaluate.py -k reference",
+    ),
+    Mutant(
+        "lab: what is forwarded together is dealt to the ranks before it is put together",
+        "lab/batches.py",
+        "together[self.rank :: self.num_ranks]",
+        "batches[self.rank :: self.num_ranks].reshape(-1, *together.shape[1:])",
+        "tests/lab/test_data.py -k any_number_of_ranks",
+    ),
+    Mutant(
+        "lab: offsets outlive the strategy that held them",
+        "lab/switch.py",
+        "router.get_buffer(kind.slot).zero_()",
+        "pass",
+        "tests/lab/test_switch.py -k end_where",
+    ),
+    Mutant(
+        "lab: a schedule begins anew when a strategy takes over",
+        "lab/switch.py",
+        "after.load_state_dict(before |",
+        "after.load_state_dict(after.state_dict() |",
+        "tests/lab/test_switch.py -k acts_the_same",
+    ),
+    Mutant(
+        "lab: a checkpoint after the switch is read with the strategy before it",
+        "lab/train.py",
+        "        if strategy != self.strategy:\n            self.balance.detach()",
+        "        if False:\n            self.balance.detach()",
+        "tests/lab/test_switch.py -k before_at_or_after",
+    ),
     # and ours
     Mutant(
         "a third-party factor reaches the weights",
