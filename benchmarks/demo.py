@@ -80,7 +80,8 @@ def main() -> None:
         if found is None or table(stored) not in found.group(0):
             sys.exit("README.md does not hold the table of benchmarks/results/demo.json: run benchmarks/demo.py FOLDER")
         asked = Compare(out=Path("runs/demo"))
-        options = {name: value for name, value in stored["options"].items() if name in asked.shared()}
+        options = asked.shared()  # one that came later than the result had its default then
+        options |= {name: value for name, value in stored["options"].items() if name in options}
         if options != asked.shared() or [r["strategy"] for r in stored["results"]] != list(asked.strategies):
             sys.exit("benchmarks/results/demo.json is of other defaults than `equipoise compare` has: run it again")
         return
