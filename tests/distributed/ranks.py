@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -40,3 +40,10 @@ def run_on_ranks(num_ranks: int, function: Callable[..., Any], *args: Any) -> li
     with tempfile.TemporaryDirectory() as folder:
         mp.start_processes(_rank, (num_ranks, folder, function, args), nprocs=num_ranks, start_method="forkserver")
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(num_ranks)]
+
+
+def distance(ours: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> float:
+    """Of all gradients together, relative, by norm."""
+    assert ours.keys() == expected.keys()
+    difference = sum(float((ours[name] - expected[name]).double().square().sum()) for name in expected)
+    return (difference / sum(float(value.double().square().sum()) for value in expected.values())) ** 0.5

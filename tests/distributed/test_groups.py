@@ -7,7 +7,7 @@ import pipeline_ranks
 import pytest
 import torch
 from models import K
-from ranks import run_on_ranks
+from ranks import distance, run_on_ranks
 
 pytestmark = pytest.mark.xdist_group("ranks")
 MICRO_BATCHES = {"hybrid_shards": 8, "split_sequences": 4, "tensor_parallel": 4, "expert_parallel": 8}
@@ -24,12 +24,6 @@ def _found(name):
     return [found[name] for found in _on_four_ranks()]
 
 
-def _distance(ours, expected):
-    assert ours.keys() == expected.keys()
-    difference = sum(float((ours[name] - expected[name]).square().sum()) for name in expected)
-    return (difference / sum(float(value.square().sum()) for value in expected.values())) ** 0.5
-
-
 @pytest.mark.parametrize("name", MICRO_BATCHES)
 def test_every_rank_ends_with_the_counts_offsets_and_gradient_of_one_process(name):
     model = groups_ranks.with_dense_layers() if name == "tensor_parallel" else None
@@ -39,7 +33,7 @@ def test_every_rank_ends_with_the_counts_offsets_and_gradient_of_one_process(nam
         assert found["load"] == expected["load"] and found["tokens"] == expected["tokens"]
         for layer, offset in found["offsets"].items():
             assert torch.equal(offset, expected["offsets"][layer])
-        assert _distance(found["gradients"], expected["gradients"]) < 1e-6
+        assert distance(found["gradients"], expected["gradients"]) < 1e-6
 
 
 def test_pooling_ranks_with_the_same_tokens_counts_them_twice():
@@ -58,7 +52,7 @@ def test_stages_of_two_pipelines_pool_with_their_replicas_only():
             tokens = 2 * pipeline_ranks.MICRO_BATCHES * pipeline_ranks.ROWS * pipeline_ranks.LENGTH
             assert int(load.sum()) == K * tokens and torch.equal(load, expected["load"][layer])
             assert torch.equal(found["offsets"][layer], expected["offsets"][layer])
-        assert _distance(found["gradients"], expected["gradients"]) < 1e-6
+        assert distance(found["gradients"], expected["gradients"]) < 1e-6
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 import torch
 from models import K
 from pipeline_ranks import CASES, LENGTH, MICRO_BATCHES, ROWS
-from ranks import run_on_ranks
+from ranks import distance, run_on_ranks
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
@@ -15,12 +15,6 @@ pytestmark = pytest.mark.xdist_group("ranks")
 @cache
 def _on_two_ranks():
     return run_on_ranks(2, pipeline_ranks.everything)
-
-
-def _distance(ours, expected):
-    assert ours.keys() == expected.keys()
-    difference = sum(float((ours[name] - expected[name]).square().sum()) for name in expected)
-    return (difference / sum(float(value.square().sum()) for value in expected.values())) ** 0.5
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
@@ -38,10 +32,10 @@ def test_stages_count_move_and_differentiate_as_one_process(case):
             assert torch.equal(load, expected["load"][name])
             assert torch.equal(found["offsets"][name], expected["offsets"][name])
             assert found["offsets"][name].any()
-        assert _distance(found["gradients"], expected["gradients"]) < 1e-6
+        assert distance(found["gradients"], expected["gradients"]) < 1e-6
 
 
 def test_gpipe_is_exact_and_1f1b_knows_less():
     """With all forwards first every backward knows the whole window; in 1F1B the first ones do not."""
     gpipe, interleaved = (pipeline_ranks.by_hand(case) for case in CASES if case[1:] == (True, False, False))
-    assert _distance(gpipe[1]["gradients"], interleaved[1]["gradients"]) > 1e-4
+    assert distance(gpipe[1]["gradients"], interleaved[1]["gradients"]) > 1e-4

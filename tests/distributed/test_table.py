@@ -11,7 +11,7 @@ from functools import cache
 import pytest
 import table_ranks
 import torch
-from ranks import run_on_ranks
+from ranks import distance, run_on_ranks
 from table_ranks import CELLS, TWENTY
 
 pytestmark = pytest.mark.xdist_group("ranks")
@@ -33,12 +33,6 @@ def _alone(cell, size):
     return table_ranks.run(cell, _attached_alone(cell._replace(wrapper="none", data="")), size, None)
 
 
-def _distance(ours, expected):
-    assert ours.keys() == expected.keys()
-    difference = sum(float((ours[name] - expected[name]).double().square().sum()) for name in expected)
-    return (difference / sum(float(value.double().square().sum()) for value in expected.values())) ** 0.5
-
-
 def _name(cell):
     return "-".join(map(str, cell)) if isinstance(cell, tuple) else str(cell)
 
@@ -51,7 +45,7 @@ def test_ranks_give_what_one_process_gives(size, cell):
         found = found[cell]
         assert found.counts == expected.counts
         assert all(map(torch.equal, found.offsets, expected.offsets))
-        assert _distance(found.gradients, expected.gradients) < 1e-6
+        assert distance(found.gradients, expected.gradients) < 1e-6
 
 
 @pytest.mark.parametrize("size", SIZES)
