@@ -9,7 +9,7 @@ import pytest
 
 from equipoise.errors import EquipoiseError, UsageError
 from equipoise.records import write_json
-from equipoise.reproduce.claim import Job, load_claim, parse_claim
+from equipoise.reproduce.claim import Job, claim_names, load_claim, parse_claim
 from equipoise.reproduce.command import as_json, reproduce, table_rows
 from equipoise.reproduce.config import Reproduce
 from equipoise.reproduce.page import page
@@ -167,6 +167,19 @@ def test_verdicts_are_of_paired_differences(tmp_path, differences, verdict):
         assert first.estimate.n == len(differences)
         assert first.estimate.mean == pytest.approx(sum(differences) / len(differences))
         assert trend.estimate.mean == pytest.approx(-sum(differences) / len(differences))  # from a to b, one doubling
+
+
+def test_a_claim_is_judged_in_the_family_of_all_whichever_is_asked(tmp_path):
+    claims, results = [load_claim(name) for name in claim_names()], Results(tmp_path)
+    for seed, difference in enumerate((0.1, 0.3, 0.2)):
+        for arm, more in (("micro", 0.0), ("global", difference), ("loss-free", 0.0)):
+            _store(results, claims[1].job(arm, seed), 5.0)
+            stored = results.get(claims[1].job(arm, seed))
+            stored["result"] = {"domain_information_bits": 1.0 + more}
+            write_json(tmp_path / f"{key_of(claims[1].job(arm, seed))}.json", stored)
+    (first, *_) = reproduce(Reproduce(claims[1].name, budget=0, results=tmp_path), Quiet())
+    assert first.judgement.p_adjusted == pytest.approx(first.judgement.p * len(claims))
+    assert first.judgement.p < 0.1
 
 
 def test_a_seed_that_only_one_arm_has_is_left_out(tmp_path):

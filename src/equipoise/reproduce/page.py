@@ -68,7 +68,7 @@ def page(claims: Sequence[Claim], found: Sequence[Finding], results: Results) ->
         if claim.note:
             lines += [claim.note, ""]
         lines += ["| comparison | claimed | means of the arms | here | verdict |", "|---|---|---|---|---|"]
-        for finding in (each for each in found if each.claim is claim):
+        for finding in (each for each in found if each.claim.name == claim.name):
             comparison = finding.comparison
             means = ", ".join(f"{arm} {number(mean, comparison.statistic)}" for arm, mean in finding.means.items())
             lines.append(f"| {comparison} | {comparison.claim} | {means} | {says(finding)} | {_verdict(finding)} |")
