@@ -244,17 +244,16 @@ class Balance:
         self._recorder.measuring, self._recorder.measured = True, None
         load: dict[str, Tensor] = {}
         try:
-            with self._context.aside():
-                yield load
+            try:
+                with self._context.aside():
+                    yield load
+            except Exception:
+                with suppress(RuntimeError):  # the others may be gone
+                    self._window.exchange.fail(self._device())
+                raise
             vector = self._layout.zeros(self._device()) if self._recorder.measured is None else self._recorder.measured
             self._window.exchange.measure(vector)
             load.update(self._by_name(vector))
-        except EquipoiseError:  # every rank has it, or is told by whoever has
-            raise
-        except Exception:
-            with suppress(RuntimeError):  # the others may be gone
-                self._window.exchange.fail(self._device())
-            raise
         finally:
             self._recorder.measuring, self._recorder.measured = False, None
 

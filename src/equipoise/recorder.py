@@ -106,14 +106,16 @@ class Recorder:
         if self.num_losses == 0 or self.loss_scale is not None:
             self._split_by_forward(layer)
         micro_batch = window.micro_batch(expert_ids.device)
+        if not window.calls:  # once a window: what statistics count is told apart by the offset
+            for each in self.groups:
+                if each.has_statistics:
+                    self.adopt_writes(each)
         self.layout.count(micro_batch.vector, layer, expert_ids, mask)
         segments, num_sequences = None, 0
         if self.needs_sequences:
             segments, num_sequences = number_sequences(sequence_ids, rows, num_tokens, expert_ids.device)
         call = Call(layer, micro_batch, mask, segments, num_sequences, num_tokens if mask is None else mask.sum())
         group, row = self.group_of[layer]
-        if group.has_statistics and micro_batch is window.micro_batches[0] and len(micro_batch.calls[layer]) == 0:
-            self.adopt_writes(group)  # what is counted is told apart by the offset
         if self.num_losses or group.has_statistics:
             routing = self._routing(layer, call, logits, expert_ids, weights)
             for index, balancer in enumerate(group.balancers):

@@ -125,8 +125,9 @@ def test_an_evaluation_on_one_rank_only_is_found_out_on_both(strategy):
         assert "1 of 2 ranks are at the end of measuring(), the others in a step" in said
 
 
-def test_an_evaluation_that_raises_on_one_rank_raises_on_both_and_leaves_nothing_behind():
-    first, second = _found("evaluation")
+@pytest.mark.parametrize("error", ["ArithmeticError", "EquipoiseError"])
+def test_an_evaluation_that_raises_on_one_rank_raises_on_both_and_leaves_nothing_behind(error):
+    first, second = _found(("evaluation", error))
     assert "measuring() must end on every rank" in first[0] and second[0] == "no evaluation"
     assert first[1] == second[1] == 2 * 16
 

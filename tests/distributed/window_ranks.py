@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from models import VOCAB, family, tiny_lm
+from models import family, tiny_lm
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import distribute_module, distribute_tensor
@@ -96,7 +96,7 @@ def measured_alone(rank: int, strategy: str) -> Any:
     return "stepped"
 
 
-def evaluation_that_raises(rank: int) -> list[Any]:
+def evaluation_that_raises(rank: int, error_of: type[Exception]) -> list[Any]:
     """On rank 1, which catches it; then a window."""
     model = tiny_lm()
     balance = equipoise.attach(model, "loss-free")
@@ -105,7 +105,7 @@ def evaluation_that_raises(rank: int) -> list[Any]:
         with balance.measuring():
             model(_ids(rank))
             if rank == 1:
-                raise ArithmeticError("no evaluation")
+                raise error_of("no evaluation")
     except (ArithmeticError, EquipoiseError) as error:
         found.append(str(error))
     model(_ids(rank)).backward()
@@ -354,7 +354,8 @@ def everything(rank: int) -> dict[Any, Any]:
         found["measured alone", strategy] = said(measured_alone, rank, strategy)
     for strategy in ("loss-free", "lbl", "quantile"):
         found["goes on", strategy] = after_a_window_that_failed(rank, strategy)
-    found["evaluation"] = evaluation_that_raises(rank)
+    for error_of in (ArithmeticError, EquipoiseError):
+        found["evaluation", error_of.__name__] = evaluation_that_raises(rank, error_of)
     found["early"] = attached_too_early(rank)
     found["groups"] = groups_that_come_and_go(rank)
     found["one loads"] = loaded_on_one_rank(rank)
@@ -365,6 +366,3 @@ def everything(rank: int) -> dict[Any, Any]:
     found["start"], found["others"] = said(_unequal_start, rank), _of_others(rank)
     found["never"] = a_rank_that_never_comes(rank)
     return found
-
-
-assert VOCAB >= 16
