@@ -140,10 +140,11 @@ class RunFolder:
     def sync(self) -> None:
         self.records.sync()
 
-    def finish(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Writes the result of the run, whose last evaluation ``row`` is, and returns it."""
+    def finish(self, selection: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
+        """Writes the result of the run, whose last evaluations these are on the selection and the test text, and
+        returns it. ``train_nats`` and ``maxvio_batch`` are means over the last tenth of the steps."""
         config, records = self.config, self.records
-        last = [step["maxvio_batch"] for step in records.rows("steps")][-max(1, config.steps // 10) :]
+        last = list(records.rows("steps"))[-max(1, config.steps // 10) :]
         result = {
             "strategy": config.label,
             "seed": config.seed,
@@ -151,11 +152,14 @@ class RunFolder:
             "tokens": config.steps * self.tokens_per_step,
             **{name: row[name] for name in ("val_nats", "val_perplexity", "val_bits_per_byte", "maxvio_global")},
             "maxvio_floor": row["maxvio_floor"],
-            "maxvio_batch": sum(last) / len(last),
+            "maxvio_batch": sum(step["maxvio_batch"] for step in last) / len(last),
             **{
                 name: row[name]
                 for name in ("domain_information_bits", "max_domain_share", "topk_score_sum", "dead_experts")
             },
+            "train_nats": sum(step["loss"] for step in last) / len(last),
+            "selection_nats": selection["val_nats"],
+            "selection_maxvio": selection["maxvio_global"],
             "tokens_per_second": self.tokens_per_step / statistics.median(self.seconds),
             "domains": {
                 name: {"nats": domain["nats"], "bits_per_byte": domain["bits_per_byte"]}

@@ -354,8 +354,9 @@ class _Training:
 
     def _finish(self) -> dict[str, Any]:
         config, ranks = self.config, self.ranks
-        self.watcher.say("evaluating on the test text")
-        row = self._evaluate("test")
+        self.watcher.say("evaluating on the selection text and on the test text")
+        selection, row = self._evaluate("selection"), self._evaluate("test")
+        ranks.first(self.folder.evaluation, config.steps, selection)
         ranks.first(self.folder.evaluation, config.steps, row)
         if config.save_model:
             note = checkpoint.save_model(
@@ -363,6 +364,6 @@ class _Training:
             )
             if note:
                 self.watcher.say(note)
-        result = ranks.first(self.folder.finish, row)
+        result = ranks.first(self.folder.finish, selection, row)
         self.watcher.end()
         return result
