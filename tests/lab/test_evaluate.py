@@ -91,7 +91,7 @@ def test_evaluations_hold_scores_and_shares_by_domain_and_layer(tiny, silent, ar
     config = tiny(arch=arch, layers=2, steps=2, evaluate_every=1, save_model=False)
     result = train(config, silent())
     rows = _rows(config.out, "evaluations")
-    assert len(rows) == 2
+    assert len(rows) == 3  # after step 1 and the last on the selection text, then on the test text
     for row in rows:
         sums = [value for domain in row["domains"].values() for value in domain["topk_score_sum"]]
         assert len(sums) == 3 * 2

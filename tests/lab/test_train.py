@@ -22,7 +22,8 @@ from equipoise.records import Run
 
 KEYS = [
     "strategy", "seed", "steps", "tokens", "val_nats", "val_perplexity", "val_bits_per_byte", "maxvio_global",
-    "maxvio_batch", "domain_information_bits", "dead_experts", "tokens_per_second", "domains",
+    "maxvio_batch", "maxvio_micro", "domain_information_bits", "dead_experts", "tokens_per_second", "domains",
+    "train_nats", "selection_nats", "selection_maxvio",
 ]  # fmt: skip
 
 
@@ -47,8 +48,17 @@ def test_train_writes_a_whole_run_folder(tiny, silent):
     assert steps[-1]["loss"] < steps[0]["loss"]
     assert result["tokens"] == 12 * 96
     assert result["maxvio_batch"] == steps[-1]["maxvio_batch"]  # a tenth of 12 steps is one
+    assert result["maxvio_micro"] == steps[-1]["maxvio_micro"] > result["maxvio_batch"]
+    assert result["train_nats"] == steps[-1]["loss"]
     evaluations = list(run.rows("evaluations"))
-    assert [(row["step"], row["split"]) for row in evaluations] == [(5, "selection"), (10, "selection"), (12, "test")]
+    assert [(row["step"], row["split"]) for row in evaluations] == [
+        (5, "selection"),
+        (10, "selection"),
+        (12, "selection"),
+        (12, "test"),
+    ]
+    assert result["selection_nats"] == evaluations[2]["val_nats"] != result["val_nats"] == evaluations[3]["val_nats"]
+    assert result["selection_maxvio"] == evaluations[2]["maxvio_global"]
     assert len(watcher.rows) == 12
     assert not (config.out / "checkpoints").exists()
     assert run.config["layers"] == ["model.layers.0.mlp.gate"]

@@ -68,7 +68,10 @@ def test_what_a_comparison_is_called():
         ({"arms": {"a": {}, "b": {"strategy": "none"}}}, "arm a must have a strategy"),
         ({"primary": {**GOOD["primary"], "of": "c"}}, "must be of its arms a, b: got 'c'"),
         ({"primary": {**GOOD["primary"], "claim": "better"}}, "claim must be lower, higher or equal: got 'better'"),
-        ({"primary": {**GOOD["primary"], "claim": "equal"}}, "margin must be there"),
+        (
+            {"primary": {**GOOD["primary"], "claim": "equal", "statistic": "maxvio_global"}},
+            "maxvio_global, a − b must have a margin: only val_nats",
+        ),
         ({"primary": {**GOOD["primary"], "margin": 1}}, "margin is nothing that a claim has"),
         ({"colour": "red"}, "colour is nothing that a claim has"),
     ],

@@ -142,7 +142,7 @@ class RunFolder:
 
     def finish(self, selection: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
         """Writes the result of the run, whose last evaluations these are on the selection and the test text, and
-        returns it. ``train_nats`` and ``maxvio_batch`` are means over the last tenth of the steps."""
+        returns it. ``train_nats``, ``maxvio_batch`` and ``maxvio_micro`` are means over the last tenth of the steps."""
         config, records = self.config, self.records
         last = list(records.rows("steps"))[-max(1, config.steps // 10) :]
         result = {
@@ -152,7 +152,7 @@ class RunFolder:
             "tokens": config.steps * self.tokens_per_step,
             **{name: row[name] for name in ("val_nats", "val_perplexity", "val_bits_per_byte", "maxvio_global")},
             "maxvio_floor": row["maxvio_floor"],
-            "maxvio_batch": sum(step["maxvio_batch"] for step in last) / len(last),
+            **{name: sum(step[name] for step in last) / len(last) for name in ("maxvio_batch", "maxvio_micro")},
             **{
                 name: row[name]
                 for name in ("domain_information_bits", "max_domain_share", "topk_score_sum", "dead_experts")

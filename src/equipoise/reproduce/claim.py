@@ -7,43 +7,50 @@ A claim is a TOML file in ``claims/``:
     paper = "..."                  what is reported there
     size = "small" | "standard"    see ``sizes.toml``: everything that all arms of all claims have in common
     seeds = 8                      0, 1, ..., paired between arms
+    note = "..."                   what a reader must know besides
+
+    first_seed = 0                 of the seeds, if they are not 0, 1, ...
 
     [arms.NAME]                    options of ``equipoise train`` that this arm has besides those of its size
-    strategy = "..."
+    strategy = "..."               "{NAME}" in it is the coefficient or rate chosen on a frontier, see ``frontier.py``,
+                                   "{NAME/100}" a hundredth of it
 
     [primary]                      the one comparison that decides; [[also]] are further ones, for information
-    statistic = "val_nats"         a key of a run's result.json
+    statistic = "val_nats"         a key of a run's result.json, or a difference of two, "val_nats - train_nats"
     of = "NAME"                    the difference is of this arm
     against = "NAME"               to that one
     claim = "lower" | "higher" | "equal"
-    margin = 0.01                  of "equal" only: how much of a difference is none
+    margin = 0.01                  of "equal" only: how much of a difference is none; without it, of a loss, a third of
+                                   what claim 1-scope finds between its arms
 
 A trend has ``over = {NAME = 1, NAME = 2, ...}`` in place of ``of`` and ``against``: by seed, the slope of the statistic
 over log2 of these numbers.
 """
 
+import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from typing import Any
 
 from equipoise.errors import EquipoiseError, UsageError
 
-__all__ = ["SIZES", "Claim", "Comparison", "Job", "claim_names", "load_claim"]
+__all__ = ["SIZES", "Claim", "Comparison", "Job", "claim_names", "job_of", "load_claim", "parse_claim", "read_toml"]
 
 _FOLDER = files("equipoise.reproduce") / "claims"
+_CHOSEN = re.compile(r"\{([\w-]+)(?:/(\d+))?\}")
 
 
-def _read(file: Traversable) -> dict[str, Any]:
+def read_toml(file: Traversable) -> dict[str, Any]:
     try:
         return tomllib.loads(file.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
         raise EquipoiseError(f"{file} must be TOML: {error}. Restore the file.") from None
 
 
-SIZES: dict[str, dict[str, Any]] = _read(_FOLDER / "sizes.toml")
+SIZES: dict[str, dict[str, Any]] = read_toml(files("equipoise.reproduce") / "sizes.toml")
 
 
 @dataclass(frozen=True)
@@ -100,32 +107,61 @@ class Claim:
     primary: Comparison
     also: tuple[Comparison, ...] = ()
     note: str = ""
+    first_seed: int = 0
+
+    @property
+    def frontiers(self) -> list[str]:
+        """The frontiers on which a coefficient or rate of its arms has yet to be chosen, each once."""
+        options = (str(value) for arm in self.arms.values() for value in arm.values())
+        return list(dict.fromkeys(name for option in options for name, _ in _CHOSEN.findall(option)))
+
+    def with_values(self, chosen: Mapping[str, str | None]) -> "Claim":
+        """The claim with what was chosen in place; what was not stays open."""
+
+        def value(match: re.Match[str]) -> str:
+            name, divisor = match.groups()
+            there = chosen.get(name)
+            return match[0] if there is None else there if divisor is None else f"{float(there) / int(divisor):g}"
+
+        def option(given: Any) -> Any:
+            return _CHOSEN.sub(value, given) if isinstance(given, str) else given
+
+        arms = {name: {key: option(given) for key, given in arm.items()} for name, arm in self.arms.items()}
+        return replace(self, arms=arms)
+
+    @property
+    def all_seeds(self) -> range:
+        return range(self.first_seed, self.first_seed + self.seeds)
 
     def job(self, arm: str, seed: int) -> Job:
-        options = {**SIZES[self.size], **self.arms[arm], "seed": seed}
-        return Job(tuple(sorted(options.items())))
+        return job_of(self.size, self.arms[arm], seed)
 
     def jobs(self) -> list[Job]:
-        """All of them, a seed's before the next one's, so that what is there is always paired."""
-        return [self.job(arm, seed) for seed in range(self.seeds) for arm in self.arms]
+        """All of them, a seed's before the next one's, so that what is there is always paired; none while a value of
+        one of its arms is open."""
+        return [] if self.frontiers else [self.job(arm, seed) for seed in self.all_seeds for arm in self.arms]
+
+
+def job_of(size: str, arm: Mapping[str, Any], seed: int) -> Job:
+    return Job(tuple(sorted({**SIZES[size], **arm, "seed": seed}.items())))
 
 
 def claim_names() -> list[str]:
     """The claims, main ones first."""
     names = (file.name for file in _FOLDER.iterdir())
-    return sorted(name.removesuffix(".toml") for name in names if name.endswith(".toml") and name != "sizes.toml")
+    return sorted(name.removesuffix(".toml") for name in names if name.endswith(".toml"))
 
 
 def load_claim(name: str) -> Claim:
     if name not in claim_names():
         raise UsageError(f"CLAIM must be all or one of {', '.join(claim_names())}: got {name!r}.")
-    return parse_claim(name, _read(_FOLDER / f"{name}.toml"))
+    return parse_claim(name, read_toml(_FOLDER / f"{name}.toml"))
 
 
 def parse_claim(name: str, content: Mapping[str, Any]) -> Claim:
     """The claim that a file's content says; an error names what is missing or cannot be."""
     wanted = {"title", "source", "paper", "size", "seeds", "arms", "primary"}
-    _keys(name, content, wanted, wanted | {"also", "note"})
+    _keys(name, content, wanted, wanted | {"also", "note", "first_seed"})
     if content["size"] not in SIZES:
         raise EquipoiseError(f"claim {name}: size must be one of {', '.join(SIZES)}: got {content['size']!r}.")
     if not isinstance(content["seeds"], int) or content["seeds"] < 2:
@@ -144,16 +180,19 @@ def parse_claim(name: str, content: Mapping[str, Any]) -> Claim:
         primary=_comparison(name, content["primary"], content["arms"]),
         also=tuple(_comparison(name, each, content["arms"]) for each in content.get("also", ())),
         note=content.get("note", ""),
+        first_seed=content.get("first_seed", 0),
     )
 
 
 def _comparison(name: str, content: Mapping[str, Any], arms: Mapping[str, Any]) -> Comparison:
     ends = {"over"} if "over" in content else {"of", "against"}
     margin = {"margin"} if content.get("claim") == "equal" else set()
-    _keys(name, content, {"statistic", "claim"} | ends | margin, {"statistic", "claim"} | ends | margin)
+    _keys(name, content, {"statistic", "claim"} | ends, {"statistic", "claim"} | ends | margin)
     found = Comparison(**content)
     if found.claim not in ("lower", "higher", "equal"):
         raise EquipoiseError(f"claim {name}: claim must be lower, higher or equal: got {found.claim!r}.")
+    if found.claim == "equal" and found.margin is None and found.statistic != "val_nats":
+        raise EquipoiseError(f"claim {name}: {found} must have a margin: only val_nats has one by default.")
     for arm in found.arms:
         if arm not in arms:
             raise EquipoiseError(f"claim {name}: {found} must be of its arms {', '.join(arms)}: got {arm!r}.")

@@ -1,11 +1,14 @@
 """The command: runs what is missing within a budget, then says what the runs say."""
 
 import os
+import time
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from equipoise.records import finite
-from equipoise.reproduce.claim import claim_names, load_claim
+from equipoise.reproduce.claim import Claim, Job, claim_names, load_claim
 from equipoise.reproduce.config import Reproduce
+from equipoise.reproduce.frontier import FRONTIERS
 from equipoise.reproduce.page import number, page, says, write
 from equipoise.reproduce.runs import Progress, Results, execute
 from equipoise.reproduce.verdict import Finding, findings
@@ -17,27 +20,46 @@ def reproduce(asked: Reproduce, progress: Progress) -> list[Finding]:
     """Gets the runs of the claims done, as far as the budget goes, and returns what they say, primary ones first in
     each claim."""
     asked.check()
-    claims = [load_claim(name) for name in (claim_names() if asked.claim == "all" else [asked.claim])]
+    names = claim_names() if asked.claim == "all" else [asked.claim]
     results = Results(asked.results)
-    jobs = [job for claim in claims for job in claim.jobs()]
     if asked.budget != 0:
-        whole = execute(
-            jobs,
-            results,
-            asked.out,
-            progress,
-            workers=asked.workers or os.cpu_count() or 1,
-            minutes=asked.budget,
-        )
-        if not whole:
-            progress.say(
-                f"{len(results.missing(jobs))} of {len(set(jobs))} runs are left; the same command goes on with them"
-            )
-    everything = [load_claim(name) for name in claim_names()]  # the family of verdicts is all claims, whoever is asked
-    found = [finding for finding in findings(everything, results) if finding.claim.name in {c.name for c in claims}]
+        _run([load_claim(name) for name in names], asked.claim == "all", results, asked, progress)
+    chosen = {name: frontier.chosen(results) for name, frontier in FRONTIERS.items()}
+    everything = [load_claim(name).with_values(chosen) for name in claim_names()]  # whoever is asked, the family is all
+    found = [finding for finding in findings(everything, results) if finding.claim.name in names]
     if asked.page is not None:
-        write(asked.page, page(claims, found, results))
+        write(asked.page, page(everything, found, results))
     return found
+
+
+def _run(claims: Sequence[Claim], is_all: bool, results: Results, asked: Reproduce, progress: Progress) -> None:
+    """Claim by claim: first the frontiers that its arms take values from, as long as they grow; then its runs. With all
+    claims the remaining frontiers too, last."""
+    began = time.monotonic()
+    workers = asked.workers or os.cpu_count() or 1
+
+    def done(jobs: Sequence[Job]) -> bool:
+        left = None if asked.budget is None else max(0.0, asked.budget - (time.monotonic() - began) / 60)
+        return not results.missing(jobs) or execute(jobs, results, asked.out, progress, workers=workers, minutes=left)
+
+    def explored(names: Iterable[str]) -> bool:
+        while results.missing(jobs := [job for name in names for job in FRONTIERS[name].jobs(results)]):
+            if not done(jobs):
+                return False
+        return True
+
+    left = []
+    for claim in claims:
+        progress.say(f"{claim.name}: {claim.title}")
+        chosen = {}
+        if explored(claim.frontiers):
+            chosen = {name: FRONTIERS[name].chosen(results) for name in claim.frontiers}
+        if not (claim := claim.with_values(chosen)).jobs() or not done(claim.jobs()):
+            left.append(claim.name)
+    if is_all and not explored(FRONTIERS):
+        left.append("frontiers")
+    if left:
+        progress.say(f"runs are left of {', '.join(left)}; the same command goes on with them")
 
 
 def as_json(found: list[Finding]) -> list[dict[str, Any]]:
@@ -50,6 +72,7 @@ def as_json(found: list[Finding]) -> list[dict[str, Any]]:
                 "comparison": str(finding.comparison),
                 "primary": finding.is_primary,
                 "claimed": finding.comparison.claim,
+                "margin": finding.margin,
                 "means": dict(finding.means),
                 "seeds": 0 if estimate is None else estimate.n,
                 "mean": None if estimate is None else estimate.mean,

@@ -1,7 +1,7 @@
 """results of runs -> what they say of each claim. Imports no torch."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from equipoise.analysis import (
@@ -18,25 +18,24 @@ from equipoise.analysis import (
 from equipoise.reproduce.claim import Claim, Comparison
 from equipoise.reproduce.runs import Results
 
-__all__ = ["Finding", "findings"]
+__all__ = ["MARGIN_OF", "Finding", "findings"]
 
 LEVEL = 0.95
+MARGIN_OF = "1-scope"  # the claim whose difference, divided by three, counts as none elsewhere
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One comparison of a claim and what the runs that are there say of it; ``judgement`` is None without any."""
+    """One comparison of a claim and what the runs that are there say of it; None where there are none."""
 
     claim: Claim
     comparison: Comparison
     is_primary: bool
-    means: Mapping[str, float]  # of each arm, over the seeds that all of them have
-    judgement: Judgement | None
-    seeds_needed: int | None  # to support it with 80 % power, by what is seen; None where it points the other way
-
-    @property
-    def estimate(self) -> Estimate | None:
-        return None if self.judgement is None else self.judgement.estimate
+    means: Mapping[str, float] = field(default_factory=dict)  # of each arm, over the seeds that all of them have
+    estimate: Estimate | None = None
+    margin: float | None = None  # of a claim of equality, if it is known
+    judgement: Judgement | None = None
+    seeds_needed: int | None = None  # to support it with 80 % power, by what is seen; None: it points the other way
 
     @property
     def verdict(self) -> str:
@@ -45,44 +44,65 @@ class Finding:
 
 def findings(claims: Sequence[Claim], results: Results) -> list[Finding]:
     """The primary comparison of each claim, then its others. Primary verdicts are those of their family (Holm)."""
-    primary = {claim.name: _finding(claim, claim.primary, True, results, len(claims)) for claim in claims}
-    nothing = {claim.name: judge(estimate([0.0]), _hypothesis(claim.primary)) for claim in claims}  # not run yet
-    family = judge_family({name: finding.judgement or nothing[name] for name, finding in primary.items()})
+    margin = _default_margin(claims, results)
+    primary = {claim.name: _finding(claim, claim.primary, results, margin, True, len(claims)) for claim in claims}
+    nothing = judge(estimate([0.0]), Hypothesis("lower"))  # not run yet, or without a margin yet
+    family = judge_family({name: finding.judgement or nothing for name, finding in primary.items()})
     found = []
     for claim in claims:
         first = primary[claim.name]
-        judgement = None if first.judgement is None else family[claim.name]
-        found.append(Finding(claim, first.comparison, True, first.means, judgement, first.seeds_needed))
-        found += [_finding(claim, comparison, False, results) for comparison in claim.also]
+        found.append(first if first.judgement is None else replace(first, judgement=family[claim.name]))
+        found += [_finding(claim, comparison, results, margin) for comparison in claim.also]
     return found
 
 
-def _finding(claim: Claim, comparison: Comparison, is_primary: bool, results: Results, family: int = 1) -> Finding:
+def _default_margin(claims: Sequence[Claim], results: Results) -> float | None:
+    """A third of what the claim ``MARGIN_OF`` finds in its own direction; None where it finds nothing."""
+    for claim in claims:
+        if claim.name == MARGIN_OF:
+            seen = _finding(claim, claim.primary, results, None).estimate
+            if seen is not None and seen.n > 1 and seen.mean < 0:
+                return -seen.mean / 3
+    return None
+
+
+def _finding(
+    claim: Claim,
+    comparison: Comparison,
+    results: Results,
+    margin: float | None,
+    is_primary: bool = False,
+    family: int = 1,
+) -> Finding:
     values = {arm: _values(claim, arm, comparison.statistic, results) for arm in comparison.arms}
     seeds = set.intersection(*(set(by_seed) for by_seed in values.values()))
     paired = {arm: {seed: by_seed[seed] for seed in sorted(seeds)} for arm, by_seed in values.items()}
-    means = {arm: sum(by_seed.values()) / len(by_seed) for arm, by_seed in paired.items()} if seeds else {}
+    margin = (comparison.margin or margin) if comparison.claim == "equal" else None
+    found = Finding(claim, comparison, is_primary, margin=margin)
     if not seeds:
-        return Finding(claim, comparison, is_primary, means, None, None)
+        return found
+    means = {arm: sum(by_seed.values()) / len(by_seed) for arm, by_seed in paired.items()}
     if comparison.over:
         seen = trend({factor: paired[arm] for arm, factor in comparison.over.items()}, level=LEVEL)
     else:
         seen = paired_differences(paired[comparison.of], paired[comparison.against], level=LEVEL)
-    hypothesis = _hypothesis(comparison)
+    found = replace(found, means=means, estimate=seen)
+    if comparison.claim == "equal" and margin is None:
+        return found
+    hypothesis = Hypothesis(comparison.claim, margin)  # type: ignore[arg-type]
     needed = None
     if seen.n > 1:  # at the level of the first step of Holm
         needed = seeds_needed(hypothesis, seen.mean, seen.sd, level=1 - (1 - LEVEL) / family)
-    return Finding(claim, comparison, is_primary, means, judge(seen, hypothesis), needed)
-
-
-def _hypothesis(comparison: Comparison) -> Hypothesis:
-    return Hypothesis(comparison.claim, comparison.margin)  # type: ignore[arg-type]
+    return replace(found, judgement=judge(seen, hypothesis), seeds_needed=needed)
 
 
 def _values(claim: Claim, arm: str, statistic: str, results: Results) -> dict[int, float]:
-    found: dict[int, Any] = {}
-    for seed in range(claim.seeds):
-        stored = results.get(claim.job(arm, seed))
-        if stored is not None and stored["result"].get(statistic) is not None:
-            found[seed] = stored["result"][statistic]
+    """By seed, the statistic of the runs of ``arm`` that are there and have it."""
+    names = statistic.split(" - ")
+    found: dict[int, float] = {}
+    for seed in claim.all_seeds:
+        result: dict[str, Any] = (results.get(claim.job(arm, seed)) or {}).get("result", {})
+        values = [result[name] for name in names if result.get(name) is not None]
+        if len(values) == len(names):
+            found[seed] = values[0] - sum(values[1:])
     return found
