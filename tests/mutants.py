@@ -36,6 +36,7 @@ RULES, MECHANISMS, FAMILIES = (
     "tests/taps/test_families.py",
 )
 QUANTILE = "tests/balancers/test_quantile.py"
+SELECTION, COMPARED = "tests/lab/test_selection.py", "tests/lab/test_balancers.py"
 ESTIMATES, VERDICTS, POWER = (f"tests/analysis/test_{name}.py" for name in ("statistics", "verdicts", "power"))
 
 MUTANTS = [
@@ -558,6 +559,84 @@ MUTANTS = [
         'self._layout.load(self._recorder.last, index).copy_(state["load"][layer.name])',
         "pass",
         f"{STATE} -k one_process",
+    ),
+    # the lab's selections
+    Mutant(
+        "selection: experts take what suits them least",
+        "lab/selection.py",
+        "places = by_expert.topk(capacity, dim=-1).indices",
+        "places = by_expert.topk(capacity, dim=-1, largest=False).indices",
+        f"{SELECTION} -k 'hand or reference'",
+    ),
+    Mutant(
+        "selection: chunks forget where they begin",
+        "lab/selection.py",
+        "order[(places + begins).reshape(-1)]",
+        "order[places.reshape(-1)]",
+        f"{SELECTION} -k 'hand or reference'",
+    ),
+    Mutant(
+        "selection: shuffled scores are given to the tokens in order",
+        "lab/selection.py",
+        "return order[(places + begins).reshape(-1)], experts",
+        "return (places + begins).reshape(-1), experts",
+        f"{SELECTION} -k reference",
+    ),
+    Mutant(
+        "selection: weights are not shared out among a token's experts",
+        "lab/selection.py",
+        "return kept / kept.sum(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)",
+        "return kept",
+        f"{SELECTION} -k weighted_sum",
+    ),
+    Mutant(
+        "selection: the experts compute the tokens in order",
+        "lab/selection.py",
+        "layer.token_ids = choice.token_ids",
+        "layer.token_ids = None",
+        f"{SELECTION} -k weighted_sum",
+    ),
+    Mutant(
+        "selection: an evaluation leaks",
+        "lab/selection.py",
+        "not (self.training or layer.selection.in_evaluation)",
+        "False",
+        f"{SELECTION} -k 'later or plain'",
+    ),
+    Mutant(
+        "selection: it acts while a router is proven",
+        "lab/selection.py",
+        "        self.input_ids = None\n\n\nclass _Layer",
+        "        pass\n\n\nclass _Layer",
+        f"{SELECTION} -k 'by_itself'",
+    ),
+    Mutant(
+        "selection: one hash for all layers",
+        "lab/selection.py",
+        "generator=_generator(layer)",
+        "generator=_generator(0)",
+        f"{SELECTION} -k hash_is",
+    ),
+    Mutant(
+        "selection: Sinkhorn's columns sum to 1",
+        "lab/selection.py",
+        "columns = num_tokens / num_experts / (rows @ matrix)",
+        "columns = 1 / (rows @ matrix)",
+        f"{SELECTION} -k sinkhorn_is",
+    ),
+    Mutant(
+        "selection: an offset that no choice obeys is accepted",
+        "lab/selection.py",
+        "if not all(isinstance(balancer, ZLoss) for",
+        "if not any(isinstance(balancer, ZLoss) for",
+        f"{SELECTION} -k refused",
+    ),
+    Mutant(
+        "selection: the softmax gate begins with weights of its own",
+        "lab/models.py",
+        "        router.weight = old.weight\n",
+        "",
+        f"{SELECTION} -k seed_differ",
     ),
     # analysis
     Mutant(

@@ -32,7 +32,7 @@ ALLOWED |= {
     "records": {"errors"},
     "analysis": {"errors", "records"},
     "report": {"errors", "records"},
-    "lab": {"equipoise", *CORE, "records", "report"},
+    "lab": {"equipoise", *CORE, "nn", "records", "report"},
     "reproduce": {"errors", "records", "analysis"},
     "cli": {"equipoise", *CORE, "records", "report", "lab", "reproduce"},
     "__init__": {*CORE, "nn", "testing"},  # lazily, by name

@@ -8,9 +8,11 @@ from typing import Any, Literal
 
 from equipoise.errors import UsageError
 
-__all__ = ["ARCHITECTURES", "Compare", "Train"]
+__all__ = ["ARCHITECTURES", "TOP_K", "Compare", "Train"]
 
+TOP_K = "top-k"  # the selection that models have by themselves
 ARCHITECTURES = ("glm4_moe", "qwen3_moe", "olmoe", "mixtral", "deepseek_v3")
+GATES = dict.fromkeys(ARCHITECTURES, "softmax") | {"glm4_moe": "sigmoid", "deepseek_v3": "sigmoid"}
 Architecture = Literal["glm4_moe", "qwen3_moe", "olmoe", "mixtral", "deepseek_v3"]
 
 
@@ -29,6 +31,10 @@ class _Run:
     qk_norm: bool = False
     """Norms on the queries and keys of glm4_moe's attention: a lower loss, and seeds differ less.
     qwen3_moe and olmoe always have them; mixtral and deepseek_v3 never."""
+
+    gate: Literal["auto", "softmax", "sigmoid"] = "auto"
+    """Gate of the routers of glm4_moe, whose own is sigmoid: softmax starts from the same weights.
+    auto: that of the architecture. No saved model routes by softmax: it needs --no-save-model."""
 
     model: Path | None = None
     """Folder of a Transformers model to train instead of --arch: its weights if it has any, else its config.
@@ -80,6 +86,12 @@ class _Run:
 
     shuffled: bool = False
     """Mix domains in every micro-batch. By default each holds one domain: an upper bound of what scope does."""
+
+    selection: str = TOP_K
+    """How glm4_moe's routers choose, for comparison. Other than top-k only with the strategies none and z.
+    expert-choice[:chunk=TOKENS][,shuffled=true]: experts choose tokens; evaluated as top-k.
+    sinkhorn[:iterations=20]: top-k of balanced scores; evaluated as top-k.
+    hash: a fixed random function of the token; needs --no-save-model."""
 
     then: str | None = None
     """Another strategy, which takes over after step --switch-at. Offsets go on where both hold some;
@@ -172,6 +184,7 @@ class _Run:
             )
         if self.qk_norm and (self.model is not None or self.arch != "glm4_moe"):
             raise UsageError(f"--qk-norm must go with --arch glm4_moe: got {self._why_no_qk_norm()} Leave it out.")
+        self._check_gate()
         if self.model is not None and not (self.model / "config.json").is_file():
             raise UsageError(f"--model must be a folder with a config.json: {self.model} is not.")
 
@@ -184,6 +197,27 @@ class _Run:
             return "--model, whose own config says it."
         always = self.arch in ("qwen3_moe", "olmoe")
         return f"{self.arch}, which {'always has these norms' if always else 'has no such norms'}."
+
+    def _check_gate(self) -> None:
+        if self.gate == "auto":
+            return
+        if self.model is not None or (self.arch != "glm4_moe" and self.gate != GATES[self.arch]):
+            raise UsageError(
+                f"--gate {self.gate} must go with --arch glm4_moe: got "
+                f"{self.arch if self.model is None else '--model'}, whose gate is its own. Leave one of them out."
+            )
+        if self.gate == GATES[self.arch]:
+            return
+        if self.save_model:
+            raise UsageError(
+                f"--gate {self.gate} must go with --no-save-model: plain Transformers would route the saved model by "
+                f"the {GATES[self.arch]} gate of {self.arch}."
+            )
+        if self.experts_per_token == 1:
+            raise UsageError(
+                f"--gate {self.gate} must have at least two experts a token: got --experts-per-token 1, whose weight "
+                "is the constant 1, so that the router would learn nothing."
+            )
 
     def shared(self) -> dict[str, Any]:
         """The options that decide the numbers of a run, as JSON can hold them."""
@@ -207,8 +241,15 @@ class Train(_Run):
 
     @property
     def label(self) -> str:
-        """What the run is called: its strategy, and the one that takes over."""
-        return self.strategy if self.then is None else f"{self.strategy}, after step {self.switch_at} {self.then}"
+        """What the run is called: its strategy, the one that takes over, and how it selects where that is not usual."""
+        parts = [self.strategy]
+        if self.then is not None:
+            parts.append(f"after step {self.switch_at} {self.then}")
+        if self.selection != TOP_K:
+            parts.append(f"selection {self.selection}")
+        if self.gate not in ("auto", GATES[self.arch]):
+            parts.append(f"gate {self.gate}")
+        return ", ".join(parts)
 
     def strategy_of(self, step: int) -> str:
         """The strategy under which ``step``, counted from 1, is trained."""

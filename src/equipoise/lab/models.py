@@ -7,7 +7,9 @@ from torch import nn
 
 from equipoise.attachment import OFFSETS_FILE
 from equipoise.errors import EquipoiseError
-from equipoise.lab.config import Train
+from equipoise.lab.config import GATES, Train
+from equipoise.nn import Router
+from equipoise.taps.families import find_routers
 
 __all__ = ["build_model", "num_active_parameters"]
 
@@ -53,8 +55,8 @@ def _small_config(config: Train, vocab_size: int) -> dict[str, Any]:
 def attention_for(length: int) -> str:
     """Transformers' name for the attention of sequences of this many tokens.
 
-    With short sequences on a CPU the plain one is quicker: a step of the lab's default model takes 0.84 s with it, 1.01 s
-    with torch's fused one. Long ones need the memory that the fused one saves.
+    With short sequences on a CPU the plain one is quicker: a step of the lab's default model takes 0.84 s with it,
+    1.01 s with torch's fused one. Long ones need the memory that the fused one saves.
     """
     return "eager" if length <= 256 and not torch.cuda.is_available() else "sdpa"
 
@@ -69,7 +71,10 @@ def build_model(config: Train, vocab_size: int) -> nn.Module:
     torch.manual_seed(config.seed)
     if config.model is None:
         small = AutoConfig.for_model(config.arch, **_small_config(config, vocab_size))
-        return AutoModelForCausalLM.from_config(small, attn_implementation=attention_for(config.sequence_length))
+        model = AutoModelForCausalLM.from_config(small, attn_implementation=attention_for(config.sequence_length))
+        if config.gate not in ("auto", GATES[config.arch]):
+            _change_gate(model, config.gate)
+        return model
     files = [*config.model.glob("*.safetensors"), *config.model.glob("pytorch_model*.bin")]
     has_weights = any(file.name != OFFSETS_FILE for file in files)
     auto, missing = AutoModelForCausalLM, set()
@@ -97,6 +102,18 @@ def build_model(config: Train, vocab_size: int) -> nn.Module:
             "the model's own tokenizer with --tokenizer."
         )
     return model
+
+
+def _change_gate(model: nn.Module, gate: str) -> None:
+    """Gives every layer a router of ``gate``, with the weight that its own had. No random number is used up, so runs of
+    a seed differ by the gate only; under bfloat16 autocast also by the logits, which this router takes in float32."""
+    for name, old, _ in find_routers(model):
+        assert isinstance(old.weight, nn.Parameter)
+        num_experts, dim = old.weight.shape
+        with torch.random.fork_rng(devices=[]):
+            router = Router(dim, num_experts, old.top_k, gate=gate, renormalise=True)  # type: ignore[arg-type]
+        router.weight = old.weight
+        model.set_submodule(name, router)
 
 
 def num_active_parameters(model: nn.Module, k: int, num_experts: int) -> int:

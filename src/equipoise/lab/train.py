@@ -30,6 +30,7 @@ from equipoise.lab.evaluate import evaluate, language_model_loss
 from equipoise.lab.models import build_model, num_active_parameters
 from equipoise.lab.ranks import ALONE, Ranks, meet
 from equipoise.lab.run_folder import Nobody, RunFolder, Watcher, asked, complete_result
+from equipoise.lab.selection import check_selection, install_selection
 from equipoise.lab.stop import told
 from equipoise.lab.switch import check_switch, holds_offsets, switch
 from equipoise.lab.wrappers import check_wrapper, copy_to_ranks, digest, find_wrapper, full, shard, synchronising
@@ -50,6 +51,7 @@ def _check_options(config: Train, num_ranks: int) -> None:
     parse_strategy(config.strategy)
     if config.then is not None:
         check_switch(config.strategy, config.then)
+    check_selection(config)
     check_wrapper(config.wrapper, num_ranks)
     if config.micro_batches % num_ranks:
         next_multiple = -(-config.micro_batches // num_ranks) * num_ranks
@@ -146,6 +148,7 @@ class _Training:
         self.inner: nn.Module = ranks.together(build_model, config, self.corpus.vocab_size)
         if ranks.size > 1:
             ranks.agree({"weights": digest(self.inner)}, _other_weights)
+        ranks.together(install_selection, self.inner, config.selection)
         self.inner = self.inner.to(self.device).train()
         wrapper = check_wrapper(config.wrapper, ranks.size)
         if wrapper == "fsdp2":
