@@ -9,7 +9,7 @@ from equipoise.records import finite
 from equipoise.reproduce.claim import Claim, Job, claim_names, load_claim
 from equipoise.reproduce.config import Reproduce
 from equipoise.reproduce.frontier import FRONTIERS
-from equipoise.reproduce.page import number, page, says, write
+from equipoise.reproduce.page import number, says, write
 from equipoise.reproduce.runs import Progress, Results, execute
 from equipoise.reproduce.verdict import Finding, findings
 
@@ -28,7 +28,7 @@ def reproduce(asked: Reproduce, progress: Progress) -> list[Finding]:
     everything = [load_claim(name).with_values(chosen) for name in claim_names()]  # whoever is asked, the family is all
     found = [finding for finding in findings(everything, results) if finding.claim.name in names]
     if asked.page is not None:
-        write(asked.page, page(everything, found, results))
+        write(asked.page, everything, found, results)
     return found
 
 

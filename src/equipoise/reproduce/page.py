@@ -1,19 +1,49 @@
 """findings -> a page in Markdown: claim by claim what is reported, what came out here, and how to get it again."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from equipoise.analysis import detectable_effect
 from equipoise.reproduce.claim import SIZES, Claim
+from equipoise.reproduce.frontier import FRONTIERS, Frontier
 from equipoise.reproduce.runs import Results
 from equipoise.reproduce.verdict import Finding
 
-__all__ = ["number", "page", "says"]
+__all__ = ["FIGURE", "LEADERBOARD", "number", "page", "says", "write"]
 
-DIGITS = {"val_nats": 4, "val_perplexity": 2}
+NAMES = {
+    "val_nats": "loss",
+    "train_nats": "training loss",
+    "maxvio_global": "MaxVio",
+    "maxvio_micro": "MaxVio of micro-batches",
+    "domain_information_bits": "domain information",
+    "topk_score_sum": "top-k score sum",
+}
+DIGITS = {"val_nats": 4, "val_nats - train_nats": 4}
+LEADERBOARD = "8-leaderboard"  # the claim whose arms are all set side by side
+FIGURE = Path("figures", "claims.png")
+HEAD = """# What the papers claim, at the size of a laptop
+
+Written by `equipoise reproduce all --page docs/results.md` from the results of runs in
+[benchmarks/results/claims](../benchmarks/results/claims), one file a run. Do not edit it by hand.
+
+Arms of a claim start from the same weights and see the same micro-batches in the same order; a seed changes all of them
+together, and differences are taken seed by seed. In brackets: the 95 % t interval of their mean. *Supported*: it lies
+wholly on the claim's side (for *equal*: inside the margin); *not supported*: wholly on the other; else *undecided*,
+with the seeds that would support it by what is seen. The first row of each claim decides it; these verdicts are
+corrected for their number (Holm).
+
+Loss: mean cross-entropy of the test text in nats a token. MaxVio: of the test text, 0 is even. Domain information: what
+the choice of an expert tells about the domain, in bits. Coefficients and rates are those chosen on the
+[frontiers](#frontiers).
+"""
 LIMITS = """These are small models, trained for minutes on the packaged text. What holds here need not hold at scale,
 and what is undecided here may be plain there. Micro-batches hold text of one domain each, so the differences between
 scopes are upper bounds. An interval is of the seeds (weights, data and domain order together), not of other texts,
-sizes or learning rates."""
+sizes or learning rates. Coefficients are chosen in short runs with two seeds, so an arm may be off its best by their
+noise. All arms share a learning rate: one that would gain most by another loses here."""
 
 
 def number(value: float, statistic: str) -> str:
@@ -32,6 +62,23 @@ def says(finding: Finding) -> str:
     return f"{number(estimate.mean, name)} [{low}, {high}], {estimate.n} seeds"
 
 
+def _name(finding: Finding) -> str:
+    """The comparison in words."""
+    comparison, names = finding.comparison, finding.comparison.statistic.split(" - ")
+    statistic = " − ".join(NAMES.get(name, name) for name in names)
+    if comparison.over:
+        return f"{statistic} by doubling, {', '.join(comparison.over)}"
+    return f"{statistic}, {comparison.of} − {comparison.against}"
+
+
+def _claimed(finding: Finding) -> str:
+    if finding.comparison.claim != "equal":
+        return finding.comparison.claim
+    if finding.margin is None:
+        return "equal (margin: a third of claim 1-scope, not known yet)"
+    return f"equal, ± {number(finding.margin, finding.comparison.statistic)}"
+
+
 def _verdict(finding: Finding) -> str:
     if finding.verdict != "undecided" or finding.judgement is None:
         return finding.verdict
@@ -40,53 +87,164 @@ def _verdict(finding: Finding) -> str:
     return f"undecided; about {finding.seeds_needed} seeds would"
 
 
-def page(claims: Sequence[Claim], found: Sequence[Finding], results: Results) -> str:
+def page(claims: Sequence[Claim], found: Sequence[Finding], results: Results, figure: Path | None = None) -> str:
+    """The page; ``figure`` is a picture of the frontiers and the leaderboard, as the page names it."""
+    primary = [finding for finding in found if finding.is_primary]
+    counts = {verdict: sum(f.verdict == verdict for f in primary) for verdict in ("supported", "not supported")}
     lines = [
-        "# What the papers claim, at the size of a laptop",
+        HEAD,
+        f"Of {len(primary)} claims {counts['supported']} are supported, {counts['not supported']} are not "
+        f"supported, {len(primary) - sum(counts.values())} are undecided.",
         "",
-        "Written by `equipoise reproduce all --page docs/results.md` from the results of runs in",
-        "[benchmarks/results/claims](../benchmarks/results/claims), one file a run. Do not edit it by hand.",
-        "",
-        "Arms of a claim start from the same weights and see the same micro-batches in the same order; a seed changes",
-        "all of them together, and differences are taken seed by seed. In brackets: the 95 % t interval of their mean.",
-        "*Supported*: it lies wholly on the claim's side; *not supported*: wholly on the other; else *undecided*.",
-        "Verdicts on the first row of each claim are corrected for their number (Holm).",
-        "",
-        "| claim | reported | here | verdict |",
-        "|---|---|---|---|",
     ]
-    for finding in found:
-        if finding.is_primary:
-            claim = finding.claim
-            shown = f"{finding.comparison}: {says(finding)}"
-            lines.append(
-                f"| [{claim.title}](#{claim.name}) | {claim.paper} ({claim.source}) | {shown} | {_verdict(finding)} |"
-            )
-    lines += ["", "## Limits", "", LIMITS]
+    lines += ["| claim | reported | here | verdict |", "|---|---|---|---|"]
+    for finding in primary:
+        claim = finding.claim
+        lines.append(
+            f"| [{claim.title}](#{claim.name}) | {claim.paper} ({claim.source}) | "
+            f"{_name(finding)}: {says(finding)} | {_verdict(finding)} |"
+        )
+    lines += ["", "## Quality against balance", ""]
+    if figure is not None:
+        lines += [
+            f"![Loss against MaxVio: the frontiers, and the arms of claim {LEADERBOARD}]({figure.as_posix()})",
+            "",
+        ]
     for claim in claims:
-        lines += ["", f"## {claim.name}", "", f"{claim.title}. {claim.source}: {claim.paper}.", ""]
-        if claim.note:
-            lines += [claim.note, ""]
-        lines += ["| comparison | claimed | means of the arms | here | verdict |", "|---|---|---|---|---|"]
-        for finding in (each for each in found if each.claim.name == claim.name):
-            comparison = finding.comparison
-            means = ", ".join(f"{arm} {number(mean, comparison.statistic)}" for arm, mean in finding.means.items())
-            lines.append(f"| {comparison} | {comparison.claim} | {means} | {says(finding)} | {_verdict(finding)} |")
-        stored = [result for job in claim.jobs() if (result := results.get(job)) is not None]
-        arms = "; ".join(f"{arm}: `{options['strategy']}`" for arm, options in claim.arms.items())
-        options = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in SIZES[claim.size].items())
-        lines += ["", f"`equipoise reproduce {claim.name}`. Arms: {arms}. Size {claim.size}: {options}."]
-        if stored:
-            dates = sorted(result["began"][:10] for result in stored)
-            minutes = sum(result["seconds"] for result in stored) / 60
-            versions = ", ".join(f"{name} {version}" for name, version in stored[-1]["versions"].items())
-            lines += [
-                f"{len(stored)} of {len(claim.jobs())} runs, {minutes:.0f} minutes of one core, "
-                f"{stored[-1]['hardware']}, {dates[0]} to {dates[-1]}, {versions}."
-            ]
+        if claim.name == LEADERBOARD:
+            lines += _who_won(claim, results)
+    lines += ["## Limits", "", LIMITS, ""]
+    lines += _frontiers(results)
+    lines += _noise(found)
+    for claim in claims:
+        lines += _section(claim, [finding for finding in found if finding.claim.name == claim.name], results)
     return "\n".join(lines) + "\n"
 
 
-def write(path: Path, text: str) -> None:
+def arms(claim: Claim, results: Results) -> dict[str, dict[int, Mapping[str, Any]]]:
+    """By arm and seed, the results that are there."""
+    found: dict[str, dict[int, Mapping[str, Any]]] = {}
+    for arm in claim.arms:
+        stored = {seed: results.get(claim.job(arm, seed)) for seed in claim.all_seeds}
+        found[arm] = {seed: each["result"] for seed, each in stored.items() if each is not None}
+    return found
+
+
+def _who_won(claim: Claim, results: Results) -> list[str]:
+    """The arms over the seeds that all of them have, the lowest loss first."""
+    by_arm = {arm: by_seed for arm, by_seed in arms(claim, results).items() if by_seed}
+    seeds = set.intersection(*(set(by_seed) for by_seed in by_arm.values())) if by_arm else set()
+    if not seeds or len(by_arm) < 2:
+        return ["The runs of this comparison are not there yet.", ""]
+    names = ("val_nats", "maxvio_global", "domain_information_bits")
+    means = {
+        arm: [math.fsum(by_seed[seed][name] for seed in seeds) / len(seeds) for name in names]
+        for arm, by_seed in by_arm.items()
+    }
+    lines = [
+        f"The arms of claim {claim.name} over the {len(seeds)} seeds that all of them have, the lowest loss first.",
+        "Which of these differences stand out from the noise its own section says.",
+        "",
+        "| arm | strategy | loss | MaxVio | domain information, bits |",
+        "|---|---|---|---|---|",
+    ]
+    for arm, values in sorted(means.items(), key=lambda item: item[1]):
+        shown = " | ".join(number(value, name) for name, value in zip(names, values, strict=True))
+        lines.append(f"| {arm} | `{claim.arms[arm]['strategy']}` | {shown} |")
+    return [*lines, ""]
+
+
+def _frontiers(results: Results) -> list[str]:
+    common = next(iter(FRONTIERS.values()))
+    lines = [
+        "## Frontiers",
+        "",
+        f"Every mechanism over its coefficient or rate, size {common.size}, seeds",
+        f"{' and '.join(map(str, common.seeds))}, which no verdict uses. Chosen (bold): the lowest loss on the",
+        f"selection text among those with a MaxVio there of at most {common.most_maxvio:g}; where none is, the lowest",
+        "MaxVio. Each cell: loss / MaxVio of the selection text. A grid whose best value lies at its edge was widened.",
+        "",
+        "| | strategy | |",
+        "|---|---|---|",
+    ]
+    for frontier in FRONTIERS.values():
+        cells = ", ".join(_cells(frontier, results)) or "no run yet"
+        gate = " (softmax gate)" if frontier.arm.get("gate") == "softmax" else ""
+        lines.append(f"| {frontier.name} | `{frontier.arm['strategy']}`{gate} | {cells} |")
+    return [*lines, ""]
+
+
+def _cells(frontier: Frontier, results: Results) -> Iterator[str]:
+    chosen = frontier.chosen(results)
+    for value in frontier.grid(results):
+        point = frontier.point(value, results)
+        if point is not None:
+            shown = f"{point.mean('selection_nats'):.3f} / {point.mean('selection_maxvio'):.2f}"
+            shown = f"{value}: {shown}" if value else shown
+            yield f"**{shown}**" if value == chosen and value else shown
+    if frontier.at_edge(results):
+        yield "still at the edge"
+
+
+def _noise(found: Sequence[Finding]) -> list[str]:
+    lines = [
+        "## Noise and power",
+        "",
+        "How far seeds alone move a paired difference, and the smallest true one that as many seeds would find with",
+        "80 % power (alone, at 95 %).",
+        "",
+        "| claim | comparison | seeds | difference | its spread over seeds | would be found |",
+        "|---|---|---|---|---|---|",
+    ]
+    for finding in found:
+        estimate, name = finding.estimate, finding.comparison.statistic
+        if estimate is not None and estimate.n > 1:
+            least = detectable_effect(estimate.sd, estimate.n)
+            figures = " | ".join(number(value, name) for value in (estimate.mean, estimate.sd, least))
+            lines.append(f"| {finding.claim.name} | {_name(finding)} | {estimate.n} | {figures} |")
+    return [*lines, ""]
+
+
+def _section(claim: Claim, found: Sequence[Finding], results: Results) -> list[str]:
+    lines = [f"## {claim.name}", "", f"{claim.title}. {claim.source}: {claim.paper}.", ""]
+    if claim.note:
+        lines += [claim.note, ""]
+    lines += ["| comparison | claimed | means of the arms | here | verdict |", "|---|---|---|---|---|"]
+    for finding in found:
+        statistic = finding.comparison.statistic
+        means = ", ".join(f"{arm} {number(mean, statistic)}" for arm, mean in finding.means.items())
+        lines.append(f"| {_name(finding)} | {_claimed(finding)} | {means} | {says(finding)} | {_verdict(finding)} |")
+    named = "; ".join(f"{arm}: {_options(options)}" for arm, options in claim.arms.items())
+    lines += [
+        "",
+        f"`equipoise reproduce {claim.name}`. Arms: {named}. Size {claim.size}: {_options(SIZES[claim.size])}.",
+    ]
+    stored = [result for job in claim.jobs() if (result := results.get(job)) is not None]
+    if stored:
+        dates = sorted(result["began"][:10] for result in stored)
+        minutes = sum(result["seconds"] for result in stored) / 60
+        versions = ", ".join(f"{name} {version}" for name, version in stored[-1]["versions"].items())
+        lines += [
+            f"{len(stored)} of {len(claim.jobs())} runs, {minutes:.0f} minutes of one core, {stored[-1]['hardware']}, "
+            f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))}, {versions}."
+        ]
+    return [*lines, ""]
+
+
+def _options(options: Mapping[str, Any]) -> str:
+    """As the command line takes them."""
+    found = []
+    for name, value in options.items():
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, bool):
+            found.append(flag if value else flag.replace("--", "--no-", 1))
+        else:
+            found.append(f"{flag} {value}")
+    return f"`{' '.join(found)}`"
+
+
+def write(path: Path, claims: Sequence[Claim], found: Sequence[Finding], results: Results) -> None:
+    """Writes the page to ``path``, with the figure that lies beside it, if one does."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    there = FIGURE if (path.parent / FIGURE).exists() else None
+    path.write_text(page(claims, found, results, there), encoding="utf-8")
