@@ -370,7 +370,7 @@ class Balance:
         state: dict[str, dict[str, Tensor]] = {}
         for index, layer in enumerate(self._layers):
             group, row = self._recorder.group_of[index]
-            for name, value in {} if group.steering is None else group.steering.state().items():
+            for name, value in group.states().items():
                 state.setdefault(name, {})[layer.name] = value[row].clone()
         return {
             "strategy": self._strategy,
@@ -409,10 +409,10 @@ class Balance:
             group, row = self._recorder.group_of[index]
             if group.steering is not None:
                 group.steering.offset()[row].copy_(state["offsets"][layer.name])
-                for name, value in group.steering.state().items():
-                    held = state.get("state", {}).get(name)
-                    value[row].copy_(torch.zeros_like(value[row]) if held is None else held[layer.name])
-                self._recorder.restore_offset(index)
+            for name, value in group.states().items():
+                held = state.get("state", {}).get(name)
+                value[row].copy_(torch.zeros_like(value[row]) if held is None else held[layer.name])
+            self._recorder.restore_offset(index)
         self._num_windows = int(state["num_windows"])
         self._recorder.last = None
         if self._num_windows and "load" in state:

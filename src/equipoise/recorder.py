@@ -45,6 +45,20 @@ class Group:
         self.steering = next((balancer for balancer in balancers if balancer.has_offset), None)
         self.has_statistics = any(type(b).statistic is not Balancer.statistic for b in balancers)
 
+    def states(self) -> dict[str, Float[Tensor, "layers experts"]]:
+        """What balancers move besides the offset, by the name that it is saved under. The one with the offset has its
+        own names; the others stand behind the balancer's, the second of a kind behind a number too: ``ema.average``,
+        ``ema.2.average``."""
+        found = {} if self.steering is None else dict(self.steering.state())
+        kinds: list[str] = []
+        for balancer in self.balancers:
+            if balancer is not self.steering:
+                kind = balancer.name or type(balancer).__name__
+                kinds.append(kind)
+                place = kind if kinds.count(kind) == 1 else f"{kind}.{kinds.count(kind)}"
+                found |= {f"{place}.{name}": value for name, value in balancer.state().items()}
+        return found
+
     def slot_name(self, layer: Layer) -> str:
         """The buffer that steers ``layer``: the family's own slot, which is added to the scores, or one of ours."""
         if layer.kind.slot is None or (self.steering is not None and self.steering.multiplies):
@@ -265,6 +279,11 @@ class Recorder:
     def restore_offset(self, layer: int) -> None:
         """Writes the offset of ``layer`` into its slot, in float32, after a cast, a move or a step."""
         group, row = self.group_of[layer]
+        for balancer in group.balancers:
+            for kept in () if balancer is group.steering else balancer.state().values():
+                device = slot_of(self.layers[layer]).device
+                if kept.device.type != device.type:
+                    kept.data = kept.data.to(device)
         if group.steering is None:
             return
         router, name = self.layers[layer].router, group.slot_name(self.layers[layer])

@@ -7,7 +7,7 @@ loss-free+lbl:scope=sequence,coefficient=1e-4   deepseek-v3
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from equipoise.balancers.base import Balancer
 from equipoise.balancers.load_balancing import LoadBalancingLoss
@@ -33,19 +33,19 @@ def _value(text: str) -> object:
         return text
 
 
-def _parse_one(text: str, whole: str) -> Balancer:
+def _parse_one(text: str, whole: str, kinds: Mapping[str, type[Balancer]]) -> Balancer:
     name, colon, options = text.partition(":")
     if name in RECIPES:
         raise UsageError(
             f"A recipe must stand alone: got {whole!r}. Copy its string, {RECIPES[name].strategy}, and change that; or "
             f"give attach several strategies, as in attach(model, {name!r}, 'z')."
         )
-    if name not in BALANCERS:
+    if name not in kinds:
         raise UsageError(
-            f"A strategy must be made of none, {', '.join(BALANCERS)}, or be a recipe ({', '.join(RECIPES)}): got "
+            f"A strategy must be made of none, {', '.join(kinds)}, or be a recipe ({', '.join(RECIPES)}): got "
             f"{name!r} in {whole!r}. Example: loss-free:rate=1e-3+lbl:scope=sequence,coefficient=1e-4"
         )
-    kind = BALANCERS[name]
+    kind = kinds[name]
     known = list(inspect.signature(kind).parameters)
     arguments: dict[str, object] = {}
     for option in options.split(",") if colon else []:
@@ -64,8 +64,9 @@ def _parse_one(text: str, whole: str) -> Balancer:
         raise UsageError(f"{error} (in {whole!r})") from None
 
 
-def parse_strategy(text: str) -> list[Balancer]:
-    """The balancers that a strategy string or a recipe names; ``none`` names no balancer.
+def parse_strategy(text: str, *, more: Sequence[type[Balancer]] = ()) -> list[Balancer]:
+    """The balancers that a strategy string or a recipe names; ``none`` names no balancer. ``more`` are classes of your
+    own that it may name too.
 
     >>> [str(balancer) for balancer in parse_strategy("loss-free:rate=1e-2+lbl:scope=sequence")]
     ['loss-free:rate=0.01', 'lbl:scope=sequence']
@@ -76,7 +77,8 @@ def parse_strategy(text: str) -> list[Balancer]:
         raise UsageError("A strategy must have a name: got an empty one. Use none for no balancing.")
     if text in RECIPES or text in WITHHELD:
         text = recipe(text).strategy
-    return [_parse_one(part, text) for part in split_strategy(text)]
+    kinds = BALANCERS | {kind.name: kind for kind in more}
+    return [_parse_one(part, text, kinds) for part in split_strategy(text)]
 
 
 def format_strategy(balancers: Sequence[Balancer]) -> str:

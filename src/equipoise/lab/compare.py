@@ -4,8 +4,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from equipoise.balancers import format_strategy, parse_strategy
+from equipoise.balancers import format_strategy
 from equipoise.errors import EquipoiseError, UsageError
+from equipoise.lab.balancers import parse_lab_strategy
 from equipoise.lab.config import Compare, Train
 from equipoise.lab.ranks import LostRank, Ranks, is_shared, meet
 from equipoise.lab.run_folder import Nobody, Watcher
@@ -50,7 +51,7 @@ def compare(
 
 def _check_options(config: Compare) -> None:
     config.check()
-    plain = [format_strategy(parse_strategy(strategy)) for strategy in config.strategies]
+    plain = [format_strategy(parse_lab_strategy(strategy)) for strategy in config.strategies]
     if len(set(plain)) < len(plain):
         raise UsageError(f"--strategies must be different: got {', '.join(config.strategies)}. Leave the repeated out.")
 

@@ -234,7 +234,8 @@ class Train(_Run):
     """none, loss-free, quantile, lbl, z, frozen, with options or several at once; or a recipe (equipoise recipes).
     loss-free:rate=1e-2
     lbl:scope=micro_batch,coefficient=1e-2
-    loss-free+lbl:scope=sequence,coefficient=1e-4"""
+    loss-free+lbl:scope=sequence,coefficient=1e-4
+    For comparison, here only: shuffle, phi, shinka, each with a coefficient."""
 
     seed: int = 0
     """Decides weights, order of the text and order of the domains, together."""

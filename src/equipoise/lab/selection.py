@@ -14,9 +14,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from equipoise.balancers import ZLoss, parse_strategy
+from equipoise.balancers import ZLoss
 from equipoise.balancers.base import check_bool, check_whole
 from equipoise.errors import EquipoiseError, UsageError
+from equipoise.lab.balancers import parse_lab_strategy
 from equipoise.lab.config import TOP_K, Train
 from equipoise.routing import score
 from equipoise.taps.families import find_routers
@@ -300,7 +301,7 @@ def check_selection(config: Train) -> None:
             f"--selection {config.selection} must go with the sigmoid gate: got --gate softmax. Leave one of them out."
         )
     for strategy in filter(None, (config.strategy, config.then)):
-        if not all(isinstance(balancer, ZLoss) for balancer in parse_strategy(strategy)):
+        if not all(isinstance(balancer, ZLoss) for balancer in parse_lab_strategy(strategy)):
             raise UsageError(
                 f"--selection {config.selection} must go with the strategy none or z: got {strategy}. No offset moves "
                 "its choice, and a load-balancing loss would be about choices that it does not make."

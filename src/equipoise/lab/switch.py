@@ -3,22 +3,21 @@
 import torch
 from torch import nn
 
-from equipoise.attachment import attach
 from equipoise.balance import Balance
-from equipoise.balancers import parse_strategy
 from equipoise.errors import UsageError
+from equipoise.lab.balancers import attach_strategy, parse_lab_strategy
 from equipoise.taps.families import find_routers
 
 __all__ = ["check_switch", "holds_offsets", "switch"]
 
 
 def holds_offsets(strategy: str) -> bool:
-    return any(balancer.has_offset for balancer in parse_strategy(strategy))
+    return any(balancer.has_offset for balancer in parse_lab_strategy(strategy))
 
 
 def check_switch(strategy: str, then: str) -> None:
     """Raises UsageError where ``then`` cannot follow ``strategy``."""
-    before, after = parse_strategy(strategy), parse_strategy(then)
+    before, after = parse_lab_strategy(strategy), parse_lab_strategy(then)
     if list(map(str, before)) == list(map(str, after)):
         raise UsageError(f"--then must be another strategy than --strategy: got {then} after {strategy}.")
     first, second = ({one.multiplies for one in balancers if one.has_offset} for balancers in (before, after))
@@ -34,7 +33,8 @@ def switch(model: nn.Module, balance: Balance, strategy: str) -> Balance:
     """Ends ``balance`` and attaches ``strategy`` in its place, between two steps. Collective, as ``attach`` is.
 
     Offsets, and what moves with them, go on where both strategies hold some. Where only the one before did they end,
-    and the routers choose by their scores alone. The number of windows goes on, so that a schedule does not begin anew.
+    and the routers choose by their scores alone. What balancers without an offset keep goes on by its name. The number
+    of windows goes on, so that a schedule does not begin anew.
     """
     before = balance.state_dict()
     held, holds = holds_offsets(before["strategy"]), holds_offsets(strategy)
@@ -43,7 +43,9 @@ def switch(model: nn.Module, balance: Balance, strategy: str) -> Balance:
         for _, router, kind in find_routers(model):
             if kind.slot is not None:
                 router.get_buffer(kind.slot).zero_()
-    after = attach(model, strategy)
+    after = attach_strategy(model, strategy)
     begin = before if held and holds else after.state_dict()
-    after.load_state_dict(before | {name: begin[name] for name in ("offsets", "state", "multiplies")})
+    apart = {name: value for name, value in before["state"].items() if "." in name}  # of balancers without an offset
+    state = begin["state"] | apart
+    after.load_state_dict(before | {"offsets": begin["offsets"], "multiplies": begin["multiplies"], "state": state})
     return after

@@ -17,11 +17,11 @@ import torch
 from torch import nn
 
 from equipoise import __version__
-from equipoise.attachment import OFFSETS_FILE, attach
+from equipoise.attachment import OFFSETS_FILE
 from equipoise.balance import Balance
-from equipoise.balancers import parse_strategy
 from equipoise.errors import EquipoiseError, UsageError
 from equipoise.lab import checkpoint
+from equipoise.lab.balancers import attach_strategy, check_strategy
 from equipoise.lab.batches import Batches
 from equipoise.lab.config import Train
 from equipoise.lab.data import Corpus, load_corpus
@@ -48,7 +48,7 @@ def check(config: Train, ranks: Ranks = ALONE) -> None:
 
 def _check_options(config: Train, num_ranks: int) -> None:
     config.check()
-    parse_strategy(config.strategy)
+    check_strategy(config, num_ranks)
     if config.then is not None:
         check_switch(config.strategy, config.then)
     check_selection(config)
@@ -181,13 +181,13 @@ class _Training:
         )
 
     def _attach(self) -> Balance:
-        return attach(self.inner, self.strategy, offsets=self._saved_offsets())
+        return attach_strategy(self.inner, self.strategy, offsets=self._saved_offsets())
 
     def _try_then(self) -> list[str]:
         """Finds out before the first step whether the strategy that takes over can be attached; its notes."""
         config = self.config
         assert config.then is not None and config.switch_at is not None
-        balance = attach(self.inner, config.then)
+        balance = attach_strategy(self.inner, config.then)
         balance.detach()
         return balance.notes(config.steps - config.switch_at)
 
