@@ -93,7 +93,7 @@ def expert_choice(
     The choice leaks: whether a token is taken depends on the later tokens of its chunk. Chunks shorter than a sequence,
     and shuffling over many sequences, leak less.
 
-    Source: Zhou et al. 2022, arXiv:2202.09368, Eq. 2; chunks, shuffling and the leak: Wang et al. 2024,
+    Source: Zhou et al. 2022, arXiv:2202.09368; chunks, shuffling and the leak: Wang et al. 2024,
     arXiv:2408.15664, Section 5.2 and Appendix D.
 
     >>> expert_choice(torch.tensor([[0.9, 0.8], [0.2, 0.6]]), k=1)  # both experts want token 0
@@ -166,7 +166,7 @@ def sinkhorn(logits: Float[Tensor, "tokens experts"], iterations: int = 20) -> F
     float64, without gradient. Columns are exact, rows as far as ``iterations`` go. What is chosen depends on all tokens
     of the call, later ones too: it leaks.
 
-    Source: S-BASE of Clark et al. 2022, arXiv:2202.01169, Section 3.2.1, as in Megatron-Core's ``sinkhorn``. Where we
+    Source: S-BASE of Clark et al. 2022, arXiv:2202.01169, Section 3, as in Megatron-Core's ``sinkhorn``. Where we
     differ: a number of iterations instead of a tolerance.
     """
     num_tokens, num_experts = logits.shape
