@@ -90,8 +90,8 @@ def expert_choice(
     many tokens. A token may be taken by 0 to E experts. Raises ``UsageError`` where ``chunk`` does not divide the
     tokens or C is not whole.
 
-    The choice leaks: whether a token is taken depends on the later tokens of its chunk. Chunks shorter than a sequence,
-    and shuffling over many sequences, leak less.
+    The choice leaks: whether a token is taken depends on the later tokens of its chunk. How much leaks depends on the
+    size of the chunks and on whose tokens are in one.
 
     Source: Zhou et al. 2022, arXiv:2202.09368; chunks, shuffling and the leak: Wang et al. 2024,
     arXiv:2408.15664, Section 5.2 and Appendix D.
