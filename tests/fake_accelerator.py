@@ -20,7 +20,7 @@ from equipoise.balancers import Balancer, parse_strategy
 from equipoise.pool import Pool
 from equipoise.recorder import Layer
 from equipoise.routing import route
-from equipoise.taps.tap import UNCOUNTED, RouterKind
+from equipoise.taps.tap import UNCOUNTED, RouterKind, Slot
 
 EXPERTS, K, DIM = 8, 2, 4
 DEVICE = "cuda:0" if torch.backends.cuda.is_built() else "fakegpu:0"
@@ -87,7 +87,7 @@ def _balance(balancers, pool=None):
     model = nn.ModuleList([_Router(), _Router(EXPERTS + 2)])
     gates = ("sigmoid", "softmax")
     layers = [
-        Layer(str(i), router, RouterKind(gate, "bias_slot"), router.weight.shape[0], K)
+        Layer(str(i), router, RouterKind(gate, "bias_slot"), router.weight.shape[0], K, Slot(router, "bias_slot"))
         for i, (router, gate) in enumerate(zip(model, gates, strict=True))
     ]
     start = {layer.name: torch.zeros(layer.num_experts, device=DEVICE) for layer in layers}

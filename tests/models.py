@@ -6,7 +6,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from equipoise import RouterKind
+
 DIM, EXPERTS, K, VOCAB = 8, 6, 2, 32
+BIASED, SOFTMAX = RouterKind("sigmoid", "e_score_correction_bias"), RouterKind("softmax", None)
+FAMILIES = {  # the five that the tests of everything else run on
+    "deepseek_v3": BIASED,
+    "glm4_moe": BIASED,
+    "mixtral": SOFTMAX,
+    "olmoe": SOFTMAX,
+    "qwen3_moe": SOFTMAX,
+}
 
 
 def _router(kind: str) -> nn.Module:

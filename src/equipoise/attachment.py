@@ -16,7 +16,8 @@ from equipoise.errors import EquipoiseError, UsageError
 from equipoise.pool import Pool, digest
 from equipoise.recipes import RECIPES
 from equipoise.recorder import Layer, slot_of
-from equipoise.taps.families import find_routers, num_experts_of, prove, unknown_routers
+from equipoise.taps.discovery import Refused
+from equipoise.taps.families import find_routers, proof_of, refusal, unknown_routers
 from equipoise.taps.tap import is_tapped, untap_router
 
 __all__ = ["OFFSETS_FILE", "attach"]
@@ -116,7 +117,7 @@ def attach(
     _warn_of_another_loss(inner, resolved)
     for layer in layers:
         if "_equipoise" in layer.router.__dict__:  # a copy of an attached model: take its inert tap off
-            untap_router(layer.router)
+            untap_router(layer.router, layer.slot)
     return Balance(inner, layers, resolved, pool, start)
 
 
@@ -138,28 +139,26 @@ def _describe(fingerprint: Any) -> str:
 def _find_layers(
     model: nn.Module, where: Callable[[str, nn.Module], bool] | None, multiplies: bool, allow_empty: bool
 ) -> list[Layer]:
-    layers, proven = [], {}
-    for name, router, kind in find_routers(model, allow_empty):
+    layers = []
+    for name, router, kind, slot, num_experts, k in find_routers(model, allow_empty):
         if where is not None and not where(name, router):
             continue
         if is_tapped(router):
             raise EquipoiseError(
                 f"a router must be attached once: {name} is attached already. Call detach() on its Balance first."
             )
-        held = None if kind.slot is None else router._buffers.get(kind.slot)
+        held = None if slot is None else slot.tensor
         if multiplies and held is not None and held.device.type != "meta" and held.any():
             raise EquipoiseError(
                 f"a factor must find a slot of zeros: {name} adds its {kind.slot} before the top-k, which the factor "
                 "would multiply too, upside down where the sum is below zero. Zero the slot, or take a rule that adds."
             )
-        key = (
-            type(router),
-            num_experts_of(router),
-            tuple(sorted((k, str(v)) for k, v in vars(router).items() if isinstance(v, int | float | str))),
-        )
-        if key not in proven:
-            proven[key] = prove(name, router, kind, multiplies)
-        layers.append(Layer(name, router, kind, num_experts_of(router), proven[key]))
+        if multiplies:
+            try:
+                proof_of(router, None if slot is None else slot.holder, multiplies=True)
+            except Refused as reason:
+                raise refusal(name, router, f"{reason}, and a factor must be all that steers it", kind) from None
+        layers.append(Layer(name, router, kind, num_experts, k, slot))
     if not layers and not allow_empty:
         raise EquipoiseError("where must choose at least one router: it chose none.")
     return layers

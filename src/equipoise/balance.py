@@ -106,13 +106,13 @@ class Balance:
         self._taps = []
         for index, layer in enumerate(self._layers):
             group, row = self._recorder.group_of[index]
-            tap = Tap(self._recorder, self._context, index, layer.kind, has_loss=bool(group.losses))
+            tap = Tap(self._recorder, self._context, index, layer.kind, layer.k, has_loss=bool(group.losses))
             own = None
-            if group.steering is not None and group.slot_name(layer) == OWN_SLOT:
+            if group.steering is not None and group.slot(layer).name == OWN_SLOT:
                 own = group.steering.offset()[row].clone()
                 tap.multiplies = group.steering.multiplies
                 _allow_compile_over_checkpoint()
-            tap_router(layer.router, tap, own)
+            tap_router(layer.router, tap, layer.slot, own)
             self._taps.append(tap)
             self._recorder.restore_offset(index)
 
@@ -468,7 +468,7 @@ class Balance:
         self._detached = True
         for layer, tap in zip(self._layers, self._taps, strict=True):
             tap.observer = None
-            untap_router(layer.router)
+            untap_router(layer.router, layer.slot)
         self._hooks, self._taps = [], []
         self._pool.close()
         return offsets

@@ -19,7 +19,7 @@ from equipoise.errors import EquipoiseError
 from equipoise.load import Layout
 from equipoise.pool import Pool
 from equipoise.routing import Routing, score
-from equipoise.taps.tap import OWN_SLOT, RECOMPUTED, UNCOUNTED, RouterKind
+from equipoise.taps.tap import OWN_SLOT, RECOMPUTED, UNCOUNTED, RouterKind, Slot
 from equipoise.window import Call, MicroBatch, Statistics, Window, fit_mask, number_sequences
 
 __all__ = ["Group", "Layer", "Recorder", "slot_of"]
@@ -33,6 +33,7 @@ class Layer(NamedTuple):
     kind: RouterKind
     num_experts: int
     k: int
+    slot: Slot | None  # of its family
 
 
 class Group:
@@ -59,11 +60,11 @@ class Group:
                 found |= {f"{place}.{name}": value for name, value in balancer.state().items()}
         return found
 
-    def slot_name(self, layer: Layer) -> str:
-        """The buffer that steers ``layer``: the family's own slot, which is added to the scores, or one of ours."""
-        if layer.kind.slot is None or (self.steering is not None and self.steering.multiplies):
-            return OWN_SLOT
-        return layer.kind.slot
+    def slot(self, layer: Layer) -> Slot:
+        """What steers ``layer``: the family's own slot, which is added to the scores, or one of ours."""
+        if layer.slot is None or (self.steering is not None and self.steering.multiplies):
+            return Slot(layer.router, OWN_SLOT)
+        return layer.slot
 
 
 class Recorder:
@@ -286,17 +287,17 @@ class Recorder:
                     kept.data = kept.data.to(device)
         if group.steering is None:
             return
-        router, name = self.layers[layer].router, group.slot_name(self.layers[layer])
-        slot, offset = router._buffers.get(name), group.steering.offset()
-        if slot is None:
+        slot, offset = group.slot(self.layers[layer]), group.steering.offset()
+        held = slot.offset
+        if held is None:
             return
-        if slot.device != offset.device and slot.device.type != "meta":
+        if held.device != offset.device and held.device.type != "meta":
             for value in (offset, *group.steering.state().values()):
-                value.data = value.data.to(slot.device)
-        if slot.dtype == offset.dtype and slot.device == offset.device:
-            slot.detach().copy_(offset[row])
-        elif slot.device.type != "meta":
-            router._buffers[name] = offset[row].clone()
+                value.data = value.data.to(held.device)
+        if held.dtype == offset.dtype and held.device == offset.device:
+            held.copy_(offset[row])
+        elif held.device.type != "meta":
+            slot.replace(offset[row])
 
     def adopt_writes(self, group: Group) -> None:
         """What somebody wrote into the slots of a family in place becomes the offset: a checkpoint that was read into
@@ -304,10 +305,10 @@ class Recorder:
         if group.steering is None:
             return
         offset = group.steering.offset()
-        slots = [self._slot(layer) for layer in group.layers]
+        slots = [self._held(layer) for layer in group.layers]
         if offset is None or any(slot is None or slot.device != offset.device for slot in slots):
             return
-        held = torch.stack([slot.detach().float() for slot in slots])
+        held = torch.stack([slot.float() for slot in slots])
         same = ~held.isfinite()  # a damaged number is not taken up
         for dtype in (torch.float32, torch.bfloat16, torch.float16):  # ours, perhaps rounded
             same |= offset.to(dtype).float() == held
@@ -315,15 +316,15 @@ class Recorder:
         for value in group.steering.state().values():
             value *= same.all(-1, keepdim=True)
 
-    def _slot(self, layer: int) -> Tensor | None:
-        """The slot of the layer's family, if that is what steers it."""
-        name = self.group_of[layer][0].slot_name(self.layers[layer])
-        return None if name == OWN_SLOT else self.layers[layer].router._buffers.get(name)
+    def _held(self, layer: int) -> Tensor | None:
+        """What the slot of the layer's family holds, if that is what steers it."""
+        slot = self.group_of[layer][0].slot(self.layers[layer])
+        return None if slot.name == OWN_SLOT else slot.offset
 
     def adopt_offset(self, layer: int) -> None:
         """A checkpoint was loaded into the family's slot: the offset becomes what it holds."""
         group, row = self.group_of[layer]
-        if group.steering is None or group.slot_name(self.layers[layer]) == OWN_SLOT:
+        if group.steering is None or group.slot(self.layers[layer]).name == OWN_SLOT:
             return
         held, offset = slot_of(self.layers[layer]), group.steering.offset()[row]
         held = held.to(offset.device)
@@ -360,14 +361,14 @@ def _make_groups(
 ) -> tuple[list[Group], dict[int, tuple[Group, int]]]:
     members: dict[Any, list[int]] = {}
     for index, layer in enumerate(layers):
-        members.setdefault((layer.num_experts, layer.k, layer.kind.gate), []).append(index)
+        members.setdefault((layer.num_experts, layer.k, layer.kind.gate, layer.kind.selection), []).append(index)
     groups: list[Group] = []
     group_of: dict[int, tuple[Group, int]] = {}
-    for (_, k, gate), indices in members.items():
+    for (_, k, gate, selection), indices in members.items():
         prepared = [deepcopy(balancer) for balancer in balancers]
         start = torch.stack([offsets[layers[index].name] for index in indices])
         for balancer in prepared:
-            balancer.prepare(Layers(gate, k, start))
+            balancer.prepare(Layers(gate, k, start, selection))
         group = Group(indices, prepared)
         groups.append(group)
         group_of.update({index: (group, row) for row, index in enumerate(indices)})
@@ -376,15 +377,13 @@ def _make_groups(
 
 def slot_of(layer: Layer, multiplies: bool = False) -> Float[Tensor, " experts"]:
     """What steers a router now, float32: its family's slot, a slot of ours from an earlier attach, or nothing."""
-    router, weight = layer.router, layer.router.weight
-    assert isinstance(weight, Tensor)
-    name = OWN_SLOT if multiplies or layer.kind.slot is None else layer.kind.slot
-    held = router._buffers.get(name)
+    router = layer.router
+    slot = Slot(router, OWN_SLOT) if multiplies or layer.slot is None else layer.slot
+    held = slot.offset
     tap = router.__dict__.get("_equipoise")
-    if name == OWN_SLOT and tap is not None and tap.multiplies != multiplies:  # a copy, steered the other way
+    if slot.name == OWN_SLOT and tap is not None and tap.multiplies != multiplies:  # a copy, steered the other way
         held = None
     if held is None or held.device.type == "meta":
-        return torch.zeros(
-            layer.num_experts, dtype=torch.float32, device="cpu" if weight.device.type == "meta" else weight.device
-        )
-    return held.detach().float().clone()
+        device = next(router.parameters()).device
+        return torch.zeros(layer.num_experts, dtype=torch.float32, device="cpu" if device.type == "meta" else device)
+    return held.float().clone()

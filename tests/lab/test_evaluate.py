@@ -28,7 +28,7 @@ def _num_hooks(model):
 def _model(tiny, arch, **options):
     model = build_model(tiny(arch=arch, layers=2, **options), 300).eval()
     generator = torch.Generator().manual_seed(1)
-    for _, router, _ in find_routers(model):
+    for _, router, _, *_ in find_routers(model):
         torch.nn.init.normal_(router.weight, std=0.5, generator=generator)
     return model
 
@@ -44,10 +44,10 @@ def _forward(model):
 def test_topk_score_sum_is_that_of_the_reference_whatever_the_offset(tiny, arch, steered):
     model = _model(tiny, arch)
     if steered:
-        names = [name for name, _, _ in find_routers(model)]
+        names = [name for name, _, _, *_ in find_routers(model)]
         equipoise.attach(model, "frozen", offsets=dict.fromkeys(names, torch.tensor([0.9, 0.0, -0.9, 0.3])))
     seen = {}
-    for name, router, kind in find_routers(model):
+    for name, router, kind, *_ in find_routers(model):
         router.register_forward_hook(lambda _, args, out, key=(name, kind.gate): seen.update({key: out}))
     sums = _forward(model)
     assert len(seen) == 2
@@ -63,12 +63,12 @@ def test_topk_score_sum_is_that_of_the_reference_whatever_the_offset(tiny, arch,
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_topk_score_sum_is_k_of_e_for_equal_scores_and_one_for_a_sure_softmax(tiny, arch):
     model = _model(tiny, arch)
-    for _, router, _ in find_routers(model):
+    for _, router, _, *_ in find_routers(model):
         torch.nn.init.zeros_(router.weight)
     assert list(_forward(model).values()) == pytest.approx([48 * 2 / 4] * 2)
-    for _, router, _ in find_routers(model):
+    for _, router, _, *_ in find_routers(model):
         torch.nn.init.normal_(router.weight, std=1e4, generator=torch.Generator().manual_seed(0))
-    for total, (_, _, kind) in zip(_forward(model).values(), find_routers(model), strict=True):
+    for total, (_, _, kind, *_) in zip(_forward(model).values(), find_routers(model), strict=True):
         assert total == pytest.approx(48.0) if kind.gate == "softmax" else 24 < total <= 48
 
 

@@ -35,7 +35,7 @@ def model(tiny):
     def build(selection, **options):
         built = build_model(tiny(strategy="none", selection=selection, layers=2, **options), VOCAB).train()
         with torch.no_grad():  # routers that are sure of something
-            for _, router, _ in find_routers(built):
+            for _, router, _, *_ in find_routers(built):
                 router.weight.mul_(50)
         install_selection(built, selection)
         return built
@@ -349,7 +349,7 @@ def test_runs_of_a_seed_differ_by_the_gate_only(tiny):
         assert states[gate].keys() == states["auto"].keys()
         assert all(value.equal(states["auto"][name]) for name, value in states[gate].items())
         assert after[gate] == after["auto"], "random numbers were used up"
-    assert [kind.gate for model in built.values() for _, _, kind in find_routers(model)] == [
+    assert [kind.gate for model in built.values() for _, _, kind, *_ in find_routers(model)] == [
         "sigmoid",
         "sigmoid",
         "softmax",

@@ -7,18 +7,20 @@ import models
 import pytest
 import torch
 import torch.nn.functional as F
+from models import FAMILIES
 from torch import nn
 from torch.testing import assert_close
 
 import equipoise
-from equipoise import EquipoiseError, LossFree, attach, expert_load, route
-from equipoise.taps.families import FAMILIES, find_routers, plain_name, prove
+from equipoise import EquipoiseError, LossFree, RouterKind, attach, expert_load, route
+from equipoise.taps.discovery import prove
+from equipoise.taps.families import find_routers, plain_name
 from equipoise.taps.tap import OWN_SLOT
 
 families = pytest.mark.parametrize("name", sorted(FAMILIES))
 SLOT = "e_score_correction_bias"
-SLOTTED = [name for name, (_, kind) in FAMILIES.items() if kind.slot]
-SLOTLESS = [name for name, (_, kind) in FAMILIES.items() if not kind.slot]
+SLOTTED = [name for name, kind in FAMILIES.items() if kind.slot]
+SLOTLESS = [name for name, kind in FAMILIES.items() if not kind.slot]
 OPTIONS = {"glm4_moe": {"routed_scaling_factor": 2.5}, "olmoe": {"norm_topk_prob": False}}
 
 
@@ -32,7 +34,7 @@ def _batch(rows=2, length=9, seed=0):
 
 
 def _routers(model):
-    return [module for _, module, _ in find_routers(model)]
+    return [module for _, module, _, *_ in find_routers(model)]
 
 
 def _record(model):
@@ -80,9 +82,9 @@ def test_an_attached_model_at_offset_zero_is_the_same_bit_for_bit(name, strategy
 @families
 @pytest.mark.parametrize("training", [True, False])
 def test_a_nonzero_offset_steers_exactly_and_leaves_the_weights(name, training):
-    gate = FAMILIES[name][1].gate
+    gate = FAMILIES[name].gate
     model = _family(name)
-    offsets = {n: _offset(seed=i) for i, (n, _, _) in enumerate(find_routers(model))}
+    offsets = {n: _offset(seed=i) for i, (n, _, _, *_) in enumerate(find_routers(model))}
     plain_seen = _record(deepcopy(model))
     attach(model, "frozen", offsets=offsets)
     model.train(training)
@@ -111,10 +113,10 @@ def test_a_nonzero_offset_steers_exactly_and_leaves_the_weights(name, training):
 @families
 def test_steered_gradients_are_those_of_the_plain_scores(name):
     """Finite differences would not see a bias: the weights' gradient is compared with autograd through ``route``."""
-    kind = FAMILIES[name][1]
+    kind = FAMILIES[name]
     model = _family(name)
     first = find_routers(model)[0][0]
-    offsets = {n: _offset(seed=i) for i, (n, _, _) in enumerate(find_routers(model))}
+    offsets = {n: _offset(seed=i) for i, (n, _, _, *_) in enumerate(find_routers(model))}
     attach(model, "frozen", offsets=offsets)
     router = _routers(model)[0]
     hidden = torch.randn(20, router.weight.shape[1], generator=torch.Generator().manual_seed(1))
@@ -135,7 +137,7 @@ def test_steered_gradients_are_those_of_the_plain_scores(name):
 def test_group_limited_routing_follows_the_family(name):
     model = _family(name, n_group=4, topk_group=2)
     offset = _offset(size=0.05)
-    names = [n for n, _, _ in find_routers(model)]
+    names = [n for n, _, _, *_ in find_routers(model)]
     attach(model, "frozen", offsets=dict.fromkeys(names, offset))
     seen = _record(model)
     model(**_batch())
@@ -183,7 +185,7 @@ def _round_trip(model):
 @pytest.mark.parametrize("copy_of", [deepcopy, _round_trip], ids=["deepcopy", "torch.save"])
 def test_a_copy_has_its_own_weights_and_offsets_and_is_not_counted(name, copy_of):
     model = _family(name)
-    names = [n for n, _, _ in find_routers(model)]
+    names = [n for n, _, _, *_ in find_routers(model)]
     balance = attach(model, "loss-free:rate=0.5,rule=sign+lbl:coefficient=0.1", offsets={n: _offset() for n in names})
     before = _logits(model)
     balance.loss()
@@ -218,7 +220,7 @@ def test_a_copy_has_its_own_weights_and_offsets_and_is_not_counted(name, copy_of
 @families
 def test_a_copy_can_be_attached_and_starts_from_its_offsets(name):
     model = _family(name)
-    names = [n for n, _, _ in find_routers(model)]
+    names = [n for n, _, _, *_ in find_routers(model)]
     first = attach(model, "loss-free:rate=0.1", offsets={n: _offset() for n in names})
     copy = deepcopy(model)
     second = attach(copy, "loss-free:rate=0.1,rule=sign")
@@ -248,7 +250,7 @@ def _holds(model, balance):
 @families
 def test_the_slot_holds_the_float32_offset_after_a_cast(name):
     model = _family(name)
-    names = [n for n, _, _ in find_routers(model)]
+    names = [n for n, _, _, *_ in find_routers(model)]
     balance = attach(model, "loss-free:rate=1e-3,rule=sign", offsets={n: _offset() for n in names})
     model.to(torch.bfloat16)
     assert _routers(model)[0].weight.dtype == torch.bfloat16
@@ -280,7 +282,7 @@ def test_attach_on_meta_then_to_empty(name):
     with torch.device("meta"):
         model = _family(name)
     assert all(parameter.is_meta for parameter in model.parameters())
-    names = [n for n, _, _ in find_routers(model)]
+    names = [n for n, _, _, *_ in find_routers(model)]
     balance = attach(model, "loss-free:rate=0.1,rule=sign", offsets={n: _offset() for n in names})
     model.to_empty(device="cpu")
     _holds(model, balance)
@@ -317,7 +319,7 @@ def test_a_loaded_checkpoint_is_adopted(name, assign, dtype):
 @pytest.mark.parametrize("name", SLOTTED)
 def test_a_checkpoint_that_rounded_our_offsets_does_not_round_them(name):
     model = _family(name)
-    names = [n for n, _, _ in find_routers(model)]
+    names = [n for n, _, _, *_ in find_routers(model)]
     balance = attach(model, "loss-free:rate=0.1", offsets={n: _offset() for n in names})
     model.load_state_dict({k: v.bfloat16() for k, v in model.state_dict().items()}, assign=True)
     _holds(model, balance)
@@ -392,11 +394,13 @@ class StrangeRouter(nn.Module):
 
 
 def test_an_unknown_model_is_refused_naming_what_it_saw():
-    with pytest.raises(EquipoiseError, match="Sequential holds none, but StrangeRouter, which it does not know"):
+    with pytest.raises(
+        EquipoiseError, match=r"Sequential holds none that it knows: 1 \(StrangeRouter: its forward needs"
+    ):
         attach(nn.Sequential(nn.Linear(2, 2), StrangeRouter()))
     with pytest.raises(EquipoiseError, match="Linear holds none and no other mixture-of-experts layer"):
         attach(nn.Linear(2, 2))
-    with pytest.raises(EquipoiseError, match="glm4_moe, mixtral"):
+    with pytest.raises(EquipoiseError, match="`equipoise families` lists the model families"):
         attach(nn.Linear(2, 2))
 
 
@@ -462,8 +466,13 @@ def _bias_subtracted(self, hidden):
 
 
 OTHERWISE = {
-    "qwen3_moe": [_topk_of_logits, _two_topks, _no_topk, _sigmoid, _argument_by_name, _two_outputs],
-    "glm4_moe": [_biased_weights, _bias_on_logits, _bias_ignored, _bias_subtracted, _two_outputs],
+    "qwen3_moe": [_two_topks, _no_topk, _argument_by_name, _two_outputs],
+    "glm4_moe": [_biased_weights, _bias_ignored, _bias_subtracted, _two_outputs],
+}
+ANOTHER_WAY = {
+    _topk_of_logits: ("qwen3_moe", RouterKind("softmax", None, "logits")),
+    _sigmoid: ("qwen3_moe", RouterKind("sigmoid", None)),
+    _bias_on_logits: ("glm4_moe", RouterKind("sigmoid", SLOT, "logits")),
 }
 
 
@@ -474,9 +483,26 @@ def test_a_router_that_behaves_otherwise_is_refused_by_the_proof(monkeypatch, na
     router = _routers(model)[0]
     monkeypatch.setattr(type(router), "forward", forward)
     before = type(router)
-    with pytest.raises(EquipoiseError, match=r"must select by (softmax|sigmoid) scores"):
+    with pytest.raises(EquipoiseError, match=r"holds none that it knows: model.layers.0.mlp.gate \(\w+: .+ 1 more"):
         attach(model, "loss-free:rate=0.1")
     assert type(router) is before and not model._forward_hooks
+
+
+@pytest.mark.parametrize("k", [2, 1])
+@pytest.mark.parametrize("forward", ANOTHER_WAY)
+def test_how_a_router_selects_is_found_out_by_what_it_does(monkeypatch, forward, k):
+    name, kind = ANOTHER_WAY[forward]
+    model = _family(name, k=k)
+    monkeypatch.setattr(type(_routers(model)[0]), "forward", forward)
+    found = find_routers(model)
+    assert [(router.kind, router.k) for router in found] == [(kind, k)] * 2
+    offsets = {router.name: _offset(size=0.5, seed=i) for i, router in enumerate(found)}
+    attach(model, "frozen", offsets=offsets)
+    seen = _record(model)
+    model(**_batch())
+    for (logits, _, ids), offset in zip(seen, offsets.values(), strict=True):
+        expected = (kind.values(logits) + offset).topk(k).indices
+        assert torch.equal(ids.sort().values, expected.sort().values)
 
 
 @families
@@ -487,8 +513,8 @@ def test_the_proof_finds_k_and_touches_nothing(name, k):
     torch.manual_seed(0)
     expected = torch.rand(1)
     torch.manual_seed(0)
-    for layer, router, kind in find_routers(model):
-        assert prove(layer, router, kind) == k
+    for _, router, kind, *_ in find_routers(model):
+        assert prove(router, kind)[1:] == (8, k)
     assert torch.equal(torch.rand(1), expected), "the global generator was used"
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 

@@ -7,6 +7,7 @@ import models
 import pytest
 import torch
 import torch.nn.functional as F
+from models import FAMILIES
 from torch import nn
 
 import equipoise.attachment
@@ -15,7 +16,6 @@ from equipoise.balance import Balance
 from equipoise.errors import EquipoiseError
 from equipoise.nn import MoE
 from equipoise.recorder import Recorder
-from equipoise.taps.families import FAMILIES
 from equipoise.taps.tap import OWN_SLOT, OffsetTopK, RouterKind, Tap
 from equipoise.testing import TAP_INVARIANTS, ConformanceError, check_tap
 from equipoise.testing.taps import Subject
@@ -478,9 +478,9 @@ def _leaves_hooks(patch):
 def _leaves_the_slot(patch):
     untap = equipoise.balance.untap_router
 
-    def kept(router):
+    def kept(router, slot_of_family):
         slot = router._buffers.get(OWN_SLOT)
-        untap(router)
+        untap(router, slot_of_family)
         router._buffers[OWN_SLOT] = slot
 
     patch.setattr(equipoise.balance, "untap_router", kept)
@@ -491,20 +491,26 @@ def _attaches_twice(patch):
 
 
 def _biased_weights(patch):
+    sound = OffsetTopK.__torch_function__
+
     def steer(self, func, types, args=(), kwargs=None):
+        if type(self) is not OffsetTopK:  # the proof is not fooled
+            return sound(self, func, types, args, kwargs)
         if func is torch.topk:
             choice = args[0] * (1 + self.offset) if self.multiplies else args[0] + self.offset
             return torch.topk(choice, *args[1:], **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
-    patch.setattr(equipoise.attachment, "prove", lambda *args: 2)
     patch.setattr(OffsetTopK, "__torch_function__", steer)
 
 
 def _adds_instead_of_multiplying(patch):
-    patch.setattr(equipoise.attachment, "prove", lambda *args: 2)
     init = OffsetTopK.__init__
-    patch.setattr(OffsetTopK, "__init__", lambda self, offset, multiplies=False: init(self, offset, False))
+
+    def adds(self, offset, multiplies=False):
+        init(self, offset, multiplies and type(self) is not OffsetTopK)  # the proof is not fooled
+
+    patch.setattr(OffsetTopK, "__init__", adds)
 
 
 def _moves_when_skipped(patch):

@@ -30,6 +30,7 @@ class Layers:
     gate: str  # softmax, sigmoid, sqrt_softplus
     k: int
     offset: Float[Tensor, "layers experts"]  # what the model's own slots hold, float32; zero where it has none
+    selection: str = "scores"  # or logits: what the offset is added to
 
 
 class Balancer:
@@ -54,7 +55,8 @@ class Balancer:
     def prepare(self, layers: Layers) -> None:
         """Takes up the state for these layers. Called once, on a copy, by ``attach``.
 
-        ``layers`` has ``gate``, ``k`` and ``offset`` [layers, experts], what the model's slots hold: clone it.
+        ``layers`` has ``gate``, ``k``, ``selection`` and ``offset`` [layers, experts], what the model's slots hold:
+        clone it.
         """
 
     def offset(self) -> Float[Tensor, "layers experts"] | None:

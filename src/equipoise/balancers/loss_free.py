@@ -39,8 +39,9 @@ class LossFree(Balancer):
 
     Args:
         rate: step of the offset, in the units of the scores; under ``sign`` b moves by at most ``rate * steps``.
-        rule: one of those above; default by the gate: ``sign`` on sigmoid and sqrt_softplus, ``proportional`` on
-            softmax, where 1e-3 can be more than a tenth of a score (paper, appendix C).
+        rule: one of those above; default by the gate: ``sign`` on sigmoid, sqrt_softplus and wherever logits are what
+            an offset is added to, ``proportional`` on softmax scores, where 1e-3 can be more than a tenth of a score
+            (paper, appendix C).
         center: subtract the mean of the step over the experts, so that b cannot drift; under ``multiplicative`` divide
             w by its mean. The choice does not change by it (what all experts share is invisible to top-k); large
             drifted biases collapse in bfloat16.
@@ -104,8 +105,9 @@ class LossFree(Balancer):
         self.sharpness = sharpness if sharpness is None else check_number("sharpness", sharpness, positive=True)
 
     def prepare(self, layers: Layers) -> None:
-        self.rule = self.rule or ("proportional" if layers.gate == "softmax" else "sign")
-        self._offset, self._gate = layers.offset.clone(), layers.gate
+        self._by_softmax = layers.gate == "softmax" and layers.selection == "scores"
+        self.rule = self.rule or ("proportional" if self._by_softmax else "sign")
+        self._offset = layers.offset.clone()
         self._momentum = torch.zeros_like(self._offset) if self.rule == "momentum" else None
 
     def offset(self) -> Float[Tensor, "layers experts"]:
@@ -169,7 +171,7 @@ class LossFree(Balancer):
         return self.rate if window < self.zero_from else 0.0
 
     def notes(self, num_steps: int) -> list[str]:
-        softmax = getattr(self, "_gate", None) == "softmax"
+        softmax = getattr(self, "_by_softmax", False)
         if softmax and self.rule in ("sign", "momentum") and self.rate * self._offset.shape[-1] > 0.1:
             num_experts = self._offset.shape[-1]
             part = f"{self.rate * num_experts:.0%}"

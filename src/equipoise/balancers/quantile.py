@@ -124,7 +124,8 @@ class Quantile(Balancer):
         b_e  <- the value with which N k / E of the tokens have  s_te + b_e > a_t;  minus its mean over e
 
     which is the exact minimum, expert by expert, of the dual problem on which Loss-Free's sign rule takes small steps.
-    It works on scores of any range. The tokens route by the last window's offset, so nothing leaks.
+    Where a router selects by logits, s are these. It works on scores of any range. The tokens route by the last
+    window's offset, so nothing leaks.
 
     Args:
         bins: of the histogram of ``a_t - s_te - b_e`` that is kept for each expert, a power of two from 64; the new
@@ -156,7 +157,7 @@ class Quantile(Balancer):
             raise ValueError(f"fraction must be at most 1: got {fraction!r}.")
 
     def prepare(self, layers: Layers) -> None:
-        self._offset, self._k = layers.offset.clone(), layers.k
+        self._offset, self._k, self._by_logits = layers.offset.clone(), layers.k, layers.selection == "logits"
 
     def offset(self) -> Float[Tensor, "layers experts"]:
         return self._offset
@@ -167,7 +168,8 @@ class Quantile(Balancer):
         num_experts = routing.scores.shape[-1]
         if self._k == num_experts:  # every expert is chosen whatever the offset
             return None
-        margins = _margins(routing.scores, routing.expert_ids, self._offset[row])
+        values = routing.logits if self._by_logits else routing.scores
+        margins = _margins(values.to(routing.scores.dtype), routing.expert_ids, self._offset[row])
         counted = None if routing.mask is None else routing.mask != 0
         if self.fraction < 1:
             drawn = _draw(routing.logits, self.fraction)

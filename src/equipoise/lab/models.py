@@ -107,7 +107,7 @@ def build_model(config: Train, vocab_size: int) -> nn.Module:
 def _change_gate(model: nn.Module, gate: str) -> None:
     """Gives every layer a router of ``gate``, with the weight that its own had. No random number is used up, so runs of
     a seed differ by the gate only; under bfloat16 autocast also by the logits, which this router takes in float32."""
-    for name, old, _ in find_routers(model):
+    for name, old, _, *_ in find_routers(model):
         assert isinstance(old.weight, nn.Parameter)
         num_experts, dim = old.weight.shape
         with torch.random.fork_rng(devices=[]):

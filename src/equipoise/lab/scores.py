@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from equipoise.routing import score
 from equipoise.taps.families import find_routers
+from equipoise.taps.tap import RouterKind
 
 __all__ = ["topk_score_sums"]
 
@@ -26,19 +27,19 @@ def topk_score_sums(model: nn.Module) -> Iterator[dict[str, float]]:
     totals: dict[str, Tensor] = {}
     hooks = []
 
-    def watch(name: str, gate: str) -> Any:
-        def hook(router: nn.Module, args: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
-            logits, _, expert_ids = output
-            scores = score(logits.detach(), gate)
+    def watch(name: str, kind: RouterKind, k: int) -> Any:
+        def hook(router: nn.Module, args: Any, output: Any) -> None:
+            logits, _, expert_ids = kind.read(output, k)
+            scores = score(logits.detach(), kind.gate)
             whole = scores.sum(-1).clamp_min(torch.finfo(scores.dtype).tiny)
             totals[name] = totals[name] + (scores.gather(-1, expert_ids).sum(-1) / whole).double().sum().cpu()
 
         return hook
 
     try:
-        for name, router, kind in find_routers(model):
+        for name, router, kind, _, _, k in find_routers(model):
             totals[name] = torch.zeros((), dtype=torch.float64)
-            hooks.append(router.register_forward_hook(watch(name, kind.gate)))
+            hooks.append(router.register_forward_hook(watch(name, kind, k)))
         yield sums
         sums.update((name, float(total)) for name, total in totals.items())
     finally:

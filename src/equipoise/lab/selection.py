@@ -380,7 +380,7 @@ def install_selection(model: nn.Module, text: str) -> None:
     forward = _Forward()
     model.register_forward_pre_hook(forward.before, with_kwargs=True)
     model.register_forward_hook(forward.after, always_call=True)
-    for number, (name, router, _) in enumerate(find_routers(model)):
+    for number, (name, router, _, *_) in enumerate(find_routers(model)):
         experts = getattr(model.get_submodule(name.rpartition(".")[0]), "experts", None)
         if experts is None or not hasattr(router, "top_k"):
             raise EquipoiseError(

@@ -40,9 +40,9 @@ def switch(model: nn.Module, balance: Balance, strategy: str) -> Balance:
     held, holds = holds_offsets(before["strategy"]), holds_offsets(strategy)
     balance.detach()
     if held and not holds:
-        for _, router, kind in find_routers(model):
-            if kind.slot is not None:
-                router.get_buffer(kind.slot).zero_()
+        for router in find_routers(model):
+            if router.slot is not None and router.slot.tensor is not None:
+                router.slot.tensor.zero_()
     after = attach_strategy(model, strategy)
     begin = before if held and holds else after.state_dict()
     apart = {name: value for name, value in before["state"].items() if "." in name}  # of balancers without an offset

@@ -1,36 +1,35 @@
-"""Which routers we know, by class name, and the proof that we know them right.
+"""The routers of a model: which modules they are, and how each selects.
 
-The table says how a family's router selects. A module that is in no family may say it itself: an attribute or property
-``router_kind`` that holds a ``RouterKind``, beside a parameter ``weight`` [experts, dim] and a forward that returns
-(logits, weights, expert_ids) of the flattened tokens. ``prove`` believes neither: it runs the router's own forward on a
-stand-in with random weights and refuses a router that behaves otherwise.
+A module is looked at when its class is called a router, a gate or a gating, or when it says itself how it selects: an
+attribute or property ``router_kind`` that holds a ``RouterKind``. ``discovery`` finds out how, or why not, by what the
+router does on random tokens; a declared kind is proven in the same way.
 """
 
 import inspect
-from typing import Any
+import re
+from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from equipoise.errors import EquipoiseError
-from equipoise.routing import score
-from equipoise.taps.tap import OffsetTopK, RouterKind
+from equipoise.taps.discovery import Proof, Refused, discover, find_slot, prove
+from equipoise.taps.tap import OWN_SLOT, RouterKind, Slot, plain_class
 
-__all__ = ["FAMILIES", "find_routers", "prove", "unknown_routers"]
+__all__ = ["FoundRouter", "find_routers", "plain_name", "proof_of", "unknown_routers"]
 
-BIASED = RouterKind("sigmoid", "e_score_correction_bias")
-SOFTMAX = RouterKind("softmax", None)
-
-# Transformers' model_type -> (router class, how it selects); forward returns (logits, weights, expert_ids)
-FAMILIES: dict[str, tuple[str, RouterKind]] = {
-    "deepseek_v3": ("DeepseekV3TopkRouter", BIASED),
-    "glm4_moe": ("Glm4MoeTopkRouter", BIASED),
-    "mixtral": ("MixtralTopKRouter", SOFTMAX),
-    "olmoe": ("OlmoeTopKRouter", SOFTMAX),
-    "qwen3_moe": ("Qwen3MoeTopKRouter", SOFTMAX),
-}
-_KINDS = dict(FAMILIES.values())
+_CALLED = re.compile(r"(router|gate|gating)$", re.IGNORECASE)
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.", "module.")
+
+
+class FoundRouter(NamedTuple):
+    """One router of a model: its name, the module, how it selects, and the tensor of its family that steers it."""
+
+    name: str
+    module: nn.Module
+    kind: RouterKind
+    slot: Slot | None
+    num_experts: int
+    k: int
 
 
 def plain_name(name: str) -> str:
@@ -48,53 +47,137 @@ def plain_name(name: str) -> str:
     return name
 
 
-def _kind_of(module: nn.Module) -> RouterKind | None:
+def _declared(module: nn.Module) -> RouterKind | None:
     # static: wrappers of torch.compile and checkpointing would answer with what the module inside declares
     if inspect.getattr_static(module, "router_kind", None) is not None:
         declared: Any = module.router_kind
-        if isinstance(declared, RouterKind):
-            return declared
-    for cls in type(module).__mro__:
-        if cls.__name__ in _KINDS:
-            return _KINDS[cls.__name__]
+        if not isinstance(declared, RouterKind):
+            raise EquipoiseError(
+                f"router_kind of a {type(module).__name__} must be an equipoise.RouterKind(gate, slot): got "
+                f"{declared!r}. Leave it out to have it found out by what the router does."
+            )
+        return declared
     return None
 
 
-def find_routers(model: nn.Module, allow_empty: bool = False) -> list[tuple[str, nn.Module, RouterKind]]:
+_PROOFS: dict[Any, Proof | str] = {}  # by what a router is made of; of one that was refused the reason
+
+
+def proof_of(router: nn.Module, parent: nn.Module | None = None, multiplies: bool = False) -> Proof:
+    """How a router selects, proven once for all that are alike; ``Refused`` with the reason where nothing is proven."""
+    declared = _declared(router)
+    base = plain_class(router)
+    key = (base, base.forward, declared, multiplies, _made_of(router), _tensors(parent))
+    if key not in _PROOFS:
+        try:
+            kind = discover(router, parent).kind if declared is None else declared
+            _PROOFS[key] = prove(router, kind, parent, multiplies)
+        except Refused as refused:
+            _PROOFS[key] = str(refused)
+    found = _PROOFS[key]
+    if isinstance(found, str):
+        raise Refused(found)
+    return found
+
+
+def _made_of(router: nn.Module) -> Any:
+    """What its forward may depend on: plain attributes and the shapes of its tensors, of it and of what is inside."""
+    return tuple(
+        (path, tuple(sorted((k, str(v)) for k, v in vars(module).items() if isinstance(v, int | float | str))))
+        + _tensors(module)
+        for path, module in router.named_modules()
+    )
+
+
+def _tensors(module: nn.Module | None) -> tuple[Any, ...]:
+    if module is None:
+        return ()
+    held = {**module._buffers, **module._parameters}
+    return tuple((name, tuple(value.shape)) for name, value in held.items() if value is not None and name != OWN_SLOT)
+
+
+def _candidates(model: nn.Module) -> list[tuple[str, nn.Module, nn.Module | None]]:
+    """Name, module and the module around it, of all that may be routers, in model order."""
+    found = []
+    around: dict[nn.Module, nn.Module] = {}
+    for name, module in model.named_modules():
+        around.update(dict.fromkeys(module.children(), module))
+        if _declared(module) is not None or any(_CALLED.search(cls.__name__) for cls in _classes(module)):
+            found.append((plain_name(name), module, around.get(module)))
+    return found
+
+
+def _classes(module: nn.Module) -> list[type]:
+    """Its class and those that it is made from, but not torch's own."""
+    return [cls for cls in type(module).__mro__ if not cls.__module__.startswith("torch.") and cls is not object]
+
+
+def find_routers(model: nn.Module, allow_empty: bool = False) -> list[FoundRouter]:
     """The routers of ``model`` in model order. None at all is an error that names what was seen instead; with
-    ``allow_empty`` only where something was seen."""
-    found = [
-        (plain_name(name), module, kind)
-        for name, module in model.named_modules()
-        if (kind := _kind_of(module)) is not None
-    ]
+    ``allow_empty`` only where something was seen. One that says itself how it selects, wrongly, is an error too."""
+    found, refused = [], []
+    for name, module, parent in _candidates(model):
+        try:
+            kind, num_experts, k = proof_of(module, parent)
+        except Refused as reason:
+            if _declared(module) is not None:
+                raise refusal(name, module, str(reason)) from None
+            refused.append(f"{name} ({type(module).__name__}: {reason})")
+            continue
+        found.append(FoundRouter(name, module, kind, find_slot(module, parent, kind), num_experts, k))
     if found:
         return found
     seen = sorted({type(m).__name__ for m in model.modules() if _looks_like_moe(type(m).__name__)})
     if allow_empty and not any(_is_moe(type(m).__name__) for m in model.modules() if m is not model):
         return []
+    if refused:
+        what = f"none that it knows: {refused[0]}" + (f" and {len(refused) - 1} more" if len(refused) > 1 else "")
+    elif seen:
+        what = f"none, but {', '.join(seen)}, which it does not know"
+    else:
+        what = "none and no other mixture-of-experts layer"
     raise EquipoiseError(
-        f"the model must hold a router that equipoise knows ({', '.join(sorted(_KINDS))}): "
-        f"{type(model).__name__} holds none"
-        + (f", but {', '.join(seen)}, which it does not know" if seen else " and no other mixture-of-experts layer")
-        + ". Attach to one of these families: "
-        + ", ".join(FAMILIES)
-        + "; in a model of your own use equipoise.nn.Router, or give your router an attribute router_kind, an "
-        "equipoise.RouterKind(gate, slot); a pipeline stage of dense layers takes allow_empty=True."
+        f"the model must hold a router that equipoise knows: {type(model).__name__} holds {what}. `equipoise families` "
+        "lists the model families that can be attached; in a model of your own use equipoise.nn.Router, or give your "
+        "router an attribute router_kind, an equipoise.RouterKind(gate, slot); a pipeline stage of dense layers takes "
+        "allow_empty=True."
+    )
+
+
+def refusal(name: str, router: nn.Module, reason: str, kind: RouterKind | None = None) -> EquipoiseError:
+    kind = _declared(router) if kind is None else kind
+    must = "select in a way that can be proven"
+    if kind is not None:
+        must = f"select by {kind.gate} {kind.selection}"
+        must += f" plus its {kind.slot}" if kind.slot else " with one top-k over its experts"
+    return EquipoiseError(
+        f"a {type(router).__name__} must {must}: in {name} {reason}. It is not supported so; attach with where=... to "
+        "leave it out."
     )
 
 
 def unknown_routers(model: nn.Module) -> list[str]:
-    """Names of modules that are called a router or a gate, have a weight of two dimensions, and are of no family."""
-    known = [module for _, module, _ in find_routers(model, allow_empty=True)]
+    """Names of modules that are called a router or a gate, have a weight of two dimensions, and select in no way that
+    is known, with the reason."""
+    known = [router.module for router in find_routers(model, allow_empty=True)]
     inside = {part for module in known for part in module.modules()}
-    return [
-        f"{plain_name(name)} ({type(module).__name__})"
-        for name, module in model.named_modules()
-        if module not in inside
-        and type(module).__name__.lower().endswith(("router", "gate"))
-        and getattr(module._parameters.get("weight"), "ndim", 0) == 2
-    ]
+    unknown = []
+    for name, module, parent in _candidates(model):
+        if module in inside or not _is_router(module):
+            continue
+        try:
+            proof_of(module, parent)
+        except Refused as reason:
+            unknown.append(f"{name} ({type(module).__name__}: {reason})")
+    return unknown
+
+
+def _is_router(module: nn.Module) -> bool:
+    """Not every gate is one: attention has forget gates."""
+    weight = module._parameters.get("weight")
+    named = any(re.search("router|gating", cls.__name__, re.IGNORECASE) for cls in _classes(module))
+    matrix = any(p.dim() == 2 for p in module.parameters())
+    return matrix and (named or getattr(weight, "ndim", 0) == 2)
 
 
 def _looks_like_moe(name: str) -> bool:
@@ -104,100 +187,3 @@ def _looks_like_moe(name: str) -> bool:
 def _is_moe(name: str) -> bool:
     """Of dense layers too many families have "Moe" in their name, as Glm4MoeRMSNorm."""
     return name.lower().endswith(("router", "gate", "gating", "moe", "experts", "moeblock", "moelayer"))
-
-
-def num_experts_of(router: nn.Module) -> int:
-    return int(router.weight.shape[0])
-
-
-class _CountingTopK(OffsetTopK):
-    calls = 0
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.topk, Tensor.topk) and args and args[0].shape[-1] == self.offset.shape[0]:
-            self.calls += 1
-        return super().__torch_function__(func, types, args, kwargs)
-
-
-def _stand_in(router: nn.Module, generator: torch.Generator) -> nn.Module:
-    """The router with weights of our own, so that sharded, meta and GPU weights need not be touched."""
-    copy = router.__class__.__new__(router.__class__)
-    copy.__dict__ = dict(router.__dict__)
-    copy._parameters = {
-        name: parameter
-        if parameter is None
-        else nn.Parameter(torch.randn(parameter.shape, generator=generator, dtype=torch.float32, device="cpu"))
-        for name, parameter in router._parameters.items()
-    }
-    copy._buffers = {
-        name: buffer if buffer is None else torch.zeros(buffer.shape, device="cpu", dtype=torch.float32)
-        for name, buffer in router._buffers.items()
-    }
-    return copy
-
-
-def prove(name: str, router: nn.Module, kind: RouterKind, multiplies: bool = False) -> int:
-    """Proves on random inputs that the router selects as ``kind`` says; returns k. Touches nothing of the model's.
-
-    Proven: the outputs are (logits, weights, expert_ids); the weights are the gate's scores of the chosen experts up to
-    one factor a token; an offset moves the choice and leaves the scores alone; without a slot, exactly one top-k is
-    taken over the experts. With ``multiplies`` the offset is a factor 1 + offset, for which no family has a slot.
-    """
-
-    def refuse(what: str) -> EquipoiseError:
-        return EquipoiseError(
-            f"a {type(router).__name__} must select by {kind.gate} scores"
-            + (f" plus its {kind.slot}" if kind.slot else " with one top-k over its experts")
-            + (" and without groups" if multiplies else "")
-            + f": in {name} {what}. This version of the family is not supported; attach with where=... to leave it out."
-        )
-
-    generator = torch.Generator().manual_seed(0)
-    stand_in = _stand_in(router, generator)
-    num_experts, dim = stand_in._parameters["weight"].shape
-    hidden = torch.randn(64, dim, generator=generator, dtype=torch.float32, device="cpu") / dim**0.5
-    favourite = torch.zeros(num_experts, device="cpu", dtype=torch.float32)
-    favourite[num_experts // 2] = 1e30 if multiplies else 100.0  # a softmax score may be very small
-    moderate = (
-        0.3 * score(torch.randn(1, num_experts, generator=generator, dtype=torch.float32, device="cpu"), kind.gate)[0]
-    )
-    grouped = any(getattr(stand_in, name, 1) > 1 for name in ("num_group", "num_groups"))
-
-    def run(offset: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], int]:
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            if kind.slot is not None:
-                if kind.slot not in stand_in._buffers:
-                    raise refuse(f"there is no buffer {kind.slot}")
-                stand_in._buffers[kind.slot] = torch.zeros_like(offset) if multiplies else offset
-                if not multiplies:
-                    return stand_in.forward(hidden), 1
-            with _CountingTopK(offset, multiplies) as mode:
-                return stand_in.forward(hidden), 1 if kind.slot else mode.calls
-
-    if multiplies and grouped:
-        raise refuse("there are groups")
-    first: tuple[Tensor, Tensor, Tensor] | None = None
-    for offset in (torch.zeros_like(favourite), moderate, favourite):
-        output, calls = run(offset)
-        if calls != 1:
-            raise refuse(f"{calls} calls of top-k were seen")
-        if not (isinstance(output, tuple) and len(output) == 3 and output[1].shape == output[2].shape):
-            raise refuse("forward does not return (logits, weights, expert_ids)")
-        logits, weights, expert_ids = output
-        if logits.shape != (64, num_experts) or expert_ids.dtype != torch.int64:
-            raise refuse(f"the logits have shape {tuple(logits.shape)} and the expert ids {expert_ids.dtype}")
-        first = first or output
-        same = (expert_ids == first[2]).all(-1)
-        if not torch.allclose(weights[same], first[1][same], rtol=1e-4):
-            raise refuse("the offset changes the weights of the same choice")
-        scores = score(logits, kind.gate)
-        choice = scores * (1 + offset) if multiplies else scores + offset
-        best = choice.topk(expert_ids.shape[-1]).indices
-        if not grouped and (expert_ids.sort().values != best.sort().values).any():
-            raise refuse("the chosen experts are not the best by these scores and the offset")
-        factor = weights / score(logits, kind.gate).gather(-1, expert_ids)
-        if not torch.allclose(factor, factor[:, :1].expand_as(factor), rtol=1e-4):
-            raise refuse("the weights are not in proportion to these scores")
-    if not (expert_ids == num_experts // 2).any(-1).all():
-        raise refuse("a large offset does not move the choice")
-    return int(expert_ids.shape[-1])

@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from equipoise.errors import EquipoiseError
+from equipoise.routing import score
 
-__all__ = ["ForwardContext", "RECOMPUTED", "RouterKind", "Tap", "UNCOUNTED", "tap_router", "untap_router"]
+__all__ = ["ForwardContext", "RECOMPUTED", "RouterKind", "Slot", "Tap", "UNCOUNTED", "tap_router", "untap_router"]
 
 OWN_SLOT = "_equipoise_offset"  # the buffer of a router whose family has no slot of its own
 UNCOUNTED = -1  # token of a call that does not count: evaluation, paused
@@ -35,15 +36,82 @@ RECOMPUTED = -2  # token of a call that was made again inside a backward
 
 
 class RouterKind(NamedTuple):
-    """What must be known of a router: its gate (``softmax``, ``sigmoid`` or ``sqrt_softplus``) and the name of the
-    float buffer that it adds to the scores for the choice, or None. ``attach`` proves it by a probing forward.
+    """How a router selects. ``attach`` finds it out, and proves it, by a probing forward.
 
-    A module of yours that has it as ``router_kind`` is known to ``attach``. It must have a ``weight`` [experts, dim]
-    and return (logits [tokens, experts], weights [tokens, k], expert_ids [tokens, k]).
+    gate: ``softmax``, ``sigmoid`` or ``sqrt_softplus``, which turns logits into scores.
+    slot: the name of the float tensor that it adds for the choice, or None: a buffer or a frozen parameter of the
+        router, of a module inside it (``"moe_statics.e_score_correction_bias"``), or of the module that holds the
+        router and passes the tensor to it.
+    selection: whether the choice is made by ``scores`` or by ``logits``, to which an offset is then added.
+    gives: what its forward returns: ``logits``, which is (logits [tokens, experts], weights [tokens, k], expert_ids
+        [tokens, k]) and perhaps more; the same with ``probabilities`` in place of the logits; or ``dense``, which is
+        (scores [tokens, experts], 0 where not chosen; logits).
+
+    A module of yours that has it as ``router_kind`` is known to ``attach``, whatever its class is called. It must have
+    a ``weight`` [experts, dim] and return what ``gives`` says.
     """
 
     gate: str
     slot: str | None
+    selection: str = "scores"
+    gives: str = "logits"
+
+    def read(self, output: Any, k: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """(logits, weights, expert_ids) of what the router's forward returned; ``dense`` needs k."""
+        if self.gives == "dense":
+            dense, logits = output
+            expert_ids = dense.detach().topk(k, dim=-1).indices
+            return logits, dense.gather(-1, expert_ids), expert_ids
+        first, weights, expert_ids = output[:3]
+        if self.gives == "probabilities":
+            first = first.clamp_min(torch.finfo(first.dtype).tiny).log()
+        return first, weights, expert_ids
+
+    def write(self, output: Any, weights: Tensor, expert_ids: Tensor) -> Any:
+        """``output`` with other weights of the same choice."""
+        if self.gives == "dense":
+            dense, logits = output
+            return torch.zeros_like(dense).scatter(-1, expert_ids, weights), logits
+        return (output[0], weights, *output[2:])
+
+    def values(self, logits: Tensor) -> Tensor:
+        """What an offset is added to."""
+        return logits if self.selection == "logits" else score(logits, self.gate)
+
+
+class Slot(NamedTuple):
+    """The tensor that steers a router, by the module that holds it and its name there."""
+
+    holder: nn.Module
+    name: str
+
+    @property
+    def tensor(self) -> Tensor | None:
+        """As it is held; None where it is not there."""
+        held = self.holder._buffers.get(self.name)
+        held = self.holder._parameters.get(self.name) if held is None else held
+        if type(held).__name__ == "DTensor":
+            raise EquipoiseError(
+                f"the bias of a router must be a plain tensor: {self.name} of a {type(self.holder).__name__} is a "
+                "DTensor. It is a parameter of this family; leave it out of fully_shard with ignored_params."
+            )
+        return None if held is None else held.detach()
+
+    @property
+    def offset(self) -> Float[Tensor, " experts"] | None:
+        """The same, flat. Not a copy."""
+        held = self.tensor
+        return None if held is None else held.view(-1)
+
+    def replace(self, offset: Float[Tensor, " experts"]) -> None:
+        """Holds a copy of another dtype or on another device than the tensor that was there."""
+        there = self.tensor
+        copy = offset.detach().clone()
+        copy = copy if there is None else copy.view(there.shape)
+        if self.name in self.holder._parameters:
+            self.holder._parameters[self.name].data = copy
+        else:
+            self.holder._buffers[self.name] = copy
 
 
 class Observer(Protocol):
@@ -155,7 +223,9 @@ class Hook:
 class Tap:
     """Ties one router to its observer. A copy of a router carries an inert tap: steered as it was, never counted."""
 
-    def __init__(self, observer: Observer, context: ForwardContext, layer: int, kind: RouterKind, has_loss: bool):
+    def __init__(
+        self, observer: Observer, context: ForwardContext, layer: int, kind: RouterKind, k: int, has_loss: bool
+    ):
         number = next(_KEYS)
         self.key = torch.tensor(number, device="cpu")
         self.observer: Observer | None = observer
@@ -165,10 +235,11 @@ class Tap:
         self.steers = False  # by a slot of our own
         self.multiplies = False  # that slot is a factor 1 + offset
         self.kind = kind
+        self.k = k
         _TAPS[number] = self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _inert_tap, (self.kind, self.steers, self.multiplies)
+        return _inert_tap, (self.kind, self.k, self.steers, self.multiplies)
 
     def restore(self) -> None:
         if self.observer is not None:
@@ -179,10 +250,10 @@ class Tap:
             self.observer.adopt_offset(self.layer)
 
 
-def _inert_tap(kind: RouterKind, steers: bool, multiplies: bool = False) -> Tap:
+def _inert_tap(kind: RouterKind, k: int, steers: bool, multiplies: bool) -> Tap:
     tap = Tap.__new__(Tap)
     tap.observer, tap.context, tap.layer, tap.has_loss = None, None, -1, False
-    tap.kind, tap.steers, tap.multiplies = kind, steers, multiplies
+    tap.kind, tap.k, tap.steers, tap.multiplies = kind, k, steers, multiplies
     return tap
 
 
@@ -199,13 +270,20 @@ class OffsetTopK(TorchFunctionMode):
         self.offset, self.multiplies = offset, multiplies
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.topk, Tensor.topk) and args and args[0].shape[-1] == self.offset.shape[0]:
+        if is_choice(func, args, self.offset):
             scores = args[0]
             plain = scores.detach()
             choice = plain * (1 + self.offset) if self.multiplies else plain + self.offset
             ids = torch.topk(choice, *args[1:], **(kwargs or {})).indices
             return torch.return_types.topk((scores.gather(-1, ids), ids))
         return func(*args, **(kwargs or {}))
+
+
+def is_choice(func: Any, args: Any, offset: Float[Tensor, " experts"]) -> bool:
+    """Whether a call is a top-k of tokens over the experts, and not one over groups of them."""
+    if func not in (torch.topk, Tensor.topk) or not args:
+        return False
+    return args[0].dim() == 2 and args[0].shape[-1] == offset.shape[0]
 
 
 @cache
@@ -220,7 +298,7 @@ def _tapped(base: Any) -> Any:
         context = tap.context
         if context is None:  # a copy of the model
             return output
-        logits, weights, expert_ids = output
+        logits, weights, expert_ids = tap.kind.read(output, tap.k)
         if type(logits).__name__ == "DTensor":
             raise EquipoiseError(
                 f"a router must give plain tensors: {type(self).__name__} gives a DTensor. Leave it out of the plan of "
@@ -241,7 +319,19 @@ def _tapped(base: Any) -> Any:
             # a compiler merges two calls with the same arguments; it takes no two empty tensors for the same
             torch.empty(0, device=weights.device) if torch.compiler.is_compiling() else None,
         )
-        return logits, weights, expert_ids
+        return tap.kind.write(output, weights, expert_ids)
+
+    return _subclass(base, {"forward": forward, **_follows_its_slot(base), "_equipoise_base": base}, _new_tapped)
+
+
+@cache
+def _holding(base: Any) -> Any:
+    """A subclass of a module that holds the slot of a router, where that is not the router itself."""
+    return _subclass(base, {**_follows_its_slot(base), "_equipoise_held": base}, _new_holding)
+
+
+def _follows_its_slot(base: Any) -> dict[str, Any]:
+    """What a module with a slot does besides: a cast leaves it in float32, and a checkpoint is taken up."""
 
     def _apply(self, fn, recurse=True):
         base._apply(self, fn, recurse)
@@ -252,20 +342,15 @@ def _tapped(base: Any) -> Any:
         base._load_from_state_dict(self, *args, **kwargs)
         self._equipoise.adopt()
 
-    def __reduce_ex__(self, protocol):
-        return _new_tapped, (base,), self.__dict__
+    return {"_apply": _apply, "_load_from_state_dict": _load_from_state_dict}
 
-    namespace = {
-        "forward": forward,
-        "_apply": _apply,
-        "_load_from_state_dict": _load_from_state_dict,
-        "__reduce_ex__": __reduce_ex__,
-        "__module__": base.__module__,
-        "__qualname__": base.__qualname__,
-        "__doc__": base.__doc__,
-        "_equipoise_base": base,
-    }
-    return type(base.__name__, (base,), namespace)
+
+def _subclass(base: Any, namespace: dict[str, Any], new: Any) -> Any:
+    def __reduce_ex__(self, protocol):
+        return new, (base,), self.__dict__
+
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    return type(base.__name__, (base,), {**namespace, **names, "__reduce_ex__": __reduce_ex__})
 
 
 def _new_tapped(base: Any) -> nn.Module:
@@ -273,22 +358,40 @@ def _new_tapped(base: Any) -> nn.Module:
     return cls.__new__(cls)
 
 
-def tap_router(router: nn.Module, tap: Tap, own_slot: Float[Tensor, " experts"] | None) -> None:
-    """Swaps the class of ``router``; with ``own_slot`` it is steered by a buffer of ours, which no checkpoint sees."""
-    if own_slot is not None:
-        router.register_buffer(OWN_SLOT, own_slot, persistent=False)
+def _new_holding(base: Any) -> nn.Module:
+    cls = _holding(base)
+    return cls.__new__(cls)
+
+
+def plain_class(module: nn.Module) -> Any:
+    """The class of a router as it was before it was tapped."""
+    return getattr(type(module), "_equipoise_base", type(module))
+
+
+def tap_router(router: nn.Module, tap: Tap, slot: Slot | None, own: Float[Tensor, " experts"] | None) -> None:
+    """Swaps the class of ``router`` and of who holds its slot; with ``own`` it is steered by a buffer of ours, which no
+    checkpoint sees."""
+    if own is not None:
+        router.register_buffer(OWN_SLOT, own, persistent=False)
         tap.steers = True
     router.__dict__["_equipoise"] = tap
     base: Any = type(router)
     router.__class__ = _tapped(base)
+    if slot is not None and slot.holder is not router:
+        slot.holder.__dict__["_equipoise"] = tap
+        holder: Any = type(slot.holder)
+        slot.holder.__class__ = _holding(holder)
 
 
-def untap_router(router: nn.Module) -> None:
+def untap_router(router: nn.Module, slot: Slot | None) -> None:
     """Undoes ``tap_router``; a slot of the family's own keeps what it holds."""
     router.__class__ = type(router)._equipoise_base  # type: ignore[attr-defined]
     del router.__dict__["_equipoise"]
     if OWN_SLOT in router._buffers:
         delattr(router, OWN_SLOT)
+    if slot is not None and "_equipoise_held" in vars(type(slot.holder)):
+        slot.holder.__class__ = type(slot.holder)._equipoise_held  # type: ignore[attr-defined]
+        del slot.holder.__dict__["_equipoise"]
 
 
 def is_tapped(module: nn.Module) -> bool:

@@ -116,17 +116,24 @@ class Subject:
         return {name: value.flip(1) if flip[name] else value for name, value in self.batch.items()}
 
     def routers(self, model: nn.Module) -> dict[str, tuple[nn.Module, RouterKind]]:
-        found = {name: (router, kind) for name, router, kind in find_routers(model)}
-        return {name: value for name, value in found.items() if self.where is None or self.where(name, value[0])}
+        found = find_routers(model)
+        return {r.name: (r.module, r.kind) for r in found if self.where is None or self.where(r.name, r.module)}
 
     def record(self, model: nn.Module) -> dict[str, list[RouterCall]]:
         """By layer, every router call from now on."""
         calls: dict[str, list[RouterCall]] = {}
-        for name, (router, _) in self.routers(model).items():
+        for name, (router, kind) in self.routers(model).items():
             calls[name] = []
 
-            def hook(module: Any, args: Any, kwargs: Any, output: Any, kept: list[RouterCall] = calls[name]) -> None:
-                logits, weights, expert_ids = output
+            def hook(
+                module: Any,
+                args: Any,
+                kwargs: Any,
+                output: Any,
+                kept: list[RouterCall] = calls[name],
+                kind: RouterKind = kind,
+            ) -> None:
+                logits, weights, expert_ids = kind.read(output, getattr(module, "top_k", None))
                 kept.append(RouterCall(args, kwargs, logits, weights, expert_ids, torch.is_grad_enabled()))
 
             router.register_forward_hook(hook, with_kwargs=True)
@@ -139,7 +146,7 @@ class Subject:
         with torch.no_grad():
             _run(model, self.batch)
         for seed, (name, (_, kind)) in enumerate(self.routers(model).items()):
-            deviation = score(calls[name][0].logits, kind.gate).std().float().cpu()
+            deviation = kind.values(calls[name][0].logits).std().float().cpu()
             noise = torch.randn(calls[name][0].logits.shape[-1], generator=torch.Generator().manual_seed(seed))
             offsets[name] = spread * deviation * noise
         return offsets
@@ -254,11 +261,11 @@ def _require_choice(call: RouterCall, router: nn.Module, kind: RouterKind, offse
     """The chosen are the best by scores and offset, each once; ties may fall either way."""
     ids = call.expert_ids.sort(-1).values
     require((ids[:, 1:] != ids[:, :-1]).all(), "a token with the same expert twice")
-    scores = score(call.logits.detach(), kind.gate)
+    scores = kind.values(call.logits.detach())
     offset = offset.to(scores.device)
     choice = scores * (1 + offset) if multiplies else scores + offset
     k = call.expert_ids.shape[-1]
-    if multiplies:
+    if multiplies or kind.selection == "logits":
         best = choice.topk(k, dim=-1).indices
     else:
         best = route(call.logits.detach(), k, gate=kind.gate, offset=offset, **_groups(router)).expert_ids
@@ -630,9 +637,9 @@ def _detach(subject: Subject) -> None:
             for kind in hooks:
                 require(len(getattr(found, kind)) == len(getattr(expected, kind)), f"{kind[1:]} that were left")
     require(list(model.state_dict()) == list(plain.state_dict()), "other state-dict keys")
-    for name, (router, tap) in subject.routers(plain).items():
-        if tap.slot is not None:
-            router._buffers[tap.slot] = offsets[name].clone()
+    for router in find_routers(plain):
+        if router.slot is not None and router.name in offsets:
+            router.slot.replace(offsets[router.name])
     with torch.no_grad():
         _require_bits(_tensors(_run(model, subject.batch)[0]), _tensors(_run(plain, subject.batch)[0]), "output")
 
