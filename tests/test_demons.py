@@ -224,18 +224,27 @@ def test_the_score_is_the_mean_over_all_experts_and_its_gradient_reaches_those_n
         _hand(z.grad, [gradient])
 
 
-def test_a_router_that_gives_out_probabilities_for_logits_is_refused(monkeypatch):
+def test_a_router_that_gives_out_probabilities_is_not_taken_for_one_that_gives_logits(monkeypatch):
     """Demon 18: the loss would take a softmax of a softmax."""
-    model = _gates("softmax")
+    logits, found = _randn(1, 24, 4, skew=[2.0, 0.0, 0.0, 0.0]), []
 
     def probabilities(self, hidden):
-        scores = F.linear(hidden, self.weight).softmax(-1)
+        scores = F.linear(hidden.reshape(-1, 4), self.weight).softmax(-1)
         values, ids = torch.topk(scores, self.top_k, dim=-1)
         return scores, values / values.sum(-1, keepdim=True), ids
 
-    monkeypatch.setattr(type(model.gates[0]), "forward", probabilities)
-    with pytest.raises(EquipoiseError, match="must select by softmax scores"):
-        attach(model, "lbl")
+    for forward in (None, probabilities):
+        model = _gates("softmax")
+        if forward is not None:
+            monkeypatch.setattr(type(model.gates[0]), "forward", forward)
+        balance = attach(model, "lbl:coefficient=1")
+        hidden = logits.clone().requires_grad_()
+        output = model(hidden)
+        loss = balance.loss()
+        (0 * output.sum() + loss).backward()
+        found.append((loss.detach(), hidden.grad))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-7)
+    assert found[0][1].any()
 
 
 @pytest.mark.parametrize("gate", ["sigmoid", "softmax"])
@@ -432,7 +441,8 @@ def test_an_unknown_router_beside_known_ones_is_named(caplog):
     attach(model, "lbl", where=lambda name, router: True).detach()
     assert not caplog.records
     attach(model, "lbl")
-    assert "strange (StrangeRouter) is neither counted nor balanced" in caplog.text
+    assert "strange (StrangeRouter: its forward needs more than tokens" in caplog.text
+    assert "is neither counted nor balanced" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["glm4_moe", "qwen3_moe"])
@@ -457,18 +467,28 @@ def test_a_fused_loss_that_skips_the_models_head_keeps_the_balancing_loss(name):
         assert plain.any() and torch.equal(plain, fused)
 
 
-def test_a_bias_that_is_a_parameter_is_refused_and_not_passed_over():
+def test_a_bias_is_found_whether_it_is_a_buffer_or_a_parameter():
     """Demon 41: code that looks for buffers finds no parameter, code that looks for parameters no buffer."""
-    for strategy in ("lbl", "loss-free", "frozen"):
-        model = _gates("sigmoid")
-        bias = model.gates[0].e_score_correction_bias
-        bias.copy_(torch.tensor([0.1, 0.2, 0.3, 0.4]))
-        assert attach(model, strategy).detach()["gates.0"].tolist() == bias.tolist()
-        del model.gates[0].e_score_correction_bias
-        model.gates[0].e_score_correction_bias = nn.Parameter(bias, requires_grad=False)
-        with pytest.raises(EquipoiseError, match=r"in gates\.0 there is no buffer e_score_correction_bias"):
-            attach(model, strategy)
-        assert not model._forward_hooks and model.gates[0].e_score_correction_bias is not None
+    for strategy in ("lbl", "loss-free:rate=0.1", "frozen"):
+        moved = []
+        for parameter in (False, True):
+            model = _gates("sigmoid")
+            bias = model.gates[0].e_score_correction_bias
+            bias.copy_(torch.tensor([0.1, 0.2, 0.3, 0.4]))
+            if parameter:
+                del model.gates[0].e_score_correction_bias
+                model.gates[0].e_score_correction_bias = nn.Parameter(bias, requires_grad=False)
+            balance = attach(model, strategy)
+            assert balance.offsets["gates.0"].tolist() == bias.tolist()
+            model(_randn(1, 24, 4, skew=[2.0, 0.0, 0.0, 0.0]))
+            balance.loss()
+            balance.step()
+            model.to(torch.bfloat16)
+            held = model.gates[0].e_score_correction_bias
+            assert isinstance(held, nn.Parameter) == parameter
+            assert held.dtype == (torch.bfloat16 if strategy == "lbl" else torch.float32)
+            moved.append(balance.detach()["gates.0"].float())
+        assert torch.equal(moved[0], moved[1])
 
 
 # ---- D. masks ----
