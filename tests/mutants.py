@@ -36,6 +36,7 @@ RULES, MECHANISMS, FAMILIES = (
     "tests/taps/test_families.py",
 )
 QUANTILE = "tests/balancers/test_quantile.py"
+CLAIMS = "tests/reproduce/test_frontier.py"
 SELECTION, COMPARED = "tests/lab/test_selection.py", "tests/lab/test_balancers.py"
 ESTIMATES, VERDICTS, POWER = (f"tests/analysis/test_{name}.py" for name in ("statistics", "verdicts", "power"))
 
@@ -843,6 +844,76 @@ MUTANTS = [
         "detectable_effect(difference, n,",
         "detectable_effect(estimate(firsts).sd, n,",
         f"{POWER} -k noise",
+    ),
+    Mutant(
+        "claims: what is out of balance is chosen on a frontier",
+        "reproduce/frontier.py",
+        "if maxvio <= self.most_maxvio else (1.0, maxvio)",
+        "if True else (1.0, maxvio)",
+        f"{CLAIMS} -k balance",
+    ),
+    Mutant(
+        "claims: a frontier is chosen on before it is whole",
+        "reproduce/frontier.py",
+        "if len(points) == len(grid) else None",
+        "if points else None",
+        f"{CLAIMS} -k missing",
+    ),
+    Mutant(
+        "claims: a grid does not grow below its lower edge",
+        "reproduce/frontier.py",
+        "grid = [_neighbour(grid[0], -1), *grid]",
+        "pass",
+        f"{CLAIMS} -k grows",
+    ),
+    Mutant(
+        "claims: a value is chosen on the test text",
+        "reproduce/frontier.py",
+        'point.mean("selection_nats")) if',
+        'point.mean("val_nats")) if',
+        f"{CLAIMS} -k chosen",
+    ),
+    Mutant(
+        "claims: a claim runs with a value that is not chosen yet",
+        "reproduce/claim.py",
+        "return [] if self.frontiers else [",
+        "return [",
+        f"{CLAIMS} -k takes",
+    ),
+    Mutant(
+        "claims: a hundredth is the whole",
+        "reproduce/claim.py",
+        "float(there) / int(divisor)",
+        "float(there)",
+        f"{CLAIMS} -k takes",
+    ),
+    Mutant(
+        "claims: the margin of equality is all of the difference of the scopes",
+        "reproduce/verdict.py",
+        "return -seen.mean / 3",
+        "return -seen.mean",
+        f"{CLAIMS} -k third",
+    ),
+    Mutant(
+        "claims: a difference of two statistics is the first of them",
+        "reproduce/verdict.py",
+        "values[0] - sum(values[1:])",
+        "values[0]",
+        f"{CLAIMS} -k difference_of_two",
+    ),
+    Mutant(
+        "claims: verdicts are not those of their family",
+        "reproduce/verdict.py",
+        "replace(first, judgement=family[claim.name])",
+        "first",
+        "tests/reproduce/test_reproduce.py -k family",
+    ),
+    Mutant(
+        "claims: a run is begun that does not fit into the budget",
+        "reproduce/runs.py",
+        "time.monotonic() - began + expected > 60 * minutes",
+        "time.monotonic() - began > 60 * minutes",
+        "tests/reproduce/test_reproduce.py -k budget",
     ),
 ]
 
