@@ -29,13 +29,14 @@ ALLOWED = {name: set(CORE[:rank]) for rank, name in enumerate(CORE)}
 ALLOWED |= {
     "nn": {"errors", "routing", "load", "taps"},
     "testing": {"equipoise", *CORE},
+    "integrations": {*CORE},
     "records": {"errors"},
     "analysis": {"errors", "records"},
     "report": {"errors", "records"},
     "lab": {"equipoise", *CORE, "nn", "records", "report"},
     "reproduce": {"errors", "records", "analysis"},
     "cli": {"equipoise", *CORE, "records", "report", "lab", "reproduce"},
-    "__init__": {*CORE, "nn", "testing"},  # lazily, by name
+    "__init__": {*CORE, "integrations", "nn", "testing"},  # lazily, by name
     "__main__": {"cli"},
 }
 TORCH_FREE = ["records", "report", "recipes", "analysis"] + (["cli"] if (ROOT / "cli.py").exists() else [])
@@ -131,3 +132,9 @@ def test_the_check_of_torch_can_fail():
 
 def test_the_core_imports_no_transformers():
     assert _imported("import equipoise.balance", "transformers", "accelerate", "datasets") == "[]"
+
+
+def test_an_integration_imports_what_it_is_for_by_name_only():
+    assert _imported("import equipoise.integrations", "transformers", "accelerate", "peft") == "[]"
+    found = _imported("import equipoise; equipoise.integrations.EquipoiseCallback", "transformers", "peft")
+    assert "transformers" in found

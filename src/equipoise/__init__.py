@@ -1,7 +1,8 @@
 """equipoise: load balancing for mixture-of-experts training in PyTorch.
 
 Attach it to the model you already have, choose a mechanism and a scope, and trust the counts. ``attach`` is the door;
-``equipoise.nn`` has a router and a layer for models of your own, ``equipoise.testing`` checks balancers and models.
+``equipoise.nn`` has a router and a layer for models of your own, ``equipoise.testing`` checks balancers and models,
+``equipoise.integrations`` has the callback for ``transformers.Trainer``.
 """
 
 import importlib
@@ -46,7 +47,7 @@ _HOME = {
     "z_loss": "balancers",
 }
 
-_MODULES = ("nn", "testing")
+_MODULES = ("integrations", "nn", "testing")
 
 __all__ = sorted(_HOME, key=str.casefold)
 

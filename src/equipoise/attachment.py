@@ -20,7 +20,7 @@ from equipoise.taps.discovery import Refused
 from equipoise.taps.families import find_routers, proof_of, refusal, unknown_routers
 from equipoise.taps.tap import is_tapped, untap_router
 
-__all__ = ["OFFSETS_FILE", "attach"]
+__all__ = ["OFFSETS_FILE", "attach", "base_model", "resolve", "unwrap"]
 
 OFFSETS_FILE = "equipoise_offsets.safetensors"  # beside the weights of a family without a slot
 
@@ -43,7 +43,7 @@ def attach(
         optimizer.step(); balance.step()                       # every optimizer step
 
     Args:
-        model: the model; may be wrapped (DDP, FSDP2, compiled).
+        model: the model; may be wrapped (DDP, FSDP2, compiled, PEFT).
         balancers: mechanisms, as objects or strategy strings; none at all only counts.
         where: ``where(name, router) -> bool`` chooses layers; default all.
         group: the process group, or a ``DeviceMesh``, whose ranks hold different tokens of the same layers; default
@@ -67,8 +67,8 @@ def attach(
             raise TypeError(f"model must be a torch.nn.Module: got {type(model).__name__}.")
         if where is not None and not callable(where):
             raise TypeError(f"where must be a function of (name, router): got {type(where).__name__}.")
-        inner = _unwrap(model)
-        resolved = _resolve(balancers)
+        inner = base_model(unwrap(model))
+        resolved = resolve(balancers)
         multiplies = any(balancer.multiplies for balancer in resolved)
         layers = _find_layers(inner, where, multiplies, allow_empty)
         if offsets is not None and not any(balancer.has_offset for balancer in resolved):
@@ -164,7 +164,8 @@ def _find_layers(
     return layers
 
 
-def _resolve(balancers: Sequence[Balancer | str]) -> list[Balancer]:
+def resolve(balancers: Sequence[Balancer | str]) -> list[Balancer]:
+    """The balancers that these objects and strategy strings name; refused where two would move the offset."""
     result: list[Balancer] = []
     for balancer in balancers:
         if isinstance(balancer, str):
@@ -181,7 +182,8 @@ def _resolve(balancers: Sequence[Balancer | str]) -> list[Balancer]:
     return result
 
 
-def _unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside what torch.compile and DistributedDataParallel put around it."""
     while True:
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod  # type: ignore[assignment]
@@ -189,6 +191,14 @@ def _unwrap(model: nn.Module) -> nn.Module:
             model = model.module
         else:
             return model
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The model inside a PeftModel, adapters included, whose layers have the names that they have without; or itself.
+
+    By class and not by instance: adapters hand every name that they lack on to the model inside.
+    """
+    return model.get_base_model() if hasattr(type(model), "get_base_model") else model
 
 
 def _reset_dynamo(model: nn.Module) -> None:

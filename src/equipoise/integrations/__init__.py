@@ -1,0 +1,32 @@
+"""Balancing inside other people's training loops.
+
+    from equipoise.integrations import EquipoiseCallback
+
+    trainer = transformers.Trainer(model, args, train_dataset=data, callbacks=[EquipoiseCallback("loss-free")])
+
+``EquipoiseCallback`` is for ``transformers.Trainer``, with or without PEFT. A loop over Accelerate needs nothing but
+``equipoise.attach``, after ``Accelerator()``; see ``examples/accelerate_loop.py``.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+__all__ = ["EquipoiseCallback"]
+
+if TYPE_CHECKING:
+    from equipoise.integrations.trainer import EquipoiseCallback
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'equipoise.integrations' has no attribute {name!r}")
+    try:
+        from equipoise.integrations import trainer
+    except ModuleNotFoundError as error:
+        if error.name not in ("transformers", "accelerate", "safetensors"):
+            raise
+        raise ImportError(f"{name} needs {error.name}: pip install 'equipoise[trainer]'.") from error
+    return getattr(trainer, name)
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

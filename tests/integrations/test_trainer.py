@@ -1,0 +1,593 @@
+"""``EquipoiseCallback``: a training under ``transformers.Trainer`` equals our own loop, or it is refused."""
+
+import copy
+import json
+import pickle
+
+import pytest
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from models import family
+from ranks import distance
+from safetensors.torch import load_file
+from torch import nn
+from trainer_ranks import ACCUMULATED, BATCH, LENGTH, Stop, Watch, batches, label_tokens, own_loop, rows, train
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+import equipoise
+from equipoise.attachment import OFFSETS_FILE
+from equipoise.errors import EquipoiseError, UsageError
+from equipoise.integrations import EquipoiseCallback
+from equipoise.integrations.trainer import STATE_FILE
+
+OFFSETS, LOSS = "loss-free:rate=1e-2", "lbl:coefficient=1e-1"
+BOTH = (OFFSETS, LOSS)
+FAMILIES = ("qwen3_moe", "glm4_moe")  # without a slot, with one
+EPSILON = 1e-6  # relative, by norm, in float32
+
+
+def alike(ours, theirs):
+    assert len(ours) == len(theirs) > 0
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def close(ours, theirs):
+    assert len(ours) == len(theirs) > 0
+    for one, other in zip(ours, theirs, strict=True):
+        assert distance(one, other) < EPSILON
+
+
+# ---- the gradient ----
+
+
+@pytest.mark.parametrize("exact", [True, False], ids=["by label tokens", "plain mean"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_gradients_and_offsets_are_those_of_our_own_loop(name, exact):
+    """Twelve rows: a window of four micro-batches, then a short one of two; uneven label tokens, padding."""
+    model, data = family(name), rows(12)
+    other = copy.deepcopy(model)
+    if not exact:
+        model.accepts_loss_kwargs = False  # the Trainer then hands no num_items_in_batch over
+    callback = EquipoiseCallback(*BOTH)
+    watch = Watch(callback)
+    train(model, data, [callback, watch])
+    gradients, offsets, loads = own_loop(other, data, BOTH, exact=exact)
+    assert len(gradients) == 2
+    assert len({label_tokens(batch) for batch in batches(data)}) > 2
+    close(watch.gradients, gradients)
+    alike(watch.offsets, offsets)
+    alike(watch.load, loads)
+
+
+def test_the_two_weighings_differ_so_the_test_can_fail():
+    model, data = family("qwen3_moe"), rows(12)
+    exact, _, _ = own_loop(copy.deepcopy(model), data, BOTH)
+    plain, _, _ = own_loop(copy.deepcopy(model), data, BOTH, exact=False)
+    without, _, _ = own_loop(model, data, (OFFSETS,))
+    assert distance(exact[0], plain[0]) > 1e-2
+    assert distance(exact[0], without[0]) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(activation_checkpointing=True),
+        dict(activation_checkpointing=True, activation_checkpointing_kwargs={"use_reentrant": True}),
+        pytest.param(dict(torch_compile=True, torch_compile_backend="aot_eager"), marks=pytest.mark.slow),
+    ],
+    ids=["checkpointing", "reentrant", "compiled"],
+)
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.filterwarnings("ignore")
+def test_other_ways_to_compute_the_same_give_the_same(name, options):
+    model, data = family(name), rows(12)
+    other = copy.deepcopy(model)
+    callback = EquipoiseCallback(*BOTH)
+    watch = Watch(callback)
+    train(model, data, [callback, watch], **options)
+    gradients, offsets, loads = own_loop(other, data, BOTH)
+    close(watch.gradients, gradients)
+    alike(watch.offsets, offsets)
+    alike(watch.load, loads)
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_under_autocast_too(name):
+    model, data = family(name), rows(12)
+    other = copy.deepcopy(model)
+    callback = EquipoiseCallback(*BOTH)
+    watch = Watch(callback)
+    train(model, data, [callback, watch], bf16=True)
+    gradients, offsets, loads = own_loop(other, data, BOTH, autocast=True)
+    close(watch.gradients, gradients)
+    alike(watch.load, loads)
+    alike(watch.offsets, offsets)
+
+
+def test_a_given_shift_of_labels_weighs_by_it():
+    """Collators that pack sequences give ``shift_labels``, which the Trainer counts and the loss uses."""
+    data = rows(8)
+    for row in data:
+        row["shift_labels"] = [*row["labels"][1:], -100]
+        row["shift_labels"][6] = -100  # between two packed sequences
+    model = family("qwen3_moe")
+    other, callback = copy.deepcopy(model), EquipoiseCallback(LOSS)
+    watch = Watch(callback)
+    train(model, data, [callback, watch], remove_unused_columns=False)
+    window = batches(data)
+    total = sum(int((batch["shift_labels"] != -100).sum()) for batch in window)
+    balance = equipoise.attach(other, LOSS)
+    for batch in window:
+        loss = other(**batch).loss + balance.loss()
+        (loss * int((batch["shift_labels"] != -100).sum()) / total).backward()
+    close(watch.gradients, [{n: p.grad for n, p in other.named_parameters() if p.grad is not None}])
+
+
+def test_counts_are_those_of_a_count_by_hand():
+    """Every unmasked token once, whatever its label; the choices of a model that has not moved yet."""
+    model, data = family("glm4_moe"), rows(8)
+    counts = {f"model.layers.{layer}.mlp.gate": torch.zeros(8, dtype=torch.int64) for layer in range(2)}
+
+    def count(name):
+        def hook(module, args, output):
+            kept = output[2][mask.reshape(-1) == 1]
+            counts[name] += torch.tensor([int((kept == expert).sum()) for expert in range(8)])
+
+        return hook
+
+    probe = copy.deepcopy(model)
+    for name in counts:
+        probe.get_submodule(name).register_forward_hook(count(name))
+    for batch in batches(data):
+        mask = batch["attention_mask"]
+        probe(**batch)
+    callback = EquipoiseCallback(*BOTH)
+    watch = Watch(callback)
+    train(model, data, [callback, watch])
+    alike(watch.load, [counts])
+    assert sum(counts["model.layers.0.mlp.gate"]) == 2 * sum(sum(row["attention_mask"]) for row in data)
+
+
+def test_a_strategy_without_balancers_changes_nothing():
+    model, data = family("qwen3_moe"), rows(12)
+    other = copy.deepcopy(model)
+    first, second = Watch(), Watch()
+    callback = EquipoiseCallback()
+    train(model, data, [callback, first])
+    train(other, data, [second])
+    alike(first.gradients, second.gradients)
+    assert callback.balance.metrics()["tokens"] > 0
+
+
+# ---- steps ----
+
+
+class Overflows:
+    """A GradScaler that finds an overflow in the second step."""
+
+    steps = 0
+
+    def step(self, optimizer, closure=None):
+        self.steps += 1
+        if self.steps != 2:
+            optimizer.step()
+
+    def update(self):
+        pass
+
+
+class Scaled(Trainer):
+    """As with fp16 on a GPU: Accelerate's own optimizer finds out that a step was left out, and says so."""
+
+    def create_scheduler(self, *args, **kwargs):
+        self.optimizer = AcceleratedOptimizer(self.optimizer.optimizer, scaler=Overflows())
+        return super().create_scheduler(*args, **kwargs)
+
+
+def test_a_step_that_was_skipped_moves_nothing():
+    model, callback = family("glm4_moe"), EquipoiseCallback(*BOTH)
+    watch = Watch(callback)
+    train(model, rows(24), [callback, watch], kind=Scaled)
+    first, second, third = watch.offsets
+    alike([first], [second])
+    assert any(not torch.equal(third[name], second[name]) for name in second)
+    assert callback.balance.state_dict()["num_windows"] == 3
+
+
+def test_micro_batches_that_a_stream_leaves_over_are_in_no_window(tmp_path):
+    """An iterable dataset that ends after two micro-batches of four: the Trainer takes no step there."""
+
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(rows(12))
+
+    model, callback = family("glm4_moe"), EquipoiseCallback(*BOTH)
+    watch = Watch(callback)
+    train(model, Stream(), [callback, watch], tmp_path, max_steps=2, save_strategy="epoch")
+    assert [int(load["model.layers.0.mlp.gate"].sum()) for load in watch.load] == [
+        2 * sum(sum(row["attention_mask"]) for row in rows(12)[: BATCH * ACCUMULATED])
+    ] * 2
+    assert (tmp_path / "checkpoint-1" / STATE_FILE).exists()
+
+
+def test_a_second_training_goes_on_with_the_offsets():
+    model, data = family("qwen3_moe"), rows(8)
+    other, callback = copy.deepcopy(model), EquipoiseCallback(OFFSETS)
+    watch = Watch(callback)
+    for _ in range(2):
+        train(model, data, [callback, watch])
+    _, offsets, _ = own_loop(other, data, (OFFSETS,), epochs=2)
+    alike(watch.offsets, offsets)
+    assert callback.balance.state_dict()["num_windows"] == 2
+
+
+class Raises(TrainerCallback):
+    def on_substep_end(self, args, state, control, **kwargs):
+        raise KeyboardInterrupt
+
+
+def test_a_training_that_was_interrupted_leaves_no_counts_for_the_next():
+    model, data = family("qwen3_moe"), rows(8)
+    callback = EquipoiseCallback(*BOTH)
+    with pytest.raises(KeyboardInterrupt):
+        train(model, data, [callback, Raises()])
+    watch = Watch(callback)
+    train(model, data, [callback, watch])
+    (load,) = watch.load
+    assert int(load["model.layers.0.mlp.gate"].sum()) == 2 * sum(sum(row["attention_mask"]) for row in data)
+
+
+# ---- evaluation and logs ----
+
+
+def test_evaluation_has_no_balancing_loss_and_moves_nothing():
+    model, data = family("qwen3_moe"), rows(8)
+    callback = EquipoiseCallback(*BOTH)
+    trainer = train(
+        model,
+        data,
+        [callback],
+        eval_strategy="steps",
+        eval_steps=1,
+        eval_on_start=True,
+        trainer_options=dict(eval_dataset=rows(6, seed=1)),
+    )
+    before = callback.balance.state_dict()
+    found = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert len(found) == 2
+    again = trainer.evaluate()["eval_loss"]
+    after = callback.balance.state_dict()
+    alike([before["offsets"], before["load"]], [after["offsets"], after["load"]])
+    assert before["num_windows"] == after["num_windows"] == 1
+    # by hand, with the same offsets and nothing of the callback's
+    offsets = callback.detach()
+    balance = equipoise.attach(model.eval(), "frozen", offsets=offsets)
+    with torch.no_grad():
+        losses = [float(model(**batch).loss) for batch in batches(rows(6, seed=1))]
+    assert again == found[-1] == pytest.approx(sum(losses) / len(losses), abs=1e-6)
+    balance.detach()
+
+
+def test_the_first_evaluation_is_that_of_a_trainer_without_the_callback():
+    options = dict(eval_on_start=True, eval_strategy="steps", eval_steps=100, max_steps=1)
+    found = []
+    for callbacks in ([], [EquipoiseCallback(*BOTH)]):
+        trainer = train(
+            family("glm4_moe"), rows(8), callbacks, trainer_options=dict(eval_dataset=rows(6, seed=1)), **options
+        )
+        found.append(next(entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry))
+    assert found[0] == found[1]
+
+
+class Reporter(TrainerCallback):
+    """Stands where the reporting integrations do: before the user's callbacks."""
+
+    def __init__(self):
+        self.logs = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.logs.append(dict(logs))
+
+
+def test_metrics_are_in_the_logs_of_every_reporter_and_in_the_saved_state(tmp_path):
+    reporter, callback = Reporter(), EquipoiseCallback(*BOTH)
+    trainer = train(family("glm4_moe"), rows(16), [reporter, callback], tmp_path, save_strategy="steps", save_steps=2)
+    steps = [logs for logs in reporter.logs if "loss" in logs]
+    assert len(steps) == 2
+    for logs in (*steps, *(entry for entry in trainer.state.log_history if "loss" in entry)):
+        figures = {name: value for name, value in logs.items() if name.startswith("equipoise/")}
+        assert {"equipoise/maxvio_batch", "equipoise/load_balancing_loss", "equipoise/offset_max"} <= figures.keys()
+        assert all(type(value) is float for value in figures.values())
+    last = {f"equipoise/{name}": value for name, value in callback.balance.metrics().items()}
+    assert last.items() <= steps[-1].items()
+    assert not any(name.startswith("equipoise/") for name in reporter.logs[-1])  # the summary at the end
+    saved = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
+    assert last.items() <= saved["log_history"][-1].items()
+
+
+def test_the_logged_loss_holds_the_balancing_loss():
+    """In one window: the weighted cross-entropies of its micro-batches and their balancing losses."""
+    model, data = family("glm4_moe"), rows(8)
+    other = copy.deepcopy(model)
+    trainer = train(model, data, [EquipoiseCallback(LOSS)])
+    balance = equipoise.attach(other, LOSS)
+    total = sum(label_tokens(batch) for batch in batches(data))
+    expected = 0.0
+    for batch in batches(data):
+        expected += float((other(**batch).loss + balance.loss()).detach()) * label_tokens(batch) / total
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-6)
+
+
+# ---- checkpoints ----
+
+
+@pytest.mark.parametrize("strategy", [BOTH, ("loss-free:rule=momentum,rate=1e-2",)], ids=["sign", "momentum"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_resuming_equals_never_having_stopped(name, strategy, tmp_path):
+    data, options = rows(24), dict(save_strategy="steps", save_steps=1, num_train_epochs=2)
+    whole, callback = family(name), EquipoiseCallback(*strategy)
+    watch = Watch(callback)
+    train(whole, data, [callback, watch], **options)
+    train(family(name), data, [EquipoiseCallback(*strategy), Stop(4)], tmp_path, **options)
+    assert get_last_checkpoint(tmp_path).endswith("checkpoint-4")
+    resumed, second = family(name, seed=1), EquipoiseCallback(*strategy)
+    rest = Watch(second)
+    train(resumed, data, [second, rest], tmp_path, resume=True, **options)
+    assert len(watch.offsets) == 6
+    alike(rest.offsets, watch.offsets[4:])
+    alike(rest.load, watch.load[4:])
+    alike(rest.gradients, watch.gradients[4:])
+    alike([dict(resumed.named_parameters())], [dict(whole.named_parameters())])
+    one, other = second.balance.state_dict(), callback.balance.state_dict()
+    assert one["num_windows"] == other["num_windows"] == 6
+    for key in one["state"]:
+        alike([one["state"][key]], [other["state"][key]])
+
+
+def test_a_checkpoint_in_another_place_is_found(tmp_path):
+    data, options = rows(24), dict(save_strategy="steps", save_steps=1, num_train_epochs=1)
+    train(family("qwen3_moe"), data, [EquipoiseCallback(OFFSETS), Stop(2)], tmp_path / "one", **options)
+    (tmp_path / "one" / "checkpoint-2").rename(tmp_path / "kept")
+    callback = EquipoiseCallback(OFFSETS)
+    watch = Watch(callback)
+    train(family("qwen3_moe"), data, [callback, watch], tmp_path / "two", resume=str(tmp_path / "kept"), **options)
+    assert callback.balance.state_dict()["num_windows"] == 3
+
+
+def test_a_checkpoint_without_our_state_is_refused_unless_asked(tmp_path):
+    data, options = rows(24), dict(save_strategy="steps", save_steps=1)
+    train(family("qwen3_moe"), data, [Stop(1)], tmp_path, **options)
+    with pytest.raises(EquipoiseError, match="saved without this callback.*fresh=True"):
+        train(family("qwen3_moe"), data, [EquipoiseCallback(OFFSETS)], tmp_path, resume=True, **options)
+    callback = EquipoiseCallback(OFFSETS, fresh=True)
+    train(family("qwen3_moe"), data, [callback], tmp_path, resume=True, **options)
+    assert callback.balance.state_dict()["num_windows"] == 2
+
+
+class Worse(Trainer):
+    """Finds every evaluation after the first worse than it."""
+
+    def evaluate(self, *args, **kwargs):
+        metrics = {"eval_loss": float(self.state.global_step)}
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_best_model_has_its_offsets(name, tmp_path):
+    callback = EquipoiseCallback(OFFSETS)
+    watch = Watch(callback)
+    train(
+        family(name),
+        rows(24),
+        [callback, watch],
+        tmp_path,
+        kind=Worse,
+        save_strategy="steps",
+        save_steps=1,
+        eval_strategy="steps",
+        eval_steps=1,
+        load_best_model_at_end=True,
+        trainer_options=dict(eval_dataset=rows(2)),
+    )
+    assert len(watch.offsets) == 3
+    alike([callback.balance.offsets], watch.offsets[:1])
+
+
+def test_what_is_saved_of_a_family_with_a_slot_holds_the_offsets_in_float32(tmp_path):
+    model = family("glm4_moe").to(torch.bfloat16)
+    callback = EquipoiseCallback("loss-free:rate=1e-3")
+    trainer = train(model, rows(24), [callback], tmp_path, save_strategy="steps", save_steps=3)
+    trainer.save_model(str(tmp_path / "final"))
+    for folder in ("checkpoint-3", "final"):
+        saved = load_file(tmp_path / folder / "model.safetensors")
+        for layer, offset in callback.balance.offsets.items():
+            slot = saved[f"{layer}.e_score_correction_bias"]
+            assert slot.dtype == torch.float32 and torch.equal(slot, offset) and offset.any()
+        assert not (tmp_path / folder / OFFSETS_FILE).exists()
+
+
+def test_what_is_saved_of_a_family_without_one_has_the_offsets_beside(tmp_path):
+    model, callback = family("qwen3_moe"), EquipoiseCallback("loss-free:rate=1e-1")
+    trainer = train(model, rows(24), [callback], tmp_path, save_strategy="steps", save_steps=3)
+    trainer.save_model(str(tmp_path / "final"))
+    assert (tmp_path / "checkpoint-3" / STATE_FILE).exists()
+    assert not (tmp_path / "final" / STATE_FILE).exists()
+    ids = torch.randint(3, 64, (2, LENGTH), generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        expected = model.eval()(input_ids=ids).logits
+    for folder in ("checkpoint-3", "final"):
+        loaded = type(model).from_pretrained(tmp_path / folder).eval()
+        with torch.no_grad():
+            assert not torch.equal(loaded(input_ids=ids).logits, expected)
+            equipoise.attach(loaded, "frozen", offsets=tmp_path / folder)
+            assert torch.equal(loaded(input_ids=ids).logits, expected)
+
+
+def test_a_copy_of_the_model_is_free_of_the_callback(tmp_path):
+    model, callback = family("qwen3_moe"), EquipoiseCallback(*BOTH)
+    found = {}
+
+    class Copies(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            found["copy"], found["pickled"] = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+
+    train(model, rows(8), [callback, Copies()])
+    for name, other in found.items():
+        batch = batches(rows(2))[0]
+        loss = other.train()(**batch).loss
+        logits = other(**batch).logits[:, :-1].float().reshape(-1, 64)
+        plain = nn.functional.cross_entropy(logits, batch["labels"][:, 1:].reshape(-1))
+        assert loss.item() == pytest.approx(plain.item(), abs=1e-5)
+        loss.backward()
+        other.save_pretrained(tmp_path / name)
+        assert not (tmp_path / name / OFFSETS_FILE).exists()
+        assert other.save_pretrained.model is other
+    offsets = callback.detach()
+    assert offsets and callback.detach() == {}
+    assert "save_pretrained" not in vars(model) and not model._forward_hooks
+
+
+# ---- what is refused ----
+
+
+def refused(match, *strategy, error=EquipoiseError, model=None, callbacks=None, callback_options=None, **options):
+    model = family("qwen3_moe") if model is None else model
+    callback = EquipoiseCallback(*(strategy or BOTH), **(callback_options or {}))
+    with pytest.raises(error, match=match):
+        train(model, rows(8), callbacks or [callback], **options)
+    return callback
+
+
+def a_loss(outputs, labels, num_items_in_batch=None):
+    logits = outputs.logits[:, :-1].reshape(-1, outputs.logits.shape[-1])
+    return nn.functional.cross_entropy(logits, labels[:, 1:].reshape(-1))
+
+
+class TakesLogits(Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs)
+        return a_loss(outputs, inputs["labels"])
+
+
+class KeepsLabels(Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop("labels")
+        return a_loss(model(**inputs), labels)
+
+
+class TakesTheLoss(Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
+        return outputs.loss + 0.0 * outputs.logits.sum()
+
+
+DROPPED = "(?s)must take its loss from the model's output.*%s.*outputs\\['loss'\\].*add_loss=False.*loss-free"
+
+DROPS = {
+    "label smoothing": (dict(label_smoothing_factor=0.1), "label_smoothing_factor=0.1"),
+    "compute_loss_func": (dict(trainer_options=dict(compute_loss_func=a_loss)), "compute_loss_func"),
+    "logits": (dict(kind=TakesLogits), "takes outputs.logits drops it"),
+    "labels": (dict(kind=KeepsLabels), "given no labels"),
+}
+
+
+@pytest.mark.parametrize("name", DROPS)
+def test_a_loss_that_drops_the_balancing_loss_is_refused_by_name(name):
+    options, cause = DROPS[name]
+    refused(DROPPED % cause, **options)
+
+
+@pytest.mark.parametrize("name", DROPS)
+def test_without_a_balancing_loss_each_of_these_is_welcome(name):
+    options, _ = DROPS[name]
+    callback = EquipoiseCallback("loss-free")
+    train(family("qwen3_moe"), rows(8), [callback], **options)
+    assert callback.balance.state_dict()["num_windows"] == 1
+
+
+def test_a_compute_loss_that_takes_the_models_loss_is_welcome():
+    model, data = family("qwen3_moe"), rows(12)
+    other, callback = copy.deepcopy(model), EquipoiseCallback(*BOTH)
+    watch = Watch(callback)
+    train(model, data, [callback, watch], kind=TakesTheLoss)
+    gradients, _, _ = own_loop(other, data, BOTH)
+    close(watch.gradients, gradients)
+
+
+def test_a_compute_loss_may_add_the_balancing_loss_itself():
+    model, data = family("qwen3_moe"), rows(12)
+    other, callback = copy.deepcopy(model), EquipoiseCallback(*BOTH, add_loss=False)
+    watch = Watch(callback)
+
+    class Adds(Trainer):
+        loss_is_scaled_for_ga = False
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            return a_loss(model(**inputs), inputs["labels"]) + callback.balance.loss()
+
+    train(model, data, [callback, watch], kind=Adds)
+    gradients, _, _ = own_loop(other, data, BOTH, exact=False)
+    close(watch.gradients, gradients)
+
+
+def test_a_compute_loss_that_promised_to_add_it_and_does_not_raises():
+    refused("balance.loss\\(\\) must be added", callback_options=dict(add_loss=False), kind=TakesLogits)
+
+
+def test_a_loss_of_the_models_own_beside_ours_is_refused_unless_asked():
+    def model():
+        return family("qwen3_moe", output_router_logits=True, router_aux_loss_coef=0.01)
+
+    refused("one load-balancing loss must act.*router_aux_loss_coef=0.01.*with_model_loss=True", model=model())
+    for strategy, options in ((BOTH, dict(with_model_loss=True)), ((OFFSETS,), {})):
+        callback = EquipoiseCallback(*strategy, **options)
+        train(model(), rows(8), [callback])
+        assert callback.balance.state_dict()["num_windows"] == 1
+
+
+def test_two_callbacks_are_refused():
+    refused("must have one EquipoiseCallback", callbacks=[EquipoiseCallback(LOSS), EquipoiseCallback(OFFSETS)])
+
+
+def test_a_callback_of_an_earlier_trainer_is_named_and_may_be_detached():
+    model, first = family("qwen3_moe"), EquipoiseCallback(OFFSETS)
+    train(model, rows(8), [first])
+    refused("of an earlier Trainer, call detach\\(\\)", model=model)
+    offsets = first.detach()
+    second = EquipoiseCallback("frozen", offsets=offsets)
+    train(model, rows(8), [second])
+    alike([second.balance.offsets], [offsets])
+
+
+def test_a_model_that_is_attached_already_is_refused():
+    model = family("qwen3_moe")
+    balance = equipoise.attach(model, "loss-free")
+    refused("is attached already. Call detach", model=model)
+    balance.detach()
+    train(model, rows(8), [EquipoiseCallback(*BOTH)])
+
+
+def test_data_parallel_and_deepspeed_are_refused():
+    class Args:
+        n_gpu, deepspeed = 2, None
+
+    model, callback = family("qwen3_moe"), EquipoiseCallback(*BOTH)
+    with pytest.raises(EquipoiseError, match="one process must drive one GPU: got 2"):
+        callback._check(Args, model, None)
+    Args.n_gpu, Args.deepspeed = 1, "ds.json"
+    with pytest.raises(EquipoiseError, match="DeepSpeed"):
+        callback._check(Args, model, None)
+
+
+def test_wrong_arguments_are_refused_at_once():
+    with pytest.raises(TypeError, match="group, offsets, allow_empty.*got groups"):
+        EquipoiseCallback("loss-free", groups=None)
+    with pytest.raises(UsageError, match="loss-fre"):
+        EquipoiseCallback("loss-fre")
+    with pytest.raises(UsageError, match="one balancer may move the offset"):
+        EquipoiseCallback("loss-free", "quantile")
