@@ -127,6 +127,44 @@ def test_a_given_shift_of_labels_weighs_by_it():
     close(watch.gradients, [{n: p.grad for n, p in other.named_parameters() if p.grad is not None}])
 
 
+def test_packed_rows_are_cut_where_their_positions_begin_anew():
+    data = [{key: row[key] for key in ("input_ids", "labels")} for row in rows(8)]
+    for index, row in enumerate(data):
+        cut = 3 + index % 5
+        row["position_ids"] = [*range(cut), *range(LENGTH - cut)]
+    strategy = "lbl:scope=sequence,coefficient=1e-1"
+    model = family("qwen3_moe", use_cache=False)  # as the Trainer sets it: a cache would have the row attend as one
+    cut_up, whole, callback = copy.deepcopy(model), copy.deepcopy(model), EquipoiseCallback(strategy)
+    watch = Watch(callback)
+    train(model, data, [callback, watch])
+    total = sum(label_tokens(batch) for batch in batches(data))
+    found = []
+    for other, tells in ((cut_up, True), (whole, False)):
+        balance = equipoise.attach(other, strategy)
+        for batch in batches(data):
+            if tells:
+                balance.token_mask(None, (batch["position_ids"] == 0).cumsum(1))
+            loss = other(**batch).loss + balance.loss()
+            (loss * label_tokens(batch) / total).backward()
+        found.append({n: p.grad for n, p in other.named_parameters() if p.grad is not None})
+    close(watch.gradients, found[:1])
+    assert distance(*found) > 1e-3
+
+
+class AsksForTuples(Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return model(**inputs, num_items_in_batch=num_items_in_batch, return_dict=False)[0]
+
+
+def test_a_model_that_returns_tuples_has_its_loss_too():
+    model, data = family("glm4_moe"), rows(12)
+    other, callback = copy.deepcopy(model), EquipoiseCallback(*BOTH)
+    watch = Watch(callback)
+    train(model, data, [callback, watch], kind=AsksForTuples)
+    gradients, _, _ = own_loop(other, data, BOTH)
+    close(watch.gradients, gradients)
+
+
 def test_counts_are_those_of_a_count_by_hand():
     """Every unmasked token once, whatever its label; the choices of a model that has not moved yet."""
     model, data = family("glm4_moe"), rows(8)
@@ -156,7 +194,7 @@ def test_a_strategy_without_balancers_changes_nothing():
     model, data = family("qwen3_moe"), rows(12)
     other = copy.deepcopy(model)
     first, second = Watch(), Watch()
-    callback = EquipoiseCallback()
+    callback = EquipoiseCallback("none")
     train(model, data, [callback, first])
     train(other, data, [second])
     alike(first.gradients, second.gradients)
@@ -587,6 +625,8 @@ def test_data_parallel_and_deepspeed_are_refused():
 def test_wrong_arguments_are_refused_at_once():
     with pytest.raises(TypeError, match="group, offsets, allow_empty.*got groups"):
         EquipoiseCallback("loss-free", groups=None)
+    with pytest.raises(UsageError, match="must be given a strategy"):
+        Trainer(family("glm4_moe"), callbacks=[EquipoiseCallback])  # the class, as the Trainer allows
     with pytest.raises(UsageError, match="loss-fre"):
         EquipoiseCallback("loss-fre")
     with pytest.raises(UsageError, match="one balancer may move the offset"):

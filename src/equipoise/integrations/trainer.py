@@ -72,6 +72,8 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     hold (families without a slot; adapters) are written beside whatever ``save_pretrained`` or ``save_model`` saves,
     as ``equipoise_offsets.safetensors``, for ``attach(model, "frozen", offsets=FOLDER)``.
 
+    A packed row is cut into its sequences, for losses of scope ``sequence``, where its ``position_ids`` begin anew.
+
     The model stays attached after the training, so that an evaluation routes as it trained; ``detach()`` ends that.
     Micro-batches that an iterable dataset leaves over at the end of an epoch, without a step, are in no window.
 
@@ -90,6 +92,11 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         fresh: bool = False,
         **attach_arguments: Any,
     ):
+        if not strategy:
+            raise UsageError(
+                "EquipoiseCallback must be given a strategy, as EquipoiseCallback('loss-free'): got none. 'none' only "
+                "counts."
+            )
         known = [name for name, p in inspect.signature(attach).parameters.items() if p.kind is p.KEYWORD_ONLY]
         for name in attach_arguments:
             if name not in known:
@@ -105,7 +112,7 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         self.balance: Balance | None = None
         self._model: nn.Module | None = None  # attached; inside the adapters, if there are any
         self._saved: nn.Module | None = None  # what the Trainer saves
-        self._hook: Any = None
+        self._hooks: list[Any] = []
         self._training = False
         self._beside_weights = False  # whether the offsets need a file of their own
 
@@ -128,7 +135,10 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         self._beside_weights = self._steers and (without_slot or multiplies or saved is not inner)
         self._shifts = _shifts_labels(inner)
         self._names = list(inspect.signature(inner.forward).parameters)
-        self._hook = inner.register_forward_hook(_LossHook(self), with_kwargs=True)
+        self._hooks = [inner.register_forward_hook(_Hook(self, "_output_with_loss"), with_kwargs=True)]
+        if any(balancer.has_loss and balancer.scope == "sequence" for balancer in self._balancers):
+            before_forward = _Hook(self, "_tell_sequences")
+            self._hooks.append(inner.register_forward_pre_hook(before_forward, with_kwargs=True, prepend=True))
         if hasattr(saved, "save_pretrained"):
             saved.__dict__["save_pretrained"] = _SavePretrained(saved, self)
         if folder is not None:
@@ -176,19 +186,19 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     def detach(self) -> dict[str, Tensor]:
         """Leaves the model as it was and returns the offsets by layer, as ``Balance.detach``; {} before a training."""
         offsets = {} if self.balance is None else self.balance.detach()
-        if self._hook is not None:
-            self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         if self._saved is not None:
             self._saved.__dict__.pop("save_pretrained", None)
-        self.balance = self._model = self._saved = self._hook = None
-        self._training = False
+        self.balance = self._model = self._saved = None
+        self._hooks, self._training = [], False
         return offsets
 
     # ---- attaching ----
 
     def _check(self, args: Any, model: nn.Module, trainer: Any) -> None:
         for hook in model._forward_hooks.values():
-            if isinstance(hook, _LossHook) and hook.callback not in (None, self):
+            if isinstance(hook, _Hook) and hook.callback not in (None, self):
                 raise EquipoiseError(
                     "a model must have one EquipoiseCallback: another has attached it already. Give the Trainer one "
                     "that names all mechanisms, as EquipoiseCallback('loss-free', 'lbl'); if the other is of an "
@@ -254,6 +264,17 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         return attach(model, *(Frozen() if b.has_offset else b for b in self._balancers), **arguments)
 
     # ---- the loss ----
+
+    def _tell_sequences(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before a forward: packed sequences of a row, which its ``position_ids`` tell apart."""
+        named = dict(zip(self._names, args, strict=False)) | kwargs
+        positions, mask = named.get("position_ids"), named.get("attention_mask")
+        if not (self._training and model.training and isinstance(positions, Tensor) and positions.dim() == 2):
+            return
+        assert self.balance is not None
+        given = mask != 0 if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        offset = torch.arange(positions.shape[1], device=positions.device)
+        self.balance.token_mask(given, positions - offset)  # constant within a sequence, another in the next
 
     def _output_with_loss(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """The output of a training forward, the balancing loss in its loss; None leaves it as it is."""
@@ -326,18 +347,18 @@ _REMEDY = (
 )
 
 
-class _LossHook:
-    """The forward hook. A copy of the model carries one that does nothing."""
+class _Hook:
+    """A method of the callback as a hook of the model's forward. A copy of the model carries one that does nothing."""
 
-    def __init__(self, callback: EquipoiseCallback | None = None):
-        self.callback = callback
+    def __init__(self, callback: EquipoiseCallback | None = None, method: str = ""):
+        self.callback, self.method = callback, method
 
     @torch.compiler.disable
-    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        return None if self.callback is None else self.callback._output_with_loss(model, args, kwargs, output)
+    def __call__(self, *args: Any) -> Any:
+        return None if self.callback is None else getattr(self.callback, self.method)(*args)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _LossHook, ()
+        return _Hook, ()
 
 
 class _SavePretrained:
