@@ -40,7 +40,164 @@ CLAIMS = "tests/reproduce/test_frontier.py"
 SELECTION, COMPARED = "tests/lab/test_selection.py", "tests/lab/test_balancers.py"
 ESTIMATES, VERDICTS, POWER = (f"tests/analysis/test_{name}.py" for name in ("statistics", "verdicts", "power"))
 
+TRAINER, PEFT = "tests/integrations/test_trainer.py", "tests/integrations/test_peft.py"
+
 MUTANTS = [
+    # under the Trainer of Transformers
+    Mutant(
+        "10: under the Trainer the balancing loss is not weighed by label tokens",
+        "integrations/trainer.py",
+        "total = loss + _share(named, self._shifts) * ticket.to(loss.device)",
+        "total = loss + ticket.to(loss.device)",
+        f"{TRAINER} -k our_own_loop",
+    ),
+    Mutant(
+        "10: under the Trainer the first label of a row counts, which the loss shifts away",
+        "integrations/trainer.py",
+        "labels = labels[..., 1:] if shifts and isinstance(labels, Tensor) else labels",
+        "labels = labels",
+        f"{TRAINER} -k our_own_loop",
+    ),
+    Mutant(
+        "10: under the Trainer labels that came shifted are counted as they were",
+        "integrations/trainer.py",
+        'named.get("num_items_in_batch"), named.get("shift_labels")',
+        'named.get("num_items_in_batch"), None',
+        f"{TRAINER} -k given_shift",
+    ),
+    Mutant(
+        "10: under the Trainer a rank weighs by its own label tokens of those of all",
+        "integrations/trainer.py",
+        "number = labels.ne(IGNORED).sum()",
+        "number = labels.ne(IGNORED).sum() * (torch.distributed.is_initialized() + 1)",
+        f"tests/integrations/test_trainer_ranks.py -k one_process",
+    ),
+    Mutant(
+        "35: a loss of the Trainer's own drops the balancing loss",
+        "integrations/trainer.py",
+        "if args.label_smoothing_factor > 0:",
+        "if False:",
+        f"{TRAINER} -k by_name",
+    ),
+    Mutant(
+        "38: a compute_loss drops the balancing loss, and nothing says so",
+        "integrations/trainer.py",
+        "    if not served:\n",
+        "    if False:\n",
+        f"{TRAINER} -k by_name",
+    ),
+    Mutant(
+        "38: a forward of the Trainer without labels has no balancing loss, and nothing says so",
+        "integrations/trainer.py",
+        "            if torch.is_grad_enabled():\n",
+        "            if False:\n",
+        f"{TRAINER} -k by_name",
+    ),
+    Mutant(
+        "11: the model's own loss stands beside ours under the Trainer",
+        "integrations/trainer.py",
+        'getattr(config, "output_router_logits", False) and not self._with_model_loss',
+        'getattr(config, "output_router_logits", False) and False',
+        f"{TRAINER} -k beside_ours",
+    ),
+    Mutant(
+        "a step that a scaler skipped moves the offsets under the Trainer",
+        "integrations/trainer.py",
+        'applied=not getattr(optimizer, "step_was_skipped", False)',
+        "applied=True",
+        f"{TRAINER} -k skipped",
+    ),
+    Mutant(
+        "the Trainer resumes without the state of the balancing",
+        "integrations/trainer.py",
+        "            _load_what_was_left_out(saved, folder)\n            self._load(folder)\n",
+        "            _load_what_was_left_out(saved, folder)\n",
+        f"{TRAINER} -k resuming",
+    ),
+    Mutant(
+        "the Trainer resumes without the experts",
+        "integrations/trainer.py",
+        "    if left_out:\n",
+        "    if False:\n",
+        f"{TRAINER} -k resuming",
+    ),
+    Mutant(
+        "the best model of a Trainer has the last offsets",
+        "integrations/trainer.py",
+        "            self._load(Path(state.best_model_checkpoint))\n",
+        "",
+        f"{TRAINER} -k best",
+    ),
+    Mutant(
+        "a model saved under the Trainer loses the offsets of a family without a slot",
+        "integrations/trainer.py",
+        "            self.callback._save(Path(save_directory))\n",
+        "            pass\n",
+        f"{TRAINER} -k beside",
+    ),
+    Mutant(
+        "metrics come after the reporters of the Trainer",
+        "integrations/trainer.py",
+        "callbacks.insert(0, self)",
+        "callbacks.append(self)",
+        f"{TRAINER} -k reporter",
+    ),
+    Mutant(
+        "micro-batches that a stream left over are in the next window",
+        "integrations/trainer.py",
+        "            self.balance.step(applied=False)\n",
+        "            pass\n",
+        f"{TRAINER} -k leaves_over",
+    ),
+    Mutant(
+        "43: packed rows are one sequence under the Trainer",
+        "integrations/trainer.py",
+        "self.balance.token_mask(given, positions - offset)",
+        "self.balance.token_mask(given)",
+        f"{TRAINER} -k packed",
+    ),
+    Mutant(
+        "two callbacks on one model are not told from one",
+        "integrations/trainer.py",
+        "hook.callback not in (None, self)",
+        "hook.callback is False",
+        f"{TRAINER} -k two_callbacks",
+    ),
+    Mutant(
+        "a copy of a model reports to the callback of the original",
+        "integrations/trainer.py",
+        "        return _Hook, ()\n",
+        "        return _Hook, (self.callback, self.method)\n",
+        f"{TRAINER} -k copy_of",
+    ),
+    Mutant(
+        "84: offsets of a frozen base move under adapters",
+        "integrations/trainer.py",
+        "any(_is_trained(router, model) for router in routers)",
+        "True",
+        f"{PEFT} -k 'frozen_base or without_adapters'",
+    ),
+    Mutant(
+        "an adapter around a router does not train it",
+        "integrations/trainer.py",
+        'while isinstance(inside._modules.get("base_layer"), nn.Module):',
+        "while False:",
+        f"{PEFT} -k that_are_trained",
+    ),
+    Mutant(
+        "84: offsets that moved are not saved beside the adapter",
+        "integrations/trainer.py",
+        "(without_slot or multiplies or saved is not inner)",
+        "(without_slot or multiplies)",
+        f"{PEFT} -k travel",
+    ),
+    Mutant(
+        "the router that an adapter replaced is waited for",
+        "integrations/trainer.py",
+        "return _IDLE not in name and (where is None or where(name, router))",
+        "return where is None or where(name, router)",
+        f"{PEFT} -k that_are_trained",
+    ),
     # A. scale and normalisation
     Mutant(
         "1: the global loss is weaker by the number of micro-batches",
@@ -914,6 +1071,27 @@ MUTANTS = [
         "time.monotonic() - began + expected > 60 * minutes",
         "time.monotonic() - began > 60 * minutes",
         "tests/reproduce/test_reproduce.py -k budget",
+    ),
+    Mutant(
+        "73: a bias in 16 bits is taken for one that was kept",
+        "export.py",
+        'verdict = "rounded"',
+        'verdict = "kept"',
+        "tests/test_export.py -k 16_bits",
+    ),
+    Mutant(
+        "73: rerouting is counted with the bias as it is",
+        "export.py",
+        "for offset in (bias, other))",
+        "for offset in (bias, bias))",
+        "tests/test_export.py -k few_values",
+    ),
+    Mutant(
+        "72: a bias that is not there is not missed",
+        "export.py",
+        'return LayerCheck(router.name, "lost"',
+        'return LayerCheck(router.name, "zero"',
+        "tests/test_export.py -k left_out",
     ),
 ]
 

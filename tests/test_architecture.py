@@ -30,12 +30,13 @@ ALLOWED |= {
     "nn": {"errors", "routing", "load", "taps"},
     "testing": {"equipoise", *CORE},
     "integrations": {*CORE},
+    "export": {*CORE},
     "records": {"errors"},
     "analysis": {"errors", "records"},
     "report": {"errors", "records"},
     "lab": {"equipoise", *CORE, "nn", "records", "report"},
     "reproduce": {"errors", "records", "analysis"},
-    "cli": {"equipoise", *CORE, "records", "report", "lab", "reproduce"},
+    "cli": {"equipoise", *CORE, "export", "records", "report", "lab", "reproduce"},
     "__init__": {*CORE, "integrations", "nn", "testing"},  # lazily, by name
     "__main__": {"cli"},
 }

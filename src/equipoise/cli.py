@@ -1,4 +1,4 @@
-"""The command line: ``equipoise compare | train | report | recipes``. Talk goes to stderr; stdout is for results.
+"""The command line, ``equipoise COMMAND``. Talk goes to stderr; stdout is for results.
 
 Exit codes: 0 done; 1 something outside is not as it must be; 2 what was asked for cannot be; 130 stopped by the user.
 """
@@ -48,7 +48,15 @@ class Recipes:
     json: bool
 
 
-def _parse(arguments: list[str]) -> Compare | Train | Report | Recipes | Reproduce:
+@dataclass(frozen=True)
+class ExportCheck:
+    """Whether the balancing bias of a saved model survived: dtype, collapsed values, tokens that bfloat16 reroutes."""
+
+    checkpoint: Path
+    json: bool
+
+
+def _parse(arguments: list[str]) -> Compare | Train | Report | Recipes | Reproduce | ExportCheck:
     import tyro
 
     def recipes(
@@ -86,12 +94,25 @@ def _parse(arguments: list[str]) -> Compare | Train | Report | Recipes | Reprodu
         """
         return Reproduce(claim, budget, out, results, workers, page, json)
 
+    def export_check(
+        checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(help_behavior_hint="")],
+        json: bool = False,
+    ) -> ExportCheck:
+        """Does a saved model still hold the balancing bias that it was trained with? Ends with 1 if it does not.
+
+        Args:
+            checkpoint: Folder of a Transformers model.
+            json: Print JSON.
+        """
+        return ExportCheck(checkpoint, json)
+
     commands = (
         Annotated[Compare, tyro.conf.subcommand("compare")]
         | Annotated[Train, tyro.conf.subcommand("train")]
         | Annotated[Report, tyro.conf.subcommand("report"), tyro.conf.Positional]
         | Annotated[Recipes, tyro.conf.subcommand("recipes", constructor=recipes)]
         | Annotated[Reproduce, tyro.conf.subcommand("reproduce", constructor=reproduce)]
+        | Annotated[ExportCheck, tyro.conf.subcommand("export-check", constructor=export_check)]
     )
     errors = io.StringIO()
     try:
@@ -119,9 +140,12 @@ def _one_line(text: str) -> str:
     return re.sub(r"[\s╰╯│─]+", " ", words).strip()
 
 
-def _run(asked: Compare | Train | Report | Recipes | Reproduce, command: str) -> None:
+def _run(asked: Compare | Train | Report | Recipes | Reproduce | ExportCheck, command: str) -> None:
     if isinstance(asked, Recipes):
         _show_recipes(asked)
+        return
+    if isinstance(asked, ExportCheck):
+        _check_export(asked)
         return
     if isinstance(asked, Report):
         from equipoise.report import write_report
@@ -185,6 +209,39 @@ def _show_recipes(asked: Recipes) -> None:
         names, gates = (max(len(getattr(one, field)) for one in chosen) for field in ("name", "gate"))
         for one in chosen:
             print(f"{one.name:{names}}  {one.gate:{gates}}  {one.strategy}")
+
+
+def _check_export(asked: ExportCheck) -> None:
+    try:
+        from equipoise.export import check_export
+        from equipoise.lab.watch import print_rows
+    except ImportError as error:
+        raise EquipoiseError(
+            f"checking a saved model needs more than torch: {error.name} is missing. Install it with: pip install "
+            "'equipoise[lab]'"
+        ) from None
+    found = check_export(asked.checkpoint)
+    if asked.json:
+        json.dump({**asdict(found), "survived": found.survived}, sys.stdout, ensure_ascii=False, indent=1)
+        print()
+    elif found.layers:
+        columns = (
+            "layer",
+            "bias",
+            "dtype",
+            "from",
+            "to",
+            "experts",
+            "values",
+            "in bfloat16",
+            "reroutes",
+            "less its mean",
+        )
+        print_rows(columns, [layer.shown() for layer in found.layers])
+    for note in found.notes:
+        _say(note)
+    if not found.survived:
+        _leave(1)
 
 
 def _reproduce(asked: Reproduce) -> None:
