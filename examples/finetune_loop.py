@@ -1,0 +1,30 @@
+"""The same as finetune_trainer.py in a loop of one's own: python examples/finetune_loop.py MODEL TEXT.txt [STEPS]"""
+
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+
+import equipoise
+
+model_folder, text, steps = sys.argv[1], Path(sys.argv[2]), int((sys.argv[3:] or ["60"])[0])
+tokenizer = transformers.AutoTokenizer.from_pretrained(model_folder)
+model = transformers.AutoModelForCausalLM.from_pretrained(model_folder).train()
+optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)
+balance = equipoise.attach(model, "loss-free:rate=1e-3+lbl:scope=global_batch,coefficient=1e-3")
+
+ids = torch.tensor(tokenizer(text.read_text(encoding="utf-8"))["input_ids"])
+rows = ids[: len(ids) // 128 * 128].view(-1, 128)
+for step in range(steps):
+    losses = []
+    for _ in range(4):  # micro-batches of a step
+        micro_batch = rows[torch.randint(len(rows), (8,))]
+        losses.append(model(input_ids=micro_batch, labels=micro_batch).loss + balance.loss())
+    (sum(losses) / 4).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    balance.step()
+    print(f"step {step + 1}: loss {sum(map(float, losses)) / 4:.3f}, MaxVio {balance.metrics()['maxvio_batch']:.2f}")
+
+model.save_pretrained("runs/tuned")  # a family with a slot keeps its offsets there, in float32
