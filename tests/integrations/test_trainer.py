@@ -485,6 +485,8 @@ def test_a_copy_of_the_model_is_free_of_the_callback(tmp_path):
         other.save_pretrained(tmp_path / name)
         assert not (tmp_path / name / OFFSETS_FILE).exists()
         assert other.save_pretrained.model is other
+        held = [getattr(hook, "callback", None) for hook in other._forward_hooks.values()]
+        assert len(held) == 2 and held == [None] * 2  # nothing of the copy reaches the callback
     offsets = callback.detach()
     assert offsets and callback.detach() == {}
     assert "save_pretrained" not in vars(model) and not model._forward_hooks
