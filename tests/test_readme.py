@@ -19,10 +19,10 @@ def test_the_code_runs(capsys):
     assert all(0 <= value <= 3 for value in printed)
 
 
-def test_the_fragment_for_many_ranks_is_python():
-    """It needs ranks to run; ``tests/distributed`` runs the same calls."""
+def test_the_fragments_that_do_not_run_here_are_python():
+    """They need ranks, or data; ``tests/distributed`` and ``tests/integrations`` run the same calls."""
     fragments = re.findall(r"```py\n(.*?)```", README, re.DOTALL)
-    assert len(fragments) == 1
+    assert len(fragments) == 2
     for code in fragments:
         compile(code, "README.md", "exec")
 
