@@ -482,9 +482,7 @@ class Balance:
     def _device(self) -> torch.device:
         if not self._layers:
             return self._device_of_model
-        weight = self._layers[0].router.weight
-        assert isinstance(weight, Tensor)
-        return weight.device
+        return next(self._layers[0].router.parameters()).device  # some have their matrix in a module inside
 
     def _by_name(self, vector: Tensor) -> dict[str, Tensor]:
         return {layer.name: self._layout.load(vector, index) for index, layer in enumerate(self._layers)}

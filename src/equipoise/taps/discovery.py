@@ -17,7 +17,7 @@ from equipoise.errors import EquipoiseError
 from equipoise.routing import GATES, score
 from equipoise.taps.tap import OWN_SLOT, OffsetTopK, RouterKind, Slot, is_choice, plain_class
 
-__all__ = ["Proof", "Refused", "discover", "find_slot", "prove"]
+__all__ = ["Proof", "Refused", "chooses_by_id", "discover", "find_slot", "prove"]
 
 TOKENS = 64
 
@@ -62,9 +62,9 @@ def _find_slots(router: nn.Module, parent: nn.Module | None) -> Iterator[str]:
         for name in (*module._buffers, *module._parameters):
             if "bias" in name and name != "bias" and name != OWN_SLOT:
                 yield f"{path}.{name}" if path else name
-    if parent is not None and (argument := _slot_argument(router)) is not None:
-        if argument in (*parent._buffers, *parent._parameters):
-            yield argument
+    argument = None if parent is None else _slot_argument(router)
+    if argument is not None and argument in (*parent._buffers, *parent._parameters):
+        yield argument
 
 
 def _slot_argument(router: nn.Module) -> str | None:
@@ -189,6 +189,8 @@ def prove(router: nn.Module, kind: RouterKind, parent: nn.Module | None = None, 
     over the experts. With ``multiplies`` the offset is a factor 1 + offset, for which no family has a slot. Raises
     ``Refused`` with the reason.
     """
+    if multiplies and kind.selection == "logits":
+        raise Refused("the choice is made by logits, which a factor turns upside down where they are below zero")
     num_experts = _num_experts(router, parent, kind)
     trial = _Trial(router, kind, parent)
     generator = torch.Generator().manual_seed(1)
@@ -228,7 +230,7 @@ def prove(router: nn.Module, kind: RouterKind, parent: nn.Module | None = None, 
 
 def discover(router: nn.Module, parent: nn.Module | None = None) -> Proof:
     """The first kind that can be proven of the router, which ``parent`` holds; ``Refused``, with a reason, if none."""
-    if "input_ids" in inspect.signature(plain_class(router).forward).parameters:
+    if chooses_by_id(router):
         raise Refused("it chooses by the id of the token (a hash router), which no offset moves")
     reasons: list[str] = []
     slots: list[str | None] = [*_find_slots(router, parent)]
@@ -241,6 +243,11 @@ def discover(router: nn.Module, parent: nn.Module | None = None) -> Proof:
             except Exception as error:  # whatever a forward makes of tokens that are not its own
                 reasons.append(f"its forward needs more than tokens ({type(error).__name__}: {error})")
     raise Refused(reasons[0])
+
+
+def chooses_by_id(router: nn.Module) -> bool:
+    """Whether it is a hash router: its forward is given the ids of the tokens."""
+    return "input_ids" in inspect.signature(plain_class(router).forward).parameters
 
 
 def _kinds(slot: str | None) -> Iterator[RouterKind]:

@@ -6,16 +6,20 @@ router does on random tokens; a declared kind is proven in the same way.
 """
 
 import inspect
+import logging
 import re
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from equipoise.errors import EquipoiseError
-from equipoise.taps.discovery import Proof, Refused, discover, find_slot, prove
+from equipoise.taps.discovery import Proof, Refused, chooses_by_id, discover, find_slot, prove
 from equipoise.taps.tap import OWN_SLOT, RouterKind, Slot, plain_class
 
-__all__ = ["FoundRouter", "find_routers", "plain_name", "proof_of", "unknown_routers"]
+__all__ = ["FoundRouter", "find_routers", "hash_routers", "plain_name", "proof_of", "unknown_routers"]
+
+_log = logging.getLogger("equipoise")
 
 _CALLED = re.compile(r"(router|gate|gating)$", re.IGNORECASE)
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.", "module.")
@@ -82,11 +86,11 @@ def proof_of(router: nn.Module, parent: nn.Module | None = None, multiplies: boo
 
 def _made_of(router: nn.Module) -> Any:
     """What its forward may depend on: plain attributes and the shapes of its tensors, of it and of what is inside."""
-    return tuple(
-        (path, tuple(sorted((k, str(v)) for k, v in vars(module).items() if isinstance(v, int | float | str))))
-        + _tensors(module)
-        for path, module in router.named_modules()
-    )
+    return tuple((path, _settings(module), _tensors(module)) for path, module in router.named_modules())
+
+
+def _settings(module: nn.Module) -> tuple[tuple[str, str], ...]:
+    return tuple(sorted((k, str(v)) for k, v in vars(module).items() if isinstance(v, int | float | str)))
 
 
 def _tensors(module: nn.Module | None) -> tuple[Any, ...]:
@@ -158,18 +162,33 @@ def refusal(name: str, router: nn.Module, reason: str, kind: RouterKind | None =
 
 def unknown_routers(model: nn.Module) -> list[str]:
     """Names of modules that are called a router or a gate, have a weight of two dimensions, and select in no way that
-    is known, with the reason."""
-    known = [router.module for router in find_routers(model, allow_empty=True)]
-    inside = {part for module in known for part in module.modules()}
-    unknown = []
+    is known, with the reason. Hash layers are not among them: they are as they should be, and named in the log."""
+    if hashed := hash_routers(model):
+        _log.warning(
+            f"attach: {', '.join(hashed)} {'is a hash layer' if len(hashed) == 1 else 'are hash layers'}, which choose "
+            "by the id of the token: neither counted nor balanced; the other layers are."
+        )
+    return [f"{name} ({type(module).__name__}: {reason})" for name, module, reason in _left_out(model) if reason]
+
+
+def hash_routers(model: nn.Module) -> list[str]:
+    """Names of the routers that choose by the id of the token, which no offset moves."""
+    return [name for name, _, reason in _left_out(model) if reason is None]
+
+
+def _left_out(model: nn.Module) -> Iterator[tuple[str, nn.Module, str | None]]:
+    """Name, module and reason of the routers that are not known; a hash router needs no reason."""
+    inside: set[nn.Module] = set()
+    refused: list[tuple[str, nn.Module, str]] = []
     for name, module, parent in _candidates(model):
-        if module in inside or not _is_router(module):
-            continue
         try:
             proof_of(module, parent)
+            inside.update(module.modules())
         except Refused as reason:
-            unknown.append(f"{name} ({type(module).__name__}: {reason})")
-    return unknown
+            refused.append((name, module, str(reason)))
+    for name, module, why in refused:
+        if module not in inside and _is_router(module):
+            yield name, module, None if chooses_by_id(module) else why
 
 
 def _is_router(module: nn.Module) -> bool:

@@ -347,10 +347,13 @@ def _steers(subject: Subject) -> None:
 def _steers_by_a_factor(subject: Subject) -> None:
     """A factor must move the choice to the top-k of score * (1 + offset), for the experts that compute too, and leave
     logits and weights as they are."""
-    for router, kind in subject.routers(subject.model).values():
-        held = None if kind.slot is None else router._buffers.get(kind.slot)
-        if _groups(router).get("num_groups", 1) > 1 or (held is not None and held.any()):
-            raise PassedOver
+    for found in find_routers(subject.model):
+        if subject.where is not None and not subject.where(found.name, found.module):
+            continue
+        held = None if found.slot is None else found.slot.tensor
+        grouped = _groups(found.module).get("num_groups", 1) > 1
+        if grouped or found.kind.selection == "logits" or (held is not None and held.any()):
+            raise PassedOver  # attach refuses a factor there
     offsets = {name: offset.clamp(-0.9, 9) for name, offset in subject.offsets(1.0).items()}
     offsets = {name: offset / offset.abs().max() / 2 for name, offset in offsets.items()}
     for size, given in (("moderate", offsets), ("large", subject.favourites())):
