@@ -31,12 +31,13 @@ ALLOWED |= {
     "testing": {"equipoise", *CORE},
     "integrations": {*CORE},
     "export": {*CORE},
+    "catalogue": {*CORE},
     "records": {"errors"},
     "analysis": {"errors", "records"},
     "report": {"errors", "records"},
     "lab": {"equipoise", *CORE, "nn", "records", "report"},
     "reproduce": {"errors", "records", "analysis"},
-    "cli": {"equipoise", *CORE, "export", "records", "report", "lab", "reproduce"},
+    "cli": {"equipoise", *CORE, "catalogue", "export", "records", "report", "lab", "reproduce"},
     "__init__": {*CORE, "integrations", "nn", "testing"},  # lazily, by name
     "__main__": {"cli"},
 }

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -56,7 +57,18 @@ class ExportCheck:
     json: bool
 
 
-def _parse(arguments: list[str]) -> Compare | Train | Report | Recipes | Reproduce | ExportCheck:
+@dataclass(frozen=True)
+class Families:
+    """The model families that can be attached, or what becomes of one model."""
+
+    model: Path | None
+    json: bool
+
+
+Asked = Compare | Train | Report | Recipes | Reproduce | ExportCheck | Families
+
+
+def _parse(arguments: list[str]) -> Asked:
     import tyro
 
     def recipes(
@@ -106,6 +118,21 @@ def _parse(arguments: list[str]) -> Compare | Train | Report | Recipes | Reprodu
         """
         return ExportCheck(checkpoint, json)
 
+    def families(
+        model: Annotated[
+            Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL]", help_behavior_hint="")
+        ] = None,
+        json: bool = False,
+    ) -> Families:
+        """Which model families of the installed Transformers can be attached; or what becomes of your own model.
+
+        Args:
+            model: A folder with a config.json, with or without weights, or a config.json: it is attached and one random
+                batch is counted. Without it, all families are listed.
+            json: Print JSON.
+        """
+        return Families(model, json)
+
     commands = (
         Annotated[Compare, tyro.conf.subcommand("compare")]
         | Annotated[Train, tyro.conf.subcommand("train")]
@@ -113,6 +140,7 @@ def _parse(arguments: list[str]) -> Compare | Train | Report | Recipes | Reprodu
         | Annotated[Recipes, tyro.conf.subcommand("recipes", constructor=recipes)]
         | Annotated[Reproduce, tyro.conf.subcommand("reproduce", constructor=reproduce)]
         | Annotated[ExportCheck, tyro.conf.subcommand("export-check", constructor=export_check)]
+        | Annotated[Families, tyro.conf.subcommand("families", constructor=families)]
     )
     errors = io.StringIO()
     try:
@@ -140,12 +168,16 @@ def _one_line(text: str) -> str:
     return re.sub(r"[\s╰╯│─]+", " ", words).strip()
 
 
-def _run(asked: Compare | Train | Report | Recipes | Reproduce | ExportCheck, command: str) -> None:
+def _run(asked: Asked, command: str) -> None:
     if isinstance(asked, Recipes):
         _show_recipes(asked)
         return
     if isinstance(asked, ExportCheck):
         _check_export(asked)
+        return
+    if isinstance(asked, Families):
+        _share_the_cores()
+        _show_families(asked)
         return
     if isinstance(asked, Report):
         from equipoise.report import write_report
@@ -242,6 +274,102 @@ def _check_export(asked: ExportCheck) -> None:
         _say(note)
     if not found.survived:
         _leave(1)
+
+
+def _show_families(asked: Families) -> None:
+    try:
+        import transformers  # noqa: F401
+
+        if asked.model is not None:
+            from equipoise.catalogue.model import examine
+    except ImportError as error:
+        raise EquipoiseError(
+            f"looking at models needs more than torch: {error.name} is missing. Install it with: pip install "
+            "'equipoise[lab]'"
+        ) from None
+    if asked.model is not None:
+        found = examine(asked.model)
+        if asked.json:
+            json.dump(asdict(found), sys.stdout, ensure_ascii=False, indent=1)
+            print()
+            return
+        print(
+            f"{found.model} ({found.model_type}), {found.num_parameters:,} parameters, {len(found.layers)} MoE layers"
+        )
+        shown = [
+            (
+                layer.name,
+                str(layer.num_experts),
+                str(layer.k),
+                layer.gate,
+                layer.selection,
+                layer.slot or "-",
+                "-" if layer.load is None else " ".join(map(str, layer.load)),
+                "-" if layer.maxvio is None else f"{layer.maxvio:.2f}",
+            )
+            for layer in found.layers
+        ]
+        _print_table(("layer", "experts", "k", "gate", "offset on", "slot", "counts", "MaxVio"), shown)
+        for note in found.notes:
+            _say(f"note: {note}")
+        return
+    rows = _installed_families()
+    if asked.json:
+        json.dump([asdict(row) for row in rows], sys.stdout, ensure_ascii=False, indent=1)
+        print()
+        return
+
+    def yes(holds: bool) -> str:
+        return "yes" if holds else "no"
+
+    listed = [
+        (
+            row.model_type,
+            row.router or "-",
+            row.gate or "-",
+            row.selection or "-",
+            f"{row.slot} ({row.slot_held_by})" if row.slot else "-",
+            yes(row.group_limits),
+            yes(row.hash_layers),
+            yes(row.supported),
+            yes(row.tested),
+            row.reason or "",
+        )
+        for row in rows
+    ]
+    titles = ("model_type", "router", "gate", "offset on", "slot (held by)", "groups", "hash", "supported", "tested")
+    _print_table((*titles, "why not"), listed)
+
+
+def _installed_families() -> Any:
+    """The list, with a bar on stderr while modules are imported."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from equipoise.catalogue.installed import families
+
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("modeling files of Transformers", total=None)
+        return families(lambda done, total, name: progress.update(task, completed=done, total=total))
+
+
+def _print_table(titles: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
+    """On stdout; into a file one line a row."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False, markup=False, emoji=False)
+    wide = not console.is_terminal
+    if wide:
+        console.width = 10_000
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    for title in titles:
+        table.add_column(title, overflow="fold", no_wrap=wide)
+    for row in rows:
+        table.add_row(*row)
+    with console.capture() as shown:
+        console.print(table)
+    print("\n".join(line.rstrip() for line in shown.get().splitlines()))
 
 
 def _reproduce(asked: Reproduce) -> None:

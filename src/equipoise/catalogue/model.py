@@ -1,0 +1,211 @@
+"""What ``attach`` makes of one model on this disk: its layers, how they select, and the counts of a random batch."""
+
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from equipoise.attachment import attach
+from equipoise.errors import EquipoiseError, UsageError
+from equipoise.metrics import max_violation
+from equipoise.taps.families import find_routers, hash_routers, unknown_routers
+
+__all__ = ["Examined", "ExaminedLayer", "examine"]
+
+LARGE = 2_000_000_000  # parameters from which on a model is not filled
+TOKENS = (4, 64)
+
+_FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors calls them
+_SAVED = ("*.safetensors", "pytorch_model*.bin")
+
+
+@dataclass(frozen=True)
+class ExaminedLayer:
+    """One router. Without a batch there is no load and no MaxVio."""
+
+    name: str
+    num_experts: int
+    k: int
+    gate: str
+    selection: str
+    slot: str | None
+    load: list[int] | None
+    maxvio: float | None
+
+
+@dataclass(frozen=True)
+class Examined:
+    """A model that ``attach`` took."""
+
+    model: str  # its class
+    model_type: str
+    num_parameters: int
+    weights: str  # "loaded", "random" or "none"
+    layers: list[ExaminedLayer]
+    notes: list[str]
+
+
+def examine(path: Path) -> Examined:
+    """Builds a model of Transformers from its folder or its config.json, attaches, and runs one random batch.
+
+    Raises ``UsageError`` where it cannot be attached, and says why: a type that is not known, code of its own, weights
+    that are quantised, no router, or none that is known.
+    """
+    import transformers
+
+    transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+    folder, content = _read(path)
+    config = transformers.AutoConfig.for_model(content.pop("model_type"), **content)
+    auto = _class(config, content)
+    with torch.device("meta"):
+        model = _from_config(auto, config)
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    saved = [file for pattern in _SAVED for file in folder.glob(pattern)] if path.is_dir() else []
+    weights, notes = "none", []
+    if num_parameters > LARGE:
+        notes.append(
+            f"with {num_parameters / 1e9:.1f}e9 parameters it was built without weights and no batch was run: no counts"
+        )
+    elif saved:
+        _refuse_quantised(model, saved)
+        model, weights = auto.from_pretrained(folder, local_files_only=True), "loaded"
+    else:
+        model, weights = _from_config(auto, config), "random"
+        notes.append("there are no weights, so they are random: the counts say nothing of a trained model")
+    return _attached(model, config, num_parameters, weights, notes)
+
+
+def _read(path: Path) -> tuple[Path, dict[str, Any]]:
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise UsageError(
+            f"MODEL must be a folder with a config.json, or a config.json: {file} is not there. A model of the Hub "
+            "must be downloaded first: hf download NAME --local-dir FOLDER."
+        )
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise UsageError(f"MODEL must have a config.json of Transformers: {file} cannot be read ({error}).") from None
+    if not isinstance(content, dict) or not isinstance(content.get("model_type"), str):
+        raise UsageError(f"MODEL must have a config.json of Transformers: {file} has no model_type.")
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    model_type = content["model_type"]
+    if content.get("auto_map"):
+        raise UsageError(
+            f"MODEL must be a model of Transformers itself: {file} has an auto_map, so {model_type} is code of its "
+            "own, which is not run here. Load it yourself and call equipoise.attach(model), which says what it finds."
+        )
+    if model_type not in CONFIG_MAPPING:
+        raise UsageError(
+            f"MODEL must be of a type that the installed Transformers knows: {file} says {model_type}. `equipoise "
+            "families` lists those with experts; a newer Transformers may know more."
+        )
+    if content.get("quantization_config"):
+        method = content["quantization_config"].get("quant_method", "some method")
+        raise UsageError(
+            f"MODEL must have weights in floating point: {file} says that they are quantised ({method}). Balancing is "
+            "for training; take the model before it was quantised."
+        )
+    return file.parent, content
+
+
+def _class(config: Any, content: dict[str, Any]) -> Any:
+    """The class that the config names, or the fitting one of its type."""
+    import transformers
+
+    for name in content.get("architectures") or ():
+        if hasattr(transformers, name):
+            return getattr(transformers, name)
+    autos = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForSeq2SeqLM", "AutoModel")
+    for auto in (getattr(transformers, name) for name in autos):
+        if type(config) in auto._model_mapping:
+            return auto._model_mapping[type(config)]
+    raise UsageError(
+        f"MODEL must be of a type that Transformers has a model of: {config.model_type} is the config of a part. Give "
+        "the config of the whole model."
+    )
+
+
+def _from_config(auto: Any, config: Any) -> nn.Module:
+    try:
+        return auto._from_config(config)
+    except Exception as error:
+        raise UsageError(
+            f"MODEL must be a config that its model can be built from: {auto.__name__} says {type(error).__name__}: "
+            f"{error}."
+        ) from None
+
+
+def _refuse_quantised(model: nn.Module, saved: list[Path]) -> None:
+    """Weights that are not floating point would be cast on loading as if they were."""
+    ends = {router.name.rpartition(".")[2] for router in find_routers(model, allow_empty=True)}
+    for name, dtype in _saved_dtypes(saved):
+        if ends & set(name.split(".")[:-1]) and dtype not in _FLOATS:
+            raise UsageError(
+                f"a router must have weights in floating point of 16 bits or more: {name} is saved as {dtype}. It is "
+                "quantised; take the model before it was."
+            )
+
+
+def _saved_dtypes(saved: list[Path]) -> Iterator[tuple[str, str]]:
+    from safetensors import safe_open
+
+    for file in saved:
+        if file.suffix == ".safetensors" and not file.name.startswith("equipoise"):
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118
+                    yield name, str(tensors.get_slice(name).get_dtype())
+
+
+def _attached(model: nn.Module, config: Any, num_parameters: int, weights: str, notes: list[str]) -> Examined:
+    log = logging.getLogger("equipoise")
+    level = log.level
+    log.setLevel(logging.ERROR)  # what attach would warn of is said in the notes
+    try:
+        routers = find_routers(model)
+        balance = attach(model)
+        notes += [f"{name} is neither counted nor balanced" for name in unknown_routers(model)]
+        notes += [f"{name} is a hash layer: neither counted nor balanced" for name in hash_routers(model)]
+    except EquipoiseError as error:
+        raise UsageError(str(error)) from None
+    finally:
+        log.setLevel(level)
+    load: dict[str, torch.Tensor] = {}
+    if weights != "none":
+        try:
+            with torch.no_grad(), balance.measuring() as load:
+                model.eval()(**_batch(model, config))
+        except Exception as error:
+            raise EquipoiseError(
+                f"the model must run on token ids alone: {type(model).__name__} says {type(error).__name__}: {error}. "
+                f"It can be attached ({len(routers)} routers were found); only the batch of random tokens did not run."
+            ) from None
+    layers = [
+        ExaminedLayer(
+            router.name,
+            router.num_experts,
+            router.k,
+            router.kind.gate,
+            router.kind.selection,
+            router.kind.slot,
+            load[router.name].tolist() if load else None,
+            float(max_violation(load[router.name])) if load and load[router.name].any() else None,
+        )
+        for router in routers
+    ]
+    return Examined(type(model).__name__, config.model_type, num_parameters, weights, layers, notes)
+
+
+def _batch(model: nn.Module, config: Any) -> dict[str, torch.Tensor]:
+    text = config.get_text_config()
+    ids = torch.randint(text.vocab_size, TOKENS, generator=torch.Generator().manual_seed(0))
+    longest = getattr(text, "max_position_embeddings", None) or TOKENS[1]
+    ids = ids[:, :longest]
+    return {"input_ids": ids, "decoder_input_ids": ids} if config.is_encoder_decoder else {"input_ids": ids}
