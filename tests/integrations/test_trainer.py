@@ -44,7 +44,7 @@ def close(ours, theirs):
 
 
 @pytest.mark.parametrize("exact", [True, False], ids=["by label tokens", "plain mean"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", (*FAMILIES, "deepseek_v3"))
 def test_gradients_and_offsets_are_those_of_our_own_loop(name, exact):
     """Twelve rows: a window of four micro-batches, then a short one of two; uneven label tokens, padding."""
     model, data = family(name), rows(12)

@@ -146,8 +146,8 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
             self._load(folder)
         elif before is not None:
             self.balance.load_state_dict(before)
-        if trainer is not None:  # first, so that every reporter gets our metrics too
-            callbacks = trainer.callback_handler.callbacks
+        callbacks = [] if trainer is None else trainer.callback_handler.callbacks
+        if self in callbacks:  # first, so that every reporter gets our metrics too
             callbacks.remove(self)
             callbacks.insert(0, self)
         if state.is_world_process_zero:
@@ -449,6 +449,6 @@ def _trainer_that_calls() -> tuple[Any, Path | None]:
         caller = frame.f_locals.get("self")
         if isinstance(caller, Trainer) and "resume_from_checkpoint" in frame.f_locals:
             folder = frame.f_locals["resume_from_checkpoint"]
-            return caller, None if folder is None else Path(folder)
+            return caller, Path(folder) if isinstance(folder, str | Path) else None
         frame = frame.f_back
     return None, None
