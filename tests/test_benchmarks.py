@@ -109,3 +109,13 @@ def test_pooling_error_trains_as_the_lab_does_and_measures_beside_it(tiny, tmp_p
     assert found["errors"]["window"]["routers"]["error"] < 1e-6
     assert found["errors"]["micro_batch"]["routers"]["error"] < 1e-6
     assert found["errors"]["previous"]["routers"]["error"] > 1e-3
+
+
+def test_attach_of_many_layers_is_quick_and_was_measured_so():
+    attach = _load("attach")
+    row = attach.measure("mixtral", layers=4, repeats=1)
+    assert row["layers"] == 4 and 0 < row["later_cpu_seconds"] <= row["first_cpu_seconds"] < 5
+    stored = attach.json.loads(attach.STORED.read_text())
+    assert [row["family"] for row in stored["rows"]] == list(attach.FAMILIES)
+    assert stored["holds"] and all(row["layers"] == attach.LAYERS for row in stored["rows"])
+    assert all(row["first_cpu_seconds"] <= attach.LIMIT for row in stored["rows"])

@@ -5,6 +5,7 @@ import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from types import FrameType
 from typing import Any
 
@@ -41,6 +42,18 @@ class _Ticket(torch.autograd.Function):
         ctx.micro_batch.serve(grad)
         ctx.window.serving = ctx.micro_batch
         return None, None, None, None
+
+
+def _argument_names(module: nn.Module) -> list[str]:
+    """Of its forward: looked up once for all modules of a class, of which some have a forward of their own."""
+    if "forward" in module.__dict__:
+        return list(inspect.signature(module.forward).parameters)
+    return _parameters(type(module).forward)[1:]
+
+
+@cache
+def _parameters(forward: Any) -> list[str]:
+    return list(inspect.signature(forward).parameters)
 
 
 class Balance:
@@ -94,7 +107,7 @@ class Balance:
         self._hooks = []
         routers = {layer.router for layer in self._layers}
         for module in model.modules():
-            names = list(inspect.signature(module.forward).parameters)
+            names = _argument_names(module)
             if module is not model and not (
                 {"input_ids", "attention_mask"} <= {*names} and routers & {*module.modules()}
             ):

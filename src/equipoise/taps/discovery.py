@@ -76,49 +76,63 @@ def _slot_argument(router: nn.Module) -> str | None:
 # ---- the stand-in ----
 
 
-def _stand_in(router: nn.Module, generator: torch.Generator) -> nn.Module:
+class _Draws:
+    """Random tensors for the stand-ins of one router: drawn once, the same for each of them, in order."""
+
+    def __init__(self) -> None:
+        self.kept: list[Tensor] = []
+        self.next = 0
+        self.generator = torch.Generator().manual_seed(0)
+
+    def normal(self, *shape: int) -> Tensor:
+        if self.next == len(self.kept):
+            self.kept.append(torch.randn(shape, generator=self.generator, dtype=torch.float32, device="cpu"))
+        self.next += 1
+        return self.kept[self.next - 1].view(shape)
+
+
+def _stand_in(router: nn.Module, draws: _Draws) -> nn.Module:
     """The router and what is inside it with weights of our own, so that sharded, meta and GPU weights need not be
     touched: random matrices, vectors of ones, biases of zeros."""
     base = plain_class(router)
     copy = base.__new__(base)
     copy.__dict__ = dict(router.__dict__)
     copy._parameters = {
-        name: value if value is None else nn.Parameter(_made_up(name, value, generator), requires_grad=False)
+        name: value if value is None else nn.Parameter(_made_up(name, value, draws), requires_grad=False)
         for name, value in router._parameters.items()
     }
     copy._buffers = {
-        name: value if value is None else _made_up(name, value, generator)
+        name: value if value is None else _made_up(name, value, draws)
         for name, value in router._buffers.items()
         if name != OWN_SLOT
     }
     copy._modules = {
-        name: None if module is None else _stand_in(module, generator) for name, module in router._modules.items()
+        name: None if module is None else _stand_in(module, draws) for name, module in router._modules.items()
     }
     return copy
 
 
-def _made_up(name: str, value: Tensor, generator: torch.Generator) -> Tensor:
+def _made_up(name: str, value: Tensor, draws: _Draws) -> Tensor:
     if not value.is_floating_point():
         return torch.zeros(value.shape, dtype=value.dtype, device="cpu")
     if "bias" in name:
         return torch.zeros(value.shape, device="cpu", dtype=torch.float32)
     if value.dim() < 2:
         return torch.ones(value.shape, device="cpu", dtype=torch.float32)
-    return torch.randn(value.shape, generator=generator, dtype=torch.float32, device="cpu")
+    return draws.normal(*value.shape)
 
 
 class _Trial:
     """One stand-in, run with an offset on the same random tokens."""
 
-    def __init__(self, router: nn.Module, kind: RouterKind, parent: nn.Module | None):
-        generator = torch.Generator().manual_seed(0)
+    def __init__(self, router: nn.Module, kind: RouterKind, parent: nn.Module | None, draws: _Draws):
+        draws.next = 0
         self.kind = kind
-        self.router = _stand_in(router, generator)
+        self.router = _stand_in(router, draws)
         dims = [p.shape[-1] for p in self.router.parameters() if p.dim() == 2]
         if not dims:
             raise Refused("it has no matrix of weights")
-        self.hidden = torch.randn(TOKENS, dims[0], generator=generator, dtype=torch.float32, device="cpu")
-        self.hidden /= dims[0] ** 0.5
+        self.hidden = draws.normal(TOKENS, dims[0]) / dims[0] ** 0.5
         self.argument = _slot_argument(self.router)
         self.slot = find_slot(self.router, None, kind)
         self.passed = False  # the slot is given as an argument
@@ -165,7 +179,7 @@ def _check_output(output: Any, kind: RouterKind) -> None:
         raise Refused("forward does not return (logits, weights, expert_ids)")
 
 
-def _num_experts(router: nn.Module, parent: nn.Module | None, kind: RouterKind) -> int:
+def _num_experts(router: nn.Module, parent: nn.Module | None, kind: RouterKind, draws: _Draws) -> int:
     """From the slot; without one from the logits of a run."""
     slot = find_slot(router, parent, kind)
     if slot is not None:
@@ -174,14 +188,20 @@ def _num_experts(router: nn.Module, parent: nn.Module | None, kind: RouterKind) 
         if held is None:
             raise Refused(f"there is no buffer {kind.slot}")
         return held.numel()
-    output = _Trial(router, kind, parent).forward()
+    output = _Trial(router, kind, parent, draws).forward()
     return int(output[1 if kind.gives == "dense" else 0].shape[-1])
 
 
 # ---- the proof ----
 
 
-def prove(router: nn.Module, kind: RouterKind, parent: nn.Module | None = None, multiplies: bool = False) -> Proof:
+def prove(
+    router: nn.Module,
+    kind: RouterKind,
+    parent: nn.Module | None = None,
+    multiplies: bool = False,
+    draws: _Draws | None = None,
+) -> Proof:
     """Proves on random inputs that the router selects as ``kind`` says. Touches nothing of the model's.
 
     Proven: the outputs are what ``kind.gives`` says; the weights are the gate's scores of the chosen experts up to one
@@ -191,8 +211,9 @@ def prove(router: nn.Module, kind: RouterKind, parent: nn.Module | None = None, 
     """
     if multiplies and kind.selection == "logits":
         raise Refused("the choice is made by logits, which a factor turns upside down where they are below zero")
-    num_experts = _num_experts(router, parent, kind)
-    trial = _Trial(router, kind, parent)
+    draws = _Draws() if draws is None else draws
+    num_experts = _num_experts(router, parent, kind, draws)
+    trial = _Trial(router, kind, parent, draws)
     generator = torch.Generator().manual_seed(1)
     favourite = torch.zeros(num_experts, device="cpu", dtype=torch.float32)
     favourite[num_experts // 2] = 1e30 if multiplies else 100.0  # a softmax score may be very small
@@ -233,11 +254,12 @@ def discover(router: nn.Module, parent: nn.Module | None = None) -> Proof:
     if chooses_by_id(router):
         raise Refused("it chooses by the id of the token (a hash router), which no offset moves")
     reasons: list[str] = []
+    draws = _Draws()
     slots: list[str | None] = [*_find_slots(router, parent)]
     for slot in slots or [None]:
         for kind in _kinds(slot):
             try:
-                return prove(router, kind, parent)
+                return prove(router, kind, parent, draws=draws)
             except Refused as refused:
                 reasons.append(str(refused))
             except Exception as error:  # whatever a forward makes of tokens that are not its own

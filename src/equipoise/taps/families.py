@@ -5,10 +5,10 @@ attribute or property ``router_kind`` that holds a ``RouterKind``. ``discovery``
 router does on random tokens; a declared kind is proven in the same way.
 """
 
-import inspect
 import logging
 import re
 from collections.abc import Iterator
+from functools import cache
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -52,8 +52,9 @@ def plain_name(name: str) -> str:
 
 
 def _declared(module: nn.Module) -> RouterKind | None:
-    # static: wrappers of torch.compile and checkpointing would answer with what the module inside declares
-    if inspect.getattr_static(module, "router_kind", None) is not None:
+    # not by getattr: wrappers of torch.compile and checkpointing would answer with what the module inside declares
+    holders = (module.__dict__, *map(vars, type(module).__mro__))
+    if any(holder.get("router_kind") is not None for holder in holders):
         declared: Any = module.router_kind
         if not isinstance(declared, RouterKind):
             raise EquipoiseError(
@@ -62,6 +63,12 @@ def _declared(module: nn.Module) -> RouterKind | None:
             )
         return declared
     return None
+
+
+@cache
+def _is_called_router(cls: Any) -> bool:
+    """Its class, or one that it is made from, but not torch's own."""
+    return any(_CALLED.search(base.__name__) for base in _classes(cls))
 
 
 _PROOFS: dict[Any, Proof | str] = {}  # by what a router is made of; of one that was refused the reason
@@ -74,8 +81,10 @@ def proof_of(router: nn.Module, parent: nn.Module | None = None, multiplies: boo
     key = (base, base.forward, declared, multiplies, _made_of(router), _tensors(parent))
     if key not in _PROOFS:
         try:
-            kind = discover(router, parent).kind if declared is None else declared
-            _PROOFS[key] = prove(router, kind, parent, multiplies)
+            proof = discover(router, parent) if declared is None else prove(router, declared, parent, multiplies)
+            if declared is None and multiplies:
+                proof = prove(router, proof.kind, parent, multiplies)
+            _PROOFS[key] = proof
         except Refused as refused:
             _PROOFS[key] = str(refused)
     found = _PROOFS[key]
@@ -106,14 +115,15 @@ def _candidates(model: nn.Module) -> list[tuple[str, nn.Module, nn.Module | None
     around: dict[nn.Module, nn.Module] = {}
     for name, module in model.named_modules():
         around.update(dict.fromkeys(module.children(), module))
-        if _declared(module) is not None or any(_CALLED.search(cls.__name__) for cls in _classes(module)):
+        cls: Any = type(module)
+        if _is_called_router(cls) or _declared(module) is not None:
             found.append((plain_name(name), module, around.get(module)))
     return found
 
 
-def _classes(module: nn.Module) -> list[type]:
-    """Its class and those that it is made from, but not torch's own."""
-    return [cls for cls in type(module).__mro__ if not cls.__module__.startswith("torch.") and cls is not object]
+def _classes(cls: type) -> list[type]:
+    """A class and those that it is made from, but not torch's own."""
+    return [base for base in cls.__mro__ if not base.__module__.startswith("torch.") and base is not object]
 
 
 def find_routers(model: nn.Module, allow_empty: bool = False) -> list[FoundRouter]:
@@ -163,12 +173,13 @@ def refusal(name: str, router: nn.Module, reason: str, kind: RouterKind | None =
 def unknown_routers(model: nn.Module) -> list[str]:
     """Names of modules that are called a router or a gate, have a weight of two dimensions, and select in no way that
     is known, with the reason. Hash layers are not among them: they are as they should be, and named in the log."""
-    if hashed := hash_routers(model):
+    left_out = list(_left_out(model))
+    if hashed := [name for name, _, reason in left_out if reason is None]:
         _log.warning(
             f"attach: {', '.join(hashed)} {'is a hash layer' if len(hashed) == 1 else 'are hash layers'}, which choose "
             "by the id of the token: neither counted nor balanced; the other layers are."
         )
-    return [f"{name} ({type(module).__name__}: {reason})" for name, module, reason in _left_out(model) if reason]
+    return [f"{name} ({type(module).__name__}: {reason})" for name, module, reason in left_out if reason is not None]
 
 
 def hash_routers(model: nn.Module) -> list[str]:
@@ -194,7 +205,7 @@ def _left_out(model: nn.Module) -> Iterator[tuple[str, nn.Module, str | None]]:
 def _is_router(module: nn.Module) -> bool:
     """Not every gate is one: attention has forget gates."""
     weight = module._parameters.get("weight")
-    named = any(re.search("router|gating", cls.__name__, re.IGNORECASE) for cls in _classes(module))
+    named = any(re.search("router|gating", cls.__name__, re.IGNORECASE) for cls in _classes(type(module)))
     matrix = any(p.dim() == 2 for p in module.parameters())
     return matrix and (named or getattr(weight, "ndim", 0) == 2)
 
