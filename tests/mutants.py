@@ -35,7 +35,9 @@ RULES, MECHANISMS, FAMILIES = (
     "tests/test_mechanisms.py",
     "tests/taps/test_families.py",
 )
+EVERY, COMMAND = "tests/taps/test_every_family.py", "tests/test_families_command.py"
 QUANTILE = "tests/balancers/test_quantile.py"
+SPECIALISATION = "tests/analysis/test_specialisation.py"
 CLAIMS = "tests/reproduce/test_frontier.py"
 SELECTION, COMPARED = "tests/lab/test_selection.py", "tests/lab/test_balancers.py"
 ESTIMATES, VERDICTS, POWER = (f"tests/analysis/test_{name}.py" for name in ("statistics", "verdicts", "power"))
@@ -427,7 +429,7 @@ MUTANTS = [
     Mutant(
         "74: a copy of the model is counted",
         "taps/tap.py",
-        "        return _inert_tap, (self.kind, self.steers, self.multiplies)",
+        "        return _inert_tap, (self.kind, self.k, self.steers, self.multiplies)",
         "        return (lambda tap: tap), (self,)",
         f"{FAMILIES} -k copy",
     ),
@@ -593,7 +595,7 @@ MUTANTS = [
     Mutant(
         "lab: offsets outlive the strategy that held them",
         "lab/switch.py",
-        "router.get_buffer(kind.slot).zero_()",
+        "router.slot.tensor.zero_()",
         "pass",
         "tests/lab/test_switch.py -k end_where",
     ),
@@ -896,6 +898,119 @@ MUTANTS = [
         "        if False:\n",
         f"{COMPARED} -k refused",
     ),
+    # routers are known by what they do
+    Mutant(
+        "routers: any weights are taken for the gate's",
+        "taps/discovery.py",
+        "if not torch.allclose(factor, factor[:, :1].expand_as(factor), rtol=1e-4):",
+        "if False:",
+        f"{FAMILIES} -k found_out",
+    ),
+    Mutant(
+        "routers: the best by other scores are good enough",
+        "taps/discovery.py",
+        "if not grouped and (expert_ids.sort().values != best.sort().values).any():",
+        "if False:",
+        f"{EVERY} -k 'gpt_oss or kolibri1'",
+    ),
+    Mutant(
+        "routers: groups are limited before the offset",
+        "taps/discovery.py",
+        "if grouped and (multiplies or kind.slot is None):",
+        "if grouped and multiplies:",
+        f"{EVERY} -k groups",
+    ),
+    Mutant(
+        "routers: a factor multiplies logits below zero",
+        "taps/discovery.py",
+        'if multiplies and kind.selection == "logits":',
+        "if False:",
+        f"{EVERY} -k factor_of",
+    ),
+    Mutant(
+        "routers: a slot in the block around is not looked for",
+        "taps/discovery.py",
+        "argument = None if parent is None else _slot_argument(router)",
+        "argument = None",
+        f"{EVERY} -k 'afmoe or minimax_m2'",
+    ),
+    Mutant(
+        "routers: the proof of one serves all of its class",
+        "taps/families.py",
+        "declared, multiplies, _made_of(router), _tensors(parent))",
+        "declared, multiplies)",
+        f"{FAMILIES} -k finds_k",
+    ),
+    Mutant(
+        "routers: probabilities are taken for logits",
+        "taps/tap.py",
+        "first = first.clamp_min(torch.finfo(first.dtype).tiny).log()",
+        "first = first * 1",
+        f"{EVERY} -k gemma4",
+    ),
+    Mutant(
+        "routers: steered weights never reach dense scores",
+        "taps/tap.py",
+        "return torch.zeros_like(dense).scatter(-1, expert_ids, weights), logits",
+        "return dense, logits",
+        f"{EVERY} -k 'tiny and llama4'",
+    ),
+    Mutant(
+        "routers: hash layers are called unknown",
+        "taps/families.py",
+        "yield name, module, None if chooses_by_id(module) else why",
+        "yield name, module, why",
+        f"{EVERY} -k hash",
+    ),
+    Mutant(
+        "routers: a matrix in a module inside has no device",
+        "balance.py",
+        "return next(self._layers[0].router.parameters()).device",
+        "return self._layers[0].router.weight.device",
+        f"{EVERY} -k longcat",
+    ),
+    Mutant(
+        "families: what was tested on another version is called tested",
+        "catalogue/installed.py",
+        'return content["routers"] if same else {}',
+        'return content["routers"]',
+        f"{EVERY} -k another",
+    ),
+    Mutant(
+        "families: gates of something else are listed",
+        "catalogue/installed.py",
+        'if "expert" not in inspect.getsource(cls):',
+        "if False:",
+        f"{EVERY} -k listing",
+    ),
+    Mutant(
+        "families: the slot is always in the router",
+        "catalogue/installed.py",
+        'held_by = "block"',
+        'held_by = "router"',
+        f"{EVERY} -k listing",
+    ),
+    Mutant(
+        "families: code of a model's own is passed over",
+        "catalogue/model.py",
+        'if content.get("auto_map"):',
+        "if False:",
+        f"{COMMAND} -k cannot_be",
+    ),
+    Mutant(
+        "families: integers are taken for weights",
+        "catalogue/model.py",
+        "and dtype not in _FLOATS:",
+        "and False:",
+        f"{COMMAND} -k integers",
+    ),
+    Mutant(
+        "families: saved weights are not read",
+        "catalogue/model.py",
+        "    elif saved:\n",
+        "    elif False:\n",
+        f"{COMMAND} -k saved_weights",
+    ),
     # analysis
     Mutant(
         "statistics: an interval of n degrees of freedom",
@@ -1092,6 +1207,55 @@ MUTANTS = [
         'return LayerCheck(router.name, "lost"',
         'return LayerCheck(router.name, "zero"',
         "tests/test_export.py -k left_out",
+    ),
+    Mutant(
+        "specialisation: a co-activation is a share of the other expert's tokens",
+        "analysis/specialisation.py",
+        "np.diag(together)[:, None]",
+        "np.diag(together)[None]",
+        f"{SPECIALISATION} -k coactivation",
+    ),
+    Mutant(
+        "specialisation: a distance is the divergence itself",
+        "analysis/specialisation.py",
+        "return np.sqrt(np.clip((divergence(first, middle) + divergence(second, middle)) / 2, 0, 1))",
+        "return np.clip((divergence(first, middle) + divergence(second, middle)) / 2, 0, 1)",
+        f"{SPECIALISATION} -k metric",
+    ),
+    Mutant(
+        "specialisation: the bound at chance is the median",
+        "analysis/specialisation.py",
+        "np.quantile(drawn, 0.95)",
+        "np.quantile(drawn, 0.5)",
+        f"{SPECIALISATION} -k hundred_samples",
+    ),
+    Mutant(
+        "specialisation: information is not corrected for the size of the sample",
+        "analysis/specialisation.py",
+        "+ (len(seen) - 1) / (2 * n)",
+        "",
+        f"{SPECIALISATION} -k 'metrics or nothing'",
+    ),
+    Mutant(
+        "specialisation: the same experts in another order are others",
+        "analysis/specialisation.py",
+        "(first[:, :, None] == second[:, None, :]).sum((1, 2))",
+        "(first == second).sum(1)",
+        f"{SPECIALISATION} -k saturation",
+    ),
+    Mutant(
+        "specialisation: a token that every expert gets alike is typical of one",
+        "analysis/specialisation.py",
+        "(counts[:, expert] > average * seen)",
+        "(counts[:, expert] > 0)",
+        f"{SPECIALISATION} -k typical",
+    ),
+    Mutant(
+        "specialisation: a rare token is typical",
+        "analysis/specialisation.py",
+        "(seen >= fewest) & ",
+        "",
+        f"{SPECIALISATION} -k typical",
     ),
 ]
 

@@ -1,5 +1,7 @@
 """numbers of runs -> verdicts: what a handful of seeds says about a claim, and what it does not. Imports no torch.
 
+``specialisation`` is the other half: counts by domain and token -> what experts serve.
+
     values by seed ── paired_differences, trend ──> Estimate ── judge ──> Judgement ── judge_family ──> Judgement
                                                        └── noise, power, seeds_needed: what more seeds would decide
 
@@ -20,6 +22,18 @@ decided where ``p < 1 - level``.
 """
 
 from equipoise.analysis.power import MAX_SEEDS, Noise, detectable_effect, noise, power, seeds_needed
+from equipoise.analysis.specialisation import (
+    Measured,
+    Typical,
+    coactivation,
+    domain_distances,
+    domain_information,
+    mean_domain_distance,
+    router_saturation,
+    selection_frequency,
+    typical_tokens,
+    vocabulary_specialisation,
+)
 from equipoise.analysis.statistics import Estimate, estimate, paired_differences, trend
 from equipoise.analysis.verdicts import Hypothesis, Judgement, holm, judge, judge_family
 
@@ -28,15 +42,25 @@ __all__ = [
     "Estimate",
     "Hypothesis",
     "Judgement",
+    "Measured",
     "Noise",
+    "Typical",
+    "coactivation",
     "detectable_effect",
+    "domain_distances",
+    "domain_information",
     "estimate",
     "holm",
     "judge",
     "judge_family",
+    "mean_domain_distance",
     "noise",
     "paired_differences",
     "power",
+    "router_saturation",
     "seeds_needed",
+    "selection_frequency",
     "trend",
+    "typical_tokens",
+    "vocabulary_specialisation",
 ]
