@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from equipoise.errors import EquipoiseError, UsageError
 
-__all__ = ["Text", "count_held_out", "find_text", "in_hash_order", "most_held_out"]
+__all__ = ["Text", "count_held_out", "find_text", "in_hash_order", "most_held_out", "stream_text"]
 
 CORPUS = Path(__file__).parent / "corpus"
 KINDS = (".txt", ".jsonl", ".parquet")
@@ -68,6 +68,18 @@ def find_text(data: str | Path | None, progress: Progress) -> Text:
         f"The text must be a folder, a file, or a data set's name (owner/name): {path} does not exist. Check the path, "
         "or leave it out for the packaged corpus."
     )
+
+
+def stream_text(data: str | Path | None, progress: Progress) -> Iterator[tuple[str, Callable[[], list[str]]]]:
+    """As ``find_text``, domain by domain: its name, and a function that reads its documents, in hash order. Only what
+    is asked for is read, so no more than one domain need be in memory."""
+    path = CORPUS if data is None or data == "corpus" else Path(data).expanduser()
+    if not path.exists():
+        for domain, documents in find_text(data, progress).read(progress).items():
+            yield domain, lambda documents=documents: in_hash_order(documents)  # type: ignore[misc]
+        return
+    for domain, files in _find_domains(path).items():
+        yield domain, lambda files=files: in_hash_order(d for file in files for d in _read(file))  # type: ignore[misc]
 
 
 def in_hash_order(documents: Iterable[str]) -> list[str]:

@@ -1,0 +1,89 @@
+"""An audit reads its share of every domain, once, and says where there was too little."""
+
+import models
+import pytest
+import torch
+
+from equipoise import UsageError
+from equipoise.audit.run import audit_model
+
+
+class Quiet:
+    def __init__(self):
+        self.said, self.seen = [], []
+
+    def say(self, text):
+        self.said.append(text)
+
+    def done(self, tokens, of):
+        self.seen.append((tokens, of))
+
+
+def _encode(text):
+    return [3 + ord(letter) % 60 for letter in text]
+
+
+@pytest.fixture
+def text(tmp_path):
+    for domain, letters in (("law", "abcdef"), ("verse", "uvwxyz")):
+        documents = [letters * 30 + str(n) for n in range(40)]
+        (tmp_path / f"{domain}.txt").write_text("\n\n".join(documents))
+    return tmp_path
+
+
+@pytest.fixture
+def model():
+    return models.family("glm4_moe")
+
+
+def _audit(model, text, **options):
+    quiet = Quiet()
+    return audit_model(model, _encode, text, quiet, **{"length": 32, "batch": 4, "end": 1} | options), quiet
+
+
+def test_every_domain_gives_its_share_of_the_tokens(model, text):
+    found, quiet = _audit(model, text, tokens=1000)
+    watched = found.watched
+    assert watched.domains == ("law", "verse") and watched.num_tokens.tolist() == [15 * 32] * 2
+    for layer in watched.layers:
+        assert layer.load.sum(-1).tolist() == [15 * 32 * 2] * 2
+        assert layer.together.diagonal().tolist() == layer.load.sum(0).tolist()
+    assert watched.occurrences.sum() == 2 * 15 * 32, "every token that occurs is told apart"
+    assert set(found.nats) == {"law", "verse"} and found.notes == ()
+    assert quiet.seen[-1] == (960, 960) and model.training
+
+
+def test_the_loss_is_the_models_own(model, text):
+    found, _ = _audit(model, text, tokens=256, batch=1)
+    again, _ = _audit(model, text, tokens=256, batch=4)
+    assert found.nats == pytest.approx(again.nats, rel=1e-5)
+    assert all(2 < value < 6 for value in found.nats.values())
+    assert torch.equal(found.watched.layers[0].load, again.watched.layers[0].load)
+
+
+def test_few_tokens_and_none_are_said(model, text):
+    (text / "short.txt").write_text("ab\n\ncd")
+    (text / "few.txt").write_text("\n\n".join("abcdef" * 5 + str(n) for n in range(4)))
+    found, _ = _audit(model, text, tokens=4 * 4000)
+    assert found.watched.num_tokens.tolist()[0] == 128
+    assert "short fills no row of 32 tokens: it is left out" in found.notes
+    assert "few has 128 tokens only: what is said of it is uncertain" in found.notes
+    assert "short" not in found.nats
+
+
+def test_tokens_that_do_not_fit_into_memory_are_not_told_apart(model, text, monkeypatch):
+    monkeypatch.setattr("equipoise.audit.run.MOST_CELLS", 5 * 16)
+    found, _ = _audit(model, text, tokens=1000)
+    assert len(found.watched.vocabulary) == 5 and "rare tokens are not told apart" in found.notes[0]
+    assert 0 < found.watched.occurrences.sum() < found.watched.num_tokens.sum()
+
+
+def test_what_cannot_be_is_refused(model, tmp_path, text):
+    with pytest.raises(UsageError, match="must be at least 1"):
+        _audit(model, text, tokens=0)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "a.txt").write_text("abc")
+    with pytest.raises(UsageError, match="must fill a row of 32 tokens in some domain"):
+        _audit(model, tmp_path / "empty")
+    with pytest.raises(UsageError, match="does not exist"):
+        _audit(model, tmp_path / "nowhere")
