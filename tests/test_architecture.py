@@ -31,7 +31,7 @@ ALLOWED |= {
     "testing": {"equipoise", *CORE},
     "integrations": {*CORE},
     "export": {*CORE},
-    "audit": {*CORE, "lab"},  # of the lab its reader of text
+    "audit": {*CORE, "analysis", "records", "lab"},  # of the lab its reader of text
     "catalogue": {*CORE},
     "records": {"errors"},
     "analysis": {"errors", "records"},

@@ -17,6 +17,7 @@ __all__ = [
     "Measured",
     "Typical",
     "coactivation",
+    "coactivation_of",
     "domain_distances",
     "domain_information",
     "mean_domain_distance",
@@ -175,9 +176,18 @@ def coactivation(expert_ids: Int[np.ndarray, "tokens k"], num_experts: int) -> F
     ids = _check_ids(expert_ids, num_experts)
     chosen = np.zeros((len(ids), num_experts), np.int64)
     np.put_along_axis(chosen, ids, 1, axis=1)
-    together = chosen.T @ chosen
+    return coactivation_of(chosen.T @ chosen)
+
+
+def coactivation_of(together: Int[np.ndarray, "experts experts"]) -> Float[np.ndarray, "experts experts"]:
+    """``coactivation`` from the numbers of tokens that chose both, on the diagonal those that chose the one."""
+    counts = np.asarray(together)
+    if counts.ndim != 2 or counts.shape[0] != counts.shape[1] or (counts > np.diag(counts)[:, None]).any():
+        raise ValueError(
+            f"together must be square and no larger beside its diagonal than on it: got shape {counts.shape}."
+        )
     with np.errstate(invalid="ignore"):
-        return together / np.diag(together)[:, None].astype(float)
+        return counts / np.diag(counts)[:, None].astype(float)
 
 
 def _check_ids(expert_ids: Int[np.ndarray, "tokens k"], num_experts: int) -> Int[np.ndarray, "tokens k"]:
