@@ -939,7 +939,7 @@ MUTANTS = [
         "taps/families.py",
         "declared, multiplies, _made_of(router), _tensors(parent))",
         "declared, multiplies)",
-        f"{FAMILIES} -k finds_k",
+        f"{FAMILIES} -k found_out",
     ),
     Mutant(
         "routers: probabilities are taken for logits",

@@ -135,6 +135,18 @@ def test_router_weights_that_are_saved_as_integers_are_refused(tmp_path, capsys)
     assert "model.layers.0.mlp.gate.weight is saved as I8" in line
 
 
+def test_an_integer_table_of_a_router_is_no_quantised_weight(tmp_path, capsys):
+    model = shrunken.build(
+        "deepseek_v4",
+        num_hidden_layers=2,
+        mlp_layer_types=["hash_moe", "moe"],
+        layer_types=["compressed_sparse_attention"] * 2,
+    )
+    model.save_pretrained(tmp_path)
+    found = _examined(tmp_path, capsys)
+    assert found["weights"] == "loaded" and [layer["name"] for layer in found["layers"]] == ["model.layers.1.mlp.gate"]
+
+
 def test_what_is_not_there_is_refused(tmp_path, capsys):
     assert "hf download NAME --local-dir FOLDER" in _refused(tmp_path / "none", capsys)
     assert "config.json is not there" in _refused(tmp_path, capsys)

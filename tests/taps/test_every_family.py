@@ -5,6 +5,7 @@
 
 import json
 import logging
+from pathlib import Path
 
 import pytest
 import shrunken
@@ -93,6 +94,11 @@ def test_the_listing_names_what_was_tested_and_why_the_others_are_not_supported(
     kinds = {(row.gate, row.selection, row.gives) for row in rows if row.supported}
     assert {gate for gate, _, _ in kinds} == {"softmax", "sigmoid", "sqrt_softplus"}
     assert {gives for _, _, gives in kinds} == {"logits", "probabilities", "dense"}
+
+
+def test_the_readme_has_the_numbers():
+    text = " ".join((Path(__file__).parents[2] / "README.md").read_text().split())
+    assert f"{sum(map(len, ROUTERS.values()))} router classes of {len(ROUTERS)} model families are tested so" in text
 
 
 def test_what_was_tested_on_another_transformers_is_not_called_tested(monkeypatch):

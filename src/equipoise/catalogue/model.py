@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch import nn
 from equipoise.attachment import attach
 from equipoise.errors import EquipoiseError, UsageError
 from equipoise.metrics import max_violation
-from equipoise.taps.families import find_routers, hash_routers, unknown_routers
+from equipoise.taps.families import FoundRouter, find_routers, hash_routers, unknown_routers
 
 __all__ = ["Examined", "ExaminedLayer", "examine"]
 
@@ -61,10 +61,12 @@ def examine(path: Path) -> Examined:
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
     folder, content = _read(path)
-    config = transformers.AutoConfig.for_model(content.pop("model_type"), **content)
+    config_class = transformers.CONFIG_MAPPING[content["model_type"]]
+    config = _made("it", lambda: config_class.from_dict(content))
     auto = _class(config, content)
     with torch.device("meta"):
-        model = _from_config(auto, config)
+        model = _made(auto.__name__, lambda: auto._from_config(config))
+    routers = _found(model)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     saved = [file for pattern in _SAVED for file in folder.glob(pattern)] if path.is_dir() else []
     weights, notes = "none", []
@@ -73,10 +75,10 @@ def examine(path: Path) -> Examined:
             f"with {num_parameters / 1e9:.1f}e9 parameters it was built without weights and no batch was run: no counts"
         )
     elif saved:
-        _refuse_quantised(model, saved)
+        _refuse_quantised(routers, saved)
         model, weights = auto.from_pretrained(folder, local_files_only=True), "loaded"
     else:
-        model, weights = _from_config(auto, config), "random"
+        model, weights = _made(auto.__name__, lambda: auto._from_config(config)), "random"
         notes.append("there are no weights, so they are random: the counts say nothing of a trained model")
     return _attached(model, config, num_parameters, weights, notes)
 
@@ -100,7 +102,8 @@ def _read(path: Path) -> tuple[Path, dict[str, Any]]:
     if content.get("auto_map"):
         raise UsageError(
             f"MODEL must be a model of Transformers itself: {file} has an auto_map, so {model_type} is code of its "
-            "own, which is not run here. Load it yourself and call equipoise.attach(model), which says what it finds."
+            "own, which is not run here. Load it yourself and call equipoise.attach(model), which says what it finds; "
+            "if you load the class that Transformers has of this type, take auto_map out of the config."
         )
     if model_type not in CONFIG_MAPPING:
         raise UsageError(
@@ -133,21 +136,28 @@ def _class(config: Any, content: dict[str, Any]) -> Any:
     )
 
 
-def _from_config(auto: Any, config: Any) -> nn.Module:
+def _made(what: str, make: Callable[[], Any]) -> Any:
     try:
-        return auto._from_config(config)
+        return make()
     except Exception as error:
         raise UsageError(
-            f"MODEL must be a config that its model can be built from: {auto.__name__} says {type(error).__name__}: "
-            f"{error}."
+            f"MODEL must be a config that its model can be built from: {what} fails with "
+            f"{type(error).__name__}: {error}."
         ) from None
 
 
-def _refuse_quantised(model: nn.Module, saved: list[Path]) -> None:
+def _found(model: nn.Module) -> list[FoundRouter]:
+    try:
+        return find_routers(model)
+    except EquipoiseError as error:
+        raise UsageError(str(error)) from None
+
+
+def _refuse_quantised(routers: list[FoundRouter], saved: list[Path]) -> None:
     """Weights that are not floating point would be cast on loading as if they were."""
-    ends = {router.name.rpartition(".")[2] for router in find_routers(model, allow_empty=True)}
+    ends = {router.name.rpartition(".")[2] for router in routers}
     for name, dtype in _saved_dtypes(saved):
-        if ends & set(name.split(".")[:-1]) and dtype not in _FLOATS:
+        if ends & set(name.split(".")[:-1]) and name.endswith("weight") and dtype not in _FLOATS:
             raise UsageError(
                 f"a router must have weights in floating point of 16 bits or more: {name} is saved as {dtype}. It is "
                 "quantised; take the model before it was."
@@ -169,12 +179,10 @@ def _attached(model: nn.Module, config: Any, num_parameters: int, weights: str, 
     level = log.level
     log.setLevel(logging.ERROR)  # what attach would warn of is said in the notes
     try:
-        routers = find_routers(model)
+        routers = _found(model)
         balance = attach(model)
         notes += [f"{name} is neither counted nor balanced" for name in unknown_routers(model)]
         notes += [f"{name} is a hash layer: neither counted nor balanced" for name in hash_routers(model)]
-    except EquipoiseError as error:
-        raise UsageError(str(error)) from None
     finally:
         log.setLevel(level)
     load: dict[str, torch.Tensor] = {}
