@@ -942,6 +942,13 @@ MUTANTS = [
         f"{FAMILIES} -k found_out",
     ),
     Mutant(
+        "routers: a proof is taken over where a config says another k",
+        "taps/families.py",
+        "for held in (vars(module), config) for pair",
+        "for held in (vars(module),) for pair",
+        f"{EVERY} -k another_k",
+    ),
+    Mutant(
         "routers: probabilities are taken for logits",
         "taps/tap.py",
         "first = first.clamp_min(torch.finfo(first.dtype).tiny).log()",

@@ -132,6 +132,17 @@ def test_groups_before_an_offset_are_refused():
         attach(model)
 
 
+@pytest.mark.parametrize("first", [2, 3])
+def test_a_proof_is_not_taken_over_by_a_router_whose_config_says_another_k(first):
+    for k in (first, 5 - first):
+        model = shrunken.build("gemma4", top_k_experts=k)
+        assert [router.k for router in find_routers(model)] == [k]
+        balance = attach(model, "loss-free")
+        model(**shrunken.batch())
+        balance.step()
+        assert all(load.sum() == k * 16 for load in balance.load.values())
+
+
 def test_a_factor_of_logits_is_refused():
     with pytest.raises(EquipoiseError, match="which a factor turns upside down where they are below zero"):
         attach(shrunken.build("gpt_oss"), "loss-free:rule=multiplicative")

@@ -99,7 +99,10 @@ def _made_of(router: nn.Module) -> Any:
 
 
 def _settings(module: nn.Module) -> tuple[tuple[str, str], ...]:
-    return tuple(sorted((k, str(v)) for k, v in vars(module).items() if isinstance(v, int | float | str)))
+    """Plain attributes of a module, and of a config that it holds: some look up there how many they choose."""
+    config = getattr(vars(module).get("config"), "__dict__", {})
+    plain = (pair for held in (vars(module), config) for pair in held.items() if isinstance(pair[1], int | float | str))
+    return tuple(sorted((name, str(value)) for name, value in plain))
 
 
 def _tensors(module: nn.Module | None) -> tuple[Any, ...]:
