@@ -31,14 +31,14 @@ ALLOWED |= {
     "testing": {"equipoise", *CORE},
     "integrations": {*CORE},
     "export": {*CORE},
-    "audit": {*CORE, "analysis", "records", "lab"},  # of the lab its reader of text
+    "audit": {*CORE, "analysis", "records", "lab", "catalogue"},  # of the lab its reader of text
     "catalogue": {*CORE},
     "records": {"errors"},
     "analysis": {"errors", "records"},
     "report": {"errors", "records"},
     "lab": {"equipoise", *CORE, "nn", "records", "report"},
     "reproduce": {"errors", "records", "analysis"},
-    "cli": {"equipoise", *CORE, "catalogue", "export", "records", "report", "lab", "reproduce"},
+    "cli": {"equipoise", *CORE, "audit", "catalogue", "export", "records", "report", "lab", "reproduce"},
     "__init__": {*CORE, "integrations", "nn", "testing"},  # lazily, by name
     "__main__": {"cli"},
 }

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
+from equipoise.audit.config import Audit
 from equipoise.errors import EquipoiseError, UsageError
 from equipoise.lab.config import Compare, Train
 from equipoise.lab.stop import Told, told
@@ -65,7 +66,7 @@ class Families:
     json: bool
 
 
-Asked = Compare | Train | Report | Recipes | Reproduce | ExportCheck | Families
+Asked = Compare | Train | Report | Recipes | Reproduce | Audit | ExportCheck | Families
 
 
 def _parse(arguments: list[str]) -> Asked:
@@ -106,6 +107,28 @@ def _parse(arguments: list[str]) -> Asked:
         """
         return Reproduce(claim, budget, out, results, workers, page, json)
 
+    def audit(
+        model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(help_behavior_hint="")],
+        data: str = "corpus",
+        tokens: int = 100_000,
+        out: Path = Path("runs/audit"),
+        sequence_length: int = 512,
+        batch: int = 8,
+        json: bool = False,
+    ) -> Audit:
+        """What the experts of a saved model do on text: balance by layer, specialisation by domain and token.
+
+        Args:
+            model: Folder of a Transformers model with its tokenizer, or of a run of `equipoise train`.
+            data: Text by domain, as in `equipoise train --data`.
+            tokens: Tokens in all, shared evenly by the domains.
+            out: Folder for audit.json.
+            sequence_length: Tokens a row.
+            batch: Rows of a forward.
+            json: Print audit.json on stdout too.
+        """
+        return Audit(model, data, tokens, out, sequence_length, batch, json)
+
     def export_check(
         checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(help_behavior_hint="")],
         json: bool = False,
@@ -139,6 +162,7 @@ def _parse(arguments: list[str]) -> Asked:
         | Annotated[Report, tyro.conf.subcommand("report"), tyro.conf.Positional]
         | Annotated[Recipes, tyro.conf.subcommand("recipes", constructor=recipes)]
         | Annotated[Reproduce, tyro.conf.subcommand("reproduce", constructor=reproduce)]
+        | Annotated[Audit, tyro.conf.subcommand("audit", constructor=audit)]
         | Annotated[ExportCheck, tyro.conf.subcommand("export-check", constructor=export_check)]
         | Annotated[Families, tyro.conf.subcommand("families", constructor=families)]
     )
@@ -171,6 +195,9 @@ def _one_line(text: str) -> str:
 def _run(asked: Asked, command: str) -> None:
     if isinstance(asked, Recipes):
         _show_recipes(asked)
+        return
+    if isinstance(asked, Audit):
+        _audit(asked)
         return
     if isinstance(asked, ExportCheck):
         _check_export(asked)
@@ -241,6 +268,26 @@ def _show_recipes(asked: Recipes) -> None:
         names, gates = (max(len(getattr(one, field)) for one in chosen) for field in ("name", "gate"))
         for one in chosen:
             print(f"{one.name:{names}}  {one.gate:{gates}}  {one.strategy}")
+
+
+def _audit(asked: Audit) -> None:
+    _share_the_cores()
+    try:
+        from equipoise.audit.command import COLUMNS, RESULT, audit, table_rows
+        from equipoise.lab.watch import Tokens, print_rows
+    except ImportError as error:
+        raise EquipoiseError(
+            f"an audit needs more than torch: {error.name} is missing. Install it with: pip install 'equipoise[lab]'"
+        ) from None
+    with Tokens() as progress:
+        found = audit(asked, progress)
+    print_rows(COLUMNS, table_rows(found))
+    for note in (*found["words"], *found["notes"]):
+        _say(note)
+    _say(str(asked.out / RESULT))
+    if asked.json:
+        json.dump(found, sys.stdout, ensure_ascii=False, indent=1)
+        print()
 
 
 def _check_export(asked: ExportCheck) -> None:

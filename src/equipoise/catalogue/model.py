@@ -2,10 +2,11 @@
 
 import json
 import logging
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -15,7 +16,7 @@ from equipoise.errors import EquipoiseError, UsageError
 from equipoise.metrics import max_violation
 from equipoise.taps.families import FoundRouter, find_routers, hash_routers, unknown_routers
 
-__all__ = ["Examined", "ExaminedLayer", "examine"]
+__all__ = ["Examined", "ExaminedLayer", "Opened", "examine", "open_model"]
 
 LARGE = 2_000_000_000  # parameters from which on a model is not filled
 TOKENS = (4, 64)
@@ -50,12 +51,30 @@ class Examined:
     notes: list[str]
 
 
+class Opened(NamedTuple):
+    """A model on this disk."""
+
+    model: nn.Module
+    config: Any
+    folder: Path
+    num_parameters: int
+    weights: str  # "loaded", "random" or "none"
+    notes: list[str]
+
+
 def examine(path: Path) -> Examined:
     """Builds a model of Transformers from its folder or its config.json, attaches, and runs one random batch.
 
     Raises ``UsageError`` where it cannot be attached, and says why: a type that is not known, code of its own, weights
     that are quantised, no router, or none that is known.
     """
+    opened = open_model(path, most_parameters=LARGE)
+    return _attached(opened.model, opened.config, opened.num_parameters, opened.weights, opened.notes)
+
+
+def open_model(path: Path, *, most_parameters: float = math.inf, dtype: str | None = None) -> Opened:
+    """A model of Transformers with a router that is known: with the weights that lie beside its config, or random ones;
+    of more than ``most_parameters`` without any. Raises as ``examine``."""
     import transformers
 
     transformers.logging.disable_progress_bar()
@@ -70,17 +89,28 @@ def examine(path: Path) -> Examined:
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     saved = [file for pattern in _SAVED for file in folder.glob(pattern)] if path.is_dir() else []
     weights, notes = "none", []
-    if num_parameters > LARGE:
+    if num_parameters > most_parameters:
         notes.append(
             f"with {num_parameters / 1e9:.1f}e9 parameters it was built without weights and no batch was run: no counts"
         )
     elif saved:
         _refuse_quantised(routers, saved)
-        model, weights = auto.from_pretrained(folder, local_files_only=True), "loaded"
+        model = _loaded(lambda: auto.from_pretrained(folder, local_files_only=True, dtype=dtype), folder)
+        weights = "loaded"
     else:
         model, weights = _made(auto.__name__, lambda: auto._from_config(config)), "random"
         notes.append("there are no weights, so they are random: the counts say nothing of a trained model")
-    return _attached(model, config, num_parameters, weights, notes)
+    return Opened(model, config, folder, num_parameters, weights, notes)
+
+
+def _loaded(load: Callable[[], Any], folder: Path) -> Any:
+    try:
+        return load()
+    except Exception as error:  # a shard that is missing, a file that is torn, sizes of another model
+        reason = " ".join(str(error).split())[:300]
+        raise EquipoiseError(
+            f"MODEL must have all of its weights: {folder}: {type(error).__name__}: {reason} Copy the folder again."
+        ) from None
 
 
 def _read(path: Path) -> tuple[Path, dict[str, Any]]:

@@ -12,7 +12,7 @@ from equipoise.lab.config import Train
 from equipoise.records import find_runs
 from equipoise.report import COLUMNS, summary_rows
 
-__all__ = ["Runs", "Terminal", "print_rows", "print_table"]
+__all__ = ["Runs", "Terminal", "Tokens", "print_rows", "print_table"]
 
 SILENCE = 10.0  # seconds between lines where there is no terminal to redraw
 
@@ -129,6 +129,39 @@ class Runs:
             self.task = self.progress.add_task("", total=total, left="")
             self.progress.start()
         self.progress.update(self.task, completed=number, left=left)
+
+
+class Tokens:
+    """Shows how many tokens are done. Use it as a context manager."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True, highlight=False)
+        self.progress = Progress(
+            TextColumn("tokens"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn(),
+            console=self.console,
+        )  # fmt: skip
+        self.task: TaskID | None = None
+        self.last_line = time.monotonic()
+
+    def __enter__(self) -> "Tokens":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.task is not None and self.console.is_terminal:
+            self.progress.stop()
+
+    def say(self, text: str) -> None:
+        self.console.print(text, style="dim", markup=False, soft_wrap=True)
+
+    def done(self, tokens: int, of: int) -> None:
+        if self.console.is_terminal:
+            if self.task is None:
+                self.task = self.progress.add_task("", total=of)
+                self.progress.start()
+            self.progress.update(self.task, completed=tokens)
+        elif time.monotonic() - self.last_line >= SILENCE:
+            self.last_line = time.monotonic()
+            self.say(f"{tokens:,} of {of:,} tokens")
 
 
 def print_rows(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

@@ -1,0 +1,90 @@
+"""The command: a model and a text -> a folder with what its experts do there."""
+
+from pathlib import Path
+from typing import Any
+
+from equipoise.attachment import OFFSETS_FILE, attach
+from equipoise.audit.config import Audit
+from equipoise.audit.result import summarise
+from equipoise.audit.run import Progress, audit_model
+from equipoise.catalogue.model import open_model
+from equipoise.errors import EquipoiseError, UsageError
+from equipoise.records import write_json
+
+__all__ = ["RESULT", "audit", "table_rows"]
+
+RESULT = "audit.json"
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
+COLUMNS = (
+    "layer", "experts", "k", "MaxVio", "floor", "dead", "starved", "domain information, bits", "of its most",
+    "top-k score sum", "router entropy", "busiest of 8 ranks",
+)  # fmt: skip
+
+
+def audit(asked: Audit, progress: Progress) -> dict[str, Any]:
+    """Runs the model on the text, writes ``audit.json`` into the folder and returns what is in it."""
+    asked.check()
+    folder = asked.model / "model" if (asked.model / "model" / "config.json").is_file() else asked.model
+    progress.say(f"loading {folder}")
+    opened = open_model(folder, dtype="auto")
+    if opened.weights != "loaded":
+        raise UsageError(f"MODEL must have weights: {folder} has none. Give the folder of a saved model.")
+    notes = list(opened.notes)
+    if (folder / OFFSETS_FILE).exists():
+        attach(opened.model, "frozen", offsets=folder)
+        notes.append(f"routed with the offsets of {OFFSETS_FILE}, as it was trained")
+    tokenizer = _tokenizer(folder)
+    audited = audit_model(
+        opened.model,
+        lambda text: tokenizer(text, add_special_tokens=False)["input_ids"],
+        None if asked.data == "corpus" else asked.data,
+        progress,
+        tokens=asked.tokens,
+        length=asked.sequence_length,
+        batch=asked.batch,
+        end=tokenizer.eos_token_id,
+    )
+    found = summarise(audited, lambda token_id: tokenizer.decode([token_id]))
+    found |= {
+        "model": str(asked.model),
+        "model_type": opened.config.model_type,
+        "num_parameters": opened.num_parameters,
+        "data": asked.data,
+        "notes": [*notes, *found["notes"]],
+    }
+    asked.out.mkdir(parents=True, exist_ok=True)
+    write_json(asked.out / RESULT, found)
+    return found
+
+
+def _tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    reason = "there is none."
+    if any((folder / name).is_file() for name in TOKENIZERS):  # without a file Transformers makes an empty one
+        try:
+            return AutoTokenizer.from_pretrained(folder)
+        except Exception as error:  # whatever a foreign folder makes of Transformers
+            reason = " ".join(str(error).split())[:300]
+    raise EquipoiseError(f"MODEL must have its tokenizer beside it: {folder}: {reason} Copy tokenizer.json there.")
+
+
+def table_rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
+    """What a terminal shows, a row a layer."""
+    return [
+        (
+            layer["layer"],
+            str(layer["experts"]),
+            str(layer["k"]),
+            f"{layer['maxvio']:.2f}",
+            f"{layer['maxvio_floor']:.2f}",
+            str(layer["dead_experts"]),
+            str(layer["starved_experts"]),
+            f"{layer['domain_information_bits']['value']:.3f}",
+            f"{layer['domain_information_bits']['share']:.0%}",
+            f"{layer['topk_score_sum']:.3f}",
+            f"{layer['router_entropy']:.3f}",
+            f"{layer['rank_load']['8']:.2f}" if "8" in layer["rank_load"] else "-",
+        )
+        for layer in found["layers"]
+    ]

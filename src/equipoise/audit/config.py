@@ -1,0 +1,28 @@
+"""What `equipoise audit` is asked. Imports little: the command line needs it for every call."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from equipoise.errors import UsageError
+
+__all__ = ["Audit"]
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What is asked of `equipoise audit`."""
+
+    model: Path
+    data: str = "corpus"
+    tokens: int = 100_000
+    out: Path = Path("runs/audit")
+    sequence_length: int = 512
+    batch: int = 8
+    json: bool = False
+
+    def check(self) -> None:
+        for name in ("tokens", "sequence_length", "batch"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"--{name.replace('_', '-')} must be at least 1: got {getattr(self, name)}.")
+        if self.out.exists() and not self.out.is_dir():
+            raise UsageError(f"--out must be a folder: {self.out} is a file. Choose another.")
