@@ -86,7 +86,7 @@ def test_what_cannot_be_audited_is_refused(run, text, tmp_path):
     with pytest.raises(EquipoiseError, match="must have its tokenizer beside it"):
         _audit(config, text, tmp_path)
     (config / "model.safetensors").write_bytes((run / "model" / "model.safetensors").read_bytes()[:-100])
-    with pytest.raises(EquipoiseError):
+    with pytest.raises(EquipoiseError, match="must have all of its weights"):
         _audit(config, text, tmp_path)
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="--out must be a folder"):

@@ -94,8 +94,8 @@ def open_model(path: Path, *, most_parameters: float = math.inf, dtype: str | No
             f"with {num_parameters / 1e9:.1f}e9 parameters it was built without weights and no batch was run: no counts"
         )
     elif saved:
-        _refuse_quantised(routers, saved)
-        model = _loaded(lambda: auto.from_pretrained(folder, local_files_only=True, dtype=dtype), folder)
+        _loaded(folder, lambda: _refuse_quantised(routers, saved))
+        model = _loaded(folder, lambda: auto.from_pretrained(folder, local_files_only=True, dtype=dtype))
         weights = "loaded"
     else:
         model, weights = _made(auto.__name__, lambda: auto._from_config(config)), "random"
@@ -103,9 +103,11 @@ def open_model(path: Path, *, most_parameters: float = math.inf, dtype: str | No
     return Opened(model, config, folder, num_parameters, weights, notes)
 
 
-def _loaded(load: Callable[[], Any], folder: Path) -> Any:
+def _loaded(folder: Path, load: Callable[[], Any]) -> Any:
     try:
         return load()
+    except UsageError:
+        raise
     except Exception as error:  # a shard that is missing, a file that is torn, sizes of another model
         reason = " ".join(str(error).split())[:300]
         raise EquipoiseError(
