@@ -1264,6 +1264,48 @@ MUTANTS = [
         "",
         f"{SPECIALISATION} -k typical",
     ),
+    Mutant(
+        "audit: padding is counted",
+        "audit/watch.py",
+        "one = counted[:, None].expand_as(expert_ids)",
+        "one = torch.ones_like(expert_ids)",
+        "tests/audit/test_watch.py -k loop",
+    ),
+    Mutant(
+        "audit: tokens of another id are counted for the next one in the vocabulary",
+        "audit/watch.py",
+        "(watched.vocabulary[places] == watched._input_ids).long() * watched._counted",
+        "watched._counted",
+        "tests/audit/test_watch.py -k loop",
+    ),
+    Mutant(
+        "audit: a domain's share is read again and again",
+        "audit/run.py",
+        "rows = islice(_rows(read(), encode, end, length), share)",
+        "rows = _rows(read(), encode, end, length)",
+        "tests/audit/test_run.py -k share",
+    ),
+    Mutant(
+        "audit: hooks are left in the model",
+        "audit/watch.py",
+        "            handle.remove()",
+        "            pass",
+        "tests/audit/test_watch.py -k left_as",
+    ),
+    Mutant(
+        "audit: ranks take every other expert",
+        "audit/result.py",
+        "load.reshape(ranks, -1).sum(1)",
+        "load.reshape(-1, ranks).sum(0)",
+        "tests/audit/test_result.py -k hand",
+    ),
+    Mutant(
+        "audit: a model is audited without the offsets that it was trained with",
+        "audit/command.py",
+        "if (folder / OFFSETS_FILE).exists():",
+        "if False:",
+        "tests/audit/test_command.py -k offsets",
+    ),
 ]
 
 
