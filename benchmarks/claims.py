@@ -41,7 +41,11 @@ def draw(leaderboard: Claim, results: Results) -> go.Figure:
     for color, name in zip(COLORS, SHOWN, strict=True):
         _frontier(figure, FRONTIERS[name], color, results)
     _leaderboard(figure, leaderboard, results)
-    figure.update_xaxes(title="MaxVio of the test text (0 is even)", type="log", gridcolor="#ddd", linecolor="#888")
+    ticks = [0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 4]
+    figure.update_xaxes(
+        title="MaxVio of the test text (0 is even)", type="log", gridcolor="#ddd", linecolor="#888", tickvals=ticks
+    )
+    figure.update_xaxes(range=[-1.3, 0.1], col=2)
     figure.update_yaxes(gridcolor="#ddd", linecolor="#888", zerolinecolor="#888")
     figure.update_yaxes(title="loss of the test text, nats", col=1)
     figure.update_yaxes(title="difference in loss, nats", col=2)
