@@ -55,8 +55,8 @@ def _small_config(config: Train, vocab_size: int) -> dict[str, Any]:
 def attention_for(length: int) -> str:
     """Transformers' name for the attention of sequences of this many tokens.
 
-    With short sequences on a CPU the plain one is quicker than torch's fused one: a step of the lab's default model takes
-    0.83 of the time (``benchmarks/attention.py``). Long sequences need the memory that the fused one saves.
+    With short sequences on a CPU the plain one is quicker than torch's fused one: a step of the lab's default model
+    takes 0.83 of the time (``benchmarks/attention.py``). Long sequences need the memory that the fused one saves.
     """
     return "eager" if length <= 256 and not torch.cuda.is_available() else "sdpa"
 
