@@ -13,6 +13,7 @@ import lzma
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,10 +77,14 @@ def stream_text(data: str | Path | None, progress: Progress) -> Iterator[tuple[s
     path = CORPUS if data is None or data == "corpus" else Path(data).expanduser()
     if not path.exists():
         for domain, documents in find_text(data, progress).read(progress).items():
-            yield domain, lambda documents=documents: in_hash_order(documents)  # type: ignore[misc]
+            yield domain, partial(in_hash_order, documents)
         return
     for domain, files in _find_domains(path).items():
-        yield domain, lambda files=files: in_hash_order(d for file in files for d in _read(file))  # type: ignore[misc]
+        yield domain, partial(_read_in_hash_order, files)
+
+
+def _read_in_hash_order(files: Sequence[_File]) -> list[str]:
+    return in_hash_order(document for file in files for document in _read(file))
 
 
 def in_hash_order(documents: Iterable[str]) -> list[str]:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -96,21 +96,15 @@ def print_table(folder: Any) -> None:
     console.print(table)
 
 
-class Runs:
-    """Shows how many runs are done and the time left. Use it as a context manager."""
+class _Bar:
+    """One bar and lines of talk. Use it as a context manager."""
 
-    def __init__(self) -> None:
+    def __init__(self, *columns: Any):
         self.console = Console(stderr=True, highlight=False)
-        self.progress = Progress(
-            TextColumn("runs"),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[left]}"),
-            console=self.console,
-        )
+        self.progress = Progress(*columns, console=self.console)
         self.task: TaskID | None = None
 
-    def __enter__(self) -> "Runs":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -119,46 +113,39 @@ class Runs:
 
     def say(self, text: str) -> None:
         self.console.print(text, style="dim", markup=False, soft_wrap=True)
+
+    def _update(self, completed: int, total: int, left: str = "") -> None:
+        if self.task is None:
+            self.task = self.progress.add_task("", total=total, left=left)
+            self.progress.start()
+        self.progress.update(self.task, completed=completed, total=total, left=left)
+
+
+class Runs(_Bar):
+    """Shows how many runs are done and the time left."""
+
+    def __init__(self) -> None:
+        bar = BarColumn(bar_width=20)
+        super().__init__(TextColumn("runs"), bar, MofNCompleteColumn(), TextColumn("{task.fields[left]}"))
 
     def done(self, number: int, total: int, seconds_left: float | None) -> None:
         left = "" if seconds_left is None or number == total else f"about {seconds_left / 60:.0f} minutes left"
-        if not self.console.is_terminal:
+        if self.console.is_terminal:
+            self._update(number, total, left)
+        else:
             self.say(f"{number} of {total} runs  {left}".rstrip())
-            return
-        if self.task is None:
-            self.task = self.progress.add_task("", total=total, left="")
-            self.progress.start()
-        self.progress.update(self.task, completed=number, left=left)
 
 
-class Tokens:
-    """Shows how many tokens are done. Use it as a context manager."""
+class Tokens(_Bar):
+    """Shows how many tokens are done."""
 
     def __init__(self) -> None:
-        self.console = Console(stderr=True, highlight=False)
-        self.progress = Progress(
-            TextColumn("tokens"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn(),
-            console=self.console,
-        )  # fmt: skip
-        self.task: TaskID | None = None
+        super().__init__(TextColumn("tokens"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn())
         self.last_line = time.monotonic()
-
-    def __enter__(self) -> "Tokens":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self.task is not None and self.console.is_terminal:
-            self.progress.stop()
-
-    def say(self, text: str) -> None:
-        self.console.print(text, style="dim", markup=False, soft_wrap=True)
 
     def done(self, tokens: int, of: int) -> None:
         if self.console.is_terminal:
-            if self.task is None:
-                self.task = self.progress.add_task("", total=of)
-                self.progress.start()
-            self.progress.update(self.task, completed=tokens)
+            self._update(tokens, of)
         elif time.monotonic() - self.last_line >= SILENCE:
             self.last_line = time.monotonic()
             self.say(f"{tokens:,} of {of:,} tokens")
