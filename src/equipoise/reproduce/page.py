@@ -67,7 +67,7 @@ def _name(finding: Finding) -> str:
     comparison, names = finding.comparison, finding.comparison.statistic.split(" - ")
     statistic = " − ".join(NAMES.get(name, name) for name in names)
     if comparison.over:
-        return f"{statistic} by doubling, {', '.join(comparison.over)}"
+        return f"{statistic} by doubling, {', '.join(f'{factor:g}' for factor in comparison.over.values())}"
     return f"{statistic}, {comparison.of} − {comparison.against}"
 
 
@@ -179,7 +179,7 @@ def _cells(frontier: Frontier, results: Results) -> Iterator[str]:
     for value in frontier.grid(results):
         point = frontier.point(value, results)
         if point is not None:
-            shown = f"{point.mean('selection_nats'):.3f} / {point.mean('selection_maxvio'):.2f}"
+            shown = f"{point.mean('selection_nats'):.3f} / {point.mean('selection_maxvio'):.3f}"
             shown = f"{value}: {shown}" if value else shown
             yield f"**{shown}**" if value == chosen and value else shown
     if frontier.at_edge(results):
