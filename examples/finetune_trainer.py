@@ -57,6 +57,7 @@ def main() -> None:
         per_device_train_batch_size=8,
         gradient_accumulation_steps=4,
         learning_rate=5e-4,
+        bf16=True,
         warmup_steps=asked.steps // 10,
         logging_steps=1,
         eval_strategy="steps",
