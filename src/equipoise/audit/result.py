@@ -14,7 +14,7 @@ from equipoise.analysis import (
 )
 from equipoise.audit.run import Audited
 from equipoise.audit.watch import LayerCounts
-from equipoise.metrics import sampling_floor
+from equipoise.metrics import dead_experts, effective_experts, max_violation, sampling_floor
 from equipoise.records import finite
 
 __all__ = ["summarise", "verdict"]
@@ -23,15 +23,6 @@ FORMAT = 1
 RANKS = (2, 4, 8, 16, 32, 64)  # of expert parallelism
 STARVED = 0.1  # of the mean load: an expert below is starved
 COLLAPSED = 0.5  # of the experts or fewer, as ``effective_experts`` counts them
-
-
-def _maxvio(load: Int[np.ndarray, " experts"]) -> float:
-    return float(load.max() / load.mean() - 1)
-
-
-def _effective(load: Int[np.ndarray, " experts"]) -> float:
-    share = load[load > 0] / load.sum()
-    return float(np.exp(-(share * np.log(share)).sum()))
 
 
 def rank_load(load: Int[np.ndarray, " experts"], ranks: int) -> float | None:
@@ -96,12 +87,12 @@ def _layer(
         "k": layer.k,
         "load": load.tolist(),
         "load_by_domain": by_domain.tolist(),
-        "maxvio": _maxvio(load),
+        "maxvio": float(max_violation(layer.load[kept].sum(0))),
         "maxvio_floor": sampling_floor(int(tokens.sum()), layer.k, layer.num_experts),
-        "maxvio_by_domain": [_maxvio(row) for row in by_domain],
-        "dead_experts": int((load == 0).sum()),
+        "maxvio_by_domain": max_violation(layer.load[kept]).tolist(),
+        "dead_experts": int(dead_experts(layer.load[kept].sum(0))),
         "starved_experts": int(((load > 0) & (load < STARVED * load.mean())).sum()),
-        "effective_experts": _effective(load),
+        "effective_experts": float(effective_experts(layer.load[kept].sum(0))),
         "domain_information_bits": {"value": information.value, "bound": information.bound, "share": share},
         "domain_distance": {"value": distance.value, "bound": distance.bound},
         "topk_score_sum": float((scores * tokens).sum() / tokens.sum()),
