@@ -35,8 +35,8 @@ ALLOWED |= {
     "catalogue": {*CORE},
     "records": {"errors"},
     "analysis": {"errors", "records"},
-    "report": {"errors", "records"},
-    "lab": {"equipoise", *CORE, "nn", "records", "report"},
+    "report": {"errors", "records", "analysis"},
+    "lab": {"equipoise", *CORE, "nn", "records", "analysis", "report"},
     "reproduce": {"errors", "records", "analysis"},
     "cli": {"equipoise", *CORE, "audit", "catalogue", "export", "records", "report", "lab", "reproduce"},
     "__init__": {*CORE, "integrations", "nn", "testing"},  # lazily, by name

@@ -1,6 +1,7 @@
-"""numbers of runs -> verdicts: what a handful of seeds says about a claim, and what it does not. Imports no torch.
+"""What runs and models show: verdicts from numbers of runs, specialisation from counts, tables, figures. No torch.
 
-``specialisation`` is the other half: counts by domain and token -> what experts serve.
+    folder ── read_records ──> Records ── runs(), steps(), experts(), ... ──> pyarrow tables ── figures ──> plotly
+    counts by domain and token ── domain_information, coactivation, typical_tokens, ... ──> what experts serve
 
     values by seed ── paired_differences, trend ──> Estimate ── judge ──> Judgement ── judge_family ──> Judgement
                                                        └── noise, power, seeds_needed: what more seeds would decide
@@ -21,6 +22,9 @@ decided where ``p < 1 - level``.
 55
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from equipoise.analysis.power import MAX_SEEDS, Noise, detectable_effect, noise, power, seeds_needed
 from equipoise.analysis.specialisation import (
     Measured,
@@ -38,6 +42,10 @@ from equipoise.analysis.specialisation import (
 from equipoise.analysis.statistics import Estimate, estimate, paired_differences, trend
 from equipoise.analysis.verdicts import Hypothesis, Judgement, holm, judge, judge_family
 
+if TYPE_CHECKING:
+    from equipoise.analysis import figures, tables
+    from equipoise.analysis.tables import Records, read_records
+
 __all__ = [
     "MAX_SEEDS",
     "Estimate",
@@ -45,6 +53,7 @@ __all__ = [
     "Judgement",
     "Measured",
     "Noise",
+    "Records",
     "Typical",
     "coactivation",
     "coactivation_of",
@@ -52,6 +61,7 @@ __all__ = [
     "domain_distances",
     "domain_information",
     "estimate",
+    "figures",
     "holm",
     "judge",
     "judge_family",
@@ -59,10 +69,24 @@ __all__ = [
     "noise",
     "paired_differences",
     "power",
+    "read_records",
     "router_saturation",
     "seeds_needed",
     "selection_frequency",
+    "tables",
     "trend",
     "typical_tokens",
     "vocabulary_specialisation",
 ]
+
+
+def __getattr__(name: str) -> Any:  # pyarrow and plotly are loaded for those who ask for them
+    if name in ("figures", "tables"):
+        return importlib.import_module(f"equipoise.analysis.{name}")
+    if name in ("Records", "read_records"):
+        return getattr(importlib.import_module("equipoise.analysis.tables"), name)
+    raise AttributeError(f"module 'equipoise.analysis' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

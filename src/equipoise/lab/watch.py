@@ -10,7 +10,7 @@ from rich.table import Table
 
 from equipoise.lab.config import Train
 from equipoise.records import find_runs
-from equipoise.report import COLUMNS, summary_rows
+from equipoise.analysis.summary import COLUMNS, summary_rows
 
 __all__ = ["Runs", "Terminal", "Tokens", "print_rows", "print_table"]
 

@@ -1,17 +1,23 @@
-"""run folders -> what the page is drawn from. A run that cannot be read is named, and the others are still drawn."""
+"""folders -> readings: runs and audits, checked. One that cannot be read is named, and the others are still there."""
 
 import os
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from equipoise.errors import EquipoiseError
-from equipoise.records import Run, find_runs
-from equipoise.report.summary import COLUMNS
+import numpy as np
+from jaxtyping import Int
 
-__all__ = ["Problem", "Reading", "read_runs"]
+from equipoise.analysis.summary import COLUMNS
+from equipoise.errors import EquipoiseError
+from equipoise.records import Run, find_runs, read_json
+
+__all__ = ["AUDIT", "Experts", "Problem", "Reading", "experts_of_audit", "read_audit", "read_runs"]
+
+AUDIT = "audit.json"
+AUDIT_FORMAT = 1
 
 SETTINGS = {"strategy": str, "seed": int, "steps": int, "num_experts": int, "layers": list, "domains": list}
 
@@ -21,19 +27,40 @@ class Problem:
     """Why a run is not, or not wholly, in the comparison."""
 
     name: str
-    kind: str  # "unfinished", "damaged" or "left out"
+    kind: str  # "unfinished", "damaged", "left out", "without an evaluation", "without its audit"
     reason: str
 
 
 @dataclass(frozen=True)
+class Experts:
+    """What the experts of one model did on one text."""
+
+    name: str  # of the run or the audit
+    strategy: str  # of an audit the model
+    seed: int | None
+    step: int | None
+    layers: list[str]
+    domains: list[str]
+    k: int
+    load: list[Int[np.ndarray, "domains experts"]]  # by layer, assignments
+    typical: list[list[list[dict[str, Any]]]]  # by layer and expert, its tokens: text, share, count; [] if unknown
+
+    @property
+    def num_tokens(self) -> Int[np.ndarray, " domains"]:
+        """By domain."""
+        return self.load[0].sum(-1) // self.k
+
+
+@dataclass(frozen=True)
 class Reading:
-    """One run that could be read. ``result`` is None while it is not finished."""
+    """One run that could be read. ``result`` is None while it is not finished, ``audit`` where it has none."""
 
     run: Run
     name: str
     steps: list[dict[str, Any]]
     evaluation: dict[str, Any] | None
     result: dict[str, Any] | None
+    audit: dict[str, Any] | None = None
 
     @property
     def config(self) -> dict[str, Any]:
@@ -47,9 +74,68 @@ class Reading:
     def seed(self) -> int:
         return self.config["seed"]
 
+    @property
+    def experts(self) -> Experts | None:
+        """Of the last evaluation, with the typical tokens of the audit where both are of the same text."""
+        if self.evaluation is None:
+            return None
+        found = self.evaluation["domains"]
+        domains = [domain for domain in self.config["domains"] if domain in found]
+        domains += [domain for domain in found if domain not in domains]
+        layers = self.config["layers"]
+        load = [np.array([found[d]["load"][i] for d in domains], np.int64) for i in range(len(layers))]
+        k = self.config.get("experts_per_token") or 1
+        typical: list[list[list[dict[str, Any]]]] = [[] for _ in layers]
+        if self.audit is not None and self.result is not None:
+            audited = experts_of_audit(self.name, self.audit)
+            if audited.domains == domains and all(map(np.array_equal, audited.load, load)):
+                typical = audited.typical
+        return Experts(self.name, self.strategy, self.seed, self.evaluation["step"], layers, domains, k, load, typical)
+
+
+def experts_of_audit(name: str, audit: dict[str, Any]) -> Experts:
+    """``audit`` as ``read_audit`` gives it."""
+    layers = audit["layers"]
+    return Experts(
+        name=name,
+        strategy=str(audit.get("model", name)),
+        seed=None,
+        step=None,
+        layers=[layer["layer"] for layer in layers],
+        domains=list(audit["domains"]),
+        k=layers[0]["k"],
+        load=[np.array(layer["load_by_domain"], np.int64) for layer in layers],
+        typical=[layer["typical_tokens"] for layer in layers],
+    )
+
+
+def read_audit(folder: str | Path) -> dict[str, Any] | None:
+    """What ``audit.json`` in ``folder`` holds; None where there is none. A damaged or foreign one is an error."""
+    path = Path(folder) / AUDIT
+    if not path.is_file():
+        return None
+    found = read_json(path)
+    _must_hold(path, found, ["format", "domains", "layers", "tokens", "mean"])
+    if found["format"] != AUDIT_FORMAT:
+        raise EquipoiseError(
+            f"{path} must have format {AUDIT_FORMAT}: got {found['format']!r}. It was written by another version of "
+            "equipoise; audit the model again."
+        )
+    if not found["layers"]:
+        raise EquipoiseError(f"{path} must hold a layer: it holds none. Audit the model again.")
+    for layer in found["layers"]:
+        _must_hold(path, layer, ["layer", "experts", "k", "load_by_domain", "typical_tokens", "maxvio"])
+        sizes = [len(row) for row in layer["load_by_domain"]]
+        if sizes != [layer["experts"]] * len(found["domains"]):
+            raise EquipoiseError(
+                f"{path} must hold {layer['experts']} experts of {len(found['domains'])} domains for {layer['layer']}: "
+                f"its rows have {sizes}. The file is damaged; audit the model again."
+            )
+    return found
+
 
 def read_runs(folder: str | Path) -> tuple[list[Reading], list[Problem]]:
-    """All runs below ``folder`` that can be read, and what is wrong with others. No evaluation at all is an error."""
+    """All runs below ``folder`` that can be read, and what is wrong with others."""
     readings: dict[tuple[str, int], Reading] = {}
     problems: list[Problem] = []
     runs = _open(Path(folder), problems)
@@ -60,6 +146,10 @@ def read_runs(folder: str | Path) -> tuple[list[Reading], list[Problem]]:
         except (EquipoiseError, OSError) as error:
             problems.append(Problem(name, "damaged", _without(folder, error)))
             continue
+        try:
+            reading = replace(reading, audit=read_audit(run.path))
+        except EquipoiseError as error:
+            problems.append(Problem(name, "without its audit", _without(folder, error)))
         first = readings.setdefault((reading.strategy, reading.seed), reading)
         if first is not reading:
             reason = f"the same strategy and seed as {first.name}, which is shown"
@@ -69,12 +159,6 @@ def read_runs(folder: str | Path) -> tuple[list[Reading], list[Problem]]:
             problems.append(Problem(name, "unfinished", f"not finished: {done} of {reading.config['steps']} steps"))
         elif reading.evaluation is None:
             problems.append(Problem(name, "without an evaluation", "so its experts are not drawn"))
-    if not any(reading.evaluation for reading in readings.values()):
-        seen = "; ".join(f"{p.name}: {p.reason}" for p in problems) or "runs without one"
-        raise EquipoiseError(
-            f"A report needs one run with an evaluation: {folder} holds {seen}. Let a run reach its first evaluation, "
-            "then write the report again."
-        )
     return list(readings.values()), problems
 
 
