@@ -1,4 +1,6 @@
 import base64
+import csv
+import io
 import json
 import math
 import os
@@ -6,8 +8,10 @@ import re
 import statistics
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from equipoise.analysis import figures
@@ -509,30 +513,174 @@ def test_count_is_short():
     assert [count(x) for x in (13_107_200, 8192, 90, None)] == ["13.1 M", "8.19 k", "90", "?"]
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not CHROMIUM.exists(), reason="needs Debian's Chromium")
-@pytest.mark.parametrize("width, scheme", [(1280, "light"), (390, "dark")])
-def test_page_draws_in_a_browser_without_errors_or_requests(tmp_path, width, scheme):
+@contextmanager
+def browser_page(path, **options):
+    """The page in a browser, drawn; errors and requests that it should not make fail the test."""
     api = pytest.importorskip("playwright.sync_api")
-    make_run(tmp_path / "a", "none")
-    make_run(tmp_path / "b", "<i>lbl</i>", load=SPLIT)
-    path = write_report(tmp_path)
     errors, requests = [], []
     with api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox", "--disable-gpu"])
-        page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        page = browser.new_page(**options)
         page.on("console", lambda message: errors.append(message.text))
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.on("request", lambda request: requests.append(request.url))
         page.goto(path.as_uri())
-        page.wait_for_selector("#heat-1 .heatmaplayer image, #heat-1 .hm image", state="attached")
-        experts = "() => document.getElementById('heat-1').data[0].x.join()"
-        assert page.evaluate(experts) == "0,2,1,3"
-        page.locator("input[name=layer]:checked").focus()
-        page.keyboard.press("ArrowLeft")
-        page.wait_for_function(f"({experts})() === '0,1,2,3'")
-        page.locator("button[data-strategy='0']").click()
-        page.wait_for_function("() => document.getElementById('curve-0').data[0].visible === false")
-        assert page.evaluate("document.documentElement.scrollWidth") == width
+        page.wait_for_selector("html[data-ready]", timeout=60_000)
+        yield page
         browser.close()
-    assert errors == [] and requests == [path.as_uri()]
+    assert errors == [] and [url for url in requests if not url.startswith(("data:", "blob:"))] == [path.as_uri()]
+
+
+def downloaded(page, button):
+    with page.expect_download() as waiting:
+        button.click()
+    return Path(waiting.value.path()).read_bytes()
+
+
+in_browser = [pytest.mark.slow, pytest.mark.skipif(not CHROMIUM.exists(), reason="needs Debian's Chromium")]
+
+
+class TestInABrowser:
+    pytestmark = in_browser
+
+    @pytest.mark.parametrize("width, scheme", [(1280, "light"), (390, "dark")])
+    def test_it_draws_and_layers_sort_and_strategies_are_chosen(self, tmp_path, width, scheme):
+        make_run(tmp_path / "a", "none")
+        make_run(tmp_path / "b", "<i>lbl</i>", load=SPLIT)
+        with browser_page(
+            write_report(tmp_path), viewport={"width": width, "height": 900}, color_scheme=scheme
+        ) as page:
+            experts = "() => document.getElementById('heat-1').data[0].x.join()"
+            assert page.evaluate(experts) == "0,2,1,3"
+            page.locator("input[name=layer]:checked").focus()
+            page.keyboard.press("ArrowLeft")
+            page.wait_for_function(f"({experts})() === '0,1,2,3'")
+            page.locator("#sort").select_option("load")
+            page.keyboard.press("Tab")
+            page.locator("input[name=layer][value='1']").check(force=True)
+            page.wait_for_function(f"({experts})() === '0,1,2,3'")  # 6, 3, 2, 1
+            page.locator("button[data-strategy='0']").click()
+            page.wait_for_function("() => document.getElementById('plot-loss').data[0].visible === false")
+            page.locator("#time-model").select_option("0")
+            page.locator("#time-layer").select_option("0")
+            cells_of = "() => document.getElementById('plot-time').data[0].z[0].slice(0, 2).join()"
+            assert page.evaluate(cells_of) == "1.34,2"  # 4 * 1 / 3 and 4 * 2 / 4 in steps of 0.02
+            assert page.evaluate("document.documentElement.scrollWidth") == width
+
+    def test_tables_sort_by_number_and_by_name(self, tmp_path):
+        for i, (name, nats) in enumerate([("b", 10.5), ("a", 9.5), ("c", math.nan)]):
+            make_run(tmp_path / str(i), name, nats=nats)
+        with browser_page(write_report(tmp_path)) as page:
+            table = page.locator("section[aria-labelledby=h-table] table")
+            names = lambda: table.locator("tbody th").all_inner_texts()  # noqa: E731
+            table.get_by_role("button", name="Loss, nats").click()
+            assert names() == ["a", "b", "c"]
+            table.get_by_role("button", name="Loss, nats").click()
+            assert names() == ["b", "a", "c"]  # what is no number stays last
+            table.get_by_role("button", name="Strategy").focus()
+            page.keyboard.press("Enter")
+            assert names() == ["a", "b", "c"]
+            assert table.locator("th[aria-sort=ascending]").inner_text().startswith("Strategy")
+
+    def test_hovering_tells_the_number_and_the_typical_tokens(self, tmp_path):
+        run = make_run(tmp_path / "a", "lbl", load=SPLIT)
+        write_json(run.path / "audit.json", make_audit(SPLIT))
+        with browser_page(write_report(tmp_path), viewport={"width": 1280, "height": 900}) as page:
+            page.locator("input[name=layer][value='0']").check(force=True)
+            plot = page.locator("#heat-0 .nsewdrag").first
+            plot.scroll_into_view_if_needed()
+            box = plot.bounding_box()
+            page.mouse.move(box["x"] + box["width"] / 8, box["y"] + box["height"] / 4)
+            page.wait_for_selector("#heat-0 .hovertext")
+            text = page.locator("#heat-0 .hovertext").text_content()
+            assert "prose, expert 0: 2.00 × even" in text and "“the” (75 %)" in text
+            row = page.locator("#experts-table tbody tr").first.locator("td").all_inner_texts()
+            assert row == ["1.00", "prose", "2.00", "“the” (75 %)"]
+
+    def test_the_theme_is_chosen_and_kept(self, tmp_path):
+        make_run(tmp_path / "a")
+        with browser_page(write_report(tmp_path), color_scheme="light") as page:
+            color = lambda: page.evaluate("getComputedStyle(document.body).backgroundColor")  # noqa: E731
+            scale = "() => JSON.stringify(document.getElementById('heat-0').layout.coloraxis.colorscale)"
+            light, light_scale = color(), page.evaluate(scale)
+            page.locator("#theme").click()
+            assert page.locator("#theme").inner_text() == "theme: light" and color() == light
+            page.locator("#theme").click()
+            assert page.locator("#theme").inner_text() == "theme: dark" and color() != light
+            assert page.evaluate(scale) != light_scale
+            page.locator("#theme").click()
+            assert page.locator("#theme").inner_text() == "theme: auto" and color() == light
+
+    def test_files_hold_the_records(self, tmp_path):
+        runs = [make_run(tmp_path / "a", "none", nats=2.0), make_run(tmp_path / "b", 'l,"b"l', load=SPLIT, nats=2.5)]
+        with browser_page(write_report(tmp_path), accept_downloads=True) as page:
+            tools = lambda id: page.locator(f".tools[data-csv='{id}']").first  # noqa: E731
+            rows = list(csv.DictReader(io.StringIO(downloaded(page, tools("runs").get_by_text("CSV")).decode())))
+            assert [(r["strategy"], float(r["val_nats"])) for r in rows] == [("none", 2.0), ('l,"b"l', 2.5)]
+            for index, run in enumerate(runs):
+                text = downloaded(page, tools(f"heat-{index}").get_by_text("CSV")).decode()
+                found = list(csv.DictReader(io.StringIO(text)))
+                evaluation = list(run.rows("evaluations"))[-1]["domains"]
+                assert [(r["domain"], int(r["expert"]), int(r["load"])) for r in found] == [
+                    (domain, e, load) for domain in evaluation for e, load in enumerate(evaluation[domain]["load"][1])
+                ]
+                assert {r["strategy"] for r in found} == {run.config["strategy"]}
+            text = downloaded(page, tools("all-1").get_by_text("CSV")).decode()
+            loads = [int(r["load"]) for r in csv.DictReader(io.StringIO(text))]
+            assert loads == [10, 10, 10, 10, 6, 3, 2, 1]
+            text = downloaded(page, tools("plot-loss").get_by_text("CSV")).decode()
+            found = list(csv.DictReader(io.StringIO(text)))
+            steps = list(runs[0].rows("steps"))
+            assert [(int(r["x"]), float(r["y"])) for r in found[:20]] == [
+                (row["step"], pytest.approx(row["loss"], rel=1e-4)) for row in steps
+            ]
+            text = downloaded(page, tools("time").get_by_text("CSV")).decode()
+            assert len(text.splitlines()) == 1 + 20 * 4
+            svg = downloaded(page, page.locator(".tools[data-plot='plot-outcome']").get_by_text("SVG"))
+            assert svg.startswith(b"<svg") and b"MaxVio on test text" in svg
+            png = downloaded(page, page.locator(".tools[data-plot='heat-0']").get_by_text("PNG"))
+            assert png.startswith(b"\x89PNG")
+
+    def test_an_audit_draws(self, tmp_path):
+        write_json(tmp_path / "audit.json", make_audit(SPLIT))
+        with browser_page(write_report(tmp_path), viewport={"width": 390, "height": 900}) as page:
+            assert page.locator("#experts-table thead th").all_inner_texts() == [
+                "Expert", "Load", "Most in", "× even there", "Often with", "Typical tokens",
+            ]  # fmt: skip
+            assert page.locator("#plot-layers .scatterlayer path.js-line").count() == 4
+            page.locator("#text").select_option("code")
+            page.wait_for_function("() => document.getElementById('all-0').data[0].z[0].join() === '2,2,0,0'")
+            assert page.evaluate("document.documentElement.scrollWidth") == 390
+
+
+@pytest.mark.slow
+def test_a_large_model_fits_into_eight_megabytes(tmp_path):
+    """64 layers of 256 experts under two strategies, eight domains, ten typical tokens each (three of them shown)."""
+    layers, experts, domains = 64, 256, [f"domain{i}" for i in range(8)]
+    random = np.random.default_rng(0)
+    for strategy in ("none", "loss-free"):
+        load = {d: random.poisson(40 * random.lognormal(0, 1, (layers, experts))).tolist() for d in domains}
+        names = [f"model.layers.{i}.mlp.gate" for i in range(layers)]
+        run = make_run(tmp_path / strategy, strategy, load=load, steps=3, num_experts=experts, layers=names)
+        (run.path / "loads.jsonl").unlink()
+        for step in range(1, 4):
+            run.append("loads", {"step": step, "load": random.poisson(32, (layers, experts)).tolist()})
+        audit = make_audit({d: rows[:2] for d, rows in load.items()})
+        one = audit["layers"][0] | {"experts": experts, "k": 2, "coactivation": None}
+        audit["layers"] = [
+            one
+            | {
+                "layer": names[i],
+                "load_by_domain": [load[d][i] for d in domains],
+                "typical_tokens": [
+                    [{"text": f" w{random.integers(50_000)}", "share": random.random(), "count": 9} for _ in range(10)]
+                    for _ in range(experts)
+                ],
+            }
+            for i in range(layers)
+        ]
+        write_json(run.path / "audit.json", audit)
+    path = write_report(tmp_path)
+    data = data_of(path)
+    assert len(data["models"][1]["typical"][63][255]) == 3 and len(data["times"]) == 2
+    assert path.stat().st_size <= 8e6
