@@ -99,13 +99,13 @@ def test_the_busiest_rank_by_hand():
     # pooled m.1 10 10 10 10, m.2 6 3 2 1
     rows = figures.rank_loads(experts(SPLIT)).to_pylist()
     assert [(r["ranks"], r["mean"], r["worst"]) for r in rows] == [(2, 1.25, 1.5), (4, 1.5, 2.0)]
-    figure = figures.cost(experts(SPLIT))
+    figure = figures.cost(figures.rank_loads(experts(SPLIT)))
     assert list(figure.data[0].x) == ["2", "4"] and list(figure.data[0].y) == [1.25, 1.5]
 
 
 def test_cost_is_the_mean_over_seeds():
     both = pa.concat_tables([experts(SPLIT), experts({"m.1": SPLIT["m.1"], "m.2": SPLIT["m.1"]}, run="r2")])
-    assert list(figures.cost(both).data[0].y) == [(1.25 + 1) / 2, (1.5 + 1) / 2]
+    assert list(figures.cost(figures.rank_loads(both)).data[0].y) == [(1.25 + 1) / 2, (1.5 + 1) / 2]
 
 
 def test_layers_of_an_audit():

@@ -143,8 +143,8 @@ def _bar(reach: float, color: str, visible: bool) -> dict[str, Any]:
 def curve(steps: pa.Table, key: str, *, title: str = "", log: bool = False, most: int = MOST_POINTS) -> go.Figure:
     """One line a run of ``key`` over steps. Runs of more than ``most`` steps are drawn as means of equal windows; their
     length is ``figure.layout.meta["window"]`` (1: every step is a point)."""
-    runs = list(dict.fromkeys(steps["run"].to_pylist()))
-    strategies = list(dict.fromkeys(steps["strategy"].to_pylist()))
+    runs = pc.unique(steps["run"]).to_pylist()
+    strategies = pc.unique(steps["strategy"]).to_pylist()
     styles = strategy_styles(strategies)
     parts = {run: steps.filter(pc.equal(steps["run"], run)) for run in runs}
     window = max(1, math.ceil(max((part.num_rows for part in parts.values()), default=0) / most))
@@ -257,13 +257,13 @@ DIVERGING = [[0, "#2f7fb8"], [0.25, "#f3f0e9"], [0.55, "#e8954a"], [1, "#7f2a00"
 def _one_layer(experts: pa.Table, run: str | None, layer: str | None) -> tuple[pa.Table, list[str], np.ndarray]:
     """Rows, domains and load (domains, experts) of one layer; in a table of ``loads``, steps for domains."""
     for name, value in (("run", run), ("layer", layer)):
-        known = list(dict.fromkeys(experts[name].to_pylist()))
+        known = pc.unique(experts[name]).to_pylist()
         if value is not None and value not in known:
             raise ValueError(f"{name} must be one of the table: got {value!r}, it has {', '.join(known)}.")
         value = value or (known[0] if name == "run" else known[-1])
         experts = experts.filter(pc.equal(experts[name], value))
     key = "domain" if "domain" in experts.column_names else "step"
-    names = list(dict.fromkeys(experts[key].to_pylist()))
+    names = pc.unique(experts[key]).to_pylist()
     return experts, names, experts["load"].to_numpy().reshape(len(names), -1)
 
 
@@ -315,28 +315,31 @@ def rank_load(load: Sequence[int], ranks: int) -> float | None:
 
 def rank_loads(experts: pa.Table) -> pa.Table:
     """A row a model and size of expert parallelism, 2 to 64: ``rank_load`` of the pooled text, the ``mean`` over layers
-    and the ``worst`` layer. Sizes that do not divide the experts are left out."""
+    and the ``worst`` layer. Sizes that do not divide the experts of every layer are left out."""
+    keys = ["run", "strategy", "seed", "layer", "expert"]
+    pooled = experts.group_by(keys, use_threads=False).aggregate([("load", "sum")])
+    loads: dict[tuple[Any, ...], dict[str, list[int]]] = {}  # by run and layer, in the order of experts
+    columns = [pooled[name].to_pylist() for name in ("run", "strategy", "seed", "layer", "load_sum")]
+    for *model, layer, load in zip(*columns, strict=True):
+        loads.setdefault(tuple(model), {}).setdefault(layer, []).append(load)
     rows = []
-    for run in dict.fromkeys(experts["run"].to_pylist()):
-        of_run = experts.filter(pc.equal(experts["run"], run))
-        loads = [_one_layer(of_run, None, layer)[2].sum(0) for layer in dict.fromkeys(of_run["layer"].to_pylist())]
-        first = {name: of_run[name][0].as_py() for name in ("run", "strategy", "seed")}
+    for (run, strategy, seed), of_layer in loads.items():
         for ranks in RANKS:
-            found = [rank_load(load, ranks) for load in loads]
+            found = [rank_load(load, ranks) for load in of_layer.values()]
             values = [value for value in found if value is not None]
-            if len(values) == len(loads):
-                rows.append({**first, "ranks": ranks, "mean": float(np.mean(values)), "worst": max(values)})
-    keys = [("run", pa.string()), ("strategy", pa.string()), ("seed", pa.int64()), ("ranks", pa.int64())]
-    return pa.Table.from_pylist(rows, pa.schema([*keys, ("mean", pa.float64()), ("worst", pa.float64())]))
+            if len(values) == len(found):
+                row = {"run": run, "strategy": strategy, "seed": seed, "ranks": ranks}
+                rows.append(row | {"mean": float(np.mean(values)), "worst": max(values)})
+    schema = [("run", pa.string()), ("strategy", pa.string()), ("seed", pa.int64()), ("ranks", pa.int64())]
+    return pa.Table.from_pylist(rows, pa.schema([*schema, ("mean", pa.float64()), ("worst", pa.float64())]))
 
 
-def cost(experts: pa.Table) -> go.Figure:
-    """The busiest rank's load over the mean against the number of ranks of expert parallelism: a line a strategy, the
-    mean over layers and seeds. 1 is even."""
-    table = rank_loads(experts)
+def cost(ranks: pa.Table) -> go.Figure:
+    """The busiest rank's load over the mean against the number of ranks of expert parallelism, from ``rank_loads``: a
+    line a strategy, the mean over layers and seeds. 1 is even."""
     figure = go.Figure()
-    for strategy, style in strategy_styles(experts["strategy"].to_pylist()).items():
-        rows = table.filter(pc.equal(table["strategy"], strategy))
+    for strategy, style in strategy_styles(ranks["strategy"].to_pylist()).items():
+        rows = ranks.filter(pc.equal(ranks["strategy"], strategy))
         sizes = sorted(set(rows["ranks"].to_pylist()))
         means = [float(np.mean(rows.filter(pc.equal(rows["ranks"], size))["mean"].to_numpy())) for size in sizes]
         figure.add_scatter(

@@ -143,9 +143,10 @@ def _of_runs(records: Records) -> dict[str, Any]:
     if any(reading.result is not None for reading in readings):
         compared = figures.quality_against_balance(table)
         drawn["outcome"], paired = _json(compared), compared.layout.meta["paired"]
-    costs = figures.rank_loads(experts).to_pylist()
+    ranks = figures.rank_loads(experts)
+    costs = ranks.to_pylist()
     if costs:
-        drawn["cost"] = _json(figures.cost(experts))
+        drawn["cost"] = _json(figures.cost(ranks))
     config = readings[0].config
     return {
         "data": _data(
@@ -182,10 +183,11 @@ def _of_audit(records: Records) -> dict[str, Any]:
     [(name, audit)] = records.audits.items()
     [model] = records.models
     experts, layers = records.experts(), audit["layers"]
-    costs = figures.rank_loads(experts).to_pylist()
+    ranks = figures.rank_loads(experts)
+    costs = ranks.to_pylist()
     drawn = {"layers": _json(figures.layers(layers))}
     if costs:
-        drawn["cost"] = _json(figures.cost(experts))
+        drawn["cost"] = _json(figures.cost(ranks))
     styles = strategy_styles([model.strategy])
     return {
         "data": _data(
