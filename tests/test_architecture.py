@@ -31,12 +31,13 @@ ALLOWED |= {
     "testing": {"equipoise", *CORE},
     "integrations": {*CORE},
     "export": {*CORE},
-    "audit": {*CORE, "analysis", "records", "lab", "catalogue"},  # of the lab its reader of text
+    "audit": {*CORE, "experts", "records", "lab", "catalogue"},  # of the lab its reader of text
     "catalogue": {*CORE},
     "records": {"errors"},
     "analysis": {"errors", "records"},
     "report": {"errors", "records", "analysis"},
-    "lab": {"equipoise", *CORE, "nn", "records", "analysis", "report"},
+    "experts": {*CORE, "analysis", "records"},
+    "lab": {"equipoise", *CORE, "nn", "experts", "records", "analysis", "report"},
     "reproduce": {"errors", "records", "analysis"},
     "cli": {"equipoise", *CORE, "audit", "catalogue", "export", "records", "report", "lab", "reproduce"},
     "__init__": {*CORE, "integrations", "nn", "testing"},  # lazily, by name

@@ -8,6 +8,10 @@ A run is one strategy and one seed in one folder:
     loads.jsonl         one line a step: step, load (layers x experts counts of the step, pooled over ranks)
     evaluations.jsonl   one line an evaluation: step, overall figures, and by domain nats, bits per byte, load and
                         top-k score sum (by layer)
+    audit.json          what the experts did in the last evaluation, on the test text, in the format of `equipoise
+                        audit`: tokens and nats by domain, and by layer load (by domain), score sums, experts chosen
+                        together, the tokens typical of each; none in runs of before it was written, or where a
+                        selection gives experts tokens, not tokens experts
     result.json         the last word, written when the run is complete
     checkpoints/        what a resumed run needs
     model/              the trained model, for plain Transformers
@@ -145,7 +149,8 @@ class Run:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(aside, path)
-        (self.path / "result.json").unlink(missing_ok=True)
+        for name in ("audit.json", "result.json"):
+            (self.path / name).unlink(missing_ok=True)
 
     @property
     def complete(self) -> bool:

@@ -1,11 +1,15 @@
 """An audit reads its share of every domain, once, and says where there was too little."""
 
+import json
+
 import models
+import numpy as np
 import pytest
 import torch
 
 from equipoise import UsageError
 from equipoise.audit.run import audit_model
+from equipoise.experts.result import summarise
 
 
 class Quiet:
@@ -64,15 +68,16 @@ def test_the_loss_is_the_models_own(model, text):
 def test_few_tokens_and_none_are_said(model, text):
     (text / "short.txt").write_text("ab\n\ncd")
     (text / "few.txt").write_text("\n\n".join("abcdef" * 5 + str(n) for n in range(4)))
-    found, _ = _audit(model, text, tokens=4 * 4000)
-    assert found.watched.num_tokens.tolist()[0] == 128
-    assert "short fills no row of 32 tokens: it is left out" in found.notes
-    assert "few has 128 tokens only: what is said of it is uncertain" in found.notes
-    assert "short" not in found.nats
+    audited, _ = _audit(model, text, tokens=4 * 4000)
+    assert audited.watched.num_tokens.tolist()[0] == 128
+    found = summarise(audited, str)
+    assert found["few_tokens"] == ["few"] and found["left_out"] == ["short"] and "short" not in found["nats"]
+    assert "short fills no row of 32 tokens: it is left out" in found["notes"]
+    assert "fewer than 2000 tokens of few: what is said of such a domain is uncertain" in found["notes"]
 
 
 def test_tokens_that_do_not_fit_into_memory_are_not_told_apart(model, text, monkeypatch):
-    monkeypatch.setattr("equipoise.audit.run.MOST_CELLS", 5 * 16)
+    monkeypatch.setattr("equipoise.experts.watch.MOST_CELLS", 5 * 16)
     found, _ = _audit(model, text, tokens=1000)
     assert len(found.watched.vocabulary) == 5 and "rare tokens are not told apart" in found.notes[0]
     assert 0 < found.watched.occurrences.sum() < found.watched.num_tokens.sum()
@@ -87,3 +92,14 @@ def test_what_cannot_be_is_refused(model, tmp_path, text):
         _audit(model, tmp_path / "empty")
     with pytest.raises(UsageError, match="does not exist"):
         _audit(model, tmp_path / "nowhere")
+
+
+def test_a_whole_audit_can_be_summarised(text):
+    audited, _ = _audit(models.family("qwen3_moe"), text, tokens=2000)
+    found = summarise(audited, str)
+    assert len(found["layers"]) == 2 and set(found["nats"]) == {"law", "verse"}
+    assert 0.25 <= found["mean"]["topk_score_sum"] <= 1 and 0 < found["mean"]["router_entropy"] <= 1
+    for layer in found["layers"]:
+        assert sum(layer["load"]) == 2 * sum(found["tokens"].values())
+        assert np.nansum(np.array(layer["coactivation"], float), axis=1) == pytest.approx(2.0, abs=0.01)
+    json.dumps(found, allow_nan=False)

@@ -8,10 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from equipoise.errors import EquipoiseError
+from equipoise.experts.result import summarise
 from equipoise.lab.compare import compare
 from equipoise.lab.config import Compare, Train
 from equipoise.lab.ranks import Ranks, is_shared, meet
-from equipoise.lab.train import train
+from equipoise.lab.train import _Training, train
 
 WORDS = {
     "fruit": "apple pear plum cherry grape melon fig lemon lime peach",
@@ -168,6 +169,23 @@ def two(rank: int, root: Path) -> dict[str, dict]:
 
 def one_run(rank: int, root: Path, name: str, options: dict) -> dict:
     return attempt(tiny(root, name, **options), _begin(rank, root))
+
+
+def evaluated(root: Path, ranks: Ranks) -> dict[str, tuple]:
+    """The evaluation of untrained models, and what it says of their experts: of three batches a domain, and of one."""
+    found = {}
+    for wrapper in ("none",) if ranks.size == 1 else ("ddp", "fsdp2"):
+        for sequences in (6, 2):
+            name = f"{wrapper} {sequences}"
+            config = tiny(root, f"evaluated {name}", wrapper=wrapper, evaluation_sequences=sequences)
+            training = _Training(config, Watcher(), "", ranks)
+            row, audited = training._evaluate("test", by_token=True)
+            found[name] = row, summarise(audited, training.corpus.decoder())
+    return found
+
+
+def evaluated_on_ranks(rank: int, root: Path) -> dict[str, tuple]:
+    return evaluated(root, _begin(rank, root))
 
 
 def four(rank: int, root: Path) -> dict[str, dict]:

@@ -170,6 +170,48 @@ def test_scores_of_an_evaluation_are_summed_over_the_ranks(root, two, wrapper, n
     assert two[1][f"{wrapper}{name}"]["result"]["topk_score_sum"] == ours[-1]["topk_score_sum"]
 
 
+def _same(ours, theirs):
+    """Counts are equal, sums of floats up to their order."""
+    if isinstance(theirs, dict):
+        assert ours.keys() == theirs.keys()
+        for name in theirs:
+            _same(ours[name], theirs[name])
+    elif isinstance(theirs, list):
+        assert len(ours) == len(theirs)
+        for one, other in zip(ours, theirs, strict=True):
+            _same(one, other)
+    else:
+        assert ours == (pytest.approx(theirs, rel=1e-12) if isinstance(theirs, float) else theirs)
+
+
+def test_what_experts_do_is_the_same_however_many_ranks_count_it(root):
+    """Under FSDP2 a rank without a batch runs one that is not counted."""
+    alone = lab_ranks.evaluated(root, ALONE)
+    one, other = run_on_ranks(2, lab_ranks.evaluated_on_ranks, root)
+    assert isinstance(one, dict), one
+    assert sorted(one) == ["ddp 2", "ddp 6", "fsdp2 2", "fsdp2 6"]
+    for name, (row, audit) in one.items():
+        expected_row, expected = alone[f"none {name[-1]}"]
+        assert other[name] == (row, audit), "on every rank"
+        _same(audit, expected)
+        _same(row, expected_row)
+        for number, layer in enumerate(audit["layers"]):
+            assert layer["load_by_domain"] == [domain["load"][number] for domain in row["domains"].values()]
+
+
+def test_every_run_on_ranks_leaves_what_its_experts_did(root, two):
+    for name in ("ddp", "fsdp2", "ddp interleaved", "fsdp2 interleaved"):
+        assert two[0][name]["error"] is None, two[0][name]
+        audit, row = json.loads((root / name / "audit.json").read_text()), _rows(root / name, "evaluations")[-1]
+        for number, layer in enumerate(audit["layers"]):
+            assert layer["load_by_domain"] == [domain["load"][number] for domain in row["domains"].values()]
+    for wrapper in ("ddp", "fsdp2"):
+        whole, resumed = (
+            json.loads((root / name / "audit.json").read_text()) | {"model": ""} for name in (wrapper, f"{wrapper} cut")
+        )
+        assert resumed == whole
+
+
 def test_micro_batches_that_are_forwarded_together_are_those_of_one_process(root, two):
     assert two[0]["ddp together"]["error"] is None, two[0]["ddp together"]
     for ours, theirs in zip(_rows(root / "ddp together"), _rows(root / "together"), strict=True):

@@ -1,89 +1,20 @@
-"""What an evaluation says of specialisation: the top-k score sum, the largest share of a domain."""
+"""What an evaluation says of specialisation: the top-k score sum, the largest share of a domain, what experts do."""
 
 import json
 
+import numpy as np
 import pytest
-import reference
-import torch
+from tokenizers import Tokenizer
 
-import equipoise
 from equipoise.lab.config import ARCHITECTURES
-from equipoise.lab.models import build_model
-from equipoise.lab.scores import topk_score_sums
+from equipoise.lab.data import load_corpus
+from equipoise.lab.selection import ExpertChoice
 from equipoise.lab.train import train
 from equipoise.records import Run
-from equipoise.taps.families import find_routers
-
-IDS = torch.arange(48).view(3, 16)
 
 
 def _rows(folder, log="steps"):
     return [{k: v for k, v in row.items() if k != "seconds"} for row in Run(folder).rows(log)]
-
-
-def _num_hooks(model):
-    return sum(len(module._forward_hooks) for module in model.modules())
-
-
-def _model(tiny, arch, **options):
-    model = build_model(tiny(arch=arch, layers=2, **options), 300).eval()
-    generator = torch.Generator().manual_seed(1)
-    for _, router, _, *_ in find_routers(model):
-        torch.nn.init.normal_(router.weight, std=0.5, generator=generator)
-    return model
-
-
-def _forward(model):
-    with torch.no_grad(), topk_score_sums(model) as sums:
-        model(input_ids=IDS)
-    return sums
-
-
-@pytest.mark.parametrize("steered", [False, True])
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_topk_score_sum_is_that_of_the_reference_whatever_the_offset(tiny, arch, steered):
-    model = _model(tiny, arch)
-    if steered:
-        names = [name for name, _, _, *_ in find_routers(model)]
-        equipoise.attach(model, "frozen", offsets=dict.fromkeys(names, torch.tensor([0.9, 0.0, -0.9, 0.3])))
-    seen = {}
-    for name, router, kind, *_ in find_routers(model):
-        router.register_forward_hook(lambda _, args, out, key=(name, kind.gate): seen.update({key: out}))
-    sums = _forward(model)
-    assert len(seen) == 2
-    for (name, gate), (logits, _, expert_ids) in seen.items():
-        expected = 0.0
-        for row, chosen in zip(reference.scores(logits.tolist(), gate), expert_ids.tolist(), strict=True):
-            expected += sum(row[e] for e in chosen) / sum(row)
-        assert sums[name] == pytest.approx(expected, rel=1e-5)  # float32 scores
-        plain = sum(sum(sorted(row)[-2:]) / sum(row) for row in reference.scores(logits.tolist(), gate))
-        assert (expected < plain - 1e-3) == steered
-
-
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_topk_score_sum_is_k_of_e_for_equal_scores_and_one_for_a_sure_softmax(tiny, arch):
-    model = _model(tiny, arch)
-    for _, router, _, *_ in find_routers(model):
-        torch.nn.init.zeros_(router.weight)
-    assert list(_forward(model).values()) == pytest.approx([48 * 2 / 4] * 2)
-    for _, router, _, *_ in find_routers(model):
-        torch.nn.init.normal_(router.weight, std=1e4, generator=torch.Generator().manual_seed(0))
-    for total, (_, _, kind, *_) in zip(_forward(model).values(), find_routers(model), strict=True):
-        assert total == pytest.approx(48.0) if kind.gate == "softmax" else 24 < total <= 48
-
-
-def test_topk_score_sums_add_up_over_forwards_and_leave_nothing_behind(tiny):
-    model = _model(tiny, "glm4_moe")
-    before = _num_hooks(model)
-    once = _forward(model)
-    with torch.no_grad(), topk_score_sums(model) as sums:
-        for row in IDS:
-            model(input_ids=row[None])
-        model.eval()
-    assert sums == {name: pytest.approx(total, rel=1e-5) for name, total in once.items()}
-    with pytest.raises(RuntimeError, match="cut"), topk_score_sums(model):
-        raise RuntimeError("cut")
-    assert _num_hooks(model) == before
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -125,3 +56,106 @@ def test_an_evaluation_does_not_disturb_training(tiny, silent, tmp_path):
     for name, every in (("with", 2), ("without", 0)):
         train(tiny(out=tmp_path / name, steps=5, evaluate_every=every, save_model=False), silent())
     assert _rows(tmp_path / "with") == _rows(tmp_path / "without")
+
+
+# ---- audit.json ----
+
+
+def _audit(config):
+    return json.loads((config.out / "audit.json").read_text())
+
+
+def _check_against_the_evaluation(config):
+    """What is in audit.json is what the last evaluation counted, by another way: at the taps."""
+    audit, row, run = _audit(config), _rows(config.out, "evaluations")[-1], Run(config.out)
+    assert audit["domains"] == list(row["domains"]) == run.config["domains"]
+    assert [layer["layer"] for layer in audit["layers"]] == run.config["layers"]
+    assert audit["nats"] == {name: domain["nats"] for name, domain in row["domains"].items()}
+    assert audit["tokens"] == {name: domain["tokens"] for name, domain in row["domains"].items()}
+    for number, layer in enumerate(audit["layers"]):
+        assert layer["load_by_domain"] == [domain["load"][number] for domain in row["domains"].values()]
+        assert layer["topk_score_sum_by_domain"] == pytest.approx(
+            [domain["topk_score_sum"][number] for domain in row["domains"].values()], rel=1e-6
+        )
+        chosen_with = np.nansum(np.array(layer["coactivation"], float), axis=1)
+        assert chosen_with[np.array(layer["load"]) > 0] == pytest.approx(layer["k"], abs=0.01)
+    assert audit["mean"]["topk_score_sum"] == pytest.approx(row["topk_score_sum"], rel=1e-6)
+    assert audit["mean"]["maxvio"] == pytest.approx(row["maxvio_global"])
+    assert audit["complete"] is True
+    return audit
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_a_run_leaves_what_its_experts_did_on_the_test_text(tiny, silent, arch):
+    config = tiny(arch=arch, layers=2, steps=2, save_model=False)
+    train(config, silent())
+    audit = _check_against_the_evaluation(config)
+    assert (audit["model"], audit["data"]) == (str(config.out), config.data)
+    assert audit["model_type"] == arch and audit["num_parameters"] == Run(config.out).config["num_parameters"]
+    assert audit["notes"][0] == "counted in the run's last evaluation, on 384 tokens of its test text"
+
+
+def test_typical_tokens_are_those_of_the_text_that_was_evaluated(tiny, silent):
+    config = tiny(steps=2, evaluation_sequences=64, save_model=False)
+    train(config, silent())
+    corpus = load_corpus(config.data, vocab_size=config.vocab_size, sequence_length=config.sequence_length)
+    tokenizer = Tokenizer.from_file(str(corpus.tokenizer_file))
+    num = _audit(config)["tokens"]["fruit"]
+    counts = {}
+    for domain in corpus.domains:
+        for token_id in corpus.tokens["test"][domain][:num].tolist():
+            text = tokenizer.decode([token_id], skip_special_tokens=False)
+            counts[text] = counts.get(text, 0) + 1
+    typical = [token for layer in _audit(config)["layers"] for expert in layer["typical_tokens"] for token in expert]
+    assert len(typical) >= 8
+    for token in typical:
+        assert token["count"] == pytest.approx(token["share"] * counts[token["text"]])
+
+
+def test_the_end_of_a_document_is_a_token_like_others(tiny, silent):
+    corpus = load_corpus(tiny().data, vocab_size=300, sequence_length=16)
+    end = Tokenizer.from_file(str(corpus.tokenizer_file)).token_to_id("<|endoftext|>")
+    assert corpus.decoder()(end) == "<|endoftext|>"
+
+
+TOP_K = "chosen by top-k of the scores, as in every evaluation; trained with --selection"
+
+
+@pytest.mark.parametrize(
+    ("selection", "note"),
+    [
+        ("expert-choice", f"{TOP_K} expert-choice"),
+        ("sinkhorn", f"{TOP_K} sinkhorn"),
+        ("hash", "chosen by --selection hash, as in training"),
+    ],
+)
+def test_under_another_selection_it_is_of_the_choice_of_an_evaluation(tiny, silent, selection, note):
+    config = tiny(steps=2, strategy="none", selection=selection, save_model=False)
+    train(config, silent())
+    audit = _check_against_the_evaluation(config)
+    assert audit["notes"][1] == note
+    typical = [token["share"] for layer in audit["layers"] for expert in layer["typical_tokens"] for token in expert]
+    assert (set(typical) == {1.0}) == (selection == "hash"), "a hash sends every occurrence of a token the same way"
+
+
+def test_where_experts_choose_tokens_in_an_evaluation_nothing_is_written(tiny, silent, monkeypatch):
+    monkeypatch.setattr(ExpertChoice, "in_evaluation", True)
+    config = tiny(steps=2, strategy="none", selection="expert-choice", save_model=False)
+    watcher = silent()
+    assert train(config, watcher)["val_nats"] > 0
+    assert not (config.out / "audit.json").exists()
+    assert "no audit.json: --selection expert-choice gives experts tokens, not tokens experts" in watcher.said
+
+
+def test_a_run_that_was_stopped_ends_with_the_same_audit(tiny, silent, tmp_path):
+    whole, cut = tiny(out=tmp_path / "whole"), tiny(out=tmp_path / "cut")
+    train(whole, silent())
+    with pytest.raises(KeyboardInterrupt):
+        train(cut, silent(7))
+    assert not (cut.out / "audit.json").exists()
+    (cut.out / "audit.json").write_text("{}")  # as of an end that was cut off before its result
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny(out=cut.out, resume=True), silent(9))
+    assert not (cut.out / "audit.json").exists(), "it would be of other weights"
+    train(tiny(out=cut.out, resume=True), silent())
+    assert _audit(cut) | {"model": ""} == _audit(whole) | {"model": ""}

@@ -5,15 +5,14 @@ from typing import Any
 
 from equipoise.attachment import OFFSETS_FILE, attach
 from equipoise.audit.config import Audit
-from equipoise.audit.result import summarise
 from equipoise.audit.run import Progress, audit_model
 from equipoise.catalogue.model import open_model
 from equipoise.errors import EquipoiseError, UsageError
+from equipoise.experts.result import RESULT, summarise
 from equipoise.records import write_json
 
 __all__ = ["RESULT", "audit", "table_rows"]
 
-RESULT = "audit.json"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
 COLUMNS = (
     "layer", "experts", "k", "MaxVio", "floor", "dead", "starved", "domain information, bits", "of its most",

@@ -3,9 +3,7 @@
 Memory does not grow with the text: one domain's documents at a time, one batch of tokens, sums.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,15 +13,12 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from equipoise.audit.watch import Watched, watching
 from equipoise.errors import EquipoiseError, UsageError
+from equipoise.experts.result import Audited
+from equipoise.experts.watch import choose_vocabulary, watching
 from equipoise.lab.text import stream_text
 
-__all__ = ["Audited", "Progress", "audit_model"]
-
-MOST_CELLS = 2**24  # layers * experts * token ids that are told apart
-LOOKED_AT = 16  # rows of each domain by which these token ids are chosen
-FEW_TOKENS = 2000  # a domain of fewer is named
+__all__ = ["Progress", "audit_model"]
 
 
 class Progress(Protocol):
@@ -32,18 +27,6 @@ class Progress(Protocol):
     def say(self, text: str) -> None: ...
 
     def done(self, tokens: int, of: int) -> None: ...
-
-
-@dataclass(frozen=True)
-class Audited:
-    """What was counted, and what to know of it."""
-
-    watched: Watched
-    nats: dict[str, float]  # mean cross-entropy of the next token, by domain
-    notes: tuple[str, ...]
-
-
-Rows = Int[np.ndarray, "rows length"]
 
 
 def _rows(documents: Sequence[str], encode: Callable[[str], list[int]], end: int | None, length: int) -> Iterator[Any]:
@@ -73,14 +56,15 @@ def audit_model(
         tokens, length, batch: in all; of a row; rows of a forward.
         end: the token between documents.
 
-    A domain whose text does not fill its share is read to its end and named in ``notes``; one that fills no row is left
-    out and named too. Raises ``UsageError`` where nothing is left, ``EquipoiseError`` for a model without routers.
+    A domain whose text does not fill its share is read to its end; one that fills no row is left out and named in
+    ``notes``. Raises ``UsageError`` where nothing is left, ``EquipoiseError`` for a model without routers.
     """
     if min(tokens, length, batch) < 1:
         raise UsageError(f"tokens, length and batch must be at least 1: got {tokens}, {length} and {batch}.")
     domains = list(stream_text(data, progress.say))
     share = max(1, tokens // len(domains) // length)  # rows of a domain
-    vocabulary, notes = _choose_vocabulary(model, domains, encode, end, length, share)
+    beginnings = (islice(_rows(read(), encode, end, length), share) for _, read in domains)
+    vocabulary, notes = choose_vocabulary(model, beginnings)
     nats: dict[str, float] = {}
     was_training, device, done = model.training, next(model.parameters()).device, 0
     model.eval()
@@ -98,7 +82,8 @@ def audit_model(
                     progress.done(done, share * length * len(domains))
                 if num_rows:
                     nats[name] = total / num_rows
-                notes += _few(name, num_rows, share, length)
+                else:
+                    notes.append(f"{name} fills no row of {length} tokens: it is left out")
     finally:
         model.train(was_training)
     if not nats:
@@ -109,28 +94,6 @@ def audit_model(
     return Audited(watched, nats, tuple(notes))
 
 
-def _choose_vocabulary(
-    model: nn.Module,
-    domains: Sequence[tuple[str, Callable[[], list[str]]]],
-    encode: Callable[[str], list[int]],
-    end: int | None,
-    length: int,
-    share: int,
-) -> tuple[list[int], list[str]]:
-    """The token ids that are told apart: the most frequent ones at the beginning of each domain, as many as fit."""
-    from equipoise.taps.families import find_routers
-
-    cells = sum(router.num_experts for router in find_routers(model))
-    seen: Counter[int] = Counter()
-    for _, read in domains:
-        for row in islice(_rows(read(), encode, end, length), min(LOOKED_AT, share)):
-            seen.update(row.tolist())
-    most = max(1, MOST_CELLS // cells)
-    chosen = [token_id for token_id, _ in seen.most_common(most)]
-    left_out = len(seen) - len(chosen)
-    return chosen, [f"{left_out} rare tokens are not told apart, to bound the memory"] if left_out else []
-
-
 def _mean_nats(model: nn.Module, ids: Int[Tensor, "rows length"]) -> Tensor:
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
     if not logits.isfinite().all():
@@ -139,11 +102,3 @@ def _mean_nats(model: nn.Module, ids: Int[Tensor, "rows length"]) -> Tensor:
             "dtype."
         )
     return nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
-
-
-def _few(name: str, num_rows: int, share: int, length: int) -> list[str]:
-    if num_rows == 0:
-        return [f"{name} fills no row of {length} tokens: it is left out"]
-    if num_rows * length < min(FEW_TOKENS, share * length):
-        return [f"{name} has {num_rows * length} tokens only: what is said of it is uncertain"]
-    return []

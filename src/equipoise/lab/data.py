@@ -77,6 +77,11 @@ class Corpus:
         text = _read_tokenizer(self.tokenizer_file).decode(tokens[:num_tokens].tolist(), skip_special_tokens=True)
         return len(text.encode()) / num_tokens
 
+    def decoder(self) -> Callable[[int], str]:
+        """What gives the text of a token id; a part of a character is U+FFFD."""
+        tokenizer = _read_tokenizer(self.tokenizer_file)
+        return lambda token_id: tokenizer.decode([token_id], skip_special_tokens=False)
+
     def _of(self, table: dict[str, dict[str, Any]], split: str, domain: str) -> Any:
         if split not in SPLITS:
             raise ValueError(f"split must be one of {', '.join(SPLITS)}: got {split!r}.")

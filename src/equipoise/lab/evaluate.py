@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from equipoise import metrics
 from equipoise.balance import Balance
+from equipoise.experts.result import Audited
+from equipoise.experts.watch import choose_vocabulary, watching
 from equipoise.lab.data import Corpus
 from equipoise.lab.ranks import ALONE, Ranks
-from equipoise.lab.scores import topk_score_sums
 from equipoise.lab.wrappers import is_sharded
 
 __all__ = ["evaluate", "language_model_loss"]
@@ -39,16 +40,19 @@ def evaluate(
     device: torch.device,
     autocast: bool,
     ranks: Ranks = ALONE,
-) -> dict[str, Any]:
+    by_token: bool = False,
+) -> tuple[dict[str, Any], Audited]:
     """Figures of the model on ``split``; every domain gives the same number of sequences, dealt to the ranks.
 
-    Returns ``val_nats`` (mean over tokens), ``val_perplexity``, ``val_bits_per_byte``, ``maxvio_global`` (all domains
+    Returns the figures and what the routers did, counted by domain and, ``by_token``, by token id too. The figures are
+    ``val_nats`` (mean over tokens), ``val_perplexity``, ``val_bits_per_byte``, ``maxvio_global`` (all domains
     pooled), ``maxvio_floor``, ``domain_information_bits`` and ``max_domain_share`` (means over layers),
     ``topk_score_sum`` (mean over layers and domains), ``dead_experts`` (sum over layers), and by domain ``nats``,
     ``bits_per_byte``, ``tokens``, ``load`` (layers x experts), ``topk_score_sum`` (layers).
     """
     rows = {domain: corpus.sequences(split, domain, sequence_length) for domain in corpus.domains}
     num = min([most_sequences, *map(len, rows.values())])
+    vocabulary, notes = choose_vocabulary(model, (rows[d][:num] for d in corpus.domains)) if by_token else ([], [])
     was_training = model.training
     model.eval()
     firsts = range(0, num, sequences)  # the first sequence of each batch of a domain
@@ -62,23 +66,23 @@ def evaluate(
 
     totals: dict[str, float] = {}
     loads: dict[str, dict[str, Tensor]] = {}
-    sums: dict[str, dict[str, float]] = {}
     try:
-        for domain in corpus.domains:
-            with balance.measuring() as loads[domain]:
-                totals[domain] = 0.0
-                with topk_score_sums(model) as sums[domain]:
+        with watching(model, corpus.domains, vocabulary) as watched:
+            for number, domain in enumerate(corpus.domains):
+                with balance.measuring() as loads[domain]:
+                    totals[domain], watched.domain = 0.0, number
                     for first in mine:
                         totals[domain] += total_nats(domain, first)
-                if idle:
-                    with balance.paused():
-                        total_nats(domain, 0)
+                    if idle:
+                        watched.domain = None
+                        with balance.paused():
+                            total_nats(domain, 0)
     finally:
         model.train(was_training)
-    score_sums = {domain: list(ranks.sum(by_layer).values()) for domain, by_layer in sums.items()}
+    ranks.add_up(watched.sums())
     domains: dict[str, Any] = {}
     nats_sum = bytes_sum = 0.0
-    for domain, total in ranks.sum(totals).items():
+    for number, (domain, total) in enumerate(ranks.sum(totals).items()):
         nats, bytes_per_token = total / num, corpus.bytes_per_token(split, domain, num * sequence_length)
         nats_sum, bytes_sum = nats_sum + nats, bytes_sum + bytes_per_token
         domains[domain] = {
@@ -86,7 +90,7 @@ def evaluate(
             "bits_per_byte": nats / bytes_per_token / math.log(2),
             "tokens": num * sequence_length,
             "load": [layer.tolist() for layer in loads[domain].values()],
-            "topk_score_sum": [total / (num * sequence_length) for total in score_sums[domain]],
+            "topk_score_sum": [float(layer.score_sum[number]) / (num * sequence_length) for layer in watched.layers],
         }
     by_domain = [[torch.tensor(layer) for layer in row["load"]] for row in domains.values()]
     layers = [torch.stack(layer) for layer in zip(*by_domain, strict=True)]  # of each layer (domains, experts)
@@ -95,7 +99,7 @@ def evaluate(
     floors = [metrics.sampling_floor(tokens, k, layer.shape[-1]) for layer in layers]
     nats = nats_sum / len(domains)
     by_layer = [value for row in domains.values() for value in row["topk_score_sum"]]
-    return {
+    figures = {
         "split": split,
         "val_nats": nats,
         "val_perplexity": math.exp(min(nats, 700.0)),
@@ -108,3 +112,4 @@ def evaluate(
         "dead_experts": float(metrics.dead_experts(pooled)),
         "domains": domains,
     }
+    return figures, Audited(watched, {domain: row["nats"] for domain, row in domains.items()}, tuple(notes))

@@ -7,7 +7,7 @@ for longer (text that is tokenised, a checkpoint that is written) goes over a gr
 import os
 import pickle
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar, final
@@ -112,6 +112,17 @@ class Ranks:
         vector = torch.tensor(list(figures.values()), dtype=torch.float64)
         dist.all_reduce(vector)
         return dict(zip(figures, vector.tolist(), strict=True))
+
+    def add_up(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Sums every tensor over the ranks, in place: one collective a dtype."""
+        if self.size == 1:
+            return
+        for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+            of_dtype = [tensor for tensor in tensors if tensor.dtype == dtype]
+            flat = torch.cat([tensor.reshape(-1) for tensor in of_dtype])
+            dist.all_reduce(flat)
+            for tensor, total in zip(of_dtype, flat.split([tensor.numel() for tensor in of_dtype]), strict=True):
+                tensor.copy_(total.view_as(tensor))
 
     def mean(self, figures: Mapping[str, float]) -> dict[str, float]:
         """The mean of every figure over the ranks."""

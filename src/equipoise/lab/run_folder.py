@@ -1,6 +1,7 @@
 """What a run leaves in its folder. Of many ranks the first alone has it: every method here is for that one to call.
 
-corpus, model and balance -> facts -> config.json; steps and evaluations -> rows; the last evaluation -> result.json
+corpus, model and balance -> facts -> config.json; steps and evaluations -> rows; the last evaluation -> audit.json and
+result.json
 """
 
 import math
@@ -11,8 +12,11 @@ from pathlib import Path
 from typing import Any, Protocol, final
 
 from equipoise.errors import EquipoiseError
+from equipoise.experts.result import RESULT, Audited, summarise
 from equipoise.lab.config import Train
-from equipoise.records import Run, is_new
+from equipoise.lab.data import Corpus
+from equipoise.lab.selection import evaluates_by_token, evaluation_note
+from equipoise.records import Run, is_new, write_json
 
 __all__ = ["Nobody", "RunFolder", "Watcher", "asked", "complete_result"]
 
@@ -136,6 +140,24 @@ class RunFolder:
 
     def evaluation(self, step: int, row: dict[str, Any]) -> None:
         self.records.append("evaluations", {"step": step, **row})
+
+    def audit(self, audited: Audited, corpus: Corpus, model_type: str) -> None:
+        """Writes what the experts did in the last evaluation, in the format of `equipoise audit`."""
+        config, there = self.config, self.records.config
+        if not evaluates_by_token(config.selection):
+            self.watcher.say(f"no {RESULT}: --selection {config.selection} gives experts tokens, not tokens experts")
+            return
+        found = summarise(audited, corpus.decoder())
+        about = f"counted in the run's last evaluation, on {sum(found['tokens'].values()):,} tokens of its test text"
+        selection = evaluation_note(config.selection)
+        found |= {
+            "model": str(config.out),
+            "model_type": model_type,
+            "num_parameters": there["num_parameters"],
+            "data": config.data,
+            "notes": [about, *([selection] if selection else []), *found["notes"]],
+        }
+        write_json(self.records.path / RESULT, found)
 
     def sync(self) -> None:
         self.records.sync()

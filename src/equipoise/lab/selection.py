@@ -27,6 +27,8 @@ __all__ = [
     "Hash",
     "Sinkhorn",
     "check_selection",
+    "evaluates_by_token",
+    "evaluation_note",
     "expert_choice",
     "hash_table",
     "install_selection",
@@ -60,6 +62,7 @@ class Selection(Protocol):
         """The choice of a router call in training; weights are scores, normalised over a token's experts."""
 
     in_evaluation: bool  # whether it chooses there too; else top-k of the scores does
+    by_token: bool  # whether row t of its choice is of token t
 
 
 # ---- expert choice ----
@@ -130,6 +133,7 @@ class ExpertChoice:
 
     name = "expert-choice"
     in_evaluation = False
+    by_token = False
 
     def __init__(self, chunk: int | None = None, shuffled: bool = False):
         self.chunk = None if chunk is None else check_whole("chunk", chunk, least=1)
@@ -195,6 +199,7 @@ class Sinkhorn:
 
     name = "sinkhorn"
     in_evaluation = False
+    by_token = True
 
     def __init__(self, iterations: int = 20):
         self.iterations = check_whole("iterations", iterations, least=1)
@@ -235,6 +240,7 @@ class Hash:
 
     name = "hash"
     in_evaluation = True
+    by_token = True
 
     def check(self, num_tokens: int, k: int, num_experts: int) -> None: ...
 
@@ -284,6 +290,22 @@ def parse_selection(text: str) -> Selection | None:
         return SELECTIONS[name](**arguments)
     except ValueError as error:
         raise UsageError(f"{error} (in {text!r})") from None
+
+
+def evaluates_by_token(text: str) -> bool:
+    """Whether an evaluation under ``--selection text`` gives every token its own k experts."""
+    selection = parse_selection(text)
+    return selection is None or selection.by_token or not selection.in_evaluation
+
+
+def evaluation_note(text: str) -> str | None:
+    """What to know of the choice in an evaluation where training chooses otherwise than by the scores."""
+    selection = parse_selection(text)
+    if selection is None:
+        return None
+    if selection.in_evaluation:
+        return f"chosen by --selection {text}, as in training"
+    return f"chosen by top-k of the scores, as in every evaluation; trained with --selection {text}"
 
 
 def check_selection(config: Train) -> None:

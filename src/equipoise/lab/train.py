@@ -20,6 +20,7 @@ from equipoise import __version__
 from equipoise.attachment import OFFSETS_FILE
 from equipoise.balance import Balance
 from equipoise.errors import EquipoiseError, UsageError
+from equipoise.experts.result import Audited
 from equipoise.lab import checkpoint
 from equipoise.lab.balancers import attach_strategy, check_strategy
 from equipoise.lab.batches import Batches
@@ -275,7 +276,7 @@ class _Training:
             ranks.first(self.folder.step, row, load, patient=False)
             self.done, last = step + 1, step + 1 == config.steps
             if config.evaluate_every and self.done % config.evaluate_every == 0 and not last:
-                ranks.first(self.folder.evaluation, self.done, self._evaluate("selection"))
+                ranks.first(self.folder.evaluation, self.done, self._evaluate("selection")[0])
             if self.done % config.checkpoint_every == 0 and not last:
                 ranks.first(self.folder.sync)
                 checkpoint.save(self.folder.checkpoints, self.done, self.inner, self.optimizer, self.balance, ranks)
@@ -340,7 +341,7 @@ class _Training:
             "seconds": time.perf_counter() - started,
         }
 
-    def _evaluate(self, split: str) -> dict[str, Any]:
+    def _evaluate(self, split: str, by_token: bool = False) -> tuple[dict[str, Any], Audited]:
         return evaluate(
             self.inner,
             self.balance,
@@ -353,14 +354,17 @@ class _Training:
             device=self.device,
             autocast=self.autocast,
             ranks=self.ranks,
+            by_token=by_token,
         )
 
     def _finish(self) -> dict[str, Any]:
         config, ranks = self.config, self.ranks
         self.watcher.say("evaluating on the selection text and on the test text")
-        selection, row = self._evaluate("selection"), self._evaluate("test")
+        selection, _ = self._evaluate("selection")
+        row, audited = self._evaluate("test", by_token=True)
         ranks.first(self.folder.evaluation, config.steps, selection)
         ranks.first(self.folder.evaluation, config.steps, row)
+        ranks.first(self.folder.audit, audited, self.corpus, self.inner.config.model_type)
         if config.save_model:
             note = checkpoint.save_model(
                 config.out / "model", self.inner, self.balance, self.corpus.tokenizer_file, ranks

@@ -1,6 +1,7 @@
 """Watched -> what is said of a model: plain numbers and words, as JSON can hold them."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,17 +13,28 @@ from equipoise.analysis import (
     mean_domain_distance,
     typical_tokens,
 )
-from equipoise.audit.run import Audited
-from equipoise.audit.watch import LayerCounts
+from equipoise.experts.watch import LayerCounts, Watched
 from equipoise.metrics import dead_experts, effective_experts, max_violation, sampling_floor
 from equipoise.records import finite
 
-__all__ = ["summarise", "verdict"]
+__all__ = ["RESULT", "Audited", "summarise", "verdict"]
 
+RESULT = "audit.json"
 FORMAT = 1
 RANKS = (2, 4, 8, 16, 32, 64)  # of expert parallelism
 STARVED = 0.1  # of the mean load: an expert below is starved
 COLLAPSED = 0.5  # of the experts or fewer, as ``effective_experts`` counts them
+FEW_TOKENS = 2000  # what is said of a domain of fewer is uncertain
+
+
+@dataclass(frozen=True)
+class Audited:
+    """What was counted, and what to know of it."""
+
+    watched: Watched
+    nats: dict[str, float]  # mean cross-entropy of the next token, by domain
+    notes: tuple[str, ...]
+    complete: bool = True  # whether the text was run to its end
 
 
 def rank_load(load: Int[np.ndarray, " experts"], ranks: int) -> float | None:
@@ -40,21 +52,29 @@ def rank_load(load: Int[np.ndarray, " experts"], ranks: int) -> float | None:
 
 
 def summarise(audited: Audited, decode: Callable[[int], str]) -> dict[str, Any]:
-    """Everything that an audit says, domains without a token left out. ``decode`` gives the text of a token id."""
+    """Everything that an audit says, domains without a token left out and named. ``decode`` gives the text of a token
+    id."""
     watched = audited.watched
     kept = np.flatnonzero(watched.num_tokens.numpy() > 0)
     tokens = watched.num_tokens.numpy()[kept]
     domains = [watched.domains[index] for index in kept]
+    few = [name for name, num in zip(domains, tokens, strict=True) if num < FEW_TOKENS]
+    uncertain = f"fewer than {FEW_TOKENS} tokens of {', '.join(few)}: what is said of such a domain is uncertain"
     vocabulary, occurrences = watched.vocabulary.numpy(), watched.occurrences.numpy()
-    layers = [_layer(layer, kept, tokens, vocabulary, occurrences, decode) for layer in watched.layers]
+    called = [layer for layer in watched.layers if layer.load.any()]
+    idle = [f"{layer.name} was given no token: it is left out" for layer in watched.layers if not layer.load.any()]
+    layers = [_layer(layer, kept, tokens, vocabulary, occurrences, decode) for layer in called]
     names = ("maxvio", "maxvio_floor", "topk_score_sum", "router_entropy")
     return finite(
         {
             "format": FORMAT,
+            "complete": audited.complete,
             "domains": domains,
+            "few_tokens": few,
+            "left_out": [name for name in watched.domains if name not in domains],
             "tokens": dict(zip(domains, tokens.tolist(), strict=True)),
             "nats": audited.nats,
-            "notes": list(audited.notes),
+            "notes": [*audited.notes, *idle, *([uncertain] if few else [])],
             "layers": layers,
             "mean": {name: float(np.mean([layer[name] for layer in layers])) for name in names}
             | {

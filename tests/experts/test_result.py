@@ -2,14 +2,12 @@
 
 import json
 
-import models
 import numpy as np
 import pytest
 import torch
 
-from equipoise.audit.result import rank_load, summarise, verdict
-from equipoise.audit.run import Audited
-from equipoise.audit.watch import LayerCounts, Watched
+from equipoise.experts.result import Audited, rank_load, summarise, verdict
+from equipoise.experts.watch import LayerCounts, Watched
 
 
 def _watched(load, together=None, by_token=None):
@@ -20,7 +18,6 @@ def _watched(load, together=None, by_token=None):
         num_experts=experts,
         k=1,
         load=load,
-        mean_score=torch.zeros(domains, experts),
         score_sum=load.sum(-1) * 0.5,
         entropy=load.sum(-1) * 0.25,
         together=torch.diag(load.sum(0)) if together is None else torch.tensor(together),
@@ -50,7 +47,7 @@ def test_the_numbers_of_a_layer_by_hand():
         ["<9>"],
         [],
     ]
-    assert found["words"] == ["layer: 1 of 4 experts got no token"] and found["notes"] == ["a note"]
+    assert found["words"] == ["layer: 1 of 4 experts got no token"] and found["complete"] is True
     assert found["tokens"] == {"d0": 40, "d1": 60}
     json.dumps(found, allow_nan=False)
 
@@ -58,6 +55,15 @@ def test_the_numbers_of_a_layer_by_hand():
 def test_a_domain_without_a_token_is_left_out():
     found = _said([[30, 10], [0, 0], [5, 35]])
     assert found["domains"] == ["d0", "d2"] and found["layers"][0]["load_by_domain"] == [[30, 10], [5, 35]]
+    assert found["left_out"] == ["d1"]
+
+
+def test_a_domain_of_few_tokens_is_marked_and_said():
+    found = _said([[1000, 1000], [999, 1000], [4000, 1000]])
+    assert found["few_tokens"] == ["d1"] and found["left_out"] == []
+    uncertain = "fewer than 2000 tokens of d1: what is said of such a domain is uncertain"
+    assert found["notes"] == ["a note", uncertain]
+    assert _said([[2000, 0]])["few_tokens"] == [] and _said([[2000, 0]])["notes"] == ["a note"]
 
 
 def test_a_router_that_splits_exactly_by_domain_tells_the_whole_entropy_of_domains():
@@ -83,26 +89,3 @@ def test_what_is_wrong_is_said_in_words(load, words):
 def test_ranks_that_do_not_divide_the_experts_have_no_load():
     assert rank_load(np.array([1, 2, 3]), 2) is None
     assert rank_load(np.array([4, 0, 0, 0]), 4) == 4.0
-
-
-def test_a_whole_audit_can_be_summarised(tmp_path):
-    from equipoise.audit.run import audit_model
-
-    class Quiet:
-        def say(self, text):
-            pass
-
-        def done(self, tokens, of):
-            pass
-
-    for domain, letters in (("law", "abcdef"), ("verse", "uvwxyz")):
-        (tmp_path / f"{domain}.txt").write_text("\n\n".join(letters * 30 + str(n) for n in range(40)))
-    model = models.family("qwen3_moe")
-    audited = audit_model(model, lambda t: [3 + ord(c) % 60 for c in t], tmp_path, Quiet(), tokens=2000, length=32)
-    found = summarise(audited, str)
-    assert len(found["layers"]) == 2 and set(found["nats"]) == {"law", "verse"}
-    assert 0.25 <= found["mean"]["topk_score_sum"] <= 1 and 0 < found["mean"]["router_entropy"] <= 1
-    for layer in found["layers"]:
-        assert sum(layer["load"]) == 2 * sum(found["tokens"].values())
-        assert np.nansum(np.array(layer["coactivation"], float), axis=1) == pytest.approx(2.0, abs=0.01)
-    json.dumps(found, allow_nan=False)
