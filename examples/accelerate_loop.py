@@ -1,7 +1,7 @@
 """A training loop over Accelerate: nothing but ``equipoise.attach``, after ``prepare``.
 
 python examples/accelerate_loop.py
-accelerate launch --cpu --num_processes 2 examples/accelerate_loop.py
+torchrun --nproc-per-node 2 examples/accelerate_loop.py    # on CPUs with ACCELERATE_USE_CPU=true before it
 """
 
 import torch

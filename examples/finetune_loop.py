@@ -25,6 +25,8 @@ for step in range(steps):
     optimizer.step()
     optimizer.zero_grad()
     balance.step()
-    print(f"step {step + 1}: loss {sum(map(float, losses)) / 4:.3f}, MaxVio {balance.metrics()['maxvio_batch']:.2f}")
+    loss = sum(loss.item() for loss in losses) / 4
+    print(f"step {step + 1}: loss {loss:.3f}, MaxVio {balance.metrics()['maxvio_batch']:.2f}")
 
 model.save_pretrained("runs/tuned")  # a family with a slot keeps its offsets there, in float32
+balance.save_offsets("runs/tuned")  # the others beside it; attach finds them again

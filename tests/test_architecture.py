@@ -19,6 +19,7 @@ CORE = [
     "balancers",
     "taps",
     "pool",
+    "saved",
     "exchange",
     "window",
     "recorder",

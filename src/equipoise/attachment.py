@@ -16,13 +16,12 @@ from equipoise.errors import EquipoiseError, UsageError
 from equipoise.pool import Pool, digest
 from equipoise.recipes import RECIPES
 from equipoise.recorder import Layer, slot_of
+from equipoise.saved import OFFSETS_FILE, names_offsets, read_offsets, saved_beside
 from equipoise.taps.discovery import Refused
 from equipoise.taps.families import find_routers, proof_of, refusal, unknown_routers
 from equipoise.taps.tap import is_tapped, untap_router
 
-__all__ = ["OFFSETS_FILE", "attach", "base_model", "resolve", "unwrap"]
-
-OFFSETS_FILE = "equipoise_offsets.safetensors"  # beside the weights of a family without a slot
+__all__ = ["attach", "base_model", "resolve", "unwrap"]
 
 _log = logging.getLogger("equipoise")
 
@@ -50,7 +49,8 @@ def attach(
             the world. Data, sharded, context and sequence parallel ranks do, tensor parallel ones hold the same tokens
             and pipeline stages other layers: ``group=mesh["dp", "cp"]``. Expert parallel ranks count all experts,
             whoever holds them, so they are in it when their tokens differ.
-        offsets: by layer, the offsets to begin with, or the path of saved ones; default what the model's slots hold.
+        offsets: by layer, the offsets to begin with, or the path of saved ones; default what the model's slots hold,
+            and where it has none, what lies beside the weights that it was loaded from.
         allow_empty: accept a model without routers, a pipeline stage of dense layers: its ``Balance`` does nothing.
 
     With balancers at offset zero and without losses, logits, weights, choices and gradients of the model are the same
@@ -76,6 +76,8 @@ def attach(
                 f"offsets must have a balancer that holds them: got the strategy {format_strategy(resolved)}. Add "
                 "frozen or loss-free to it."
             )
+        if offsets is None:
+            offsets = _beside_weights(inner, layers, resolved, multiplies)
         start = {x.name: slot_of(x, multiplies) for x in layers} if offsets is None else _read_offsets(offsets, layers)
         fingerprint = (format_strategy(resolved), [(x.name, x.num_experts, x.k, x.kind) for x in layers])
         steered = any(balancer.has_offset for balancer in resolved)
@@ -121,13 +123,37 @@ def attach(
     return Balance(inner, layers, resolved, pool, start)
 
 
+def _beside_weights(
+    model: nn.Module, layers: Sequence[Layer], balancers: Sequence[Balancer], multiplies: bool
+) -> Path | None:
+    """The offsets that the model was saved with, where its layers have no slot that would have brought them."""
+    if not names_offsets(model) or not (multiplies or any(layer.slot is None for layer in layers)):
+        return None
+    path = saved_beside(model)
+    if not any(balancer.has_offset for balancer in balancers):
+        _log.warning(
+            f"attach: the model was saved with offsets, and {format_strategy(balancers)} holds none: it routes "
+            "otherwise than it was trained. Add frozen to it to route with them."
+        )
+        return None
+    if path is None:
+        raise EquipoiseError(
+            f"a model that was saved with offsets must find them: its config names {OFFSETS_FILE}, which is not beside "
+            f"the weights ({getattr(model.config, '_name_or_path', '') or 'loaded from nowhere'}). Give "
+            "offsets=FOLDER, or begin from zero with del model.config.equipoise."
+        )
+    _log.info(f"attach: begins with the offsets of {path}")
+    return path
+
+
 def _warn_of_another_loss(model: nn.Module, balancers: Sequence[Balancer]) -> None:
     config = getattr(model, "config", None)
     coefficient = getattr(config, "router_aux_loss_coef", 0) or 0
-    if coefficient and getattr(config, "output_router_logits", False) and any(b.has_loss for b in balancers):
+    if coefficient and getattr(config, "output_router_logits", False) and balancers:
         _log.warning(
             "attach: the model adds a load-balancing loss of its own (output_router_logits with router_aux_loss_coef="
-            f"{coefficient:g}), and this one comes on top. Set model.config.output_router_logits = False to have one."
+            f"{coefficient:g}), and {format_strategy(balancers)} acts beside it. Set "
+            "model.config.output_router_logits = False to have the one only."
         )
 
 
@@ -215,15 +241,7 @@ def _reset_dynamo(model: nn.Module) -> None:
 
 def _read_offsets(offsets: Mapping[str, Tensor] | str | os.PathLike[str], layers: list[Layer]) -> dict[str, Tensor]:
     if not isinstance(offsets, Mapping):
-        path = Path(offsets)
-        path = path / OFFSETS_FILE if path.is_dir() else path
-        if not path.exists():
-            raise EquipoiseError(f"offsets must be a mapping or a saved file: {path} does not exist.")
-        try:
-            from safetensors.torch import load_file
-        except ImportError:
-            raise EquipoiseError("reading saved offsets needs safetensors: pip install safetensors.") from None
-        offsets = load_file(path)
+        offsets = read_offsets(offsets)
     if isinstance(offsets.get("offsets"), Mapping):  # a whole state_dict()
         offsets = offsets["offsets"]  # type: ignore[assignment]
     if not all(isinstance(value, Tensor) for value in offsets.values()):

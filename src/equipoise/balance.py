@@ -2,10 +2,12 @@
 
 import inspect
 import math
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -15,9 +17,10 @@ from torch import Tensor, nn
 
 from equipoise import metrics
 from equipoise.balancers import Balancer, format_strategy
-from equipoise.errors import EquipoiseError
+from equipoise.errors import EquipoiseError, UsageError
 from equipoise.pool import Pool, digest
 from equipoise.recorder import Layer, Recorder, slot_of
+from equipoise.saved import write_offsets
 from equipoise.taps.tap import OWN_SLOT, ForwardContext, Hook, Tap, tap_router, untap_router
 from equipoise.window import MicroBatch, Window
 
@@ -368,6 +371,24 @@ class Balance:
         """What a user should know before a run of this many steps, a sentence each."""
         notes = [n for group in self._groups for balancer in group.balancers for n in balancer.notes(num_steps)]
         return list(dict.fromkeys(notes))
+
+    def save_offsets(self, folder: str | os.PathLike[str]) -> Path | None:
+        """Keeps the offsets beside weights that were saved into ``folder``; returns the file.
+
+        Call it after ``model.save_pretrained(folder)``. A family with a slot has them among its weights, and nothing is
+        written (None), nor for a strategy that holds no offsets. Of the others ``equipoise_offsets.safetensors`` is
+        written, in float32, and named in config.json: ``attach`` begins with it when the model is loaded from there;
+        plain Transformers routes without. On many ranks the first one calls it.
+        """
+        place = Path(folder)
+        if not place.is_dir():
+            raise UsageError(
+                f"folder must be one that the model was saved into: {place} is none. Save the model first, as with "
+                "model.save_pretrained(folder)."
+            )
+        steered = any(group.steering is not None for group in self._groups)
+        beside = any(layer.slot is None for layer in self._layers) or self._multiplies
+        return write_offsets(place, self.offsets) if steered and beside else None
 
     def state_dict(self) -> dict[str, Any]:
         """Offsets and what moves with them, the last window's counts, the number of windows: equal on all ranks.

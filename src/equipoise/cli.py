@@ -135,8 +135,10 @@ def _parse(arguments: list[str]) -> Asked:
     ) -> ExportCheck:
         """Does a saved model still hold the balancing bias that it was trained with? Ends with 1 if it does not.
 
+        A bias of zeros is held: it was never moved, or lost before, which a note says.
+
         Args:
-            checkpoint: Folder of a Transformers model.
+            checkpoint: Folder of a Transformers model, or of a run.
             json: Print JSON.
         """
         return ExportCheck(checkpoint, json)
@@ -150,8 +152,8 @@ def _parse(arguments: list[str]) -> Asked:
         """Which model families of the installed Transformers can be attached; or what becomes of your own model.
 
         Args:
-            model: A folder with a config.json, with or without weights, or a config.json: it is attached and one random
-                batch is counted. Without it, all families are listed.
+            model: A folder with a config.json, with or without weights, a config.json, or a run: it is attached and one
+                random batch is counted. Without it, all families are listed.
             json: Print JSON.
         """
         return Families(model, json)
@@ -386,6 +388,10 @@ def _show_families(asked: Families) -> None:
     ]
     titles = ("model_type", "router", "gate", "offset on", "slot (held by)", "groups", "hash", "supported", "tested")
     _print_table((*titles, "why not"), listed)
+    _say(
+        "groups: some of its models choose groups of experts first; where these act before an offset, attach refuses. "
+        "hash: has layers that choose by the token's id, which nothing balances. tested: our tests attached it."
+    )
 
 
 def _installed_families() -> Any:

@@ -16,9 +16,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from equipoise.attachment import OFFSETS_FILE
 from equipoise.errors import EquipoiseError, UsageError
 from equipoise.routing import route
+from equipoise.saved import OFFSETS_FILE, model_folder
 from equipoise.taps.families import FoundRouter, find_routers, plain_name
 
 __all__ = ["ExportCheck", "LayerCheck", "check_export"]
@@ -82,13 +82,14 @@ class ExportCheck:
 
 
 def check_export(folder: str | Path) -> ExportCheck:
-    """Reads the biases of a Transformers checkpoint (config.json and safetensors) and says whether they survived.
+    """Reads the biases of a Transformers checkpoint (config.json and safetensors), or of the one that a run of the lab
+    left, and says whether they survived.
 
     Families with a slot must hold it in float32; of the others the offsets beside the weights are read
     (``equipoise_offsets.safetensors``). Raises ``UsageError`` for a folder that is no such checkpoint and
     ``EquipoiseError`` for a model without a router that is known.
     """
-    folder = Path(folder)
+    folder = model_folder(Path(folder))
     held = _Checkpoint(folder)
     model = _empty_model(folder)
     routers = find_routers(model)

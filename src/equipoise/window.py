@@ -4,6 +4,7 @@ What balancers want to know besides the load, their statistics, is added up besi
 closes. See ``Exchange`` for what travels.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -18,6 +19,10 @@ from equipoise.load import Layout
 from equipoise.pool import Pool
 
 __all__ = ["Call", "Closed", "MicroBatch", "Statistics", "Window", "fit_mask", "number_sequences"]
+
+MANY = 1000  # micro-batches of a window: nobody accumulates as many, so step() is forgotten
+
+_log = logging.getLogger("equipoise")
 
 
 class Statistics:
@@ -161,6 +166,12 @@ class Window:
                 vector, statistics = self.layout.zeros(device), Statistics(self.gathered)
                 self.current = MicroBatch(vector, self.layout.num_layers, self.num_losses, statistics)
             self.micro_batches.append(self.current)
+            if len(self.micro_batches) == MANY:
+                _log.warning(
+                    f"{MANY} micro-batches were counted since step() was called last, and nothing was moved. Call "
+                    "balance.step() after every optimizer step, or once balance.follow(optimizer); run a model that is "
+                    "not trained in eval() or inside balance.paused()."
+                )
         return self.current
 
     def record(self, call: Call, expert_ids: Tensor) -> int:

@@ -526,11 +526,11 @@ class TakesTheLoss(Trainer):
         return outputs.loss + 0.0 * outputs.logits.sum()
 
 
-DROPPED = "(?s)must take its loss from the model's output.*%s.*outputs\\['loss'\\].*add_loss=False.*loss-free"
+DROPPED = "(?s)must take its loss from the model's output(?=.*add_loss=False)(?=.*loss-free).*%s"
 
 DROPS = {
-    "label smoothing": (dict(label_smoothing_factor=0.1), "label_smoothing_factor=0.1"),
-    "compute_loss_func": (dict(trainer_options=dict(compute_loss_func=a_loss)), "compute_loss_func"),
+    "label smoothing": (dict(label_smoothing_factor=0.1), "label_smoothing_factor=0.1.*Set label_smoothing_factor=0;"),
+    "compute_loss_func": (dict(trainer_options=dict(compute_loss_func=a_loss)), "compute_loss_func.*Leave it out;"),
     "logits": (dict(kind=TakesLogits), "takes outputs.logits drops it"),
     "labels": (dict(kind=KeepsLabels), "given no labels"),
 }

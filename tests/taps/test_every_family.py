@@ -126,6 +126,11 @@ def test_hash_layers_are_left_out_and_named_once(caplog):
     assert balance.offsets[third].any()
 
 
+def test_groups_that_do_not_act_are_no_hindrance():
+    model = shrunken.build("deepseek_v2", topk_method="greedy", n_group=4, topk_group=2)
+    attach(model, "loss-free").detach()
+
+
 def test_groups_before_an_offset_are_refused():
     model = shrunken.build("deepseek_v2", topk_method="group_limited_greedy", n_group=4, topk_group=2)
     with pytest.raises(EquipoiseError, match="there are groups, which are chosen before the offset is added"):

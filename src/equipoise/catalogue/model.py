@@ -14,6 +14,7 @@ from torch import nn
 from equipoise.attachment import attach
 from equipoise.errors import EquipoiseError, UsageError
 from equipoise.metrics import max_violation
+from equipoise.saved import model_folder
 from equipoise.taps.families import FoundRouter, find_routers, hash_routers, unknown_routers
 
 __all__ = ["Examined", "ExaminedLayer", "Opened", "examine", "open_model"]
@@ -79,6 +80,7 @@ def open_model(path: Path, *, most_parameters: float = math.inf, dtype: str | No
 
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
+    path = model_folder(path)
     folder, content = _read(path)
     config_class = transformers.CONFIG_MAPPING[content["model_type"]]
     config = _made("it", lambda: config_class.from_dict(content))

@@ -14,15 +14,15 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
-from equipoise.attachment import OFFSETS_FILE, attach, base_model, resolve, unwrap
+from equipoise.attachment import attach, base_model, resolve, unwrap
 from equipoise.balance import Balance
 from equipoise.balancers import Balancer, Frozen
 from equipoise.errors import EquipoiseError, UsageError
+from equipoise.saved import write_offsets
 
 __all__ = ["EquipoiseCallback", "STATE_FILE"]
 
@@ -217,13 +217,15 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
             return
         what = None
         if args.label_smoothing_factor > 0:
-            what = f"label_smoothing_factor={args.label_smoothing_factor:g}"
+            what, first = f"label_smoothing_factor={args.label_smoothing_factor:g}", "Set label_smoothing_factor=0"
         elif getattr(trainer, "compute_loss_func", None) is not None:
-            what = "compute_loss_func"
+            what, first = "compute_loss_func", "Leave it out"
         if what is not None:
             raise UsageError(
                 "the Trainer must take its loss from the model's output, where the balancing loss is added: got "
-                f"{what}, which computes one from the logits and drops it. {_REMEDY}"
+                f"{what}, which computes one from the logits and drops it. {first}; or balance without a loss, by "
+                "loss-free or quantile; or add callback.balance.loss() to a compute_loss of your own, and say so by "
+                "EquipoiseCallback(..., add_loss=False)."
             )
         config = getattr(model, "config", None)
         coefficient = getattr(config, "router_aux_loss_coef", 0) or 0
@@ -314,7 +316,7 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         if self.balance is None:
             return
         if self._beside_weights:
-            save_file({k: v.cpu().contiguous() for k, v in self.balance.offsets.items()}, folder / OFFSETS_FILE)
+            write_offsets(folder, self.balance.offsets)
         if self._training and not self._has_open_window():
             torch.save(self.balance.state_dict(), folder / STATE_FILE)
 

@@ -23,14 +23,12 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from equipoise.attachment import OFFSETS_FILE
 from equipoise.balance import Balance
 from equipoise.errors import EquipoiseError
 from equipoise.lab.data import end_of_text
 from equipoise.lab.ranks import ALONE, Ranks
 from equipoise.lab.wrappers import state_to_save
 from equipoise.records import write_json
-from equipoise.taps.tap import OWN_SLOT
 
 __all__ = ["load_newest", "save", "save_model"]
 
@@ -218,13 +216,7 @@ def _write_model(
     end = end_of_text(tokenizer_file)
     PreTrainedTokenizerFast(tokenizer_file=str(tokenizer_file), eos_token=end).save_pretrained(aside)
     note = None
-    offsets = balance.offsets
-    if any(name.endswith(OWN_SLOT) for name, _ in model.named_buffers()):
-        from safetensors.torch import save_file
-
-        save_file({name: offset.contiguous() for name, offset in offsets.items()}, aside / OFFSETS_FILE)
-        config = json.loads((aside / "config.json").read_text())
-        write_json(aside / "config.json", config | {"equipoise": {"offsets": OFFSETS_FILE}})
+    if balance.save_offsets(aside) is not None:
         note = (
             f"{model.config.model_type} has no slot for offsets: plain Transformers routes {folder} without them; "
             f'equipoise.attach(model, "frozen", offsets="{folder}") routes with them.'

@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from equipoise.attachment import OFFSETS_FILE
 from equipoise.errors import EquipoiseError
 from equipoise.lab.config import GATES, Train
 from equipoise.nn import Router
+from equipoise.saved import OFFSETS_FILE
 from equipoise.taps.families import find_routers
 
 __all__ = ["build_model", "num_active_parameters"]

@@ -17,7 +17,6 @@ import torch
 from torch import nn
 
 from equipoise import __version__
-from equipoise.attachment import OFFSETS_FILE
 from equipoise.balance import Balance
 from equipoise.errors import EquipoiseError, UsageError
 from equipoise.experts.result import Audited
@@ -36,6 +35,7 @@ from equipoise.lab.stop import told
 from equipoise.lab.switch import check_switch, holds_offsets, switch
 from equipoise.lab.wrappers import check_wrapper, copy_to_ranks, digest, find_wrapper, full, shard, synchronising
 from equipoise.records import is_new
+from equipoise.saved import OFFSETS_FILE
 from equipoise.taps.families import find_routers
 
 __all__ = ["same_options", "train"]

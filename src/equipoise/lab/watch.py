@@ -8,9 +8,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from equipoise.analysis.summary import COLUMNS, summary_rows
 from equipoise.lab.config import Train
 from equipoise.records import find_runs
-from equipoise.analysis.summary import COLUMNS, summary_rows
 
 __all__ = ["Runs", "Terminal", "Tokens", "print_rows", "print_table"]
 

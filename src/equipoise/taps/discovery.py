@@ -220,8 +220,7 @@ def prove(
     noise = torch.randn(1, num_experts, generator=generator, dtype=torch.float32, device="cpu")
     moderate = 0.3 * kind.values(noise)[0]
     grouped = any((getattr(trial.router, name, 1) or 1) > 1 for name in ("num_group", "num_groups"))
-    if grouped and (multiplies or kind.slot is None):
-        raise Refused("there are groups, which are chosen before the offset is added")
+    in_the_way = grouped and (multiplies or kind.slot is None)  # they would be chosen before the offset is added
     first: tuple[Tensor, Tensor, Tensor] | None = None
     for offset in (torch.zeros_like(favourite), moderate, favourite):
         (logits, weights, expert_ids), calls = trial.run(offset, multiplies)
@@ -238,7 +237,9 @@ def prove(
         values = kind.values(logits.float())
         choice = values * (1 + offset) if multiplies else values + offset
         best = choice.topk(expert_ids.shape[-1]).indices
-        if not grouped and (expert_ids.sort().values != best.sort().values).any():
+        if (not grouped or in_the_way) and (expert_ids.sort().values != best.sort().values).any():
+            if in_the_way:
+                raise Refused("there are groups, which are chosen before the offset is added")
             raise Refused("the chosen experts are not the best by these scores and the offset")
         factor = weights / score(logits.float(), kind.gate).gather(-1, expert_ids)
         if not torch.allclose(factor, factor[:, :1].expand_as(factor), rtol=1e-4):

@@ -1,0 +1,101 @@
+"""Offsets beside the weights of a family without a slot: written once, found again by whoever loads the model."""
+
+import json
+import logging
+
+import pytest
+import shrunken
+import torch
+
+import equipoise
+from equipoise import EquipoiseError, UsageError
+from equipoise.saved import OFFSETS_FILE, model_folder
+
+
+def saved(folder, family="qwen3_moe", strategy="loss-free"):
+    model = shrunken.build(family)
+    names = [layer.name for layer in equipoise.attach(model)._layers]
+    model = shrunken.build(family)
+    experts = model.config.num_experts if family == "qwen3_moe" else model.config.n_routed_experts
+    offsets = {name: torch.linspace(-0.1, 0.1, experts) + i for i, name in enumerate(names)}
+    balance = equipoise.attach(model, strategy, offsets=offsets if strategy != "lbl" else None)
+    model.save_pretrained(folder)
+    return balance, offsets, balance.save_offsets(folder)
+
+
+def load(folder):
+    import transformers
+
+    return transformers.AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("strategy", ["frozen", "loss-free", "quantile"])
+def test_attach_begins_with_what_lies_beside_the_weights(tmp_path, strategy):
+    _, offsets, path = saved(tmp_path)
+    assert path == tmp_path / OFFSETS_FILE
+    assert json.loads((tmp_path / "config.json").read_text())["equipoise"] == {"offsets": OFFSETS_FILE}
+    found = equipoise.attach(load(tmp_path), strategy).offsets
+    assert found.keys() == offsets.keys() and all(torch.equal(found[name], offsets[name]) for name in offsets)
+    given = {name: torch.zeros_like(value) for name, value in offsets.items()}
+    assert not any(v.any() for v in equipoise.attach(load(tmp_path), strategy, offsets=given).offsets.values())
+
+
+def test_a_strategy_without_offsets_says_that_it_routes_otherwise(tmp_path, caplog):
+    saved(tmp_path)
+    with caplog.at_level(logging.WARNING, "equipoise"):
+        equipoise.attach(load(tmp_path), "lbl")
+    assert "was saved with offsets, and lbl" in caplog.text and "Add frozen" in caplog.text
+
+
+def test_offsets_that_are_promised_and_not_there_are_an_error(tmp_path):
+    saved(tmp_path)
+    (tmp_path / OFFSETS_FILE).rename(tmp_path / "elsewhere.safetensors")
+    model = load(tmp_path)
+    with pytest.raises(
+        EquipoiseError, match="which is not beside the weights .*Give offsets=FOLDER, or begin from zero"
+    ):
+        equipoise.attach(model, "loss-free")
+    found = equipoise.attach(load(tmp_path), "loss-free", offsets=tmp_path / "elsewhere.safetensors").offsets
+    assert all(value.any() for value in found.values())
+    del model.config.equipoise
+    assert not any(value.any() for value in equipoise.attach(model, "loss-free").offsets.values())
+
+
+def test_a_damaged_file_is_an_error_that_names_it(tmp_path):
+    saved(tmp_path)
+    (tmp_path / OFFSETS_FILE).write_bytes(b"x")
+    with pytest.raises(EquipoiseError, match=f"{OFFSETS_FILE} must be safetensors"):
+        equipoise.attach(load(tmp_path), "loss-free")
+
+
+def test_a_slot_needs_no_file_and_no_strategy_without_offsets_writes_one(tmp_path):
+    assert saved(tmp_path / "a", "glm4_moe")[2] is None
+    assert saved(tmp_path / "b", "qwen3_moe", "lbl")[2] is None
+    assert not list(tmp_path.glob(f"*/{OFFSETS_FILE}"))
+
+
+def test_a_folder_must_be_there(tmp_path):
+    balance, _, _ = saved(tmp_path)
+    with pytest.raises(UsageError, match="must be one that the model was saved into"):
+        balance.save_offsets(tmp_path / "nowhere")
+
+
+def test_a_run_of_the_lab_has_its_model_inside(tmp_path):
+    assert model_folder(tmp_path) == tmp_path
+    (tmp_path / "model").mkdir()
+    assert model_folder(tmp_path) == tmp_path
+    (tmp_path / "model" / "config.json").touch()
+    assert model_folder(tmp_path) == tmp_path / "model"
+
+
+def test_a_step_that_is_never_called_is_said_once(caplog):
+    model = shrunken.build("mixtral").train()
+    equipoise.attach(model, "loss-free")
+    ids = torch.zeros(1, 2, dtype=torch.int64)
+    with caplog.at_level(logging.WARNING, "equipoise"), torch.no_grad():
+        for _ in range(999):
+            model(input_ids=ids)
+        assert "step()" not in caplog.text
+        for _ in range(3):
+            model(input_ids=ids)
+    assert caplog.text.count("1000 micro-batches were counted since step() was called last") == 1
