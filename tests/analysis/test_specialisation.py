@@ -14,6 +14,7 @@ from equipoise.analysis import (
     coactivation,
     domain_distances,
     domain_information,
+    information_by_level,
     mean_domain_distance,
     router_saturation,
     selection_frequency,
@@ -184,3 +185,39 @@ def test_a_token_that_never_occurs_has_no_share():
 def test_what_cannot_be_is_refused(call, words):
     with pytest.raises(ValueError, match=words):
         call()
+
+
+def test_information_by_level_adds_up_and_goes_to_the_level_that_has_it():
+    even, first, second = [100, 100, 100, 100], [400, 0, 0, 0], [0, 400, 0, 0]
+    levels = {"script": ["L", "L", "L", "H"], "language": ["en", "en", "fr", "zh"]}
+    by_script = np.array([first, first, first, second]) * 100
+    found = information_by_level(by_script, levels)
+    # H(1/4) = 0.8113 bits, and nothing is left for the others
+    assert found["script"].value == pytest.approx(0.8113, abs=1e-3) and found["script"].stands_out
+    assert found["language"].value == pytest.approx(0, abs=1e-3) == found["domain"].value
+    by_language = np.array([first, first, second, second]) * 100
+    found = information_by_level(by_language, levels)
+    # script: 1 - 3/4 H(1/3) = 1 - 0.75 * 0.9183; with the language all of 1 bit
+    assert found["script"].value == pytest.approx(1 - 0.75 * 0.9183, abs=1e-3)
+    assert found["language"].value == pytest.approx(0.75 * 0.9183, abs=1e-3)
+    assert found["domain"].value == pytest.approx(0, abs=1e-3)
+    by_genre = np.array([first, second, even, even]) * 100
+    found = information_by_level(by_genre, levels)
+    # en's two domains differ: half of the text, H(mean of both) - 0 = 1 bit
+    assert found["domain"].value == pytest.approx(0.5, abs=1e-3)
+    total, _ = domain_information(by_genre)
+    assert sum(part.value for part in found.values()) == pytest.approx(total.value)
+
+
+def test_information_by_level_of_chance_stays_below_its_bound():
+    generator = np.random.default_rng(3)
+    counts = np.stack([generator.multinomial(3000, [0.25, 0.25, 0.4, 0.1]) for _ in range(6)])
+    found = information_by_level(counts, {"script": "LLLLHH", "language": ["a", "a", "b", "b", "c", "c"]})
+    assert list(found) == ["script", "language", "domain"]
+    assert all(abs(part.value) < 2e-3 and part.bound < 2e-3 for part in found.values())
+
+
+@pytest.mark.parametrize("levels", [{"script": "LL"}, {"domain": "LLL"}])
+def test_levels_must_have_a_label_of_every_domain(levels):
+    with pytest.raises(ValueError, match="levels must have a label of every domain and not be called domain"):
+        information_by_level(np.ones((3, 4), int), levels)

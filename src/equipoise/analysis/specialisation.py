@@ -7,8 +7,9 @@ independent, so the true bound lies higher: a value below it shows nothing, one 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -20,6 +21,7 @@ __all__ = [
     "coactivation_of",
     "domain_distances",
     "domain_information",
+    "information_by_level",
     "mean_domain_distance",
     "router_saturation",
     "selection_frequency",
@@ -61,15 +63,16 @@ def _check(load: Counts, name: str = "load") -> Int[np.ndarray, "domains experts
     return counts.astype(np.int64)
 
 
-def _at_chance(counts: Counts, statistic: Callable[[Counts], float], seed: int = 0) -> float:
-    """The 95 % quantile of ``statistic`` where every domain draws its experts from the same distribution."""
+def _at_chance(counts: Counts, statistic: Callable[[Counts], Any], seed: int = 0) -> Any:
+    """The 95 % quantile of ``statistic``, a number or several, where every domain draws its experts from the same
+    distribution."""
     generator = np.random.default_rng(seed)
     share = counts / counts.sum(-1, keepdims=True)
     drawn = [
         statistic(np.stack([generator.multinomial(int(n), share.mean(0)) for n in counts.sum(-1)]))
         for _ in range(DRAWS)
     ]
-    return float(np.quantile(drawn, 0.95))
+    return np.quantile(drawn, 0.95, axis=0)
 
 
 def selection_frequency(
@@ -92,18 +95,22 @@ def selection_frequency(
     return counts / tokens[:, None], k / counts.shape[1]
 
 
-def _information(counts: Counts) -> float:
+def _information(counts: Counts, labels: Sequence[Hashable] | None = None) -> float:
+    """I(label; expert) in bits, where every domain weighs the same; by default each domain is its own label."""
     n = counts.sum(-1)
     share = counts / n[:, None]
-    mixture = share.mean(0)
 
-    def entropy(p: Float[np.ndarray, " experts"], n: float) -> float:
+    def entropy(rows: Int[np.ndarray, " some"]) -> float:
+        """Of the mean over some domains, Miller-Madow corrected for as many tokens as such a mean is worth."""
+        p = share[rows].mean(0)
         seen = p[p > 0]
-        return float(-(seen * np.log(seen)).sum()) + (len(seen) - 1) / (2 * n)
+        return float(-(seen * np.log(seen)).sum()) + (len(seen) - 1) / (2 * (len(rows) ** 2 / (1 / n[rows]).sum()))
 
-    within = np.mean([entropy(p, size) for p, size in zip(share, n, strict=True)])
-    effective = len(n) ** 2 / (1 / n).sum()
-    return float((entropy(mixture, effective) - within) / math.log(2))
+    groups: dict[Hashable, list[int]] = {}
+    for domain, label in enumerate(range(len(n)) if labels is None else labels):
+        groups.setdefault(label, []).append(domain)
+    within = sum(len(rows) * entropy(np.array(rows)) for rows in groups.values()) / len(n)
+    return float((entropy(np.arange(len(n))) - within) / math.log(2))
 
 
 def domain_information(load: Counts) -> tuple[Measured, float]:
@@ -119,8 +126,39 @@ def domain_information(load: Counts) -> tuple[Measured, float]:
     counts = _check(load)
     value = _information(counts)
     most = math.log2(len(counts))
-    measured = Measured(value, 0.0, _at_chance(counts, _information))
+    measured = Measured(value, 0.0, float(_at_chance(counts, _information)))
     return measured, value / most if most else 0.0
+
+
+def information_by_level(load: Counts, levels: Mapping[str, Sequence[Hashable]]) -> dict[str, Measured]:
+    """``domain_information``, split by what domains have in common: bits that each level adds to those before it.
+
+        I_j = I((l_1, ..., l_j); expert) - I((l_1, ..., l_(j-1)); expert),     the last level, "domain": what is left
+
+    ``levels`` has labels by domain, coarse ones first: experts that tell Chinese from Latin letters know the script,
+    which proves nothing about language, and less about genre. The values sum to ``domain_information``; range about 0
+    to log2(domains), chance 0. Source: the chain rule (Cover and Thomas, Elements of Information Theory, 2.5).
+
+    >>> load = np.array([[900, 100], [900, 100], [100, 900]])
+    >>> split = information_by_level(load, {"script": ["Latin", "Latin", "Han"]})
+    >>> {level: round(abs(found.value), 2) for level, found in split.items()}
+    {'script': 0.48, 'domain': 0.0}
+    """
+    counts = _check(load)
+    for level, labels in levels.items():
+        if len(labels) != len(counts) or level == "domain":
+            raise ValueError(
+                f"levels must have a label of every domain and not be called domain: got {len(labels)} of {level!r} "
+                f"for {len(counts)} domains."
+            )
+    joint = [tuple(zip(*list(levels.values())[: depth + 1], strict=True)) for depth in range(len(levels))]
+
+    def values(drawn: Counts) -> Float[np.ndarray, " levels"]:
+        found = [0.0, *(_information(drawn, labels) for labels in joint), _information(drawn)]
+        return np.diff(found)
+
+    found = zip([*levels, "domain"], values(counts), _at_chance(counts, values), strict=True)
+    return {level: Measured(float(value), 0.0, float(bound)) for level, value, bound in found}
 
 
 def _distances(counts: Counts) -> Float[np.ndarray, "domains domains"]:
@@ -159,7 +197,7 @@ def _mean_distance(counts: Counts) -> float:
 def mean_domain_distance(load: Counts) -> Measured:
     """The mean of ``domain_distances`` over pairs of domains; chance 0, which only infinitely many tokens reach."""
     counts = _check(load)
-    return Measured(_mean_distance(counts), 0.0, _at_chance(counts, _mean_distance))
+    return Measured(_mean_distance(counts), 0.0, float(_at_chance(counts, _mean_distance)))
 
 
 def coactivation(expert_ids: Int[np.ndarray, "tokens k"], num_experts: int) -> Float[np.ndarray, "experts experts"]:
