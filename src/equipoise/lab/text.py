@@ -22,6 +22,7 @@ from equipoise.errors import EquipoiseError, UsageError
 __all__ = ["Text", "count_held_out", "find_text", "in_hash_order", "most_held_out", "stream_text"]
 
 CORPUS = Path(__file__).parent / "corpus"
+LEVELS_FILE = "levels.json"  # what domains have in common: see equipoise.lab.levels
 KINDS = (".txt", ".jsonl", ".parquet")
 FORMS = "one file or one sub-folder a domain: .txt, .jsonl or .parquet, each optionally .xz"
 HELD_OUT_SHARE = 20  # one byte in so many is held out,
@@ -157,7 +158,9 @@ def _find_domains(path: Path) -> dict[str, list[_File]]:
 def _visible(folder: Path) -> list[Path]:
     entries = sorted(folder.iterdir(), key=lambda entry: entry.name)
     return [
-        entry for entry in entries if not entry.name.startswith(".") and not entry.name.upper().startswith("README")
+        entry
+        for entry in entries
+        if not entry.name.startswith(".") and not entry.name.upper().startswith("README") and entry.name != LEVELS_FILE
     ]
 
 
