@@ -500,9 +500,9 @@ def main(arguments: list[str] | None = None) -> None:
     except OSError as error:
         what = f"files must be there to read and write: {error}. Mend that; --resume goes on with what was begun."
         _fail(error, what, 1)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         if _rank() == 0:
-            _say("equipoise: stopped. Go on with the same command and --resume.")
+            _say(f"equipoise: stopped. {stop or 'Go on with the same command and --resume.'}")
         _leave(130)
     except Exception as error:
         if _num_ranks() == 1:

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from equipoise import UsageError
-from equipoise.audit.run import audit_model
+from equipoise import EquipoiseError, UsageError
+from equipoise.audit.run import CutShort, audit_model
 from equipoise.experts.result import summarise
 
 
@@ -103,3 +103,70 @@ def test_a_whole_audit_can_be_summarised(text):
         assert sum(layer["load"]) == 2 * sum(found["tokens"].values())
         assert np.nansum(np.array(layer["coactivation"], float), axis=1) == pytest.approx(2.0, abs=0.01)
     json.dumps(found, allow_nan=False)
+
+
+class Stops(Quiet):
+    """Fails after some batches."""
+
+    def __init__(self, error, after):
+        super().__init__()
+        self.error, self.after = error, after
+
+    def done(self, tokens, of):
+        super().done(tokens, of)
+        if len(self.seen) == self.after:
+            raise self.error
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("no disk"), EquipoiseError("a bad file")])
+def test_what_was_counted_before_an_end_is_kept_and_is_right(model, text, error):
+    options = {"tokens": 1000, "length": 32, "batch": 4, "end": 1}
+    with pytest.raises(CutShort) as cut:
+        audit_model(model, _encode, text, Stops(error, 6), **options)  # four batches of law fill its share
+    assert cut.value.reason is error and model.training and not model._forward_hooks
+    found = summarise(cut.value.audited, str)
+    whole, _ = _audit(model, text, tokens=1000)
+    assert found["complete"] is False and found["tokens"] == {"law": 15 * 32, "verse": 8 * 32}
+    reason = "it was stopped" if isinstance(error, KeyboardInterrupt) else str(error)
+    assert found["notes"][0] == f"not complete: ended within verse, after 736 of 960 tokens: {reason}"
+    assert found["nats"]["law"] == whole.nats["law"]
+    for ours, theirs in zip(found["layers"], whole.watched.layers, strict=True):
+        assert ours["load_by_domain"][0] == theirs.load[0].tolist() and sum(ours["load_by_domain"][1]) == 2 * 8 * 32
+
+
+def test_domains_that_were_not_begun_are_named(model, text):
+    (text / "a.txt").write_text((text / "law.txt").read_text())
+    with pytest.raises(CutShort) as cut:
+        _ = audit_model(model, _encode, text, Stops(KeyboardInterrupt(), 1), tokens=900, length=32, batch=4)
+    found = summarise(cut.value.audited, str)
+    assert found["domains"] == ["a"] and found["left_out"] == ["law", "verse"]
+    assert found["notes"][0].startswith("not complete: ended within a, after 128 of 864 tokens, law, verse not begun:")
+
+
+def test_a_batch_that_gives_nan_is_not_counted(model, text):
+    calls = []
+
+    def poison(module, args, output):
+        calls.append(1)
+        return output * float("nan") if len(calls) == 3 else output
+
+    model.model.embed_tokens.register_forward_hook(poison)
+    with pytest.raises(CutShort, match="must give finite logits") as cut:
+        _audit(model, text, tokens=1000)
+    assert cut.value.audited.watched.num_tokens.tolist() == [8 * 32, 0]
+    assert cut.value.audited.watched.layers[0].load.sum() == 2 * 8 * 32
+
+
+def test_before_the_first_batch_an_error_is_itself(model, text):
+    model.model.embed_tokens.register_forward_hook(lambda module, args, output: output * float("nan"))
+    with pytest.raises(EquipoiseError, match="must give finite logits"):
+        _audit(model, text)
+    with pytest.raises(EquipoiseError, match="it gives the token id 99, and the model knows 64 tokens"):
+        audit_model(model, lambda t: [99] * len(t), text, Quiet(), length=32)
+
+    def no_room(module, args):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory.\nmore")
+
+    model.register_forward_pre_hook(no_room)
+    with pytest.raises(EquipoiseError, match=r"must run on 4 rows of 32 tokens: it says RuntimeError.*memory. Take"):
+        _audit(model, text)

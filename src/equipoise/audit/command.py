@@ -1,14 +1,15 @@
 """The command: a model and a text -> a folder with what its experts do there."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 from equipoise.attachment import OFFSETS_FILE, attach
 from equipoise.audit.config import Audit
-from equipoise.audit.run import Progress, audit_model
+from equipoise.audit.run import CutShort, Progress, audit_model
 from equipoise.catalogue.model import open_model
 from equipoise.errors import EquipoiseError, UsageError
-from equipoise.experts.result import RESULT, summarise
+from equipoise.experts.result import RESULT, Audited, summarise
 from equipoise.records import write_json
 
 __all__ = ["RESULT", "audit", "table_rows"]
@@ -21,11 +22,16 @@ COLUMNS = (
 
 
 def audit(asked: Audit, progress: Progress) -> dict[str, Any]:
-    """Runs the model on the text, writes ``audit.json`` into the folder and returns what is in it."""
+    """Runs the model on the text, writes ``audit.json`` into the folder and returns what is in it.
+
+    Where the text is cut short, by an error or by Ctrl-C, what was counted until then is written, marked as not
+    complete, before that is raised.
+    """
     asked.check()
     folder = asked.model / "model" if (asked.model / "model" / "config.json").is_file() else asked.model
+    _refuse_run_without_model(asked.model)
     progress.say(f"loading {folder}")
-    opened = open_model(folder, dtype="auto")
+    opened = open_model(folder, dtype="auto", whole=True)
     if opened.weights != "loaded":
         raise UsageError(f"MODEL must have weights: {folder} has none. Give the folder of a saved model.")
     notes = list(opened.notes)
@@ -33,27 +39,58 @@ def audit(asked: Audit, progress: Progress) -> dict[str, Any]:
         attach(opened.model, "frozen", offsets=folder)
         notes.append(f"routed with the offsets of {OFFSETS_FILE}, as it was trained")
     tokenizer = _tokenizer(folder)
-    audited = audit_model(
-        opened.model,
-        lambda text: tokenizer(text, add_special_tokens=False)["input_ids"],
-        None if asked.data == "corpus" else asked.data,
-        progress,
-        tokens=asked.tokens,
-        length=asked.sequence_length,
-        batch=asked.batch,
-        end=tokenizer.eos_token_id,
-    )
-    found = summarise(audited, lambda token_id: tokenizer.decode([token_id]))
-    found |= {
-        "model": str(asked.model),
-        "model_type": opened.config.model_type,
-        "num_parameters": opened.num_parameters,
-        "data": asked.data,
-        "notes": [*notes, *found["notes"]],
-    }
-    asked.out.mkdir(parents=True, exist_ok=True)
-    write_json(asked.out / RESULT, found)
-    return found
+
+    def write(audited: Audited) -> dict[str, Any]:
+        found = summarise(audited, lambda token_id: tokenizer.decode([token_id]))
+        found |= {
+            "model": str(asked.model),
+            "model_type": opened.config.model_type,
+            "num_parameters": opened.num_parameters,
+            "data": asked.data,
+            "notes": [*notes, *found["notes"]],
+        }
+        asked.out.mkdir(parents=True, exist_ok=True)
+        write_json(asked.out / RESULT, found)
+        return found
+
+    try:
+        return write(
+            audit_model(
+                opened.model,
+                lambda text: tokenizer(text, add_special_tokens=False)["input_ids"],
+                None if asked.data == "corpus" else asked.data,
+                progress,
+                tokens=asked.tokens,
+                length=asked.sequence_length,
+                batch=asked.batch,
+                end=tokenizer.eos_token_id,
+            )
+        )
+    except CutShort as cut:
+        write(cut.audited)
+        kept = f"What was counted until then is in {asked.out / RESULT}, marked as not complete."
+        if isinstance(cut.reason, KeyboardInterrupt):
+            raise KeyboardInterrupt(kept) from None
+        if isinstance(cut.reason, EquipoiseError):
+            raise type(cut.reason)(f"{cut.reason} {kept}") from None
+        progress.say(kept)
+        raise cut.reason from None
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("Nothing was counted yet, and nothing is written.") from None
+
+
+def _refuse_run_without_model(folder: Path) -> None:
+    """Of a run only the model is read, whatever version wrote its records."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    if not (folder / "model").is_dir() and isinstance(config, dict) and {"format", "strategy"} <= config.keys():
+        there = f" What its experts did on its test text is in {folder / RESULT}." if (folder / RESULT).exists() else ""
+        raise UsageError(
+            f"MODEL must be a saved model, or a run that has one: {folder} is a run without the folder model. It was "
+            f"trained with --no-save-model, or is not finished.{there}"
+        )
 
 
 def _tokenizer(folder: Path) -> Any:

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from equipoise.errors import EquipoiseError, UsageError
 from equipoise.experts.result import Audited
-from equipoise.experts.watch import choose_vocabulary, watching
+from equipoise.experts.watch import Watched, choose_vocabulary, watching
 from equipoise.lab.text import stream_text
 
-__all__ = ["Progress", "audit_model"]
+__all__ = ["CutShort", "Progress", "audit_model"]
 
 
 class Progress(Protocol):
@@ -27,6 +27,14 @@ class Progress(Protocol):
     def say(self, text: str) -> None: ...
 
     def done(self, tokens: int, of: int) -> None: ...
+
+
+class CutShort(Exception):
+    """The text was not run to its end: ``audited`` is what was counted until then, ``reason`` what ended it."""
+
+    def __init__(self, audited: Audited, reason: BaseException):
+        super().__init__(str(reason))
+        self.audited, self.reason = audited, reason
 
 
 def _rows(documents: Sequence[str], encode: Callable[[str], list[int]], end: int | None, length: int) -> Iterator[Any]:
@@ -57,7 +65,8 @@ def audit_model(
         end: the token between documents.
 
     A domain whose text does not fill its share is read to its end; one that fills no row is left out and named in
-    ``notes``. Raises ``UsageError`` where nothing is left, ``EquipoiseError`` for a model without routers.
+    ``notes``. Raises ``UsageError`` where nothing is left, ``EquipoiseError`` for a model without routers, and
+    ``CutShort`` where an error or Ctrl-C comes after the first batch.
     """
     if min(tokens, length, batch) < 1:
         raise UsageError(f"tokens, length and batch must be at least 1: got {tokens}, {length} and {batch}.")
@@ -66,25 +75,31 @@ def audit_model(
     beginnings = (islice(_rows(read(), encode, end, length), share) for _, read in domains)
     vocabulary, notes = choose_vocabulary(model, beginnings)
     nats: dict[str, float] = {}
-    was_training, device, done = model.training, next(model.parameters()).device, 0
+    was_training, device, done, of = model.training, next(model.parameters()).device, 0, share * length * len(domains)
     model.eval()
+    finite = model.register_forward_hook(_refuse_nan)  # before those that count
     try:
         with torch.no_grad(), watching(model, [name for name, _ in domains], vocabulary) as watched:
-            for watched.domain, (name, read) in enumerate(domains):
-                progress.say(f"{name}: {watched.domain + 1} of {len(domains)} domains")
-                total, num_rows = 0.0, 0
-                rows = islice(_rows(read(), encode, end, length), share)
-                while part := list(islice(rows, batch)):
-                    ids = torch.from_numpy(np.stack(part)).to(device)
-                    total += float(_mean_nats(model, ids)) * len(part)
-                    num_rows += len(part)
-                    done += ids.numel()
-                    progress.done(done, share * length * len(domains))
-                if num_rows:
-                    nats[name] = total / num_rows
-                else:
-                    notes.append(f"{name} fills no row of {length} tokens: it is left out")
+            try:
+                for watched.domain, (name, read) in enumerate(domains):
+                    progress.say(f"{name}: {watched.domain + 1} of {len(domains)} domains")
+                    total, num_rows = 0.0, 0
+                    rows = islice(_rows(read(), encode, end, length), share)
+                    while part := list(islice(rows, batch)):
+                        ids = torch.from_numpy(np.stack(part))
+                        total += float(_mean_nats(model, ids.to(device))) * len(part)
+                        num_rows, done = num_rows + len(part), done + ids.numel()
+                        nats[name] = total / num_rows
+                        progress.done(done, of)
+                    if not num_rows:
+                        notes.append(f"{name} fills no row of {length} tokens: it is left out")
+            except BaseException as error:
+                if not watched.num_tokens.any():
+                    raise
+                notes.append(_cut_short(watched, of, error))
+                raise CutShort(Audited(watched, nats, tuple(notes), complete=False), error) from error
     finally:
+        finite.remove()
         model.train(was_training)
     if not nats:
         raise UsageError(
@@ -94,11 +109,45 @@ def audit_model(
     return Audited(watched, nats, tuple(notes))
 
 
-def _mean_nats(model: nn.Module, ids: Int[Tensor, "rows length"]) -> Tensor:
-    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-    if not logits.isfinite().all():
+def _cut_short(watched: Watched, of: int, error: BaseException) -> str:
+    """What to know of counts that are not of the whole text."""
+    reason = "it was stopped" if isinstance(error, KeyboardInterrupt) else _first_line(error)
+    assert watched.domain is not None
+    later = watched.domains[watched.domain + 1 :]
+    return (
+        f"not complete: ended within {watched.domains[watched.domain]}, after {int(watched.num_tokens.sum()):,} of "
+        f"{of:,} tokens{', ' + ', '.join(later) + ' not begun' if later else ''}: {reason}"
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _refuse_nan(model: nn.Module, args: Any, output: Any) -> None:
+    if not output.logits.isfinite().all():
         raise EquipoiseError(
             "the model must give finite logits: it gives nan or infinity. The checkpoint is damaged, or needs another "
             "dtype."
         )
+
+
+def _mean_nats(model: nn.Module, ids: Int[Tensor, "rows length"]) -> Tensor:
+    embedding: Any = getattr(model, "get_input_embeddings", lambda: None)()
+    most = getattr(embedding, "num_embeddings", None)
+    if most is not None and int(ids.max()) >= most:
+        raise EquipoiseError(
+            f"the tokenizer must be that of the model: it gives the token id {int(ids.max())}, and the model knows "
+            f"{most} tokens. Put the model's own tokenizer.json beside it."
+        )
+    try:
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+    except EquipoiseError:
+        raise
+    except Exception as error:  # whatever a model makes of it: no memory, a length that it does not take
+        rows, length = ids.shape
+        raise EquipoiseError(
+            f"the model must run on {rows} rows of {length} tokens: it says {type(error).__name__}: "
+            f"{_first_line(error).rstrip('.')}. Take a smaller --batch or --sequence-length."
+        ) from error
     return nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())

@@ -73,9 +73,12 @@ def examine(path: Path) -> Examined:
     return _attached(opened.model, opened.config, opened.num_parameters, opened.weights, opened.notes)
 
 
-def open_model(path: Path, *, most_parameters: float = math.inf, dtype: str | None = None) -> Opened:
+def open_model(
+    path: Path, *, most_parameters: float = math.inf, dtype: str | None = None, whole: bool = False
+) -> Opened:
     """A model of Transformers with a router that is known: with the weights that lie beside its config, or random ones;
-    of more than ``most_parameters`` without any. Raises as ``examine``."""
+    of more than ``most_parameters`` without any. Weights that no file holds are random and noted, or, ``whole``, an
+    error. Raises as ``examine``."""
     import transformers
 
     transformers.logging.disable_progress_bar()
@@ -96,25 +99,51 @@ def open_model(path: Path, *, most_parameters: float = math.inf, dtype: str | No
             f"with {num_parameters / 1e9:.1f}e9 parameters it was built without weights and no batch was run: no counts"
         )
     elif saved:
-        _loaded(folder, lambda: _refuse_quantised(routers, saved))
-        model = _loaded(folder, lambda: auto.from_pretrained(folder, local_files_only=True, dtype=dtype))
+        _refuse_missing_files(folder)
+        _refuse_quantised(routers, folder, saved)
+        model, info = _loaded(
+            folder,
+            lambda: auto.from_pretrained(folder, local_files_only=True, dtype=dtype, output_loading_info=True),
+        )
         weights = "loaded"
+        if absent := sorted(info["missing_keys"]):
+            which = absent[0] + (f" and {len(absent) - 1} more are" if len(absent) > 1 else " is")
+            if whole:
+                raise _incomplete(folder, f"{which} in none of its files")
+            notes.append(f"{which} in none of its files: random weights are in their place")
     else:
         model, weights = _made(auto.__name__, lambda: auto._from_config(config)), "random"
         notes.append("there are no weights, so they are random: the counts say nothing of a trained model")
     return Opened(model, config, folder, num_parameters, weights, notes)
 
 
+def _incomplete(folder: Path, reason: str) -> EquipoiseError:
+    return EquipoiseError(f"MODEL must have all of its weights: {folder}: {reason}. Copy the folder again.")
+
+
+def _refuse_missing_files(folder: Path) -> None:
+    """What the index names must be there, and Transformers does not say which is not."""
+    weights = [folder / name for name in ("model.safetensors", "pytorch_model.bin")]  # as Transformers looks for them
+    there = (file for one in weights for file in (one, Path(f"{one}.index.json")) if file.is_file())
+    found = next(there, None)
+    if found is None or found in weights:
+        return
+    try:
+        names = sorted(set(json.loads(found.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise _incomplete(folder, f"{found.name} is damaged ({type(error).__name__}: {error})") from None
+    absent = [name for name in names if not (folder / name).is_file()]
+    if absent:
+        which = absent[0] + (f" and {len(absent) - 1} more are" if len(absent) > 1 else " is")
+        raise _incomplete(folder, f"of the {len(names)} files that {found.name} names, {which} not there")
+
+
 def _loaded(folder: Path, load: Callable[[], Any]) -> Any:
     try:
         return load()
-    except UsageError:
-        raise
-    except Exception as error:  # a shard that is missing, a file that is torn, sizes of another model
-        reason = " ".join(str(error).split())[:300]
-        raise EquipoiseError(
-            f"MODEL must have all of its weights: {folder}: {type(error).__name__}: {reason} Copy the folder again."
-        ) from None
+    except Exception as error:  # a file that is torn, sizes of another model
+        reason = " ".join(str(error).split())[:300].rstrip(".")
+        raise _incomplete(folder, f"{type(error).__name__}: {reason}") from None
 
 
 def _read(path: Path) -> tuple[Path, dict[str, Any]]:
@@ -187,10 +216,10 @@ def _found(model: nn.Module) -> list[FoundRouter]:
         raise UsageError(str(error)) from None
 
 
-def _refuse_quantised(routers: list[FoundRouter], saved: list[Path]) -> None:
+def _refuse_quantised(routers: list[FoundRouter], folder: Path, saved: list[Path]) -> None:
     """Weights that are not floating point would be cast on loading as if they were."""
     ends = {router.name.rpartition(".")[2] for router in routers}
-    for name, dtype in _saved_dtypes(saved):
+    for name, dtype in _saved_dtypes(folder, saved):
         if ends & set(name.split(".")[:-1]) and name.endswith("weight") and dtype not in _FLOATS:
             raise UsageError(
                 f"a router must have weights in floating point of 16 bits or more: {name} is saved as {dtype}. It is "
@@ -198,14 +227,17 @@ def _refuse_quantised(routers: list[FoundRouter], saved: list[Path]) -> None:
             )
 
 
-def _saved_dtypes(saved: list[Path]) -> Iterator[tuple[str, str]]:
+def _saved_dtypes(folder: Path, saved: list[Path]) -> Iterator[tuple[str, str]]:
     from safetensors import safe_open
 
     for file in saved:
         if file.suffix == ".safetensors" and not file.name.startswith("equipoise"):
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118
-                    yield name, str(tensors.get_slice(name).get_dtype())
+            try:
+                with safe_open(file, framework="pt") as tensors:
+                    dtypes = [(name, str(tensors.get_slice(name).get_dtype())) for name in tensors.keys()]  # noqa: SIM118
+            except Exception as error:  # safetensors raises its own
+                raise _incomplete(folder, f"{file.name} is damaged ({type(error).__name__}: {error})") from None
+            yield from dtypes
 
 
 def _attached(model: nn.Module, config: Any, num_parameters: int, weights: str, notes: list[str]) -> Examined:

@@ -156,7 +156,10 @@ def _find_domains(path: Path) -> dict[str, list[_File]]:
 
 
 def _visible(folder: Path) -> list[Path]:
-    entries = sorted(folder.iterdir(), key=lambda entry: entry.name)
+    try:
+        entries = sorted(folder.iterdir(), key=lambda entry: entry.name)
+    except OSError as error:
+        raise _unreadable(folder, error) from None
     return [
         entry
         for entry in entries
@@ -194,7 +197,11 @@ def _size_and_digest(path: Path) -> tuple[int, str]:
             digest = hashlib.file_digest(file, "blake2b").hexdigest()
             return os.fstat(file.fileno()).st_size, digest
     except OSError as error:
-        raise EquipoiseError(f"Text must be readable: {path}: {error.strerror}. Check its permissions.") from None
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: OSError) -> EquipoiseError:
+    return EquipoiseError(f"Text must be readable: {path}: {error.strerror}. Check its permissions.")
 
 
 def _digest_of_documents(documents: Sequence[str]) -> tuple[int, str]:
@@ -215,7 +222,10 @@ def _read_domains(domains: dict[str, list[_File]], progress: Progress) -> Docume
 
 
 def _read(file: _File) -> list[str]:
-    content = file.path.read_bytes()
+    try:
+        content = file.path.read_bytes()
+    except OSError as error:
+        raise _unreadable(file.path, error) from None
     if file.path.name.lower().endswith(".xz"):
         try:
             content = lzma.decompress(content)
