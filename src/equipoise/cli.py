@@ -122,7 +122,7 @@ def _parse(arguments: list[str]) -> Asked:
             model: Folder of a Transformers model with its tokenizer, or of a run of `equipoise train`.
             data: Text by domain, as in `equipoise train --data`.
             tokens: Tokens in all, shared evenly by the domains.
-            out: Folder for audit.json.
+            out: Folder for audit.json and report.html.
             sequence_length: Tokens a row.
             batch: Rows of a forward.
             json: Print audit.json on stdout too.
@@ -199,7 +199,7 @@ def _run(asked: Asked, command: str) -> None:
         _show_recipes(asked)
         return
     if isinstance(asked, Audit):
-        _audit(asked)
+        _audit(asked, command)
         return
     if isinstance(asked, ExportCheck):
         _check_export(asked)
@@ -272,21 +272,23 @@ def _show_recipes(asked: Recipes) -> None:
             print(f"{one.name:{names}}  {one.gate:{gates}}  {one.strategy}")
 
 
-def _audit(asked: Audit) -> None:
+def _audit(asked: Audit, command: str) -> None:
     _share_the_cores()
     try:
         from equipoise.audit.command import COLUMNS, RESULT, audit, table_rows
         from equipoise.lab.watch import Tokens, print_rows
+        from equipoise.report import write_report
     except ImportError as error:
         raise EquipoiseError(
             f"an audit needs more than torch: {error.name} is missing. Install it with: pip install 'equipoise[lab]'"
         ) from None
     with Tokens() as progress:
-        found = audit(asked, progress)
+        found = audit(asked, progress, command)
+    page = write_report(asked.out)
     print_rows(COLUMNS, table_rows(found))
     for note in (*found["words"], *found["notes"]):
         _say(note)
-    _say(str(asked.out / RESULT))
+    _say(f"{sum(found['tokens'].values()):,} tokens; {asked.out / RESULT}, {page}")
     if asked.json:
         json.dump(found, sys.stdout, ensure_ascii=False, indent=1)
         print()

@@ -54,6 +54,19 @@ def _audit(run, text, out, **more):
     return audit(Audit(run, str(text), **options), quiet), quiet
 
 
+def test_the_command_leaves_a_page_and_says_how_much_was_read(run, text, tmp_path, capsys):
+    main(
+        ["audit", str(run), "--data", str(text), "--tokens", "2000", "--sequence-length", "32", "--out", str(tmp_path)]
+    )
+    found, page = json.loads((tmp_path / RESULT).read_text()), (tmp_path / "report.html").read_text()
+    said = capsys.readouterr().err
+    assert f"{sum(found['tokens'].values()):,} tokens; {tmp_path / RESULT}, {tmp_path / 'report.html'}" in said
+    assert found["command"].startswith("equipoise audit") and "What the experts of this model do" in page
+    assert found["levels"] == {} and set(found["mean"]["information_by_level"]) == {
+        "domain"
+    }  # one script, no levels.json
+
+
 def test_a_run_of_the_lab_is_audited_with_its_own_tokenizer_and_offsets(run, text, tmp_path):
     found, quiet = _audit(run, text, tmp_path)
     assert json.loads((tmp_path / RESULT).read_text()) == found

@@ -77,8 +77,10 @@ def _check_against_the_evaluation(config):
         assert layer["topk_score_sum_by_domain"] == pytest.approx(
             [domain["topk_score_sum"][number] for domain in row["domains"].values()], rel=1e-6
         )
-        chosen_with = np.nansum(np.array(layer["coactivation"], float), axis=1)
-        assert chosen_with[np.array(layer["load"]) > 0] == pytest.approx(layer["k"], abs=0.01)
+        chosen_with = np.array([sum(share for _, share in row) for row in layer["partners"]])
+        assert chosen_with[np.array(layer["load"]) > 0] == pytest.approx(layer["k"] - 1, abs=0.01)
+        split = [found["value"] for found in layer["information_by_level"].values()]
+        assert sum(split) == pytest.approx(layer["domain_information_bits"]["value"])
     assert audit["mean"]["topk_score_sum"] == pytest.approx(row["topk_score_sum"], rel=1e-6)
     assert audit["mean"]["maxvio"] == pytest.approx(row["maxvio_global"])
     assert audit["complete"] is True

@@ -321,7 +321,12 @@ def test_a_run_is_not_continued_over_a_gap_in_its_records(tiny, silent):
 
 def test_a_run_that_ends_in_nan_writes_json(tiny, silent, monkeypatch):
     original = training.evaluate
-    monkeypatch.setattr(training, "evaluate", lambda *a, **k: original(*a, **k) | {"val_nats": math.nan})
+
+    def diverged(*a, **k):
+        figures, audited = original(*a, **k)
+        return figures | {"val_nats": math.nan}, audited
+
+    monkeypatch.setattr(training, "evaluate", diverged)
     monkeypatch.setattr(training.nn.utils, "clip_grad_norm_", lambda *given: torch.tensor(math.inf))
     config = tiny(steps=1, save_model=False)
     result = train(config, silent())

@@ -175,12 +175,19 @@ def make_audit(load):
                 "domain_distance": measured,
                 "topk_score_sum": 0.5,
                 "router_entropy": 0.5,
-                "coactivation": [[1.0, 0.5, 0, 0], [0.5, 1.0, 0, 0], [0, 0, 1.0, None], [0, 0, 0, 1.0]],
+                "partners": [[[1, 0.5]], [[0, 0.5]], [], []],
+                "information_by_level": {"script": measured, "domain": measured},
                 "rank_load": {"2": 1.0},
                 "typical_tokens": [[{"text": "the", "share": 0.75, "count": 9}], [], [], []],
             }
         )
-    mean = {"maxvio": 0.5, "maxvio_floor": 0.02, "domain_information_bits": 0.5, "domain_distance": 0.5}
+    mean = {
+        "information_by_level": {"script": 0.4, "domain": 0.1},
+        "maxvio": 0.5,
+        "maxvio_floor": 0.02,
+        "domain_information_bits": 0.5,
+        "domain_distance": 0.5,
+    }
     return {
         "format": 1,
         "model": "some/model",
@@ -666,7 +673,7 @@ def test_a_large_model_fits_into_eight_megabytes(tmp_path):
         for step in range(1, 4):
             run.append("loads", {"step": step, "load": random.poisson(32, (layers, experts)).tolist()})
         audit = make_audit({d: rows[:2] for d, rows in load.items()})
-        one = audit["layers"][0] | {"experts": experts, "k": 2, "coactivation": None}
+        one = audit["layers"][0] | {"experts": experts, "k": 2}
         audit["layers"] = [
             one
             | {

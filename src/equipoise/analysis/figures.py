@@ -16,6 +16,7 @@ import plotly.graph_objects as go
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from equipoise.analysis.specialisation import RANKS, rank_load
 from equipoise.analysis.statistics import estimate
 
 __all__ = [
@@ -28,14 +29,12 @@ __all__ = [
     "load_over_time",
     "plain",
     "quality_against_balance",
-    "rank_load",
     "rank_loads",
     "relative_load",
     "strategy_styles",
 ]
 
 CAP = 4.0  # relative load at and above which the colour stays the same, on every page
-RANKS = (2, 4, 8, 16, 32, 64)  # of expert parallelism
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
 GREY = "#808080"
 DASHES = ("solid", "dash", "dot", "dashdot")
@@ -295,22 +294,6 @@ def load_over_time(
         meta={"run": rows["run"][0].as_py(), "layer": rows["layer"][0].as_py()},
     )
     return figure
-
-
-def rank_load(load: Sequence[int], ranks: int) -> float | None:
-    """The busiest rank's load over the mean, experts dealt in their order to ``ranks`` of expert parallelism.
-
-    The time of a layer's experts is that of the busiest rank: 1.3 means that it takes 1.3 times as long as an even load
-    would. None where ranks do not divide the experts, or nothing was assigned.
-
-    >>> rank_load([3, 1, 2, 2], 2), rank_load([3, 3, 1, 1], 2), rank_load([1, 1], 4)
-    (1.0, 1.5, None)
-    """
-    counts = np.asarray(load)
-    if len(counts) % ranks or not counts.sum():
-        return None
-    by_rank = counts.reshape(ranks, -1).sum(1)
-    return float(by_rank.max() / by_rank.mean())
 
 
 def rank_loads(experts: pa.Table) -> pa.Table:

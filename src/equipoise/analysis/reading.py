@@ -44,6 +44,7 @@ class Experts:
     k: int
     load: list[Int[np.ndarray, "domains experts"]]  # by layer, assignments
     typical: list[list[list[dict[str, Any]]]]  # by layer and expert, its tokens: text, share, count; [] if unknown
+    partners: list[list[list[list[float]]]]  # by layer and expert, others that its tokens choose, and their share
 
     @property
     def num_tokens(self) -> Int[np.ndarray, " domains"]:
@@ -86,11 +87,13 @@ class Reading:
         load = [np.array([found[d]["load"][i] for d in domains], np.int64) for i in range(len(layers))]
         k = self.config.get("experts_per_token") or 1
         typical: list[list[list[dict[str, Any]]]] = [[] for _ in layers]
+        partners: list[list[list[list[float]]]] = [[] for _ in layers]
         if self.audit is not None and self.result is not None:
             audited = experts_of_audit(self.name, self.audit)
             if audited.domains == domains and all(map(np.array_equal, audited.load, load)):
-                typical = audited.typical
-        return Experts(self.name, self.strategy, self.seed, self.evaluation["step"], layers, domains, k, load, typical)
+                typical, partners = audited.typical, audited.partners
+        step = self.evaluation["step"]
+        return Experts(self.name, self.strategy, self.seed, step, layers, domains, k, load, typical, partners)
 
 
 def experts_of_audit(name: str, audit: dict[str, Any]) -> Experts:
@@ -106,6 +109,7 @@ def experts_of_audit(name: str, audit: dict[str, Any]) -> Experts:
         k=layers[0]["k"],
         load=[np.array(layer["load_by_domain"], np.int64) for layer in layers],
         typical=[layer["typical_tokens"] for layer in layers],
+        partners=[layer.get("partners", []) for layer in layers],
     )
 
 

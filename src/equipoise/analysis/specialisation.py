@@ -23,6 +23,8 @@ __all__ = [
     "domain_information",
     "information_by_level",
     "mean_domain_distance",
+    "partners",
+    "rank_load",
     "router_saturation",
     "selection_frequency",
     "typical_tokens",
@@ -31,6 +33,7 @@ __all__ = [
 
 Counts = Int[np.ndarray, "domains experts"]
 DRAWS = 200  # samples at chance
+RANKS = (2, 4, 8, 16, 32, 64)  # of expert parallelism
 
 
 @dataclass(frozen=True)
@@ -228,6 +231,19 @@ def coactivation_of(together: Int[np.ndarray, "experts experts"]) -> Float[np.nd
         return counts / np.diag(counts)[:, None].astype(float)
 
 
+def partners(together: Int[np.ndarray, "experts experts"], most: int = 8) -> list[list[tuple[int, float]]]:
+    """By expert, those that its tokens choose beside it most often, with the share of its tokens: the largest numbers
+    in its row of ``coactivation_of``, of which one is (k - 1) / (E - 1) at chance. None for an expert without tokens.
+
+    >>> partners(np.array([[4, 3, 1], [3, 3, 0], [1, 0, 1]]), most=1)
+    [[(1, 0.75)], [(0, 1.0)], [(0, 1.0)]]
+    """
+    share = np.nan_to_num(coactivation_of(together))
+    np.fill_diagonal(share, 0)
+    order = np.argsort(-share, axis=1, kind="stable")[:, :most]
+    return [[(int(o), float(share[e, o])) for o in others if share[e, o] > 0] for e, others in enumerate(order)]
+
+
 def _check_ids(expert_ids: Int[np.ndarray, "tokens k"], num_experts: int) -> Int[np.ndarray, "tokens k"]:
     ids = np.asarray(expert_ids)
     if ids.ndim != 2 or ids.dtype.kind not in "iu":
@@ -330,3 +346,19 @@ def typical_tokens(
             ]
         )
     return found
+
+
+def rank_load(load: Sequence[int], ranks: int) -> float | None:
+    """The busiest rank's load over the mean, experts dealt in their order to ``ranks`` of expert parallelism.
+
+    The time of a layer's experts is that of the busiest rank: 1.3 means that it takes 1.3 times as long as an even load
+    would. None where ranks do not divide the experts, or nothing was assigned.
+
+    >>> rank_load([3, 1, 2, 2], 2), rank_load([3, 3, 1, 1], 2), rank_load([1, 1], 4)
+    (1.0, 1.5, None)
+    """
+    counts = np.asarray(load)
+    if len(counts) % ranks or not counts.sum():
+        return None
+    by_rank = counts.reshape(ranks, -1).sum(1)
+    return float(by_rank.max() / by_rank.mean())

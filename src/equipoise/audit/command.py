@@ -4,13 +4,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from equipoise.attachment import OFFSETS_FILE, attach
+from equipoise.attachment import attach
 from equipoise.audit.config import Audit
 from equipoise.audit.run import CutShort, Progress, audit_model
 from equipoise.catalogue.model import open_model
 from equipoise.errors import EquipoiseError, UsageError
 from equipoise.experts.result import RESULT, Audited, summarise
+from equipoise.lab.levels import levels_of
 from equipoise.records import write_json
+from equipoise.saved import OFFSETS_FILE, model_folder
 
 __all__ = ["RESULT", "audit", "table_rows"]
 
@@ -21,14 +23,15 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def audit(asked: Audit, progress: Progress) -> dict[str, Any]:
-    """Runs the model on the text, writes ``audit.json`` into the folder and returns what is in it.
+def audit(asked: Audit, progress: Progress, command: str = "") -> dict[str, Any]:
+    """Runs the model on the text, writes ``audit.json`` into the folder and returns what is in it. ``command`` is what
+    was typed, for the record.
 
     Where the text is cut short, by an error or by Ctrl-C, what was counted until then is written, marked as not
     complete, before that is raised.
     """
     asked.check()
-    folder = asked.model / "model" if (asked.model / "model" / "config.json").is_file() else asked.model
+    folder = model_folder(asked.model)
     _refuse_run_without_model(asked.model)
     progress.say(f"loading {folder}")
     opened = open_model(folder, dtype="auto", whole=True)
@@ -41,12 +44,14 @@ def audit(asked: Audit, progress: Progress) -> dict[str, Any]:
     tokenizer = _tokenizer(folder)
 
     def write(audited: Audited) -> dict[str, Any]:
-        found = summarise(audited, lambda token_id: tokenizer.decode([token_id]))
+        samples = {domain: audited.samples.get(domain, "") for domain in audited.watched.domains}
+        found = summarise(audited, lambda token_id: tokenizer.decode([token_id]), levels_of(asked.data, samples))
         found |= {
             "model": str(asked.model),
             "model_type": opened.config.model_type,
             "num_parameters": opened.num_parameters,
             "data": asked.data,
+            "command": command,
             "notes": [*notes, *found["notes"]],
         }
         asked.out.mkdir(parents=True, exist_ok=True)

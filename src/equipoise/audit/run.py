@@ -20,6 +20,8 @@ from equipoise.lab.text import stream_text
 
 __all__ = ["CutShort", "Progress", "audit_model"]
 
+SAMPLE = 20_000  # characters of a domain, by which its script is known
+
 
 class Progress(Protocol):
     """Who is told how it goes on."""
@@ -75,6 +77,7 @@ def audit_model(
     beginnings = (islice(_rows(read(), encode, end, length), share) for _, read in domains)
     vocabulary, notes = choose_vocabulary(model, beginnings)
     nats: dict[str, float] = {}
+    samples: dict[str, str] = {}
     was_training, device, done, of = model.training, next(model.parameters()).device, 0, share * length * len(domains)
     model.eval()
     finite = model.register_forward_hook(_refuse_nan)  # before those that count
@@ -84,7 +87,9 @@ def audit_model(
                 for watched.domain, (name, read) in enumerate(domains):
                     progress.say(f"{name}: {watched.domain + 1} of {len(domains)} domains")
                     total, num_rows = 0.0, 0
-                    rows = islice(_rows(read(), encode, end, length), share)
+                    documents = read()
+                    samples[name] = "".join(islice(documents, 3))[:SAMPLE]
+                    rows = islice(_rows(documents, encode, end, length), share)
                     while part := list(islice(rows, batch)):
                         ids = torch.from_numpy(np.stack(part))
                         total += float(_mean_nats(model, ids.to(device))) * len(part)
@@ -97,7 +102,7 @@ def audit_model(
                 if not watched.num_tokens.any():
                     raise
                 notes.append(_cut_short(watched, of, error))
-                raise CutShort(Audited(watched, nats, tuple(notes), complete=False), error) from error
+                raise CutShort(Audited(watched, nats, tuple(notes), False, samples), error) from error
     finally:
         finite.remove()
         model.train(was_training)
@@ -106,7 +111,7 @@ def audit_model(
             f"the text must fill a row of {length} tokens in some domain: it fills none. Give more text, or take "
             "shorter rows."
         )
-    return Audited(watched, nats, tuple(notes))
+    return Audited(watched, nats, tuple(notes), samples=samples)
 
 
 def _cut_short(watched: Watched, of: int, error: BaseException) -> str:

@@ -1,18 +1,21 @@
 """Watched -> what is said of a model: plain numbers and words, as JSON can hold them."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from equipoise.analysis import (
-    coactivation_of,
     domain_information,
+    information_by_level,
     mean_domain_distance,
+    partners,
+    rank_load,
     typical_tokens,
 )
+from equipoise.analysis.specialisation import RANKS
 from equipoise.experts.watch import LayerCounts, Watched
 from equipoise.metrics import dead_experts, effective_experts, max_violation, sampling_floor
 from equipoise.records import finite
@@ -21,7 +24,6 @@ __all__ = ["RESULT", "Audited", "summarise", "verdict"]
 
 RESULT = "audit.json"
 FORMAT = 1
-RANKS = (2, 4, 8, 16, 32, 64)  # of expert parallelism
 STARVED = 0.1  # of the mean load: an expert below is starved
 COLLAPSED = 0.5  # of the experts or fewer, as ``effective_experts`` counts them
 FEW_TOKENS = 2000  # what is said of a domain of fewer is uncertain
@@ -35,25 +37,16 @@ class Audited:
     nats: dict[str, float]  # mean cross-entropy of the next token, by domain
     notes: tuple[str, ...]
     complete: bool = True  # whether the text was run to its end
+    samples: Mapping[str, str] = field(default_factory=dict)  # the beginning of each domain's text
 
 
-def rank_load(load: Int[np.ndarray, " experts"], ranks: int) -> float | None:
-    """The busiest rank's load over the mean, experts dealt in their order to ``ranks`` of expert parallelism.
+def summarise(
+    audited: Audited, decode: Callable[[int], str], levels: Mapping[str, Sequence[str]] | None = None
+) -> dict[str, Any]:
+    """Everything that an audit says, domains without a token left out and named.
 
-    1 is even; None where they do not divide.
-
-    >>> rank_load(np.array([3, 1, 2, 2]), 2), rank_load(np.array([3, 3, 1, 1]), 2), rank_load(np.array([1, 1]), 4)
-    (1.0, 1.5, None)
+    ``decode`` gives the text of a token id; ``levels`` what domains have in common, see ``information_by_level``.
     """
-    if len(load) % ranks:
-        return None
-    by_rank = load.reshape(ranks, -1).sum(1)
-    return float(by_rank.max() / by_rank.mean())
-
-
-def summarise(audited: Audited, decode: Callable[[int], str]) -> dict[str, Any]:
-    """Everything that an audit says, domains without a token left out and named. ``decode`` gives the text of a token
-    id."""
     watched = audited.watched
     kept = np.flatnonzero(watched.num_tokens.numpy() > 0)
     tokens = watched.num_tokens.numpy()[kept]
@@ -63,7 +56,9 @@ def summarise(audited: Audited, decode: Callable[[int], str]) -> dict[str, Any]:
     vocabulary, occurrences = watched.vocabulary.numpy(), watched.occurrences.numpy()
     called = [layer for layer in watched.layers if layer.load.any()]
     idle = [f"{layer.name} was given no token: it is left out" for layer in watched.layers if not layer.load.any()]
-    layers = [_layer(layer, kept, tokens, vocabulary, occurrences, decode) for layer in called]
+    of_kept = {level: [labels[index] for index in kept.tolist()] for level, labels in (levels or {}).items()}
+    of_kept = {level: labels for level, labels in of_kept.items() if 1 < len(set(labels)) < len(labels)}
+    layers = [_layer(layer, kept, of_kept, tokens, vocabulary, occurrences, decode) for layer in called]
     names = ("maxvio", "maxvio_floor", "topk_score_sum", "router_entropy")
     return finite(
         {
@@ -73,6 +68,7 @@ def summarise(audited: Audited, decode: Callable[[int], str]) -> dict[str, Any]:
             "few_tokens": few,
             "left_out": [name for name in watched.domains if name not in domains],
             "tokens": dict(zip(domains, tokens.tolist(), strict=True)),
+            "levels": {level: dict(zip(domains, labels, strict=True)) for level, labels in of_kept.items()},
             "nats": audited.nats,
             "notes": [*audited.notes, *idle, *([uncertain] if few else [])],
             "layers": layers,
@@ -80,6 +76,12 @@ def summarise(audited: Audited, decode: Callable[[int], str]) -> dict[str, Any]:
             | {
                 name: float(np.mean([layer[name]["value"] for layer in layers]))
                 for name in ("domain_information_bits", "domain_distance")
+            }
+            | {
+                "information_by_level": {
+                    level: float(np.mean([layer["information_by_level"][level]["value"] for layer in layers]))
+                    for level in [*of_kept, "domain"]
+                }
             },
             "words": [words for layer in layers if (words := verdict(layer))],
         }
@@ -89,6 +91,7 @@ def summarise(audited: Audited, decode: Callable[[int], str]) -> dict[str, Any]:
 def _layer(
     layer: LayerCounts,
     kept: Int[np.ndarray, " domains"],
+    levels: Mapping[str, Sequence[str]],
     tokens: Int[np.ndarray, " domains"],
     vocabulary: Int[np.ndarray, " vocabulary"],
     occurrences: Int[np.ndarray, " vocabulary"],
@@ -98,7 +101,6 @@ def _layer(
     load = by_domain.sum(0)
     information, share = domain_information(by_domain)
     distance = mean_domain_distance(by_domain)
-    together = coactivation_of(layer.together.numpy())
     typical = typical_tokens(layer.by_token.numpy(), occurrences) if len(vocabulary) else []
     scores: Float[np.ndarray, " domains"] = layer.score_sum.numpy()[kept] / tokens
     return {
@@ -114,11 +116,15 @@ def _layer(
         "starved_experts": int(((load > 0) & (load < STARVED * load.mean())).sum()),
         "effective_experts": float(effective_experts(layer.load[kept].sum(0))),
         "domain_information_bits": {"value": information.value, "bound": information.bound, "share": share},
+        "information_by_level": {
+            level: {"value": found.value, "bound": found.bound}
+            for level, found in information_by_level(by_domain, levels).items()
+        },
         "domain_distance": {"value": distance.value, "bound": distance.bound},
         "topk_score_sum": float((scores * tokens).sum() / tokens.sum()),
         "topk_score_sum_by_domain": scores.tolist(),
         "router_entropy": float(layer.entropy.numpy()[kept].sum() / tokens.sum()),
-        "coactivation": together.round(4).tolist(),
+        "partners": [[[other, round(share, 4)] for other, share in row] for row in partners(layer.together.numpy())],
         "rank_load": {str(ranks): found for ranks in RANKS if (found := rank_load(load, ranks)) is not None},
         "typical_tokens": [
             [

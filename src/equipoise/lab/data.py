@@ -77,6 +77,11 @@ class Corpus:
         text = _read_tokenizer(self.tokenizer_file).decode(tokens[:num_tokens].tolist(), skip_special_tokens=True)
         return len(text.encode()) / num_tokens
 
+    def sample(self, domain: str, num_tokens: int = 2000) -> str:
+        """The beginning of a domain's test text."""
+        tokens = self.tokens["test"][domain][:num_tokens]
+        return _read_tokenizer(self.tokenizer_file).decode(tokens.tolist(), skip_special_tokens=True)
+
     def decoder(self) -> Callable[[int], str]:
         """What gives the text of a token id; a part of a character is U+FFFD."""
         tokenizer = _read_tokenizer(self.tokenizer_file)

@@ -15,6 +15,7 @@ from equipoise.errors import EquipoiseError
 from equipoise.experts.result import RESULT, Audited, summarise
 from equipoise.lab.config import Train
 from equipoise.lab.data import Corpus
+from equipoise.lab.levels import levels_of
 from equipoise.lab.selection import evaluates_by_token, evaluation_note
 from equipoise.records import Run, is_new, write_json
 
@@ -147,7 +148,8 @@ class RunFolder:
         if not evaluates_by_token(config.selection):
             self.watcher.say(f"no {RESULT}: --selection {config.selection} gives experts tokens, not tokens experts")
             return
-        found = summarise(audited, corpus.decoder())
+        levels = levels_of(config.data, {domain: corpus.sample(domain) for domain in corpus.domains})
+        found = summarise(audited, corpus.decoder(), levels)
         about = f"counted in the run's last evaluation, on {sum(found['tokens'].values()):,} tokens of its test text"
         selection = evaluation_note(config.selection)
         found |= {

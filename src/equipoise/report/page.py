@@ -193,7 +193,7 @@ def _of_audit(records: Records) -> dict[str, Any]:
         "data": _data(
             cap=CAP,
             figures=drawn,
-            models=[_model(model, 1, [layer.get("coactivation") for layer in layers])],
+            models=[_model(model, 1)],
             times=[],
             colors=[styles[model.strategy]["color"]],
             table=_rows([_flat(layer) for layer in layers]),
@@ -219,7 +219,7 @@ def _flat(layer: dict[str, Any]) -> dict[str, Any]:
     return numbers
 
 
-def _model(model: Experts, num_models: int, together: Sequence[Any] = ()) -> dict[str, Any]:
+def _model(model: Experts, num_models: int) -> dict[str, Any]:
     """What page.js draws maps and the table of experts from."""
     num_experts = sum(load.shape[1] for load in model.load)
     most = max(3, min(10, MOST_TOKENS // max(1, num_experts * num_models)))
@@ -234,21 +234,8 @@ def _model(model: Experts, num_models: int, together: Sequence[Any] = ()) -> dic
             [[[token["text"], round(token["share"], 3), token["count"]] for token in expert[:most]] for expert in layer]
             for layer in model.typical
         ],
-        "partners": [_partners(matrix) for matrix in together],
+        "partners": [[row[:3] for row in layer] for layer in model.partners],
     }
-
-
-def _partners(together: Sequence[Sequence[float | None]] | None, most: int = 3) -> list[list[list[float]]]:
-    """By expert, those that its tokens choose beside it most often, with the share of its tokens."""
-    if together is None:
-        return []
-    matrix = np.array([[-1.0 if value is None else value for value in row] for row in together])
-    np.fill_diagonal(matrix, -1)
-    order = np.argsort(-matrix, axis=1, kind="stable")[:, :most]
-    return [
-        [[int(other), round(float(matrix[expert, other]), 3)] for other in others if matrix[expert, other] > 0]
-        for expert, others in enumerate(order)
-    ]
 
 
 def _over_time(shown: Sequence[Reading]) -> list[dict[str, Any]]:
