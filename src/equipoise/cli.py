@@ -36,7 +36,7 @@ __all__ = ["main"]
 
 @dataclass(frozen=True)
 class Report:
-    """Draw report.html again from the run folders alone."""
+    """Draw report.html again, from run folders or from an audit."""
 
     folder: Path
     """The folder that was passed as --out to compare or train."""

@@ -368,7 +368,7 @@ def layers(layer_rows: Sequence[Mapping[str, Any]]) -> go.Figure:
     information = [row["domain_information_bits"] for row in layer_rows]
     for name, values, dash in (
         ("domain information, bits", [found["value"] for found in information], "solid"),
-        ("below: chance", [found["bound"] for found in information], "dot"),
+        ("chance stays below", [found["bound"] for found in information], "dot"),
     ):
         figure.add_scatter(
             x=names,
@@ -386,8 +386,8 @@ def layers(layer_rows: Sequence[Mapping[str, Any]]) -> go.Figure:
         legend={"orientation": "h", "yanchor": "bottom", "y": 1.02, "x": 0},
         hovermode="x unified",
         xaxis={"type": "category", "title": {"text": "MoE layer", "standoff": 8}, "anchor": "y2"},
-        yaxis={"title": {"text": "MaxVio"}, "domain": [0.54, 1], "rangemode": "tozero", "nticks": 5},
-        yaxis2={"title": {"text": "bits"}, "domain": [0, 0.46], "rangemode": "tozero", "nticks": 5},
+        yaxis={"title": {"text": "MaxVio"}, "domain": [0.54, 1], "rangemode": "tozero", "nticks": 5, "zeroline": False},
+        yaxis2={"title": {"text": "bits"}, "domain": [0, 0.46], "rangemode": "tozero", "nticks": 5, "zeroline": False},
     )
     return figure
 

@@ -144,5 +144,5 @@ def verdict(layer: dict[str, Any]) -> str | None:
     if layer["dead_experts"]:
         found.append(f"{layer['dead_experts']} of {experts} experts got no token")
     if layer["starved_experts"]:
-        found.append(f"{layer['starved_experts']} got less than a tenth of the mean")
+        found.append(f"{layer['starved_experts']} of {experts} experts got less than a tenth of the mean load")
     return f"{layer['layer']}: {', '.join(found)}" if found else None
