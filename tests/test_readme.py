@@ -22,7 +22,7 @@ def test_the_code_runs(capsys):
 def test_the_fragments_that_do_not_run_here_are_python():
     """They need ranks, or data; ``tests/distributed`` and ``tests/integrations`` run the same calls."""
     fragments = re.findall(r"```py\n(.*?)```", README, re.DOTALL)
-    assert len(fragments) == 2
+    assert len(fragments) == 3
     for code in fragments:
         compile(code, "README.md", "exec")
 
