@@ -42,9 +42,103 @@ CLAIMS = "tests/reproduce/test_frontier.py"
 SELECTION, COMPARED = "tests/lab/test_selection.py", "tests/lab/test_balancers.py"
 ESTIMATES, VERDICTS, POWER = (f"tests/analysis/test_{name}.py" for name in ("statistics", "verdicts", "power"))
 
+PAGE = "tests/report/test_report.py"
 TRAINER, PEFT = "tests/integrations/test_trainer.py", "tests/integrations/test_peft.py"
 
 MUTANTS = [
+    # the report, tables and figures
+    Mutant(
+        "report: significance is judged comparison by comparison",
+        "report/words.py",
+        "family, balance = judge_family(nats), judge_family(maxvio)",
+        "family, balance = nats, maxvio",
+        f"{PAGE} -k family",
+    ),
+    Mutant(
+        "report: strategies are compared on seeds of their own",
+        "report/words.py",
+        "    sound = _on(sound, seeds, runs)\n",
+        "",
+        f"{PAGE} -k not_all_have",
+    ),
+    Mutant(
+        "report: typical tokens of another text",
+        "analysis/reading.py",
+        "if audited.domains == domains and all(map(np.array_equal, audited.load, load)):",
+        "if audited.domains == domains:",
+        f"{PAGE} -k typical_tokens",
+    ),
+    Mutant(
+        "report: bars are not widened for the means that were taken out",
+        "analysis/figures.py",
+        "return kept, math.sqrt(len(values) / (len(values) - 1))",
+        "return kept, 1.000001",
+        "tests/analysis/test_figures.py -k seeds_do_not_share",
+    ),
+    Mutant(
+        "tables: what is left over of the last window is dropped",
+        "analysis/tables.py",
+        "    if total is not None:\n        yield last, steps, total\n",
+        "",
+        "tests/analysis/test_tables.py -k loads_are",
+    ),
+    Mutant(
+        "tables: a frequency is of assignments",
+        "analysis/tables.py",
+        "tokens = np.repeat(load.sum(-1) // model.k, experts)",
+        "tokens = np.repeat(load.sum(-1), experts)",
+        "tests/analysis/test_tables.py -k experts_hold",
+    ),
+    Mutant(
+        "cost: the mean rank instead of the busiest",
+        "analysis/specialisation.py",
+        "return float(by_rank.max() / by_rank.mean())",
+        "return float(np.median(by_rank) / by_rank.mean())",
+        "tests/analysis/test_figures.py -k busiest_rank",
+    ),
+    Mutant(
+        "levels: a group of domains weighs as much as one domain",
+        "analysis/specialisation.py",
+        "within = sum(len(rows) * entropy(np.array(rows)) for rows in groups.values()) / len(n)",
+        "within = sum(entropy(np.array(rows)) for rows in groups.values()) / len(groups)",
+        f"{SPECIALISATION} -k by_level",
+    ),
+    Mutant(
+        "levels: what a level adds is not told from what those before it know",
+        "analysis/specialisation.py",
+        "        return np.diff(found)\n",
+        "        return np.array(found[1:])\n",
+        f"{SPECIALISATION} -k by_level",
+    ),
+    # offsets beside the weights
+    Mutant(
+        "offsets: what lies beside the weights is passed over",
+        "attachment.py",
+        "            offsets = _beside_weights(inner, layers, resolved, multiplies)\n",
+        "            pass\n",
+        "tests/test_saved.py -k begins",
+    ),
+    Mutant(
+        "offsets: a promised file that is not there means zero",
+        "attachment.py",
+        "    if path is None:\n        raise EquipoiseError(",
+        "    if path is None:\n        return None\n        raise EquipoiseError(",
+        "tests/test_saved.py -k promised",
+    ),
+    Mutant(
+        "a forgotten step() is said at every micro-batch",
+        "window.py",
+        "if len(self.micro_batches) == MANY:",
+        "if len(self.micro_batches) >= MANY:",
+        "tests/test_saved.py -k never_called",
+    ),
+    Mutant(
+        "groups before an offset are attached",
+        "taps/discovery.py",
+        "if (not grouped or in_the_way) and",
+        "if not grouped and",
+        f"{EVERY} -k groups_before",
+    ),
     # under the Trainer of Transformers
     Mutant(
         "10: under the Trainer the balancing loss is not weighed by label tokens",
