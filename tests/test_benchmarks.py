@@ -119,3 +119,29 @@ def test_attach_of_many_layers_is_quick_and_was_measured_so():
     assert [row["family"] for row in stored["rows"]] == list(attach.FAMILIES)
     assert stored["holds"] and all(row["layers"] == attach.LAYERS for row in stored["rows"])
     assert all(row["first_cpu_seconds"] <= attach.LIMIT for row in stored["rows"])
+
+
+@pytest.mark.slow
+def test_an_audit_is_quick_and_small_and_was_measured_so(tiny, tmp_path):
+    from equipoise.lab.train import train
+
+    class Silent:
+        say = begin = step = end = lambda *arguments: None
+
+    audit = _load("audit")
+    train(replace(tiny, save_model=True), Silent())
+    pair = audit.Pair(tiny.out, tiny.data, tokens=1024, length=32)
+    assert sum(ids.numel() for ids in pair.batches) == 1024
+    found = pair.measure(pairs=2)
+    assert found["tokens"] == 1024 and found["ratio"] > 0.5 and len(found["ratios"]) == 2
+    before = audit.peak_mib()
+    room = bytearray(b"x" * 2**26)
+    assert 60 < audit.peak_mib() - before < 140
+    del room
+    assert audit.peak(tiny.out, 1024, tiny.data, length=32)["tokens"] == 1024
+    stored = audit.json.loads(audit.STORED.read_text())
+    assert stored["holds"] and stored["command_time"]["seconds"] <= audit.MOST_SECONDS
+    assert stored["over_bare_forwards"]["ratio"] <= audit.MOST_RATIO
+    assert stored["over_bare_forwards"]["pairs"] == audit.PAIRS
+    few, many = stored["peak_memory"]["few"], stored["peak_memory"]["many"]
+    assert many["tokens"] > 7 * few["tokens"] and many["peak_mib"] <= audit.MOST_GROWTH * few["peak_mib"]

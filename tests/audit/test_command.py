@@ -94,6 +94,8 @@ def test_the_command_prints_json_and_keeps_the_rest_off_stdout(run, text, tmp_pa
 def test_what_cannot_be_audited_is_refused(run, text, tmp_path):
     with pytest.raises(UsageError, match="--tokens must be at least 1"):
         _audit(run, text, tmp_path, tokens=0)
+    with pytest.raises(UsageError, match="--sequence-length must be at least 2"):
+        _audit(run, text, tmp_path, sequence_length=1)
     with pytest.raises(UsageError, match="is not there"):
         _audit(tmp_path / "nowhere", text, tmp_path)
     config = tmp_path / "config"
@@ -229,25 +231,20 @@ def _dangling(folder, monkeypatch):
 def _forbidden(folder, monkeypatch):
     from pathlib import Path
 
-    plain = Path.read_bytes
+    plain = Path.open
 
-    def read(path):  # as without permission: root, who may run this, has it always
+    def opened(path, *args, **options):  # as without permission: root, who may run this, has it always
         if path.name == "a.txt":
             raise PermissionError(13, "Permission denied")
-        return plain(path)
+        return plain(path, *args, **options)
 
     (folder / "a.txt").write_text("words")
-    monkeypatch.setattr(Path, "read_bytes", read)
+    monkeypatch.setattr(Path, "open", opened)
     return 1, f"Text must be readable: {folder / 'a.txt'}: Permission denied. Check its permissions."
 
 
-def _latin(folder, monkeypatch):
-    (folder / "a.txt").write_bytes("déjà vu".encode("latin-1"))
-    return 1, "Text must be UTF-8: "
-
-
 @QWEN
-@pytest.mark.parametrize("trouble", [_none, _empty, _foreign, _dangling, _forbidden, _latin])
+@pytest.mark.parametrize("trouble", [_none, _empty, _foreign, _dangling, _forbidden])
 def test_text_that_cannot_be_read_is_refused_before_anything_is_counted(
     run, text, tmp_path, capfd, monkeypatch, trouble
 ):
@@ -282,33 +279,33 @@ def test_domains_of_few_tokens_are_said_and_marked(run, text, tmp_path, capfd):
 
 
 @QWEN
-def test_an_error_in_the_midst_of_the_text_keeps_what_was_counted(run, text, tmp_path, capfd, monkeypatch):
-    import equipoise.audit.run as module
-
-    plain, calls = module._mean_nats, []
-
-    def fails(*args):
-        calls.append(1)
-        if len(calls) == 3:
-            raise RuntimeError("no room") if with_bug else EquipoiseError("the model must have room: it has none.")
-        return plain(*args)
-
-    monkeypatch.setattr(module, "_mean_nats", fails)
-    with_bug = False
-    code, said = _fails(capfd, run, text, tmp_path / "out", "--batch", "2", "--tokens", "400")
+def test_an_error_in_the_midst_of_the_text_keeps_what_was_counted(run, text, tmp_path, capfd):
+    folder = tmp_path / "text"
+    folder.mkdir()
+    (folder / "law.txt").write_bytes((text / "law.txt").read_bytes())
+    (folder / "verse.txt").write_bytes("déjà vu".encode("latin-1"))
+    code, said = _fails(capfd, run, folder, tmp_path / "out", "--tokens", "400")
     path = tmp_path / "out" / RESULT
     kept = f"What was counted until then is in {path}, marked as not complete."
-    assert code == 1 and said == f"the model must have room: it has none. {kept}"
+    assert code == 1 and said.startswith("Text must be UTF-8: ") and said.endswith(f"as with iconv. {kept}")
     found = json.loads(path.read_text())
-    assert found["complete"] is False and found["tokens"] == {"law": 128}
+    assert found["complete"] is False and found["tokens"] == {"law": 192} and found["left_out"] == ["verse"]
     assert any(
-        note.startswith("not complete: ended within law, after 128 of 384 tokens, verse") for note in found["notes"]
+        note.startswith("not complete: ended within verse, after 192 of 384 tokens: ") for note in found["notes"]
     )
-    calls.clear()
-    with_bug = True
-    with pytest.raises(RuntimeError, match="no room"):
-        _audit(run, text, tmp_path / "bug", batch=2)
-    assert json.loads((tmp_path / "bug" / RESULT).read_text())["complete"] is False
+
+
+@QWEN
+def test_a_bug_in_the_midst_of_the_text_is_raised_as_it_is(run, text, tmp_path):
+    class Fails(Quiet):
+        def done(self, tokens, of):
+            raise RuntimeError("a bug")
+
+    fails = Fails()
+    with pytest.raises(RuntimeError, match="a bug"):
+        audit(Audit(run, str(text), tokens=2000, sequence_length=32, out=tmp_path), fails)
+    assert json.loads((tmp_path / RESULT).read_text())["complete"] is False
+    assert fails.said[-1].endswith("marked as not complete.")
 
 
 @pytest.mark.slow

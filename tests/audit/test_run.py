@@ -83,8 +83,9 @@ def test_tokens_that_do_not_fit_into_memory_are_not_told_apart(model, text, monk
 
 
 def test_what_cannot_be_is_refused(model, tmp_path, text):
-    with pytest.raises(UsageError, match="must be at least 1"):
-        _audit(model, text, tokens=0)
+    for wrong in ({"tokens": 0}, {"length": 1}, {"batch": 0}):
+        with pytest.raises(UsageError, match="tokens and batch must be at least 1, length 2"):
+            _audit(model, text, **wrong)
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "a.txt").write_text("abc")
     with pytest.raises(UsageError, match="must fill a row of 32 tokens in some domain"):

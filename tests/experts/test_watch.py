@@ -247,10 +247,12 @@ def test_a_router_is_called_in_every_forward_or_in_none():
 def test_the_most_frequent_tokens_at_the_beginning_are_told_apart(monkeypatch):
     model = models.family("glm4_moe")
     rows = np.array([[5, 5, 5, 7], [7, 7, 9, 3], [1, 1, 1, 1]])
+    assert choose_vocabulary(model, [rows]) == (list(range(64)), []), "all fit, nothing is looked at"
+    monkeypatch.setattr("equipoise.experts.watch.MOST_CELLS", 10 * 16)  # two layers of eight experts
     assert choose_vocabulary(model, [rows]) == ([1, 5, 7, 9, 3], [])
     monkeypatch.setattr("equipoise.experts.watch.LOOKED_AT", 8)
     assert choose_vocabulary(model, [rows]) == ([5, 7, 9, 3], []), "of one domain no more than it looks at"
-    monkeypatch.setattr("equipoise.experts.watch.MOST_CELLS", 2 * 16)  # two layers of eight experts
+    monkeypatch.setattr("equipoise.experts.watch.MOST_CELLS", 2 * 16)
     chosen, notes = choose_vocabulary(model, iter([iter(rows), iter(rows[2:])]))
     assert chosen == [1, 5] and notes == ["3 rare tokens are not told apart, to bound the memory"]
 

@@ -14,7 +14,7 @@ from equipoise.lab.levels import levels_of
 from equipoise.records import write_json
 from equipoise.saved import OFFSETS_FILE, model_folder
 
-__all__ = ["RESULT", "audit", "table_rows"]
+__all__ = ["RESULT", "audit", "load_tokenizer", "table_rows"]
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
 COLUMNS = (
@@ -41,7 +41,7 @@ def audit(asked: Audit, progress: Progress, command: str = "") -> dict[str, Any]
     if (folder / OFFSETS_FILE).exists():
         attach(opened.model, "frozen", offsets=folder)
         notes.append(f"routed with the offsets of {OFFSETS_FILE}, as it was trained")
-    tokenizer = _tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
 
     def write(audited: Audited) -> dict[str, Any]:
         samples = {domain: audited.samples.get(domain, "") for domain in audited.watched.domains}
@@ -98,7 +98,8 @@ def _refuse_run_without_model(folder: Path) -> None:
         )
 
 
-def _tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer that lies beside a model."""
     from transformers import AutoTokenizer
 
     reason = "there is none."

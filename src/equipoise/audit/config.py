@@ -21,8 +21,8 @@ class Audit:
     json: bool = False
 
     def check(self) -> None:
-        for name in ("tokens", "sequence_length", "batch"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"--{name.replace('_', '-')} must be at least 1: got {getattr(self, name)}.")
+        for name, least in (("tokens", 1), ("sequence_length", 2), ("batch", 1)):
+            if getattr(self, name) < least:
+                raise UsageError(f"--{name.replace('_', '-')} must be at least {least}: got {getattr(self, name)}.")
         if self.out.exists() and not self.out.is_dir():
             raise UsageError(f"--out must be a folder: {self.out} is a file. Choose another.")

@@ -3,6 +3,7 @@
 Memory does not grow with the text: one domain's documents at a time, one batch of tokens, sums.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from equipoise.errors import EquipoiseError, UsageError
@@ -70,8 +71,8 @@ def audit_model(
     ``notes``. Raises ``UsageError`` where nothing is left, ``EquipoiseError`` for a model without routers, and
     ``CutShort`` where an error or Ctrl-C comes after the first batch.
     """
-    if min(tokens, length, batch) < 1:
-        raise UsageError(f"tokens, length and batch must be at least 1: got {tokens}, {length} and {batch}.")
+    if min(tokens, length - 1, batch) < 1:
+        raise UsageError(f"tokens and batch must be at least 1, length 2: got {tokens}, {batch} and {length}.")
     domains = list(stream_text(data, progress.say))
     share = max(1, tokens // len(domains) // length)  # rows of a domain
     beginnings = (islice(_rows(read(), encode, end, length), share) for _, read in domains)
@@ -80,7 +81,11 @@ def audit_model(
     samples: dict[str, str] = {}
     was_training, device, done, of = model.training, next(model.parameters()).device, 0, share * length * len(domains)
     model.eval()
-    finite = model.register_forward_hook(_refuse_nan)  # before those that count
+    losses: list[float] = []  # of the batches of a domain
+    measured = model.register_forward_hook(  # before the hooks that count: a batch that gives nan is not counted
+        lambda module, args, kwargs, output: losses.append(_mean_nats(output.logits, kwargs["input_ids"])),
+        with_kwargs=True,
+    )
     try:
         with torch.no_grad(), watching(model, [name for name, _ in domains], vocabulary) as watched:
             try:
@@ -91,9 +96,9 @@ def audit_model(
                     samples[name] = "".join(islice(documents, 3))[:SAMPLE]
                     rows = islice(_rows(documents, encode, end, length), share)
                     while part := list(islice(rows, batch)):
-                        ids = torch.from_numpy(np.stack(part))
-                        total += float(_mean_nats(model, ids.to(device))) * len(part)
-                        num_rows, done = num_rows + len(part), done + ids.numel()
+                        _forward(model, torch.from_numpy(np.stack(part)), device)
+                        total += losses.pop() * len(part)
+                        num_rows, done = num_rows + len(part), done + len(part) * length
                         nats[name] = total / num_rows
                         progress.done(done, of)
                     if not num_rows:
@@ -104,7 +109,7 @@ def audit_model(
                 notes.append(_cut_short(watched, of, error))
                 raise CutShort(Audited(watched, nats, tuple(notes), False, samples), error) from error
     finally:
-        finite.remove()
+        measured.remove()
         model.train(was_training)
     if not nats:
         raise UsageError(
@@ -129,15 +134,22 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _refuse_nan(model: nn.Module, args: Any, output: Any) -> None:
-    if not output.logits.isfinite().all():
+def _mean_nats(logits: Float[Tensor, "rows length vocabulary"], ids: Int[Tensor, "rows length"]) -> float:
+    """Mean cross-entropy of the next token. Row by row: all at once would take the memory of the logits again."""
+    total = sum(
+        float(nn.functional.cross_entropy(row[:-1].float(), targets[1:], reduction="sum"))
+        for row, targets in zip(logits, ids, strict=True)
+    )
+    nats = total / (len(ids) * (ids.shape[1] - 1))
+    if not math.isfinite(nats):
         raise EquipoiseError(
             "the model must give finite logits: it gives nan or infinity. The checkpoint is damaged, or needs another "
             "dtype."
         )
+    return nats
 
 
-def _mean_nats(model: nn.Module, ids: Int[Tensor, "rows length"]) -> Tensor:
+def _forward(model: nn.Module, ids: Int[Tensor, "rows length"], device: torch.device) -> None:
     embedding: Any = getattr(model, "get_input_embeddings", lambda: None)()
     most = getattr(embedding, "num_embeddings", None)
     if most is not None and int(ids.max()) >= most:
@@ -146,7 +158,7 @@ def _mean_nats(model: nn.Module, ids: Int[Tensor, "rows length"]) -> Tensor:
             f"{most} tokens. Put the model's own tokenizer.json beside it."
         )
     try:
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+        model(input_ids=ids.to(device), use_cache=False)
     except EquipoiseError:
         raise
     except Exception as error:  # whatever a model makes of it: no memory, a length that it does not take
@@ -155,4 +167,3 @@ def _mean_nats(model: nn.Module, ids: Int[Tensor, "rows length"]) -> Tensor:
             f"the model must run on {rows} rows of {length} tokens: it says {type(error).__name__}: "
             f"{_first_line(error).rstrip('.')}. Take a smaller --batch or --sequence-length."
         ) from error
-    return nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())

@@ -233,9 +233,13 @@ def _whole() -> Iterator[None]:
 def choose_vocabulary(
     model: nn.Module, domains: Iterable[Iterable[Int[np.ndarray, " length"]]]
 ) -> tuple[list[int], list[str]]:
-    """The token ids that are told apart, and what to note of it: the most frequent ones at the beginning of each domain
-    (its rows of token ids), as many as fit."""
-    cells = sum(router.num_experts for router in find_routers(model))
+    """The token ids that are told apart, and what to note of it: all that the model knows, where they fit; else the
+    most frequent ones at the beginning of each domain (its rows of token ids), as many as fit."""
+    most = max(1, MOST_CELLS // sum(router.num_experts for router in find_routers(model)))
+    embedding: Any = getattr(model, "get_input_embeddings", lambda: None)()
+    num = getattr(embedding, "num_embeddings", None)
+    if num is not None and num <= most:
+        return list(range(num)), []
     seen: Counter[int] = Counter()
     for rows in domains:
         looked_at = 0
@@ -244,7 +248,6 @@ def choose_vocabulary(
             looked_at += len(row)
             if looked_at >= LOOKED_AT:
                 break
-    most = max(1, MOST_CELLS // cells)
     chosen = [token_id for token_id, _ in seen.most_common(most)]
     left_out = len(seen) - len(chosen)
     return chosen, [f"{left_out} rare tokens are not told apart, to bound the memory"] if left_out else []

@@ -74,14 +74,28 @@ def find_text(data: str | Path | None, progress: Progress) -> Text:
 
 def stream_text(data: str | Path | None, progress: Progress) -> Iterator[tuple[str, Callable[[], list[str]]]]:
     """As ``find_text``, domain by domain: its name, and a function that reads its documents, in hash order. Only what
-    is asked for is read, so no more than one domain need be in memory."""
+    is asked for is read, so no more than one domain need be in memory; that every file can be opened is checked at
+    once."""
     path = CORPUS if data is None or data == "corpus" else Path(data).expanduser()
     if not path.exists():
         for domain, documents in find_text(data, progress).read(progress).items():
             yield domain, partial(in_hash_order, documents)
         return
-    for domain, files in _find_domains(path).items():
+    found = _find_domains(path)
+    for file in (file for files in found.values() for file in files):
+        _check_opens(file.path)
+    for domain, files in found.items():
         yield domain, partial(_read_in_hash_order, files)
+
+
+def _check_opens(path: Path) -> None:
+    try:
+        with path.open("rb") as opened:
+            if opened.read(1):
+                return
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    raise _empty(path)
 
 
 def _read_in_hash_order(files: Sequence[_File]) -> list[str]:
@@ -204,6 +218,10 @@ def _unreadable(path: Path, error: OSError) -> EquipoiseError:
     return EquipoiseError(f"Text must be readable: {path}: {error.strerror}. Check its permissions.")
 
 
+def _empty(path: Path) -> EquipoiseError:
+    return EquipoiseError(f"A file of text must hold text: {path} is empty. Fill it or remove it.")
+
+
 def _digest_of_documents(documents: Sequence[str]) -> tuple[int, str]:
     digest, size = hashlib.blake2b(), 0
     for document in documents:
@@ -232,7 +250,7 @@ def _read(file: _File) -> list[str]:
         except lzma.LZMAError as error:
             raise EquipoiseError(f"{file.path} must be xz: {error}. The file is damaged; restore it.") from None
     if not content:
-        raise EquipoiseError(f"A file of text must hold text: {file.path} is empty. Fill it or remove it.")
+        raise _empty(file.path)
     if _kind(file.path) == ".parquet":
         return _read_parquet(content, file.path)
     try:

@@ -1,0 +1,196 @@
+"""What does `equipoise audit` cost? Time against bare forwards, and memory against the number of tokens.
+
+    python benchmarks/audit.py    # writes benchmarks/results/audit.json
+
+The model is the lab's default one after two steps, the text the packaged corpus. Three bars:
+
+- the command on 100,000 tokens, a process from its start to its end: at most 60 s of wall clock on two cores;
+- its work without loading (text, tokens, forwards, counts, statistics) over the bare forwards of the same batches, both
+  in one process and in turn: at most 1.3, the median of the pairs;
+- its peak memory with 400,000 tokens over that with 50,000: at most 1.05, each in a process of its own.
+
+The last line on stdout is the result as JSON.
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: its threads shall not spin where cores are shared
+
+import torch
+from torch import nn
+
+from equipoise.audit.command import audit, load_tokenizer
+from equipoise.audit.config import Audit
+from equipoise.audit.run import audit_model
+from equipoise.catalogue.model import open_model
+from equipoise.experts.result import summarise
+from equipoise.records import write_json
+
+STORED = Path(__file__).parent / "results" / "audit.json"
+TOKENS, PAIRS, THREADS = 100_000, 7, 2
+FEW, MANY = 50_000, 400_000
+MOST_SECONDS, MOST_RATIO, MOST_GROWTH = 60.0, 1.3, 1.05
+
+
+class Quiet:
+    def say(self, text: str) -> None: ...
+
+    def done(self, tokens: int, of: int) -> None: ...
+
+
+def run_command(*arguments: str) -> float:
+    """Seconds of one call of `equipoise`."""
+    started = time.perf_counter()
+    command = [sys.executable, "-m", "equipoise", *arguments]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return time.perf_counter() - started
+
+
+class Pair:
+    """An audit, and the bare forwards of its batches."""
+
+    def __init__(self, run: Path, data: str | None = None, tokens: int = TOKENS, length: int = 512):
+        self.model: nn.Module = open_model(run / "model", whole=True).model.eval()
+        self.tokenizer, self.data, self.tokens, self.length = load_tokenizer(run / "model"), data, tokens, length
+        self.batches: list[torch.Tensor] = []
+        keep = self.model.register_forward_pre_hook(
+            lambda model, args, kwargs: self.batches.append(kwargs["input_ids"]), with_kwargs=True
+        )
+        self.audited()
+        keep.remove()
+
+    def audited(self) -> float:
+        """Seconds of an audit."""
+        started = time.perf_counter()
+        found = audit_model(
+            self.model,
+            lambda text: self.tokenizer(text, add_special_tokens=False)["input_ids"],
+            self.data,
+            Quiet(),
+            tokens=self.tokens,
+            length=self.length,
+            end=self.tokenizer.eos_token_id,
+        )
+        summarise(found, lambda token_id: self.tokenizer.decode([token_id]))
+        return time.perf_counter() - started
+
+    @torch.no_grad()
+    def bare(self) -> float:
+        """Seconds of the forwards of its batches alone."""
+        started = time.perf_counter()
+        for ids in self.batches:
+            self.model(input_ids=ids, use_cache=False)
+        return time.perf_counter() - started
+
+    def measure(self, pairs: int = PAIRS) -> dict[str, Any]:
+        seconds = []
+        for number in range(pairs):
+            if number % 2:
+                bare = self.bare()
+                seconds.append((self.audited(), bare))
+            else:
+                seconds.append((self.audited(), self.bare()))
+        ratios = [ours / bare for ours, bare in seconds]
+        return {
+            "tokens": sum(ids.numel() for ids in self.batches),
+            "pairs": pairs,
+            "audit_seconds": round(statistics.median(ours for ours, _ in seconds), 3),
+            "bare_seconds": round(statistics.median(bare for _, bare in seconds), 3),
+            "ratio": round(statistics.median(ratios), 3),
+            "ratios": [round(ratio, 3) for ratio in sorted(ratios)],
+        }
+
+
+def peak(run: Path, tokens: int, data: str = "corpus", length: int = 512) -> dict[str, Any]:
+    """Of this process, with one audit of so many tokens: the most memory that it ever had."""
+    with tempfile.TemporaryDirectory() as out:
+        found = audit(Audit(run, data, tokens, Path(out), sequence_length=length), Quiet())
+    return {"tokens": sum(found["tokens"].values()), "peak_mib": round(peak_mib(), 1)}
+
+
+def peak_mib() -> float:
+    """The most resident memory of this process so far. Not ``ru_maxrss``, which begins with that of the parent."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) / 1024
+
+
+def _peak_of_its_own(run: Path, tokens: int) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--peak", str(tokens), "--run", str(run)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def table(result: dict[str, Any]) -> str:
+    command, pair, memory = result["command_time"], result["over_bare_forwards"], result["peak_memory"]
+    rows = [
+        ("", "measured", "bar", "holds"),
+        (
+            f"command, {command['tokens']:,} tokens",
+            f"{command['seconds']} s",
+            f"{MOST_SECONDS:.0f} s",
+            command["holds"],
+        ),
+        (f"over bare forwards, {pair['tokens']:,} tokens", pair["ratio"], MOST_RATIO, pair["holds"]),
+        (
+            f"peak memory, {memory['many']['tokens']:,} over {memory['few']['tokens']:,} tokens",
+            f"{memory['many']['peak_mib']} / {memory['few']['peak_mib']} MiB = {memory['growth']}",
+            MOST_GROWTH,
+            memory["holds"],
+        ),
+    ]
+    return "\n".join(f"{what:44} {measured!s:32} {bar!s:8} {holds}" for what, measured, bar, holds in rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peak", type=int, help="one audit of so many tokens, and the peak memory of this process")
+    parser.add_argument("--run", type=Path, help="a run whose model is audited; by default one of two steps is made")
+    asked = parser.parse_args()
+    torch.set_num_threads(THREADS)
+    if asked.peak:
+        print(json.dumps(peak(asked.run, asked.peak)))
+        return
+    with tempfile.TemporaryDirectory() as name:
+        run, out = asked.run or Path(name) / "run", str(Path(name) / "audit")
+        if asked.run is None:
+            run_command("train", "--out", str(run), "--steps", "2", "--strategy", "loss-free")
+        seconds = run_command("audit", str(run), "--tokens", str(TOKENS), "--out", out)
+        measured = json.loads((Path(out) / "audit.json").read_text())
+        pair = Pair(run).measure()
+        few, many = (_peak_of_its_own(run, tokens) for tokens in (FEW, MANY))
+    growth = round(many["peak_mib"] / few["peak_mib"], 3)
+    result = {
+        "command": "python benchmarks/audit.py",
+        "date": datetime.date.today().isoformat(),
+        "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}, no accelerator; {THREADS} threads",
+        "versions": {name: importlib.metadata.version(name) for name in ("equipoise", "torch", "transformers")},
+        "model": {"model_type": measured["model_type"], "num_parameters": measured["num_parameters"]},
+        "bars": {"seconds": MOST_SECONDS, "ratio": MOST_RATIO, "growth": MOST_GROWTH},
+        "command_time": {
+            "tokens": sum(measured["tokens"].values()),
+            "seconds": round(seconds, 1),
+            "holds": seconds <= MOST_SECONDS,
+        },
+        "over_bare_forwards": {**pair, "holds": pair["ratio"] <= MOST_RATIO},
+        "peak_memory": {"few": few, "many": many, "growth": growth, "holds": growth <= MOST_GROWTH},
+    }
+    result["holds"] = all(result[part]["holds"] for part in ("command_time", "over_bare_forwards", "peak_memory"))
+    write_json(STORED, result)
+    print(table(result))
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
