@@ -1466,8 +1466,8 @@ MUTANTS = [
     Mutant(
         "audit: half a text is called complete",
         "audit/run.py",
-        "tuple(notes), complete=False)",
-        "tuple(notes))",
+        "tuple(notes), False, samples)",
+        "tuple(notes), True, samples)",
         "tests/audit/test_run.py -k before_an_end",
     ),
     Mutant(
