@@ -193,7 +193,8 @@ class Balance:
             self._context.clear()
             return
         window = self._window
-        called = [any(micro_batch.calls[i] for micro_batch in window.micro_batches) for i in range(len(self._layers))]
+        calls = [micro_batch.calls for micro_batch in window.micro_batches]
+        called = [any(of_layer) for of_layer in zip(*calls, strict=True)] if calls else [False] * len(self._layers)
         if not all(called):
             window.fail(self._device(), self._recorder.empty_statistics())
             missing = [layer.name for layer, was in zip(self._layers, called, strict=True) if not was]
@@ -228,8 +229,7 @@ class Balance:
                     assert isinstance(applied, Tensor)
                     state[name].copy_(torch.where(applied.to(value.device).bool(), state[name], value))
             if group.steering is not None:
-                for layer in group.layers:
-                    self._recorder.restore_offset(layer)
+                self._recorder.restore_offsets(group)
 
     def follow(self, optimizer: torch.optim.Optimizer) -> Any:
         """Calls ``step()`` after every ``optimizer.step()``; ``remove()`` on what comes back ends it.

@@ -75,6 +75,15 @@ class Layout:
         with torch.inference_mode(False):  # counts outlive an evaluation under inference mode
             return torch.zeros(self.tokens.stop, dtype=torch.int64, device=device)
 
+    def block(self, layers: Sequence[int]) -> slice | None:
+        """Where the loads of these layers lie, one after another and of one size; None where they do not."""
+        slices = [self.slices[layer] for layer in layers]
+        if len({self.num_experts[layer] for layer in layers}) != 1:
+            return None
+        if any(a.stop != b.start for a, b in itertools.pairwise(slices)):
+            return None
+        return slice(slices[0].start, slices[-1].stop)
+
     def load(self, vector: Tensor, layer: int) -> Int[Tensor, " experts"]:
         return vector[self.slices[layer]]
 

@@ -39,12 +39,15 @@ class Layer(NamedTuple):
 class Group:
     """The layers with the same number of experts, k and gate, and the balancers prepared for them, states stacked."""
 
-    def __init__(self, layers: list[int], balancers: list[Balancer]):
+    def __init__(self, layers: list[int], balancers: list[Balancer], routers: Sequence[Layer], layout: Layout):
         self.layers = layers
         self.balancers = balancers
         self.losses = [balancer for balancer in balancers if balancer.has_loss]
         self.steering = next((balancer for balancer in balancers if balancer.has_offset), None)
         self.has_statistics = any(type(b).statistic is not Balancer.statistic for b in balancers)
+        self.slots = [self.slot(layer) for layer in routers]
+        self.has_own_slot = any(slot.name == OWN_SLOT for slot in self.slots)
+        self.block = layout.block(layers)  # of the counts
 
     def states(self) -> dict[str, Float[Tensor, "layers experts"]]:
         """What balancers move besides the offset, by the name that it is saved under. The one with the offset has its
@@ -73,7 +76,7 @@ class Recorder:
     def __init__(self, layers: list[Layer], balancers: Sequence[Balancer], pool: Pool, offsets: dict[str, Tensor]):
         self.layers = layers
         self.layout = Layout([layer.num_experts for layer in layers])
-        self.groups, self.group_of = _make_groups(layers, balancers, offsets)
+        self.groups, self.group_of = _make_groups(layers, balancers, offsets, self.layout)
         self.num_losses = sum(balancer.has_loss for balancer in balancers)
         self.needs_sequences = any(balancer.has_loss and balancer.scope == "sequence" for balancer in balancers)
         pools_each = any(b.has_loss and b.scope == "global_batch" and b.pooling == "window" for b in balancers)
@@ -157,6 +160,8 @@ class Recorder:
         """A micro-batch closes: what balancers want to know of its load."""
         for group in self.groups:
             for index, balancer in enumerate(group.balancers):
+                if type(balancer).micro_batch_statistic is Balancer.micro_batch_statistic:
+                    continue
                 found = balancer.micro_batch_statistic(self.load_of(group, vector))
                 if found is not None:
                     for layer, value in zip(group.layers, found, strict=True):
@@ -181,6 +186,9 @@ class Recorder:
         return statistics
 
     def load_of(self, group: Group, vector: Tensor) -> Int[Tensor, "layers experts"]:
+        """A copy."""
+        if group.block is not None:
+            return vector[group.block].view(len(group.layers), -1).clone()
         return torch.stack([self.layout.load(vector, layer) for layer in group.layers])
 
     @property
@@ -299,27 +307,36 @@ class Recorder:
         elif held.device.type != "meta":
             slot.replace(offset[row])
 
+    def restore_offsets(self, group: Group) -> None:
+        """``restore_offset`` of all its layers; in one operation, where all slots are plain."""
+        offset = None if group.steering is None else group.steering.offset()
+        if offset is not None and not any(b.state() for b in group.balancers if b is not group.steering):
+            slots = [slot.offset for slot in group.slots]
+            plain = [s for s in slots if s is not None and s.dtype == offset.dtype and s.device == offset.device]
+            if len(plain) == len(slots):
+                torch._foreach_copy_(plain, offset.unbind())
+                return
+        for layer in group.layers:
+            self.restore_offset(layer)
+
     def adopt_writes(self, group: Group) -> None:
         """What somebody wrote into the slots of a family in place becomes the offset: a checkpoint that was read into
         the tensors of ``state_dict()``, or came from another rank in DDP's broadcast. Asks nothing of a GPU."""
-        if group.steering is None:
+        if group.steering is None or group.has_own_slot:
             return
         offset = group.steering.offset()
-        slots = [self._held(layer) for layer in group.layers]
+        slots = [slot.offset for slot in group.slots]
         if offset is None or any(slot is None or slot.device != offset.device for slot in slots):
             return
         held = torch.stack([slot.float() for slot in slots])
+        if held.device.type == "cpu" and torch.equal(held, offset):
+            return  # as nearly always; on a GPU nobody waits to find out
         same = ~held.isfinite()  # a damaged number is not taken up
         for dtype in (torch.float32, torch.bfloat16, torch.float16):  # ours, perhaps rounded
             same |= offset.to(dtype).float() == held
         offset.copy_(torch.where(same, offset, held))
         for value in group.steering.state().values():
             value *= same.all(-1, keepdim=True)
-
-    def _held(self, layer: int) -> Tensor | None:
-        """What the slot of the layer's family holds, if that is what steers it."""
-        slot = self.group_of[layer][0].slot(self.layers[layer])
-        return None if slot.name == OWN_SLOT else slot.offset
 
     def adopt_offset(self, layer: int) -> None:
         """A checkpoint was loaded into the family's slot: the offset becomes what it holds."""
@@ -357,7 +374,7 @@ def _infers_shapes() -> bool:
 
 
 def _make_groups(
-    layers: list[Layer], balancers: Sequence[Balancer], offsets: dict[str, Tensor]
+    layers: list[Layer], balancers: Sequence[Balancer], offsets: dict[str, Tensor], layout: Layout
 ) -> tuple[list[Group], dict[int, tuple[Group, int]]]:
     members: dict[Any, list[int]] = {}
     for index, layer in enumerate(layers):
@@ -369,7 +386,7 @@ def _make_groups(
         start = torch.stack([offsets[layers[index].name] for index in indices])
         for balancer in prepared:
             balancer.prepare(Layers(gate, k, start, selection))
-        group = Group(indices, prepared)
+        group = Group(indices, prepared, [layers[index] for index in indices], layout)
         groups.append(group)
         group_of.update({index: (group, row) for row, index in enumerate(indices)})
     return groups, group_of
