@@ -145,7 +145,7 @@ class Balance:
         """
         return self._ticket()
 
-    @torch.compiler.disable
+    @torch._disable_dynamo  # as torch.compiler.disable, which loads Dynamo at once
     def _ticket(self) -> Tensor:
         self._recorder.has_tickets = True
         micro_batch = self._window.close_micro_batch()
