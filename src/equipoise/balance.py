@@ -216,7 +216,7 @@ class Balance:
         if applied is False:
             return
         for group in self._groups:
-            self._recorder.adopt_writes(group)
+            slots = self._recorder.adopt_writes(group)
             load = self._recorder.load_of(group, self._recorder.last)
             for index, balancer in enumerate(group.balancers):
                 found = [
@@ -229,7 +229,7 @@ class Balance:
                     assert isinstance(applied, Tensor)
                     state[name].copy_(torch.where(applied.to(value.device).bool(), state[name], value))
             if group.steering is not None:
-                self._recorder.restore_offsets(group)
+                self._recorder.restore_offsets(group, slots)
 
     def follow(self, optimizer: torch.optim.Optimizer) -> Any:
         """Calls ``step()`` after every ``optimizer.step()``; ``remove()`` on what comes back ends it.

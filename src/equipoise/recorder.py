@@ -307,36 +307,41 @@ class Recorder:
         elif held.device.type != "meta":
             slot.replace(offset[row])
 
-    def restore_offsets(self, group: Group) -> None:
-        """``restore_offset`` of all its layers; in one operation, where all slots are plain."""
+    def restore_offsets(self, group: Group, slots: list[Tensor] | None) -> None:
+        """``restore_offset`` of all its layers; in one operation, given their plain slots (see ``adopt_writes``)."""
         offset = None if group.steering is None else group.steering.offset()
-        if offset is not None and not any(b.state() for b in group.balancers if b is not group.steering):
-            slots = [slot.offset for slot in group.slots]
-            plain = [s for s in slots if s is not None and s.dtype == offset.dtype and s.device == offset.device]
-            if len(plain) == len(slots):
-                torch._foreach_copy_(plain, offset.unbind())
-                return
+        if offset is not None and slots is not None:
+            torch._foreach_copy_(slots, offset.unbind())
+            return
         for layer in group.layers:
             self.restore_offset(layer)
 
-    def adopt_writes(self, group: Group) -> None:
+    def adopt_writes(self, group: Group) -> list[Tensor] | None:
         """What somebody wrote into the slots of a family in place becomes the offset: a checkpoint that was read into
-        the tensors of ``state_dict()``, or came from another rank in DDP's broadcast. Asks nothing of a GPU."""
-        if group.steering is None or group.has_own_slot:
-            return
-        offset = group.steering.offset()
+        the tensors of ``state_dict()``, or came from another rank in DDP's broadcast. Asks nothing of a GPU.
+
+        Returns the slots where all are plain: of the offset's dtype and on its device, as is all that balancers keep.
+        """
+        offset = None if group.steering is None else group.steering.offset()
+        if group.steering is None or offset is None:
+            return None
         slots = [slot.offset for slot in group.slots]
-        if offset is None or any(slot is None or slot.device != offset.device for slot in slots):
-            return
-        held = torch.stack([slot.float() for slot in slots])
-        if held.device.type == "cpu" and torch.equal(held, offset):
-            return  # as nearly always; on a GPU nobody waits to find out
-        same = ~held.isfinite()  # a damaged number is not taken up
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):  # ours, perhaps rounded
-            same |= offset.to(dtype).float() == held
-        offset.copy_(torch.where(same, offset, held))
-        for value in group.steering.state().values():
-            value *= same.all(-1, keepdim=True)
+        found = [slot for slot in slots if slot is not None and slot.device == offset.device]
+        if len(found) < len(slots):
+            return None
+        others = [value for b in group.balancers if b is not group.steering for value in b.state().values()]
+        plain = all(slot.dtype == offset.dtype for slot in found) and not others
+        if group.has_own_slot:
+            return found if plain else None
+        held = torch.stack(found if plain else [slot.float() for slot in found])
+        if held.device.type != "cpu" or not torch.equal(held, offset):  # on a GPU nobody waits to find out
+            same = ~held.isfinite()  # a damaged number is not taken up
+            for dtype in (torch.float32, torch.bfloat16, torch.float16):  # ours, perhaps rounded
+                same |= offset.to(dtype).float() == held
+            offset.copy_(torch.where(same, offset, held))
+            for value in group.steering.state().values():
+                value *= same.all(-1, keepdim=True)
+        return found if plain else None
 
     def adopt_offset(self, layer: int) -> None:
         """A checkpoint was loaded into the family's slot: the offset becomes what it holds."""

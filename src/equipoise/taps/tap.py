@@ -90,8 +90,6 @@ class Slot(NamedTuple):
         """As it is held; None where it is not there."""
         held = self.holder._buffers.get(self.name)
         held = self.holder._parameters.get(self.name) if held is None else held
-        if type(held) is Tensor:
-            return held.detach()
         if type(held).__name__ == "DTensor":
             raise EquipoiseError(
                 f"the bias of a router must be a plain tensor: {self.name} of a {type(self.holder).__name__} is a "
@@ -102,8 +100,11 @@ class Slot(NamedTuple):
     @property
     def offset(self) -> Float[Tensor, " experts"] | None:
         """The same, flat. Not a copy."""
+        held = self.holder._buffers.get(self.name)
+        if type(held) is Tensor and held.dim() == 1 and not held.requires_grad:
+            return held  # by far the most frequent, and asked for at every step
         held = self.tensor
-        return held if held is None or held.dim() == 1 else held.view(-1)
+        return None if held is None else held.view(-1)
 
     def replace(self, offset: Float[Tensor, " experts"]) -> None:
         """Holds a copy of another dtype or on another device than the tensor that was there."""
