@@ -110,6 +110,42 @@ MUTANTS = [
         "        return np.array(found[1:])\n",
         f"{SPECIALISATION} -k by_level",
     ),
+    # alerts
+    Mutant(
+        "alerts: a collapse is said before it lasts",
+        "alerts.py",
+        'if self._uneven[name] >= PATIENCE or (uneven and ("collapse", name) in self._on):',
+        "if uneven:",
+        "tests/test_alerts.py -k collapse",
+    ),
+    Mutant(
+        "alerts: what comes and goes is said each time",
+        "alerts.py",
+        "if self._on[kind, layer] >= PATIENCE:",
+        "if True:",
+        "tests/test_alerts.py -k comes_and_goes",
+    ),
+    Mutant(
+        "alerts: small windows have dead experts",
+        "alerts.py",
+        "dead = (idle[:, 0] >= PATIENCE) & (idle[:, 1] >= EXPECTED)",
+        "dead = idle[:, 0] >= 1",
+        "tests/test_alerts.py -k chance",
+    ),
+    Mutant(
+        "alerts: an expert that was even for a window is still slow",
+        "alerts.py",
+        "busy = torch.where(counts > 2 * mean, busy + 1, 0)",
+        "busy = torch.where(counts > 2 * mean, busy + 1, busy)",
+        "tests/test_alerts.py -k stays_busy",
+    ),
+    Mutant(
+        "alerts: a run that goes on says them again",
+        "lab/run_folder.py",
+        '            self._see(row["load"])\n\n    def _see',
+        "            pass\n\n    def _see",
+        "tests/test_alerts.py -k went_on",
+    ),
     # offsets beside the weights
     Mutant(
         "offsets: what lies beside the weights is passed over",

@@ -16,6 +16,7 @@ CORE = [
     "routing",
     "load",
     "metrics",
+    "alerts",
     "balancers",
     "taps",
     "pool",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
+    "Alerts": "alerts",
     "Balance": "balance",
     "Balancer": "balancers",
     "EquipoiseError": "errors",
@@ -52,6 +53,7 @@ _MODULES = ("integrations", "nn", "testing")
 __all__ = sorted(_HOME, key=str.casefold)
 
 if TYPE_CHECKING:
+    from equipoise.alerts import Alerts
     from equipoise.attachment import attach
     from equipoise.balance import Balance
     from equipoise.balancers import (

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
+from equipoise.alerts import Alerts
 from equipoise.attachment import attach, base_model, resolve, unwrap
 from equipoise.balance import Balance
 from equipoise.balancers import Balancer, Frozen
@@ -65,7 +66,8 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
 
     The step of the offsets follows ``optimizer.step()``; where a GradScaler skipped that, the window closes and nothing
     moves. Evaluation has no balancing loss and counts nothing. The loss that the Trainer logs holds the balancing loss;
-    ``Balance.metrics()`` of the last window before stands beside it as ``equipoise/...``.
+    ``Balance.metrics()`` of the last window before stands beside it as ``equipoise/...``. ``Alerts`` go to the log, and
+    their number, of layers, is ``equipoise/alerts``.
 
     Each checkpoint has ``equipoise_balance.pt``, and resuming takes it up, as does ``load_best_model_at_end``; both
     load the experts too, which the Trainer of Transformers 5.23 leaves out (#48805). Offsets that the weights do not
@@ -113,6 +115,7 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         self._model: nn.Module | None = None  # attached; inside the adapters, if there are any
         self._saved: nn.Module | None = None  # what the Trainer saves
         self._hooks: list[Any] = []
+        self._alerts, self._unread = Alerts(), list[dict[str, Tensor]]()
         self._training = False
         self._beside_weights = False  # whether the offsets need a file of their own
 
@@ -129,6 +132,8 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         if any(_IDLE in name for name, _ in inner.named_modules()):
             arguments |= {"where": partial(_is_used, self._arguments.get("where"))}
         self.balance = self._attach(inner, arguments)
+        steers = self._steers and not any(isinstance(balancer, Frozen) for balancer in self._balancers)
+        self._alerts, self._unread = Alerts(steers=steers, num_steps=state.max_steps), []
         self._model, self._saved, self._training = inner, saved, True
         without_slot = any(layer.kind.slot is None for layer in self.balance._layers)
         multiplies = any(balancer.multiplies for balancer in self._balancers)
@@ -157,6 +162,9 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         if self.balance is not None:
             self.balance.step(applied=not getattr(optimizer, "step_was_skipped", False))
+            self._unread.append(self.balance.load)
+            if len(self._unread) >= 50:
+                self._hear(state)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.balance is not None and self._has_open_window():  # left over: an iterable dataset that ended early
@@ -165,10 +173,20 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if self.balance is None or not self._training or "loss" not in (logs or {}):
             return
+        self._hear(state)
         figures = {f"equipoise/{name}": value for name, value in self.balance.metrics().items()}
+        figures["equipoise/alerts"] = float(sum(map(len, self._alerts.holding.values())))
         logs.update(figures)
         if state.log_history and state.log_history[-1].get("step") == state.global_step:  # written before this event
             state.log_history[-1].update(figures)
+
+    def _hear(self, state: Any) -> None:
+        """Reads the loads of the steps since it was last asked, all at once: a GPU is not waited for at every step."""
+        unread, self._unread = self._unread, []
+        for load in unread:
+            for alert in self._alerts.see(load):
+                if state.is_world_process_zero:
+                    _log.warning(f"EquipoiseCallback, by step {state.global_step}: {alert}")
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"

@@ -11,12 +11,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, final
 
+import torch
+
+from equipoise.alerts import Alerts
 from equipoise.errors import EquipoiseError
 from equipoise.experts.result import RESULT, Audited, summarise
 from equipoise.lab.config import Train
 from equipoise.lab.data import Corpus
 from equipoise.lab.levels import levels_of
 from equipoise.lab.selection import evaluates_by_token, evaluation_note
+from equipoise.lab.switch import holds_offsets
 from equipoise.records import Run, is_new, write_json
 
 __all__ = ["Nobody", "RunFolder", "Watcher", "asked", "complete_result"]
@@ -82,6 +86,8 @@ class RunFolder:
         self.config, self.watcher = config, watcher
         self.tokens_per_step = config.micro_batches * config.sequences * config.sequence_length
         self.seconds: list[float] = []  # of every step
+        steers = any(holds_offsets(name) and "frozen" not in name for name in (config.strategy, config.then) if name)
+        self.alerts = Alerts(steers=steers, num_steps=config.steps)
 
     @property
     def checkpoints(self) -> Path:
@@ -125,14 +131,27 @@ class RunFolder:
         for note in records.config["notes"]:
             self.watcher.say(note)
         self.seconds = [row["seconds"] for row in records.rows("steps")]
+        for row in records.rows("loads"):
+            self._see(row["load"])
+
+    def _see(self, load: list[list[int]]) -> list[str]:
+        """What begins or is over with this step."""
+        layers = self.records.config["layers"]
+        return [str(alert) for alert in self.alerts.see(dict(zip(layers, map(torch.tensor, load), strict=True)))]
 
     def step(self, row: dict[str, Any], load: list[list[int]]) -> None:
         """Writes a step; one whose loss is not finite is an error, after it is written."""
         config, records = self.config, self.records
         self.seconds.append(row["seconds"])
+        alerts = self._see(load)
+        if alerts:
+            row = {**row, "alerts": alerts}
         records.append("steps", row)
         records.append("loads", {"step": row["step"], "load": load})
-        self.watcher.step(row, self.tokens_per_step / statistics.median(self.seconds[-20:]))
+        for alert in alerts:
+            self.watcher.say(f"step {row['step']}: {alert}")
+        shown = {**row, "holding": list(self.alerts.holding)} if self.alerts.holding else row
+        self.watcher.step(shown, self.tokens_per_step / statistics.median(self.seconds[-20:]))
         if not math.isfinite(row["loss"]):
             raise EquipoiseError(
                 f"training must not diverge: the loss of {config.label}, seed {config.seed}, is {row['loss']} "
