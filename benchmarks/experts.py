@@ -1,0 +1,133 @@
+"""How quick is `equipoise.nn.MoE`? Forward and backward of one layer, beside Transformers and a dense layer.
+
+    python benchmarks/experts.py    # writes benchmarks/results/experts.json
+
+Each shape in bfloat16 and float32: ours; the block of Qwen3-MoE with each way of Transformers to compute experts; and
+one SwiGLU of as many operations as a token's experts have, the floor. All route by the same router weights. The ways
+run in turn; ratios are medians of rounds, see paired.py. The bar: ours at most 0.9 of the best way of Transformers. The
+last line on stdout is the result as JSON.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from paired import facts, in_turn, ratio
+from torch import nn
+from transformers import AutoConfig
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
+
+from equipoise.nn import MoE
+from equipoise.records import write_json
+
+STORED = Path(__file__).parent / "results" / "experts.json"
+SHAPES = ((256, 256, 16, 2, 4096), (256, 128, 64, 6, 4096), (512, 512, 32, 4, 2048), (1024, 512, 64, 8, 1024))
+WAYS = ("eager", "batched_mm", "grouped_mm")
+LIMIT = 0.9
+MOST_BYTES = 3e9  # batched_mm gathers the weights of every assignment
+
+
+class Dense(nn.Module):
+    """A SwiGLU as wide as the k experts of a token together."""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.gate_up = nn.Parameter(torch.randn(dim, 2 * hidden) * 0.02)
+        self.down = nn.Parameter(torch.randn(hidden, dim) * 0.02)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = (x @ self.gate_up).chunk(2, dim=-1)
+        return (F.silu(gate) * up) @ self.down
+
+
+def stock(way: str, dim: int, hidden: int, experts: int, k: int) -> nn.Module:
+    config = AutoConfig.for_model(
+        "qwen3_moe",
+        hidden_size=dim,
+        moe_intermediate_size=hidden,
+        num_experts=experts,
+        num_experts_per_tok=k,
+        norm_topk_prob=True,
+    )
+    config._experts_implementation = way
+    block = Qwen3MoeSparseMoeBlock(config)
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    return block
+
+
+def layers(dim: int, hidden: int, experts: int, k: int, tokens: int, dtype: torch.dtype) -> dict[str, nn.Module]:
+    torch.manual_seed(0)
+    ours = MoE(dim, hidden, experts, k, gate="softmax")
+    found: dict[str, nn.Module] = {"ours": ours, "dense": Dense(dim, k * hidden)}
+    for way in WAYS:
+        if way == "batched_mm" and 3 * dim * hidden * k * tokens * dtype.itemsize > MOST_BYTES:
+            continue  # it would not fit, and takes longest of all where it does
+        found[way] = stock(way, dim, hidden, experts, k)
+        found[way].gate.weight.data.copy_(ours.router.weight.data)
+    return {name: layer.to(dtype) for name, layer in found.items()}
+
+
+def step(layer: nn.Module, x: torch.Tensor, gradient: torch.Tensor) -> Callable[[], None]:
+    def call() -> None:
+        output = layer(x)
+        output = output[0] if isinstance(output, tuple) else output
+        output.backward(gradient)
+        layer.zero_grad(set_to_none=True)
+        x.grad = None
+
+    return call
+
+
+def measure(shape: tuple[int, int, int, int, int], dtype: torch.dtype, rounds: int) -> dict[str, Any]:
+    dim, hidden, experts, k, tokens = shape
+    x = torch.randn(1, tokens, dim, dtype=dtype, requires_grad=True)
+    gradient = torch.randn(1, tokens, dim, dtype=dtype)
+    took = in_turn({n: step(layer, x, gradient) for n, layer in layers(*shape, dtype).items()}, rounds)
+    milliseconds = {name: 1000 * sorted(seconds)[len(seconds) // 2] for name, seconds in took.items()}
+    best = min((name for name in took if name in WAYS), key=lambda name: milliseconds[name])
+    return {
+        "dim": dim,
+        "hidden": hidden,
+        "experts": experts,
+        "k": k,
+        "tokens": tokens,
+        "dtype": str(dtype).removeprefix("torch."),
+        "milliseconds": {name: round(value, 2) for name, value in milliseconds.items()},
+        "best_stock": best,
+        "ours_over_best_stock": ratio(took["ours"], took[best]),
+        "ours_over_dense": ratio(took["ours"], took["dense"]),
+        "best_stock_over_dense": ratio(took[best], took["dense"]),
+    }
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--rounds", type=int, default=11)
+    rounds = options.parse_args().rounds
+    rows = []
+    for shape in SHAPES:
+        for dtype in (torch.bfloat16, torch.float32):
+            rows.append(row := measure(shape, dtype, rounds))
+            over, dense = row["ours_over_best_stock"], row["ours_over_dense"]
+            print(
+                f"D {row['dim']:4} F {row['hidden']:3} E {row['experts']:2} k {row['k']} T {row['tokens']} "
+                f"{row['dtype']:8}  ours {row['milliseconds']['ours']:8.1f} ms  over {row['best_stock']:10} "
+                f"{over['median']:.2f} ({over['low']:.2f} to {over['high']:.2f})  over dense {dense['median']:.2f}",
+                flush=True,
+            )
+    result = facts("python benchmarks/experts.py", "transformers") | {
+        "limit": LIMIT,
+        "holds": all(row["ours_over_best_stock"]["median"] <= LIMIT for row in rows),
+        "rows": rows,
+    }
+    write_json(STORED, result)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,243 @@
+"""What does balancing cost in a training step on one machine? The lab's default model, strategy by strategy.
+
+    python benchmarks/overhead.py    # writes benchmarks/results/overhead.json
+
+Step: runs of the lab that differ by their strategy only take a step each in turn; the ratio over `none` is the median
+of rounds, see paired.py. Bars: loss-free 1.01, global-batch loss 1.02, quantile 1.05, and the upper end of the interval
+0.02 above.
+
+Router: forward, and forward with backward, of one router of the default model, attached over not attached, with the
+`loss()` and `step()` that follow. Bar: 1.05 for every strategy but quantile.
+
+Update: `step()` for routers alone, in milliseconds: 64 layers of 256 experts (bar 0.3), half and twice the layers, a
+quarter of the experts, and four times the tokens, on which it must not depend.
+
+Memory: the highest resident set of a process that takes three steps, attached over not attached. Bar: 1.02.
+
+Start: `equipoise --help` (bar 0.5 s), and what `import equipoise` adds to `import torch` (bar 0.1 s).
+
+The last line on stdout is the result as JSON.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch, as the command line does
+
+import torch
+from paired import facts, in_turn, ratio
+from torch import nn
+
+import equipoise
+from equipoise.lab.config import Train
+from equipoise.lab.engine import reproducible
+from equipoise.lab.run_folder import Nobody
+from equipoise.lab.train import _Training
+from equipoise.nn import Router
+from equipoise.records import write_json
+
+STORED = Path(__file__).parent / "results" / "overhead.json"
+BARS = {"loss-free": 1.01, "lbl:scope=global_batch": 1.02, "quantile": 1.05}
+OTHERS = ("lbl:scope=sequence", "loss-free+lbl:scope=sequence,coefficient=1e-4")
+ROUTER = (128, 32, 4, 8192)  # dim, experts, k, tokens: the default model's, with a step's tokens
+UPDATES = ((64, 256, 256), (32, 256, 256), (128, 256, 256), (64, 64, 256), (64, 256, 1024))
+ATTEMPTS = 5  # processes whose memory and start are measured
+
+
+def steps(folder: Path, rounds: int, **options: Any) -> list[dict[str, Any]]:
+    """A row a strategy: the time of a step over that of `none`."""
+    strategies = ["none", *BARS, *OTHERS]
+    with reproducible():
+        runs = {
+            name: _Training(Train(out=folder / str(i), strategy=name, steps=rounds + 3, **options), Nobody(), "")
+            for i, name in enumerate(strategies)
+        }
+        counters = dict.fromkeys(runs, 0)
+
+        def step(name: str) -> Callable[[], None]:
+            def call() -> None:
+                runs[name]._step(counters[name])
+                counters[name] += 1
+
+            return call
+
+        took = in_turn({name: step(name) for name in runs}, rounds, warm_up=3)
+    rows = []
+    for name in strategies[1:]:
+        found = ratio(took[name], took["none"])
+        bar = BARS.get(name)
+        holds = None if bar is None else found["median"] <= bar and found["high"] <= bar + 0.02
+        rows.append({"strategy": name, "ratio": found, "limit": bar, "holds": holds})
+    return [{"strategy": "none", "seconds": statistics.median(took["none"])}, *rows]
+
+
+def routers(rounds: int) -> list[dict[str, Any]]:
+    """A row a strategy: an attached router over one that is not."""
+    dim, experts, k, tokens = ROUTER
+    hidden = torch.randn(tokens, dim)
+    return [_router(strategy, Router(dim, experts, k).train(), hidden, rounds) for strategy in BARS]
+
+
+def _router(strategy: str, plain: Router, hidden: torch.Tensor, rounds: int) -> dict[str, Any]:
+    copy = Router(plain.dim, plain.num_experts, plain.k)
+    copy.load_state_dict(plain.state_dict())
+    balance = equipoise.attach(nn.ModuleList([copy]).train(), strategy)
+
+    def forward(ours: bool) -> None:
+        (copy if ours else plain)(hidden)
+        if ours:
+            balance.loss()
+            balance.step()
+
+    def with_backward(ours: bool) -> None:
+        _, weights, _ = (copy if ours else plain)(hidden)
+        loss = weights.square().mean()
+        (loss + balance.loss() if ours else loss).backward()
+        if ours:
+            balance.step()
+
+    row: dict[str, Any] = {"strategy": strategy}
+    for name, call in (("forward", forward), ("forward_and_backward", with_backward)):
+        took = in_turn({"attached": partial(call, True), "plain": partial(call, False)}, rounds)
+        row[name] = ratio(took["attached"], took["plain"])
+        row[name]["milliseconds_plain"] = 1000 * statistics.median(took["plain"])
+    return row
+
+
+def update(layers: int, experts: int, tokens: int, rounds: int) -> dict[str, Any]:
+    """Milliseconds of ``step()``."""
+    model = nn.ModuleList(Router(16, experts, 8) for _ in range(layers)).train()
+    balance = equipoise.attach(model, "loss-free")
+    hidden, took = torch.randn(tokens, 16), []
+    for _ in range(rounds + 3):
+        with torch.no_grad():
+            for router in model:
+                router(hidden)
+        started = time.perf_counter()
+        balance.step()
+        took.append(1000 * (time.perf_counter() - started))
+    return {"layers": layers, "experts": experts, "tokens": tokens, "milliseconds": statistics.median(took[3:])}
+
+
+def peak(attached: bool, folder: str) -> float:
+    """Of a process of its own: megabytes."""
+    code = f"""
+import resource, sys
+from pathlib import Path
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from overhead import three_steps
+three_steps({attached}, Path({folder!r}))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return float(done.stdout.split()[-1])
+
+
+def three_steps(attached: bool, folder: Path) -> None:
+    with reproducible():
+        run = _Training(Train(out=folder, strategy="lbl:scope=global_batch", steps=3), Nobody(), "")
+        if not attached:
+            run.balance.detach()
+            run.balance = Unattached()  # type: ignore[assignment]
+        for step in range(3):
+            run._step(step)
+
+
+class Unattached:
+    """Stands where the lab expects a ``Balance``."""
+
+    def loss(self) -> torch.Tensor:
+        return torch.zeros(())
+
+    def step(self) -> None: ...
+
+    def metrics(self) -> dict[str, float]:
+        return {}
+
+
+def memory(attempts: int) -> dict[str, Any]:
+    found: dict[bool, list[float]] = {True: [], False: []}
+    for _ in range(attempts):
+        for attached, megabytes in found.items():
+            with tempfile.TemporaryDirectory() as folder:
+                megabytes.append(peak(attached, folder))
+    over = ratio(found[True], found[False])
+    return {"ratio": over, "megabytes_plain": statistics.median(found[False]), "limit": 1.02,
+            "holds": over["median"] <= 1.02}  # fmt: skip
+
+
+def start(attempts: int) -> dict[str, Any]:
+    """Seconds of CPU time, which other programs on the machine do not stretch, and of the wall."""
+
+    def timed(*command: str) -> tuple[float, float]:
+        before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+        subprocess.run([sys.executable, *command], capture_output=True, check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, time.perf_counter() - began
+
+    commands = {
+        "help": ("-m", "equipoise", "--help"),
+        "torch": ("-c", "import torch"),
+        "torch_and_equipoise": ("-c", "import torch, equipoise"),
+    }
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
+    for _ in range(attempts):
+        for name, command in commands.items():
+            found[name].append(timed(*command))
+    cpu = {name: statistics.median(cpu for cpu, _ in pairs) for name, pairs in found.items()}
+    wall = {name: statistics.median(wall for _, wall in pairs) for name, pairs in found.items()}
+    added = cpu["torch_and_equipoise"] - cpu["torch"]
+    return {
+        "help_cpu_seconds": cpu["help"],
+        "help_seconds": wall["help"],
+        "added_to_torch_cpu_seconds": added,
+        "holds": wall["help"] <= 0.5 and added <= 0.1,
+    }
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--rounds", type=int, default=25)
+    rounds = options.parse_args().rounds
+    with tempfile.TemporaryDirectory() as folder:
+        of_steps = steps(Path(folder), rounds)
+    for row in of_steps[1:]:
+        found = row["ratio"]
+        bar = "" if row["limit"] is None else f"  bar {row['limit']}: {'holds' if row['holds'] else 'MISSED'}"
+        print(f"step   {row['strategy']:46} {found['median']:.3f} ({found['low']:.3f} to {found['high']:.3f}){bar}")
+    of_routers = routers(4 * rounds)
+    for row in of_routers:
+        print(
+            f"router {row['strategy']:46} forward {row['forward']['median']:.3f}, with backward "
+            f"{row['forward_and_backward']['median']:.3f}"
+        )
+    updates = [update(*shape, rounds=4 * rounds) for shape in UPDATES]
+    for row in updates:
+        print(f"update {row['layers']} x {row['experts']}, {row['tokens']} tokens: {row['milliseconds']:.3f} ms")
+    of_memory, of_start = memory(ATTEMPTS), start(ATTEMPTS)
+    print(f"memory {of_memory['ratio']['median']:.3f}; help {of_start['help_seconds']:.2f} s; import adds "
+          f"{of_start['added_to_torch_cpu_seconds']:.3f} s")  # fmt: skip
+    result = facts("python benchmarks/overhead.py", "transformers") | {
+        "steps": of_steps,
+        "routers": of_routers,
+        "updates": updates,
+        "memory": of_memory,
+        "start": of_start,
+    }
+    write_json(STORED, result)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
