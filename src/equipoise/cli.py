@@ -504,7 +504,7 @@ def main(arguments: list[str] | None = None) -> None:
         _fail(error, what, 1)
     except KeyboardInterrupt as stop:
         if _rank() == 0:
-            _say(f"equipoise: stopped. {stop or 'Go on with the same command and --resume.'}")
+            _say(f"equipoise: stopped. {str(stop) or 'Go on with the same command and --resume.'}")
         _leave(130)
     except Exception as error:
         if _num_ranks() == 1:

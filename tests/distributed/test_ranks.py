@@ -43,6 +43,9 @@ def test_no_process_is_left_behind():
 
 def test_the_search_for_processes_finds_one():
     with subprocess.Popen(["sleep", "60"], start_new_session=True) as program:
+        until = time.monotonic() + 10
+        while _processes(program.pid) == [""] and time.monotonic() < until:  # not begun yet, on a busy machine
+            time.sleep(0.05)
         assert _processes(program.pid) == ["sleep 60 "]
         program.kill()
 

@@ -602,7 +602,7 @@ class TestInABrowser:
             text = page.locator("#heat-0 .hovertext").text_content()
             assert "prose, expert 0: 2.00 × even" in text and "“the” (75 %)" in text
             row = page.locator("#experts-table tbody tr").first.locator("td").all_inner_texts()
-            assert row == ["1.00", "prose", "2.00", "“the” (75 %)"]
+            assert row == ["1.00", "prose", "2.00", "1 (50 %)", "“the” (75 %)"]
 
     def test_the_theme_is_chosen_and_kept(self, tmp_path):
         make_run(tmp_path / "a")

@@ -436,6 +436,7 @@ def _forgets_the_slot(patch):
             restore(self, layer)
 
     patch.setattr(Recorder, "restore_offset", once)
+    patch.setattr(Recorder, "restore_offsets", lambda self, group, slots: [once(self, i) for i in group.layers])
 
 
 def _casts_the_offset(patch):
