@@ -4,7 +4,8 @@ A run is one strategy and one seed in one folder:
 
     config.json         the resolved configuration, versions, wrapper, names of the MoE layers (written once)
     steps.jsonl         one line a step: step, loss, maxvio_batch, ..., tokens (so far), seconds (of this step);
-                        and strategy (of this step) in a run that changes it
+                        strategy (of this step) in a run that changes it, and alerts (sentences) where some began
+                        or were over
     loads.jsonl         one line a step: step, load (layers x experts counts of the step, pooled over ranks)
     evaluations.jsonl   one line an evaluation: step, overall figures, and by domain nats, bits per byte, load and
                         top-k score sum (by layer)

@@ -21,7 +21,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from equipoise.alerts import Alerts
 from equipoise.attachment import attach, base_model, resolve, unwrap
 from equipoise.balance import Balance
-from equipoise.balancers import Balancer, Frozen
+from equipoise.balancers import Balancer, Frozen, LossFree
 from equipoise.errors import EquipoiseError, UsageError
 from equipoise.saved import write_offsets
 
@@ -66,8 +66,8 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
 
     The step of the offsets follows ``optimizer.step()``; where a GradScaler skipped that, the window closes and nothing
     moves. Evaluation has no balancing loss and counts nothing. The loss that the Trainer logs holds the balancing loss;
-    ``Balance.metrics()`` of the last window before stands beside it as ``equipoise/...``. ``Alerts`` go to the log, and
-    their number, of layers, is ``equipoise/alerts``.
+    ``Balance.metrics()`` of the last window before stands beside it as ``equipoise/...``. ``Alerts`` are warnings of
+    the log, once each; ``equipoise/alerts`` says how many hold, a layer of a kind each.
 
     Each checkpoint has ``equipoise_balance.pt``, and resuming takes it up, as does ``load_best_model_at_end``; both
     load the experts too, which the Trainer of Transformers 5.23 leaves out (#48805). Offsets that the weights do not
@@ -115,7 +115,8 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         self._model: nn.Module | None = None  # attached; inside the adapters, if there are any
         self._saved: nn.Module | None = None  # what the Trainer saves
         self._hooks: list[Any] = []
-        self._alerts, self._unread = Alerts(), list[dict[str, Tensor]]()
+        self._alerts = Alerts()
+        self._loss: Tensor | None = None  # of the forwards of the window, summed: for the alerts
         self._training = False
         self._beside_weights = False  # whether the offsets need a file of their own
 
@@ -132,8 +133,7 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         if any(_IDLE in name for name, _ in inner.named_modules()):
             arguments |= {"where": partial(_is_used, self._arguments.get("where"))}
         self.balance = self._attach(inner, arguments)
-        steers = self._steers and not any(isinstance(balancer, Frozen) for balancer in self._balancers)
-        self._alerts, self._unread = Alerts(steers=steers, num_steps=state.max_steps), []
+        self._alerts, self._loss = Alerts(num_steps=state.max_steps, num_seen=state.global_step), None
         self._model, self._saved, self._training = inner, saved, True
         without_slot = any(layer.kind.slot is None for layer in self.balance._layers)
         multiplies = any(balancer.multiplies for balancer in self._balancers)
@@ -162,9 +162,7 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         if self.balance is not None:
             self.balance.step(applied=not getattr(optimizer, "step_was_skipped", False))
-            self._unread.append(self.balance.load)
-            if len(self._unread) >= 50:
-                self._hear(state)
+            self._watch(state)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.balance is not None and self._has_open_window():  # left over: an iterable dataset that ended early
@@ -173,20 +171,25 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if self.balance is None or not self._training or "loss" not in (logs or {}):
             return
-        self._hear(state)
         figures = {f"equipoise/{name}": value for name, value in self.balance.metrics().items()}
         figures["equipoise/alerts"] = float(sum(map(len, self._alerts.holding.values())))
         logs.update(figures)
         if state.log_history and state.log_history[-1].get("step") == state.global_step:  # written before this event
             state.log_history[-1].update(figures)
 
-    def _hear(self, state: Any) -> None:
-        """Reads the loads of the steps since it was last asked, all at once: a GPU is not waited for at every step."""
-        unread, self._unread = self._unread, []
-        for load in unread:
-            for alert in self._alerts.see(load):
-                if state.is_world_process_zero:
-                    _log.warning(f"EquipoiseCallback, by step {state.global_step}: {alert}")
+    def _watch(self, state: Any) -> None:
+        """Says what began or is over with the window that was closed."""
+        assert self.balance is not None
+        groups, windows = self.balance._groups, self.balance._num_windows
+        steering = [group.steering for group in groups if isinstance(group.steering, LossFree)]
+        self._alerts.steers = any(balancer.rate_at(windows - 1) > 0 for balancer in steering)
+        loss, self._loss = self._loss, None
+        load = (
+            self.balance._recorder.last
+        )  # as Balance.load, which waits for a GPU where ranks told each other something
+        for alert in self._alerts.see({} if load is None else self.balance._by_name(load), loss):
+            if state.is_world_process_zero:
+                _log.warning(f"EquipoiseCallback, step {alert.step}: {alert}")
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
@@ -298,11 +301,15 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
 
     def _output_with_loss(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """The output of a training forward, the balancing loss in its loss; None leaves it as it is."""
-        if not (self._training and self._adds_loss and model.training) or self.balance is None:
+        if not (self._training and model.training) or self.balance is None:
             return None
         named = dict(zip(self._names, args, strict=False)) | kwargs
-        is_dict = isinstance(output, dict)
-        loss = output.get("loss") if is_dict else output[0] if named.get("labels") is not None else None
+        is_dict, is_tuple = isinstance(output, dict), isinstance(output, tuple | list)
+        loss = output.get("loss") if is_dict else output[0] if is_tuple and named.get("labels") is not None else None
+        if isinstance(loss, Tensor):
+            self._loss = loss.detach().sum() + (0.0 if self._loss is None else self._loss)
+        if not self._adds_loss:
+            return None
         if loss is None:
             if torch.is_grad_enabled():
                 raise UsageError(
@@ -336,7 +343,7 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         if self._beside_weights:
             write_offsets(folder, self.balance.offsets)
         if self._training and not self._has_open_window():
-            torch.save(self.balance.state_dict(), folder / STATE_FILE)
+            torch.save(self.balance.state_dict() | {"alerts": self._alerts.state_dict()}, folder / STATE_FILE)
 
     def _load(self, folder: Path) -> None:
         assert self.balance is not None
@@ -354,7 +361,11 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
             error = caught
         there = self.balance._pool.agree("loading a checkpoint", state is not None, error)
         if all(there):
-            self.balance.load_state_dict(state)  # type: ignore[arg-type]
+            assert state is not None
+            alerts = state.pop("alerts", None)  # none in checkpoints of before there were any
+            self.balance.load_state_dict(state)
+            if alerts is not None:
+                self._alerts.load_state_dict(alerts)
         elif any(there):
             raise EquipoiseError(
                 f"every rank must find {path}: some do, rank {there.index(False)} does not. Copy it there."

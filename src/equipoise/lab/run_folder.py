@@ -20,7 +20,7 @@ from equipoise.lab.config import Train
 from equipoise.lab.data import Corpus
 from equipoise.lab.levels import levels_of
 from equipoise.lab.selection import evaluates_by_token, evaluation_note
-from equipoise.lab.switch import holds_offsets
+from equipoise.lab.switch import moves_by_rate
 from equipoise.records import Run, is_new, write_json
 
 __all__ = ["Nobody", "RunFolder", "Watcher", "asked", "complete_result"]
@@ -86,8 +86,7 @@ class RunFolder:
         self.config, self.watcher = config, watcher
         self.tokens_per_step = config.micro_batches * config.sequences * config.sequence_length
         self.seconds: list[float] = []  # of every step
-        steers = any(holds_offsets(name) and "frozen" not in name for name in (config.strategy, config.then) if name)
-        self.alerts = Alerts(steers=steers, num_steps=config.steps)
+        self.alerts = Alerts(num_steps=config.steps)
 
     @property
     def checkpoints(self) -> Path:
@@ -132,10 +131,11 @@ class RunFolder:
             self.watcher.say(note)
         self.seconds = [row["seconds"] for row in records.rows("steps")]
         for row in records.rows("loads"):
-            self._see(row["load"])
+            self._see(row["step"], row["load"])
 
-    def _see(self, load: list[list[int]]) -> list[str]:
+    def _see(self, step: int, load: list[list[int]]) -> list[str]:
         """What begins or is over with this step."""
+        self.alerts.steers = moves_by_rate(self.config.strategy_of(step), step - 1)
         layers = self.records.config["layers"]
         return [str(alert) for alert in self.alerts.see(dict(zip(layers, map(torch.tensor, load), strict=True)))]
 
@@ -143,14 +143,14 @@ class RunFolder:
         """Writes a step; one whose loss is not finite is an error, after it is written."""
         config, records = self.config, self.records
         self.seconds.append(row["seconds"])
-        alerts = self._see(load)
+        alerts = self._see(row["step"], load)
         if alerts:
             row = {**row, "alerts": alerts}
         records.append("steps", row)
         records.append("loads", {"step": row["step"], "load": load})
         for alert in alerts:
             self.watcher.say(f"step {row['step']}: {alert}")
-        shown = {**row, "holding": list(self.alerts.holding)} if self.alerts.holding else row
+        shown = {**row, "holding": self.alerts.mark} if self.alerts.mark else row
         self.watcher.step(shown, self.tokens_per_step / statistics.median(self.seconds[-20:]))
         if not math.isfinite(row["loss"]):
             raise EquipoiseError(
@@ -185,7 +185,8 @@ class RunFolder:
 
     def finish(self, selection: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
         """Writes the result of the run, whose last evaluations these are on the selection and the test text, and
-        returns it. ``train_nats``, ``maxvio_batch`` and ``maxvio_micro`` are means over the last tenth of the steps."""
+        returns it. ``train_nats``, ``maxvio_batch`` and ``maxvio_micro`` are means over the last tenth of the steps;
+        ``alerts`` are those that still hold, by kind and layer the experts."""
         config, records = self.config, self.records
         last = list(records.rows("steps"))[-max(1, config.steps // 10) :]
         result = {
@@ -209,6 +210,8 @@ class RunFolder:
                 for name, domain in row["domains"].items()
             },
         }
+        if self.alerts.holding:
+            result["alerts"] = self.alerts.holding
         records.finish(result)
         shutil.rmtree(self.checkpoints, ignore_errors=True)  # the model is saved, the run is whole
         return records.result

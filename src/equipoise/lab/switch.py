@@ -4,15 +4,21 @@ import torch
 from torch import nn
 
 from equipoise.balance import Balance
+from equipoise.balancers import LossFree
 from equipoise.errors import UsageError
 from equipoise.lab.balancers import attach_strategy, parse_lab_strategy
 from equipoise.taps.families import find_routers
 
-__all__ = ["check_switch", "holds_offsets", "switch"]
+__all__ = ["check_switch", "holds_offsets", "moves_by_rate", "switch"]
 
 
 def holds_offsets(strategy: str) -> bool:
     return any(balancer.has_offset for balancer in parse_lab_strategy(strategy))
+
+
+def moves_by_rate(strategy: str, window: int) -> bool:
+    """Whether it moves offsets by a rate that is not zero, after ``window`` windows have ended."""
+    return any(isinstance(one, LossFree) and one.rate_at(window) > 0 for one in parse_lab_strategy(strategy))
 
 
 def check_switch(strategy: str, then: str) -> None:

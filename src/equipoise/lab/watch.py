@@ -63,7 +63,7 @@ class Terminal:
     def step(self, row: dict[str, Any], tokens_per_second: float) -> None:
         figures = f"loss {row['loss']:.3f}  maxvio {row['maxvio_batch']:.2f}  {tokens_per_second:,.0f} tokens/s"
         if row.get("holding"):
-            figures += f"  ! {', '.join(row['holding'])}"
+            figures += f"  ! {row['holding']}"
         if self.console.is_terminal:
             assert self.task is not None
             self.progress.update(self.task, completed=row["step"], figures=figures)
