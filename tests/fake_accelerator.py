@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from equipoise.alerts import PATIENCE, Alerts
 from equipoise.balance import Balance
 from equipoise.balancers import Balancer, parse_strategy
 from equipoise.pool import Pool
@@ -187,6 +188,15 @@ def _pools(strategy: str, verdict: bool) -> None:
     assert "look" in last_step and "read" not in last_step[last_step.index("look") : -1], last_step
 
 
+def _alerts() -> None:
+    """A stretch of windows but the last, at whose end they are judged."""
+    alerts, names = Alerts(), ("0", "1")
+    load = {name: torch.ones(EXPERTS, dtype=torch.int64, device=DEVICE) for name in names}
+    for _ in range(PATIENCE - 1):
+        loss = torch.zeros((), device=DEVICE)
+        assert alerts.see(load, loss, {name: counts.float() for name, counts in load.items()}) == []
+
+
 def main() -> None:
     if not torch.backends.cuda.is_built():
         from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
@@ -200,6 +210,7 @@ def main() -> None:
     for strategy in POOLED:
         for verdict in (False, True):
             found[f"{strategy}, two ranks, {verdict}"] = _run(lambda s=strategy, v=verdict: _pools(s, v))
+    found["alerts"] = _run(_alerts)
     for name, what in WAITING.items():
         found[name] = _run(lambda w=what: _windows(_balance([_Waits(w)]), masked=False))
     print(json.dumps(found))

@@ -11,6 +11,7 @@ import pytest
 
 CASES = [f"{s}, {case}" for s in fake_accelerator.STRATEGIES for case in ("whole", "masked", "verdict")]
 
+CASES += ["alerts"]
 CASES += [f"{s}, two ranks, {verdict}" for s in fake_accelerator.POOLED for verdict in (False, True)]
 
 
