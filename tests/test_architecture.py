@@ -29,9 +29,10 @@ CORE = [
 CORE += ["attachment"]
 ALLOWED = {name: set(CORE[:rank]) for rank, name in enumerate(CORE)}
 ALLOWED |= {
-    "nn": {"errors", "routing", "load", "taps"},
+    "grouped": set(),
+    "nn": {"errors", "routing", "load", "taps", "grouped"},
     "testing": {"equipoise", *CORE},
-    "integrations": {*CORE},
+    "integrations": {*CORE, "grouped"},
     "export": {*CORE},
     "audit": {*CORE, "experts", "records", "lab", "catalogue"},  # of the lab its reader of text
     "catalogue": {*CORE},
@@ -39,7 +40,7 @@ ALLOWED |= {
     "analysis": {"errors", "records"},
     "report": {"errors", "records", "analysis"},
     "experts": {*CORE, "analysis", "records"},
-    "lab": {"equipoise", *CORE, "nn", "experts", "records", "analysis", "report"},
+    "lab": {"equipoise", *CORE, "nn", "integrations", "experts", "records", "analysis", "report"},
     "reproduce": {"errors", "records", "analysis"},
     "cli": {"equipoise", *CORE, "audit", "catalogue", "export", "records", "report", "lab", "reproduce"},
     "__init__": {*CORE, "integrations", "nn", "testing"},  # lazily, by name

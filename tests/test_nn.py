@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 import equipoise
 from equipoise import EquipoiseError, attach
-from equipoise.nn import MoE, Router, _block_mm
+from equipoise.grouped import _block_mm
+from equipoise.nn import MoE, Router
 from equipoise.taps.discovery import prove
 from equipoise.taps.families import find_routers
 from equipoise.taps.tap import RouterKind
@@ -216,6 +217,18 @@ def test_an_expert_without_a_token_has_gradient_zero(dtype):
         assert not parameter.grad[3].any() and parameter.grad[:3].any() and parameter.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("options", [{}, {"capacity_factor": 0.7, "num_shared": 1}], ids=str)
+def test_gradients_can_be_differentiated(options):
+    moe, hidden = _moe(4, 3, 4, 2, dtype=torch.float64, **options), _hidden(5, 4, dtype=torch.float64)
+    names, parameters = zip(*moe.named_parameters(), strict=True)
+
+    def layer(x, *values):
+        return torch.func.functional_call(moe, dict(zip(names, values, strict=True)), (x,))
+
+    assert torch.autograd.gradcheck(layer, (hidden, *parameters))
+    assert torch.autograd.gradgradcheck(layer, (hidden, *parameters))
+
+
 def test_two_runs_are_equal_bit_for_bit():
     moe, hidden = _moe(16, 8, 6, 2, num_shared=1), _hidden(50, 16)
     first, second = (_gradients(moe(hidden), moe, hidden) for _ in range(2))
@@ -350,14 +363,30 @@ def test_a_bfloat16_layer_routes_in_float32():
 
 
 def test_the_outputs_of_bfloat16_experts_are_summed_in_float32():
-    """Four experts that are the same are one, as their weights sum to 1; rounded weights would not."""
-    one, four = (_moe(16, 8, n, n, gate="softmax", dtype=torch.bfloat16) for n in (1, 4))
+    """Eight experts that are the same, with weights of 1/8, are one; bfloat16 would round the sums on the way."""
+    one, eight = (_moe(16, 8, n, n, gate="softmax", dtype=torch.bfloat16) for n in (1, 8))
     with torch.no_grad():
-        four.gate_up.copy_(one.gate_up.expand(4, -1, -1))
-        four.down.copy_(one.down.expand(4, -1, -1))
+        eight.router.weight.zero_()
+        eight.gate_up.copy_(one.gate_up.expand(8, -1, -1))
+        eight.down.copy_(one.down.expand(8, -1, -1))
     hidden = _hidden(30, 16, dtype=torch.bfloat16)
-    assert four.router(hidden)[1].max(-1).values.mean() < 0.7
-    assert torch.equal(four(hidden), one(hidden))
+    expected = one(hidden)
+    assert torch.equal(eight(hidden), expected)
+    assert not torch.equal(sum([expected / 8] * 8), expected), "the test could not fail"
+    summed = torch.autograd.grad(eight(hidden), hidden, expected)[0]
+    assert torch.equal(summed, torch.autograd.grad(one(hidden), hidden, expected)[0])
+
+
+def test_bfloat16_experts_round_a_few_times_only():
+    """The distance from the layer in float64: a rounding to bfloat16 is off by 0.17 % in the mean square, and on the
+    way to an output there are about eight."""
+    moe, hidden = _moe(64, 32, 8, 3, gate="softmax", dtype=torch.bfloat16), _hidden(500, 64, dtype=torch.bfloat16)
+    wide, wide_hidden = deepcopy(moe).double(), hidden.detach().double().requires_grad_()
+    expected = wide(wide_hidden)
+    found = moe(hidden)
+    ours, theirs = _gradients(found, moe, hidden), _gradients(expected, wide, wide_hidden)
+    for name, a, b in [("output", found, expected), *((name, ours[name], theirs[name]) for name in ours)]:
+        assert (a.double() - b).norm() < 0.0085 * b.norm(), name
 
 
 @pytest.mark.parametrize("attached", [False, True])

@@ -36,6 +36,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from equipoise.grouped import compute_dtype, sort_by_expert, swiglu, swiglu_experts
 from equipoise.routing import route
 from equipoise.taps.tap import RouterKind
 
@@ -163,8 +164,9 @@ class MoE(nn.Module):
     dim]; ``shared_gate_up`` [dim, 2 * shared_hidden] and ``shared_down`` [shared_hidden, dim] where there are shared
     experts: one MLP, without a gate.
 
-    The experts compute in autocast's dtype, else in their parameters'. Their outputs are multiplied by the router's
-    float32 weights and summed in float32, as in DeepSeek-V3's code (float64 with float64 parameters).
+    The experts compute in autocast's dtype, else in their parameters'. The router's weights, rounded to that dtype,
+    multiply the inner activations; the outputs of a token's experts are summed in float32 (float64 with float64
+    parameters).
 
     Dropless by default: every assignment is computed, whatever the load. With ``capacity_factor`` c an expert takes at
     most ``C = ceil(c * tokens * k / experts)`` assignments of a call, the first ones in token order; a later one adds
@@ -260,26 +262,18 @@ class MoE(nn.Module):
 
     def forward(self, hidden: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
         _, weights, expert_ids = self.router(hidden)
-        x = hidden.to(_compute_dtype(self.gate_up))
-        num_tokens, k = expert_ids.shape
-        sorted_ids, order = expert_ids.flatten().sort(stable=True)  # by expert, within an expert by token
-        inverse = order.argsort()  # no scatter: Inductor of torch 2.13 may read its result before it is written
-        experts = torch.arange(self.router.num_experts, device=order.device)
-        ends = torch.searchsorted(sorted_ids, experts, right=True, out_int32=True)  # cumulative load
+        x = hidden.reshape(-1, self.dim).to(compute_dtype(self.gate_up))
+        assignments = sort_by_expert(expert_ids, self.router.num_experts)
         if self.capacity_factor is not None:
-            place = inverse.view(num_tokens, k) - torch.searchsorted(sorted_ids, expert_ids)  # within its expert
-            dropped = place >= self.capacity(num_tokens)
+            place = assignments.inverse.view_as(expert_ids) - assignments.begins[expert_ids]  # within its expert
+            dropped = place >= self.capacity(len(expert_ids))
             weights = weights.masked_fill(dropped, 0)
             self.num_dropped.copy_(dropped.sum())
-        # a permutation of k copies, not a gather by token: its backward adds no numbers in an order that may vary
-        copies = x.reshape(-1, 1, self.dim).expand(-1, k, -1).flatten(0, 1)
-        inner = _swiglu(_grouped_mm(copies.index_select(0, order), self.gate_up, ends))
-        y = _grouped_mm(inner, self.down, ends).index_select(0, inverse)
-        batch = hidden.shape[:-1]  # here already: FSDP2 warns of a module that returns a view
-        output = (y.view(*batch, k, self.dim) * weights.view(*batch, k, 1)).sum(-2)
+        output = swiglu_experts(x, weights, assignments, self.gate_up, self.down)
         if self.shared_hidden:
-            output = output + _swiglu(x @ self.shared_gate_up.to(x.dtype)) @ self.shared_down.to(x.dtype)
-        return output.to(hidden.dtype)
+            output = output + swiglu(x @ self.shared_gate_up.to(x.dtype)) @ self.shared_down.to(x.dtype)
+        # of the input's shape without being a view, of which FSDP2 warns
+        return torch.ops.aten._unsafe_view(output.to(hidden.dtype), hidden.shape)
 
     def capacity(self, num_tokens: int) -> int:
         """The most assignments that an expert takes of a call with this many tokens; an expert cannot get more than
@@ -294,54 +288,6 @@ class MoE(nn.Module):
             f"dim={self.dim}, hidden={self.hidden}, shared_hidden={self.shared_hidden}, "
             f"capacity_factor={self.capacity_factor}"
         )
-
-
-def _swiglu(gate_up: Float[Tensor, "tokens twice_hidden"]) -> Float[Tensor, "tokens hidden"]:
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
-
-
-def _compute_dtype(parameter: Tensor) -> torch.dtype:
-    device, dtype = parameter.device.type, parameter.dtype
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return dtype  # autocast leaves float64 alone
-
-
-def _grouped_mm(
-    x: Float[Tensor, "assignments n"], weight: Float[Tensor, "experts n m"], ends: Int[Tensor, " experts"]
-) -> Float[Tensor, "assignments m"]:
-    """``x[i] @ weight[e]``: rows are sorted by expert, those of expert e end before ``ends[e]``."""
-    weight = weight.to(x.dtype)
-    dtypes = {torch.bfloat16}
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        dtypes |= {torch.float32, torch.float16}
-    aligned = all(size * x.element_size() % 16 == 0 for size in weight.shape[1:])
-    if x.dtype in dtypes and aligned and hasattr(F, "grouped_mm"):
-        return F.grouped_mm(x, weight, offs=ends)
-    return _block_mm(x, weight, ends)
-
-
-def _block_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """Each expert's rows in whole blocks of ``size``, the last one filled up with rows that nobody reads; one product
-    a block."""
-    num_rows, num_experts = x.shape[0], weight.shape[0]
-    if num_rows == 0:
-        return x @ weight[0]
-    size = -(-num_rows // num_experts)
-    num_blocks = 2 * num_experts  # sum_e ceil(load_e / size) < sum_e (load_e / size + 1) <= 2 * experts
-    begins = F.pad(ends[:-1], (1, 0))
-    last_block = ((ends - begins + size - 1) // size).cumsum(0)  # the first one that is not the expert's
-    first_block = F.pad(last_block[:-1], (1, 0))
-    block = torch.arange(num_blocks, device=x.device)
-    expert = torch.searchsorted(last_block, block, right=True).clamp_max(num_experts - 1)
-    start = begins[expert] + (block - first_block[expert]) * size
-    row = start.unsqueeze(1) + torch.arange(size, device=x.device)  # (blocks, size)
-    blocks = x.index_select(0, row.clamp_max(num_rows - 1).flatten()).view(num_blocks, size, -1)
-    product = blocks @ weight.index_select(0, expert)
-    place = torch.arange(num_rows, device=x.device)
-    expert = torch.searchsorted(ends, place, right=True)
-    return product.flatten(0, 1).index_select(0, first_block[expert] * size + place - begins[expert])
 
 
 def _is_int(value: Any) -> bool:

@@ -63,6 +63,14 @@ def attention_for(length: int) -> str:
 
 def build_model(config: Train, vocab_size: int) -> nn.Module:
     """The model of a run, its fresh weights drawn from the seed. The same seed gives the same weights, bit for bit."""
+    from equipoise.integrations.experts import use_quick_experts
+
+    model = _fresh_or_saved(config, vocab_size)
+    use_quick_experts(model)
+    return model
+
+
+def _fresh_or_saved(config: Train, vocab_size: int) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 

@@ -1,0 +1,47 @@
+"""The experts of Transformers' models, computed as ``equipoise.nn.MoE`` computes its own."""
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.activations import SiLUActivation
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
+
+from equipoise.grouped import compute_dtype, sort_by_expert, swiglu_experts
+
+__all__ = ["use_quick_experts"]
+
+NAME = "equipoise"  # among Transformers' implementations
+
+
+def use_quick_experts(model: PreTrainedModel) -> None:
+    """Lets the SwiGLU experts of ``model`` compute by grouped products whose gradients are gathered, not scattered.
+
+    The same function as each of Transformers' own implementations, in another order of additions. Experts of another
+    kind (with a bias, another activation, interleaved weights, experts spread over ranks) go on as with ``grouped_mm``.
+    A model whose class does not let one choose stays as it is.
+
+    Under autocast the products are in autocast's dtype; ``grouped_mm`` of Transformers computes in the parameters'.
+    ``model.set_experts_implementation("grouped_mm")`` takes it back.
+    """
+    ALL_EXPERTS_FUNCTIONS.register(NAME, _forward)
+    if model._can_set_experts_implementation():
+        model.set_experts_implementation(NAME)
+
+
+def _forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    if not _is_swiglu(experts):
+        return grouped_mm_experts_forward(experts, hidden_states, top_k_index, top_k_weights)
+    gate_up, down = experts.gate_up_proj, experts.down_proj
+    if not experts.is_transposed:
+        gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
+    x = hidden_states.to(compute_dtype(gate_up))
+    assignments = sort_by_expert(top_k_index, experts.num_experts)
+    return swiglu_experts(x, top_k_weights, assignments, gate_up, down).to(hidden_states.dtype)
+
+
+def _is_swiglu(experts: Any) -> bool:
+    other = experts.has_bias or experts.has_post_expert_norm or experts._is_expert_parallel
+    own_gate = type(experts)._apply_gate.__module__ != ALL_EXPERTS_FUNCTIONS.__module__
+    plain = experts.has_gate and experts.is_concatenated and not other and not own_gate
+    return plain and isinstance(experts.act_fn, SiLUActivation | nn.SiLU)
