@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-__all__ = ["Assignments", "compute_dtype", "sort_by_expert", "swiglu", "swiglu_experts"]
+__all__ = ["Assignments", "sort_by_expert", "swiglu", "swiglu_experts"]
 
 
 class Assignments(NamedTuple):
@@ -60,14 +60,6 @@ def swiglu_experts(
     inner = _grouped_mm(_Dispatch.apply(x, order, inverse, k), gate_up.to(x.dtype), ends)
     y = _grouped_mm(_weighted_swiglu(inner, by_assignment), down.to(x.dtype), ends)
     return _Collect.apply(y, order, inverse, k)
-
-
-def compute_dtype(parameter: Tensor) -> torch.dtype:
-    """Autocast's dtype where it is on, else the parameter's."""
-    device, dtype = parameter.device.type, parameter.dtype
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return dtype  # autocast leaves float64 alone
 
 
 def swiglu(gate_up: Float[Tensor, "tokens twice_hidden"]) -> Float[Tensor, "tokens hidden"]:

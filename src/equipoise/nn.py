@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from equipoise.grouped import compute_dtype, sort_by_expert, swiglu, swiglu_experts
+from equipoise.grouped import sort_by_expert, swiglu, swiglu_experts
 from equipoise.routing import route
 from equipoise.taps.tap import RouterKind
 
@@ -262,7 +262,7 @@ class MoE(nn.Module):
 
     def forward(self, hidden: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
         _, weights, expert_ids = self.router(hidden)
-        x = hidden.reshape(-1, self.dim).to(compute_dtype(self.gate_up))
+        x = hidden.reshape(-1, self.dim).to(_compute_dtype(self.gate_up))
         assignments = sort_by_expert(expert_ids, self.router.num_experts)
         if self.capacity_factor is not None:
             place = assignments.inverse.view_as(expert_ids) - assignments.begins[expert_ids]  # within its expert
@@ -288,6 +288,14 @@ class MoE(nn.Module):
             f"dim={self.dim}, hidden={self.hidden}, shared_hidden={self.shared_hidden}, "
             f"capacity_factor={self.capacity_factor}"
         )
+
+
+def _compute_dtype(parameter: Tensor) -> torch.dtype:
+    """Autocast's dtype where it is on, else the parameter's."""
+    device, dtype = parameter.device.type, parameter.dtype
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return dtype  # autocast leaves float64 alone
 
 
 def _is_int(value: Any) -> bool:

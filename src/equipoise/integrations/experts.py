@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
-from equipoise.grouped import compute_dtype, sort_by_expert, swiglu_experts
+from equipoise.grouped import sort_by_expert, swiglu_experts
 
 __all__ = ["use_quick_experts"]
 
@@ -21,7 +21,7 @@ def use_quick_experts(model: PreTrainedModel) -> None:
     kind (with a bias, another activation, interleaved weights, experts spread over ranks) go on as with ``grouped_mm``.
     A model whose class does not let one choose stays as it is.
 
-    Under autocast the products are in autocast's dtype; ``grouped_mm`` of Transformers computes in the parameters'.
+    The products are in the parameters' dtype, under autocast too, as with ``grouped_mm`` of Transformers.
     ``model.set_experts_implementation("grouped_mm")`` takes it back.
     """
     ALL_EXPERTS_FUNCTIONS.register(NAME, _forward)
@@ -35,7 +35,7 @@ def _forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_wei
     gate_up, down = experts.gate_up_proj, experts.down_proj
     if not experts.is_transposed:
         gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
-    x = hidden_states.to(compute_dtype(gate_up))
+    x = hidden_states.to(gate_up.dtype)
     assignments = sort_by_expert(top_k_index, experts.num_experts)
     return swiglu_experts(x, top_k_weights, assignments, gate_up, down).to(hidden_states.dtype)
 
