@@ -310,18 +310,24 @@ def _tapped(base: Any) -> Any:
         rows = context.rows
         if rows == 0 and args and args[0].dim() == 3:
             rows = args[0].shape[0]
-        weights, _ = torch.ops.equipoise.tap(
-            weights,
-            logits if tap.has_loss else logits.detach(),
-            expert_ids,
-            context.mask,
-            context.sequence_ids,
-            rows,
-            tap.key,
-            self.training,
+        if not tap.has_loss:
+            logits = logits.detach()
+        if _is_traced():
             # a compiler merges two calls with the same arguments; it takes no two empty tensors for the same
-            torch.empty(0, device=weights.device) if torch.compiler.is_compiling() else None,
-        )
+            call = torch.empty(0, device=weights.device) if torch.compiler.is_compiling() else None
+            weights, _ = torch.ops.equipoise.tap(
+                weights,
+                logits,
+                expert_ids,
+                context.mask,
+                context.sequence_ids,
+                rows,
+                tap.key,
+                self.training,
+                call,
+            )
+        else:
+            weights = _EagerTap.apply(weights, logits, expert_ids, context, rows, tap, self.training)
         return tap.kind.write(output, weights, expert_ids)
 
     return _subclass(base, {"forward": forward, **_follows_its_slot(base), "_equipoise_base": base}, _new_tapped)
@@ -403,6 +409,48 @@ def is_tapped(module: nn.Module) -> bool:
     return tap is not None and tap.observer is not None
 
 
+# ---- the tap of a forward that runs as it is written ----
+
+
+def _is_traced() -> bool:
+    """Whether somebody records this forward, or runs it by other rules: then the tap must be one opaque op."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
+class _EagerTap(torch.autograd.Function):
+    """What the ops below do, without their dispatch, which takes as long as counting."""
+
+    @staticmethod
+    def forward(ctx, weights, logits, expert_ids, context, rows, tap, training):
+        observer = tap.observer
+        ctx.tap, ctx.token, ctx.has_loss = tap, UNCOUNTED, logits.requires_grad
+        if observer is not None:
+            ctx.token = observer.observe(
+                tap.layer, weights, logits, expert_ids, context.mask, context.sequence_ids, rows, training
+            )
+        weights = weights.clone()
+        if ctx.has_loss:
+            ctx.save_for_backward(logits, expert_ids, weights)
+        return weights
+
+    @staticmethod
+    def backward(ctx, grad_weights):
+        grad_logits = None
+        if ctx.has_loss:
+            grad_logits = _gradient(ctx.tap, ctx.token, *ctx.saved_tensors)
+        return grad_weights, grad_logits, None, None, None, None, None
+
+
+def _gradient(tap, token, logits, expert_ids, weights):
+    if tap is None or tap.observer is None:  # detached between forward and backward
+        return torch.zeros_like(logits)
+    return tap.observer.gradient(tap.layer, token, logits, expert_ids, weights)
+
+
 # ---- the two opaque ops ----
 
 torch.library.define(
@@ -432,10 +480,7 @@ def _(weights, logits, expert_ids, mask, sequence_ids, rows, key, training, call
 
 @torch.library.impl("equipoise::tap_backward", "CompositeExplicitAutograd")
 def _tap_backward(grad_weights, logits, expert_ids, weights, token, key):
-    tap = _TAPS.get(int(key))
-    if tap is None or tap.observer is None:  # detached between forward and backward
-        return torch.zeros_like(logits)
-    return tap.observer.gradient(tap.layer, token.item(), logits, expert_ids, weights)
+    return _gradient(_TAPS.get(int(key)), token.item(), logits, expert_ids, weights)
 
 
 @torch.library.register_fake("equipoise::tap_backward")
