@@ -18,7 +18,7 @@ from equipoise.balancers import Balancer, Layers
 from equipoise.errors import EquipoiseError
 from equipoise.load import Layout
 from equipoise.pool import Pool
-from equipoise.routing import Routing, score
+from equipoise.routing import Routing, score, score_backward
 from equipoise.taps.tap import OWN_SLOT, RECOMPUTED, UNCOUNTED, RouterKind, Slot
 from equipoise.window import Call, MicroBatch, Statistics, Window, fit_mask, number_sequences
 
@@ -222,20 +222,35 @@ class Recorder:
         micro_batch = call.micro_batch
         if micro_batch is self.window.current or not self.has_tickets:  # no loss() closed it: loss_scale stands in
             self.window.close_micro_batch()
-        logits = logits.detach().requires_grad_()
-        with torch.enable_grad():
-            routing = self._routing(layer, call, logits, expert_ids, weights)
-            total = torch.zeros((), dtype=routing.scores.dtype, device=logits.device)
-            for balancer in self.group_of[layer][0].losses:
-                pooled = None
-                if balancer.scope == "global_batch" and balancer.pooling == "window":
-                    pooled = self.window.load_pooled()
-                load = self._scope_load(balancer, layer, micro_batch, pooled)
-                total = total + balancer.coefficient * balancer.loss(routing, load)
-            if len(micro_batch.calls[layer]) > 1:  # the loss is a mean over all tokens of the micro-batch
-                tokens = micro_batch.vector[self.layout.tokens][layer].clamp_min(1)
-                total = total * call.num_tokens / tokens
-            (gradient,) = torch.autograd.grad(total, logits, grad_outputs=torch.ones_like(total) * factor)
+        if len(micro_batch.calls[layer]) > 1:  # the loss is a mean over all tokens of the micro-batch
+            factor = factor * call.num_tokens / micro_batch.vector[self.layout.tokens][layer].clamp_min(1)
+        logits = logits.detach()
+        routing = self._routing(layer, call, logits, expert_ids, weights)
+        of_scores, others = None, []
+        for balancer in self.group_of[layer][0].losses:
+            pooled = None
+            if balancer.scope == "global_batch" and balancer.pooling == "window":
+                pooled = self.window.load_pooled()
+            load = self._scope_load(balancer, layer, micro_batch, pooled)
+            known = balancer.score_gradient(routing, load)
+            if known is None:
+                others.append((balancer, load))
+            else:
+                known = known * (balancer.coefficient * factor)
+                of_scores = known if of_scores is None else of_scores + known
+        gradient = None
+        if of_scores is not None:
+            gradient = score_backward(of_scores, logits, routing.scores, self.layers[layer].kind.gate)
+        if others:
+            logits.requires_grad_()
+            with torch.enable_grad():
+                routing = self._routing(layer, call, logits, expert_ids, weights)
+                total = torch.zeros((), dtype=routing.scores.dtype, device=logits.device)
+                for balancer, load in others:
+                    total = total + balancer.coefficient * balancer.loss(routing, load)
+            (found,) = torch.autograd.grad(total, logits, grad_outputs=torch.ones_like(total) * factor)
+            gradient = found if gradient is None else gradient + found
+        assert gradient is not None  # without a loss nothing asks
         return gradient
 
     def _serve(self, layer: int, token: int, expert_ids: Tensor) -> tuple[Call, Tensor | float]:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-__all__ = ["GATES", "Routing", "route", "score"]
+__all__ = ["GATES", "Routing", "route", "score", "score_backward"]
 
 GATES = ("softmax", "sigmoid", "sqrt_softplus")
 
@@ -51,6 +51,24 @@ def score(logits: Float[Tensor, "tokens experts"], gate: str = "softmax") -> Flo
         # at z < -104 float32 softplus is 0, where sqrt has no slope
         return F.softplus(logits).clamp_min(torch.finfo(logits.dtype).tiny).sqrt()
     raise ValueError(f"gate must be one of {', '.join(GATES)}: got {gate!r}.")
+
+
+def score_backward(
+    gradient: Float[Tensor, "tokens experts"],
+    logits: Float[Tensor, "tokens experts"],
+    scores: Float[Tensor, "tokens experts"],
+    gate: str,
+) -> Float[Tensor, "tokens experts"]:
+    """The gradient by the logits, in their dtype, of what has ``gradient`` by ``scores = score(logits, gate)``."""
+    if gate == "softmax":
+        found = torch.ops.aten._softmax_backward_data(gradient, scores, -1, scores.dtype)
+    elif gate == "sigmoid":
+        found = torch.ops.aten.sigmoid_backward(gradient, scores)
+    else:
+        found = gradient * logits.to(scores.dtype).sigmoid() / (2 * scores)
+        smallest = torch.finfo(scores.dtype).tiny ** 0.5
+        found = found.masked_fill(scores <= smallest, 0)  # where softplus is clamped
+    return found.to(logits.dtype)
 
 
 def _mask_groups(

@@ -16,7 +16,7 @@ from equipoise import (
     route,
     sequence_load_balancing_loss,
 )
-from equipoise.routing import GATES, score
+from equipoise.routing import GATES, score, score_backward
 
 gates = pytest.mark.parametrize("gate", GATES)
 normalises = pytest.mark.parametrize("normalise", [True, False])
@@ -261,3 +261,28 @@ def test_scores_that_underflow_give_a_finite_loss():
         assert loss.isfinite(), gate
         assert torch.autograd.grad(loss, logits)[0].isfinite().all(), gate
     assert score(logits, "softmax").isfinite().all()
+
+
+@gates
+@normalises
+@masks
+@pytest.mark.parametrize("scope", ["sequence", "micro_batch", "global_batch"])
+@pytest.mark.parametrize("load", [None, [9, 1, 0, 3, 3, 4]], ids=["own", "pooled"])
+def test_the_gradient_in_closed_form_is_that_of_autograd(gate, normalise, masked, scope, load):
+    routing = _routing(gate, masked, seed=3)
+    balancer = LoadBalancingLoss(scope=scope, normalise=normalise)
+    load = None if load is None or scope == "sequence" else torch.tensor(load)
+    expected = _gradient(balancer.loss(routing, load), routing)
+    found = score_backward(balancer.score_gradient(routing, load), routing.logits, routing.scores, gate)
+    assert expected.abs().max() > 1e-3
+    assert_close(found, expected, rtol=1e-12, atol=1e-15)
+
+
+@gates
+def test_the_gradient_of_scores_is_that_of_autograd_also_where_they_underflow(gate):
+    logits = torch.tensor([[-300.0, 0.0, 5.0], [-120.0, -104.0, -90.0], [30.0, 88.0, 100.0]], requires_grad=True)
+    scores, gradient = score(logits, gate), torch.tensor([[1.0, -2.0, 0.5]]).expand(3, 3)
+    expected = torch.autograd.grad(scores, logits, gradient)[0]
+    found = score_backward(gradient, logits.detach(), scores.detach(), gate)
+    assert_close(found, expected, rtol=1e-5, atol=1e-30)
+    assert score_backward(gradient, logits.detach().bfloat16(), scores.detach(), gate).dtype == torch.bfloat16

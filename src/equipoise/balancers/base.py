@@ -81,6 +81,13 @@ class Balancer:
         its logits. ``load`` holds the counts of the balancer's scope (None for ``sequence`` and ``token``)."""
         return None
 
+    def score_gradient(
+        self, routing: Routing, load: Int[Tensor, " experts"] | None
+    ) -> Float[Tensor, "tokens experts"] | None:
+        """The gradient of ``loss`` by ``routing.scores``, for a loss that has a short one in closed form and depends on
+        the logits through the scores only; None, and autograd takes it, which is slower."""
+        return None
+
     def update(
         self, load: Int[Tensor, "layers experts"], statistic: Sequence[Tensor] | None = None, window: int = 0
     ) -> None:

@@ -116,3 +116,25 @@ class LoadBalancingLoss(Balancer):
         if self.scope == "sequence":
             return sequence_load_balancing_loss(routing, normalise=self.normalise)
         return load_balancing_loss(routing, load, normalise=self.normalise)
+
+    @torch.no_grad()
+    def score_gradient(
+        self, routing: Routing, load: Int[Tensor, " experts"] | None
+    ) -> Float[Tensor, "tokens experts"]:
+        """``c_e = E f_e / N`` for raw scores; ``(c_e - sum_j p_j c_j) / sum_j s_j`` for normalised ones."""
+        scores = routing.scores
+        slope: Tensor  # of the loss by p
+        if self.scope == "sequence":
+            load = sequence_load(routing)
+            slope = (load.to(scores.dtype) / load.sum(-1, keepdim=True).clamp_min(1))[routing.sequence_ids]
+        else:
+            if load is None:
+                load = expert_load(routing.expert_ids, scores.shape[-1], routing.mask)
+            slope = load.to(scores.dtype) / load.sum().clamp_min(1)
+        slope = slope * (scores.shape[-1] / _num_tokens(routing))
+        if routing.mask is not None:
+            slope = slope * routing.mask.to(scores.dtype)[:, None]
+        if not self.normalise:
+            return slope.expand_as(scores)
+        total = scores.sum(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
+        return (slope - (scores * slope).sum(-1, keepdim=True) / total).div_(total)
