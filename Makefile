@@ -1,5 +1,6 @@
 # make install   a virtual environment in .venv with the tested set of constraints.txt
 # make demo      the main job on the packaged corpus: table on the terminal, page in runs/demo/report.html
+# make bench     what balancing costs and how quick the lab is: tables, and files in benchmarks/results
 # make test      everything that CI runs
 # make mutants   breaks the core on purpose, one demon a time; the tests must see every break
 PYTHON ?= python3
@@ -7,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO ?= runs/demo
 
-.PHONY: install demo test mutants clean
+.PHONY: install demo bench test mutants clean
 
 install: $(VENV)/.installed
 
@@ -20,6 +21,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 demo: install
 	$(BIN)/equipoise compare --out $(DEMO) --resume
+
+bench: install
+	for question in overhead experts trainer attach audit attention; do $(BIN)/python benchmarks/$$question.py || exit 1; done
 
 test: install
 	$(BIN)/ruff format --check .

@@ -6,8 +6,9 @@ Step: runs of the lab that differ by their strategy only take a step each in tur
 of rounds, see paired.py. Bars: loss-free 1.01, global-batch loss 1.02, quantile 1.05, and the upper end of the interval
 0.02 above.
 
-Router: forward, and forward with backward, of one router of the default model, attached over not attached, with the
-`loss()` and `step()` that follow. Bar: 1.05 for every strategy but quantile.
+Router: a window of eight forwards of one router of the default model, attached over not attached, with the `loss()` of
+every micro-batch where there is one and the `step()` at the end; and the same with backwards. Bar of the forward: 1.05
+for `frozen`, which counts and does no more.
 
 Update: `step()` for routers alone, in milliseconds: 64 layers of 256 experts (bar 0.3), half and twice the layers, a
 quarter of the experts, and four times the tokens, on which it must not depend.
@@ -51,6 +52,8 @@ STORED = Path(__file__).parent / "results" / "overhead.json"
 BARS = {"loss-free": 1.01, "lbl:scope=global_batch": 1.02, "quantile": 1.05}
 OTHERS = ("lbl:scope=sequence", "loss-free+lbl:scope=sequence,coefficient=1e-4")
 ROUTER = (128, 32, 4, 8192)  # dim, experts, k, tokens: the default model's, with a step's tokens
+MICRO_BATCHES = 8
+FORWARD = 1.05
 UPDATES = ((64, 256, 256), (32, 256, 256), (128, 256, 256), (64, 64, 256), (64, 256, 1024))
 ATTEMPTS = 5  # processes whose memory and start are measured
 
@@ -86,32 +89,38 @@ def routers(rounds: int) -> list[dict[str, Any]]:
     """A row a strategy: an attached router over one that is not."""
     dim, experts, k, tokens = ROUTER
     hidden = torch.randn(tokens, dim)
-    return [_router(strategy, Router(dim, experts, k).train(), hidden, rounds) for strategy in BARS]
+    return [_router(strategy, Router(dim, experts, k).train(), hidden, rounds) for strategy in ("frozen", *BARS)]
 
 
 def _router(strategy: str, plain: Router, hidden: torch.Tensor, rounds: int) -> dict[str, Any]:
     copy = Router(plain.dim, plain.num_experts, plain.k)
     copy.load_state_dict(plain.state_dict())
     balance = equipoise.attach(nn.ModuleList([copy]).train(), strategy)
+    has_loss = strategy.startswith("lbl")
 
-    def forward(ours: bool) -> None:
-        (copy if ours else plain)(hidden)
+    def forwards(ours: bool) -> None:
+        for _ in range(MICRO_BATCHES):
+            (copy if ours else plain)(hidden)
+            if ours and has_loss:
+                balance.loss()
         if ours:
-            balance.loss()
             balance.step()
 
-    def with_backward(ours: bool) -> None:
-        _, weights, _ = (copy if ours else plain)(hidden)
-        loss = weights.square().mean()
-        (loss + balance.loss() if ours else loss).backward()
+    def with_backwards(ours: bool) -> None:
+        for _ in range(MICRO_BATCHES):
+            _, weights, _ = (copy if ours else plain)(hidden)
+            loss = weights.square().mean()
+            (loss + balance.loss() if ours and has_loss else loss).backward()
         if ours:
             balance.step()
 
     row: dict[str, Any] = {"strategy": strategy}
-    for name, call in (("forward", forward), ("forward_and_backward", with_backward)):
+    for name, call in (("forward", forwards), ("forward_and_backward", with_backwards)):
         took = in_turn({"attached": partial(call, True), "plain": partial(call, False)}, rounds)
         row[name] = ratio(took["attached"], took["plain"])
-        row[name]["milliseconds_plain"] = 1000 * statistics.median(took["plain"])
+        row[name]["milliseconds_plain"] = 1000 * statistics.median(took["plain"]) / MICRO_BATCHES
+    row["limit"] = FORWARD if strategy == "frozen" else None
+    row["holds"] = None if row["limit"] is None else row["forward"]["median"] <= FORWARD
     return row
 
 
@@ -210,13 +219,14 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--rounds", type=int, default=25)
     rounds = options.parse_args().rounds
+    torch.set_num_threads(1)  # as runs side by side have; at this size a second thread gains nothing
     with tempfile.TemporaryDirectory() as folder:
         of_steps = steps(Path(folder), rounds)
     for row in of_steps[1:]:
         found = row["ratio"]
         bar = "" if row["limit"] is None else f"  bar {row['limit']}: {'holds' if row['holds'] else 'MISSED'}"
         print(f"step   {row['strategy']:46} {found['median']:.3f} ({found['low']:.3f} to {found['high']:.3f}){bar}")
-    of_routers = routers(4 * rounds)
+    of_routers = routers(rounds)
     for row in of_routers:
         print(
             f"router {row['strategy']:46} forward {row['forward']['median']:.3f}, with backward "

@@ -147,3 +147,46 @@ def test_an_audit_is_quick_and_small_and_was_measured_so(tiny, tmp_path):
     assert stored["over_bare_forwards"]["pairs"] == audit.PAIRS
     few, many = stored["peak_memory"]["few"], stored["peak_memory"]["many"]
     assert many["tokens"] > 7 * few["tokens"] and many["peak_mib"] <= audit.MOST_GROWTH * few["peak_mib"]
+
+
+def test_an_overhead_is_that_of_one_thing_over_another():
+    overhead = _load("overhead")
+    row = overhead.update(layers=3, experts=8, tokens=16, rounds=2)
+    assert (row["layers"], row["experts"], row["tokens"]) == (3, 8, 16) and 0 < row["milliseconds"] < 1000
+    for strategy in ("frozen", *overhead.BARS):
+        plain = overhead.Router(16, 8, 2).train()
+        row = overhead._router(strategy, plain, overhead.torch.randn(64, 16), rounds=2)
+        assert row["strategy"] == strategy and row["forward"]["rounds"] == 2 and row["forward"]["median"] > 0
+        assert (row["limit"] is None) == (strategy != "frozen")
+
+
+def test_the_experts_that_are_compared_compute_the_same():
+    experts = _load("experts")
+    layers = experts.layers(32, 16, 8, 2, 24, experts.torch.float32)
+    assert {"ours", "dense", *experts.WAYS} == set(layers)
+    x = experts.torch.randn(1, 24, 32)
+    parts = [(name, layers[name]) for name in ("ours", *experts.WAYS)]
+    for name, stock in parts[1:]:  # their weights are (experts, out, in)
+        stock.experts.gate_up_proj.data.copy_(layers["ours"].gate_up.transpose(1, 2))
+        stock.experts.down_proj.data.copy_(layers["ours"].down.transpose(1, 2))
+        output = stock(x)
+        output = output[0] if isinstance(output, tuple) else output
+        experts.torch.testing.assert_close(output, layers["ours"](x), rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.slow
+def test_the_lab_and_the_trainer_train_the_same(tiny, tmp_path, monkeypatch):
+    trainer = _load("trainer")
+    monkeypatch.setattr(
+        trainer,
+        "config",
+        lambda steps, folder: replace(tiny, out=folder / "run", strategy="none", steps=steps, warmup=0.0),
+    )
+    found = {side: trainer.one(side, steps=3) for side in ("lab", "lab_with_grouped_mm", "trainer")}
+    first, second, _ = found["lab"]["losses"]
+    assert first > second
+    for each in found.values():
+        assert each["losses"][:2] == pytest.approx([first, second], rel=2e-3), (
+            "its weights and its batches are the same"
+        )
+        assert each["seconds"] > 0

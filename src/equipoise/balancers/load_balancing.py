@@ -118,9 +118,7 @@ class LoadBalancingLoss(Balancer):
         return load_balancing_loss(routing, load, normalise=self.normalise)
 
     @torch.no_grad()
-    def score_gradient(
-        self, routing: Routing, load: Int[Tensor, " experts"] | None
-    ) -> Float[Tensor, "tokens experts"]:
+    def score_gradient(self, routing: Routing, load: Int[Tensor, " experts"] | None) -> Float[Tensor, "tokens experts"]:
         """``c_e = E f_e / N`` for raw scores; ``(c_e - sum_j p_j c_j) / sum_j s_j`` for normalised ones."""
         scores = routing.scores
         slope: Tensor  # of the loss by p

@@ -1,0 +1,180 @@
+"""How quick is the lab beside transformers.Trainer? Tokens per second of the same model on the same batches.
+
+    python benchmarks/trainer.py    # writes benchmarks/results/trainer.json
+
+Both train the lab's default model, unattached, from the same weights on the same micro-batches of the packaged corpus,
+with as many micro-batches a step, AdamW, clipping and bfloat16 autocast where the machine has it. The Trainer's model
+is as Transformers makes it, experts by `grouped_mm`, attention by `sdpa`. Each side runs in processes of its own, in
+turn; the time is that of the steps after the first two. What the lab's own remedies are worth is told apart: the lab
+with Transformers' experts, and the lab without keeping freed memory. The bar: the lab at least 1.2 of the Trainer. The
+last line on stdout is the result as JSON.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch, as the command line does
+
+import torch
+from paired import facts, ratio
+from torch.utils.data import IterableDataset
+
+from equipoise.lab import engine
+from equipoise.lab.config import Train
+from equipoise.lab.run_folder import Nobody
+from equipoise.lab.train import _Training
+from equipoise.records import write_json
+
+STORED = Path(__file__).parent / "results" / "trainer.json"
+SIDES = ("trainer", "lab", "lab_with_grouped_mm", "lab_without_kept_memory")
+WARM_UP = 2
+LIMIT = 1.2
+
+
+def config(steps: int, folder: Path) -> Train:
+    return Train(out=folder / "run", strategy="none", steps=steps)
+
+
+class Sequences(IterableDataset):
+    """The lab's training text, sequence by sequence, in the order of its micro-batches."""
+
+    def __init__(self, training: _Training, steps: int):
+        self.rows = [
+            row
+            for step in range(steps)
+            for micro_batch in training.batches.window(step)
+            for row in micro_batch.input_ids.clone()
+        ]
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        return ({"input_ids": row, "labels": row} for row in self.rows)
+
+
+def lab(steps: int, folder: Path, side: str) -> tuple[list[float], list[float]]:
+    """Seconds and training loss of every step."""
+    if side == "lab_without_kept_memory":
+        engine._keep_freed_memory = lambda: None
+    with engine.reproducible():
+        training = _Training(config(steps, folder), Nobody(), "")
+        if side == "lab_with_grouped_mm":
+            training.inner.set_experts_implementation("grouped_mm")
+        seconds, losses = [], []
+        for step in range(steps):
+            started = time.perf_counter()
+            losses.append(training._step(step)["loss"])
+            seconds.append(time.perf_counter() - started)
+    return seconds, losses
+
+
+def trainer(steps: int, folder: Path) -> tuple[list[float], list[float]]:
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    asked = config(steps, folder)
+    training = _Training(asked, Nobody(), "")
+    training.balance.detach()
+    model: Any = training.inner
+    model.set_experts_implementation("grouped_mm")
+    model.set_attn_implementation("sdpa")
+
+    ends: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_train_begin(self, *arguments: Any, **names: Any) -> None:
+            ends.append(time.perf_counter())
+
+        def on_step_end(self, *arguments: Any, **names: Any) -> None:
+            ends.append(time.perf_counter())
+
+    arguments = TrainingArguments(
+        output_dir=str(folder / "trainer"),
+        max_steps=steps,
+        per_device_train_batch_size=asked.sequences,
+        gradient_accumulation_steps=asked.micro_batches,
+        learning_rate=asked.learning_rate,
+        weight_decay=asked.weight_decay,
+        adam_beta2=0.95,
+        max_grad_norm=asked.clip,
+        warmup_steps=int(asked.warmup * steps),
+        lr_scheduler_type="cosine",
+        bf16=training.autocast,
+        use_cpu=True,
+        report_to=[],
+        logging_steps=1,
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    found = Trainer(model, arguments, train_dataset=Sequences(training, steps), callbacks=[Clock()])
+    found.train()
+    losses = [row["loss"] for row in found.state.log_history if "loss" in row]
+    return [b - a for a, b in itertools.pairwise(ends)], losses
+
+
+def one(side: str, steps: int) -> dict[str, Any]:
+    """In this process: seconds a step after the warm-up, and the loss of every step."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = trainer(steps, Path(folder)) if side == "trainer" else lab(steps, Path(folder), side)
+    seconds, losses = found
+    return {"side": side, "seconds": statistics.median(seconds[WARM_UP:]), "losses": losses}
+
+
+def one_process(side: str, steps: int) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--only", side, "--steps", str(steps)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--rounds", type=int, default=5)
+    options.add_argument("--steps", type=int, default=10)
+    options.add_argument("--only", choices=SIDES, help="one side, in this process")
+    given = options.parse_args()
+    if given.only:
+        print(json.dumps(one(given.only, given.steps)))
+        return
+    took: dict[str, list[float]] = {side: [] for side in SIDES}
+    losses: dict[str, list[float]] = {}
+    for number in range(given.rounds):
+        for side in SIDES if number % 2 == 0 else reversed(SIDES):
+            found = one_process(side, given.steps)
+            took[side].append(found["seconds"])
+            losses[side] = found["losses"]
+    asked = config(given.steps, Path())
+    tokens = asked.micro_batches * asked.sequences * asked.sequence_length
+    rows = [
+        {
+            "side": side,
+            "tokens_per_second": round(tokens / statistics.median(took[side])),
+            "over_trainer": ratio(took["trainer"], took[side]),
+            "losses": [round(loss, 4) for loss in losses[side]],
+        }
+        for side in SIDES
+    ]
+    for row in rows:
+        over = row["over_trainer"]
+        print(
+            f"{row['side']:24} {row['tokens_per_second']:7} tokens/s  {over['median']:.2f} of the Trainer "
+            f"({over['low']:.2f} to {over['high']:.2f})"
+        )
+    result = facts("python benchmarks/trainer.py", "transformers", "accelerate") | {
+        "tokens_per_step": tokens,
+        "limit": LIMIT,
+        "holds": rows[1]["over_trainer"]["median"] >= LIMIT,
+        "rows": rows,
+    }
+    write_json(STORED, result)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
