@@ -426,3 +426,17 @@ def test_factors_reach_a_peaked_softmax():
         if name.endswith("gate.weight"):
             parameter.data.mul_(8)
     equipoise.attach(model, "loss-free:rule=multiplicative")
+
+
+def test_losses_that_have_a_gradient_in_closed_form_and_those_that_have_none_add_up():
+    def gradient(strategy):
+        torch.manual_seed(0)
+        routers = torch.nn.ModuleList([equipoise.nn.Router(8, 6, 2)]).train()
+        balance = equipoise.attach(routers, strategy)
+        loss = routers[0](torch.randn(20, 8))[1].sum() * 0
+        (loss + balance.loss()).backward()
+        return routers[0].weight.grad
+
+    first, second = gradient("lbl:coefficient=0.3"), gradient("z:coefficient=0.2")
+    assert min(first.abs().max(), second.abs().max()) > 1e-4
+    assert_close(gradient("lbl:coefficient=0.3+z:coefficient=0.2"), first + second, rtol=1e-5, atol=1e-8)
