@@ -117,7 +117,8 @@ class _WeightedSwiglu(torch.autograd.Function):
         gate_up, weights = ctx.saved_tensors
         if torch.is_grad_enabled():  # this gradient will be differentiated
             y = swiglu(gate_up) * weights.to(gate_up.dtype)
-            return torch.autograd.grad(y, (gate_up, weights), gradient, create_graph=True)  # type: ignore[return-value]
+            of_gate_up, of_weights = torch.autograd.grad(y, (gate_up, weights), gradient, create_graph=True)
+            return of_gate_up, of_weights
         gate, up = gate_up.chunk(2, dim=-1)
         of_gate_up = torch.empty_like(gate_up)
         of_gate, of_up = of_gate_up.chunk(2, dim=-1)

@@ -18,8 +18,8 @@ def use_quick_experts(model: PreTrainedModel) -> None:
     """Lets the SwiGLU experts of ``model`` compute by grouped products whose gradients are gathered, not scattered.
 
     The same function as each of Transformers' own implementations, in another order of additions. Experts of another
-    kind (with a bias, another activation, interleaved weights, experts spread over ranks) go on as with ``grouped_mm``.
-    A model whose class does not let one choose stays as it is.
+    kind (with a bias, another activation, interleaved weights, experts spread over ranks) go on as with ``grouped_mm``,
+    and so do all that are not on a CPU. A model whose class does not let one choose stays as it is.
 
     The products are in the parameters' dtype, under autocast too, as with ``grouped_mm`` of Transformers.
     ``model.set_experts_implementation("grouped_mm")`` takes it back.
@@ -30,7 +30,7 @@ def use_quick_experts(model: PreTrainedModel) -> None:
 
 
 def _forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    if not _is_swiglu(experts):
+    if hidden_states.device.type != "cpu" or not _is_swiglu(experts):  # on a GPU nobody has measured ours
         return grouped_mm_experts_forward(experts, hidden_states, top_k_index, top_k_weights)
     gate_up, down = experts.gate_up_proj, experts.down_proj
     if not experts.is_transposed:
