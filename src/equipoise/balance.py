@@ -193,18 +193,13 @@ class Balance:
             self._context.clear()
             return
         window = self._window
-        calls = [micro_batch.calls for micro_batch in window.micro_batches]
-        called = [any(of_layer) for of_layer in zip(*calls, strict=True)] if calls else [False] * len(self._layers)
-        if not all(called):
+        called = set().union(*(micro_batch.calls for micro_batch in window.micro_batches))
+        if len(called) < len(self._layers):
             window.fail(self._device(), self._recorder.empty_statistics())
-            missing = [layer.name for layer, was in zip(self._layers, called, strict=True) if not was]
+            missing = [layer.name for index, layer in enumerate(self._layers) if index not in called]
             raise EquipoiseError(
                 "every attached router must be called in training mode between two steps: "
-                + (
-                    f"{', '.join(missing[:4])}{' ...' if missing[4:] else ''} got no token"
-                    if any(called)
-                    else "none was"
-                )
+                + (f"{', '.join(missing[:4])}{' ...' if missing[4:] else ''} got no token" if called else "none was")
                 + ". Call step() once an optimizer step, after a forward; leave layers out with attach(where=...)."
             )
         micro_batches, before = window.micro_batches, self._num_windows
@@ -219,9 +214,8 @@ class Balance:
             slots = self._recorder.adopt_writes(group)
             load = self._recorder.load_of(group, self._recorder.last)
             for index, balancer in enumerate(group.balancers):
-                found = [
-                    statistics.values[layer, index] for layer in group.layers if (layer, index) in statistics.values
-                ]
+                there = statistics.values
+                found = [there[layer, index] for layer in group.layers if (layer, index) in there] if there else []
                 state = _state(balancer) if isinstance(applied, Tensor) else {}
                 held = {name: value.clone() for name, value in state.items()}
                 balancer.update(load, found or None, before)
@@ -324,7 +318,7 @@ class Balance:
         if micro_batch is None:
             return torch.zeros((), dtype=torch.int64, device=self._device())
         tokens = micro_batch.vector[self._layout.tokens]
-        return torch.stack([tokens[layer] for layer, calls in enumerate(micro_batch.calls) if calls]).min()
+        return torch.stack([tokens[layer] for layer in sorted(micro_batch.calls)]).min()
 
     def metrics(self) -> dict[str, float]:
         """Figures of the last closed window over all ranks, as Python numbers (this waits for a GPU); {} before it.

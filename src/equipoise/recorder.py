@@ -45,9 +45,12 @@ class Group:
         self.losses = [balancer for balancer in balancers if balancer.has_loss]
         self.steering = next((balancer for balancer in balancers if balancer.has_offset), None)
         self.has_statistics = any(type(b).statistic is not Balancer.statistic for b in balancers)
+        none = torch.zeros(len(layers), routers[0].num_experts, dtype=torch.int64)
+        self.of_micro_batches = [i for i, b in enumerate(balancers) if b.micro_batch_statistic(none) is not None]
         self.slots = [self.slot(layer) for layer in routers]
         self.has_own_slot = any(slot.name == OWN_SLOT for slot in self.slots)
         self.block = layout.block(layers)  # of the counts
+        self._rows: tuple[int, Sequence[Tensor]] = (0, ())  # of the offset, and where it lies
 
     def states(self) -> dict[str, Float[Tensor, "layers experts"]]:
         """What balancers move besides the offset, by the name that it is saved under. The one with the offset has its
@@ -62,6 +65,22 @@ class Group:
                 place = kind if kinds.count(kind) == 1 else f"{kind}.{kinds.count(kind)}"
                 found |= {f"{place}.{name}": value for name, value in balancer.state().items()}
         return found
+
+    def plain_slots(self, offset: Float[Tensor, "layers experts"]) -> list[Tensor] | None:
+        """What the slots hold, not copied, where each is a plain buffer of the offset's dtype and on its device."""
+        found, dtype, device = [], offset.dtype, offset.device
+        for holder, name in self.slots:
+            held = holder._buffers.get(name)
+            if type(held) is not Tensor or held.dtype is not dtype or held.device != device:
+                return None
+            found.append(held)
+        return found if found[0].dim() == 1 else None
+
+    def write(self, slots: list[Tensor], offset: Float[Tensor, "layers experts"]) -> None:
+        """The offset into plain slots, in one operation."""
+        if self._rows[0] != offset.data_ptr():
+            self._rows = offset.data_ptr(), offset.detach().unbind()
+        torch._foreach_copy_(slots, self._rows[1])
 
     def slot(self, layer: Layer) -> Slot:
         """What steers ``layer``: the family's own slot, which is added to the scores, or one of ours."""
@@ -149,7 +168,7 @@ class Recorder:
     def _check_recomputation(self, layer: int) -> None:
         """A layer that the window has not counted yet was counted in one before: its offset has moved since."""
         steering, window = self.group_of[layer][0].steering, self.window
-        if steering is not None and window.number > 0 and not any(m.calls[layer] for m in window.micro_batches):
+        if steering is not None and window.number > 0 and not any(layer in m.calls for m in window.micro_batches):
             raise EquipoiseError(
                 f"a backward must run before step() closes its window: {self.layers[layer].name} is recomputed after, "
                 "by other offsets than its forward had. Call balance.step() after the optimizer's step; run the "
@@ -159,13 +178,11 @@ class Recorder:
     def _close_statistics(self, vector: Tensor, statistics: Statistics) -> None:
         """A micro-batch closes: what balancers want to know of its load."""
         for group in self.groups:
-            for index, balancer in enumerate(group.balancers):
-                if type(balancer).micro_batch_statistic is Balancer.micro_batch_statistic:
-                    continue
-                found = balancer.micro_batch_statistic(self.load_of(group, vector))
-                if found is not None:
-                    for layer, value in zip(group.layers, found, strict=True):
-                        statistics.add(layer, index, value.clone())
+            for index in group.of_micro_batches:
+                found = group.balancers[index].micro_batch_statistic(self.load_of(group, vector))
+                assert found is not None  # as it was when the group was made
+                for layer, value in zip(group.layers, found, strict=True):
+                    statistics.add(layer, index, value.clone())
 
     def empty_statistics(self) -> Statistics:
         """The statistics of a window without tokens: zeros, in the order and of the size of every other window's."""
@@ -260,8 +277,8 @@ class Recorder:
         if token == RECOMPUTED:  # a recomputed call does not know its micro-batch: the ticket that ran last says it
             micro_batch = window.serving
             if micro_batch is None and self.loss_scale is not None:
-                micro_batch = next((m for m in window.micro_batches if m.unserved[layer]), None)
-            if micro_batch is not None and micro_batch.unserved[layer]:
+                micro_batch = next((m for m in window.micro_batches if m.unserved.get(layer)), None)
+            if micro_batch is not None and micro_batch.unserved.get(layer):
                 number = micro_batch.find(layer, expert_ids)
                 call = window.calls[number]
         else:
@@ -326,7 +343,7 @@ class Recorder:
         """``restore_offset`` of all its layers; in one operation, given their plain slots (see ``adopt_writes``)."""
         offset = None if group.steering is None else group.steering.offset()
         if offset is not None and slots is not None:
-            torch._foreach_copy_(slots, offset.unbind())
+            group.write(slots, offset)
             return
         for layer in group.layers:
             self.restore_offset(layer)
@@ -340,15 +357,18 @@ class Recorder:
         offset = None if group.steering is None else group.steering.offset()
         if group.steering is None or offset is None:
             return None
-        slots = [slot.offset for slot in group.slots]
-        found = [slot for slot in slots if slot is not None and slot.device == offset.device]
-        if len(found) < len(slots):
-            return None
-        others = [value for b in group.balancers if b is not group.steering for value in b.state().values()]
-        plain = all(slot.dtype == offset.dtype for slot in found) and not others
+        plain = group.plain_slots(offset)
+        found = plain
+        if found is None:
+            slots = [slot.offset for slot in group.slots]
+            found = [slot.float() for slot in slots if slot is not None and slot.device == offset.device]
+            if len(found) < len(slots):
+                return None
+        if any(balancer.state() for balancer in group.balancers if balancer is not group.steering):
+            plain = None
         if group.has_own_slot:
-            return found if plain else None
-        held = torch.stack(found if plain else [slot.float() for slot in found])
+            return plain
+        held = torch.stack(found)
         if held.device.type != "cpu" or not torch.equal(held, offset):  # on a GPU nobody waits to find out
             same = ~held.isfinite()  # a damaged number is not taken up
             for dtype in (torch.float32, torch.bfloat16, torch.float16):  # ours, perhaps rounded
@@ -356,7 +376,7 @@ class Recorder:
             offset.copy_(torch.where(same, offset, held))
             for value in group.steering.state().values():
                 value *= same.all(-1, keepdim=True)
-        return found if plain else None
+        return plain
 
     def adopt_offset(self, layer: int) -> None:
         """A checkpoint was loaded into the family's slot: the offset becomes what it holds."""

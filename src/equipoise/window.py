@@ -82,15 +82,14 @@ class MicroBatch:
     def __init__(self, vector: Tensor, num_layers: int, num_losses: int, statistics: Statistics):
         self.vector = vector
         self.statistics = statistics  # handed to the window when this micro-batch closes
-        self.calls: list[list[int]] = [[] for _ in range(num_layers)]
-        self.unserved: list[list[int]] = [[] for _ in range(num_layers)]  # calls whose backward has not run yet
+        self.calls: dict[int, list[int]] = {}  # by layer that was called
+        self.unserved: dict[int, list[int]] = {}  # those of them whose backward has not run yet
         self.choices: dict[int, Tensor] = {}  # expert ids of unserved calls
         self.first_layer: int | None = None
         self.factor: Tensor | None = None  # what the caller multiplied the loss with, known in the backward
-        # by loss and layer, its sum over the tokens
         self.dtype = torch.float32  # of the losses, or wider
-        with torch.inference_mode(False):
-            self.losses = vector.new_zeros(num_losses, num_layers, dtype=torch.float64)
+        # by loss and layer, its sum over the tokens
+        self.losses = vector.new_zeros(num_losses, num_layers, dtype=torch.float64) if num_losses else vector[:0]
 
     def find(self, layer: int, expert_ids: Tensor) -> int:
         """Which unserved call of ``layer`` was made again: of several, the one that chose most alike, or the last.
@@ -111,7 +110,7 @@ class MicroBatch:
     def serve(self, factor: Tensor) -> None:
         """A ticket's backward has run: the backwards of this micro-batch's routers follow."""
         self.factor = factor
-        self.unserved = [list(calls) for calls in self.calls]
+        self.unserved = {layer: list(calls) for layer, calls in self.calls.items()}
 
 
 class Closed(NamedTuple):
@@ -178,8 +177,8 @@ class Window:
         """Keeps a call and returns its token, which its backward brings back."""
         number, micro_batch = len(self.calls), call.micro_batch
         self.calls.append(call)
-        micro_batch.calls[call.layer].append(number)
-        micro_batch.unserved[call.layer].append(number)
+        micro_batch.calls.setdefault(call.layer, []).append(number)
+        micro_batch.unserved.setdefault(call.layer, []).append(number)
         if self.num_losses:
             micro_batch.choices[number] = expert_ids.to(torch.int16)  # a copy: a compiled graph reuses its buffers
         if micro_batch.first_layer is None:
@@ -204,15 +203,17 @@ class Window:
             self.close_statistics(closed.vector, closed.statistics)
             self._statistics.merge(closed.statistics)
             closed.statistics = Statistics(self.gathered)
-            vector = closed.vector[: self.exchange.width].clone()
+            vector = closed.vector[: self.exchange.width]
             if self.exchange.pools_each:
+                vector = vector.clone()
                 self._pending.append((self.exchange.begin(vector, len(self.micro_batches)), vector))
             else:
                 self._add(vector)
         return closed
 
     def _add(self, vector: Tensor) -> None:
-        self._closed = vector if self._closed is None else self._closed.add_(vector)
+        """Never in place: the first is a micro-batch's own."""
+        self._closed = vector if self._closed is None else self._closed + vector
 
     def _receive(self) -> None:
         while self._pending:

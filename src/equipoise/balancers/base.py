@@ -73,7 +73,7 @@ class Balancer:
         return None
 
     def micro_batch_statistic(self, load: Int[Tensor, "layers experts"]) -> Int[Tensor, "layers numbers"] | None:
-        """The same of one micro-batch on one rank, from its load."""
+        """The same of one micro-batch on one rank, from its load; always, or never (asked once after ``prepare``)."""
         return None
 
     def loss(self, routing: Routing, load: Int[Tensor, " experts"] | None) -> Float[Tensor, ""] | None:

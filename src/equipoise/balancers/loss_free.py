@@ -153,7 +153,7 @@ class LossFree(Balancer):
             return (pooled[:, :-1].double() / pooled[:, -1:].clamp_min(1)).to(dtype)
         error = _error(load)
         if self.rule in ("sign", "multiplicative"):
-            return error.sign().to(dtype)
+            return error.sign_().to(dtype)
         if self.rule == "rms":
             size = error.double().square().mean(-1, keepdim=True).sqrt()
             return (error / size.clamp_min(torch.finfo(size.dtype).tiny)).to(dtype)
@@ -198,7 +198,7 @@ class LossFree(Balancer):
 
 def _error(load: Int[Tensor, "layers experts"]) -> Int[Tensor, "layers experts"]:
     """``experts * (mean - count)``, exact."""
-    return load.sum(-1, keepdim=True) - load.shape[-1] * load
+    return torch.sub(load.sum(-1, keepdim=True), load, alpha=load.shape[-1])
 
 
 @final
