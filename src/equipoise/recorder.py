@@ -160,7 +160,7 @@ class Recorder:
                 if statistic is not None:
                     micro_batch.statistics.add(layer, index, statistic)
             for index, balancer in enumerate(group.losses):
-                value = balancer.loss(routing, self._scope_load(balancer, layer, micro_batch, window.load_now))
+                value = balancer.loss(routing, self._scope_load(balancer, layer, micro_batch))
                 micro_batch.losses[index, layer].add_(value * call.num_tokens)
                 micro_batch.dtype = torch.promote_types(micro_batch.dtype, value.dtype)
         return window.record(call, expert_ids)
@@ -249,11 +249,10 @@ class Recorder:
             if balancer.scope == "global_batch" and balancer.pooling == "window":
                 pooled = self.window.load_pooled()
             load = self._scope_load(balancer, layer, micro_batch, pooled)
-            known = balancer.score_gradient(routing, load)
+            known = balancer.score_gradient(routing, load, balancer.coefficient * factor)
             if known is None:
                 others.append((balancer, load))
             else:
-                known = known * (balancer.coefficient * factor)
                 of_scores = known if of_scores is None else of_scores + known
         gradient = None
         if of_scores is not None:
@@ -304,15 +303,15 @@ class Recorder:
         return Routing(logits, scores, expert_ids, weights, call.mask, call.sequence_ids, call.num_sequences)
 
     def _scope_load(
-        self, balancer: Balancer, layer: int, micro_batch: MicroBatch, pooled: Tensor | None
+        self, balancer: Balancer, layer: int, micro_batch: MicroBatch, pooled: Tensor | None = None
     ) -> Int[Tensor, " experts"] | None:
+        """What a loss goes by: in a backward the pooled counts, in a forward those known by then."""
         if balancer.scope in ("sequence", "token"):
             return None
         if balancer.scope == "micro_batch":
             return self.layout.load(micro_batch.vector, layer)
         if balancer.pooling == "window":
-            assert pooled is not None
-            return self.layout.load(pooled, layer)
+            return self.window.load_now(layer) if pooled is None else self.layout.load(pooled, layer)
         if self.last is None:  # before the first window ends: an even share
             return micro_batch.vector.new_ones(self.layers[layer].num_experts)
         return self.layout.load(self.last, layer)

@@ -230,13 +230,11 @@ class Window:
             self._open()
             raise
 
-    @property
-    def load_now(self) -> Tensor | None:
-        """The counts known at this moment without waiting for anybody."""
-        if self.current is None:
-            return self._closed
-        current = self.current.vector[: self.exchange.width]
-        return current if self._closed is None else self._closed + current
+    def load_now(self, layer: int) -> Int[Tensor, " experts"]:
+        """The counts of a layer of the open micro-batch, with those known at this moment without waiting."""
+        assert self.current is not None
+        load = self.layout.load(self.current.vector, layer)
+        return load if self._closed is None else self.layout.load(self._closed, layer) + load
 
     def load_pooled(self) -> Tensor:
         """The counts of all closed micro-batches, over all ranks; waits for what is under way."""

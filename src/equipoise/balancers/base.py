@@ -82,9 +82,9 @@ class Balancer:
         return None
 
     def score_gradient(
-        self, routing: Routing, load: Int[Tensor, " experts"] | None
+        self, routing: Routing, load: Int[Tensor, " experts"] | None, factor: float | Float[Tensor, ""] = 1.0
     ) -> Float[Tensor, "tokens experts"] | None:
-        """The gradient of ``loss`` by ``routing.scores``, for a loss that has a short one in closed form and depends on
+        """The gradient of ``factor * loss`` by ``routing.scores``, for a loss that has a short one in closed form and depends on
         the logits through the scores only; None, and autograd takes it, which is slower."""
         return None
 

@@ -25,6 +25,11 @@ def _num_tokens(routing: Routing) -> Float[Tensor, ""] | int:
     return routing.mask.sum().clamp_min(1).to(routing.scores.dtype)
 
 
+def _share(load: Int[Tensor, "*sequences experts"], dtype: torch.dtype) -> Float[Tensor, "*sequences experts"]:
+    """f, which carries no gradient."""
+    return load.to(dtype) / load.sum(-1, keepdim=True).clamp_min(1).to(dtype)
+
+
 def load_balancing_loss(
     routing: Routing, load: Int[Tensor, " experts"] | None = None, *, normalise: bool = True
 ) -> Float[Tensor, ""]:
@@ -54,9 +59,8 @@ def load_balancing_loss(
             f"load must hold one count per expert: expected shape ({num_experts},), got {tuple(load.shape)}. Under "
             "expert parallelism pass the counts of all experts, not only those on this rank."
         )
-    p = _probability(routing, normalise)
-    share = load.to(p.dtype) / load.sum().clamp_min(1).to(p.dtype)
-    return num_experts * (share * p.sum(0)).sum() / _num_tokens(routing)
+    mass = _probability(routing, normalise).sum(0)
+    return torch.dot(_share(load, mass.dtype), mass) * num_experts / _num_tokens(routing)
 
 
 def sequence_load_balancing_loss(routing: Routing, *, normalise: bool = True) -> Float[Tensor, ""]:
@@ -72,7 +76,7 @@ def sequence_load_balancing_loss(routing: Routing, *, normalise: bool = True) ->
     load = sequence_load(routing)
     num_experts = routing.scores.shape[-1]
     p = _probability(routing, normalise)
-    share = load.to(p.dtype) / load.sum(-1, keepdim=True).clamp_min(1).to(p.dtype)
+    share = _share(load, p.dtype)
     # sum_s N_s f^s P^s = sum over tokens of f^(sequence of t) . p_t
     total = (share[routing.sequence_ids] * p).sum()
     return num_experts * total / _num_tokens(routing)
@@ -118,21 +122,24 @@ class LoadBalancingLoss(Balancer):
         return load_balancing_loss(routing, load, normalise=self.normalise)
 
     @torch.no_grad()
-    def score_gradient(self, routing: Routing, load: Int[Tensor, " experts"] | None) -> Float[Tensor, "tokens experts"]:
-        """``c_e = E f_e / N`` for raw scores; ``(c_e - sum_j p_j c_j) / sum_j s_j`` for normalised ones."""
+    def score_gradient(
+        self, routing: Routing, load: Int[Tensor, " experts"] | None, factor: float | Float[Tensor, ""] = 1.0
+    ) -> Float[Tensor, "tokens experts"]:
+        """``c_e = factor E f_e / N`` for raw scores; ``(c_e - sum_j p_j c_j) / sum_j s_j`` for normalised ones."""
         scores = routing.scores
+        factor = factor * scores.shape[-1] / _num_tokens(routing)
         slope: Tensor  # of the loss by p
         if self.scope == "sequence":
             load = sequence_load(routing)
-            slope = (load.to(scores.dtype) / load.sum(-1, keepdim=True).clamp_min(1))[routing.sequence_ids]
+            slope = (_share(load, scores.dtype) * factor)[routing.sequence_ids]
         else:
             if load is None:
                 load = expert_load(routing.expert_ids, scores.shape[-1], routing.mask)
-            slope = load.to(scores.dtype) / load.sum().clamp_min(1)
-        slope = slope * (scores.shape[-1] / _num_tokens(routing))
+            slope = _share(load, scores.dtype) * factor
         if routing.mask is not None:
             slope = slope * routing.mask.to(scores.dtype)[:, None]
         if not self.normalise:
             return slope.expand_as(scores)
         total = scores.sum(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
-        return (slope - (scores * slope).sum(-1, keepdim=True) / total).div_(total)
+        mean = (scores @ slope)[:, None] if slope.dim() == 1 else (scores * slope).sum(-1, keepdim=True)
+        return (slope - mean / total).div_(total)
