@@ -13,6 +13,11 @@ for `frozen`, which counts and does no more.
 Update: `step()` for routers alone, in milliseconds: 64 layers of 256 experts (bar 0.3), half and twice the layers, a
 quarter of the experts, and four times the tokens, on which it must not depend.
 
+Alerts: `Alerts.see` a window, with the reading of loads and offsets: as usual, where a stretch ends and is judged, and
+the mean of all.
+
+Collectives: `step()` of two gloo ranks that pool their counts, over that of the same ranks each for itself, in turn.
+
 Memory: the highest resident set of a process that takes three steps, attached over not attached. Bar: 1.02.
 
 Start: `equipoise --help` (bar 0.5 s), and what `import equipoise` adds to `import torch` (bar 0.1 s).
@@ -37,16 +42,19 @@ from typing import Any
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch, as the command line does
 
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from paired import facts, in_turn, ratio
 from torch import nn
 
 import equipoise
+from equipoise.alerts import PATIENCE
 from equipoise.lab.config import Train
 from equipoise.lab.engine import reproducible
 from equipoise.lab.run_folder import Nobody
 from equipoise.lab.train import _Training
 from equipoise.nn import Router
-from equipoise.records import write_json
+from equipoise.records import read_json, write_json
 
 STORED = Path(__file__).parent / "results" / "overhead.json"
 BARS = {"loss-free": 1.01, "lbl:scope=global_batch": 1.02, "quantile": 1.05}
@@ -54,8 +62,12 @@ OTHERS = ("lbl:scope=sequence", "loss-free+lbl:scope=sequence,coefficient=1e-4")
 ROUTER = (128, 32, 4, 8192)  # dim, experts, k, tokens: the default model's, with a step's tokens
 MICRO_BATCHES = 8
 FORWARD = 1.05
+UPDATE = 0.3  # milliseconds, of the first shape
 UPDATES = ((64, 256, 256), (32, 256, 256), (128, 256, 256), (64, 64, 256), (64, 256, 1024))
+WATCHED = ((64, 256, 8, 256), (3, 32, 4, 8192))  # layers, experts, k, tokens; the second: the default model's step
+RANKS = 2
 ATTEMPTS = 5  # processes whose memory and start are measured
+HELP, IMPORT = 0.5, 0.1  # seconds
 
 
 def steps(folder: Path, rounds: int, **options: Any) -> list[dict[str, Any]]:
@@ -139,6 +151,76 @@ def update(layers: int, experts: int, tokens: int, rounds: int) -> dict[str, Any
     return {"layers": layers, "experts": experts, "tokens": tokens, "milliseconds": statistics.median(took[3:])}
 
 
+def alerts(layers: int, experts: int, k: int, tokens: int, rounds: int) -> dict[str, Any]:
+    """Milliseconds of ``Alerts.see`` a window."""
+    model = nn.ModuleList(Router(16, experts, k) for _ in range(layers)).train()
+    balance, watch = equipoise.attach(model, "loss-free"), equipoise.Alerts()
+    hidden, took = torch.randn(tokens, 16), []
+    for _ in range(max(rounds, 2 * PATIENCE)):
+        with torch.no_grad():
+            for router in model:
+                router(hidden)
+        balance.step()
+        started = time.perf_counter()
+        watch.see(balance.load, 1.0, balance.offsets)
+        took.append(1000 * (time.perf_counter() - started))
+    took = took[PATIENCE : len(took) // PATIENCE * PATIENCE]  # whole stretches, without the first
+    judged = took[PATIENCE - 1 :: PATIENCE]
+    return {
+        "layers": layers,
+        "experts": experts,
+        "milliseconds": statistics.median(took),
+        "milliseconds_judged": statistics.median(judged),
+        "milliseconds_mean": statistics.mean(took),
+    }
+
+
+def collectives(layers: int, experts: int, tokens: int, rounds: int) -> dict[str, Any]:
+    """`step()` of ranks on this machine that pool, over that of ranks that do not."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_on_a_rank, (folder, layers, experts, tokens, rounds), nprocs=RANKS)
+        return read_json(Path(folder) / "row.json")
+
+
+def _on_a_rank(rank: int, folder: str, layers: int, experts: int, tokens: int, rounds: int) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=RANKS)
+    by_itself = [dist.new_group([other]) for other in range(RANKS)][rank]
+    models = {
+        name: nn.ModuleList(Router(16, experts, 8) for _ in range(layers)).train() for name in ("pooled", "alone")
+    }
+    balances = {
+        "pooled": equipoise.attach(models["pooled"], "loss-free"),
+        "alone": equipoise.attach(models["alone"], "loss-free", group=by_itself),
+    }
+    hidden = torch.randn(tokens, 16)
+    took: dict[str, list[float]] = {name: [] for name in models}
+    for number in range(rounds + 3):
+        for name in models if number % 2 else reversed(models):
+            with torch.no_grad():
+                for router in models[name]:
+                    router(hidden)
+            dist.barrier()
+            started = time.perf_counter()
+            balances[name].step()
+            took[name].append(1000 * (time.perf_counter() - started))
+    took = {name: milliseconds[3:] for name, milliseconds in took.items()}
+    if rank == 0:
+        metrics = balances["pooled"].metrics()
+        row = {
+            "layers": layers,
+            "experts": experts,
+            "ranks": RANKS,
+            "milliseconds": statistics.median(took["pooled"]),
+            "milliseconds_alone": statistics.median(took["alone"]),
+            "ratio": ratio(took["pooled"], took["alone"]),
+            "collectives": int(metrics["collectives"]),
+            "collective_bytes": int(metrics["collective_bytes"]),
+        }
+        write_json(Path(folder) / "row.json", row)
+    dist.destroy_process_group()
+
+
 def peak(attached: bool, folder: str) -> float:
     """Of a process of its own: megabytes."""
     code = f"""
@@ -211,7 +293,7 @@ def start(attempts: int) -> dict[str, Any]:
         "help_cpu_seconds": cpu["help"],
         "help_seconds": wall["help"],
         "added_to_torch_cpu_seconds": added,
-        "holds": wall["help"] <= 0.5 and added <= 0.1,
+        "holds": wall["help"] <= HELP and added <= IMPORT,
     }
 
 
@@ -235,6 +317,18 @@ def main() -> None:
     updates = [update(*shape, rounds=4 * rounds) for shape in UPDATES]
     for row in updates:
         print(f"update {row['layers']} x {row['experts']}, {row['tokens']} tokens: {row['milliseconds']:.3f} ms")
+    of_alerts = [alerts(*shape, rounds=4 * rounds) for shape in WATCHED]
+    for row in of_alerts:
+        print(
+            f"alerts {row['layers']} x {row['experts']}: {row['milliseconds']:.3f} ms a window, "
+            f"{row['milliseconds_judged']:.3f} ms where it judges, mean {row['milliseconds_mean']:.3f} ms"
+        )
+    of_collectives = [collectives(*UPDATES[0], rounds=4 * rounds)]
+    for row in of_collectives:
+        print(
+            f"ranks  {row['layers']} x {row['experts']}, {row['ranks']} ranks: {row['milliseconds']:.3f} ms, alone "
+            f"{row['milliseconds_alone']:.3f} ms, {row['collectives']} of {row['collective_bytes']} bytes"
+        )
     of_memory, of_start = memory(ATTEMPTS), start(ATTEMPTS)
     print(f"memory {of_memory['ratio']['median']:.3f}; help {of_start['help_seconds']:.2f} s; import adds "
           f"{of_start['added_to_torch_cpu_seconds']:.3f} s")  # fmt: skip
@@ -242,6 +336,8 @@ def main() -> None:
         "steps": of_steps,
         "routers": of_routers,
         "updates": updates,
+        "alerts": of_alerts,
+        "collectives": of_collectives,
         "memory": of_memory,
         "start": of_start,
     }

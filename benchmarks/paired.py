@@ -8,12 +8,13 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from scipy import stats
 
-__all__ = ["facts", "in_turn", "ratio"]
+__all__ = ["Others", "facts", "in_turn", "ratio"]
 
 
 def in_turn(things: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 2) -> dict[str, list[float]]:
@@ -40,6 +41,31 @@ def ratio(above: Sequence[float], below: Sequence[float], level: float = 0.95) -
     n = len(ratios)
     rank = max(0, int(stats.binom.ppf((1 - level) / 2, n, 0.5)) - 1)  # of the lower end, from 0
     return {"median": statistics.median(ratios), "low": ratios[rank], "high": ratios[n - 1 - rank], "rounds": n}
+
+
+class Others:
+    """What other programs take of this machine while we measure."""
+
+    def __init__(self) -> None:
+        self._began = self._now()
+
+    def cores(self) -> float | None:
+        """How many cores were theirs, on average since the beginning; None where the system does not tell."""
+        if self._began is None or (now := self._now()) is None:
+            return None
+        wall, busy, ours = (b - a for a, b in zip(self._began, now, strict=True))
+        return max(0.0, (busy - ours) / wall)
+
+    @staticmethod
+    def _now() -> tuple[float, float, float] | None:
+        """Seconds: of the wall, of all cores at work, of this process and its children that are over at work."""
+        try:
+            words = Path("/proc/stat").read_text().split("\n", 1)[0].split()
+        except OSError:
+            return None
+        user, nice, system, _idle, _waiting, hard, soft, stolen = map(int, words[1:9])
+        ticks = user + nice + system + hard + soft + stolen
+        return time.perf_counter(), ticks / os.sysconf("SC_CLK_TCK"), sum(os.times()[:4])
 
 
 def facts(command: str, *packages: str) -> dict[str, Any]:
