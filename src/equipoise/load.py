@@ -2,6 +2,8 @@
 
 import itertools
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -9,7 +11,12 @@ from torch import Tensor
 
 from equipoise.routing import Routing
 
-__all__ = ["Layout", "expert_load", "sequence_load"]
+__all__ = ["Layout", "expert_load", "outliving", "sequence_load"]
+
+
+def outliving() -> AbstractContextManager[Any]:
+    """Where counts are made: they outlive an evaluation under inference mode, so they must not be of it."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
 
 
 def _ones(expert_ids: Tensor, mask: Tensor | None) -> Tensor:
@@ -72,7 +79,7 @@ class Layout:
         self.tokens = slice(self.header.stop, self.header.stop + self.num_layers)
 
     def zeros(self, device: torch.device) -> Int[Tensor, " numbers"]:
-        with torch.inference_mode(False):  # counts outlive an evaluation under inference mode
+        with outliving():
             return torch.zeros(self.tokens.stop, dtype=torch.int64, device=device)
 
     def block(self, layers: Sequence[int]) -> slice | None:
@@ -89,13 +96,14 @@ class Layout:
 
     def count(self, vector: Tensor, layer: int, expert_ids: Tensor, mask: Tensor | None) -> None:
         """Adds one call, in place: k assignments for each unmasked token. No synchronisation."""
-        ids = expert_ids.reshape(-1)
-        if mask is None:
-            ones = torch.ones((), dtype=torch.int64, device=ids.device).expand_as(ids)
-            tokens: Tensor | int = expert_ids.shape[0]
+        ids, load = expert_ids.reshape(-1), self.load(vector, layer)
+        tokens: Tensor | int = expert_ids.shape[0]
+        if mask is None and ids.device.type == "cpu":
+            load.add_(torch.bincount(ids, minlength=len(load)))  # a GPU would be waited for
+        elif mask is None:
+            load.scatter_add_(0, ids, torch.ones((), dtype=torch.int64, device=ids.device).expand_as(ids))
         else:
             unmasked = mask.long()
-            ones = unmasked[:, None].expand_as(expert_ids).reshape(-1)
+            load.scatter_add_(0, ids, unmasked[:, None].expand_as(expert_ids).reshape(-1))
             tokens = unmasked.sum()
-        self.load(vector, layer).scatter_add_(0, ids, ones)
         vector[self.tokens.start + layer].add_(tokens)

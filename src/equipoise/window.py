@@ -15,7 +15,7 @@ from torch import Tensor
 
 from equipoise.errors import EquipoiseError
 from equipoise.exchange import Exchange
-from equipoise.load import Layout
+from equipoise.load import Layout, outliving
 from equipoise.pool import Pool
 
 __all__ = ["Call", "Closed", "MicroBatch", "Statistics", "Window", "fit_mask", "number_sequences"]
@@ -32,9 +32,11 @@ class Statistics:
         self.gathered = gathered
         self.values: dict[tuple[int, int], Tensor] = {}
 
-    @torch.inference_mode(False)  # they outlive it
     def add(self, layer: int, balancer: int, value: Tensor) -> None:
-        self._put(layer, balancer, value.clone(memory_format=torch.contiguous_format))  # what came is the balancer's
+        with outliving():
+            self._put(
+                layer, balancer, value.clone(memory_format=torch.contiguous_format)
+            )  # what came is the balancer's
 
     def merge(self, other: "Statistics") -> None:
         """Takes over what ``other`` holds."""
@@ -161,7 +163,7 @@ class Window:
 
     def micro_batch(self, device: torch.device) -> MicroBatch:
         if self.current is None:
-            with torch.inference_mode(False):  # counts outlive it
+            with outliving():
                 vector, statistics = self.layout.zeros(device), Statistics(self.gathered)
                 self.current = MicroBatch(vector, self.layout.num_layers, self.num_losses, statistics)
             self.micro_batches.append(self.current)
@@ -195,20 +197,20 @@ class Window:
         number = token & 0xFFFFFFFF
         return number, self.calls[number]
 
-    @torch.inference_mode(False)  # counts outlive it
     def close_micro_batch(self) -> MicroBatch | None:
         """Ends the current micro-batch and begins to pool it where a loss needs the pooled counts."""
         closed, self.current = self.current, None
         if closed is not None:
-            self.close_statistics(closed.vector, closed.statistics)
-            self._statistics.merge(closed.statistics)
-            closed.statistics = Statistics(self.gathered)
-            vector = closed.vector[: self.exchange.width]
-            if self.exchange.pools_each:
-                vector = vector.clone()
-                self._pending.append((self.exchange.begin(vector, len(self.micro_batches)), vector))
-            else:
-                self._add(vector)
+            with outliving():
+                self.close_statistics(closed.vector, closed.statistics)
+                self._statistics.merge(closed.statistics)
+                closed.statistics = Statistics(self.gathered)
+                vector = closed.vector[: self.exchange.width]
+                if self.exchange.pools_each:
+                    vector = vector.clone()
+                    self._pending.append((self.exchange.begin(vector, len(self.micro_batches)), vector))
+                else:
+                    self._add(vector)
         return closed
 
     def _add(self, vector: Tensor) -> None:

@@ -84,8 +84,8 @@ class Balancer:
     def score_gradient(
         self, routing: Routing, load: Int[Tensor, " experts"] | None, factor: float | Float[Tensor, ""] = 1.0
     ) -> Float[Tensor, "tokens experts"] | None:
-        """The gradient of ``factor * loss`` by ``routing.scores``, for a loss that has a short one in closed form and depends on
-        the logits through the scores only; None, and autograd takes it, which is slower."""
+        """The gradient of ``factor * loss`` by ``routing.scores``, for a loss that has a short one in closed form and
+        depends on the logits through the scores only; None, and autograd takes it, which is slower."""
         return None
 
     def update(
