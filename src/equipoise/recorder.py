@@ -50,7 +50,7 @@ class Group:
         self.slots = [self.slot(layer) for layer in routers]
         self.has_own_slot = any(slot.name == OWN_SLOT for slot in self.slots)
         self.block = layout.block(layers)  # of the counts
-        self._rows: tuple[int, Sequence[Tensor]] = (0, ())  # of the offset, and where it lies
+        self._rows: tuple[int, tuple[Tensor, ...]] = (0, ())  # of the offset, and where it lies
 
     def states(self) -> dict[str, Float[Tensor, "layers experts"]]:
         """What balancers move besides the offset, by the name that it is saved under. The one with the offset has its
