@@ -1,6 +1,6 @@
 # make install   a virtual environment in .venv with the tested set of constraints.txt
 # make demo      the main job on the packaged corpus: table on the terminal, page in runs/demo/report.html
-# make bench     what balancing costs and how quick the lab is: tables, and files in benchmarks/results
+# make bench     what balancing costs and how quick the lab is: files in benchmarks/results, and docs/speed.md
 # make test      everything that CI runs
 # make mutants   breaks the core on purpose, one demon a time; the tests must see every break
 PYTHON ?= python3
@@ -23,7 +23,7 @@ demo: install
 	$(BIN)/equipoise compare --out $(DEMO) --resume
 
 bench: install
-	for question in overhead experts trainer attach audit attention; do $(BIN)/python benchmarks/$$question.py || exit 1; done
+	for question in overhead experts trainer lab_step attach audit attention speed; do $(BIN)/python benchmarks/$$question.py || exit 1; done
 
 test: install
 	$(BIN)/ruff format --check .
