@@ -1,8 +1,10 @@
 """What balancing costs and how quick the lab is: the page, from the results that are stored.
 
-make bench                       # measures; half an hour on two cores
-python benchmarks/speed.py       # writes docs/speed.md
-python benchmarks/speed.py --check    # docs/speed.md is the stored results'
+    make bench                            # measures, and writes the page
+    python benchmarks/speed.py            # writes docs/speed.md
+    python benchmarks/speed.py --check    # docs/speed.md is what the stored results make
+
+Rows that an older `overhead.json` has not are left out; nothing else may be missing.
 """
 
 import argparse
