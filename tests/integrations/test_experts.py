@@ -8,6 +8,7 @@ import shrunken
 import torch
 from torch.testing import assert_close
 
+from equipoise import grouped
 from equipoise.integrations import experts
 from equipoise.integrations.experts import use_quick_experts
 
@@ -87,6 +88,34 @@ def test_under_autocast_products_stay_in_the_parameters_dtype_and_it_can_be_take
     model.set_experts_implementation("grouped_mm")
     _step(model, **batch)
     assert not calls
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("hidden", [16, 6], ids=["grouped", "blocks"])  # 6 floats are no whole 16 bytes
+def test_under_autocast_every_way_of_the_product_gives_the_parameters_dtype(hidden, compiled):
+    generator = torch.Generator().manual_seed(0)
+    x, gate_up, down = (
+        torch.randn(shape, generator=generator).requires_grad_()
+        for shape in ((24, 16), (4, 16, 2 * hidden), (4, hidden, 16))
+    )
+    weights = torch.rand(24, 2, generator=generator)
+    expert_ids = torch.rand(24, 4, generator=generator).topk(2).indices
+
+    def call():
+        return grouped.swiglu_experts(x, weights, grouped.sort_by_expert(expert_ids, 4), gate_up, down)
+
+    expected = call()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = (torch.compile(call, backend="aot_eager", fullgraph=True) if compiled else call)()
+    assert found.dtype == torch.float32
+    assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    off = 1e-2 if compiled else 1e-6  # torch compiles the products of the backward under the autocast of the forward
+    for y, z in zip(_gradients(found, x, gate_up, down), _gradients(expected, x, gate_up, down), strict=True):
+        assert_close(y, z, rtol=0, atol=off * float(z.abs().max()))
+
+
+def _gradients(y, *inputs):
+    return torch.autograd.grad(y.square().sum(), inputs)
 
 
 def test_a_saved_model_does_not_ask_for_it(tmp_path):
