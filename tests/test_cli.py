@@ -41,7 +41,8 @@ def _fails(arguments, code, capsys):
 
 def test_json_is_all_there_is_on_stdout(text, tmp_path, capsys):
     out = tmp_path / "out"
-    main(["compare", "--data", str(text), "--out", str(out), "--json", "--strategies", "none", "loss-free", *SMALL])
+    options = ["--data", str(text), "--out", str(out), "--workers", "1", "--strategies", "none", "loss-free", *SMALL]
+    main(["compare", "--json", *options])
     stdout, stderr = capsys.readouterr()
     assert json.loads(stdout) == json.loads((out / "results.json").read_text())
     assert "step 2/2" in stderr
@@ -66,6 +67,7 @@ def test_train_prints_its_folder(text, tmp_path, capsys):
         (["--arch", "gpt2"], 2, "gpt2"),
         (["--stpes", "3"], 2, "--stpes"),
         (["--steps", "many"], 2, "many"),
+        (["--workers", "0"], 2, "--workers must be at least 1: got 0"),
         (["--experts-per-token", "9"], 2, "must be at most --experts"),
     ],
 )

@@ -73,6 +73,9 @@ class Silent:
     def end(self):
         pass
 
+    def another(self):
+        return self
+
 
 @pytest.fixture
 def silent():

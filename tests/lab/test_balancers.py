@@ -405,7 +405,7 @@ def test_the_average_is_handed_over_at_a_switch(tiny, silent, tmp_path):
 def test_they_are_compared_beside_those_of_the_core(tiny, silent, tmp_path):
     options = {k: v for k, v in vars(tiny(steps=2, save_model=False)).items() if k not in ("strategy", "seed", "out")}
     strategies = ("none", "shuffle", "phi", "shinka", "deepseek-v3")
-    results, failure = compare(Compare(out=tmp_path / "c", strategies=strategies, **options), silent())
+    results, failure = compare(Compare(out=tmp_path / "c", strategies=strategies, workers=1, **options), silent())
     assert failure is None
     assert [row["strategy"] for row in results] == list(strategies)
     assert json.loads((Path(tmp_path) / "c" / "results.json").read_text()) == results

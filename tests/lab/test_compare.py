@@ -13,7 +13,7 @@ from equipoise.lab.watch import Terminal
 @pytest.fixture
 def two(tiny, tmp_path):
     common = {field.name: getattr(tiny(steps=3), field.name) for field in dataclasses.fields(_Run)}
-    common["out"] = tmp_path / "out"
+    common |= {"out": tmp_path / "out", "workers": 1}
 
     def make(**options):
         return Compare(**{**common, "strategies": ("none", "lbl:scope=micro_batch"), **options})

@@ -1,8 +1,13 @@
 """The main job: the same model under several strategies, side by side."""
 
 import dataclasses
+import os
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from equipoise.balancers import format_strategy
 from equipoise.errors import EquipoiseError, UsageError
@@ -10,6 +15,7 @@ from equipoise.lab.balancers import parse_lab_strategy
 from equipoise.lab.config import Compare, Train
 from equipoise.lab.ranks import LostRank, Ranks, is_shared, meet
 from equipoise.lab.run_folder import Nobody, Watcher
+from equipoise.lab.side_by_side import Display, Outcome, num_cores, side_by_side
 from equipoise.lab.train import check, same_options, train
 from equipoise.records import Run, is_new, read_json, write_json
 from equipoise.report import write_report
@@ -18,39 +24,73 @@ __all__ = ["compare"]
 
 
 def compare(
-    config: Compare, watcher: Watcher, command: str = "", ranks: Ranks | None = None
+    config: Compare, watcher: Display, command: str = "", ranks: Ranks | None = None
 ) -> tuple[list[dict[str, Any]], EquipoiseError | None]:
     """Trains every strategy and seed, and writes ``results.json`` and ``report.html`` into ``config.out``.
 
-    Returns the results, seeds first, strategies in the order given, and the first failure, on every rank. A run that
-    fails does not stop the others: they are finished, recorded and reported.
+    Returns the results, seeds first, strategies in the order given, and the first failure in this order, on every rank.
+    A run that fails does not stop the others: they are finished, recorded and reported. ``config.workers`` runs go side
+    by side; then each has a watcher of its own, ``watcher.another()``.
     """
     ranks = meet() if ranks is None else ranks
     watcher = watcher if ranks.rank == 0 else Nobody()
     same_options(config, ranks)
-    ranks.together(_check_options, config)
+    ranks.together(_check_options, config, ranks.size)
     ranks.first(_check_folder, config)
-    runs = config.runs()
+    runs = [dataclasses.replace(run, resume=True) for run in config.runs()]  # its folder is ours
     for run in runs:
-        check(dataclasses.replace(run, resume=True), ranks)  # its folder is ours; the options are what is checked
+        check(run, ranks)
     ranks.first(_begin, config, command)
-    results, failures = [], []
+    results, failures = dict[Train, dict[str, Any]](), dict[Train, EquipoiseError]()
+    workers = _num_workers(config, ranks)
+    if workers > 1:
+        threads = max(1, num_cores() // workers)
+        ending = side_by_side(runs, watcher, command, workers=workers, threads=threads)
+    else:
+        ending = _one_after_another(runs, watcher, command, ranks)
+    with closing(ending):
+        for run, outcome in ending:
+            if not isinstance(outcome, EquipoiseError):
+                results[run] = outcome
+                continue
+            watcher.say(f"{run.label}, seed {run.seed}: {outcome}")
+            failures[run] = outcome
+            if run == runs[0] and not ranks.first(_began, run):
+                raise outcome  # nothing of it depends on the strategy: a bad data folder, say
+    in_order = [results[run] for run in runs if run in results]
+    failed = [failures[run] for run in runs if run in failures]
+    ranks.first(_end, config, in_order, failed)
+    return in_order, failed[0] if failed else None
+
+
+def _one_after_another(
+    runs: Sequence[Train], watcher: Watcher, command: str, ranks: Ranks
+) -> Generator[tuple[Train, Outcome]]:
+    """As ``side_by_side``, but in this process, and on all its ranks."""
     for run in runs:
         try:
-            results.append(train(dataclasses.replace(run, resume=True), watcher, command, ranks))
+            yield run, train(run, watcher, command, ranks)
         except EquipoiseError as error:
             if isinstance(error, LostRank) or (ranks.size > 1 and not is_shared(error)):
                 raise  # the ranks no longer act as one
-            watcher.say(f"{run.label}, seed {run.seed}: {error}")
-            failures.append(error)
-            if not results and len(failures) == 1 and not ranks.first(_began, run):
-                raise  # nothing of it depends on the strategy: a bad data folder, say
-    ranks.first(_end, config, results, failures)
-    return results, failures[0] if failures else None
+            yield run, error
 
 
-def _check_options(config: Compare) -> None:
+def _num_workers(config: Compare, ranks: Ranks) -> int:
+    if config.workers is not None:
+        return config.workers
+    if ranks.size > 1 or torch.cuda.is_available() or os.name != "posix":
+        return 1
+    return min(num_cores(), len(config.runs()))
+
+
+def _check_options(config: Compare, num_ranks: int) -> None:
     config.check()
+    if num_ranks > 1 and config.workers not in (None, 1):
+        raise UsageError(
+            f"--workers must be 1 under torchrun, whose ranks train every run together: got {config.workers} on "
+            f"{num_ranks} ranks. Leave it out."
+        )
     plain = [format_strategy(parse_lab_strategy(strategy)) for strategy in config.strategies]
     if len(set(plain)) < len(plain):
         raise UsageError(f"--strategies must be different: got {', '.join(config.strategies)}. Leave the repeated out.")

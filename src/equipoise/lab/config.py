@@ -221,7 +221,8 @@ class _Run:
 
     def shared(self) -> dict[str, Any]:
         """The options that decide the numbers of a run, as JSON can hold them."""
-        left_out = {"out", "resume", "strategy", "strategies", "seed", "seeds", "json", "save_model", "wrapper"}
+        left_out = {"out", "resume", "strategy", "strategies", "seed", "seeds", "workers", "json"}
+        left_out |= {"save_model", "wrapper"}
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {k: str(v) if isinstance(v, Path) else v for k, v in fields.items() if k not in left_out}
 
@@ -281,6 +282,10 @@ class Compare(_Run):
     seeds: int = 1
     """Number of seeds: 0, 1, ... Runs of one seed are paired."""
 
+    workers: int | None = None
+    """Runs that go side by side and share the cores; a run's threads decide how it rounds.
+    None: as many as there are cores, at most all runs; 1 on an accelerator and under torchrun."""
+
     json: bool = False
     """Print results.json on stdout at the end, and nothing else there."""
 
@@ -288,6 +293,8 @@ class Compare(_Run):
         super().check()
         if self.seeds < 1:
             raise UsageError(f"--seeds must be at least 1: got {self.seeds}.")
+        if self.workers is not None and self.workers < 1:
+            raise UsageError(f"--workers must be at least 1: got {self.workers}. Leave it out for one a core.")
         if not self.strategies:
             raise UsageError("--strategies must name at least one: got none. Example: --strategies none loss-free")
 

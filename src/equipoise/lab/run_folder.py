@@ -49,6 +49,9 @@ class Nobody:
 
     def end(self) -> None: ...
 
+    def another(self) -> "Nobody":
+        return self
+
 
 def complete_result(config: Train, watcher: Watcher) -> dict[str, Any] | None:
     """The result of a run that is complete already."""

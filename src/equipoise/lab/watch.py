@@ -1,5 +1,7 @@
 """What a person sees while runs go on: a live line on a terminal, a plain line now and then elsewhere. To stderr."""
 
+import copy
+import itertools
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any, Self
@@ -18,11 +20,12 @@ SILENCE = 10.0  # seconds between lines where there is no terminal to redraw
 
 
 class Terminal:
-    """Shows strategy, step, loss, maxvio, tokens a second and time left. Use it as a context manager."""
+    """Shows strategy, step, loss, maxvio, tokens a second and time left: of runs one after another, or side by side,
+    each told to ``another()``. Use it as a context manager."""
 
     def __init__(self, num_runs: int = 1):
         self.console = Console(stderr=True, highlight=False)
-        self.num_runs, self.run = num_runs, 0
+        self.num_runs, self.numbers = num_runs, itertools.count(1)
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=20),
@@ -33,6 +36,13 @@ class Terminal:
         )
         self.task: TaskID | None = None
         self.last_line = 0.0
+        self.is_beside, self.prefix = False, ""  # of what is said
+
+    def another(self) -> "Terminal":
+        """For a run beside others, on the same screen: what it says once it has begun names it."""
+        other = copy.copy(self)
+        other.is_beside = True
+        return other
 
     def __enter__(self) -> "Terminal":
         if self.console.is_terminal:
@@ -44,13 +54,12 @@ class Terminal:
             self.progress.stop()
 
     def say(self, text: str) -> None:
-        self.console.print(text, style="dim", markup=False, soft_wrap=True)
+        self.console.print(self.prefix + text, style="dim", markup=False, soft_wrap=True)
 
     def begin(self, config: Train, done: int) -> None:
-        self.run += 1
         self.name = config.label + (f" seed {config.seed}" if config.seed else "")
         self.num_steps, self.started, self.first = config.steps, time.monotonic(), done
-        count = f"[{self.run}/{self.num_runs}] " if self.num_runs > 1 else ""
+        count = f"[{next(self.numbers)}/{self.num_runs}] " if self.num_runs > 1 else ""
         self.label = count + self.name
         self.task = self.progress.add_task(
             self.label.replace("[", "\\["), total=config.steps, completed=done, figures="first step ..."
@@ -59,6 +68,8 @@ class Terminal:
             self.say(f"{self.label}: complete already")
         elif done:
             self.say(f"{self.label}: going on after step {done}")
+        if self.is_beside:
+            self.prefix = f"{self.label}: "
 
     def step(self, row: dict[str, Any], tokens_per_second: float) -> None:
         figures = f"loss {row['loss']:.3f}  maxvio {row['maxvio_batch']:.2f}  {tokens_per_second:,.0f} tokens/s"
