@@ -7,8 +7,8 @@ of rounds, see paired.py. Bars: loss-free 1.01, global-batch loss 1.02, quantile
 0.02 above.
 
 Router: a window of eight forwards of one router of the default model, attached over not attached, with the `loss()` of
-every micro-batch where there is one and the `step()` at the end; and the same with backwards. Bar of the forward: 1.05
-for `frozen`, which counts and does no more.
+every micro-batch where there is one; and the same with backwards and the `step()` at the end. Bar of the forward: 1.05
+for `frozen` and `loss-free`, which count and do no more.
 
 Update: `step()` for routers alone, in milliseconds: 64 layers of 256 experts (bar 0.3), half and twice the layers, a
 quarter of the experts, and four times the tokens, on which it must not depend.
@@ -62,6 +62,7 @@ OTHERS = ("lbl:scope=sequence", "loss-free+lbl:scope=sequence,coefficient=1e-4")
 ROUTER = (128, 32, 4, 8192)  # dim, experts, k, tokens: the default model's, with a step's tokens
 MICRO_BATCHES = 8
 FORWARD = 1.05
+COUNTING = ("frozen", "loss-free")  # whose forward counts and does no more
 UPDATE = 0.3  # milliseconds, of the first shape
 UPDATES = ((64, 256, 256), (32, 256, 256), (128, 256, 256), (64, 64, 256), (64, 256, 1024))
 WATCHED = ((64, 256, 8, 256), (3, 32, 4, 8192))  # layers, experts, k, tokens; the second: the default model's step
@@ -109,13 +110,17 @@ def _router(strategy: str, plain: Router, hidden: torch.Tensor, rounds: int) -> 
     copy.load_state_dict(plain.state_dict())
     balance = equipoise.attach(nn.ModuleList([copy]).train(), strategy)
     has_loss = strategy.startswith("lbl")
+    counted: list[bool] = []
 
     def forwards(ours: bool) -> None:
         for _ in range(MICRO_BATCHES):
             (copy if ours else plain)(hidden)
             if ours and has_loss:
                 balance.loss()
-        if ours:
+        counted.append(ours)
+
+    def close() -> None:
+        if counted.pop():
             balance.step()
 
     def with_backwards(ours: bool) -> None:
@@ -123,15 +128,16 @@ def _router(strategy: str, plain: Router, hidden: torch.Tensor, rounds: int) -> 
             _, weights, _ = (copy if ours else plain)(hidden)
             loss = weights.square().mean()
             (loss + balance.loss() if ours and has_loss else loss).backward()
+        counted.append(False)
         if ours:
             balance.step()
 
     row: dict[str, Any] = {"strategy": strategy}
     for name, call in (("forward", forwards), ("forward_and_backward", with_backwards)):
-        took = in_turn({"attached": partial(call, True), "plain": partial(call, False)}, rounds)
+        took = in_turn({"attached": partial(call, True), "plain": partial(call, False)}, rounds, between=close)
         row[name] = ratio(took["attached"], took["plain"])
         row[name]["milliseconds_plain"] = 1000 * statistics.median(took["plain"]) / MICRO_BATCHES
-    row["limit"] = FORWARD if strategy == "frozen" else None
+    row["limit"] = FORWARD if strategy in COUNTING else None
     row["holds"] = None if row["limit"] is None else row["forward"]["median"] <= FORWARD
     return row
 

@@ -17,8 +17,11 @@ from scipy import stats
 __all__ = ["Others", "facts", "in_turn", "ratio"]
 
 
-def in_turn(things: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 2) -> dict[str, list[float]]:
-    """Seconds of each call, after ``warm_up`` rounds that are not kept. Every other round goes backwards."""
+def in_turn(
+    things: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 2, between: Callable[[], Any] = lambda: None
+) -> dict[str, list[float]]:
+    """Seconds of each call, after ``warm_up`` rounds that are not kept. Every other round goes backwards. ``between``
+    is called after each, and not timed."""
     took: dict[str, list[float]] = {name: [] for name in things}
     for number in range(warm_up + rounds):
         order = list(things.items())
@@ -26,6 +29,7 @@ def in_turn(things: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int =
             started = time.perf_counter()
             call()
             took[name].append(time.perf_counter() - started)
+            between()
     return {name: seconds[warm_up:] for name, seconds in took.items()}
 
 

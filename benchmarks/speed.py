@@ -136,7 +136,7 @@ def routers(stored: dict[str, Any]) -> Section:
     rows = stored["routers"]
     bars = [
         Bar(
-            "forward of a router that only counts (`frozen`), over one that is not attached",
+            f"forward of a router that only counts (`{row['strategy']}`), over one that is not attached",
             shown(row["forward"]),
             f"{row['limit']}",
             row["holds"],
@@ -152,9 +152,9 @@ def routers(stored: dict[str, Any]) -> Section:
         return f"{(found['median'] - 1) * found['milliseconds_plain']:.2f}"
 
     lines = [
-        "One router of the default model with a step's tokens, attached over not attached; with the loss of every "
-        "micro-batch where there is one, and its part of `step()`. `frozen` counts and does no more: it is the floor "
-        "of what is attached.",
+        "Windows of eight forwards of one router of the default model, each with a step's tokens, attached over not "
+        "attached; with the loss of every micro-batch where there is one. With backward: and `step()` at the end. "
+        "`frozen` counts and does no more: it is the floor of what is attached.",
         "",
         *table(
             ("strategy", "forward", "added, ms", "with backward", "added, ms", "bar of the forward", ""),
