@@ -157,7 +157,21 @@ def test_an_overhead_is_that_of_one_thing_over_another():
         plain = overhead.Router(16, 8, 2).train()
         row = overhead._router(strategy, plain, overhead.torch.randn(64, 16), rounds=2)
         assert row["strategy"] == strategy and row["forward"]["rounds"] == 2 and row["forward"]["median"] > 0
-        assert (row["limit"] is None) == (strategy != "frozen")
+        assert (row["limit"] is None) == (strategy not in overhead.COUNTING)
+
+
+def test_what_is_between_is_done_after_every_call_and_not_timed(monkeypatch):
+    calls, paired = [], _load("paired")
+    took = paired.in_turn(
+        {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 2, 1, lambda: calls.append(0)
+    )
+    assert calls == ["a", 0, "b", 0, "b", 0, "a", 0, "a", 0, "b", 0]
+    assert {name: len(seconds) for name, seconds in took.items()} == {"a": 2, "b": 2}
+    clock = [0.0]
+    monkeypatch.setattr(paired.time, "perf_counter", lambda: clock[0])
+    between = lambda: clock.append(clock.pop() + 5)  # noqa: E731
+    took = paired.in_turn({"a": lambda: clock.append(clock.pop() + 2)}, 2, 0, between)
+    assert took == {"a": [2, 2]} and clock == [14]
 
 
 def test_the_experts_that_are_compared_compute_the_same():
