@@ -231,7 +231,7 @@ class _Run:
 class Train(_Run):
     """Train one model under one strategy."""
 
-    strategy: str = "loss-free:rate=1e-2"
+    strategy: str = "quantile"
     """none, loss-free, quantile, lbl, z, frozen, with options or several at once; or a recipe (equipoise recipes).
     loss-free:rate=1e-2
     lbl:scope=micro_batch,coefficient=1e-2
