@@ -128,12 +128,12 @@ def test_a_comparison_that_is_stopped_leaves_no_process_and_goes_on(two, silent,
         assert time.monotonic() < deadline, "a process was left"
         time.sleep(0.02)
     assert not any("Traceback" in line or "Error" in line or "Exception" in line for line in said), said
+    assert not any(Run(run.out).complete for run in config.runs()), "it was not stopped"
     if how == "SIGKILL to the parent":
         assert process.returncode == -signal.SIGKILL
         return
     assert process.returncode == 130
     assert said[-1] == "equipoise: stopped. Go on with the same command and --resume."
-    assert not any(Run(run.out).complete for run in config.runs())
     if how == "SIGTERM to the parent":
         watcher = silent()
         resumed, _ = compare(two(**options, resume=True), watcher)
