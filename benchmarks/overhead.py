@@ -6,9 +6,9 @@ Step: runs of the lab that differ by their strategy only take a step each in tur
 of rounds, see paired.py. Bars: loss-free 1.01, global-batch loss 1.02, quantile 1.05, and the upper end of the interval
 0.02 above.
 
-Router: a window of eight forwards of one router of the default model, attached over not attached, with the `loss()` of
-every micro-batch where there is one; and the same with backwards and the `step()` at the end. Bar of the forward: 1.05
-for `frozen` and `loss-free`, which count and do no more.
+Router: a window of eight micro-batches of the default model's routers alone, attached over not attached, with the
+`loss()` of every micro-batch where there is one; and the same with backwards and the `step()` at the end. Bar of the
+forward: 1.05 for `frozen` and `loss-free`, which count and do no more.
 
 Update: `step()` for routers alone, in milliseconds: 64 layers of 256 experts (bar 0.3), half and twice the layers, a
 quarter of the experts, and four times the tokens, on which it must not depend.
@@ -35,6 +35,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ STORED = Path(__file__).parent / "results" / "overhead.json"
 BARS = {"loss-free": 1.01, "lbl:scope=global_batch": 1.02, "quantile": 1.05}
 OTHERS = ("lbl:scope=sequence", "loss-free+lbl:scope=sequence,coefficient=1e-4")
 ROUTER = (128, 32, 4, 8192)  # dim, experts, k, tokens: the default model's, with a step's tokens
-MICRO_BATCHES = 8
+LAYERS, MICRO_BATCHES = 3, 8
 FORWARD = 1.05
 COUNTING = ("frozen", "loss-free")  # whose forward counts and does no more
 UPDATE = 0.3  # milliseconds, of the first shape
@@ -102,19 +103,20 @@ def routers(rounds: int) -> list[dict[str, Any]]:
     """A row a strategy: an attached router over one that is not."""
     dim, experts, k, tokens = ROUTER
     hidden = torch.randn(tokens, dim)
-    return [_router(strategy, Router(dim, experts, k).train(), hidden, rounds) for strategy in ("frozen", *BARS)]
+    plain = nn.ModuleList(Router(dim, experts, k) for _ in range(LAYERS)).train()
+    return [_routers(strategy, plain, hidden, rounds) for strategy in ("frozen", *BARS)]
 
 
-def _router(strategy: str, plain: Router, hidden: torch.Tensor, rounds: int) -> dict[str, Any]:
-    copy = Router(plain.dim, plain.num_experts, plain.k)
-    copy.load_state_dict(plain.state_dict())
-    balance = equipoise.attach(nn.ModuleList([copy]).train(), strategy)
+def _routers(strategy: str, plain: nn.ModuleList, hidden: torch.Tensor, rounds: int) -> dict[str, Any]:
+    copy = deepcopy(plain)
+    balance = equipoise.attach(copy, strategy)
     has_loss = strategy.startswith("lbl")
     counted: list[bool] = []
 
     def forwards(ours: bool) -> None:
         for _ in range(MICRO_BATCHES):
-            (copy if ours else plain)(hidden)
+            for router in copy if ours else plain:
+                router(hidden)
             if ours and has_loss:
                 balance.loss()
         counted.append(ours)
@@ -125,8 +127,7 @@ def _router(strategy: str, plain: Router, hidden: torch.Tensor, rounds: int) -> 
 
     def with_backwards(ours: bool) -> None:
         for _ in range(MICRO_BATCHES):
-            _, weights, _ = (copy if ours else plain)(hidden)
-            loss = weights.square().mean()
+            loss = sum((router(hidden)[1].square().mean() for router in (copy if ours else plain)), torch.zeros(()))
             (loss + balance.loss() if ours and has_loss else loss).backward()
         counted.append(False)
         if ours:
@@ -136,7 +137,7 @@ def _router(strategy: str, plain: Router, hidden: torch.Tensor, rounds: int) -> 
     for name, call in (("forward", forwards), ("forward_and_backward", with_backwards)):
         took = in_turn({"attached": partial(call, True), "plain": partial(call, False)}, rounds, between=close)
         row[name] = ratio(took["attached"], took["plain"])
-        row[name]["milliseconds_plain"] = 1000 * statistics.median(took["plain"]) / MICRO_BATCHES
+        row[name]["milliseconds_plain"] = 1000 * statistics.median(took["plain"]) / MICRO_BATCHES / len(plain)
     row["limit"] = FORWARD if strategy in COUNTING else None
     row["holds"] = None if row["limit"] is None else row["forward"]["median"] <= FORWARD
     return row

@@ -152,8 +152,8 @@ def routers(stored: dict[str, Any]) -> Section:
         return f"{(found['median'] - 1) * found['milliseconds_plain']:.2f}"
 
     lines = [
-        "Windows of eight forwards of one router of the default model, each with a step's tokens, attached over not "
-        "attached; with the loss of every micro-batch where there is one. With backward: and `step()` at the end. "
+        "Windows of eight micro-batches of the default model's routers alone, each with a step's tokens, attached over "
+        "not attached; with the loss of every micro-batch where there is one. With backward: and `step()` at the end. "
         "`frozen` counts and does no more: it is the floor of what is attached.",
         "",
         *table(

@@ -154,8 +154,8 @@ def test_an_overhead_is_that_of_one_thing_over_another():
     row = overhead.update(layers=3, experts=8, tokens=16, rounds=2)
     assert (row["layers"], row["experts"], row["tokens"]) == (3, 8, 16) and 0 < row["milliseconds"] < 1000
     for strategy in ("frozen", *overhead.BARS):
-        plain = overhead.Router(16, 8, 2).train()
-        row = overhead._router(strategy, plain, overhead.torch.randn(64, 16), rounds=2)
+        plain = overhead.nn.ModuleList([overhead.Router(16, 8, 2), overhead.Router(16, 8, 2)]).train()
+        row = overhead._routers(strategy, plain, overhead.torch.randn(64, 16), rounds=2)
         assert row["strategy"] == strategy and row["forward"]["rounds"] == 2 and row["forward"]["median"] > 0
         assert (row["limit"] is None) == (strategy not in overhead.COUNTING)
 

@@ -160,7 +160,8 @@ def _block_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     start = begins[expert] + (block - first_block[expert]) * size
     row = start.unsqueeze(1) + torch.arange(size, device=x.device)  # (blocks, size)
     blocks = x.index_select(0, row.clamp_max(num_rows - 1).flatten()).view(num_blocks, size, -1)
-    with torch.autocast(x.device.type, enabled=False):  # as grouped_mm: in the dtype of what comes
+    device = "cpu" if x.device.type == "meta" else x.device.type  # meta has no autocast
+    with torch.autocast(device, enabled=False):  # as grouped_mm: in the dtype of what comes
         product = blocks @ weight.index_select(0, expert)
     place = torch.arange(num_rows, device=x.device)
     expert = torch.searchsorted(ends, place, right=True)

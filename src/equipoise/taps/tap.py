@@ -326,8 +326,12 @@ def _tapped(base: Any) -> Any:
                 self.training,
                 call,
             )
-        else:
+        elif tap.has_loss:
             weights = _EagerTap.apply(weights, logits, expert_ids, context, rows, tap, self.training)
+        else:
+            with torch.no_grad():
+                _observe(tap, weights, logits, expert_ids, context.mask, context.sequence_ids, rows, self.training)
+            return output
         return tap.kind.write(output, weights, expert_ids)
 
     return _subclass(base, {"forward": forward, **_follows_its_slot(base), "_equipoise_base": base}, _new_tapped)
@@ -426,12 +430,9 @@ class _EagerTap(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, weights, logits, expert_ids, context, rows, tap, training):
-        observer = tap.observer
-        ctx.tap, ctx.token, ctx.has_loss = tap, UNCOUNTED, logits.requires_grad
-        if observer is not None:
-            ctx.token = observer.observe(
-                tap.layer, weights, logits, expert_ids, context.mask, context.sequence_ids, rows, training
-            )
+        ctx.tap, ctx.has_loss = tap, logits.requires_grad
+        mask, sequence_ids = context.mask, context.sequence_ids
+        ctx.token = _observe(tap, weights, logits, expert_ids, mask, sequence_ids, rows, training)
         weights = weights.clone()
         if ctx.has_loss:
             ctx.save_for_backward(logits, expert_ids, weights)
@@ -443,6 +444,13 @@ class _EagerTap(torch.autograd.Function):
         if ctx.has_loss:
             grad_logits = _gradient(ctx.tap, ctx.token, *ctx.saved_tensors)
         return grad_weights, grad_logits, None, None, None, None, None
+
+
+def _observe(tap, weights, logits, expert_ids, mask, sequence_ids, rows, training):
+    """The call's token."""
+    if tap is None or tap.observer is None:  # detached
+        return UNCOUNTED
+    return tap.observer.observe(tap.layer, weights, logits, expert_ids, mask, sequence_ids, rows, training)
 
 
 def _gradient(tap, token, logits, expert_ids, weights):
@@ -466,10 +474,7 @@ torch.library.define(
 
 @torch.library.impl("equipoise::tap", "CompositeExplicitAutograd")
 def _tap(weights, logits, expert_ids, mask, sequence_ids, rows, key, training, call):
-    tap = _TAPS.get(int(key))
-    token = UNCOUNTED
-    if tap is not None and tap.observer is not None:
-        token = tap.observer.observe(tap.layer, weights, logits, expert_ids, mask, sequence_ids, int(rows), training)
+    token = _observe(_TAPS.get(int(key)), weights, logits, expert_ids, mask, sequence_ids, int(rows), training)
     return weights.clone(), torch.tensor(token)
 
 
