@@ -383,8 +383,8 @@ MUTANTS = [
     Mutant(
         "2: counts are divided by the tokens of this micro-batch",
         "balancers/load_balancing.py",
-        "            slope = _share(load, scores.dtype) * factor",
-        "            slope = load.to(scores.dtype) / (_num_tokens(routing) * routing.expert_ids.shape[-1]) * factor",
+        "            slope = load * (factor / load.sum().clamp_min(1).to(scores.dtype))",
+        "            slope = load * (factor / (_num_tokens(routing) * routing.expert_ids.shape[-1]))",
         f"{BALANCE} -k uneven",
     ),
     Mutant(
@@ -404,8 +404,8 @@ MUTANTS = [
     Mutant(
         "13: a loss k times as large",
         "balancers/load_balancing.py",
-        "torch.dot(_share(load, mass.dtype), mass) * num_experts",
-        "torch.dot(_share(load, mass.dtype), mass) * num_experts * routing.expert_ids.shape[-1]",
+        "torch.dot(load.to(mass.dtype), mass) * scale",
+        "torch.dot(load.to(mass.dtype), mass) * scale * routing.expert_ids.shape[-1]",
         LOSS,
     ),
     Mutant(
@@ -426,8 +426,8 @@ MUTANTS = [
     Mutant(
         "20: a shape makes the loss blind to the load",
         "balancers/load_balancing.py",
-        "torch.dot(_share(load, mass.dtype), mass) * num_experts",
-        "(_share(load, mass.dtype)[:, None] * mass).sum()",
+        "torch.dot(load.to(mass.dtype), mass) * scale",
+        "(load.to(mass.dtype)[:, None] * mass).sum() / _num_tokens(routing)",
         LOSS,
     ),
     Mutant(
@@ -440,9 +440,16 @@ MUTANTS = [
     Mutant(
         "closed form: the gradient forgets that scores are normalised",
         "balancers/load_balancing.py",
-        "return (slope - mean / total).div_(total)",
+        "return (slope - mean.div_(total)).div_(total)",
         "return (slope - mean).div_(total)",
         LOSS,
+    ),
+    Mutant(
+        "closed form: under autocast it is rounded",
+        "recorder.py",
+        "with torch.autocast(logits.device.type, enabled=False):",
+        "if True:",
+        f"{BALANCE} -k under_autocast_gives",
     ),
     Mutant(
         "closed form: a second call of a layer has the whole gradient",

@@ -1395,3 +1395,17 @@ def test_a_loss_of_the_models_own_beside_ours_is_said(caplog):
     model = models.family("qwen3_moe", output_router_logits=True, router_aux_loss_coef=0.5)
     equipoise.attach(model, "lbl")
     assert "adds a load-balancing loss of its own" in caplog.text
+
+
+def test_a_backward_under_autocast_gives_the_gradient_of_one_outside():
+    found = []
+    for under in (False, True):
+        model, balance = _attached("lbl:coefficient=1+z:coefficient=1e-2")
+        last, logits = model.get_submodule(NAMES[-1]), []  # no other router's gradient comes through its logits
+        last.register_forward_hook(lambda module, args, output, logits=logits: logits.append(output[0]))
+        loss = 0 * model(_ids()) + balance.loss()
+        logits[0].retain_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=under):
+            loss.backward()
+        found.append(logits[0].grad)
+    assert found[0].any() and torch.equal(*found)

@@ -249,7 +249,8 @@ class Recorder:
             if balancer.scope == "global_batch" and balancer.pooling == "window":
                 pooled = self.window.load_pooled()
             load = self._scope_load(balancer, layer, micro_batch, pooled)
-            known = balancer.score_gradient(routing, load, balancer.coefficient * factor)
+            with torch.autocast(logits.device.type, enabled=False):  # somebody's backward may run under it
+                known = balancer.score_gradient(routing, load, balancer.coefficient * factor)
             if known is None:
                 others.append((balancer, load))
             else:

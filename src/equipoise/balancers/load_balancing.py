@@ -25,11 +25,6 @@ def _num_tokens(routing: Routing) -> Float[Tensor, ""] | int:
     return routing.mask.sum().clamp_min(1).to(routing.scores.dtype)
 
 
-def _share(load: Int[Tensor, "*sequences experts"], dtype: torch.dtype) -> Float[Tensor, "*sequences experts"]:
-    """f, which carries no gradient."""
-    return load.to(dtype) / load.sum(-1, keepdim=True).clamp_min(1).to(dtype)
-
-
 def load_balancing_loss(
     routing: Routing, load: Int[Tensor, " experts"] | None = None, *, normalise: bool = True
 ) -> Float[Tensor, ""]:
@@ -60,7 +55,8 @@ def load_balancing_loss(
             "expert parallelism pass the counts of all experts, not only those on this rank."
         )
     mass = _probability(routing, normalise).sum(0)
-    return torch.dot(_share(load, mass.dtype), mass) * num_experts / _num_tokens(routing)
+    scale = num_experts / _num_tokens(routing)
+    return torch.dot(load.to(mass.dtype), mass) * scale / load.sum().clamp_min(1)
 
 
 def sequence_load_balancing_loss(routing: Routing, *, normalise: bool = True) -> Float[Tensor, ""]:
@@ -76,7 +72,7 @@ def sequence_load_balancing_loss(routing: Routing, *, normalise: bool = True) ->
     load = sequence_load(routing)
     num_experts = routing.scores.shape[-1]
     p = _probability(routing, normalise)
-    share = _share(load, p.dtype)
+    share = load.to(p.dtype) / load.sum(-1, keepdim=True).clamp_min(1)
     # sum_s N_s f^s P^s = sum over tokens of f^(sequence of t) . p_t
     total = (share[routing.sequence_ids] * p).sum()
     return num_experts * total / _num_tokens(routing)
@@ -127,19 +123,19 @@ class LoadBalancingLoss(Balancer):
     ) -> Float[Tensor, "tokens experts"]:
         """``c_e = factor E f_e / N`` for raw scores; ``(c_e - sum_j p_j c_j) / sum_j s_j`` for normalised ones."""
         scores = routing.scores
-        factor = factor * scores.shape[-1] / _num_tokens(routing)
+        factor = factor * (scores.shape[-1] / _num_tokens(routing))
         slope: Tensor  # of the loss by p
         if self.scope == "sequence":
             load = sequence_load(routing)
-            slope = (_share(load, scores.dtype) * factor)[routing.sequence_ids]
+            slope = (load * (factor / load.sum(-1, keepdim=True).clamp_min(1).to(scores.dtype)))[routing.sequence_ids]
         else:
             if load is None:
                 load = expert_load(routing.expert_ids, scores.shape[-1], routing.mask)
-            slope = _share(load, scores.dtype) * factor
+            slope = load * (factor / load.sum().clamp_min(1).to(scores.dtype))
         if routing.mask is not None:
             slope = slope * routing.mask.to(scores.dtype)[:, None]
         if not self.normalise:
             return slope.expand_as(scores)
-        total = scores.sum(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
-        mean = (scores @ slope)[:, None] if slope.dim() == 1 else (scores * slope).sum(-1, keepdim=True)
-        return (slope - mean / total).div_(total)
+        total = scores.sum(-1, keepdim=True).clamp_min_(torch.finfo(scores.dtype).tiny)
+        mean = (scores * slope).sum(-1, keepdim=True) if slope.dim() == 2 else (scores @ slope)[:, None]
+        return (slope - mean.div_(total)).div_(total)
