@@ -494,6 +494,27 @@ MUTANTS = [
         "tests/integrations/test_experts.py -k 'of_transformers'",
     ),
     Mutant(
+        "experts: what fills rows up weighs something",
+        "grouped.py",
+        "    if filled:  # what",
+        "    if False:  # what",
+        "tests/test_nn.py -k narrow_products",
+    ),
+    Mutant(
+        "experts: rows are filled up with another expert's tokens",
+        "grouped.py",
+        "first = order[assignments.begins.clamp_max(order.numel() - 1)]",
+        "first = order[assignments.begins * 0]",
+        "tests/test_nn.py -k no_number",
+    ),
+    Mutant(
+        "experts: rows are not filled up",
+        "grouped.py",
+        "narrow = x.device.type == \"cpu\" and x.dtype in (torch.bfloat16, torch.float16)",
+        "narrow = False",
+        "tests/test_nn.py -k narrow_products",
+    ),
+    Mutant(
         "experts: those with a gate of their own are computed as SwiGLU",
         "integrations/experts.py",
         "and not other and not own_gate",

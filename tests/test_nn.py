@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 import equipoise
-from equipoise import EquipoiseError, attach
+from equipoise import EquipoiseError, attach, grouped
 from equipoise.grouped import _block_mm
 from equipoise.nn import MoE, Router
 from equipoise.taps.discovery import prove
@@ -387,6 +387,70 @@ def test_bfloat16_experts_round_a_few_times_only():
     ours, theirs = _gradients(found, moe, hidden), _gradients(expected, wide, wide_hidden)
     for name, a, b in [("output", found, expected), *((name, ours[name], theirs[name]) for name in ours)]:
         assert (a.double() - b).norm() < 0.0085 * b.norm(), name
+
+
+@pytest.fixture
+def rows(monkeypatch):
+    """How many rows of every product the experts have."""
+    seen = []
+    product = grouped._grouped_mm
+
+    def watch(x, weight, ends):
+        seen.append(ends.diff(prepend=ends.new_zeros(1)).tolist())
+        assert seen[-1] and sum(seen[-1]) == len(x)
+        return product(x, weight, ends)
+
+    monkeypatch.setattr(grouped, "_grouped_mm", watch)
+    return seen
+
+
+def _sparse(dtype, tokens=70):
+    """A layer of which experts 3 and 5 get nothing, and its input."""
+    moe, hidden = _moe(16, 8, 6, 2, capacity_factor=1.2, dtype=dtype), _hidden(tokens, 16, dtype=dtype)
+    moe.router.e_score_correction_bias[[3, 5]] = -10
+    return moe, hidden
+
+
+def _both(moe, hidden, monkeypatch):
+    found = moe(hidden)
+    monkeypatch.setattr(grouped, "_is_compiled_for_its_rows", lambda *_: False)
+    expected = moe(hidden)
+    return (found, _gradients(found, moe, hidden)), (expected, _gradients(expected, moe, hidden))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_products_have_whole_rows_and_give_what_they_gave(dtype, rows, monkeypatch):
+    moe, hidden = _sparse(dtype)
+    (found, ours), (expected, theirs) = _both(moe, hidden, monkeypatch)
+    loads = rows[-1]
+    assert rows[0] == [-(-load // grouped.ROWS) * grouped.ROWS for load in loads] != loads
+    assert loads[3] == loads[5] == 0 and sum(loads) == 140
+    tolerance = 1e-2 if dtype == torch.bfloat16 else 2e-3
+    for name, a, b in [("output", found, expected), *((name, ours[name], theirs[name]) for name in theirs)]:
+        assert_close(a, b, rtol=0, atol=tolerance * float(b.detach().abs().max()), msg=name)
+
+
+def test_wide_products_have_the_rows_that_there_are(rows):
+    moe, hidden = _sparse(torch.float32)
+    moe(hidden)
+    assert sum(rows[0]) == 140
+
+
+def test_a_token_that_is_no_number_reaches_no_expert_but_its_own(monkeypatch):
+    moe, hidden = _sparse(torch.bfloat16)
+    router = tuple(value.detach() for value in moe.router(hidden))
+    chosen = router[2][0].tolist()
+    monkeypatch.setattr(type(moe.router), "forward", lambda self, x: router)
+    with torch.no_grad():
+        hidden[0] = math.nan
+    (_, ours), (_, theirs) = _both(moe, hidden, monkeypatch)
+    spoilt = [expert for expert in range(6) if ours["down"][expert].isnan().any()]
+    assert spoilt == [expert for expert in range(6) if theirs["down"][expert].isnan().any()] == sorted(chosen)
+
+
+def test_no_token_at_all_in_bfloat16():
+    moe, hidden = _moe(16, 8, 6, 2, dtype=torch.bfloat16), _hidden(0, 16, dtype=torch.bfloat16)
+    assert moe(hidden).shape == (0, 16)
 
 
 @pytest.mark.parametrize("attached", [False, True])

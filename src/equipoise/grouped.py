@@ -6,7 +6,7 @@ begins as zeros of full size:
     dispatch [tokens, n] -> [assignments, n]    row a is that of assignment a's token, assignments sorted by expert
     collect  [assignments, n] -> [tokens, n]    the sum over a token's k assignments, in float32 or wider
 
-No shape depends on the data, and the host never waits for a GPU.
+No shape depends on the data, except on a CPU, and the host never waits for a GPU.
 """
 
 from typing import Any, NamedTuple
@@ -17,6 +17,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 __all__ = ["Assignments", "sort_by_expert", "swiglu", "swiglu_experts"]
+
+
+ROWS = 32  # of a product on a CPU in less than float32, a multiple; see _filled_up
 
 
 class Assignments(NamedTuple):
@@ -55,11 +58,35 @@ def swiglu_experts(
     All products are in ``x``'s dtype. The weights multiply the inner activations: that is the same sum, and neither
     they nor their gradient need the experts' outputs again.
     """
-    order, inverse, ends, k = assignments
+    filled = _is_compiled_for_its_rows(x, assignments)
+    order, inverse, ends, k = _filled_up(assignments) if filled else assignments
     by_assignment = _Dispatch.apply(weights.reshape(-1, 1), order, inverse, 1)
+    if filled:  # what fills up weighs nothing, so neither does it reach a gradient
+        by_assignment = by_assignment * torch.zeros_like(order, dtype=weights.dtype).index_fill_(0, inverse, 1)[:, None]
     inner = _grouped_mm(_Dispatch.apply(x, order, inverse, k), gate_up.to(x.dtype), ends)
     y = _grouped_mm(_weighted_swiglu(inner, by_assignment), down.to(x.dtype), ends)
     return _Collect.apply(y, order, inverse, k)
+
+
+def _is_compiled_for_its_rows(x: Tensor, assignments: Assignments) -> bool:
+    """Whether a product of this dtype is made anew for every number of rows, as oneDNN does; and loads are other ones
+    at every call. Not where somebody compiles: how many rows fill up depends on the data."""
+    narrow = x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)
+    real = type(assignments.order) is Tensor and not torch.compiler.is_compiling()
+    return narrow and real and assignments.order.numel() > 0
+
+
+def _filled_up(assignments: Assignments) -> Assignments:
+    """Each expert's places filled up to a multiple of ``ROWS``, with its first assignment; ``order`` is longer by
+    them, and ``inverse`` leads to none of them."""
+    order, inverse, ends, k = assignments
+    load = ends - assignments.begins
+    whole = (load + ROWS - 1) // ROWS * ROWS
+    whole_ends = whole.cumsum(0, dtype=torch.int32)
+    place = torch.arange(order.numel()) + (whole_ends - whole - assignments.begins).repeat_interleave(load)
+    first = order[assignments.begins.clamp_max(order.numel() - 1)]
+    filled = first.repeat_interleave(whole).index_copy_(0, place, order)
+    return Assignments(filled, place[inverse], whole_ends, k)
 
 
 def swiglu(gate_up: Float[Tensor, "tokens twice_hidden"]) -> Float[Tensor, "tokens hidden"]:
