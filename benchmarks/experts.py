@@ -4,8 +4,9 @@
 
 Each shape in bfloat16 and float32: ours; the block of Qwen3-MoE with each way of Transformers to compute experts; and
 one SwiGLU of as many operations as a token's experts have, the floor. All route by the same router weights. The ways
-run in turn, each call with tokens, and so loads, of its own; ratios are medians of rounds, see paired.py. The bar: ours
-at most 0.9 of the best way of Transformers. The last line on stdout is the result as JSON.
+run in turn, each call with tokens, and so loads, of its own; ratios are medians of rounds, see paired.py. Memory is
+as a process has it by itself. The bar: ours at most 0.9 of the best way of Transformers. The last line on stdout is the
+result as JSON.
 """
 
 import argparse

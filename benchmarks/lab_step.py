@@ -220,7 +220,7 @@ def where(asked: Train) -> dict[str, Any]:
 def memory(asked: Train, kept: bool) -> dict[str, Any]:
     """Seconds and minor page faults of a step, medians, in this process."""
     if not kept:
-        engine._keep_freed_memory = lambda: None
+        engine.keep_freed_memory = lambda: None
     seconds, faults = [], []
     with engine.reproducible():
         training = started(asked)

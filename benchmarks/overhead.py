@@ -143,19 +143,42 @@ def _routers(strategy: str, plain: nn.ModuleList, hidden: torch.Tensor, rounds: 
     return row
 
 
+@torch.no_grad()
 def update(layers: int, experts: int, tokens: int, rounds: int) -> dict[str, Any]:
-    """Milliseconds of ``step()``."""
+    """Milliseconds of ``step()``, and of its bare operations on the same tensors: the floor."""
     model = nn.ModuleList(Router(16, experts, 8) for _ in range(layers)).train()
+    slots = [router.e_score_correction_bias for router in model]
     balance = equipoise.attach(model, "loss-free")
-    hidden, took = torch.randn(tokens, 16), []
-    for _ in range(rounds + 3):
-        with torch.no_grad():
+    hidden, took, floor = torch.randn(tokens, 16), [], []
+    for number in range(2 * rounds + 3):
+        for router in model:
+            router(hidden)
+        if number % 2:  # right after the forwards too, where step() begins
+            load, offset = torch.stack(list(balance.load.values())), torch.stack(list(balance.offsets.values()))
             for router in model:
                 router(hidden)
+            started = time.perf_counter()
+            bare_step(slots, offset, load)
+            floor.append(1000 * (time.perf_counter() - started))
         started = time.perf_counter()
         balance.step()
-        took.append(1000 * (time.perf_counter() - started))
-    return {"layers": layers, "experts": experts, "tokens": tokens, "milliseconds": statistics.median(took[3:])}
+        if not number % 2:
+            took.append(1000 * (time.perf_counter() - started))
+    return {
+        "layers": layers,
+        "experts": experts,
+        "tokens": tokens,
+        "milliseconds": statistics.median(took[2:]),
+        "floor_milliseconds": statistics.median(floor[1:]),
+    }
+
+
+def bare_step(slots: list[torch.Tensor], offset: torch.Tensor, load: torch.Tensor) -> None:
+    """What Loss-Free's step must do: read what the slots hold, move it, write it. No windows, ranks or checks."""
+    torch.equal(torch.stack(slots), offset)
+    error = torch.sub(load.sum(-1, keepdim=True), load, alpha=load.shape[-1]).sign_().to(offset.dtype)
+    offset.add_(error.sub_(error.mean(-1, keepdim=True)), alpha=1e-3)
+    torch._foreach_copy_(slots, offset.unbind())
 
 
 def alerts(layers: int, experts: int, k: int, tokens: int, rounds: int) -> dict[str, Any]:
@@ -323,7 +346,10 @@ def main() -> None:
         )
     updates = [update(*shape, rounds=4 * rounds) for shape in UPDATES]
     for row in updates:
-        print(f"update {row['layers']} x {row['experts']}, {row['tokens']} tokens: {row['milliseconds']:.3f} ms")
+        print(
+            f"update {row['layers']} x {row['experts']}, {row['tokens']} tokens: {row['milliseconds']:.3f} ms, "
+            f"bare operations {row['floor_milliseconds']:.3f} ms"
+        )
     of_alerts = [alerts(*shape, rounds=4 * rounds) for shape in WATCHED]
     for row in of_alerts:
         print(

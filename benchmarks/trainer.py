@@ -5,8 +5,8 @@
 Both train the lab's default model, unattached, from the same weights on the same micro-batches of the packaged corpus,
 with as many micro-batches a step, AdamW, clipping and bfloat16 autocast where the machine has it. The Trainer's model
 is as Transformers makes it, experts by `grouped_mm`, attention by `sdpa`. Each side runs in processes of its own, in
-turn; the time is that of the steps after the first two. What the lab's own remedies are worth is told apart: the lab
-with Transformers' experts, and the lab without keeping freed memory. The bar: the lab at least 1.2 of the Trainer. The
+turn; the time is that of the steps after the first two. What the lab's own experts are worth is told
+apart: the lab with those of Transformers. The bar: the lab at least 1.2 of the Trainer. The
 last line on stdout is the result as JSON.
 """
 
@@ -36,7 +36,7 @@ from equipoise.lab.train import _Training
 from equipoise.records import write_json
 
 STORED = Path(__file__).parent / "results" / "trainer.json"
-SIDES = ("trainer", "lab", "lab_with_grouped_mm", "lab_without_kept_memory")
+SIDES = ("trainer", "lab", "lab_with_grouped_mm")
 WARM_UP = 2
 LIMIT = 1.2
 
@@ -62,8 +62,6 @@ class Sequences(IterableDataset):
 
 def lab(steps: int, folder: Path, side: str) -> tuple[list[float], list[float]]:
     """Seconds and training loss of every step."""
-    if side == "lab_without_kept_memory":
-        engine._keep_freed_memory = lambda: None
     with engine.reproducible():
         training = _Training(config(steps, folder), Nobody(), "")
         if side == "lab_with_grouped_mm":

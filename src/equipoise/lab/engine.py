@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["learning_rate_at", "machine", "reproducible"]
+__all__ = ["keep_freed_memory", "learning_rate_at", "machine", "reproducible"]
 
 
 def machine(dtype: str) -> tuple[torch.device, bool]:
@@ -30,7 +30,7 @@ def reproducible() -> Iterator[None]:
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     filled = deterministic.fill_uninitialized_memory
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    _keep_freed_memory()
+    keep_freed_memory()
     torch.use_deterministic_algorithms(True)
     deterministic.fill_uninitialized_memory = False
     try:
@@ -40,7 +40,7 @@ def reproducible() -> Iterator[None]:
         deterministic.fill_uninitialized_memory = filled
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Tells glibc to keep what is freed: a training step allocates the same large blocks again and again, and fresh
     pages from the kernel cost more than the arithmetic in them. Elsewhere it does nothing."""
     trim_threshold, mmap_threshold = -1, -3  # names of mallopt(3)
