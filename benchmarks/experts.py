@@ -7,6 +7,9 @@ one SwiGLU of as many operations as a token's experts have, the floor. All route
 run in turn, each call with tokens, and so loads, of its own; ratios are medians of rounds, see paired.py. Memory is
 as a process has it by itself. The bar: ours at most 0.9 of the best way of Transformers. The last line on stdout is the
 result as JSON.
+
+Of the registry's other packages of experts, MegaBlocks needs a GPU, and st-moe-pytorch (last released in 2024) drops
+tokens beyond a capacity, which is another function.
 """
 
 import argparse

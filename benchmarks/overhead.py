@@ -124,6 +124,12 @@ def _routers(strategy: str, plain: nn.ModuleList, hidden: torch.Tensor, rounds: 
     def close() -> None:
         if counted.pop():
             balance.step()
+        same_offsets()
+
+    def same_offsets() -> None:
+        """Both choose alike: a top-k takes longer or shorter by what it sees."""
+        for theirs, ours in zip(plain, copy, strict=True):
+            theirs.e_score_correction_bias.copy_(ours.e_score_correction_bias)
 
     def with_backwards(ours: bool) -> None:
         for _ in range(MICRO_BATCHES):
@@ -133,6 +139,7 @@ def _routers(strategy: str, plain: nn.ModuleList, hidden: torch.Tensor, rounds: 
         if ours:
             balance.step()
 
+    same_offsets()
     row: dict[str, Any] = {"strategy": strategy}
     for name, call in (("forward", forwards), ("forward_and_backward", with_backwards)):
         took = in_turn({"attached": partial(call, True), "plain": partial(call, False)}, rounds, between=close)
