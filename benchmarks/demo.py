@@ -69,6 +69,7 @@ def figure(folder: Path) -> None:
         page = browser.new_page(viewport={"width": 1100, "height": 900}, device_scale_factor=1.5)
         page.goto((folder / "report.html").absolute().as_uri())
         page.wait_for_timeout(2000)
+        page.add_style_tag(content="button { display: none }")
         page.locator("section[aria-labelledby=h-heat] .grid").first.screenshot(
             path=ROOT / "docs" / "figures" / "demo.png"
         )

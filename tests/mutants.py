@@ -510,7 +510,7 @@ MUTANTS = [
     Mutant(
         "experts: rows are not filled up",
         "grouped.py",
-        "narrow = x.device.type == \"cpu\" and x.dtype in (torch.bfloat16, torch.float16)",
+        'narrow = x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)',
         "narrow = False",
         "tests/test_nn.py -k narrow_products",
     ),
