@@ -383,8 +383,8 @@ MUTANTS = [
     Mutant(
         "2: counts are divided by the tokens of this micro-batch",
         "balancers/load_balancing.py",
-        "            slope = load * (factor / load.sum().clamp_min(1).to(scores.dtype))",
-        "            slope = load * (factor / (_num_tokens(routing) * routing.expert_ids.shape[-1]))",
+        "by_count = factor / load.sum(-1, keepdim=True).clamp_min(1).to(scores.dtype)",
+        "by_count = torch.as_tensor(factor / (_num_tokens(routing) * routing.expert_ids.shape[-1]))",
         f"{BALANCE} -k uneven",
     ),
     Mutant(
@@ -447,7 +447,7 @@ MUTANTS = [
     Mutant(
         "closed form: under autocast it is rounded",
         "recorder.py",
-        "with torch.autocast(logits.device.type, enabled=False):",
+        "with without_autocast(logits.device):",
         "if True:",
         f"{BALANCE} -k under_autocast_gives",
     ),

@@ -29,7 +29,7 @@ CORE = [
 CORE += ["attachment"]
 ALLOWED = {name: set(CORE[:rank]) for rank, name in enumerate(CORE)}
 ALLOWED |= {
-    "grouped": set(),
+    "grouped": {"routing"},
     "nn": {"errors", "routing", "load", "taps", "grouped"},
     "testing": {"equipoise", *CORE},
     "integrations": {*CORE, "grouped"},

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from equipoise.routing import without_autocast
+
 __all__ = ["Assignments", "sort_by_expert", "swiglu", "swiglu_experts"]
 
 
@@ -187,8 +189,7 @@ def _block_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     start = begins[expert] + (block - first_block[expert]) * size
     row = start.unsqueeze(1) + torch.arange(size, device=x.device)  # (blocks, size)
     blocks = x.index_select(0, row.clamp_max(num_rows - 1).flatten()).view(num_blocks, size, -1)
-    device = "cpu" if x.device.type == "meta" else x.device.type  # meta has no autocast
-    with torch.autocast(device, enabled=False):  # as grouped_mm: in the dtype of what comes
+    with without_autocast(x.device):  # as grouped_mm
         product = blocks @ weight.index_select(0, expert)
     place = torch.arange(num_rows, device=x.device)
     expert = torch.searchsorted(ends, place, right=True)

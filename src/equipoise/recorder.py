@@ -18,7 +18,7 @@ from equipoise.balancers import Balancer, Layers
 from equipoise.errors import EquipoiseError
 from equipoise.load import Layout
 from equipoise.pool import Pool
-from equipoise.routing import Routing, score, score_backward
+from equipoise.routing import Routing, score, score_backward, without_autocast
 from equipoise.taps.tap import OWN_SLOT, RECOMPUTED, UNCOUNTED, RouterKind, Slot
 from equipoise.window import Call, MicroBatch, Statistics, Window, fit_mask, number_sequences
 
@@ -249,7 +249,7 @@ class Recorder:
             if balancer.scope == "global_batch" and balancer.pooling == "window":
                 pooled = self.window.load_pooled()
             load = self._scope_load(balancer, layer, micro_batch, pooled)
-            with torch.autocast(logits.device.type, enabled=False):  # somebody's backward may run under it
+            with without_autocast(logits.device):  # somebody's backward may run under it
                 known = balancer.score_gradient(routing, load, balancer.coefficient * factor)
             if known is None:
                 others.append((balancer, load))

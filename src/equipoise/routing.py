@@ -3,14 +3,15 @@
 The offset of a loss-free balancer enters at one place only, the choice; the weights are always the plain scores.
 """
 
-from typing import NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-__all__ = ["GATES", "Routing", "route", "score", "score_backward"]
+__all__ = ["GATES", "Routing", "route", "score", "score_backward", "without_autocast"]
 
 GATES = ("softmax", "sigmoid", "sqrt_softplus")
 
@@ -30,6 +31,12 @@ class Routing(NamedTuple):
     mask: Float[Tensor, " tokens"] | None = None
     sequence_ids: Int[Tensor, " tokens"] | None = None
     num_sequences: int = 0
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """For products that must be in the dtype of what comes, whoever runs them."""
+    on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
 def score(logits: Float[Tensor, "tokens experts"], gate: str = "softmax") -> Float[Tensor, "tokens experts"]:

@@ -124,14 +124,14 @@ class LoadBalancingLoss(Balancer):
         """``c_e = factor E f_e / N`` for raw scores; ``(c_e - sum_j p_j c_j) / sum_j s_j`` for normalised ones."""
         scores = routing.scores
         factor = factor * (scores.shape[-1] / _num_tokens(routing))
-        slope: Tensor  # of the loss by p
         if self.scope == "sequence":
             load = sequence_load(routing)
-            slope = (load * (factor / load.sum(-1, keepdim=True).clamp_min(1).to(scores.dtype)))[routing.sequence_ids]
-        else:
-            if load is None:
-                load = expert_load(routing.expert_ids, scores.shape[-1], routing.mask)
-            slope = load * (factor / load.sum().clamp_min(1).to(scores.dtype))
+        elif load is None:
+            load = expert_load(routing.expert_ids, scores.shape[-1], routing.mask)
+        by_count = factor / load.sum(-1, keepdim=True).clamp_min(1).to(scores.dtype)
+        slope = load * by_count.to(scores.dtype)  # of the loss by p
+        if self.scope == "sequence":
+            slope = slope[routing.sequence_ids]
         if routing.mask is not None:
             slope = slope * routing.mask.to(scores.dtype)[:, None]
         if not self.normalise:
