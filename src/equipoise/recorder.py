@@ -45,7 +45,8 @@ class Group:
         self.losses = [balancer for balancer in balancers if balancer.has_loss]
         self.steering = next((balancer for balancer in balancers if balancer.has_offset), None)
         self.has_statistics = any(type(b).statistic is not Balancer.statistic for b in balancers)
-        none = torch.zeros(len(layers), routers[0].num_experts, dtype=torch.int64)
+        device = slot_of(routers[0]).device  # a balancer's state is there too
+        none = torch.zeros(len(layers), routers[0].num_experts, dtype=torch.int64, device=device)
         self.of_micro_batches = [i for i, b in enumerate(balancers) if b.micro_batch_statistic(none) is not None]
         self.slots = [self.slot(layer) for layer in routers]
         self.has_own_slot = any(slot.name == OWN_SLOT for slot in self.slots)
