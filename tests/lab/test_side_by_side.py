@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 
 import pytest
@@ -142,6 +143,36 @@ def test_a_comparison_that_is_stopped_leaves_no_process_and_goes_on(two, silent,
         assert _numbers(resumed) == _numbers(compare(whole, silent())[0])
         assert _rows(config) == _rows(whole)
         assert watcher.done > 0
+
+
+@pytest.mark.parametrize("alone", ["before it trains", "while it trains"])
+def test_a_process_that_ends_is_not_told_to_stop_any_more(alone):
+    program = """
+        import atexit, os, signal, sys, time
+        from multiprocessing import Pipe
+        from equipoise.lab import side_by_side
+
+        def train(run, watcher, command):
+            ours.close()
+            watcher.say("to nobody")
+
+        def told_at_exit():
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.1)
+
+        atexit.register(told_at_exit)
+        side_by_side.train = train
+        side_by_side._stop_when_alone = lambda pipe: None
+        ours, theirs = Pipe()
+        if sys.argv[1] == "before it trains":
+            ours.close()
+        else:
+            ours.send((None, "", 1))
+        side_by_side._main(theirs)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program), alone]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (130, "")
 
 
 def _steps(folder):

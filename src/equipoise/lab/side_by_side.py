@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 
@@ -178,8 +178,8 @@ class _Sender:
     def send(self, *message: Any) -> None:
         try:
             self.pipe.send(message)
-        except OSError:
-            raise KeyboardInterrupt from None  # nobody is there any more
+        except OSError:  # nobody is there any more
+            _told()
 
     def say(self, text: str) -> None:
         self.send("say", text)
@@ -207,11 +207,13 @@ def _main(pipe: Connection) -> None:
             sender.send("error", _portable(error))
     except (KeyboardInterrupt, EOFError):
         sys.exit(STOPPED)
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends: nothing is left to stop
 
 
-def _told(number: int, frame: FrameType | None) -> None:
+def _told(number: int = signal.SIGTERM, frame: FrameType | None = None) -> NoReturn:
     signal.signal(number, signal.SIG_IGN)  # once is enough
-    raise KeyboardInterrupt
+    raise KeyboardInterrupt from None
 
 
 def _stop_when_alone(pipe: Connection) -> None:
