@@ -1,24 +1,29 @@
 """What came out of the claims: the page and its picture, from the results that are stored.
 
     equipoise reproduce all                  # hours; goes on where it was stopped
-    python benchmarks/claims.py              # writes docs/results.md and docs/figures/claims.png
+    python benchmarks/claims.py              # writes docs/results.md, docs/figures/claims.png, the README's table
+    python benchmarks/claims.py --check      # the page and the table are what the stored results make
 
 The picture is drawn by Chromium (needs playwright and /usr/bin/chromium).
 """
 
+import math
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
+import readme
 from picture import photograph
 from plotly.subplots import make_subplots
 
 from equipoise.analysis import estimate, paired_differences
 from equipoise.reproduce.claim import Claim, claim_names, load_claim
 from equipoise.reproduce.frontier import FRONTIERS, Frontier
-from equipoise.reproduce.page import FIGURE, LEADERBOARD, arms, write
+from equipoise.reproduce.page import FIGURE, LEADERBOARD, arms, page, summary, write
 from equipoise.reproduce.runs import Results
-from equipoise.reproduce.verdict import findings
+from equipoise.reproduce.verdict import Finding, findings
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "claims"
@@ -26,6 +31,7 @@ PAGE = ROOT / "docs" / "results.md"
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#808080")
 SHOWN = ("global", "micro", "sequence", "loss-free", "phi", "shinka", "quantile", "none")
 BASELINE = "global"  # the arm that the others are set against
+LABEL = 0.011  # nats: the height of a label
 
 
 def draw(leaderboard: Claim, results: Results) -> go.Figure:
@@ -34,7 +40,7 @@ def draw(leaderboard: Claim, results: Results) -> go.Figure:
         cols=2,
         horizontal_spacing=0.11,
         subplot_titles=(
-            "Over the coefficient or rate, 80 steps, two seeds",
+            "Over the coefficient or rate, 80 steps, two seeds (large: chosen)",
             f"As chosen, 200 steps: loss less that of {BASELINE}, 95 % intervals",
         ),
     )
@@ -45,12 +51,11 @@ def draw(leaderboard: Claim, results: Results) -> go.Figure:
     figure.update_xaxes(
         title="MaxVio of the test text (0 is even)", type="log", gridcolor="#ddd", linecolor="#888", tickvals=ticks
     )
-    figure.update_xaxes(range=[-1.3, 0.1], col=2)
     figure.update_yaxes(gridcolor="#ddd", linecolor="#888", zerolinecolor="#888")
     figure.update_yaxes(title="loss of the test text, nats", col=1)
     figure.update_yaxes(title="difference in loss, nats", col=2)
     figure.update_layout(
-        width=1200, height=520, margin={"l": 70, "r": 20, "t": 50, "b": 100}, template="plotly_white",
+        width=1200, height=560, margin={"l": 70, "r": 20, "t": 50, "b": 100}, template="plotly_white",
         font={"size": 13}, legend={"orientation": "h", "y": -0.18},
     )  # fmt: skip
     return figure
@@ -58,16 +63,21 @@ def draw(leaderboard: Claim, results: Results) -> go.Figure:
 
 def _frontier(figure: go.Figure, frontier: Frontier, color: str, results: Results) -> None:
     points = [point for value in frontier.grid(results) if (point := frontier.point(value, results)) is not None]
+    chosen, ends = frontier.chosen(results), (points[0], points[-1])
     figure.add_scatter(
         x=[point.mean("maxvio_global") for point in points],
         y=[point.mean("val_nats") for point in points],
-        text=[point.value for point in points],
+        text=[point.value if point in ends or point.value == chosen else "" for point in points],
         textposition="top center",
-        textfont={"size": 9, "color": color},
+        textfont={"size": 10, "color": color},
         mode="lines+markers+text",
         name=frontier.name,
         line={"color": color, "width": 1.5},
-        marker={"size": 7 if frontier.values else 11, "symbol": "circle" if frontier.values else "x"},
+        marker={
+            "opacity": 1,
+            "size": [12 if point.value == chosen else 5 for point in points],
+            "symbol": "circle" if frontier.values else "x",
+        },
         row=1,
         col=1,
     )
@@ -75,31 +85,54 @@ def _frontier(figure: go.Figure, frontier: Frontier, color: str, results: Result
 
 def _leaderboard(figure: go.Figure, claim: Claim, results: Results) -> None:
     by_arm: dict[str, Any] = arms(claim, results)
+    placed = []
     for arm, runs in by_arm.items():
         nats, baseline = ({seed: run["val_nats"] for seed, run in each.items()} for each in (runs, by_arm[BASELINE]))
-        if not set(nats) & set(baseline):
-            continue
-        difference = paired_differences(nats, baseline, intersect=True)
-        balance = estimate([run["maxvio_global"] for run in runs.values()])
+        if set(nats) & set(baseline):
+            difference = paired_differences(nats, baseline, intersect=True)
+            placed.append((estimate([run["maxvio_global"] for run in runs.values()]).mean, difference, arm))
+    above = -math.inf  # the label below; no two at one height
+    for maxvio, difference, arm in sorted(placed, key=lambda point: point[1].mean):
         half = None if arm == BASELINE or difference.n < 2 else difference.interval[1] - difference.mean
         figure.add_scatter(
-            x=[balance.mean],
+            x=[maxvio],
             y=[difference.mean],
             error_y={"type": "constant", "value": half or 0, "thickness": 1, "width": 3},
-            text=[arm],
-            textposition="top right",
-            textfont={"size": 11},
-            mode="markers+text",
+            mode="markers",
             marker={"color": "#333", "size": 8},
             showlegend=False,
             row=1,
             col=2,
         )
+        above = max(difference.mean, above + LABEL)
+        figure.add_annotation(
+            x=math.log10(maxvio), y=difference.mean, ax=math.log10(maxvio) + 0.08, ay=above, text=arm,
+            axref="x2", ayref="y2", xanchor="left", arrowhead=0, arrowwidth=0.7, arrowcolor="#999",
+            font={"size": 12}, bgcolor="rgba(255, 255, 255, 0.7)", row=1, col=2,
+        )  # fmt: skip
 
 
-if __name__ == "__main__":
+def table(found: Iterable[Finding]) -> str:
+    """The verdicts, short: for the README."""
+    lines = ["| claim | here | verdict |", "|---|---|---|"]
+    path = PAGE.relative_to(ROOT).as_posix()
+    lines += [f"| {' | '.join(summary(finding, path))} |" for finding in found if finding.is_primary]
+    return "\n".join([*lines, ""])
+
+
+def main() -> None:
     results = Results(RESULTS)
     chosen = {name: frontier.chosen(results) for name, frontier in FRONTIERS.items()}
     claims = [load_claim(name).with_values(chosen) for name in claim_names()]
+    found = findings(claims, results)
+    if sys.argv[1:] == ["--check"]:
+        if page(claims, found, results, FIGURE) != PAGE.read_text() or not readme.check("claims", table(found)):
+            sys.exit(f"{PAGE.name} and README.md must be what the stored results make: run python benchmarks/claims.py")
+        return
     photograph(draw(next(c for c in claims if c.name == LEADERBOARD), results), PAGE.parent / FIGURE)
-    write(PAGE, claims, findings(claims, results), results)
+    write(PAGE, claims, found, results)
+    readme.replace("claims", table(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -10,16 +10,15 @@ The figure is the page's own, photographed by Chromium (needs playwright and /us
 import json
 import os
 import platform
-import re
 import sys
 from pathlib import Path
+
+import readme
 
 from equipoise.lab.config import Compare
 
 ROOT = Path(__file__).parent.parent
 STORED = ROOT / "benchmarks" / "results" / "demo.json"
-README = ROOT / "README.md"
-MARKS = re.compile(r"(<!-- demo: .*? -->\n).*?(<!-- /demo -->)", re.DOTALL)
 COLUMNS = {
     "strategy": ("strategy", "`{}`"),
     "maxvio_global": ("MaxVio, validation", "{:.2f}"),
@@ -79,8 +78,7 @@ def figure(folder: Path) -> None:
 def main() -> None:
     if sys.argv[1:] == ["--check"]:
         stored = json.loads(STORED.read_text())
-        found = MARKS.search(README.read_text())
-        if found is None or table(stored) not in found.group(0):
+        if not readme.check("demo", table(stored)):
             sys.exit("README.md does not hold the table of benchmarks/results/demo.json: run benchmarks/demo.py FOLDER")
         asked = Compare(out=Path("runs/demo"))
         options = asked.shared()  # one that came later than the result had its default then
@@ -91,8 +89,7 @@ def main() -> None:
     if len(sys.argv) != 2:
         sys.exit(__doc__)
     folder = Path(sys.argv[1])
-    text = table(store(folder))
-    README.write_text(MARKS.sub(lambda match: match.group(1) + text + match.group(2), README.read_text()))
+    readme.replace("demo", table(store(folder)))
     figure(folder)
 
 

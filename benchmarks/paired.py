@@ -74,10 +74,11 @@ class Others:
 
 def facts(command: str, *packages: str) -> dict[str, Any]:
     """What a result must say of where it is from."""
+    threads = torch.get_num_threads()
     return {
         "command": command,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}, {torch.get_num_threads()} threads",
+        "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}, {threads} thread{'s' if threads > 1 else ''}",
         "versions": {
             "python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in ("equipoise", "torch", *packages)},

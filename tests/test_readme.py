@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import equipoise
 
 ROOT = Path(__file__).parent.parent
@@ -29,11 +31,16 @@ def test_the_fragments_that_do_not_run_here_are_python():
 
 def test_every_file_it_names_is_there():
     for link in re.findall(r"\]\(((?!http)[^)]+)\)", README):
-        assert (ROOT / link).exists(), link
+        path, _, section = link.partition("#")
+        assert (ROOT / path).exists(), link
+        headings = re.findall(r"^#+ (.*)$", (ROOT / path).read_text(), re.MULTILINE) if section else ()
+        assert not section or section in {heading.lower().replace(" ", "-") for heading in headings}, link
 
 
-def test_its_numbers_are_those_of_the_stored_result():
-    done = subprocess.run([sys.executable, ROOT / "benchmarks" / "demo.py", "--check"], capture_output=True, text=True)
+@pytest.mark.parametrize("script", ["demo", "claims", "speed"])
+def test_its_numbers_and_those_of_the_pages_are_those_of_the_stored_results(script):
+    command = [sys.executable, ROOT / "benchmarks" / f"{script}.py", "--check"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 

@@ -213,7 +213,7 @@ def test_the_page_has_the_figures_and_how_they_came_about(tmp_path):
     (row,) = (line for line in text.splitlines() if line.startswith("| x | loss, a − b | 4 |"))
     cells = [float(cell.replace("−", "-")) for cell in row.strip("| ").split(" | ")[3:]]
     assert cells == [-0.1, pytest.approx(spread, abs=1e-4), pytest.approx(detectable_effect(spread, 4), abs=1e-4)]
-    assert "Of 1 claims 1 are supported, 0 are not supported, 0 are undecided." in text
+    assert "Claims: 1. Supported: 1; not supported: 0; undecided: 0." in text
 
 
 def test_the_page_has_its_picture_where_one_lies_beside_it(tmp_path):

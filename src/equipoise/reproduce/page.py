@@ -11,7 +11,7 @@ from equipoise.reproduce.frontier import FRONTIERS, Frontier
 from equipoise.reproduce.runs import Results
 from equipoise.reproduce.verdict import Finding
 
-__all__ = ["FIGURE", "LEADERBOARD", "number", "page", "says", "write"]
+__all__ = ["FIGURE", "LEADERBOARD", "number", "page", "says", "summary", "write"]
 
 NAMES = {
     "val_nats": "loss",
@@ -62,6 +62,12 @@ def says(finding: Finding) -> str:
     return f"{number(estimate.mean, name)} [{low}, {high}], {estimate.n} seeds"
 
 
+def summary(finding: Finding, page: str = "") -> tuple[str, str, str]:
+    """The claim, linked to its section of ``page``; what came out; the verdict."""
+    claim = finding.claim
+    return f"[{claim.title}]({page}#{claim.name})", f"{_name(finding)}: {says(finding)}", _verdict(finding)
+
+
 def _name(finding: Finding) -> str:
     """The comparison in words."""
     comparison, names = finding.comparison, finding.comparison.statistic.split(" - ")
@@ -93,17 +99,16 @@ def page(claims: Sequence[Claim], found: Sequence[Finding], results: Results, fi
     counts = {verdict: sum(f.verdict == verdict for f in primary) for verdict in ("supported", "not supported")}
     lines = [
         HEAD,
-        f"Of {len(primary)} claims {counts['supported']} are supported, {counts['not supported']} are not "
-        f"supported, {len(primary) - sum(counts.values())} are undecided.",
+        f"Claims: {len(primary)}. Supported: {counts['supported']}; not supported: {counts['not supported']}; "
+        f"undecided: {len(primary) - sum(counts.values())}.",
         "",
+        "| claim | reported | here | verdict |",
+        "|---|---|---|---|",
     ]
-    lines += ["| claim | reported | here | verdict |", "|---|---|---|---|"]
     for finding in primary:
         claim = finding.claim
-        lines.append(
-            f"| [{claim.title}](#{claim.name}) | {claim.paper} ({claim.source}) | "
-            f"{_name(finding)}: {says(finding)} | {_verdict(finding)} |"
-        )
+        title, here, verdict = summary(finding)
+        lines.append(f"| {title} | {claim.paper} ({claim.source}) | {here} | {verdict} |")
     lines += ["", "## Quality against balance", ""]
     if figure is not None:
         lines += [
