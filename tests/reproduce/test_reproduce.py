@@ -214,6 +214,11 @@ def test_the_page_has_the_figures_and_how_they_came_about(tmp_path):
     cells = [float(cell.replace("−", "-")) for cell in row.strip("| ").split(" | ")[3:]]
     assert cells == [-0.1, pytest.approx(spread, abs=1e-4), pytest.approx(detectable_effect(spread, 4), abs=1e-4)]
     assert "Claims: 1. Supported: 1; not supported: 0; undecided: 0." in text
+    frontiers = {job for frontier in FRONTIERS.values() for job in frontier.jobs(results)}
+    assert f"All claims and frontiers: 8 of {8 + len(frontiers)} runs, 0.0 hours of one core." in text
+    for job in CLAIM.jobs():
+        write_json(tmp_path / f"{key_of(job)}.json", results.get(job) | {"seconds": 900.0})
+    assert f" 8 of {8 + len(frontiers)} runs, 2.0 hours " in page([CLAIM], findings([CLAIM], results), results)
 
 
 def test_the_page_has_its_picture_where_one_lies_beside_it(tmp_path):

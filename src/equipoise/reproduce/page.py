@@ -62,6 +62,17 @@ def says(finding: Finding) -> str:
     return f"{number(estimate.mean, name)} [{low}, {high}], {estimate.n} seeds"
 
 
+def _effort(claims: Sequence[Claim], results: Results) -> str:
+    """What all claims and frontiers took; runs that several of them share count once."""
+    jobs = [job for claim in claims for job in claim.jobs()]
+    jobs += [job for frontier in FRONTIERS.values() for job in frontier.jobs(results)]
+    stored = [results.get(job) for job in dict.fromkeys(jobs)]
+    seconds = [each["seconds"] for each in stored if each is not None]
+    return (
+        f"All claims and frontiers: {len(seconds)} of {len(stored)} runs, {sum(seconds) / 3600:.1f} hours of one core."
+    )
+
+
 def summary(finding: Finding, page: str = "") -> tuple[str, str, str]:
     """The claim, linked to its section of ``page``; what came out; the verdict."""
     claim = finding.claim
@@ -101,6 +112,7 @@ def page(claims: Sequence[Claim], found: Sequence[Finding], results: Results, fi
         HEAD,
         f"Claims: {len(primary)}. Supported: {counts['supported']}; not supported: {counts['not supported']}; "
         f"undecided: {len(primary) - sum(counts.values())}.",
+        _effort(claims, results),
         "",
         "| claim | reported | here | verdict |",
         "|---|---|---|---|",
