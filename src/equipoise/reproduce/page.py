@@ -66,10 +66,16 @@ def _effort(claims: Sequence[Claim], results: Results) -> str:
     """What all claims and frontiers took; runs that several of them share count once."""
     jobs = [job for claim in claims for job in claim.jobs()]
     jobs += [job for frontier in FRONTIERS.values() for job in frontier.jobs(results)]
-    stored = [results.get(job) for job in dict.fromkeys(jobs)]
-    seconds = [each["seconds"] for each in stored if each is not None]
+    jobs = list(dict.fromkeys(jobs))
+    took: dict[Any, list[float]] = {}  # by steps
+    for job in jobs:
+        if (stored := results.get(job)) is not None:
+            took.setdefault(dict(job.options).get("steps"), []).append(stored["seconds"])
+    hours = sum(map(sum, took.values())) / 3600
+    quickest = sum(len(seconds) * min(seconds) for seconds in took.values()) / 3600
     return (
-        f"All claims and frontiers: {len(seconds)} of {len(stored)} runs, {sum(seconds) / 3600:.1f} hours of one core."
+        f"All claims and frontiers: {sum(map(len, took.values()))} of {len(jobs)} runs, whose steps took {hours:.1f} hours "
+        f"of one core; {quickest:.1f} at the pace of the quickest run of as many steps."
     )
 
 
