@@ -74,8 +74,8 @@ def _effort(claims: Sequence[Claim], results: Results) -> str:
     hours = sum(map(sum, took.values())) / 3600
     quickest = sum(len(seconds) * min(seconds) for seconds in took.values()) / 3600
     return (
-        f"All claims and frontiers: {sum(map(len, took.values()))} of {len(jobs)} runs, whose steps took {hours:.1f} hours "
-        f"of one core; {quickest:.1f} at the pace of the quickest run of as many steps."
+        f"All claims and frontiers: {sum(map(len, took.values()))} of {len(jobs)} runs, whose steps took {hours:.1f} "
+        f"hours of one core; {quickest:.1f} at the pace of the quickest run of as many steps."
     )
 
 
