@@ -25,7 +25,7 @@ GOOD = {
 
 @pytest.mark.parametrize("name", claim_names())
 def test_every_arm_of_a_claim_is_a_run_that_can_be_asked_for(name, tmp_path):
-    claim = load_claim(name).with_values(dict.fromkeys(FRONTIERS, "0.01"))
+    claim = load_claim(name).with_values(dict.fromkeys(FRONTIERS, "0.02"))
     assert claim.title and claim.source and claim.paper and claim.seeds >= 3
     assert len({options["strategy"] + str(options) for options in claim.arms.values()}) == len(claim.arms)
     for arm in claim.arms:
@@ -69,7 +69,7 @@ def test_what_a_comparison_is_called():
         ({"primary": {**GOOD["primary"], "claim": "better"}}, "claim must be lower, higher or equal: got 'better'"),
         (
             {"primary": {**GOOD["primary"], "claim": "equal", "statistic": "maxvio_global"}},
-            "maxvio_global, a − b must have a margin: only val_nats",
+            "maxvio_global, a − b must have a margin: only losses",
         ),
         ({"primary": {**GOOD["primary"], "margin": 1}}, "margin is nothing that a claim has"),
         ({"colour": "red"}, "colour is nothing that a claim has"),

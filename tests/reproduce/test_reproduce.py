@@ -11,12 +11,13 @@ import pytest
 
 from equipoise.analysis import detectable_effect
 from equipoise.errors import EquipoiseError, UsageError
+from equipoise.lab.config import Train
 from equipoise.records import write_json
-from equipoise.reproduce.claim import Job, claim_names, load_claim, parse_claim
+from equipoise.reproduce.claim import SIZES, Job, claim_names, load_claim, parse_claim
 from equipoise.reproduce.command import as_json, reproduce, table_rows
 from equipoise.reproduce.config import Reproduce
 from equipoise.reproduce.frontier import FRONTIERS
-from equipoise.reproduce.page import FIGURE, LEADERBOARD, page, write
+from equipoise.reproduce.page import FIGURE, HEAD, LEADERBOARD, page, write
 from equipoise.reproduce.runs import Results, execute, key_of
 from equipoise.reproduce.verdict import findings
 
@@ -199,7 +200,7 @@ def test_an_undecided_claim_says_how_many_seeds_would_decide_it(tmp_path):
     _fill(results, [-0.1, 0.02, -0.05, 0.01])
     (first, _) = findings([CLAIM], results)
     assert first.verdict == "undecided" and 5 < first.seeds_needed < 100
-    assert f"undecided; about {first.seeds_needed} seeds would" in page([CLAIM], [first], results)
+    assert f"undecided; about {first.seeds_needed} seeds would support it" in page([CLAIM], [first], results)
 
 
 def test_the_page_has_the_figures_and_how_they_came_about(tmp_path):
@@ -222,6 +223,20 @@ def test_the_page_has_the_figures_and_how_they_came_about(tmp_path):
     text = page([CLAIM], findings([CLAIM], results), results)
     (line,) = (line for line in text.splitlines() if line.startswith("All claims and frontiers:"))
     assert f" 8 of {total} runs, whose steps took 1.9 hours of one core; 1.0 at " in line
+
+
+def test_the_page_says_how_large_the_runs_are():
+    default = Train(out=Path("x"))
+    tokens = default.sequences * default.sequence_length
+    for words in (
+        f"{default.layers} layers of width {default.width}, {default.experts} experts and a shared one, "
+        f"{default.experts_per_token} experts a token;",
+        f"{default.micro_batches} micro-batches of {tokens:,} tokens",
+        f"small has {SIZES['small']['steps']} steps, standard {SIZES['standard']['steps']}.",
+    ):
+        assert words in HEAD
+    own = {"steps", "qk_norm", "checkpoint_every"}
+    assert all(set(size) == own for size in SIZES.values()), "else the page must say what differs from the default"
 
 
 def test_the_page_has_its_picture_where_one_lies_beside_it(tmp_path):

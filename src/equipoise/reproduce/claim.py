@@ -40,6 +40,7 @@ from equipoise.errors import EquipoiseError, UsageError
 __all__ = ["SIZES", "Claim", "Comparison", "Job", "claim_names", "job_of", "load_claim", "parse_claim", "read_toml"]
 
 _FOLDER = files("equipoise.reproduce") / "claims"
+_LOSSES = ("val_nats", "train_nats")
 _CHOSEN = re.compile(r"\{([\w-]+)(?:/(\d+))?\}")
 
 
@@ -191,8 +192,8 @@ def _comparison(name: str, content: Mapping[str, Any], arms: Mapping[str, Any]) 
     found = Comparison(**content)
     if found.claim not in ("lower", "higher", "equal"):
         raise EquipoiseError(f"claim {name}: claim must be lower, higher or equal: got {found.claim!r}.")
-    if found.claim == "equal" and found.margin is None and found.statistic != "val_nats":
-        raise EquipoiseError(f"claim {name}: {found} must have a margin: only val_nats has one by default.")
+    if found.claim == "equal" and found.margin is None and found.statistic not in _LOSSES:
+        raise EquipoiseError(f"claim {name}: {found} must have a margin: only losses have one by default.")
     for arm in found.arms:
         if arm not in arms:
             raise EquipoiseError(f"claim {name}: {found} must be of its arms {', '.join(arms)}: got {arm!r}.")
