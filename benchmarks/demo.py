@@ -21,11 +21,11 @@ ROOT = Path(__file__).parent.parent
 STORED = ROOT / "benchmarks" / "results" / "demo.json"
 COLUMNS = {
     "strategy": ("strategy", "`{}`"),
-    "maxvio_global": ("MaxVio, validation", "{:.2f}"),
+    "maxvio_global": ("MaxVio, test text", "{:.2f}"),
     "maxvio_batch": ("MaxVio, batch", "{:.2f}"),
     "dead_experts": ("dead experts", "{:.0f}"),
     "domain_information_bits": ("domain information, bits", "{:.2f}"),
-    "val_nats": ("validation loss, nats", "{:.3f}"),
+    "val_nats": ("loss, nats", "{:.3f}"),
     "val_bits_per_byte": ("bits per byte", "{:.3f}"),
     "tokens_per_second": ("tokens/s", "{:,.0f}"),
 }
@@ -54,7 +54,7 @@ def table(stored: dict) -> str:
     lines += [
         "",
         f"`{stored['command']}` on {stored['hardware']}, {stored['date']}, {versions}. The sampling floor of "
-        f"MaxVio on the validation text is {stored['floor']:.3f}.",
+        f"MaxVio on the test text is {stored['floor']:.3f}.",
         "",
     ]
     return "\n".join(lines)

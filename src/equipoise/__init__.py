@@ -2,7 +2,8 @@
 
 Attach it to the model you already have, choose a mechanism and a scope, and trust the counts. ``attach`` is the door;
 ``equipoise.nn`` has a router and a layer for models of your own, ``equipoise.testing`` checks balancers and models,
-``equipoise.integrations`` has the callback for ``transformers.Trainer``.
+``equipoise.integrations`` has the callback for ``transformers.Trainer``, ``equipoise.analysis`` reads what runs left,
+compares and draws it.
 """
 
 import importlib
@@ -48,7 +49,7 @@ _HOME = {
     "z_loss": "balancers",
 }
 
-_MODULES = ("integrations", "nn", "testing")
+_MODULES = ("analysis", "integrations", "nn", "testing")
 
 __all__ = sorted(_HOME, key=str.casefold)
 

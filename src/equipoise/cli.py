@@ -96,11 +96,12 @@ def _parse(arguments: list[str]) -> Asked:
         """Test what the papers claim, with paired seeds, at the size of a laptop.
 
         Args:
-            claim: The claim to test; without it, all.
+            claim: The claim to test, as 1-scope; without it, all. --budget 0 lists them.
             budget: Minutes. No run is begun that is not expected to end within them; the same command goes on later. 0
                 runs nothing and says what the results say.
             out: Folder of the runs under way.
-            results: Folder of the results, one small file a run. What is there is not run again.
+            results: Folder of the results, one small file a run. What is there is not run again; a new
+                folder runs all of it.
             workers: Runs side by side, one thread each; 0: as many as there are cores.
             page: Write a page in Markdown with all claims.
             json: Print the verdicts as JSON on stdout.
@@ -135,7 +136,7 @@ def _parse(arguments: list[str]) -> Asked:
     ) -> ExportCheck:
         """Does a saved model still hold the balancing bias that it was trained with? Ends with 1 if it does not.
 
-        A bias of zeros is held: it was never moved, or lost before, which a note says.
+        A bias of zeros counts as held; a note says that it was never moved, or lost before.
 
         Args:
             checkpoint: Folder of a Transformers model, or of a run.

@@ -124,7 +124,8 @@ class _Run:
     auto: none in one process, ddp with several."""
 
     evaluate_every: int = 0
-    """Steps between evaluations on the selection text; 0: only at the end, on the test text."""
+    """Steps between evaluations on the selection text; 0: only at the end. The test text is evaluated
+    at the end too."""
 
     evaluation_sequences: int = 64
     """Sequences of each domain in an evaluation, at most; every domain gives equally many."""

@@ -124,7 +124,7 @@ class ExpertChoice:
         shuffled: put tokens into chunks by a fixed permutation instead of in their order.
 
     In training the choice looks at later tokens. In evaluation every token takes its k best experts, which is causal:
-    the validation loss is that of the model as it could be used, with the gap that the leak left, not of the leak.
+    the test text's loss is that of the model as it could be used, with the gap that the leak left, not of the leak.
 
     Weights are the plain scores of a token's experts, divided by their sum, as the model does with
     ``norm_topk_prob``; a token that one expert took has weight 1, one that none took gets the shared expert alone.
@@ -193,7 +193,7 @@ class Sinkhorn:
         iterations: scalings of rows and of columns.
 
     Weights are the plain scores of the chosen experts, divided by their sum. The choice depends on the batch, so in
-    training it leaks; the validation loss is that of the causal choice. Source: see ``sinkhorn``. Where we differ:
+    training it leaks; the test text's loss is that of the causal choice. Source: see ``sinkhorn``. Where we differ:
     sigmoid scores and k > 1.
     """
 
