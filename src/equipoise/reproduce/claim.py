@@ -10,6 +10,7 @@ A claim is a TOML file in ``claims/``:
     note = "..."                   what a reader must know besides
 
     first_seed = 0                 of the seeds, if they are not 0, 1, ...
+    dtype = "float32"              of all arms, if it is not that of the size
 
     [arms.NAME]                    options of ``equipoise train`` that this arm has besides those of its size
     strategy = "..."               "{NAME}" in it is the coefficient or rate chosen on a frontier, see ``frontier.py``,
@@ -37,9 +38,21 @@ from typing import Any
 
 from equipoise.errors import EquipoiseError, UsageError
 
-__all__ = ["SIZES", "Claim", "Comparison", "Job", "claim_names", "job_of", "load_claim", "parse_claim", "read_toml"]
+__all__ = [
+    "DTYPES",
+    "SIZES",
+    "Claim",
+    "Comparison",
+    "Job",
+    "claim_names",
+    "job_of",
+    "load_claim",
+    "parse_claim",
+    "read_toml",
+]
 
 _FOLDER = files("equipoise.reproduce") / "claims"
+DTYPES = ("bfloat16", "float32")
 _LOSSES = ("val_nats", "train_nats")
 _CHOSEN = re.compile(r"\{([\w-]+)(?:/(\d+))?\}")
 
@@ -81,6 +94,9 @@ class Job:
 
     options: tuple[tuple[str, Any], ...]
 
+    def with_option(self, name: str, value: Any) -> "Job":
+        return Job(tuple(sorted({**dict(self.options), name: value}.items())))
+
     @property
     def arguments(self) -> list[str]:
         """As the command line takes them."""
@@ -109,6 +125,7 @@ class Claim:
     also: tuple[Comparison, ...] = ()
     note: str = ""
     first_seed: int = 0
+    dtype: str | None = None
 
     @property
     def frontiers(self) -> list[str]:
@@ -135,7 +152,8 @@ class Claim:
         return range(self.first_seed, self.first_seed + self.seeds)
 
     def job(self, arm: str, seed: int) -> Job:
-        return job_of(self.size, self.arms[arm], seed)
+        own = {} if self.dtype is None else {"dtype": self.dtype}
+        return job_of(self.size, own | dict(self.arms[arm]), seed)
 
     def jobs(self) -> list[Job]:
         """All of them, a seed's before the next one's, so that what is there is always paired; none while a value of
@@ -162,9 +180,11 @@ def load_claim(name: str) -> Claim:
 def parse_claim(name: str, content: Mapping[str, Any]) -> Claim:
     """The claim that a file's content says; an error names what is missing or cannot be."""
     wanted = {"title", "source", "paper", "size", "seeds", "arms", "primary"}
-    _keys(name, content, wanted, wanted | {"also", "note", "first_seed"})
+    _keys(name, content, wanted, wanted | {"also", "note", "first_seed", "dtype"})
     if content["size"] not in SIZES:
         raise EquipoiseError(f"claim {name}: size must be one of {', '.join(SIZES)}: got {content['size']!r}.")
+    if content.get("dtype", DTYPES[0]) not in DTYPES:
+        raise EquipoiseError(f"claim {name}: dtype must be one of {', '.join(DTYPES)}: got {content['dtype']!r}.")
     if not isinstance(content["seeds"], int) or content["seeds"] < 2:
         raise EquipoiseError(f"claim {name}: seeds must be a whole number from 2: got {content['seeds']!r}.")
     for arm, options in content["arms"].items():
@@ -182,6 +202,7 @@ def parse_claim(name: str, content: Mapping[str, Any]) -> Claim:
         also=tuple(_comparison(name, each, content["arms"]) for each in content.get("also", ())),
         note=content.get("note", ""),
         first_seed=content.get("first_seed", 0),
+        dtype=content.get("dtype"),
     )
 
 

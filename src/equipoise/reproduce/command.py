@@ -21,7 +21,7 @@ def reproduce(asked: Reproduce, progress: Progress) -> list[Finding]:
     each claim."""
     asked.check()
     names = claim_names() if asked.claim == "all" else [asked.claim]
-    results = Results(asked.results)
+    results = Results(asked.results, dtype=asked.dtype)
     if asked.budget != 0:
         _run([load_claim(name) for name in names], asked.claim == "all", results, asked, progress)
     chosen = {name: frontier.chosen(results) for name, frontier in FRONTIERS.items()}

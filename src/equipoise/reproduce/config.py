@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from equipoise.errors import UsageError
-from equipoise.reproduce.claim import claim_names
+from equipoise.reproduce.claim import DTYPES, claim_names
 
 __all__ = ["Reproduce"]
 
@@ -18,6 +18,7 @@ class Reproduce:
     out: Path = Path("runs/reproduce")
     results: Path = Path("benchmarks/results/claims")
     workers: int = 0  # 0: one for each core
+    dtype: str | None = None  # None: as claims say
     page: Path | None = None
     json: bool = False
 
@@ -28,5 +29,7 @@ class Reproduce:
             raise UsageError(f"--budget must be a number of minutes, at least 0: got {self.budget}.")
         if self.workers < 0:
             raise UsageError(f"--workers must be at least 0 (one for each core): got {self.workers}.")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise UsageError(f"--dtype must be one of {', '.join(DTYPES)}: got {self.dtype}.")
         if self.page is not None and self.claim != "all":
             raise UsageError(f"--page must have all claims on it: got the claim {self.claim}. Leave one of them out.")

@@ -46,6 +46,7 @@ the choice of an expert tells about the domain, in bits. Coefficients and rates 
 
 The model is the default of `equipoise train`: 3 layers of width 128, 32 experts and a shared one, 4 experts a token;
 a step has 8 micro-batches of 1,024 tokens, each of one of 8 domains. Size small has 80 steps, standard 200.
+Forwards are under bfloat16 autocast, unless a claim says float32.
 """
 LIMITS = """These are small models, trained for minutes on the packaged text. What holds here need not hold at scale,
 and what is undecided here may be plain there. Micro-batches hold text of one domain each, so the differences between
@@ -85,15 +86,16 @@ def _effort(claims: Sequence[Claim], results: Results) -> str:
     jobs = [job for claim in claims for job in claim.jobs()]
     jobs += [job for frontier in FRONTIERS.values() for job in frontier.jobs(results)]
     jobs = list(dict.fromkeys(jobs))
-    took: dict[Any, list[float]] = {}  # by steps
+    took: dict[Any, list[float]] = {}  # by steps and precision
     for job in jobs:
         if (stored := results.get(job)) is not None:
-            took.setdefault(dict(job.options).get("steps"), []).append(stored["seconds"])
+            options = stored["options"]
+            took.setdefault((options.get("steps"), options.get("dtype")), []).append(stored["seconds"])
     hours = sum(map(sum, took.values())) / 3600
     quickest = sum(len(seconds) * min(seconds) for seconds in took.values()) / 3600
     return (
         f"All claims and frontiers: {sum(map(len, took.values()))} of {len(jobs)} runs, whose steps took {hours:.1f} "
-        f"hours of one core; {quickest:.1f} at the pace of the quickest run of as many steps."
+        f"hours of one core; {quickest:.1f} at the pace of the quickest run of as many steps and the same precision."
     )
 
 

@@ -32,13 +32,21 @@ def key_of(job: Job) -> str:
 
 
 class Results:
-    """Results by run, read from any number of folders; new ones go into the first."""
+    """Results by run, read from any number of folders; new ones go into the first.
 
-    def __init__(self, folder: Path, *others: Path):
-        self.folder, self.others = folder, others
+    With ``dtype`` they are those of the same runs in this precision, whatever the jobs name.
+    """
+
+    def __init__(self, folder: Path, *others: Path, dtype: str | None = None):
+        self.folder, self.others, self.dtype = folder, others, dtype
+
+    def asked(self, job: Job) -> Job:
+        """The run as it is asked for here."""
+        return job if self.dtype is None else job.with_option("dtype", self.dtype)
 
     def get(self, job: Job) -> dict[str, Any] | None:
         """What is stored of a run: ``result`` as in its result.json, ``options``, ``seconds``, machine and versions."""
+        job = self.asked(job)
         for folder in (self.folder, *self.others):
             path = folder / f"{key_of(job)}.json"
             if path.exists():
@@ -52,6 +60,7 @@ class Results:
 
     def put(self, job: Job, run: Run) -> float:
         """Stores a complete run; the seconds that its steps took."""
+        job = self.asked(job)
         self.folder.mkdir(parents=True, exist_ok=True)
         config, seconds = run.config, sum(row["seconds"] for row in run.rows("steps"))
         write_json(
@@ -81,13 +90,15 @@ class Progress(Protocol):
     def done(self, number: int, total: int, seconds_left: float | None) -> None: ...
 
 
-def _num_steps(job: Job) -> Any:
-    return dict(job.options).get("steps")
+def _kind(job: Job) -> Any:
+    """Runs of one kind take about as long."""
+    options = dict(job.options)
+    return options.get("steps"), options.get("dtype")
 
 
 def _expected_seconds(job: Job, took: Mapping[Any, list[float]]) -> float | None:
-    """The median of what runs of as many steps took; None if there was none yet."""
-    known = took.get(_num_steps(job))
+    """The median of what runs of its kind took; None if there was none yet."""
+    known = took.get(_kind(job))
     return statistics.median(known) if known else None
 
 
@@ -109,16 +120,16 @@ def execute(
     """
     todo, total = results.missing(jobs), len(list(dict.fromkeys(jobs)))
     began, lock = time.monotonic(), threading.Lock()
-    took: dict[Any, list[float]] = {}  # by number of steps, seconds of the runs done here or stored
+    took: dict[Any, list[float]] = {}  # by kind, seconds of the runs done here or stored
     for job in dict.fromkeys(jobs):
         if (stored := results.get(job)) is not None:
-            took.setdefault(_num_steps(job), []).append(stored["seconds"])
+            took.setdefault(_kind(results.asked(job)), []).append(stored["seconds"])
     failures: list[EquipoiseError] = []
     running: dict[Any, None] = {}
     stopped = threading.Event()
 
     def left() -> float | None:
-        waiting = [_expected_seconds(job, took) for job in todo]
+        waiting = [_expected_seconds(results.asked(job), took) for job in todo]
         if any(each is None for each in waiting):
             return None
         return sum(each for each in waiting if each is not None) / workers
@@ -127,10 +138,10 @@ def execute(
         with lock:
             if not todo or failures or stopped.is_set():
                 return None
-            expected = _expected_seconds(todo[0], took) or 0.0
+            expected = _expected_seconds(results.asked(todo[0]), took) or 0.0
             if minutes is not None and time.monotonic() - began + expected > 60 * minutes:
                 return None
-            return todo.pop(0)
+            return results.asked(todo.pop(0))
 
     def worker() -> None:
         while (job := next_job()) is not None:
@@ -158,7 +169,7 @@ def execute(
                 seconds = results.put(job, Run(folder))
                 shutil.rmtree(folder, ignore_errors=True)
                 (work / f"{key_of(job)}.log").unlink(missing_ok=True)
-                took.setdefault(_num_steps(job), []).append(seconds)
+                took.setdefault(_kind(job), []).append(seconds)
                 progress.done(total - len(results.missing(jobs)), total, left())
 
     work.mkdir(parents=True, exist_ok=True)
