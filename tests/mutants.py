@@ -1451,6 +1451,20 @@ MUTANTS = [
         "tests/reproduce/test_reproduce.py -k budget",
     ),
     Mutant(
+        "claims: a result of another precision is taken",
+        "reproduce/runs.py",
+        "        job = self.asked(job)\n        for folder",
+        "        for folder",
+        "tests/reproduce/test_reproduce.py -k precision",
+    ),
+    Mutant(
+        "claims: a claim's own precision is not asked for",
+        "reproduce/claim.py",
+        "own | dict(self.arms[arm])",
+        "dict(self.arms[arm])",
+        f"{CLAIMS} -k precision",
+    ),
+    Mutant(
         "73: a bias in 16 bits is taken for one that was kept",
         "export.py",
         'verdict = "rounded"',

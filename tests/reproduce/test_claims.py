@@ -59,6 +59,13 @@ def test_what_a_comparison_is_called():
     assert str(Comparison("val_nats", "lower", over={"a": 1, "b": 2})) == "val_nats over 1, 2"
 
 
+def test_a_claim_has_the_precision_of_its_size_or_its_own():
+    def precisions(**own):
+        return {dict(job.options)["dtype"] for job in parse_claim("x", {**GOOD, **own}).jobs()}
+
+    assert precisions() == {"bfloat16"} and precisions(dtype="float32") == {"float32"}
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -72,6 +79,7 @@ def test_what_a_comparison_is_called():
             "maxvio_global, a − b must have a margin: only losses",
         ),
         ({"primary": {**GOOD["primary"], "margin": 1}}, "margin is nothing that a claim has"),
+        ({"dtype": "float16"}, "dtype must be one of bfloat16, float32: got 'float16'"),
         ({"colour": "red"}, "colour is nothing that a claim has"),
     ],
 )

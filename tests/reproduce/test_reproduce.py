@@ -10,9 +10,12 @@ from types import SimpleNamespace
 import pytest
 
 from equipoise.analysis import detectable_effect
+from equipoise.cli import main
 from equipoise.errors import EquipoiseError, UsageError
+from equipoise.lab import engine
 from equipoise.lab.config import Train
-from equipoise.records import write_json
+from equipoise.records import read_json, write_json
+from equipoise.reproduce import command
 from equipoise.reproduce.claim import SIZES, Job, claim_names, load_claim, parse_claim
 from equipoise.reproduce.command import as_json, reproduce, table_rows
 from equipoise.reproduce.config import Reproduce
@@ -129,6 +132,41 @@ def test_no_run_is_begun_that_would_not_end_within_the_budget(tmp_path):
     assert execute(CLAIM.jobs(), results, tmp_path / "work", quiet, workers=1, minutes=60, start=Process)
 
 
+def test_a_run_in_another_precision_is_another_run(tmp_path):
+    folder, jobs = tmp_path / "results", CLAIM.jobs()
+    named, other = Results(folder), Results(folder, dtype="float32")
+    _store(named, jobs[0], 5.0, seconds=50.0)
+    assert named.missing(jobs) == jobs[1:] and other.missing(jobs) == jobs
+    quiet = Quiet()
+    assert execute(jobs, other, tmp_path / "work", quiet, workers=1, minutes=0.5, start=Process)
+    assert quiet.seen[0] == (0, 8, None), "how long it takes in bfloat16 says nothing"
+    assert all(given[given.index("--dtype") + 1] == "float32" for given in Process.started)
+    assert len(Process.started) == 8 and len(list(folder.iterdir())) == 9
+    assert other.get(jobs[0])["options"]["dtype"] == "float32" and other.missing(jobs) == []
+    assert named.get(jobs[0])["result"]["val_nats"] == 5.0 and named.missing(jobs) == jobs[1:]
+    means = findings([CLAIM], other)[0].means
+    assert means == {"b": 5.0, "a": 5.0} and findings([CLAIM], named)[0].estimate is None
+
+
+def test_no_stored_result_is_of_another_precision_than_its_options_say():
+    for file in (Path(__file__).parents[2] / "benchmarks" / "results" / "claims").iterdir():
+        stored = read_json(file)
+        assert stored["hardware"].endswith(f", {stored['options']['dtype']}"), file
+
+
+@pytest.mark.parametrize(
+    ("options", "has", "told"),
+    [((), False, True), ((), True, False), (("--budget", "0"), False, False), (("--dtype", "float32"), False, False)],
+)
+def test_who_has_no_bfloat16_is_told_before_runs_begin(monkeypatch, capsys, options, has, told):
+    asked = []
+    monkeypatch.setattr(engine, "machine", lambda dtype: ("cpu", has))
+    monkeypatch.setattr(command, "reproduce", lambda given, progress: asked.append(given) or [])
+    main(["reproduce", "1-scope", *options])
+    assert ("--dtype float32" in capsys.readouterr().err.replace("\n", " ")) == told
+    assert asked[0].dtype == ("float32" if "--dtype" in options else None)
+
+
 def test_a_run_that_fails_is_named_with_what_it_said_and_what_is_done_is_kept(tmp_path):
     results = Results(tmp_path / "results")
 
@@ -235,8 +273,9 @@ def test_the_page_says_how_large_the_runs_are():
         f"small has {SIZES['small']['steps']} steps, standard {SIZES['standard']['steps']}.",
     ):
         assert words in HEAD
-    own = {"steps", "qk_norm", "checkpoint_every"}
+    own = {"steps", "qk_norm", "checkpoint_every", "dtype"}
     assert all(set(size) == own for size in SIZES.values()), "else the page must say what differs from the default"
+    assert {size["dtype"] for size in SIZES.values()} == {"bfloat16"}
 
 
 def test_the_page_has_its_picture_where_one_lies_beside_it(tmp_path):
