@@ -1462,7 +1462,7 @@ MUTANTS = [
         "reproduce/claim.py",
         "own | dict(self.arms[arm])",
         "dict(self.arms[arm])",
-        f"{CLAIMS} -k precision",
+        "tests/reproduce/test_claims.py -k precision",
     ),
     Mutant(
         "73: a bias in 16 bits is taken for one that was kept",

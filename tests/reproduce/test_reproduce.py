@@ -144,6 +144,9 @@ def test_a_run_in_another_precision_is_another_run(tmp_path):
     assert len(Process.started) == 8 and len(list(folder.iterdir())) == 9
     assert other.get(jobs[0])["options"]["dtype"] == "float32" and other.missing(jobs) == []
     assert named.get(jobs[0])["result"]["val_nats"] == 5.0 and named.missing(jobs) == jobs[1:]
+    assert "--dtype float32" in page([CLAIM], findings([CLAIM], other), other)
+    assert "--dtype float32" not in page([CLAIM], findings([CLAIM], named), named)
+    assert "--dtype float32" in page([replace(CLAIM, dtype="float32")], [], named)
     means = findings([CLAIM], other)[0].means
     assert means == {"b": 5.0, "a": 5.0} and findings([CLAIM], named)[0].estimate is None
 

@@ -265,10 +265,12 @@ def _section(claim: Claim, found: Sequence[Finding], results: Results) -> list[s
         statistic = finding.comparison.statistic
         means = ", ".join(f"{arm} {number(mean, statistic)}" for arm, mean in finding.means.items())
         lines.append(f"| {_name(finding)} | {_claimed(finding)} | {means} | {says(finding)} | {_verdict(finding)} |")
+    dtype = results.dtype or claim.dtype
+    size = SIZES[claim.size] | ({} if dtype is None else {"dtype": dtype})
     named = "; ".join(f"{arm}: {_options(options)}" for arm, options in claim.arms.items())
     lines += [
         "",
-        f"`equipoise reproduce {claim.name}`. Arms: {named}. Size {claim.size}: {_options(SIZES[claim.size])}.",
+        f"`equipoise reproduce {claim.name}`. Arms: {named}. Size {claim.size}: {_options(size)}.",
     ]
     stored = [result for job in claim.jobs() if (result := results.get(job)) is not None]
     if stored:
