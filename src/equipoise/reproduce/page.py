@@ -257,7 +257,7 @@ def _noise(found: Sequence[Finding]) -> list[str]:
 
 
 def _section(claim: Claim, found: Sequence[Finding], results: Results) -> list[str]:
-    lines = [f"## {claim.name}", "", f"{claim.title}. {claim.source}: {claim.paper}.", ""]
+    lines = [f"## {claim.name}", "", f"{claim.title}. Reported ({claim.source}): {claim.paper}.", ""]
     if claim.note:
         lines += [claim.note, ""]
     lines += ["| comparison | claimed | means of the arms | here | verdict |", "|---|---|---|---|---|"]
