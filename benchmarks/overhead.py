@@ -7,8 +7,9 @@ of rounds, see paired.py. Bars: loss-free 1.01, global-batch loss 1.02, quantile
 0.02 above.
 
 Router: a window of eight micro-batches of the default model's routers alone, attached over not attached, with the
-`loss()` of every micro-batch where there is one; and the same with backwards and the `step()` at the end. Bar of the
-forward: 1.05 for `frozen` and `loss-free`, which count and do no more.
+`loss()` of every micro-batch where there is one; and the same with backwards and the `step()` at the end; for calls of
+as many tokens as a step has, and as a micro-batch has. Bar of the forward: 1.05 for `frozen` and `loss-free`, which
+count and do no more. Of the loss also its bare operations on the same tensors, without the library: the floor.
 
 Update: `step()` for routers alone, in milliseconds: 64 layers of 256 experts (bar 0.3), half and twice the layers, a
 quarter of the experts, and four times the tokens, on which it must not depend.
@@ -56,11 +57,13 @@ from equipoise.lab.run_folder import Nobody
 from equipoise.lab.train import _Training
 from equipoise.nn import Router
 from equipoise.records import read_json, write_json
+from equipoise.routing import Routing, score, score_backward
 
 STORED = Path(__file__).parent / "results" / "overhead.json"
 BARS = {"loss-free": 1.01, "lbl:scope=global_batch": 1.02, "quantile": 1.05}
 OTHERS = ("lbl:scope=sequence", "loss-free+lbl:scope=sequence,coefficient=1e-4")
-ROUTER = (128, 32, 4, 8192)  # dim, experts, k, tokens: the default model's, with a step's tokens
+ROUTER = (128, 32, 4)  # dim, experts, k: the default model's
+TOKENS = (8192, 1024)  # of a call: a step's of the default model, and a micro-batch's
 LAYERS, MICRO_BATCHES = 3, 8
 FORWARD = 1.05
 COUNTING = ("frozen", "loss-free")  # whose forward counts and does no more
@@ -101,10 +104,13 @@ def steps(folder: Path, rounds: int, **options: Any) -> list[dict[str, Any]]:
 
 def routers(rounds: int) -> list[dict[str, Any]]:
     """A row a strategy: an attached router over one that is not."""
-    dim, experts, k, tokens = ROUTER
-    hidden = torch.randn(tokens, dim)
-    plain = nn.ModuleList(Router(dim, experts, k) for _ in range(LAYERS)).train()
-    return [_routers(strategy, plain, hidden, rounds) for strategy in ("frozen", *BARS)]
+    dim, experts, k = ROUTER
+    rows = []
+    for tokens in TOKENS:
+        hidden = torch.randn(tokens, dim)
+        plain = nn.ModuleList(Router(dim, experts, k) for _ in range(LAYERS)).train()
+        rows += [_routers(strategy, plain, hidden, rounds) for strategy in ("frozen", *BARS)]
+    return rows
 
 
 def _routers(strategy: str, plain: nn.ModuleList, hidden: torch.Tensor, rounds: int) -> dict[str, Any]:
@@ -140,14 +146,30 @@ def _routers(strategy: str, plain: nn.ModuleList, hidden: torch.Tensor, rounds: 
             balance.step()
 
     same_offsets()
-    row: dict[str, Any] = {"strategy": strategy}
+    row: dict[str, Any] = {"strategy": strategy, "tokens": len(hidden)}
     for name, call in (("forward", forwards), ("forward_and_backward", with_backwards)):
         took = in_turn({"attached": partial(call, True), "plain": partial(call, False)}, rounds, between=close)
         row[name] = ratio(took["attached"], took["plain"])
         row[name]["milliseconds_plain"] = 1000 * statistics.median(took["plain"]) / MICRO_BATCHES / len(plain)
+    row["milliseconds_bare"] = _bare_loss(plain[0], hidden, rounds) if has_loss else None
     row["limit"] = FORWARD if strategy in COUNTING else None
     row["holds"] = None if row["limit"] is None else row["forward"]["median"] <= FORWARD
     return row
+
+
+@torch.no_grad()
+def _bare_loss(router: Router, hidden: torch.Tensor, rounds: int) -> float:
+    """Milliseconds of what the loss of one call must do: count, its value, its gradient. No ops, windows or checks."""
+    logits, weights, expert_ids = router(hidden)
+    gate, loss, took = router.router_kind.gate, equipoise.LoadBalancingLoss(), []
+    for _ in range(rounds * MICRO_BATCHES * LAYERS):
+        started = time.perf_counter()
+        load = torch.bincount(expert_ids.reshape(-1), minlength=logits.shape[-1])
+        routing = Routing(logits, score(logits, gate), expert_ids, weights)
+        loss.loss(routing, load)
+        score_backward(loss.score_gradient(routing, load, 1e-2), logits, routing.scores, gate)
+        took.append(1000 * (time.perf_counter() - started))
+    return statistics.median(took)
 
 
 @torch.no_grad()
@@ -348,8 +370,8 @@ def main() -> None:
     of_routers = routers(rounds)
     for row in of_routers:
         print(
-            f"router {row['strategy']:46} forward {row['forward']['median']:.3f}, with backward "
-            f"{row['forward_and_backward']['median']:.3f}"
+            f"router {row['strategy']:22} {row['tokens']:5} tokens: forward {row['forward']['median']:.3f}, "
+            f"with backward {row['forward_and_backward']['median']:.3f}"
         )
     updates = [update(*shape, rounds=4 * rounds) for shape in UPDATES]
     for row in updates:

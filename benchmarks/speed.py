@@ -89,8 +89,8 @@ def missed(bars: Iterable[Bar]) -> list[str]:
 WHY_STEP = {
     "loss-free": "Loss-Free counts every choice and moves offsets once; what is left is the counting.",
     "lbl:scope=global_batch": "The loss has a value and a gradient of its own at every router, in every micro-batch: "
-    "some fifty operations, of which ten pass over all tokens and experts. Each is small, and begins with cold caches; "
-    "beside experts as small as the lab's it shows.",
+    "some fifty operations, most of which take as long for few tokens as for many; what is added to a router by itself "
+    "(see the next section) is all of it. Beside experts as small as the lab's it shows.",
     "quantile": "The quantile sorts every token's margins at every expert into a histogram, in every call of a router.",
 }
 WHY_INTERVAL = "The median is under the bar; the interval is too wide to say that the cost is."
@@ -134,16 +134,17 @@ def balancing(stored: dict[str, Any]) -> Section:
 
 def routers(stored: dict[str, Any]) -> Section:
     title = "A router's forward"
-    rows = stored["routers"]
+    rows = [{"tokens": 8192, "milliseconds_bare": None} | row for row in stored["routers"]]
     bars = [
         Bar(
-            f"forward of a router that only counts (`{row['strategy']}`), over one that is not attached",
+            f"forward of a router that only counts (`{row['strategy']}`), {row['tokens']:,} tokens, over one that is "
+            "not attached",
             shown(row["forward"]),
             f"{row['limit']}",
             row["holds"],
             title,
-            "A router by itself is one small product and a choice of k: one pass over what was chosen, to count it, "
-            "is seen beside that. Beside a layer's experts it is not: see the steps above.",
+            "A router by itself is one small product and a choice of k. To note and count what was chosen takes some "
+            "ten operations, however few the tokens are. Beside a layer's experts it is not seen: see the steps above.",
         )
         for row in rows
         if row["limit"] is not None
@@ -153,19 +154,32 @@ def routers(stored: dict[str, Any]) -> Section:
         return f"{(found['median'] - 1) * found['milliseconds_plain']:.2f}"
 
     lines = [
-        "Windows of eight micro-batches of the default model's routers alone, each with a step's tokens, attached over "
-        "not attached; with the loss of every micro-batch where there is one. With backward: and `step()` at the end. "
-        "`frozen` counts and does no more: it is the floor of what is attached.",
+        "Windows of eight micro-batches of the default model's routers alone, attached over not attached; with the "
+        "loss of every micro-batch where there is one. With backward: and `step()` at the end. Milliseconds are of one "
+        "call. `frozen` counts and does no more: it is the floor of what is attached. That of the loss are its bare "
+        "operations on the same tensors, without the library. A micro-batch of the default model has 1,024 tokens.",
         "",
         *table(
-            ("strategy", "forward", "added, ms", "with backward", "added, ms", "bar of the forward", ""),
+            (
+                "strategy",
+                "tokens",
+                "forward",
+                "added, ms",
+                "with backward",
+                "added, ms",
+                "bare operations, ms",
+                "bar of the forward",
+                "",
+            ),
             (
                 (
                     f"`{row['strategy']}`",
+                    f"{row['tokens']:,}",
                     shown(row["forward"]),
                     added(row["forward"]),
                     shown(row["forward_and_backward"]),
                     added(row["forward_and_backward"]),
+                    "" if row["milliseconds_bare"] is None else f"{row['milliseconds_bare']:.2f}",
                     "" if row["limit"] is None else f"{row['limit']}",
                     said(row["holds"]),
                 )
@@ -185,9 +199,9 @@ def updates(stored: dict[str, Any]) -> Section:
         f"{overhead.UPDATE} ms",
         first["milliseconds"] <= overhead.UPDATE,
         title,
-        "The floor is a read and a write of every layer's bias, which is a tensor of its own that somebody may have "
-        "written into, and some ten operations over all counts, right after the forwards, when none of it is in the "
-        "caches.",
+        "Its floor are the bare operations beside it: a read and a write of every layer's bias, which is a tensor of "
+        "its own that somebody may have written into, and some ten operations over all counts, right after the "
+        "forwards, when none of it is in the caches.",
     )
     lines = [
         "Closing a window and moving all offsets, Loss-Free, once an optimizer step, one thread. It must not depend on "

@@ -63,14 +63,16 @@ def test_what_a_run_does_beside_its_steps_is_shared_out_over_them(tmp_path):
 
 
 @pytest.mark.slow
-def test_what_cannot_be_compiled_is_told(tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("own", "ways"), [("bfloat16", 3), ("float32", 2)])
+def test_what_cannot_be_compiled_is_told(tiny, tmp_path, monkeypatch, own, ways):
     def fail(training):
         raise RuntimeError("no compiler here")
 
     monkeypatch.setattr(lab_step, "compile_layers", fail)
     monkeypatch.setattr(lab_step, "config", lambda steps, folder, **given: replace(tiny, out=folder, **given))
+    monkeypatch.setattr(lab_step, "other_precision", lambda: (own, "the other"))
     rows = lab_step.compiled(tmp_path / "runs", rounds=1)
-    assert [row["error"] for row in rows] == ["RuntimeError: no compiler here"] * 3
+    assert [row["error"] for row in rows] == ["RuntimeError: no compiler here"] * ways
     assert not any("ratio" in row for row in rows)
 
 
