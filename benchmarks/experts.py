@@ -116,7 +116,7 @@ def measure(shape: tuple[int, int, int, int, int], dtype: torch.dtype, rounds: i
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--rounds", type=int, default=9)
+    options.add_argument("--rounds", type=int, default=7)
     rounds = options.parse_args().rounds
     rows = []
     for shape in SHAPES:

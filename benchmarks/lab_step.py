@@ -407,8 +407,8 @@ def _shown(found: dict[str, float]) -> str:
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--rounds", type=int, default=7)
-    options.add_argument("--processes", type=int, default=4, help="with freed memory kept, and as many without")
+    options.add_argument("--rounds", type=int, default=5)
+    options.add_argument("--processes", type=int, default=3, help="with freed memory kept, and as many without")
     options.add_argument("--only", choices=QUESTIONS, help="one question, in this process")
     given = options.parse_args()
     if given.only:

@@ -72,6 +72,7 @@ UPDATES = ((64, 256, 256), (32, 256, 256), (128, 256, 256), (64, 64, 256), (64, 
 WATCHED = ((64, 256, 8, 256), (3, 32, 4, 8192))  # layers, experts, k, tokens; the second: the default model's step
 RANKS = 2
 ATTEMPTS = 5  # processes whose memory and start are measured
+MEMORY_ATTEMPTS = 3  # it hardly differs from one to the next
 HELP, IMPORT = 0.5, 0.1  # seconds
 
 
@@ -391,7 +392,7 @@ def main() -> None:
             f"ranks  {row['layers']} x {row['experts']}, {row['ranks']} ranks: {row['milliseconds']:.3f} ms, alone "
             f"{row['milliseconds_alone']:.3f} ms, {row['collectives']} of {row['collective_bytes']} bytes"
         )
-    of_memory, of_start = memory(ATTEMPTS), start(ATTEMPTS)
+    of_memory, of_start = memory(MEMORY_ATTEMPTS), start(ATTEMPTS)
     print(f"memory {of_memory['ratio']['median']:.3f}; help {of_start['help_seconds']:.2f} s; import adds "
           f"{of_start['added_to_torch_cpu_seconds']:.3f} s")  # fmt: skip
     result = facts("python benchmarks/overhead.py", "transformers") | {

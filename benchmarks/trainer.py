@@ -133,7 +133,7 @@ def one_process(side: str, steps: int) -> dict[str, Any]:
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--rounds", type=int, default=5)
+    options.add_argument("--rounds", type=int, default=4)
     options.add_argument("--steps", type=int, default=8)
     options.add_argument("--only", choices=SIDES, help="one side, in this process")
     given = options.parse_args()
