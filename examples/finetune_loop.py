@@ -8,6 +8,8 @@ import transformers
 
 import equipoise
 
+if len(sys.argv) < 3:
+    sys.exit(__doc__)
 model_folder, text, steps = sys.argv[1], Path(sys.argv[2]), int((sys.argv[3:] or ["60"])[0])
 tokenizer = transformers.AutoTokenizer.from_pretrained(model_folder)
 model = transformers.AutoModelForCausalLM.from_pretrained(model_folder).train()

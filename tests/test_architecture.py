@@ -36,12 +36,13 @@ ALLOWED |= {
     "export": {*CORE},
     "audit": {*CORE, "experts", "records", "lab", "catalogue"},  # of the lab its reader of text
     "catalogue": {*CORE},
+    "cores": set(),
     "records": {"errors"},
     "analysis": {"errors", "records"},
     "report": {"errors", "records", "analysis"},
     "experts": {*CORE, "analysis", "records"},
-    "lab": {"equipoise", *CORE, "nn", "integrations", "experts", "records", "analysis", "report"},
-    "reproduce": {"errors", "records", "analysis"},
+    "lab": {"equipoise", *CORE, "nn", "integrations", "experts", "records", "analysis", "report", "cores"},
+    "reproduce": {"errors", "records", "analysis", "cores"},
     "cli": {"equipoise", *CORE, "audit", "catalogue", "export", "records", "report", "lab", "reproduce"},
     "__init__": {*CORE, "integrations", "nn", "testing"},  # lazily, by name
     "__main__": {"cli"},

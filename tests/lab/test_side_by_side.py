@@ -11,12 +11,12 @@ import time
 import pytest
 import torch
 
+from equipoise.cores import num_cores
 from equipoise.errors import EquipoiseError, UsageError
 from equipoise.lab import side_by_side
 from equipoise.lab.compare import compare
 from equipoise.lab.config import Compare, _Run
 from equipoise.lab.ranks import Ranks
-from equipoise.lab.side_by_side import num_cores
 from equipoise.lab.watch import Terminal
 from equipoise.records import Run, read_json
 

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 
 from equipoise.balancers import format_strategy
+from equipoise.cores import num_cores
 from equipoise.errors import EquipoiseError, UsageError
 from equipoise.lab.balancers import parse_lab_strategy
 from equipoise.lab.config import Compare, Train
 from equipoise.lab.ranks import LostRank, Ranks, is_shared, meet
 from equipoise.lab.run_folder import Nobody, Watcher
-from equipoise.lab.side_by_side import Display, Outcome, num_cores, side_by_side
+from equipoise.lab.side_by_side import Display, Outcome, side_by_side
 from equipoise.lab.train import check, same_options, train
 from equipoise.records import Run, is_new, read_json, write_json
 from equipoise.report import write_report

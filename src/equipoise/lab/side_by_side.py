@@ -29,7 +29,7 @@ from equipoise.lab.config import Train
 from equipoise.lab.run_folder import Watcher, complete_result
 from equipoise.lab.train import train
 
-__all__ = ["Display", "Outcome", "num_cores", "side_by_side"]
+__all__ = ["Display", "Outcome", "side_by_side"]
 
 STOPPED = 130  # how a process ends that was told to
 
@@ -41,11 +41,6 @@ class Display(Watcher, Protocol):
 
     def another(self) -> Watcher:
         """The watcher of one of several runs side by side."""
-
-
-def num_cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def side_by_side(

@@ -1,10 +1,10 @@
 """The command: runs what is missing within a budget, then says what the runs say."""
 
-import os
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from equipoise.cores import num_cores
 from equipoise.records import finite
 from equipoise.reproduce.claim import Claim, Job, claim_names, load_claim
 from equipoise.reproduce.config import Reproduce
@@ -36,7 +36,7 @@ def _run(claims: Sequence[Claim], is_all: bool, results: Results, asked: Reprodu
     """Claim by claim: first the frontiers that its arms take values from, as long as they grow; then its runs. With all
     claims the remaining frontiers too, last."""
     began = time.monotonic()
-    workers = asked.workers or os.cpu_count() or 1
+    workers = asked.workers or num_cores()
 
     def done(jobs: Sequence[Job]) -> bool:
         left = None if asked.budget is None else max(0.0, asked.budget - (time.monotonic() - began) / 60)
