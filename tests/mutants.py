@@ -1411,8 +1411,8 @@ MUTANTS = [
     Mutant(
         "claims: a claim runs with a value that is not chosen yet",
         "reproduce/claim.py",
-        "return [] if self.frontiers else [",
-        "return [",
+        "return [] if self.frontiers else self.planned()",
+        "return self.planned()",
         f"{CLAIMS} -k takes",
     ),
     Mutant(
@@ -1446,9 +1446,51 @@ MUTANTS = [
     Mutant(
         "claims: a run is begun that does not fit into the budget",
         "reproduce/runs.py",
-        "time.monotonic() - began + expected > 60 * minutes",
+        "time.monotonic() - began + (expected(todo[0]) or 0.0) > 60 * minutes",
         "time.monotonic() - began > 60 * minutes",
         "tests/reproduce/test_reproduce.py -k budget",
+    ),
+    Mutant(
+        "claims: an error in a worker is lost",
+        "reproduce/runs.py",
+        "            failures.append(error)\n\n    def work_off",
+        "            pass\n\n    def work_off",
+        "tests/reproduce/test_reproduce.py -k reaches",
+    ),
+    Mutant(
+        "claims: a run that diverged is a failure",
+        "reproduce/runs.py",
+        "_diverged(Run(folder)) is not None):",
+        "False):",
+        "tests/reproduce/test_reproduce.py -k diverges",
+    ),
+    Mutant(
+        "claims: a run that is there by now is made again",
+        "reproduce/runs.py",
+        "while todo and results.get(todo[0]) is not None:",
+        "while False:",
+        "tests/reproduce/test_reproduce.py -k meanwhile",
+    ),
+    Mutant(
+        "claims: a margin is of a difference that may be none",
+        "reproduce/verdict.py",
+        "seen.interval[1] < 0",
+        "seen.mean < 0",
+        "tests/reproduce/test_reproduce.py -k margin",
+    ),
+    Mutant(
+        "claims: a verdict does not say that seeds are missing",
+        "reproduce/page.py",
+        'so_far = " so far" if estimate.n',
+        'so_far = "" if estimate.n',
+        "tests/reproduce/test_reproduce.py -k before_the_last",
+    ),
+    Mutant(
+        "claims: a value at which a run diverged is chosen by the others",
+        "reproduce/frontier.py",
+        "return math.inf if None in values else",
+        "values = [value for value in values if value is not None]\n        return",
+        f"{CLAIMS} -k diverges",
     ),
     Mutant(
         "claims: a result of another precision is taken",

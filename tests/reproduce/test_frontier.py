@@ -11,7 +11,7 @@ from equipoise.reproduce.claim import claim_names, load_claim, parse_claim
 from equipoise.reproduce.command import reproduce
 from equipoise.reproduce.config import Reproduce
 from equipoise.reproduce.frontier import FRONTIERS, Frontier
-from equipoise.reproduce.page import page
+from equipoise.reproduce.page import _cells, page
 from equipoise.reproduce.runs import Results, key_of
 from equipoise.reproduce.verdict import findings
 
@@ -47,6 +47,14 @@ def test_the_value_with_the_lowest_loss_is_chosen(tmp_path):
     assert FRONTIER.chosen(results) == "0.03" and not FRONTIER.at_edge(results)
     assert FRONTIER.grid(results) == ["0.01", "0.03", "0.1"]
     assert FRONTIER.point("0.03", results).mean("selection_nats") == pytest.approx(5.0)
+
+
+def test_one_at_which_a_run_diverges_is_not_chosen_and_said(tmp_path):
+    results = Results(tmp_path)
+    _fill(results, {"0.01": 5.2, "0.03": 5.0, "0.1": 4.9})
+    _store(results, FRONTIER.job("0.1", 101), diverged=12)
+    assert FRONTIER.chosen(results) == "0.03" and FRONTIER.grid(results)[-1] == "0.1"
+    assert list(_cells(FRONTIER, results)) == ["0.01: 5.200 / 1.000", "**0.03: 5.000 / 1.000**", "0.1: diverged"]
 
 
 def test_one_that_is_out_of_balance_is_chosen_only_where_all_are(tmp_path):

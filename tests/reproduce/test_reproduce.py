@@ -14,15 +14,15 @@ from equipoise.cli import main
 from equipoise.errors import EquipoiseError, UsageError
 from equipoise.lab import engine
 from equipoise.lab.config import Train
-from equipoise.records import read_json, write_json
+from equipoise.records import Run, read_json, write_json
 from equipoise.reproduce import command
 from equipoise.reproduce.claim import SIZES, Job, claim_names, load_claim, parse_claim
 from equipoise.reproduce.command import as_json, reproduce, table_rows
 from equipoise.reproduce.config import Reproduce
 from equipoise.reproduce.frontier import FRONTIERS
-from equipoise.reproduce.page import FIGURE, HEAD, LEADERBOARD, page, write
+from equipoise.reproduce.page import FIGURE, HEAD, LEADERBOARD, concludes, page, write
 from equipoise.reproduce.runs import Results, execute, key_of
-from equipoise.reproduce.verdict import findings
+from equipoise.reproduce.verdict import MARGIN_OF, findings
 
 CLAIM = parse_claim(
     "x",
@@ -117,6 +117,10 @@ def test_missing_runs_are_done_once_side_by_side_and_their_folders_go(tmp_path):
     assert len(Process.started) == 8 and Process.most == 2
     assert list((tmp_path / "work").iterdir()) == []
     assert quiet.seen[0] == (0, 8, None) and quiet.seen[-1] == (8, 8, 0.0)
+    lefts = [left for _, _, left in quiet.seen[1:-1]]
+    assert all(0 <= left <= 4 * 20 for left in lefts) and lefts[0] > 5, (
+        "five seconds of steps, at most fifteen besides, two at a time"
+    )
     stored = results.get(CLAIM.job("a", 0))
     assert stored["result"]["val_nats"] == 5.0 and stored["seconds"] == 5.0 and stored["domains"] == {"law": 4.0}
     assert sum(file.stat().st_size for file in results.folder.iterdir()) < 8 * 5000
@@ -179,6 +183,117 @@ def test_a_run_that_fails_is_named_with_what_it_said_and_what_is_done_is_kept(tm
     with pytest.raises(EquipoiseError, match="ended with 1 and said: equipoise: error: no text"):
         execute(CLAIM.jobs(), results, tmp_path / "work", Quiet(), workers=1, start=second_fails)
     assert len(results.missing(CLAIM.jobs())) == 7
+
+
+def test_an_error_of_ours_in_a_run_reaches_who_waits(tmp_path):
+    class Full(Results):
+        def put(self, job, run):
+            raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space left"):
+        execute(CLAIM.jobs(), Full(tmp_path / "results"), tmp_path / "work", Quiet(), workers=2, start=Process)
+
+
+def test_a_run_that_another_process_has_made_meanwhile_is_not_made_again(tmp_path):
+    results = Results(tmp_path / "results")
+    jobs = CLAIM.jobs()
+
+    def start(command, **given):
+        if not Process.started:
+            _store(results, jobs[1], 5.0)
+        return Process(command, **given)
+
+    assert execute(jobs, results, tmp_path / "work", Quiet(), workers=1, start=start)
+    assert len(Process.started) == len(jobs) - 1
+
+
+def test_a_run_that_diverges_is_a_result_and_its_seed_is_left_out(tmp_path):
+    results = Results(tmp_path / "results")
+
+    def third_diverges(command, **given):
+        number = len(Process.started)
+        process = Process(command, **given)
+        if number == 2:
+            folder = Path(process.arguments[process.arguments.index("--out") + 1])
+            _write_run(folder)
+            (folder / "result.json").unlink()
+            (folder / "steps.jsonl").write_text(
+                '{"step":1,"seconds":2.0,"loss":7.5}\n{"step":2,"seconds":3.0,"loss":null}\n'
+            )
+            process.code = 1
+        return process
+
+    assert execute(CLAIM.jobs(), results, tmp_path / "work", Quiet(), workers=1, start=third_diverges)
+    assert len(Process.started) == 8 and list((tmp_path / "work").iterdir()) == []
+    assert results.get(CLAIM.jobs()[2])["result"] == {"diverged": 2}
+    (first, _) = findings([CLAIM], results)
+    assert first.estimate.n == 3 and first.diverged == 1
+    assert "3 of 4 seeds, 1 diverged" in page([CLAIM], [first], results)
+    assert as_json([first])[0]["diverged"] == 1
+
+
+def test_a_result_without_a_number_is_left_out_too(tmp_path):
+    claim, results = replace(CLAIM, name=LEADERBOARD), Results(tmp_path)
+    _fill(results, [-0.1, -0.1, -0.1, -0.1])
+    _store(results, CLAIM.job("a", 1), None)
+    (first, _) = findings([CLAIM], results)
+    assert first.estimate.n == 3 and first.diverged == 0
+    assert "not there yet" in page([claim], findings([claim], results), results)
+
+
+def test_an_evaluation_that_gave_no_number_is_stored(tmp_path):
+    _write_run(tmp_path / "run")
+    write_json(tmp_path / "run" / "result.json", {"val_nats": None, "domains": {"law": {"nats": None}}})
+    results = Results(tmp_path / "results")
+    results.put(CLAIM.job("a", 0), Run(tmp_path / "run"))
+    stored = results.get(CLAIM.job("a", 0))
+    assert stored["result"] == {"val_nats": None} and stored["domains"] == {"law": None}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "must be JSON: .* Remove it, and its run is made again"),
+        ("[]", "must hold the options of a run"),
+        ("{}", "must hold the options of a run"),
+        ('{"options": {}, "result": null}', "must hold the result of a run"),
+        ('{"options": {}, "result": {}, "seconds": null}', "must hold the seconds of a run"),
+    ],
+)
+def test_a_result_that_is_damaged_is_named(tmp_path, text, words):
+    path = tmp_path / f"{key_of(CLAIM.job('a', 0))}.json"
+    path.write_text(text)
+    with pytest.raises(EquipoiseError, match=f"{path.name} {words}"):
+        Results(tmp_path).get(CLAIM.job("a", 0))
+
+
+def test_a_verdict_before_the_last_seed_says_so(tmp_path):
+    results = Results(tmp_path)
+    _fill(results, [-0.1, -0.11, -0.09])
+    (first, _) = findings([CLAIM], results)
+    assert concludes(first) == "supported so far"
+    _fill(results, [-0.1, -0.11, -0.09, -0.1])
+    assert concludes(findings([CLAIM], results)[0]) == "supported"
+    apart = replace(CLAIM, primary=replace(CLAIM.primary, claim="equal", margin=0.01))
+    assert concludes(findings([apart], results)[0]) == "not supported: a is lower"
+    near = replace(CLAIM, primary=replace(CLAIM.primary, claim="equal", margin=0.099))
+    assert concludes(findings([near], results)[0]) == "undecided; the mean is beyond the margin"
+
+
+def test_two_seeds_say_nothing_of_how_many_would_do(tmp_path):
+    results = Results(tmp_path)
+    _fill(results, [-0.1, 0.09])
+    assert concludes(findings([CLAIM], results)[0]) == "undecided"
+
+
+@pytest.mark.parametrize(("differences", "is_known"), [((-0.3, -0.31, -0.29), True), ((-0.3, 0.2, 0.01), False)])
+def test_the_margin_of_equality_is_of_a_difference_that_is_seen(tmp_path, differences, is_known):
+    results, scope = Results(tmp_path), replace(CLAIM, name=MARGIN_OF)
+    _fill(results, differences)
+    equal = replace(CLAIM, primary=replace(CLAIM.primary, claim="equal"))
+    found = findings([scope, equal], results)[2]
+    assert found.claim is equal and found.margin == (pytest.approx(0.1) if is_known else None)
+    assert (found.judgement is None) != is_known
 
 
 def test_a_result_of_other_options_is_refused(tmp_path):
@@ -261,7 +376,9 @@ def test_the_page_has_the_figures_and_how_they_came_about(tmp_path):
     for job in CLAIM.jobs():
         seconds = 450.0 if job == CLAIM.jobs()[0] else 900.0
         write_json(tmp_path / f"{key_of(job)}.json", results.get(job) | {"seconds": seconds})
-    text = page([CLAIM], findings([CLAIM], results), results)
+    still_open = replace(CLAIM, name="y", arms={"a": CLAIM.arms["a"], "b": {"strategy": "loss-free:rate={loss-free}"}})
+    text = page([CLAIM, still_open], findings([CLAIM], results), results)
+    total += 4  # of the arm whose rate is not chosen yet; the other has its runs
     (line,) = (line for line in text.splitlines() if line.startswith("All claims and frontiers:"))
     assert f" 8 of {total} runs, whose steps took 1.9 hours of one core; 1.0 at " in line
 

@@ -158,7 +158,11 @@ class Claim:
     def jobs(self) -> list[Job]:
         """All of them, a seed's before the next one's, so that what is there is always paired; none while a value of
         one of its arms is open."""
-        return [] if self.frontiers else [self.job(arm, seed) for seed in self.all_seeds for arm in self.arms]
+        return [] if self.frontiers else self.planned()
+
+    def planned(self) -> list[Job]:
+        """The same, those whose value is open too: they cannot be run yet."""
+        return [self.job(arm, seed) for seed in self.all_seeds for arm in self.arms]
 
 
 def job_of(size: str, arm: Mapping[str, Any], seed: int) -> Job:

@@ -9,7 +9,7 @@ from equipoise.records import finite
 from equipoise.reproduce.claim import Claim, Job, claim_names, load_claim
 from equipoise.reproduce.config import Reproduce
 from equipoise.reproduce.frontier import FRONTIERS
-from equipoise.reproduce.page import number, says, write
+from equipoise.reproduce.page import concludes, number, says, write
 from equipoise.reproduce.runs import Progress, Results, execute
 from equipoise.reproduce.verdict import Finding, findings
 
@@ -75,6 +75,7 @@ def as_json(found: list[Finding]) -> list[dict[str, Any]]:
                 "margin": finding.margin,
                 "means": dict(finding.means),
                 "seeds": 0 if estimate is None else estimate.n,
+                "diverged": finding.diverged,
                 "mean": None if estimate is None else estimate.mean,
                 "interval": None if estimate is None or estimate.n < 2 else list(estimate.interval),
                 "verdict": finding.verdict,
@@ -93,7 +94,7 @@ def table_rows(found: list[Finding]) -> list[tuple[str, ...]]:
             str(finding.comparison),
             ", ".join(f"{arm} {number(mean, finding.comparison.statistic)}" for arm, mean in finding.means.items()),
             says(finding),
-            finding.verdict,
+            concludes(finding),
         )
         for finding in found
     ]

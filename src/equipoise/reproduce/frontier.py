@@ -1,6 +1,7 @@
 """Frontiers: what each mechanism reaches over its one number, and which value the claims take. Imports no torch.
 
-Every mechanism is tried in the same way: the same size, seeds that no verdict uses, a grid (``frontiers.toml``). The
+Every mechanism is tried in the same way: the same size, seeds that no claim that takes a value from here has, a grid
+(``frontiers.toml``). The
 value chosen has the lowest mean loss on the selection text among those whose mean MaxVio there is at most
 ``most_maxvio``; where none is, the lowest MaxVio. Where it lies at an edge of the grid, the grid is widened there and
 the choice made again. What claims report is measured with other seeds on the test text.
@@ -27,7 +28,9 @@ class Point:
     runs: tuple[Mapping[str, Any], ...]  # results, one a seed
 
     def mean(self, statistic: str) -> float:
-        return math.fsum(run[statistic] for run in self.runs) / len(self.runs)
+        """Infinite where a run diverged."""
+        values = [run.get(statistic) for run in self.runs]
+        return math.inf if None in values else math.fsum(values) / len(values)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

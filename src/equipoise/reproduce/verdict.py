@@ -33,6 +33,7 @@ class Finding:
     is_primary: bool
     means: Mapping[str, float] = field(default_factory=dict)  # of each arm, over the seeds that all of them have
     estimate: Estimate | None = None
+    diverged: int = 0  # seeds that are left out because a run of theirs diverged
     margin: float | None = None  # of a claim of equality, if it is known
     judgement: Judgement | None = None
     seeds_needed: int | None = None  # to support it with 80 % power, by what is seen; None: it points the other way
@@ -57,11 +58,11 @@ def findings(claims: Sequence[Claim], results: Results) -> list[Finding]:
 
 
 def _default_margin(claims: Sequence[Claim], results: Results) -> float | None:
-    """A third of what the claim ``MARGIN_OF`` finds in its own direction; None where it finds nothing."""
+    """A third of what the claim ``MARGIN_OF`` finds in its own direction; None where its interval holds 0."""
     for claim in claims:
         if claim.name == MARGIN_OF:
             seen = _finding(claim, claim.primary, results, None).estimate
-            if seen is not None and seen.n > 1 and seen.mean < 0:
+            if seen is not None and seen.n > 1 and seen.interval[1] < 0:
                 return -seen.mean / 3
     return None
 
@@ -78,7 +79,8 @@ def _finding(
     seeds = set.intersection(*(set(by_seed) for by_seed in values.values()))
     paired = {arm: {seed: by_seed[seed] for seed in sorted(seeds)} for arm, by_seed in values.items()}
     margin = (comparison.margin or margin) if comparison.claim == "equal" else None
-    found = Finding(claim, comparison, is_primary, margin=margin)
+    diverged = sum(any(_diverged(claim, arm, seed, results) for arm in comparison.arms) for seed in claim.all_seeds)
+    found = Finding(claim, comparison, is_primary, margin=margin, diverged=diverged)
     if not seeds:
         return found
     means = {arm: sum(by_seed.values()) / len(by_seed) for arm, by_seed in paired.items()}
@@ -106,3 +108,8 @@ def _values(claim: Claim, arm: str, statistic: str, results: Results) -> dict[in
         if len(values) == len(names):
             found[seed] = values[0] - sum(values[1:])
     return found
+
+
+def _diverged(claim: Claim, arm: str, seed: int, results: Results) -> bool:
+    stored = results.get(claim.job(arm, seed))
+    return stored is not None and "diverged" in stored["result"]
