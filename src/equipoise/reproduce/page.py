@@ -59,10 +59,11 @@ an arm at a third of it (4-loss-free, 4-loss-free-same-scope), that arm is far b
 been seen, and no other mechanism got a second try, so it stands beside the verdicts and not in them. All arms share a
 learning rate: one that would gain most by another loses here. The runs were made over days, while the library changed:
 of 11 that were made again after a change that rounds differently, the loss moved by 0.024 (standard deviation; mean
-0.001), as another seed would move it, so pairs of arms from before and after are noisier, not biased. The recipe (norms, learning rate, length) was chosen so that the difference of claim 1-scope
-is seen at all, on seeds 0 to 3, which that claim has too; claim 9-recipe has other recipes. The margin of *equal* is a
-third of what claim 1-scope finds: the rule was fixed beforehand, the number was not, and it is larger than the
-differences that the papers report."""
+0.001), as another seed would move it, so pairs of arms from before and after are noisier, not biased. The recipe
+(norms, learning rate, length) was chosen so that the difference of claim 1-scope is seen at all, on seeds 0 to 3,
+which that claim has too; claim 9-recipe has other recipes. The margin of *equal* is a third of what claim 1-scope
+finds: the rule was fixed beforehand, the number was not, and it is larger than the differences that the papers
+report."""
 SOURCES = """Besides the balancers of the library: `phi`, phi-balancing (arXiv:2605.15403); `shinka`, the loss that a
 program search found (ShinkaEvolve, arXiv:2509.19349); `shuffle`, the control of arXiv:2501.11873, Table 2; expert
 choice, Sinkhorn and hash, ways to choose without a balancer. Formulas and where we differ:
