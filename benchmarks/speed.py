@@ -134,7 +134,7 @@ def balancing(stored: dict[str, Any]) -> Section:
 
 def routers(stored: dict[str, Any]) -> Section:
     title = "A router's forward"
-    rows = [{"tokens": 8192, "milliseconds_bare": None} | row for row in stored["routers"]]
+    rows = stored["routers"]
     bars = [
         Bar(
             f"forward of a router that only counts (`{row['strategy']}`), {row['tokens']:,} tokens, over one that is "
@@ -301,6 +301,8 @@ def memory_and_start(stored: dict[str, Any], attach: dict[str, Any], audit: dict
             f"{limits['ratio']}",
             pair["holds"],
             title,
+            "Besides the forwards it counts experts by token, by domain and by pair, layer by layer; beside the forward of "
+            "a model as small as this one that shows.",
         ),
         Bar(
             f"its memory, {many['tokens']:,} tokens ({many['peak_mib']:.0f} MiB) over {few['tokens']:,}",
