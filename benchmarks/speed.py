@@ -301,8 +301,8 @@ def memory_and_start(stored: dict[str, Any], attach: dict[str, Any], audit: dict
             f"{limits['ratio']}",
             pair["holds"],
             title,
-            "Besides the forwards it counts experts by token, by domain and by pair, layer by layer; beside the forward of "
-            "a model as small as this one that shows.",
+            "Besides the forwards it counts experts by token, by domain and by pair, layer by layer; beside a forward "
+            "of a model as small as this one that shows.",
         ),
         Bar(
             f"its memory, {many['tokens']:,} tokens ({many['peak_mib']:.0f} MiB) over {few['tokens']:,}",

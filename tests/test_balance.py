@@ -309,6 +309,12 @@ def test_a_four_dimensional_mask_is_ignored_and_a_wrong_one_refused():
         balance.token_mask(None, torch.zeros(1, 1, 1))
 
 
+def test_a_square_mask_of_who_may_attend_to_whom_is_no_padding():
+    model, balance = _attached("none")
+    with pytest.raises(EquipoiseError, match=r"one number per token that .* routes: got shape \(7, 7\) for 7 tokens"):
+        model(_ids(rows=1), torch.ones(7, 7).tril())
+
+
 def test_a_micro_batch_of_padding_has_no_loss_and_no_gradient():
     model, balance = _attached("+".join(f"lbl:scope={s},coefficient=1" for s in SCOPES))
     loss = balance.loss() + model(_ids(), torch.zeros_like(MASK)) * 0
@@ -486,6 +492,48 @@ def test_loss_scale_with_forwards_first_keeps_micro_batches_apart():
     losses = [(expected(_ids(seed=s)) + other.loss()) * 0.5 for s in range(2)]
     sum(losses).backward()
     _close(_gradients(model), _gradients(expected))
+
+
+@pytest.mark.parametrize("checkpointing", ["reentrant", "non_reentrant"])
+@pytest.mark.parametrize("order", ["sum", "first to last", "last to first"])
+def test_loss_scale_finds_the_micro_batch_that_is_recomputed(checkpointing, order):
+    """Autograd goes through a sum of losses from the last to the first."""
+
+    strategy, sizes = "lbl:scope=micro_batch,coefficient=0.5", (2, 2, 5)
+    model, balance = _attached(strategy, checkpointing=checkpointing)
+    balance.loss_scale = 1.0
+    losses = [model(_ids(rows=rows, seed=seed)) for seed, rows in enumerate(sizes)]
+    if order == "sum":
+        sum(losses).backward()
+    for loss in {"first to last": losses, "last to first": losses[::-1], "sum": ()}[order]:
+        loss.backward()
+    expected, other = _attached(strategy)
+    sum(expected(_ids(rows=rows, seed=seed)) + other.loss() for seed, rows in enumerate(sizes)).backward()
+    _close(_gradients(model), _gradients(expected))
+
+
+def test_a_loss_for_logging_between_windows_does_not_join_the_micro_batches_of_a_loss_scale():
+    gradients = []
+    for logged in (False, True):
+        model, balance = _attached("lbl:scope=micro_batch,coefficient=0.5")
+        balance.loss_scale = 0.5
+        for _ in range(2):
+            model.zero_grad()
+            for loss in [model(_ids(seed=seed)) * 0.5 for seed in range(2)]:
+                loss.backward()
+            balance.step()
+            if logged:
+                assert float(balance.loss()) == 0.0
+        gradients.append(_gradients(model))
+    _close(*gradients)
+
+
+def test_a_loss_scale_of_one_number_in_a_row_is_that_number():
+    expected = _one_gradient("lbl:coefficient=0.3+z:coefficient=0.1", 0.25)
+    model, balance = _attached("lbl:coefficient=0.3+z:coefficient=0.1")
+    balance.loss_scale = torch.tensor([0.25])
+    (model(_ids(rows=4)) * 0.25).backward()
+    _close(_gradients(model), expected)
 
 
 def test_autograd_grad_works_with_a_loss_scale():
@@ -744,6 +792,37 @@ def test_follow_passes_over_the_step_with_which_torch_makes_a_state():
     assert balance.state_dict()["num_windows"] == 1
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_a_scaler_skips_moves_nothing_where_the_optimizer_skips_it_by_itself(fused):
+    """A scaler does not call a plain optimizer, and always calls a fused one, whose kernel looks for itself."""
+    model, balance = _attached("loss-free:rate=0.1")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
+    scaler, before = torch.amp.GradScaler("cpu", init_scale=4.0), model.embed.weight.detach().clone()
+    balance.follow(optimizer)
+    for factor in (float("inf"), 1.0):
+        scaler.scale(model(_ids()) * factor).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        moved = [bool(offset.any()) for offset in balance.offsets.values()]
+        assert moved == [factor == 1.0] * 2 and torch.equal(before, model.embed.weight) == (factor != 1.0)
+        optimizer.zero_grad()
+    # a plain optimizer's window is open until somebody says that its step was skipped: both are one here
+    assert balance.state_dict()["num_windows"] == (2 if fused else 1)
+
+
+def test_follow_steps_with_an_optimizer_whose_step_is_compiled():
+    torch._dynamo.reset()
+    model, balance = _attached("loss-free:rate=0.1")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    balance.follow(optimizer)
+    step = torch.compile(optimizer.step, backend="eager")
+    for number in (1, 2):
+        model(_ids()).backward()
+        step()
+        assert balance.state_dict()["num_windows"] == number
+    torch._dynamo.reset()
+
+
 def test_follow_refuses_an_optimizer_without_hooks():
     class Prepared(torch.optim.Optimizer):
         def __init__(self, optimizer):
@@ -879,6 +958,47 @@ def test_a_forward_that_failed_can_be_tried_again(strategy, where):
     _close(_gradients(model), _gradients(expected))
     balance.step()
     _window_total(balance, 28)
+
+
+def test_a_forward_that_was_stopped_by_hand_can_be_tried_again():
+    """torch calls no hook after a KeyboardInterrupt, as in a notebook."""
+    model, balance = _attached("loss-free:rate=0.1+lbl:coefficient=0.5")
+
+    def stop(module, args):
+        raise KeyboardInterrupt
+
+    handle = model.blocks[1].register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        model(_ids(rows=5))
+    handle.remove()
+    (model(_ids()) + balance.loss()).backward()
+    balance.step()
+    _window_total(balance, 14)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("strategy", ["loss-free", "lbl"])
+def test_a_model_may_write_into_the_weights_of_a_router(strategy, compiled):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.router, self.values = equipoise.nn.Router(DIM, EXPERTS, K), nn.Parameter(torch.ones(EXPERTS, DIM))
+
+        def forward(self, x):
+            _, weights, expert_ids = self.router(x)
+            weights *= 2.5
+            return (x * (self.values[expert_ids] * weights[..., None]).sum(-2)).square().mean()
+
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    model, x = Scaled(), torch.randn(10, DIM)
+    model(x).backward()
+    plain = _gradients(model)
+    model.zero_grad()
+    balance = attach(model, strategy)
+    called = torch.compile(model, backend="aot_eager") if compiled else model
+    (called(x) + 0 * balance.loss()).backward()
+    _close(_gradients(model), plain)
 
 
 def test_detach_in_the_middle_of_a_window_leaves_a_plain_model():

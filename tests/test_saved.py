@@ -40,6 +40,21 @@ def test_attach_begins_with_what_lies_beside_the_weights(tmp_path, strategy):
     assert not any(v.any() for v in equipoise.attach(load(tmp_path), strategy, offsets=given).offsets.values())
 
 
+def test_a_copy_of_a_model_that_was_trained_on_begins_with_what_it_holds(tmp_path):
+    from copy import deepcopy
+
+    saved(tmp_path)
+    model = load(tmp_path).train()
+    balance = equipoise.attach(model, "loss-free:rate=0.1")
+    ids = torch.randint(model.config.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0))
+    before = balance.offsets
+    for _ in range(2):
+        model(input_ids=ids)
+        balance.step()
+    found, now = equipoise.attach(deepcopy(model), "frozen").offsets, balance.offsets
+    assert all(torch.equal(found[name], now[name]) and not torch.equal(now[name], before[name]) for name in now)
+
+
 def test_a_strategy_without_offsets_says_that_it_routes_otherwise(tmp_path, caplog):
     saved(tmp_path)
     with caplog.at_level(logging.WARNING, "equipoise"):

@@ -53,6 +53,10 @@ def attach(
             and where it has none, what lies beside the weights that it was loaded from.
         allow_empty: accept a model without routers, a pipeline stage of dense layers: its ``Balance`` does nothing.
 
+    An average of the weights (EMA) is made after ``attach``, and anew after ``detach``: a family without a slot has a
+    buffer more in each router meanwhile. Hooks that replace a module's forward (accelerate's, for offloading) too come
+    after it.
+
     With balancers at offset zero and without losses, logits, weights, choices and gradients of the model are the same
     bit for bit. Collective over ``group``: every rank compares layers, strategies and offsets and raises the same
     error when they differ. Raises ``EquipoiseError`` when the model holds no router that is known, or one that behaves
@@ -129,6 +133,8 @@ def _beside_weights(
     """The offsets that the model was saved with, where its layers have no slot that would have brought them."""
     if not names_offsets(model) or not (multiplies or any(layer.slot is None for layer in layers)):
         return None
+    if any("_equipoise" in layer.router.__dict__ for layer in layers):
+        return None  # a copy of an attached model: it holds newer ones
     path = saved_beside(model)
     if not any(balancer.has_offset for balancer in balancers):
         _log.warning(

@@ -103,7 +103,7 @@ class Balance:
         number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         if value is not None and not number and not (isinstance(value, Tensor) and value.numel() == 1):
             raise ValueError(f"loss_scale must be a finite number, a tensor of one or None: got {value!r}.")
-        self._recorder.loss_scale = value
+        self._recorder.loss_scale = value.reshape(()) if isinstance(value, Tensor) else value
 
     def _tap(self, model: nn.Module) -> None:
         self._context = ForwardContext(model, self._recorder)
@@ -147,8 +147,9 @@ class Balance:
 
     @torch._disable_dynamo  # as torch.compiler.disable, which loads Dynamo at once
     def _ticket(self) -> Tensor:
-        self._recorder.has_tickets = True
         micro_batch = self._window.close_micro_batch()
+        if micro_batch is not None:  # it separates micro-batches; one for logging between windows does not
+            self._recorder.has_tickets = True
         if self._context.given:
             self._context.clear()
         if micro_batch is None or self._recorder.num_losses == 0:
@@ -229,7 +230,8 @@ class Balance:
         """Calls ``step()`` after every ``optimizer.step()``; ``remove()`` on what comes back ends it.
 
         A step that a GradScaler skips, or that raises, does not get that far: close its window with
-        ``step(applied=False)``, else its counts are part of the next one. ``optimizer`` is one of torch; of one that
+        ``step(applied=False)``, else its counts are part of the next one. A fused optimizer, which a GradScaler always
+        calls and which skips by itself, closes it so without being told. ``optimizer`` is one of torch; of one that
         Accelerate prepared, pass ``optimizer.optimizer``.
         """
         if not isinstance(getattr(optimizer, "_optimizer_step_post_hooks", None), Mapping):
@@ -237,7 +239,13 @@ class Balance:
                 f"optimizer must be one of torch, whose steps have hooks: got {type(optimizer).__name__}. Pass the "
                 "one that it wraps, as optimizer.optimizer, or call step() yourself."
             )
-        return optimizer.register_step_post_hook(lambda *_: self.step() if _is_step_of_training(optimizer) else None)
+
+        @torch._disable_dynamo  # where the step is compiled
+        def after(*_: Any) -> None:
+            if _is_step_of_training(optimizer):
+                self.step(applied=was_applied(optimizer))
+
+        return optimizer.register_step_post_hook(after)
 
     # ---- what counts ----
 
@@ -534,13 +542,21 @@ def few(values: Any) -> str:
     return ", ".join(values[:3]) + (f" ... ({len(values)} in all)" if len(values) > 3 else "") if values else "none"
 
 
+def was_applied(optimizer: torch.optim.Optimizer) -> bool | Tensor:
+    """Asked in a hook after a step: a GradScaler leaves with a fused optimizer whether a gradient is infinite, and the
+    optimizer's kernel skips the step by it."""
+    found_inf = getattr(optimizer, "found_inf", None)
+    return found_inf == 0 if isinstance(found_inf, Tensor) else True
+
+
 def _is_step_of_training(optimizer: torch.optim.Optimizer) -> bool:
     """Whether a hook that asks was called by a step of the loop, and not by the ``super().step()`` in one, whose hooks
     torch calls too, or by the one with which torch makes an optimizer's state before it loads a checkpoint."""
     frame: FrameType | None = sys._getframe()
     depth = 0
     while frame is not None:
-        is_step = frame.f_code.co_qualname == "Optimizer.profile_hook_step.<locals>.wrapper"
+        # wrapper, or what Dynamo makes of the rest of it where a step is compiled
+        is_step = frame.f_code.co_qualname.startswith("Optimizer.profile_hook_step.<locals>.")
         depth += is_step and frame.f_locals.get("self") is optimizer
         if frame.f_code.co_name == "_init_optim_state":
             return False

@@ -278,7 +278,8 @@ class Recorder:
         if token == RECOMPUTED:  # a recomputed call does not know its micro-batch: the ticket that ran last says it
             micro_batch = window.serving
             if micro_batch is None and self.loss_scale is not None:
-                micro_batch = next((m for m in window.micro_batches if m.unserved.get(layer)), None)
+                open_ones = [m for m in window.micro_batches if m.unserved.get(layer)]
+                micro_batch = max(open_ones, key=lambda m: m.alike(layer, expert_ids), default=None)
             if micro_batch is not None and micro_batch.unserved.get(layer):
                 number = micro_batch.find(layer, expert_ids)
                 call = window.calls[number]
@@ -293,7 +294,8 @@ class Recorder:
             raise EquipoiseError(
                 "balance.loss() must be added to the loss of every micro-batch, between its forward and its backward: "
                 f"the backward of {self.layers[layer].name} found none. Write `loss = model(...).loss + "
-                "balance.loss()`; where that cannot be done, set balance.loss_scale to the factor of the loss."
+                "balance.loss()`; where that cannot be done, set balance.loss_scale to the factor of the loss. A "
+                "forward that raises drops its micro-batch, with what was counted in it before."
             )
         if number in call.micro_batch.unserved[layer]:
             call.micro_batch.unserved[layer].remove(number)

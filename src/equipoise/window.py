@@ -99,15 +99,15 @@ class MicroBatch:
         Backwards run from the last call to the first, but not every call has one.
         """
         calls = self.unserved[layer]
-        if len(calls) == 1:
-            return calls[0]
-        alike = [
-            int((self.choices[c] == expert_ids).sum())
-            if c in self.choices and self.choices[c].shape == expert_ids.shape
-            else -1
-            for c in calls
-        ]
-        return max(zip(alike, calls, strict=True))[1]
+        return calls[0] if len(calls) == 1 else max((self._alike(call, expert_ids), call) for call in calls)[1]
+
+    def alike(self, layer: int, expert_ids: Tensor) -> int:
+        """How many choices the unserved call of ``layer`` that is most alike has in common with these."""
+        return max(self._alike(call, expert_ids) for call in self.unserved[layer])
+
+    def _alike(self, call: int, expert_ids: Tensor) -> int:
+        chosen = self.choices.get(call)
+        return -1 if chosen is None or chosen.shape != expert_ids.shape else int((chosen == expert_ids).sum())
 
     def serve(self, factor: Tensor) -> None:
         """A ticket's backward has run: the backwards of this micro-batch's routers follow."""
@@ -276,7 +276,8 @@ def fit_mask(
     """The mask of these tokens, 0 or 1, a copy. Of a 2-D mask that covers a cached prefix too the end counts."""
     if mask is None:
         return None
-    if mask.dim() == 2 and mask.numel() > num_tokens and num_tokens % mask.shape[0] == 0:
+    has_rows = mask.dim() == 2 and rows in (0, mask.shape[0])
+    if has_rows and mask.numel() > num_tokens and num_tokens % mask.shape[0] == 0:
         mask = mask[:, -(num_tokens // mask.shape[0]) :]
     if mask.numel() != num_tokens:
         raise EquipoiseError(

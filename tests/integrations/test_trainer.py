@@ -236,6 +236,33 @@ def test_a_step_that_was_skipped_moves_nothing():
     assert callback.balance.state_dict()["num_windows"] == 3
 
 
+class OverflowsFused(Overflows):
+    """What a GradScaler does with a fused optimizer: it leaves the verdict with it, and calls it in any case."""
+
+    def step(self, optimizer, closure=None):
+        self.steps += 1
+        optimizer.found_inf = torch.tensor(float(self.steps == 2))
+        optimizer.step()
+        del optimizer.found_inf
+
+
+class ScaledFused(Trainer):
+    def create_scheduler(self, *args, **kwargs):
+        self.optimizer = AcceleratedOptimizer(self.optimizer.optimizer, scaler=OverflowsFused())
+        return super().create_scheduler(*args, **kwargs)
+
+
+def test_a_step_that_a_fused_optimizer_skipped_moves_nothing():
+    model, callback = family("glm4_moe"), EquipoiseCallback(*BOTH)
+    watch = Watch(callback)
+    train(model, rows(24), [callback, watch], kind=ScaledFused)
+    first, second, third = watch.offsets
+    alike([first], [second])
+    assert any(not torch.equal(third[name], second[name]) for name in second)
+    assert callback.balance.state_dict()["num_windows"] == 3
+    callback.detach()
+
+
 def test_micro_batches_that_a_stream_leaves_over_are_in_no_window(tmp_path):
     """An iterable dataset that ends after two micro-batches of four: the Trainer takes no step there."""
 

@@ -375,6 +375,50 @@ def test_detach_restores_classes_keys_hooks_and_routes(name):
     assert all(torch.equal(again.offsets[n], offsets[n]) for n in offsets)
 
 
+def test_a_router_whose_forward_was_replaced_on_the_instance_is_refused_and_later_ones_are_not():
+    """As by accelerate's hooks: it hides the forward of the class, so it would neither be steered nor counted."""
+    from accelerate import dispatch_model
+
+    model = _family("qwen3_moe")
+    dispatch_model(model, {"": "cpu"}, force_hooks=True)
+    with pytest.raises(EquipoiseError, match="its forward was replaced on the instance.*attach before that"):
+        attach(model, "loss-free")
+    later = _family("qwen3_moe")  # of the same class: nothing of the other one was kept
+    balance = attach(later, "loss-free")
+    dispatch_model(later, {"": "cpu"}, force_hooks=True)
+    later(**_batch())
+    balance.step()
+    assert all(load.sum() == 2 * 18 for load in balance.load.values()) and len(balance.load) == 2
+
+
+def test_what_is_inside_a_router_may_have_a_forward_of_its_own():
+    class InsideRouter(nn.Module):
+        router_kind = RouterKind("softmax", None)
+
+        def __init__(self):
+            super().__init__()
+            self.top_k, self.linear = 2, nn.Linear(8, 6, bias=False)
+
+        @property
+        def weight(self):
+            return self.linear.weight
+
+        def forward(self, x):
+            logits = self.linear(x)
+            weights, expert_ids = logits.softmax(-1).topk(2, -1)
+            return logits, weights, expert_ids
+
+    torch.manual_seed(0)
+    router = InsideRouter()
+    called, plain = [], router.linear.forward
+    router.linear.forward = lambda x: called.append(len(x)) or plain(x)
+    balance = attach(nn.Sequential(router), "loss-free")
+    assert called == []  # the proof runs on weights of its own
+    router(torch.randn(5, 8))
+    balance.step()
+    assert called == [5] and [int(load.sum()) for load in balance.load.values()] == [10]
+
+
 def test_attach_twice_is_refused_and_leaves_the_first():
     model = models.tiny_lm()
     balance = attach(model, "loss-free:rate=0.1")

@@ -20,7 +20,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from equipoise.alerts import Alerts
 from equipoise.attachment import attach, base_model, resolve, unwrap
-from equipoise.balance import Balance
+from equipoise.balance import Balance, was_applied
 from equipoise.balancers import Balancer, Frozen, LossFree
 from equipoise.errors import EquipoiseError, UsageError
 from equipoise.saved import write_offsets
@@ -118,6 +118,7 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         self._alerts = Alerts()
         self._loss: Tensor | None = None  # of the forwards of the window, summed: for the alerts
         self._training = False
+        self._applied: bool | Tensor = True  # the last step of the optimizer, by what it says itself
         self._beside_weights = False  # whether the offsets need a file of their own
 
     # ---- events ----
@@ -144,6 +145,10 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         if any(balancer.has_loss and balancer.scope == "sequence" for balancer in self._balancers):
             before_forward = _Hook(self, "_tell_sequences")
             self._hooks.append(inner.register_forward_pre_hook(before_forward, with_kwargs=True, prepend=True))
+        optimizer = kwargs.get("optimizer")
+        self._applied, optimizer = True, getattr(optimizer, "optimizer", optimizer)  # inside Accelerate's
+        if isinstance(optimizer, torch.optim.Optimizer):
+            self._hooks.append(optimizer.register_step_post_hook(self._after_step))
         if hasattr(saved, "save_pretrained"):
             saved.__dict__["save_pretrained"] = _SavePretrained(saved, self)
         if folder is not None:
@@ -161,8 +166,12 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         if self.balance is not None:
-            self.balance.step(applied=not getattr(optimizer, "step_was_skipped", False))
+            applied, self._applied = self._applied, True
+            self.balance.step(applied=False if getattr(optimizer, "step_was_skipped", False) else applied)
             self._watch(state)
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        self._applied = was_applied(optimizer)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.balance is not None and self._has_open_window():  # left over: an iterable dataset that ended early
@@ -295,6 +304,9 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         if not (self._training and model.training and isinstance(positions, Tensor) and positions.dim() == 2):
             return
         assert self.balance is not None
+        ids = named.get("input_ids")
+        if positions.shape[0] == 1 and isinstance(ids, Tensor):
+            positions = positions.expand(ids.shape[0], -1)  # as a model broadcasts them
         given = mask != 0 if isinstance(mask, Tensor) and mask.dim() == 2 else None
         offset = torch.arange(positions.shape[1], device=positions.device)
         self.balance.token_mask(given, positions - offset)  # constant within a sequence, another in the next

@@ -91,12 +91,15 @@ class _Draws:
         return self.kept[self.next - 1].view(shape)
 
 
+_OF_INSTANCE = ("forward", "_old_forward", "_hf_hook")  # bound to the module itself, as the hooks of accelerate are
+
+
 def _stand_in(router: nn.Module, draws: _Draws) -> nn.Module:
     """The router and what is inside it with weights of our own, so that sharded, meta and GPU weights need not be
     touched: random matrices, vectors of ones, biases of zeros."""
     base = plain_class(router)
     copy = base.__new__(base)
-    copy.__dict__ = dict(router.__dict__)
+    copy.__dict__ = {name: held for name, held in router.__dict__.items() if name not in _OF_INSTANCE}
     copy._parameters = {
         name: value if value is None else nn.Parameter(_made_up(name, value, draws), requires_grad=False)
         for name, value in router._parameters.items()

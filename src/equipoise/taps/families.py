@@ -76,6 +76,11 @@ _PROOFS: dict[Any, Proof | str] = {}  # by what a router is made of; of one that
 
 def proof_of(router: nn.Module, parent: nn.Module | None = None, multiplies: bool = False) -> Proof:
     """How a router selects, proven once for all that are alike; ``Refused`` with the reason where nothing is proven."""
+    if "forward" in vars(router):
+        raise Refused(
+            "its forward was replaced on the instance, as the hooks of accelerate do (device_map, offload): attach "
+            "before that"
+        )
     declared = _declared(router)
     base = plain_class(router)
     key = (base, base.forward, declared, multiplies, _made_of(router), _tensors(parent))

@@ -184,7 +184,9 @@ class ForwardContext:
         named = dict(zip(names, args, strict=False))
         named.update(kwargs)
         if module is self.model:
-            self.outer = []  # whatever a forward that was interrupted left
+            if self.outer and not torch.compiler.is_compiling():  # one was interrupted, by Ctrl-C: no hook came after
+                self.observer.forward_failed(self.num_calls)
+            self.outer = []
         if not self.outer and not torch.compiler.is_compiling():
             self.num_calls = self.observer.num_calls
         self.outer.append((None if self.given else self.mask, self.rows))
@@ -433,10 +435,9 @@ class _EagerTap(torch.autograd.Function):
         ctx.tap, ctx.has_loss = tap, logits.requires_grad
         mask, sequence_ids = context.mask, context.sequence_ids
         ctx.token = _observe(tap, weights, logits, expert_ids, mask, sequence_ids, rows, training)
-        weights = weights.clone()
         if ctx.has_loss:
-            ctx.save_for_backward(logits, expert_ids, weights)
-        return weights
+            ctx.save_for_backward(logits, expert_ids, weights)  # not what goes out: a model may write into that
+        return weights.clone()
 
     @staticmethod
     def backward(ctx, grad_weights):
@@ -494,10 +495,10 @@ def _(grad_weights, logits, expert_ids, weights, token, key):
 
 
 def _setup_context(ctx, inputs, output):
-    _, logits, expert_ids, _, _, _, key, _, _ = inputs
+    weights, logits, expert_ids, _, _, _, key, _, _ = inputs
     ctx.has_loss = logits.requires_grad
     if ctx.has_loss:
-        ctx.save_for_backward(logits, expert_ids, *output, key)
+        ctx.save_for_backward(logits, expert_ids, weights, output[1], key)
 
 
 def _backward(ctx, grad_weights, grad_token):
