@@ -255,7 +255,7 @@ class ScaledFused(Trainer):
 def test_a_step_that_a_fused_optimizer_skipped_moves_nothing():
     model, callback = family("glm4_moe"), EquipoiseCallback(*BOTH)
     watch = Watch(callback)
-    train(model, rows(24), [callback, watch], kind=ScaledFused)
+    train(model, rows(24), [callback, watch], kind=ScaledFused, optim="adamw_torch_fused")
     first, second, third = watch.offsets
     alike([first], [second])
     assert any(not torch.equal(third[name], second[name]) for name in second)
@@ -660,3 +660,16 @@ def test_wrong_arguments_are_refused_at_once():
         EquipoiseCallback("loss-fre")
     with pytest.raises(UsageError, match="one balancer may move the offset"):
         EquipoiseCallback("loss-free", "quantile")
+
+
+def test_positions_of_one_row_are_those_of_every_row():
+    """As a model broadcasts them; a collator may give them so."""
+    model, callback = family("qwen3_moe").train(), EquipoiseCallback("lbl:scope=sequence")
+    callback.balance, callback._training, callback._names = equipoise.attach(model, "lbl:scope=sequence"), True, []
+    ids = torch.randint(3, 64, (2, 6), generator=torch.Generator().manual_seed(0))
+    values = []
+    for positions in (torch.arange(6)[None], torch.arange(6).expand(2, -1)):
+        callback._tell_sequences(model, (), {"input_ids": ids, "position_ids": positions})
+        model(ids, position_ids=positions)
+        values.append(callback.balance.loss().item())
+    assert values[0] == values[1] > 0
