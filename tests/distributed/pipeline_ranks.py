@@ -1,12 +1,14 @@
 """Two pipeline stages on two ranks, and the same schedule by hand in one process; importable by spawned ranks."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from models import DIM, VOCAB, Block
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint
+from torch.utils.checkpoint import create_selective_checkpoint_contexts as contexts
 
 import equipoise
 
@@ -43,6 +45,10 @@ class First(nn.Module):
         return checkpoint(self.block, x, use_reentrant=False) if self.checkpointed else self.block(x)
 
 
+def recompute(*_: Any, **__: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
 class Last(nn.Module):
     def __init__(self, checkpointed: bool):
         super().__init__()
@@ -50,7 +56,10 @@ class Last(nn.Module):
         self.checkpointed = checkpointed
 
     def forward(self, x: Tensor) -> Tensor:
-        x = checkpoint(self.block, x, use_reentrant=False) if self.checkpointed else self.block(x)
+        if self.checkpointed:  # selectively: the tap is then recorded as one operation, whose token is recomputed too
+            x = checkpoint(self.block, x, use_reentrant=False, context_fn=partial(contexts, recompute))
+        else:
+            x = self.block(x)
         return self.head(x)
 
 
