@@ -296,6 +296,56 @@ MUTANTS = [
         "tests/test_balance.py -k by_itself",
     ),
     Mutant(
+        "a loss() for logging joins the micro-batches of a loss scale",
+        "balance.py",
+        "        if micro_batch is not None:  # it separates",
+        "        if True:  # it separates",
+        "tests/test_balance.py -k for_logging",
+    ),
+    Mutant(
+        "a square mask of one row is padding",
+        "window.py",
+        "mask.dim() == 2 and rows in (0, mask.shape[0])",
+        "mask.dim() == 2",
+        "tests/test_balance.py -k square_mask",
+    ),
+    Mutant(
+        "a forward that was stopped by hand stays counted",
+        "taps/tap.py",
+        "            if self.outer and not torch.compiler.is_compiling():",
+        "            if False:",
+        "tests/test_balance.py -k stopped_by_hand",
+    ),
+    Mutant(
+        "what a tap gives out is kept for its backward",
+        "taps/tap.py",
+        "            ctx.save_for_backward(logits, expert_ids, weights)\n        return weights.clone()",
+        "            weights = weights.clone()\n"
+        "            ctx.save_for_backward(logits, expert_ids, weights)\n        return weights",
+        "tests/test_balance.py -k may_write",
+    ),
+    Mutant(
+        "a copy begins with the offsets of the folder",
+        "attachment.py",
+        '    if any("_equipoise" in layer.router.__dict__ for layer in layers):\n        return None',
+        "    if False:\n        return None",
+        "tests/test_saved.py -k trained_on",
+    ),
+    Mutant(
+        "a router with a forward on the instance is attached",
+        "taps/families.py",
+        '    if "forward" in vars(router):',
+        "    if False:",
+        "tests/taps/test_families.py -k on_the_instance",
+    ),
+    Mutant(
+        "a proof runs what is inside the real router",
+        "taps/discovery.py",
+        "{name: held for name, held in router.__dict__.items() if name not in _OF_INSTANCE}",
+        "dict(router.__dict__)",
+        "tests/taps/test_families.py -k forward_of_its_own",
+    ),
+    Mutant(
         "follow does not know a compiled step",
         "balance.py",
         'co_qualname.startswith("Optimizer.profile_hook_step.<locals>.")',
@@ -1516,8 +1566,8 @@ MUTANTS = [
     Mutant(
         "claims: a value at which a run diverged is chosen by the others",
         "reproduce/frontier.py",
-        "return math.inf if None in values else",
-        "values = [value for value in values if value is not None]\n        return",
+        "[math.inf if run.get(statistic) is None else run[statistic] for run in self.runs]",
+        "[run[statistic] for run in self.runs if run.get(statistic) is not None]",
         f"{CLAIMS} -k diverges",
     ),
     Mutant(

@@ -29,8 +29,8 @@ class Point:
 
     def mean(self, statistic: str) -> float:
         """Infinite where a run diverged."""
-        values = [run.get(statistic) for run in self.runs]
-        return math.inf if None in values else math.fsum(values) / len(values)  # type: ignore[arg-type]
+        values = [math.inf if run.get(statistic) is None else run[statistic] for run in self.runs]
+        return math.fsum(values) / len(values)
 
 
 @dataclass(frozen=True)

@@ -435,8 +435,8 @@ class _EagerTap(torch.autograd.Function):
         ctx.tap, ctx.has_loss = tap, logits.requires_grad
         mask, sequence_ids = context.mask, context.sequence_ids
         ctx.token = _observe(tap, weights, logits, expert_ids, mask, sequence_ids, rows, training)
-        if ctx.has_loss:
-            ctx.save_for_backward(logits, expert_ids, weights)  # not what goes out: a model may write into that
+        if ctx.has_loss:  # what goes out is not kept: a model may write into that
+            ctx.save_for_backward(logits, expert_ids, weights)
         return weights.clone()
 
     @staticmethod
