@@ -1494,6 +1494,13 @@ MUTANTS = [
         f"{CLAIMS} -k takes",
     ),
     Mutant(
+        "claims: an arm with fewer seeds is run with all",
+        "reproduce/claim.py",
+        "if number < self.seeds_of.get(arm, self.seeds)",
+        "if True",
+        "tests/reproduce/test_claims.py -k fewer",
+    ),
+    Mutant(
         "claims: a hundredth is the whole",
         "reproduce/claim.py",
         "float(there) / int(divisor)",

@@ -142,6 +142,10 @@ class Balance:
         known now. Its backward carries no gradient itself; it tells the taps which factor the loss was given
         (1/accumulation steps, a GradScaler's scale), and they add the gradient at the router with the counts known
         then. 0 where no balancer has a loss or nothing was counted.
+
+        That gradient is a constant to autograd: a second derivative (``create_graph=True``) leaves the balancing out.
+        A gradient for some tensors only (``torch.autograd.grad``, ``backward(inputs=...)``) does not run the backward
+        of this loss: set ``loss_scale`` instead of adding it.
         """
         return self._ticket()
 

@@ -54,6 +54,28 @@ def test_a_seed_is_done_before_the_next_one():
     assert shlex.join(claim.job("a", 1).arguments).endswith("--seed 1 --steps 80 --strategy none")
 
 
+def test_an_arm_may_have_fewer_seeds_than_its_claim():
+    arms = GOOD["arms"] | {"c": {"strategy": "quantile", "seeds": 2}}
+    claim = parse_claim("x", GOOD | {"seeds": 3, "first_seed": 5, "arms": arms})
+    assert claim.arms["c"] == {"strategy": "quantile"}  # nothing that a run is given
+    assert [dict(job.options)["seed"] for job in claim.jobs()] == [5, 5, 5, 6, 6, 6, 7, 7]
+    assert claim.seeds_for(claim.primary) == 3
+    assert claim.seeds_for(Comparison("val_nats", "lower", "a", "c")) == 2
+
+
+@pytest.mark.parametrize("seeds", [1, 3, 2.0, "2"])
+def test_fewer_seeds_of_an_arm_are_fewer_and_some(seeds):
+    arms = {"a": {"strategy": "none"}, "b": {"strategy": "loss-free", "seeds": seeds}}
+    with pytest.raises(EquipoiseError, match="seeds of arm b must be a whole number from 2, less than the 3"):
+        parse_claim("x", GOOD | {"seeds": 3, "arms": arms})
+
+
+@pytest.mark.parametrize("name", claim_names())
+def test_a_verdict_on_a_loss_has_eight_seeds_and_others_three(name):
+    claim = load_claim(name)
+    assert claim.seeds_for(claim.primary) >= (8 if "nats" in claim.primary.statistic else 3)
+
+
 def test_what_a_comparison_is_called():
     assert str(Comparison("val_nats", "lower", "a", "b")) == "val_nats, a − b"
     assert str(Comparison("val_nats", "lower", over={"a": 1, "b": 2})) == "val_nats over 1, 2"

@@ -15,6 +15,7 @@ A claim is a TOML file in ``claims/``:
     [arms.NAME]                    options of ``equipoise train`` that this arm has besides those of its size
     strategy = "..."               "{NAME}" in it is the coefficient or rate chosen on a frontier, see ``frontier.py``,
                                    "{NAME/100}" a hundredth of it
+    seeds = 3                      of an arm that no verdict on a loss needs: fewer than the claim's, its first ones
 
     [primary]                      the one comparison that decides; [[also]] are further ones, for information
     statistic = "val_nats"         a key of a run's result.json, or a difference of two, "val_nats - train_nats"
@@ -126,6 +127,7 @@ class Claim:
     note: str = ""
     first_seed: int = 0
     dtype: str | None = None
+    seeds_of: Mapping[str, int] = field(default_factory=dict)  # of the arms that have fewer than the claim
 
     @property
     def frontiers(self) -> list[str]:
@@ -151,6 +153,10 @@ class Claim:
     def all_seeds(self) -> range:
         return range(self.first_seed, self.first_seed + self.seeds)
 
+    def seeds_for(self, comparison: Comparison) -> int:
+        """How many are planned for all of its arms."""
+        return min(self.seeds_of.get(arm, self.seeds) for arm in comparison.arms)
+
     def job(self, arm: str, seed: int) -> Job:
         own = {} if self.dtype is None else {"dtype": self.dtype}
         return job_of(self.size, own | dict(self.arms[arm]), seed)
@@ -162,7 +168,12 @@ class Claim:
 
     def planned(self) -> list[Job]:
         """The same, those whose value is open too: they cannot be run yet."""
-        return [self.job(arm, seed) for seed in self.all_seeds for arm in self.arms]
+        return [
+            self.job(arm, seed)
+            for number, seed in enumerate(self.all_seeds)
+            for arm in self.arms
+            if number < self.seeds_of.get(arm, self.seeds)
+        ]
 
 
 def job_of(size: str, arm: Mapping[str, Any], seed: int) -> Job:
@@ -191,9 +202,17 @@ def parse_claim(name: str, content: Mapping[str, Any]) -> Claim:
         raise EquipoiseError(f"claim {name}: dtype must be one of {', '.join(DTYPES)}: got {content['dtype']!r}.")
     if not isinstance(content["seeds"], int) or content["seeds"] < 2:
         raise EquipoiseError(f"claim {name}: seeds must be a whole number from 2: got {content['seeds']!r}.")
-    for arm, options in content["arms"].items():
+    arms = {arm: dict(options) for arm, options in content["arms"].items()}
+    seeds_of = {arm: options.pop("seeds") for arm, options in arms.items() if "seeds" in options}
+    for arm, options in arms.items():
         if "strategy" not in options:
             raise EquipoiseError(f"claim {name}: arm {arm} must have a strategy: it has {', '.join(options)}.")
+    for arm, seeds in seeds_of.items():
+        if not isinstance(seeds, int) or not 2 <= seeds < content["seeds"]:
+            raise EquipoiseError(
+                f"claim {name}: seeds of arm {arm} must be a whole number from 2, less than the {content['seeds']} of "
+                f"the claim: got {seeds!r}."
+            )
     return Claim(
         name=name,
         title=content["title"],
@@ -201,12 +220,13 @@ def parse_claim(name: str, content: Mapping[str, Any]) -> Claim:
         paper=content["paper"],
         size=content["size"],
         seeds=content["seeds"],
-        arms=content["arms"],
-        primary=_comparison(name, content["primary"], content["arms"]),
-        also=tuple(_comparison(name, each, content["arms"]) for each in content.get("also", ())),
+        arms=arms,
+        primary=_comparison(name, content["primary"], arms),
+        also=tuple(_comparison(name, each, arms) for each in content.get("also", ())),
         note=content.get("note", ""),
         first_seed=content.get("first_seed", 0),
         dtype=content.get("dtype"),
+        seeds_of=seeds_of,
     )
 
 

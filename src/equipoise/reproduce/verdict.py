@@ -39,6 +39,11 @@ class Finding:
     seeds_needed: int | None = None  # to support it with 80 % power, by what is seen; None: it points the other way
 
     @property
+    def planned(self) -> int:
+        """Seeds."""
+        return self.claim.seeds_for(self.comparison)
+
+    @property
     def verdict(self) -> str:
         return "undecided" if self.judgement is None else self.judgement.verdict
 
