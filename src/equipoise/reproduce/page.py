@@ -50,19 +50,19 @@ The model is the default of `equipoise train`: 3 layers of width 128, 32 experts
 a step has 8 micro-batches of 1,024 tokens, each of one of 8 domains. Size small has 80 steps, standard 200.
 Forwards are under bfloat16 autocast, unless a claim says float32.
 """
-LIMITS = """These are small models, trained for minutes on the packaged text. What holds here need not hold at
-scale, and what is undecided here may be plain there. Micro-batches hold text of one domain each, so the differences
-between scopes are upper bounds. An interval is of the seeds (weights, data and domain order together), not of other
-texts, sizes or learning rates. Coefficients and rates are chosen in short runs with two seeds, so an arm may be off
-its best by their noise, and a number that suits 80 steps need not suit 200. Loss-Free's rate does not: in the
-claims that have an arm at a third of it (4-loss-free, 4-loss-free-same-scope, 5-rules), that arm is far better. It
-was added after the others had been seen, and no other mechanism got a second try, so it stands beside the verdicts
-and not in them. All arms share a learning rate: one that would gain most by another loses here. The runs were made over days,
-while the library changed: a change that rounds differently moves a loss as another seed would, in no direction, so
-pairs of arms from before and after are noisier, not biased. The recipe (norms, learning rate, length) was chosen so
-that the difference of claim 1-scope is seen at all, on seeds 0 to 3, which that claim has too; claim 9-recipe has
-other recipes. The margin of *equal* is a third of what claim 1-scope finds: the rule was fixed beforehand, the
-number was not, and it is larger than the differences that the papers report."""
+LIMITS = """These are small models, trained for minutes on the packaged text. What holds here need not hold at scale,
+and what is undecided here may be plain there. Micro-batches hold text of one domain each, so the differences between
+scopes are upper bounds. An interval is of the seeds (weights, data and domain order together), not of other texts,
+sizes or learning rates. Coefficients and rates are chosen in short runs with two seeds, so an arm may be off its best
+by their noise, and a number that suits 80 steps need not suit 200. Loss-Free's rate does not: in the claims that have
+an arm at a third of it (4-loss-free, 4-loss-free-same-scope, 5-rules), that arm is far better. It was added after the
+others had been seen, and no other mechanism got a second try, so it stands beside the verdicts and not in them. All
+arms share a learning rate: one that would gain most by another loses here. The runs were made over days, while the
+library changed: a change that rounds differently moves a loss as another seed would, in no direction, so pairs of
+arms from before and after are noisier, not biased. The recipe (norms, learning rate, length) was chosen so that the
+difference of claim 1-scope is seen at all, on seeds 0 to 3, which that claim has too; claim 9-recipe has other
+recipes. The margin of *equal* is a third of what claim 1-scope finds: the rule was fixed beforehand, the number was
+not, and it is larger than the differences that the papers report."""
 SOURCES = """Besides the balancers of the library: `phi`, phi-balancing (arXiv:2605.15403); `shinka`, the loss that a
 program search found (ShinkaEvolve, arXiv:2509.19349); `shuffle`, the control of arXiv:2501.11873, Table 2; expert
 choice, Sinkhorn and hash, ways to choose without a balancer. Formulas and where we differ:
