@@ -113,12 +113,15 @@ def test_a_family_without_a_slot_has_its_offsets_beside_the_weights(tmp_path):
     found = check_export(tmp_path)
     assert found.layers == () and found.survived and "nothing steers its choice" in found.notes[0]
     save_file(offsets, tmp_path / OFFSETS_FILE)
-    found = check_export(tmp_path)
-    assert [layer.verdict for layer in found.layers] == ["kept", "kept"]
-    assert "plain Transformers and engines route without these offsets" in found.notes[-1]
-    (tmp_path / OFFSETS_FILE).unlink()
+    found = check_export(tmp_path)  # written by hand: attach would not find it
+    assert not found.survived and [layer.verdict for layer in found.layers] == ["not named", "not named"]
+    assert "config.json does not name it: attach does not begin with it" in found.notes[0]
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"equipoise": {"offsets": OFFSETS_FILE}}))
+    found = check_export(tmp_path)
+    assert found.survived and [layer.verdict for layer in found.layers] == ["kept", "kept"]
+    assert "plain Transformers and engines route without these offsets" in found.notes[-1]
+    (tmp_path / OFFSETS_FILE).unlink()
     assert not check_export(tmp_path).survived
     assert "is not there: copy it" in check_export(tmp_path).notes[0]
 

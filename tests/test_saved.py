@@ -95,6 +95,21 @@ def test_a_folder_must_be_there(tmp_path):
         balance.save_offsets(tmp_path / "nowhere")
 
 
+def test_offsets_that_were_written_before_the_model_are_refused_or_told(tmp_path, caplog):
+    balance, _, path = saved(tmp_path / "whole")
+    (tmp_path / "early").mkdir()
+    with pytest.raises(UsageError, match="must be one that the model was saved into"):
+        balance.save_offsets(tmp_path / "early")
+    model = load(tmp_path / "whole")
+    model.config.__dict__.pop("equipoise")
+    model.save_pretrained(tmp_path / "early")
+    path.rename(tmp_path / "early" / OFFSETS_FILE)
+    with caplog.at_level(logging.WARNING, "equipoise"):
+        begun = equipoise.attach(load(tmp_path / "early"), "frozen")
+    assert "the model's config does not name it: it is not taken" in caplog.text
+    assert not any(value.any() for value in begun.offsets.values())
+
+
 def test_a_run_of_the_lab_has_its_model_inside(tmp_path):
     assert model_folder(tmp_path) == tmp_path
     (tmp_path / "model").mkdir()

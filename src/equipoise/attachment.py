@@ -131,11 +131,19 @@ def _beside_weights(
     model: nn.Module, layers: Sequence[Layer], balancers: Sequence[Balancer], multiplies: bool
 ) -> Path | None:
     """The offsets that the model was saved with, where its layers have no slot that would have brought them."""
-    if not names_offsets(model) or not (multiplies or any(layer.slot is None for layer in layers)):
+    if not (multiplies or any(layer.slot is None for layer in layers)):
         return None
     if any("_equipoise" in layer.router.__dict__ for layer in layers):
         return None  # a copy of an attached model: it holds newer ones
     path = saved_beside(model)
+    if not names_offsets(model):
+        if path is not None:
+            _log.warning(
+                f"attach: {path} lies beside the weights, and the model's config does not name it: it is not taken. "
+                f"If the weights belong to it, give offsets={str(path.parent)!r}; else delete it. save_offsets names it "
+                "when it is called after save_pretrained."
+            )
+        return None
     if not any(balancer.has_offset for balancer in balancers):
         _log.warning(
             f"attach: the model was saved with offsets, and {format_strategy(balancers)} holds none: it routes "

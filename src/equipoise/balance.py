@@ -92,6 +92,7 @@ class Balance:
         self._device_of_model = next(model.parameters(), torch.zeros(())).device
         self._last_micro_batches: list[MicroBatch] = []
         self._last_micro_batch: MicroBatch | None = None
+        self._has_config = hasattr(model, "save_pretrained")
         self._tap(model)
 
     @property
@@ -387,13 +388,14 @@ class Balance:
         plain Transformers routes without. On many ranks the first one calls it.
         """
         place = Path(folder)
-        if not place.is_dir():
-            raise UsageError(
-                f"folder must be one that the model was saved into: {place} is none. Save the model first, as with "
-                "model.save_pretrained(folder)."
-            )
         steered = any(group.steering is not None for group in self._groups)
         beside = any(layer.slot is None for layer in self._layers) or self._multiplies
+        named = any((place / name).is_file() for name in ("config.json", "adapter_config.json"))
+        if not place.is_dir() or (steered and beside and self._has_config and not named):
+            raise UsageError(
+                f"folder must be one that the model was saved into: {place} is none. Save the model first, as with "
+                "model.save_pretrained(folder), which writes the config.json that names the offsets."
+            )
         return write_offsets(place, self.offsets) if steered and beside else None
 
     def state_dict(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ that sits far from zero, and most tokens go elsewhere. Subtracting the mean chan
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ class LayerCheck:
     """
 
     layer: str
-    verdict: str  # kept, rounded, lost, not finite, zero
+    verdict: str  # kept, rounded, lost, not named, not finite, zero
     dtype: str | None = None
     low: float | None = None
     high: float | None = None
@@ -100,7 +100,9 @@ def check_export(folder: str | Path) -> ExportCheck:
             key = f"{names[router.slot.holder]}.{router.slot.name}".lstrip(".")
             layers.append(_check(router, held.get(key), held.weight_of(router)))
         elif held.offsets is not None or held.promised:
-            layers.append(_check(router, (held.offsets or {}).get(router.name), held.weight_of(router)))
+            layer = _check(router, (held.offsets or {}).get(router.name), held.weight_of(router))
+            named = held.promised or layer.verdict != "kept"
+            layers.append(layer if named else replace(layer, verdict="not named"))
     return ExportCheck(str(folder), str(model.config.model_type), tuple(layers), tuple(_notes(layers, routers, held)))
 
 
@@ -238,6 +240,11 @@ def _notes(layers: list[LayerCheck], routers: list[FoundRouter], held: _Checkpoi
         yield (
             f"config.json names saved offsets, and {OFFSETS_FILE} is not there: copy it, or the model routes otherwise "
             "than it was trained."
+        )
+    elif held.offsets is not None and not held.promised and any(layer.verdict == "not named" for layer in layers):
+        yield (
+            f"{OFFSETS_FILE} lies beside the weights, and config.json does not name it: attach does not begin with it. "
+            "Call balance.save_offsets(folder) after model.save_pretrained(folder), or give offsets=CHECKPOINT."
         )
     elif count["lost"]:
         yield f"{count['lost']} of {len(layers)} layers have no bias here: it was left out when the model was saved."
