@@ -4,6 +4,7 @@ The table of compilers, checkpoints and ranks is in ``test_grid.py``; here is on
 """
 
 import gc
+import logging
 import math
 from copy import deepcopy
 
@@ -258,6 +259,28 @@ def test_a_token_mask_ends_with_step(strategy):
     model(_ids())
     balance.step()
     _window_total(balance, 14)
+
+
+def test_a_token_mask_after_its_forward_is_an_error_and_one_of_an_evaluation_is_none(caplog):
+    model, balance = _attached("loss-free+lbl")
+    model(_ids())
+    balance.token_mask(MASK)
+    with pytest.raises(EquipoiseError, match="token_mask.. must be called before the forward of its micro-batch"):
+        balance.loss()
+    balance.token_mask(MASK)
+    with pytest.raises(EquipoiseError, match="token_mask.. must be called before the forward"):  # this one before too
+        (balance.loss() + model(_ids())).backward()
+    balance.step()
+    balance.token_mask(MASK)
+    (model(_ids()) + balance.loss()).backward()
+    balance.token_mask(MASK)
+    with caplog.at_level(logging.WARNING, "equipoise"):
+        balance.step()
+    assert "token_mask() must be called before" in caplog.text
+    model.eval()
+    balance.token_mask(MASK)
+    model(_ids())
+    assert balance.loss() == 0  # a loop of training with the model in eval mode
 
 
 def test_a_token_mask_of_none_counts_all():
@@ -758,7 +781,12 @@ def test_follow_steps_with_the_optimizer():
         optimizer.step()
     assert balance.state_dict()["num_windows"] == 2
     _window_total(balance, 14)
+    with pytest.raises(EquipoiseError, match="follow.. must be called once"):
+        balance.follow(optimizer)
+    with pytest.raises(EquipoiseError, match=r"follow\(optimizer\) calls it already"):
+        balance.step()
     handle.remove()
+    balance.follow(optimizer).remove()
     (model(_ids()) + balance.loss()).backward()
     optimizer.step()
     with pytest.raises(EquipoiseError, match="between windows"):

@@ -1,6 +1,7 @@
 """Ties the routers of a model to balancers: counts, pools over ranks, steps, saves."""
 
 import inspect
+import logging
 import math
 import os
 import sys
@@ -25,6 +26,12 @@ from equipoise.taps.tap import OWN_SLOT, ForwardContext, Hook, Tap, tap_router, 
 from equipoise.window import MicroBatch, Window
 
 __all__ = ["Balance", "few"]
+
+UNUSED_MASK = (
+    "token_mask() must be called before the forward of its micro-batch, and after the last one's loss() or step(): no "
+    "forward came after it."
+)
+_log = logging.getLogger("equipoise")
 
 
 class _Ticket(torch.autograd.Function):
@@ -92,6 +99,7 @@ class Balance:
         self._device_of_model = next(model.parameters(), torch.zeros(())).device
         self._last_micro_batches: list[MicroBatch] = []
         self._last_micro_batch: MicroBatch | None = None
+        self._calls_at_mask = 0
         self._has_config = hasattr(model, "save_pretrained")
         self._tap(model)
 
@@ -152,6 +160,8 @@ class Balance:
 
     @torch._disable_dynamo  # as torch.compiler.disable, which loads Dynamo at once
     def _ticket(self) -> Tensor:
+        if self._context.given and self._mask_is_unused():
+            raise EquipoiseError(UNUSED_MASK)
         micro_batch = self._window.close_micro_batch()
         if micro_batch is not None:  # it separates micro-batches; one for logging between windows does not
             self._recorder.has_tickets = True
@@ -206,8 +216,11 @@ class Balance:
             raise EquipoiseError(
                 "every attached router must be called in training mode between two steps: "
                 + (f"{', '.join(missing[:4])}{' ...' if missing[4:] else ''} got no token" if called else "none was")
-                + ". Call step() once an optimizer step, after a forward; leave layers out with attach(where=...)."
+                + ". Call step() once an optimizer step, after a forward (follow(optimizer) calls it already); leave "
+                "layers out with attach(where=...)."
             )
+        if self._context.given and self._mask_is_unused():
+            _log.warning(UNUSED_MASK)
         micro_batches, before = window.micro_batches, self._num_windows
         self._recorder.last, statistics, applied, *self._traffic = window.close(applied)
         self._last_micro_batches, self._last_micro_batch = micro_batches, micro_batches[-1]
@@ -245,11 +258,19 @@ class Balance:
                 "one that it wraps, as optimizer.optimizer, or call step() yourself."
             )
 
+        hooks = optimizer._optimizer_step_post_hooks
+        if any(getattr(hook, "_equipoise", None) is self for hook in hooks.values()):
+            raise UsageError(
+                "follow() must be called once for an optimizer: this one is followed already, and a second step() "
+                "would find an empty window. Leave it out, or remove() the first."
+            )
+
         @torch._disable_dynamo  # where the step is compiled
         def after(*_: Any) -> None:
             if _is_step_of_training(optimizer):
                 self.step(applied=was_applied(optimizer))
 
+        after._equipoise = self
         return optimizer.register_step_post_hook(after)
 
     # ---- what counts ----
@@ -311,6 +332,11 @@ class Balance:
                 "are added to attention scores, are not masks of tokens."
             )
         self._context.mask, self._context.sequence_ids, self._context.given = mask, sequence_ids, True
+        self._calls_at_mask = self._recorder.num_calls
+
+    def _mask_is_unused(self) -> bool:
+        training = bool(self._layers) and self._context.model.training  # else nothing is counted, masked or not
+        return training and self._recorder.num_calls == self._calls_at_mask
 
     # ---- what comes out ----
 

@@ -294,9 +294,10 @@ class Recorder:
             raise EquipoiseError(
                 "balance.loss() must be added to the loss of every micro-batch, between its forward and its backward: "
                 f"the backward of {self.layers[layer].name} found none. Write `loss = model(...).loss + "
-                "balance.loss()`; where that cannot be done, or the gradient is taken for some tensors only "
-                "(torch.autograd.grad, backward(inputs=...)), set balance.loss_scale to the factor of the loss. A "
-                "forward that raises drops its micro-batch, with what was counted in it before."
+                "balance.loss()`; one before the forward, or a second one after it, is 0 and does nothing. Where that "
+                "cannot be done, or the gradient is taken for some tensors only (torch.autograd.grad, "
+                "backward(inputs=...)), set balance.loss_scale to the factor of the loss. A forward that raises drops "
+                "its micro-batch, with what was counted in it before."
             )
         if number in call.micro_batch.unserved[layer]:
             call.micro_batch.unserved[layer].remove(number)
