@@ -15,6 +15,7 @@ tokenizer = transformers.AutoTokenizer.from_pretrained(model_folder)
 model = transformers.AutoModelForCausalLM.from_pretrained(model_folder).train()
 optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)
 balance = equipoise.attach(model, "loss-free:rate=1e-3+lbl:scope=global_batch,coefficient=1e-3")
+print(*balance.notes(steps), sep="\n")
 
 ids = torch.tensor(tokenizer(text.read_text(encoding="utf-8"))["input_ids"])
 rows = ids[: len(ids) // 128 * 128].view(-1, 128)
@@ -30,5 +31,6 @@ for step in range(steps):
     loss = sum(loss.item() for loss in losses) / 4
     print(f"step {step + 1}: loss {loss:.3f}, MaxVio {balance.metrics()['maxvio_batch']:.2f}")
 
+tokenizer.save_pretrained("runs/tuned")
 model.save_pretrained("runs/tuned")  # a family with a slot keeps its offsets there, in float32
 balance.save_offsets("runs/tuned")  # the others beside it; attach finds them again

@@ -140,8 +140,8 @@ def _beside_weights(
         if path is not None:
             _log.warning(
                 f"attach: {path} lies beside the weights, and the model's config does not name it: it is not taken. "
-                f"If the weights belong to it, give offsets={str(path.parent)!r}; else delete it. save_offsets names it "
-                "when it is called after save_pretrained."
+                f"If the weights belong to it, give offsets={str(path.parent)!r}; else delete it. save_offsets names "
+                "it when it is called after save_pretrained."
             )
         return None
     if not any(balancer.has_offset for balancer in balancers):

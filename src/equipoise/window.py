@@ -20,7 +20,7 @@ from equipoise.pool import Pool
 
 __all__ = ["Call", "Closed", "MicroBatch", "Statistics", "Window", "fit_mask", "number_sequences"]
 
-MANY = 1000  # micro-batches of a window: nobody accumulates as many, so step() is forgotten
+MANY = 256  # micro-batches of a window: hardly anybody accumulates as many, so step() is forgotten
 
 _log = logging.getLogger("equipoise")
 

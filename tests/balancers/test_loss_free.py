@@ -313,6 +313,8 @@ def test_notes_say_that_a_run_is_too_short():
     assert "at most 1;" in note and "0.1, too short a way" in note
     assert LossFree(rate=1e-2, rule="sign").notes(1000) == []
     assert LossFree(rate=1e-3, rule="proportional").notes(100) == []
+    (note,) = LossFree(rate=0.5, rule="sign").notes(1000)
+    assert "swings" in note and LossFree(rate=0.1, rule="sign").notes(1000) == []
     (note,) = LossFree(rate=1e-2, rule="sign", schedule="drop", zero_from=20).notes(1000)
     assert "1000 steps" in note and "at most 0.2" in note
 

@@ -285,7 +285,10 @@ def test_training_goes_on_from_a_saved_model(tiny, silent, tmp_path):
     ("options", "message"),
     [
         ({"strategy": "loss-free:rate=0"}, "rate must be above 0"),
-        ({"strategy": "lossfree"}, "must be made of none, .* or be a recipe .*: got 'lossfree'"),
+        (
+            {"strategy": "lossfree"},
+            "must be none, or made of .*, or a recipe .*: got 'lossfree'. Did you mean loss-free",
+        ),
         ({"steps": 0}, "--steps must be at least 1: got 0"),
         ({"width": 40}, "--width must be a multiple of 32"),
         ({"experts_per_token": 5}, "must be at most --experts: got 5 of 4"),

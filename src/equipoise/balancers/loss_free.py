@@ -22,6 +22,7 @@ __all__ = ["Frozen", "LossFree"]
 RULES = ("sign", "proportional", "rms", "multiplicative", "momentum")
 SCHEDULES = ("constant", "linear", "drop")
 PAPER_RATE = 1e-3
+LARGE_RATE = 0.1  # a step of a tenth of what sigmoid scores may differ by
 
 
 @final
@@ -189,6 +190,11 @@ class LossFree(Balancer):
             return [f"{reach}, from 1: take more steps or a larger rate."] if way < 0.5 else []
         if softmax:
             return []
+        if self.rate > LARGE_RATE:
+            return [
+                f"At rate {self.rate:g} one step moves an offset by as much, and a sigmoid score lies between 0 and 1: "
+                "the load swings from expert to expert. Take a smaller rate."
+            ]
         if way < 0.5:
             return [f"{reach}, and a sigmoid score lies between 0 and 1: take more steps or a larger rate."]
         if PAPER_RATE * share < 0.5 and self.rate > PAPER_RATE:

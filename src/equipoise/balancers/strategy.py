@@ -8,6 +8,7 @@ loss-free+lbl:scope=sequence,coefficient=1e-4   deepseek-v3
 
 import inspect
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 
 from equipoise.balancers.base import Balancer
 from equipoise.balancers.load_balancing import LoadBalancingLoss
@@ -40,10 +41,16 @@ def _parse_one(text: str, whole: str, kinds: Mapping[str, type[Balancer]]) -> Ba
             f"A recipe must stand alone: got {whole!r}. Copy its string, {RECIPES[name].strategy}, and change that; or "
             f"give attach several strategies, as in attach(model, {name!r}, 'z')."
         )
+    if name == "none":
+        raise UsageError(f"The strategy none must stand alone: got {whole!r}. Leave it out.")
     if name not in kinds:
+        near = get_close_matches(name.lower().replace("_", "-"), [*kinds, *RECIPES], n=1)
+        meant = (
+            f"Did you mean {near[0]}?" if near else "Example: loss-free:rate=1e-3+lbl:scope=sequence,coefficient=1e-4"
+        )
         raise UsageError(
-            f"A strategy must be made of none, {', '.join(kinds)}, or be a recipe ({', '.join(RECIPES)}): got "
-            f"{name!r} in {whole!r}. Example: loss-free:rate=1e-3+lbl:scope=sequence,coefficient=1e-4"
+            f"A strategy must be none, or made of {', '.join(kinds)}, or a recipe ({', '.join(RECIPES)}): got {name!r}"
+            f"{'' if name == whole else f' in {whole!r}'}. {meant}"
         )
     kind = kinds[name]
     known = list(inspect.signature(kind).parameters)

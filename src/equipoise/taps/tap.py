@@ -52,7 +52,7 @@ class RouterKind(NamedTuple):
     """
 
     gate: str
-    slot: str | None
+    slot: str | None = None
     selection: str = "scores"
     gives: str = "logits"
 

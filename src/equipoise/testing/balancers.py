@@ -46,6 +46,11 @@ def check_balancer(factory: Factory, *, only: str | None = None, gates: Sequence
     >>> check_balancer(ZLoss, only="loss derivative")
     ('loss derivative',)
     """
+    if not callable(factory):
+        raise TypeError(
+            f"factory must be a function that makes a balancer, as `lambda: {type(factory).__name__}()`: got one that "
+            "is made."
+        )
     balancer = factory()
     if not isinstance(balancer, Balancer):
         raise TypeError(f"factory must make a Balancer: got {type(balancer).__name__}.")
