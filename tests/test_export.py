@@ -1,6 +1,7 @@
 """`export-check`: what a checkpoint has of the biases that training moved, and what rounding them would do."""
 
 import json
+from types import SimpleNamespace
 
 import models
 import pytest
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from equipoise import EquipoiseError, UsageError, attach
 from equipoise.attachment import OFFSETS_FILE
 from equipoise.cli import main
-from equipoise.export import check_export
+from equipoise.export import _choice, check_export
 from equipoise.routing import route
 
 SLOT = "e_score_correction_bias"
@@ -89,6 +90,33 @@ def test_a_bias_that_was_left_out_is_lost(tmp_path):
     found = check_export(tmp_path)
     assert not found.survived and [layer.verdict for layer in found.layers] == ["lost", "kept"]
     assert "1 of 2 layers have no bias here" in " ".join(found.notes)
+
+
+def test_values_that_all_fit_bfloat16_are_told_and_no_verdict(tmp_path):
+    _saved(tmp_path)
+    assert "nothing that bfloat16 could not hold" not in " ".join(check_export(tmp_path).notes)
+    _rewrite(tmp_path, lambda name, tensor: tensor.bfloat16().float() if name.endswith(SLOT) else tensor)
+    found = check_export(tmp_path)
+    assert found.survived and "2 of 2 layers hold in 32 bits nothing that bfloat16 could not" in found.notes[0]
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "glm4_moe"])
+def test_factors_are_judged_by_their_file_whatever_the_slot(tmp_path, family):
+    model = models.family(family)
+    names = attach(model, "loss-free:rule=multiplicative").detach()
+    factors = {name: torch.linspace(-0.31, 0.29, len(value)) for name, value in names.items()}
+    balance = attach(model, "loss-free:rule=multiplicative", offsets=factors)
+    model.save_pretrained(tmp_path)
+    balance.save_offsets(tmp_path)
+    found = check_export(tmp_path)
+    assert found.survived and [layer.verdict for layer in found.layers] == ["kept", "kept"]
+    assert found.layers[0].low == pytest.approx(-0.31) and 'attach(model, "frozen:multiplies=true"' in found.notes[-1]
+    bias = torch.tensor([0.0, 1.0]) + 0.501  # 1.501 * 0.4 > 2.501 * 0.2, and 0.501 + 0.4 < 1.501 + 0.2
+    logits = torch.tensor([[0.4, 0.2]]).logit()
+    router = SimpleNamespace(kind=SimpleNamespace(gate="sigmoid", selection="scores"), k=1, module=None)
+    assert [_choice(router, logits, bias, multiplies).item() for multiplies in (True, False)] == [0, 1]
+    (tmp_path / OFFSETS_FILE).unlink()
+    assert not check_export(tmp_path).survived
 
 
 @pytest.mark.parametrize(("value", "verdict", "survived"), [(float("nan"), "not finite", False), (0.0, "zero", True)])

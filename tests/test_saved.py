@@ -9,7 +9,7 @@ import torch
 
 import equipoise
 from equipoise import EquipoiseError, UsageError
-from equipoise.saved import OFFSETS_FILE, model_folder
+from equipoise.saved import OFFSETS_FILE, frozen_strategy, model_folder
 
 
 def saved(folder, family="qwen3_moe", strategy="loss-free"):
@@ -93,6 +93,39 @@ def test_a_folder_must_be_there(tmp_path):
     balance, _, _ = saved(tmp_path)
     with pytest.raises(UsageError, match="must be one that the model was saved into"):
         balance.save_offsets(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "glm4_moe"])
+def test_factors_come_back_as_factors_or_not_at_all(tmp_path, family):
+    strategy = "loss-free:rate=0.1,rule=multiplicative"
+    balance, offsets, path = saved(tmp_path, family, strategy)  # a slot does not hold them, so both have a file
+    assert path == tmp_path / OFFSETS_FILE and frozen_strategy(tmp_path) == "frozen:multiplies=true"
+    for refused in ("frozen", "loss-free"):
+        for given in (None, tmp_path, balance.state_dict()):
+            with pytest.raises(UsageError, match="these multiply the scores. Attach frozen:multiplies=true"):
+                equipoise.attach(load(tmp_path), refused, offsets=given)
+    for taken in ("frozen:multiplies=true", strategy):
+        found = equipoise.attach(load(tmp_path), taken).offsets
+        assert all(torch.equal(found[name], offsets[name]) for name in offsets)
+    model, ids = load(tmp_path).eval(), torch.arange(12).view(1, 12)
+    expected = balance_of_its_own(family, offsets, strategy, model, ids)
+    equipoise.attach(model, "frozen:multiplies=true")
+    torch.testing.assert_close(model(input_ids=ids).logits, expected)
+
+
+def balance_of_its_own(family, offsets, strategy, model, ids):
+    """The logits of the same model under the rule that made the factors."""
+    other = shrunken.build(family).eval()
+    other.load_state_dict(model.state_dict())
+    equipoise.attach(other, strategy, offsets=offsets)
+    return other(input_ids=ids).logits
+
+
+def test_added_offsets_are_no_factors(tmp_path):
+    balance, _, _ = saved(tmp_path)
+    for given in (tmp_path, balance.state_dict()):
+        with pytest.raises(UsageError, match="these are added to the scores"):
+            equipoise.attach(load(tmp_path), "frozen:multiplies=true", offsets=given)
 
 
 def test_offsets_that_were_written_before_the_model_are_refused_or_told(tmp_path, caplog):

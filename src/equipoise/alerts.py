@@ -245,7 +245,7 @@ class Alerts:
                 f"windows, where an even share is {mean[row]:,.0f}"
             )
         before, group.dead = group.dead, held
-        remedy = "An offset, loss-free or quantile, brings them back; a loss does slowly."
+        remedy = "A larger rate of loss-free brings them back sooner, quantile at once; a loss does slowly."
         yield from self._changes("dead experts", group, before, held, what, remedy)
 
     def _judge_slow(
@@ -281,7 +281,8 @@ class Alerts:
                 f"{length}"
             )
         before, group.slow = group.slow, held
-        remedy = ("" if left is None else f"{left:,} steps are left. ") + "Raise the rate."
+        remedy = "" if left is None else f"{left:,} steps are left. " if left else "No step is left. "
+        remedy += "Raise the rate."
         yield from self._changes("slow rate", group, before, held, what, remedy)
 
     def _changes(

@@ -82,7 +82,10 @@ def attach(
             )
         if offsets is None:
             offsets = _beside_weights(inner, layers, resolved, multiplies)
-        start = {x.name: slot_of(x, multiplies) for x in layers} if offsets is None else _read_offsets(offsets, layers)
+        if offsets is None:
+            start = {x.name: slot_of(x, multiplies) for x in layers}
+        else:
+            start = _read_offsets(offsets, layers, multiplies)
         fingerprint = (format_strategy(resolved), [(x.name, x.num_experts, x.k, x.kind) for x in layers])
         steered = any(balancer.has_offset for balancer in resolved)
         for name, value in start.items():
@@ -131,7 +134,7 @@ def _beside_weights(
     model: nn.Module, layers: Sequence[Layer], balancers: Sequence[Balancer], multiplies: bool
 ) -> Path | None:
     """The offsets that the model was saved with, where its layers have no slot that would have brought them."""
-    if not (multiplies or any(layer.slot is None for layer in layers)):
+    if not (multiplies or names_offsets(model) or any(layer.slot is None for layer in layers)):
         return None
     if any("_equipoise" in layer.router.__dict__ for layer in layers):
         return None  # a copy of an attached model: it holds newer ones
@@ -253,11 +256,24 @@ def _reset_dynamo(model: nn.Module) -> None:
         dynamo.reset()
 
 
-def _read_offsets(offsets: Mapping[str, Tensor] | str | os.PathLike[str], layers: list[Layer]) -> dict[str, Tensor]:
+def _read_offsets(
+    offsets: Mapping[str, Tensor] | str | os.PathLike[str], layers: list[Layer], multiplies: bool
+) -> dict[str, Tensor]:
+    theirs = multiplies  # of a mapping by layer nobody knows
     if not isinstance(offsets, Mapping):
-        offsets = read_offsets(offsets)
+        offsets, theirs = read_offsets(offsets)
     if isinstance(offsets.get("offsets"), Mapping):  # a whole state_dict()
+        theirs = bool(offsets.get("multiplies", False))
         offsets = offsets["offsets"]  # type: ignore[assignment]
+    if theirs != multiplies:
+        raise UsageError(
+            "offsets must be held as they were trained: these "
+            + (
+                "multiply the scores. Attach frozen:multiplies=true, or loss-free with rule=multiplicative."
+                if theirs
+                else "are added to the scores. Attach frozen, or a rule other than multiplicative."
+            )
+        )
     if not all(isinstance(value, Tensor) for value in offsets.values()):
         raise EquipoiseError("offsets must be tensors by layer name, as Balance.offsets gives them: got other values.")
     sizes = {name: tuple(value.shape) for name, value in offsets.items()}

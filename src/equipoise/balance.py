@@ -270,7 +270,7 @@ class Balance:
             if _is_step_of_training(optimizer):
                 self.step(applied=was_applied(optimizer))
 
-        after._equipoise = self
+        after._equipoise = self  # type: ignore[attr-defined]
         return optimizer.register_step_post_hook(after)
 
     # ---- what counts ----
@@ -422,7 +422,7 @@ class Balance:
                 f"folder must be one that the model was saved into: {place} is none. Save the model first, as with "
                 "model.save_pretrained(folder), which writes the config.json that names the offsets."
             )
-        return write_offsets(place, self.offsets) if steered and beside else None
+        return write_offsets(place, self.offsets, self._multiplies) if steered and beside else None
 
     def state_dict(self) -> dict[str, Any]:
         """Offsets and what moves with them, the last window's counts, the number of windows: equal on all ranks.

@@ -70,7 +70,12 @@ Asked = Compare | Train | Report | Recipes | Reproduce | Audit | ExportCheck | F
 
 
 def _parse(arguments: list[str]) -> Asked:
-    import tyro
+    try:
+        import tyro
+    except ImportError:
+        raise EquipoiseError(
+            "the command line needs more than torch: tyro is missing. Install it with: pip install 'equipoise[lab]'"
+        ) from None
 
     def recipes(
         name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[NAME]", help_behavior_hint="")] = "",
@@ -139,7 +144,9 @@ def _parse(arguments: list[str]) -> Asked:
     ) -> ExportCheck:
         """Does a saved model still hold the balancing bias that it was trained with? Ends with 1 if it does not.
 
-        A bias of zeros counts as held; a note says that it was never moved, or lost before.
+        A bias of zeros counts as held; a note says that it was never moved, or lost before. "distinct" is how many
+        different values a layer's bias has, as it is saved and "in bfloat16"; "rerouted by bfloat16" is the share of
+        random tokens that would choose other experts if an engine rounded the bias so, as it is and "less its mean".
 
         Args:
             checkpoint: Folder of a Transformers model, or of a run.
@@ -319,9 +326,9 @@ def _check_export(asked: ExportCheck) -> None:
             "from",
             "to",
             "experts",
-            "values",
+            "distinct",
             "in bfloat16",
-            "reroutes",
+            "rerouted by bfloat16",
             "less its mean",
         )
         print_rows(columns, [layer.shown() for layer in found.layers])
@@ -515,7 +522,8 @@ def main(arguments: list[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         _leave(1)
     except OSError as error:
-        what = f"files must be there to read and write: {error}. Mend that; --resume goes on with what was begun."
+        what = f"files must be there to read and write: {error}. Mend that"
+        what += "; --resume goes on with what was begun." if arguments[0] in ("train", "compare") else "."
         _fail(error, what, 1)
     except KeyboardInterrupt as stop:
         if _rank() == 0:

@@ -17,8 +17,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from equipoise.errors import EquipoiseError, UsageError
-from equipoise.routing import route
-from equipoise.saved import OFFSETS_FILE, model_folder
+from equipoise.routing import route, score
+from equipoise.saved import OFFSETS_FILE, model_folder, models_in, read_offsets
 from equipoise.taps.families import FoundRouter, find_routers, plain_name
 
 __all__ = ["ExportCheck", "LayerCheck", "check_export"]
@@ -43,6 +43,7 @@ class LayerCheck:
     num_experts: int | None = None
     distinct: int | None = None  # values that differ, as they are held
     distinct_bfloat16: int | None = None
+    fits_bfloat16: bool = False  # kept, and no value has more bits than bfloat16
     rerouted: float | None = None
     rerouted_centred: float | None = None
 
@@ -95,12 +96,14 @@ def check_export(folder: str | Path) -> ExportCheck:
     routers = find_routers(model)
     names = {module: plain_name(name) for name, module in model.named_modules()}
     layers = []
+    multiplies = held.offsets is not None and held.multiplies
     for router in routers:
-        if router.slot is not None:
+        beside = held.offsets is not None or held.promised
+        if router.slot is not None and not beside:
             key = f"{names[router.slot.holder]}.{router.slot.name}".lstrip(".")
             layers.append(_check(router, held.get(key), held.weight_of(router)))
-        elif held.offsets is not None or held.promised:
-            layer = _check(router, (held.offsets or {}).get(router.name), held.weight_of(router))
+        elif beside:
+            layer = _check(router, (held.offsets or {}).get(router.name), held.weight_of(router), multiplies)
             named = held.promised or layer.verdict != "kept"
             layers.append(layer if named else replace(layer, verdict="not named"))
     return ExportCheck(str(folder), str(model.config.model_type), tuple(layers), tuple(_notes(layers, routers, held)))
@@ -133,7 +136,10 @@ class _Checkpoint:
             raise EquipoiseError("checking a checkpoint needs safetensors: pip install safetensors.") from None
         self._open = safe_open
         if not (folder / "config.json").is_file():
-            raise UsageError(f"CHECKPOINT must be a folder with a config.json: {folder} is not. Give a saved model.")
+            raise UsageError(
+                f"CHECKPOINT must be a folder with a config.json: {folder} is not."
+                + (models_in(folder) or " Give a saved model.")
+            )
         files = [file for file in sorted(folder.glob("*.safetensors")) if file.name != OFFSETS_FILE]
         if not files:
             raise UsageError(
@@ -146,9 +152,9 @@ class _Checkpoint:
                 self._file.update(dict.fromkeys(opened.keys(), file))
         self._check_index(folder)
         self.offsets: Mapping[str, Tensor] | None = None
+        self.multiplies = False
         if (folder / OFFSETS_FILE).exists():
-            with self._opened(folder / OFFSETS_FILE) as opened:
-                self.offsets = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            self.offsets, self.multiplies = read_offsets(folder)
         self.promised = "equipoise" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
 
     def _opened(self, file: Path) -> Any:
@@ -185,12 +191,12 @@ class _Checkpoint:
         return None
 
 
-def _check(router: FoundRouter, bias: Tensor | None, weight: Tensor | None) -> LayerCheck:
+def _check(router: FoundRouter, bias: Tensor | None, weight: Tensor | None, multiplies: bool = False) -> LayerCheck:
     if bias is None:
         return LayerCheck(router.name, "lost", num_experts=router.num_experts)
     values = bias.reshape(-1).float()
     rounded = values.bfloat16().float()
-    centred = values - values.mean()
+    centred = (1 + values) / (1 + values.mean()) - 1 if multiplies else values - values.mean()
     verdict = "kept"
     if not values.isfinite().all():
         verdict = "not finite"
@@ -207,22 +213,29 @@ def _check(router: FoundRouter, bias: Tensor | None, weight: Tensor | None) -> L
         num_experts=router.num_experts,
         distinct=len(values.unique()),
         distinct_bfloat16=len(rounded.unique()),
-        rerouted=_rerouted(router, weight, values, rounded) if verdict == "kept" else None,
-        rerouted_centred=_rerouted(router, weight, values, centred.bfloat16().float()) if verdict == "kept" else None,
+        fits_bfloat16=verdict == "kept" and torch.equal(values, rounded),
+        rerouted=_rerouted(router, weight, values, rounded, multiplies) if verdict == "kept" else None,
+        rerouted_centred=_rerouted(router, weight, values, centred.bfloat16().float(), multiplies)
+        if verdict == "kept"
+        else None,
     )
 
 
-def _rerouted(router: FoundRouter, weight: Tensor | None, bias: Tensor, other: Tensor) -> float | None:
+def _rerouted(
+    router: FoundRouter, weight: Tensor | None, bias: Tensor, other: Tensor, multiplies: bool
+) -> float | None:
     """The share of random tokens of unit size that choose otherwise by the other bias."""
     if weight is None:
         return None
     hidden = torch.randn(TOKENS, weight.shape[1], generator=torch.Generator().manual_seed(0))
     logits = hidden @ weight.float().T
-    first, second = (_choice(router, logits, offset).sort(-1).values for offset in (bias, other))
+    first, second = (_choice(router, logits, offset, multiplies).sort(-1).values for offset in (bias, other))
     return float((first != second).any(-1).double().mean())
 
 
-def _choice(router: FoundRouter, logits: Tensor, offset: Tensor) -> Tensor:
+def _choice(router: FoundRouter, logits: Tensor, offset: Tensor, multiplies: bool) -> Tensor:
+    if multiplies:
+        return (score(logits, router.kind.gate) * (1 + offset)).topk(router.k).indices
     if router.kind.selection == "logits":
         return (logits + offset).topk(router.k).indices
     groups, top = (getattr(router.module, name, None) or 1 for name in ("num_group", "topk_group"))
@@ -231,6 +244,7 @@ def _choice(router: FoundRouter, logits: Tensor, offset: Tensor) -> Tensor:
 
 def _notes(layers: list[LayerCheck], routers: list[FoundRouter], held: _Checkpoint) -> Iterator[str]:
     count = {verdict: sum(layer.verdict == verdict for layer in layers) for verdict in ("lost", "rounded", "zero")}
+    count["in bfloat16"] = sum(layer.fits_bfloat16 for layer in layers)
     if not layers:
         yield (
             f"This family has no slot for a bias, and no {OFFSETS_FILE} lies beside the weights: nothing steers its "
@@ -255,6 +269,11 @@ def _notes(layers: list[LayerCheck], routers: list[FoundRouter], held: _Checkpoi
         )
     if count["zero"]:
         yield f"{count['zero']} of {len(layers)} layers hold zeros: nothing moved them, or they were lost before."
+    if count["in bfloat16"]:
+        yield (
+            f"{count['in bfloat16']} of {len(layers)} layers hold in 32 bits nothing that bfloat16 could not hold: "
+            "they were perhaps rounded before they were saved."
+        )
     shares = [layer.rerouted for layer in layers if layer.rerouted is not None]
     centred = [layer.rerouted_centred for layer in layers if layer.rerouted_centred is not None]
     if shares and max(shares) > 0:
@@ -263,8 +282,9 @@ def _notes(layers: list[LayerCheck], routers: list[FoundRouter], held: _Checkpoi
             f"An engine that loads it in bfloat16 sends {max(shares):.1%} of random tokens elsewhere in the worst layer"
             f"{better if max(centred) < max(shares) else ''}. Load it in float32."
         )
-    if any(router.slot is None for router in routers) and held.offsets is not None:
+    if layers and held.offsets is not None:
+        strategy = "frozen:multiplies=true" if held.multiplies else "frozen"
         yield (
-            "This family has no slot: plain Transformers and engines route without these offsets; "
-            'equipoise.attach(model, "frozen", offsets=CHECKPOINT) routes with them.'
+            f"{OFFSETS_FILE} lies beside the weights: plain Transformers and engines route without these offsets; "
+            f'equipoise.attach(model, "{strategy}", offsets=CHECKPOINT) routes with them.'
         )

@@ -10,20 +10,31 @@ from torch import Tensor, nn
 
 from equipoise.errors import EquipoiseError
 
-__all__ = ["OFFSETS_FILE", "model_folder", "names_offsets", "read_offsets", "saved_beside", "write_offsets"]
+__all__ = [
+    "OFFSETS_FILE",
+    "frozen_strategy",
+    "model_folder",
+    "models_in",
+    "names_offsets",
+    "read_offsets",
+    "saved_beside",
+    "write_offsets",
+]
 
 OFFSETS_FILE = "equipoise_offsets.safetensors"
 KEY = "equipoise"  # of config.json: {"equipoise": {"offsets": OFFSETS_FILE}}
+MULTIPLIES = "multiplies"  # of the file's metadata: "true" where the choice is by score (1 + offset)
 
 
-def write_offsets(folder: Path, offsets: Mapping[str, Tensor]) -> Path:
+def write_offsets(folder: Path, offsets: Mapping[str, Tensor], multiplies: bool = False) -> Path:
     """Writes them in float32, and names the file in the folder's config.json, if there is one."""
     try:
         from safetensors.torch import save_file
     except ImportError:
         raise EquipoiseError("saving offsets needs safetensors: pip install safetensors.") from None
     path = folder / OFFSETS_FILE
-    save_file({name: value.detach().float().cpu().contiguous() for name, value in offsets.items()}, path)
+    held = {name: value.detach().float().cpu().contiguous() for name, value in offsets.items()}
+    save_file(held, path, {MULTIPLIES: "true"} if multiplies else None)
     config = folder / "config.json"
     if config.is_file():
         content = json.loads(config.read_text(encoding="utf-8")) | {KEY: {"offsets": OFFSETS_FILE}}
@@ -33,20 +44,27 @@ def write_offsets(folder: Path, offsets: Mapping[str, Tensor]) -> Path:
     return path
 
 
-def read_offsets(place: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """By layer, from the file or from the folder that holds it."""
+def read_offsets(place: str | os.PathLike[str]) -> tuple[dict[str, Tensor], bool]:
+    """By layer, from the file or from the folder that holds it; and whether they multiply."""
     path = Path(place)
     path = path / OFFSETS_FILE if path.is_dir() else path
     if not path.exists():
         raise EquipoiseError(f"offsets must be a mapping or a saved file: {path} does not exist.")
     try:
-        from safetensors.torch import load_file
+        from safetensors import safe_open
     except ImportError:
         raise EquipoiseError("reading saved offsets needs safetensors: pip install safetensors.") from None
     try:
-        return load_file(path)
+        with safe_open(path, framework="pt", device="cpu") as opened:
+            offsets = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            return offsets, (opened.metadata() or {}).get(MULTIPLIES) == "true"
     except Exception as error:  # safetensors raises its own
         raise EquipoiseError(f"{path} must be safetensors: {error}. The file is damaged; save it again.") from None
+
+
+def frozen_strategy(place: str | os.PathLike[str]) -> str:
+    """The strategy that routes with saved offsets and moves nothing."""
+    return "frozen:multiplies=true" if read_offsets(place)[1] else "frozen"
 
 
 def names_offsets(model: nn.Module) -> bool:
@@ -61,6 +79,13 @@ def saved_beside(model: nn.Module) -> Path | None:
     place = getattr(config, "_name_or_path", None) or getattr(model, "name_or_path", None)
     path = Path(place) / OFFSETS_FILE if place else None
     return path if path is not None and path.is_file() else None
+
+
+def models_in(folder: Path) -> str:
+    """A sentence that names the models and runs in a folder that is neither; empty where there are none."""
+    inside = [file.parent for file in sorted(folder.glob("*/config.json"))]
+    some = ", ".join(map(str, inside[:4])) + (f" and {len(inside) - 4} more" if inside[4:] else "")
+    return f" It holds others: give one of {some}." if inside else ""
 
 
 def model_folder(folder: Path) -> Path:

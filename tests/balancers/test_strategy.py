@@ -77,7 +77,7 @@ def test_a_plus_in_a_number_does_not_split():
         ("+lbl", "got ''"),
         ("lbl + frozen", "got 'lbl . frozen'"),
         ("lbl+none", "none must stand alone: got 'lbl.none'. Leave it out"),
-        ("frozen:rate=1", "An option of frozen must be left out: it has none: got 'rate=1'"),
+        ("frozen:rate=1", "An option of frozen must be multiplies=...: got 'rate=1'"),
         ("loss-free:speed=1", "An option of loss-free must be rate=... or rule=... or .*: got 'speed=1'"),
         ("loss-free:rate", "got 'rate' in 'loss-free:rate'"),
         ("loss-free:rate=1,,rule=sign", "got ''"),

@@ -83,7 +83,7 @@ COLUMNS = (
     Column(
         "dead_experts",
         "Dead experts",
-        "dead",
+        "dead, test text",
         1,
         "Experts that got no token of the test text, all layers together.",
     ),

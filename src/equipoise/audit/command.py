@@ -12,7 +12,7 @@ from equipoise.errors import EquipoiseError, UsageError
 from equipoise.experts.result import RESULT, Audited, summarise
 from equipoise.lab.levels import levels_of
 from equipoise.records import write_json
-from equipoise.saved import OFFSETS_FILE, model_folder
+from equipoise.saved import OFFSETS_FILE, frozen_strategy, model_folder
 
 __all__ = ["RESULT", "audit", "load_tokenizer", "table_rows"]
 
@@ -31,15 +31,26 @@ def audit(asked: Audit, progress: Progress, command: str = "") -> dict[str, Any]
     complete, before that is raised.
     """
     asked.check()
-    folder = model_folder(asked.model)
     _refuse_run_without_model(asked.model)
+    there = _earlier(asked)
+    is_new = not asked.out.exists()
+    asked.out.mkdir(parents=True, exist_ok=True)  # what cannot be written is known before the work
+    try:
+        return _audit(asked, progress, command, there)
+    finally:
+        if is_new and not any(asked.out.iterdir()):
+            asked.out.rmdir()
+
+
+def _audit(asked: Audit, progress: Progress, command: str, there: dict[str, Any]) -> dict[str, Any]:
+    folder = model_folder(asked.model)
     progress.say(f"loading {folder}")
     opened = open_model(folder, dtype="auto", whole=True)
     if opened.weights != "loaded":
         raise UsageError(f"MODEL must have weights: {folder} has none. Give the folder of a saved model.")
     notes = list(opened.notes)
     if (folder / OFFSETS_FILE).exists():
-        attach(opened.model, "frozen", offsets=folder)
+        attach(opened.model, frozen_strategy(folder), offsets=folder)
         notes.append(f"routed with the offsets of {OFFSETS_FILE}, as it was trained")
     tokenizer = load_tokenizer(folder)
 
@@ -54,7 +65,6 @@ def audit(asked: Audit, progress: Progress, command: str = "") -> dict[str, Any]
             "command": command,
             "notes": [*notes, *found["notes"]],
         }
-        asked.out.mkdir(parents=True, exist_ok=True)
         write_json(asked.out / RESULT, found)
         return found
 
@@ -72,8 +82,10 @@ def audit(asked: Audit, progress: Progress, command: str = "") -> dict[str, Any]
             )
         )
     except CutShort as cut:
-        write(cut.audited)
-        kept = f"What was counted until then is in {asked.out / RESULT}, marked as not complete."
+        kept = f"{asked.out / RESULT} is still the whole audit that was there before."
+        if not there.get("complete"):
+            write(cut.audited)
+            kept = f"What was counted until then is in {asked.out / RESULT}, marked as not complete."
         if isinstance(cut.reason, KeyboardInterrupt):
             raise KeyboardInterrupt(kept) from None
         if isinstance(cut.reason, EquipoiseError):
@@ -96,6 +108,22 @@ def _refuse_run_without_model(folder: Path) -> None:
             f"MODEL must be a saved model, or a run that has one: {folder} is a run without the folder model. It was "
             f"trained with --no-save-model, or is not finished.{there}"
         )
+
+
+def _earlier(asked: Audit) -> dict[str, Any]:
+    """What is in the folder, empty if nothing is. The same audit made anew replaces the old one; no other does, nor
+    does one replace what a run has of its test text."""
+    path = asked.out / RESULT
+    try:
+        there: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    if (there.get("model"), there.get("data")) != (str(asked.model), asked.data):
+        of = f"the audit of {there['model']} on {there['data']}" if "model" in there else "a run"
+        raise UsageError(
+            f"--out must be a folder of this audit: {asked.out} has {of}. Choose another with --out, or delete {path}."
+        )
+    return there
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -209,9 +209,18 @@ def _error(load: Int[Tensor, "layers experts"]) -> Int[Tensor, "layers experts"]
 
 @final
 class Frozen(Balancer):
-    """Holds the offset that the model came with, or that ``attach(..., offsets=...)`` gave, and never moves it."""
+    """Holds the offset that the model came with, or that ``attach(..., offsets=...)`` gave, and never moves it.
+
+    Args:
+        multiplies: the offset is a factor 1 + offset on the scores, as the rule ``multiplicative`` left it.
+    """
 
     name = "frozen"
+
+    def __init__(self, multiplies: bool = False):
+        if not isinstance(multiplies, bool):
+            raise ValueError(f"multiplies must be true or false: got {multiplies!r}.")
+        self.multiplies = multiplies
 
     def prepare(self, layers: Layers) -> None:
         self._offset = layers.offset.clone()

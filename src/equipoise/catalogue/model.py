@@ -14,7 +14,7 @@ from torch import nn
 from equipoise.attachment import attach
 from equipoise.errors import EquipoiseError, UsageError
 from equipoise.metrics import max_violation
-from equipoise.saved import model_folder
+from equipoise.saved import model_folder, models_in
 from equipoise.taps.families import FoundRouter, find_routers, hash_routers, unknown_routers
 
 __all__ = ["Examined", "ExaminedLayer", "Opened", "examine", "open_model"]
@@ -150,8 +150,8 @@ def _read(path: Path) -> tuple[Path, dict[str, Any]]:
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         raise UsageError(
-            f"MODEL must be a folder with a config.json, or a config.json: {file} is not there. A model of the Hub "
-            "must be downloaded first: hf download NAME --local-dir FOLDER."
+            f"MODEL must be a folder with a config.json, or a config.json: {file} is not there."
+            + (models_in(path) or " A model of the Hub must be downloaded first: hf download NAME --local-dir FOLDER.")
         )
     try:
         content = json.loads(file.read_text(encoding="utf-8"))

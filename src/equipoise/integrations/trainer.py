@@ -353,7 +353,7 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         if self.balance is None:
             return
         if self._beside_weights:
-            write_offsets(folder, self.balance.offsets)
+            write_offsets(folder, self.balance.offsets, self.balance._multiplies)
         if self._training and not self._has_open_window():
             torch.save(self.balance.state_dict() | {"alerts": self._alerts.state_dict()}, folder / STATE_FILE)
 

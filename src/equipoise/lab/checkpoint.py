@@ -29,6 +29,7 @@ from equipoise.lab.data import end_of_text
 from equipoise.lab.ranks import ALONE, Ranks
 from equipoise.lab.wrappers import state_to_save
 from equipoise.records import write_json
+from equipoise.saved import frozen_strategy
 
 __all__ = ["load_newest", "save", "save_model"]
 
@@ -215,10 +216,11 @@ def _write_model(
     model.save_pretrained(aside, state_dict=weights)
     end = end_of_text(tokenizer_file)
     PreTrainedTokenizerFast(tokenizer_file=str(tokenizer_file), eos_token=end).save_pretrained(aside)
-    note = None
-    if balance.save_offsets(aside) is not None:
-        note = (
-            f"{model.config.model_type} has no slot for offsets: plain Transformers routes {folder} without them; "
-            f'equipoise.attach(model, "frozen", offsets="{folder}") routes with them.'
-        )
-    return note
+    if balance.save_offsets(aside) is None:
+        return None
+    strategy = frozen_strategy(aside)
+    what = "offsets" if strategy == "frozen" else "factors on its scores"
+    return (
+        f"{model.config.model_type} has no slot for {what}: plain Transformers routes {folder} without them; "
+        f'equipoise.attach(model, "{strategy}", offsets="{folder}") routes with them.'
+    )

@@ -62,7 +62,7 @@ def find_text(data: str | Path | None, progress: Progress) -> Text:
         identity = tuple((file.name, *_size_and_digest(file.path)) for file in files)
         return Text(str(path), identity, lambda progress: _read_domains(domains, progress))
     if isinstance(data, str) and _looks_like_dataset(data):
-        progress(f"asking the library datasets for {data}")  # offline it tries for half a minute
+        progress(f"{data} is no file or folder here: asking the library datasets for it")  # offline for half a minute
         documents = _load_dataset(data)
         identity = tuple((name, *_digest_of_documents(texts)) for name, texts in documents.items())
         return Text(data, identity, lambda _: documents)

@@ -290,8 +290,10 @@ class _Training:
     def _settle(self) -> None:
         """A backward before the first step. DDP lays gradients out anew after the first one, and where more than two
         ranks are summed the layout decides the rounding: so a run that goes on rounds as one that never stopped."""
-        with self.balance.paused(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            loss = language_model_loss(self.model, self.batches.window(0)[0].input_ids.to(self.device))
+        ids = self.batches.window(0)[0].input_ids.to(self.device)
+        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast)
+        with torch.random.fork_rng(), self.balance.paused(), autocast:  # dropout takes no number that a step would have
+            loss = language_model_loss(self.model, ids)
         loss.backward()
         self.optimizer.zero_grad(set_to_none=True)
 

@@ -21,6 +21,8 @@ def reproduce(asked: Reproduce, progress: Progress) -> list[Finding]:
     each claim."""
     asked.check()
     names = claim_names() if asked.claim == "all" else [asked.claim]
+    if not asked.results.is_dir():
+        progress.say(f"{asked.results} is no folder: no results are there yet. Ours are in the repository.")
     results = Results(asked.results, dtype=asked.dtype)
     if asked.budget != 0:
         _run([load_claim(name) for name in names], asked.claim == "all", results, asked, progress)
