@@ -31,10 +31,11 @@ from typing import Any
 
 from equipoise.errors import EquipoiseError
 
-__all__ = ["Run", "find_runs", "finite", "is_new", "read_json", "write_json"]
+__all__ = ["LOCK", "Run", "find_runs", "finite", "is_new", "read_json", "write_json"]
 
 FORMAT = 1
 LOGS = ("steps", "loads", "evaluations")
+LOCK = ".lock"  # of the process that trains there
 
 
 def finite(value: Any) -> Any:
@@ -52,7 +53,7 @@ def finite(value: Any) -> Any:
 
 def is_new(folder: Path) -> bool:
     """Whether ``folder`` is not there, or holds nothing but what a kill left of its very first file."""
-    first = {".config.json.tmp", ".compare.json.tmp"}
+    first = {".config.json.tmp", ".compare.json.tmp", LOCK}
     return not folder.is_dir() or all(path.name in first for path in folder.iterdir())
 
 

@@ -483,3 +483,70 @@ def test_bits_per_byte_is_by_the_text_that_was_evaluated(tiny, silent):
     for name, domain in result["domains"].items():
         num_bytes = len(tokenizer.decode(corpus.sequences("test", name, 16)[0].tolist()).encode())
         assert domain["bits_per_byte"] == pytest.approx(domain["nats"] * 16 / num_bytes / math.log(2))
+
+
+# ---- one process at a time ----
+
+
+def test_two_processes_cannot_train_in_one_folder(tiny, silent):
+    first = training._Training(tiny(), silent(), "")
+    for options in ({}, {"resume": True}):
+        with pytest.raises(
+            EquipoiseError, match=f"one process may train in a folder: .* is held by process {os.getpid()}"
+        ):
+            training._Training(tiny(**options), silent(), "")
+    first.run()
+    first.folder.release()
+    assert not list(first.config.out.glob(".lock")) and Run(first.config.out).complete
+    with pytest.raises(EquipoiseError, match="was begun meanwhile"):
+        training._Training(tiny(), silent(), "")  # its folder was new when it was checked
+
+
+def test_what_a_killed_process_held_is_free(tiny, silent):
+    config = tiny(steps=2)
+    config.out.mkdir()
+    (config.out / ".lock").write_text("process 1 on elsewhere")  # the lock itself ends with its process
+    assert train(config, silent()) and not (config.out / ".lock").exists()
+
+
+def test_settling_takes_no_random_number(tiny, silent):
+    """Else dropout after a resume on several ranks would not be that of the run that was never stopped."""
+    run = training._Training(tiny(), silent(), "")
+    for module in run.inner.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.5
+    before = torch.get_rng_state()
+    run._settle()
+    assert torch.equal(torch.get_rng_state(), before)
+    run.inner(input_ids=run.batches.window(0)[0].input_ids)
+    assert not torch.equal(torch.get_rng_state(), before), "there is no dropout to see"
+
+
+def test_levels_that_lack_a_domain_are_refused_before_the_first_step(tiny, silent, text, tmp_path):
+    folder = tmp_path / "text"
+    shutil.copytree(text, folder)
+    for content, message in (
+        ({"kind": {"fruit": "a", "metal": "b"}}, "with a label for every domain at every level: KeyError: 'river'"),
+        ({"domain": dict.fromkeys(("fruit", "metal", "river"), "a")}, "no level may be called domain"),
+    ):
+        (folder / "levels.json").write_text(json.dumps(content))
+        with pytest.raises(UsageError, match=message):
+            train(tiny(data=str(folder)), silent())
+    assert not tiny().out.exists()
+
+
+def test_a_checkpoint_under_another_steps_name_is_not_believed(tiny, silent):
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny(), silent(stop_after=11))
+    newest = tiny().out / "checkpoints" / "step-00000010"
+    (newest / "facts.json").write_text('{"step": 99}')
+    watcher = silent()
+    train(tiny(resume=True), watcher)
+    assert watcher.done == 5 and any("facts.json is of another step" in said for said in watcher.said)
+
+
+def test_a_complete_run_says_that_it_has_no_model(tiny, silent):
+    train(tiny(save_model=False), silent())
+    watcher = silent()
+    train(tiny(resume=True), watcher)
+    assert any("was trained with --no-save-model: no model is there to be saved" in said for said in watcher.said)

@@ -101,7 +101,7 @@ class Records:
         for model in self.models:
             for index, load in enumerate(model.load):
                 domains, experts = load.shape
-                tokens = np.repeat(load.sum(-1) // model.k, experts)
+                tokens = np.repeat(model.num_tokens, experts)
                 flat = load.reshape(-1)
                 with np.errstate(invalid="ignore", divide="ignore"):
                     frequency, relative = flat / tokens, flat * experts / np.repeat(load.sum(-1), experts)

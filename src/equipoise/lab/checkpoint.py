@@ -155,6 +155,8 @@ def _read(path: Path, state: dict[str, Any], warn: Any) -> tuple[dict[str, Any],
     """Fills ``state`` from a checkpoint; its facts, and what every rank needs all of. None where it is damaged."""
     try:
         facts = json.loads((path / "facts.json").read_text())
+        if not isinstance(facts, dict) or path.name != f"step-{facts.get('step', -1):08d}":
+            raise ValueError(f"facts.json is of another step: {facts}")
         with _one_process():
             dcp.load(state, checkpoint_id=path, no_dist=True)
     except (Exception, CheckpointException) as error:  # whatever a damaged file makes of torch, json or the disk

@@ -46,6 +46,8 @@ def levels_of(data: str | Path | None, texts: Mapping[str, str]) -> dict[str, li
 def _read(path: Path, domains: list[str]) -> dict[str, list[str]]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        if "domain" in content:
+            raise ValueError("no level may be called domain, which is the last of all")
         return {str(level): [str(labels[domain]) for domain in domains] for level, labels in content.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(

@@ -5,6 +5,8 @@ result.json
 """
 
 import math
+import os
+import platform
 import shutil
 import statistics
 from collections.abc import Mapping
@@ -21,7 +23,7 @@ from equipoise.lab.data import Corpus
 from equipoise.lab.levels import levels_of
 from equipoise.lab.selection import evaluates_by_token, evaluation_note
 from equipoise.lab.switch import moves_by_rate
-from equipoise.records import Run, is_new, write_json
+from equipoise.records import LOCK, Run, is_new, write_json
 
 __all__ = ["Nobody", "RunFolder", "Watcher", "asked", "complete_result"]
 
@@ -59,9 +61,43 @@ def complete_result(config: Train, watcher: Watcher) -> dict[str, Any] | None:
         return None
     _same_options(Run(config.out), config)
     watcher.begin(config, config.steps)
+    if config.save_model and not (config.out / "model").is_dir():
+        watcher.say(f"{config.out} is complete, and was trained with --no-save-model: no model is there to be saved")
     watcher.end()
     shutil.rmtree(config.out / "checkpoints", ignore_errors=True)  # killed before it could
     return Run(config.out).result
+
+
+class _Hold:
+    """Refuses a folder in which another process trains, and keeps others out until it is released or gone."""
+
+    def __init__(self, folder: Path):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / LOCK
+        self.handle: int | None = os.open(self.path, os.O_RDWR | os.O_CREAT)
+        try:
+            import fcntl
+
+            fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise EquipoiseError(
+                f"one process may train in a folder: {folder} is held by {self.path.read_text(encoding='utf-8')}. Wait "
+                "for it, stop it, or choose another folder."
+            ) from None
+        except (ImportError, OSError):  # Windows, a file system without locks
+            return
+        os.truncate(self.handle, 0)
+        os.write(self.handle, f"process {os.getpid()} on {platform.node()}".encode())
+
+    def release(self) -> None:
+        if self.handle is not None:
+            self.path.unlink(missing_ok=True)
+            self.__del__()
+
+    def __del__(self) -> None:
+        if self.handle is not None:
+            os.close(self.handle)
+            self.handle = None
 
 
 def asked(config: Train) -> dict[str, Any]:
@@ -90,6 +126,7 @@ class RunFolder:
         self.tokens_per_step = config.micro_batches * config.sequences * config.sequence_length
         self.seconds: list[float] = []  # of every step
         self.alerts = Alerts(num_steps=config.steps)
+        self._hold: _Hold | None = None
 
     @property
     def checkpoints(self) -> Path:
@@ -101,9 +138,12 @@ class RunFolder:
         ``facts`` do not change when a run goes on, ``machine`` may: then the watcher says so.
         """
         config = self.config
+        self._hold = _Hold(config.out)
         if is_new(config.out):
             self.records = Run.create(config.out, {**facts, **machine})
         else:
+            if not config.resume:
+                raise EquipoiseError(f"--out must be new or empty: {config.out} was begun meanwhile. Choose another.")
             self.records = Run(config.out)
             _same_options(self.records, config)
             if self.records.config["corpus_fingerprint"] != facts["corpus_fingerprint"]:
@@ -117,6 +157,11 @@ class RunFolder:
             if changed:
                 self.watcher.say(f"{' and '.join(changed)} changed since {config.out} began: numbers may differ")
         return self.records.config["dtype"] == "bfloat16"  # "auto" may mean another on this machine
+
+    def release(self) -> None:
+        """Lets others train here."""
+        if self._hold is not None:
+            self._hold.release()
 
     def begin(self, done: int) -> None:
         """Takes up the records of the steps before the checkpoint."""

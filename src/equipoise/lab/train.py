@@ -27,6 +27,7 @@ from equipoise.lab.config import Train
 from equipoise.lab.data import Corpus, load_corpus
 from equipoise.lab.engine import learning_rate_at, machine, reproducible
 from equipoise.lab.evaluate import evaluate, language_model_loss
+from equipoise.lab.levels import levels_of
 from equipoise.lab.models import build_model, num_active_parameters
 from equipoise.lab.ranks import ALONE, Ranks, meet
 from equipoise.lab.run_folder import Nobody, RunFolder, Watcher, asked, complete_result
@@ -98,7 +99,10 @@ def train(config: Train, watcher: Watcher, command: str = "", ranks: Ranks | Non
     with reproducible():
         with ranks.alive(lambda: "before the first step", lambda: "Start the same command again."):
             training = _Training(config, watcher, command, ranks)
-        return training.run()
+        try:
+            return training.run()
+        finally:
+            training.folder.release()
 
 
 def same_options(config: Any, ranks: Ranks) -> None:
@@ -135,6 +139,7 @@ class _Training:
         self.autocast = all(ranks.gather(autocast))
         self.corpus: Corpus = ranks.by_node(self._load_corpus)
         ranks.agree({"fingerprint": self.corpus.fingerprint}, _another_text)
+        ranks.first(levels_of, config.data, dict.fromkeys(self.corpus.domains, ""))  # an error now, not at the end
         self.batches = Batches(
             self.corpus,
             sequence_length=config.sequence_length,
@@ -158,8 +163,7 @@ class _Training:
         self.strategy = config.strategy  # of the step that comes next
         self.balance: Balance = ranks.together(self._attach)
         self.model = copy_to_ranks(self.inner) if wrapper == "ddp" else self.inner
-        self.k: int = self.inner.config.num_experts_per_tok  # type: ignore[assignment]
-        self.num_experts = len(next(iter(self.balance.offsets.values())))
+        self.k, self.num_experts = ranks.together(self._sizes)
         decayed = [p for p in self.inner.parameters() if p.requires_grad and p.dim() >= 2]
         other = [p for p in self.inner.parameters() if p.requires_grad and p.dim() < 2]
         self.optimizer = torch.optim.AdamW(
@@ -200,6 +204,17 @@ class _Training:
             self.strategy = strategy
             self.balance = self.ranks.together(self._attach)
         return self.balance
+
+    def _sizes(self) -> tuple[int, int]:
+        """k and the number of experts, of every layer."""
+        sizes = {(router.k, router.num_experts) for router in find_routers(self.inner)}
+        if len(sizes) > 1:
+            found = ", ".join(f"{k} of {num_experts}" for k, num_experts in sorted(sizes))
+            raise UsageError(
+                f"--model must choose as many of as many experts in every layer: it has layers with {found}. Train it "
+                "in a loop of your own, with attach."
+            )
+        return sizes.pop()
 
     def _saved_offsets(self) -> Path | None:
         """The offsets that lie beside the weights of --model, where its family has no slot for them."""
