@@ -263,6 +263,26 @@ def test_seeds_that_not_all_have_are_left_out_of_the_comparison(tmp_path):
     assert "of those that all share: 0, 1." in said_of(found)[1]
 
 
+def test_a_strategy_without_a_common_seed_is_left_out_and_named(tmp_path):
+    runs_of(tmp_path, b=[2.0, 3.0, 2.5], one=[3.0, 4.0, 3.5], two=[3.1, 4.1, 3.61])
+    make_run(tmp_path / "apart", "apart", nats=0.1, seed=9)
+    found = outcome(find_runs(tmp_path))
+    headline, apart, *_ = said_of(found)
+    assert headline.startswith("b won: its loss is lower than that of one and two, and not by chance.")
+    assert apart == "Left out of what follows: apart, without a seed that the others have."
+    assert {one.strategy for one in found.against} == {"one", "two"}
+
+
+def test_nothing_is_won_over_seeds_that_nobody_shares(tmp_path):
+    """No seed is of all three: a and b share one, b and c another. The first of them counts."""
+    for name, seed, nats in (("a", 0, 3.0), ("a", 1, 3.0), ("b", 1, 2.9), ("b", 2, 3.4), ("c", 2, 3.2)):
+        make_run(tmp_path / f"{name}{seed}", name, nats=nats, seed=seed)
+    found = outcome(find_runs(tmp_path))
+    assert found.best == "b" and [one.strategy for one in found.against] == ["a"]
+    assert "c, without a seed that the others have" in said_of(found)[1]
+    assert "Next is a, 0.100 nats above" in " ".join(said_of(found))
+
+
 def test_balance_specialisation_and_dead_experts_are_told(tmp_path):
     make_run(tmp_path / "a", "none", nats=2.0, maxvio=2.5, bits=0.9)
     make_run(tmp_path / "b", "lbl", nats=2.1, maxvio=0.2, bits=0.1)

@@ -244,7 +244,8 @@ class Train(_Run):
 
     @property
     def label(self) -> str:
-        """What the run is called: its strategy, the one that takes over, and how it selects where that is not usual."""
+        """What the run is called: its strategy, the one that takes over, and how it selects and counts where that is
+        not usual."""
         parts = [self.strategy]
         if self.then is not None:
             parts.append(f"after step {self.switch_at} {self.then}")
@@ -252,6 +253,8 @@ class Train(_Run):
             parts.append(f"selection {self.selection}")
         if self.gate not in ("auto", GATES[self.arch]):
             parts.append(f"gate {self.gate}")
+        if self.balance_batch != 1:
+            parts.append(f"balance batch {self.balance_batch}")
         return ", ".join(parts)
 
     def strategy_of(self, step: int) -> str:

@@ -1,6 +1,7 @@
 """finished runs -> who won, by how much and whether that is more than chance, in sentences and a table."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -69,8 +70,15 @@ def outcome(runs: Sequence[Run]) -> Outcome:
     if len(sound) == 1:
         headline = Markup("Only {} is finished, so there is nothing to compare it with.").format(_name(sound[0]))
         return Outcome(headline, [*said, _balance(sound), *_dead(sound, runs)])
+    sound, apart = _sharing(sound)
     seeds = set.intersection(*(set(row["seeds"]) for row in sound))
     sound = _on(sound, seeds, runs)
+    if apart:
+        said.append(
+            Markup("<strong>Left out</strong> of what follows: {}, without a seed that the others have.").format(
+                _listed([row["strategy"] for row in apart])
+            )
+        )
     best = min(sound, key=lambda row: row["val_nats"])
     against = _compare(best, [row for row in sound if row is not best], runs)
     if seeds and any(set(row["seeds"]) != seeds for row in rows if row["strategy"] in {r["strategy"] for r in sound}):
@@ -81,7 +89,15 @@ def outcome(runs: Sequence[Run]) -> Outcome:
             ).format(", ".join(map(str, sorted(seeds))))
         )
     said += [_quality(best, against), _balance(sound), _information(sound, len(runs[0].config["domains"]))]
-    return Outcome(_headline(best, sound, against), [*said, *_dead(sound, runs)], best["strategy"], tuple(against))
+    return Outcome(_headline(best, sound, against, not apart), [*said, *_dead(sound, runs)], best["strategy"], tuple(against))
+
+
+def _sharing(rows: Sequence[Mapping[str, Any]]) -> tuple[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]]]:
+    """Where no seed is of all rows: those that have the seed which most have, and the others."""
+    number = Counter(seed for row in rows for seed in row["seeds"])
+    seed = min(number, key=lambda seed: (-number[seed], seed))
+    having = [row for row in rows if seed in row["seeds"]]
+    return (having, [row for row in rows if row not in having]) if len(having) > 1 else (rows, [])
 
 
 def _on(rows: Sequence[Mapping[str, Any]], seeds: set[int], runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -129,7 +145,9 @@ def _listed(strategies: Sequence[str]) -> Markup:
     return names[0] if len(names) == 1 else Markup("{} and {}").format(Markup(", ").join(names[:-1]), names[-1])
 
 
-def _headline(best: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], against: Sequence[Against]) -> Markup:
+def _headline(
+    best: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], against: Sequence[Against], is_all: bool
+) -> Markup:
     beaten = [one.strategy for one in against if one.is_beaten]
     open_ = [one.strategy for one in against if not one.is_beaten]
     even = min(rows, key=lambda row: row["maxvio_global"])
@@ -141,7 +159,7 @@ def _headline(best: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], agains
         said = Markup("{} has the lowest loss of one seed, which decides nothing about quality.").format(_name(best))
     elif not open_:
         said = Markup("{} won: its loss is lower than that of {}, and not by chance.").format(
-            _name(best), "every other strategy" if len(beaten) > 1 else _listed(beaten)
+            _name(best), "every other strategy" if len(beaten) > 1 and is_all else _listed(beaten)
         )
     elif beaten:
         said = Markup("{} has the lowest loss: lower than that of {}; its lead on {} may be chance.").format(
