@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -359,6 +360,81 @@ def test_ctrl_c_before_the_first_batch_writes_nothing(run, text, tmp_path, capfd
     assert stop.value.code == 130 and not (tmp_path / "out").exists()
     last = capfd.readouterr().err.splitlines()[-1]
     assert last == "equipoise: stopped. Nothing was counted yet, and nothing is written."
+
+
+# ---- what is there already ----
+
+
+@QWEN
+def test_an_audit_replaces_itself_and_no_other(run, saved, text, tmp_path):
+    first, _ = _audit(run, text, tmp_path / "out", tokens=400)
+    again, _ = _audit(run, text, tmp_path / "out", tokens=800)
+    assert sum(again["tokens"].values()) > sum(first["tokens"].values())
+    with pytest.raises(UsageError, match=f"--out must be a folder of this audit: .* has the audit of {run} on"):
+        _audit(saved, text, tmp_path / "out")
+    with pytest.raises(UsageError, match="--out must be a folder of this audit: .* has the audit of"):
+        _audit(run, "corpus", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / RESULT).read_text()) == again
+    before = (run / RESULT).read_bytes()
+    with pytest.raises(UsageError, match=f"--out must be a folder of this audit: {run} has a run"):
+        _audit(run, text, run)
+    assert (run / RESULT).read_bytes() == before
+
+
+@QWEN
+def test_an_audit_that_is_cut_short_does_not_replace_a_whole_one(run, text, tmp_path, monkeypatch):
+    whole, _ = _audit(run, text, tmp_path)
+
+    class Stops(Quiet):
+        def done(self, tokens, of):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt, match="is still the whole audit that was there before"):
+        audit(Audit(run, str(text), tokens=2000, sequence_length=32, out=tmp_path), Stops())
+    assert json.loads((tmp_path / RESULT).read_text()) == whole
+
+
+@QWEN
+def test_a_folder_that_cannot_be_written_is_an_error_before_the_work(run, text, capfd):
+    code, said = _fails(capfd, run, text, Path("/proc/audit"))
+    assert code == 1 and said.startswith("files must be there to read and write: ") and "--resume" not in said
+
+
+@QWEN
+def test_levels_that_lack_a_domain_are_an_error_before_the_work(run, text, tmp_path, capfd):
+    folder = tmp_path / "text"
+    shutil.copytree(text, folder)
+    (folder / "levels.json").write_text('{"kind": {"law": "prose"}}')
+    code, said = _fails(capfd, run, folder, tmp_path / "out")
+    assert code == 2 and "with a label for every domain" in said and not (tmp_path / "out").exists()
+
+
+@QWEN
+def test_special_tokens_in_the_text_are_plain_text(run, text, tmp_path, monkeypatch):
+    class Seen(Exception):
+        pass
+
+    def encoded(model, encode, *args, end, **options):
+        raise Seen(encode("the <|endoftext|> court"), end)
+
+    monkeypatch.setattr("equipoise.audit.command.audit_model", encoded)
+    with pytest.raises(Seen) as seen:
+        _audit(run, text, tmp_path)
+    ids, end = seen.value.args
+    assert end is not None and end not in ids and len(ids) > 5
+
+
+@QWEN
+def test_of_a_runs_own_text_it_is_said_what_it_was_trained_on(run, text, tmp_path):
+    def says(folder):
+        found, _ = _audit(run, folder, tmp_path / "out", tokens=10_000)
+        return any("the run was trained on this text but for what comes first" in note for note in found["notes"])
+
+    assert says(text)  # both domains are read to their end
+    other = tmp_path / "text"
+    shutil.copytree(text, other)
+    shutil.rmtree(tmp_path / "out")
+    assert not says(other)
 
 
 # ---- runs ----

@@ -128,6 +128,18 @@ def test_a_document_that_occurs_twice_is_kept_once_and_an_empty_one_never(tmp_pa
     assert sorted(everything) == sorted(make_documents("web"))
 
 
+def test_no_text_is_trained_on_in_one_place_and_held_out_in_another(tmp_path):
+    """Copies in another domain, and copies that differ in white space at their ends."""
+    shared = make_documents("shared", 30)
+    write_jsonl(tmp_path / "a.jsonl", make_documents("a") + shared + [document + "\n" for document in shared])
+    write_jsonl(tmp_path / "b.jsonl", make_documents("bb") + [" " + document for document in shared])
+    said = []
+    corpus = load(tmp_path, tmp_path / "cache", progress=said.append)
+    everything = [d.strip() for split in SPLITS for domain in "ab" for d in documents_of(corpus, split, domain)]
+    assert sorted(everything) == sorted(make_documents("a") + shared + make_documents("bb"))
+    assert "30 documents that an earlier domain has too are left out" in said
+
+
 def test_no_document_is_lost_where_tokenising_goes_in_parts(tmp_path):
     documents = [f"{i} {'word ' * 8}" for i in range(600)]
     write_jsonl(tmp_path / "web.jsonl", documents)
@@ -162,6 +174,18 @@ def test_bytes_per_token_by_hand(folder, tmp_path):
     num_tokens = sum(len(tokenizer.encode(document).ids) + 1 for document in documents)
     num_bytes = sum(len(document.encode()) for document in documents)
     assert corpus.bytes_per_token("test", "book") == num_bytes / num_tokens
+
+
+def test_bytes_of_unknown_words_are_not_lost(folder, tmp_path):
+    from tokenizers import AddedToken, models, pre_tokenizers
+
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.add_special_tokens([AddedToken("<unk>", special=True), AddedToken("</s>", special=True)])
+    words.save(str(tmp_path / "words.json"))
+    corpus = load(folder, tmp_path / "cache", tokenizer=tmp_path / "words.json")
+    whole = corpus.num_bytes["test"]["book"] / len(corpus.tokens["test"]["book"])
+    assert corpus.bytes_per_token("test", "book", 20) == whole > 2  # of "<unk>" nothing is decoded
 
 
 def test_sequences_are_the_tokens_in_order_without_the_remainder(folder, tmp_path):
@@ -231,6 +255,12 @@ def test_every_kind_of_file_gives_the_same_documents(tmp_path):
     assert list(found) == ["blank", "dos", "lines", "many", "mixed", "packed", "table"]
     for domain, texts in found.items():
         assert sorted(filter(str.strip, texts)) == sorted(documents), domain
+
+
+def test_a_readme_is_no_text_and_a_domain_may_be_called_like_one(tmp_path):
+    for name in ("README", "readme.txt", "README-fr.md", "READMEs_of_repositories.txt"):
+        (tmp_path / name).write_text("words")
+    assert list(text.find_text(tmp_path, print).read(print)) == ["READMEs_of_repositories"]
 
 
 def test_a_txt_in_a_domain_folder_is_one_document_and_keeps_its_blank_lines(tmp_path):
@@ -615,12 +645,25 @@ def test_bad_text(tmp_path, name, content, match):
     assert "\n" not in str(caught.value)
 
 
+def test_a_name_that_is_not_utf8(tmp_path):
+    try:
+        (tmp_path / "caf\udce9.txt").write_text("words")
+    except OSError:
+        pytest.skip("this file system has no such names")
+    with pytest.raises(UsageError, match="The name of a domain must be UTF-8"):
+        load(tmp_path, tmp_path / "cache")
+
+
 def test_parquet_without_text(tmp_path):
     import pyarrow
     from pyarrow import parquet
 
     parquet.write_table(pyarrow.table({"content": ["a"]}), tmp_path / "a.parquet")
     with pytest.raises(EquipoiseError, match=r'must have the column "text": .*a\.parquet has \[\'content\'\]'):
+        load(tmp_path / "a.parquet", tmp_path / "cache")
+    twice = pyarrow.table([["a"], ["b"]], names=["text", "text"])
+    parquet.write_table(twice, tmp_path / "a.parquet")
+    with pytest.raises(EquipoiseError, match=r'must have one column "text": .*a\.parquet has 2'):
         load(tmp_path / "a.parquet", tmp_path / "cache")
     parquet.write_table(pyarrow.table({"text": ["a", None]}), tmp_path / "a.parquet")
     with pytest.raises(EquipoiseError, match=r'string in "text": .*a\.parquet, row 2 has none'):

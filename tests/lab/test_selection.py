@@ -192,6 +192,12 @@ def _loop_sinkhorn(logits, iterations):
     return m
 
 
+def test_sinkhorn_of_an_expert_that_nobody_wants_is_finite():
+    logits = torch.zeros(4, 3)
+    logits[:, 2] = -800.0
+    assert sinkhorn(logits).isfinite().all()
+
+
 def test_sinkhorn_is_the_reference_and_its_marginals_are_even():
     logits = 3 * _draw(40, 8)
     for iterations in (1, 3):

@@ -537,7 +537,7 @@ def test_report_imports_no_torch(tmp_path):
 
 
 def test_count_is_short():
-    assert [count(x) for x in (13_107_200, 8192, 90, None)] == ["13.1 M", "8.19 k", "90", "?"]
+    assert [count(x) for x in (13_107_200, 999_950, 8192, 90, None)] == ["13.1 M", "1 M", "8.19 k", "90", "?"]
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from equipoise.catalogue.model import open_model
 from equipoise.errors import EquipoiseError, UsageError
 from equipoise.experts.result import RESULT, Audited, summarise
 from equipoise.lab.levels import levels_of
+from equipoise.lab.text import HELD_OUT_TOKENS
 from equipoise.records import write_json
 from equipoise.saved import OFFSETS_FILE, frozen_strategy, model_folder
 
@@ -63,7 +64,7 @@ def _audit(asked: Audit, progress: Progress, command: str, there: dict[str, Any]
             "num_parameters": opened.num_parameters,
             "data": asked.data,
             "command": command,
-            "notes": [*notes, *found["notes"]],
+            "notes": [*notes, *_trained_on(asked, found["tokens"]), *found["notes"]],
         }
         write_json(asked.out / RESULT, found)
         return found
@@ -72,7 +73,7 @@ def _audit(asked: Audit, progress: Progress, command: str, there: dict[str, Any]
         return write(
             audit_model(
                 opened.model,
-                lambda text: tokenizer(text, add_special_tokens=False)["input_ids"],
+                lambda text: tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"],
                 None if asked.data == "corpus" else asked.data,
                 progress,
                 tokens=asked.tokens,
@@ -110,6 +111,21 @@ def _refuse_run_without_model(folder: Path) -> None:
         )
 
 
+def _trained_on(asked: Audit, tokens: dict[str, int]) -> list[str]:
+    """What to know of the text of a run that was trained on the same."""
+    try:
+        trained_on = json.loads((asked.model / "config.json").read_text(encoding="utf-8")).get("data")
+    except (OSError, ValueError):
+        return []
+    share = min(HELD_OUT_TOKENS, asked.tokens // len(tokens) // asked.sequence_length * asked.sequence_length)
+    if trained_on != asked.data or all(share <= number <= HELD_OUT_TOKENS for number in tokens.values()):
+        return []
+    return [
+        f"the run was trained on this text but for what comes first: of a domain 5 % or {HELD_OUT_TOKENS:,} tokens, at "
+        "most a quarter; what was read beyond that it has seen"
+    ]
+
+
 def _earlier(asked: Audit) -> dict[str, Any]:
     """What is in the folder, empty if nothing is. The same audit made anew replaces the old one; no other does, nor
     does one replace what a run has of its test text."""
@@ -118,8 +134,9 @@ def _earlier(asked: Audit) -> dict[str, Any]:
         there: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    if (there.get("model"), there.get("data")) != (str(asked.model), asked.data):
-        of = f"the audit of {there['model']} on {there['data']}" if "model" in there else "a run"
+    is_run = "command" not in there
+    if is_run or (there["model"], there["data"]) != (str(asked.model), asked.data):
+        of = "a run" if is_run else f"the audit of {there['model']} on {there['data']}"
         raise UsageError(
             f"--out must be a folder of this audit: {asked.out} has {of}. Choose another with --out, or delete {path}."
         )

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from equipoise.errors import EquipoiseError, UsageError
 from equipoise.experts.result import Audited
 from equipoise.experts.watch import Watched, choose_vocabulary, watching
+from equipoise.lab.levels import levels_of
 from equipoise.lab.text import stream_text
 
 __all__ = ["CutShort", "Progress", "audit_model"]
@@ -64,7 +65,7 @@ def audit_model(
         encode: text to token ids, of the model's own tokenizer.
         data: as ``equipoise train --data``; None is the packaged corpus. Documents are taken in the order of their
             hash, in which the lab holds out the first.
-        tokens, length, batch: in all; of a row; rows of a forward.
+        tokens, length, batch: in all, but a row of each domain at least; of a row; rows of a forward.
         end: the token between documents.
 
     A domain whose text does not fill its share is read to its end; one that fills no row is left out and named in
@@ -74,6 +75,7 @@ def audit_model(
     if min(tokens, length - 1, batch) < 1:
         raise UsageError(f"tokens and batch must be at least 1, length 2: got {tokens}, {batch} and {length}.")
     domains = list(stream_text(data, progress.say))
+    levels_of(data, {name: "" for name, _ in domains})  # an error now, not after the work
     share = max(1, tokens // len(domains) // length)  # rows of a domain
     beginnings = (islice(_rows(read(), encode, end, length), share) for _, read in domains)
     vocabulary, notes = choose_vocabulary(model, beginnings)

@@ -22,7 +22,15 @@ import numpy as np
 from jaxtyping import UInt
 
 from equipoise.errors import EquipoiseError, UsageError
-from equipoise.lab.text import FEWEST_DOCUMENTS, Text, count_held_out, find_text, in_hash_order, most_held_out
+from equipoise.lab.text import (
+    FEWEST_DOCUMENTS,
+    Text,
+    count_held_out,
+    find_text,
+    in_hash_order,
+    most_held_out,
+    without_copies,
+)
 
 if TYPE_CHECKING:  # imported where it is used: reading from the cache does not need it
     from tokenizers import Tokenizer
@@ -30,7 +38,7 @@ if TYPE_CHECKING:  # imported where it is used: reading from the cache does not 
 __all__ = ["SPLITS", "Corpus", "end_of_text", "load_corpus"]
 
 SPLITS = ("train", "selection", "test")
-FORMAT = 1  # of the cache: count up when the same input gives other files
+FORMAT = 2  # of the cache: count up when the same input gives other files
 ENDS = ("<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "<eos>", "</s>", "<|eot_id|>", "<|im_end|>")
 SMALLEST_VOCAB = 300  # 256 bytes, the end of a document, and some merges
 TOKENIZER_BYTES = 8_000_000  # of training text for the tokenizer, shared evenly by the domains
@@ -69,12 +77,17 @@ class Corpus:
     def bytes_per_token(self, split: str, domain: str, num_tokens: int | None = None) -> float:
         """Bytes of text per token, counting end-of-text tokens too: of the whole split, or of its first tokens.
 
-        nats per token / bytes_per_token / ln(2) is bits per byte, which compares across tokenizers.
+        nats per token / bytes_per_token / ln(2) is bits per byte, which compares across tokenizers. Where unknown words
+        are among the first tokens, it is that of the whole split.
         """
         tokens = self._of(self.tokens, split, domain)
         if num_tokens is None:
             return self._of(self.num_bytes, split, domain) / len(tokens)
-        text = _read_tokenizer(self.tokenizer_file).decode(tokens[:num_tokens].tolist(), skip_special_tokens=True)
+        tokenizer = _read_tokenizer(self.tokenizer_file)
+        unknown = getattr(tokenizer.model, "unk_token", None)
+        if unknown is not None and tokenizer.token_to_id(unknown) in tokens[:num_tokens]:
+            return self.bytes_per_token(split, domain)  # what it stands for cannot be had back
+        text = tokenizer.decode(tokens[:num_tokens].tolist(), skip_special_tokens=True)
         return len(text.encode()) / num_tokens
 
     def sample(self, domain: str, num_tokens: int = 2000) -> str:
@@ -153,7 +166,13 @@ def _check_length(corpus: Corpus, sequence_length: int, where: str) -> None:
 
 def _build(folder: Path, text: Text, tokenizer_file: Path | None, vocab_size: int, progress: Progress) -> Corpus:
     """Writes aside and renames to ``folder``; when another process was quicker, its folder is used."""
-    texts = {domain: in_hash_order(documents) for domain, documents in text.read(progress).items()}
+    texts, seen, num_copies = {}, set[bytes](), 0
+    for domain, documents in text.read(progress).items():  # a text of two domains could be trained on and held out
+        ordered = in_hash_order(documents)
+        texts[domain] = without_copies(ordered, seen)
+        num_copies += len(ordered) - len(texts[domain])
+    if num_copies:
+        progress(f"{num_copies} documents that an earlier domain has too are left out")
     for domain, documents in texts.items():
         if len(documents) < FEWEST_DOCUMENTS:
             raise EquipoiseError(

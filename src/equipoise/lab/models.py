@@ -125,9 +125,9 @@ def _change_gate(model: nn.Module, gate: str) -> None:
 
 
 def num_active_parameters(model: nn.Module, k: int, num_experts: int) -> int:
-    """Parameters that one token uses: all but the experts that it was not sent to. Expert weights are stored 3-D."""
+    """Parameters that one token uses: all but the experts that it was not sent to, whose weights are stored as one."""
     total = 0
     for name, parameter in model.named_parameters():
-        is_expert = ".experts." in name and parameter.dim() == 3
+        is_expert = ".experts." in name and parameter.dim() > 1 and parameter.shape[0] == num_experts
         total += parameter.numel() * k // num_experts if is_expert else parameter.numel()
     return total

@@ -176,7 +176,7 @@ def sinkhorn(logits: Float[Tensor, "tokens experts"], iterations: int = 20) -> F
     num_tokens, num_experts = logits.shape
     logits = logits.double()
     matrix = (logits - logits.amax(-1, keepdim=True)).exp()  # a factor of the row, which rows are free of
-    tiny = torch.finfo(matrix.dtype).tiny
+    tiny = 1e-150  # its inverse times that of another is finite
     columns = matrix.new_ones(num_experts)
     rows = matrix.new_ones(num_tokens)
     for _ in range(iterations):

@@ -19,7 +19,16 @@ from typing import Any, NamedTuple
 
 from equipoise.errors import EquipoiseError, UsageError
 
-__all__ = ["Text", "count_held_out", "find_text", "in_hash_order", "most_held_out", "stream_text"]
+__all__ = [
+    "HELD_OUT_TOKENS",
+    "Text",
+    "count_held_out",
+    "find_text",
+    "in_hash_order",
+    "most_held_out",
+    "stream_text",
+    "without_copies",
+]
 
 CORPUS = Path(__file__).parent / "corpus"
 LEVELS_FILE = "levels.json"  # what domains have in common: see equipoise.lab.levels
@@ -105,10 +114,26 @@ def _read_in_hash_order(files: Sequence[_File]) -> list[str]:
 def in_hash_order(documents: Iterable[str]) -> list[str]:
     """The distinct documents ordered by the blake2b of their text; documents without any text are left out.
 
-    A document that occurs twice is kept once: otherwise one copy could be trained on and the other held out.
+    A document that occurs twice is kept once, with other white space at its ends too: otherwise one copy could be
+    trained on and the other held out.
     """
-    distinct = {document for document in documents if document.strip()}
-    return sorted(distinct, key=lambda document: hashlib.blake2b(document.encode()).digest())
+    ordered = sorted(set(documents), key=lambda document: hashlib.blake2b(document.encode()).digest())
+    return without_copies(ordered, {text_key("")})
+
+
+def text_key(document: str) -> bytes:
+    """Equal for documents that differ in the white space at their ends only."""
+    return hashlib.blake2b(document.strip().encode(), digest_size=16).digest()
+
+
+def without_copies(documents: Iterable[str], seen: set[bytes]) -> list[str]:
+    """Those whose key is not in ``seen``, in order; it is then."""
+    kept = []
+    for document in documents:
+        if (key := text_key(document)) not in seen:
+            seen.add(key)
+            kept.append(document)
+    return kept
 
 
 def most_held_out(num_bytes: Sequence[int]) -> int:
@@ -158,6 +183,10 @@ def _find_domains(path: Path) -> dict[str, list[_File]]:
         else:
             domain, files = _stem(entry), [_File(entry, entry.name, False)]
             _check_kind(entry)
+        try:
+            domain.encode()
+        except UnicodeEncodeError:
+            raise UsageError(f"The name of a domain must be UTF-8: got {entry}. Rename it.") from None
         if domain in domains:
             raise UsageError(
                 f"A domain must be one file or one sub-folder: {domain!r} is both {domains[domain][0].name} and "
@@ -177,8 +206,16 @@ def _visible(folder: Path) -> list[Path]:
     return [
         entry
         for entry in entries
-        if not entry.name.startswith(".") and not entry.name.upper().startswith("README") and entry.name != LEVELS_FILE
+        if not entry.name.startswith(".") and not _is_readme(entry) and entry.name != LEVELS_FILE
     ]
+
+
+def _is_readme(path: Path) -> bool:
+    """README and README.txt, and README-fr.md; a domain may be readmes.txt."""
+    name = path.name.upper()
+    return _stem(path).upper() == "README" or (
+        name.startswith("README") and path.is_file() and _kind(path) not in KINDS
+    )
 
 
 def _walk(folder: Path) -> Iterator[Path]:
@@ -289,6 +326,10 @@ def _read_parquet(content: bytes, path: Path) -> list[str]:
     try:
         file = parquet.ParquetFile(pyarrow.BufferReader(content))
         columns = file.schema_arrow.names
+        if columns.count("text") > 1:
+            raise EquipoiseError(
+                f'A parquet file must have one column "text": {path} has {columns.count("text")}. Rename the others.'
+            )
         rows = file.read(columns=["text"]).column("text").to_pylist() if "text" in columns else None
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise EquipoiseError(

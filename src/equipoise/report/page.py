@@ -289,7 +289,7 @@ def count(value: Any) -> str:
     if not isinstance(value, int | float):
         return "?"
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
+        if value >= 0.9995 * size:  # what three digits round up to it
             return f"{value / size:.3g} {unit}"
     return str(value)
 

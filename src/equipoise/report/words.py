@@ -89,10 +89,12 @@ def outcome(runs: Sequence[Run]) -> Outcome:
             ).format(", ".join(map(str, sorted(seeds))))
         )
     said += [_quality(best, against), _balance(sound), _information(sound, len(runs[0].config["domains"]))]
-    return Outcome(_headline(best, sound, against, not apart), [*said, *_dead(sound, runs)], best["strategy"], tuple(against))
+    return Outcome(
+        _headline(best, sound, against, not apart), [*said, *_dead(sound, runs)], best["strategy"], tuple(against)
+    )
 
 
-def _sharing(rows: Sequence[Mapping[str, Any]]) -> tuple[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]]]:
+def _sharing(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Where no seed is of all rows: those that have the seed which most have, and the others."""
     number = Counter(seed for row in rows for seed in row["seeds"])
     seed = min(number, key=lambda seed: (-number[seed], seed))
