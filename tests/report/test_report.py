@@ -305,6 +305,19 @@ def test_what_diverged_is_said_and_left_out(tmp_path):
     assert data_of(path)["table"]["rows"][0][data_of(path)["table"]["columns"].index("val_nats")] is None
 
 
+def test_the_page_of_one_strategy_compares_nothing(tmp_path):
+    make_run(tmp_path / "a", "lbl", maxvio=0.5)
+    make_run(tmp_path / "b", "lbl", seed=1, maxvio=0.5)
+    text = own_text(path := write_report(tmp_path))
+    assert "<title>Training under one strategy · equipoise</title>" in text and "Who won" not in text
+    assert "plot-outcome" not in text and "outcome" not in data_of(path)["figures"]
+    assert "On the test text the busiest expert carries 1.50 times the mean load" in " ".join(text.split())
+    make_run(tmp_path / "c", "none", maxvio=0.7)
+    text = own_text(path := write_report(tmp_path))
+    assert "Who won" in text and "plot-outcome" in text and "outcome" in data_of(path)["figures"]
+    assert "spreads the test text most evenly" in text
+
+
 def test_the_page_compares_with_the_best(tmp_path):
     runs_of(tmp_path, best=[2.0, 3.0, 2.5], worse=[2.1, 3.12, 2.59])
     assert cells(own_text(write_report(tmp_path)), "h-outcome") == [

@@ -140,7 +140,7 @@ def _of_runs(records: Records) -> dict[str, Any]:
     times = _over_time(shown)
     drawn = {name: _json(figure) for name, figure in curves.items()}
     paired = False
-    if any(reading.result is not None for reading in readings):
+    if len(strategies) > 1 and any(reading.result is not None for reading in readings):
         compared = figures.quality_against_balance(table)
         drawn["outcome"], paired = _json(compared), compared.layout.meta["paired"]
     ranks = figures.rank_loads(experts)

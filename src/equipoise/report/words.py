@@ -208,14 +208,11 @@ def _quality(best: Mapping[str, Any], against: Sequence[Against]) -> Markup:
 
 def _balance(rows: Sequence[Mapping[str, Any]]) -> Markup:
     best, worst = (pick(rows, key=lambda row: row["maxvio_global"]) for pick in (min, max))
-    said = Markup(
-        "<strong>Balance.</strong> {} spreads the test text most evenly: its busiest expert carries {} times the mean "
-        "load (MaxVio {}; sampling alone would show {})."
-    ).format(
-        _name(best),
-        number(1 + best["maxvio_global"], 2),
-        number(best["maxvio_global"], 2),
-        number(best["maxvio_floor"], 2),
+    said = Markup("<strong>Balance.</strong> {} spreads the test text most evenly: its").format(_name(best))
+    if len(rows) == 1:
+        said = Markup("<strong>Balance.</strong> On the test text the")
+    said += Markup(" busiest expert carries {} times the mean load (MaxVio {}; sampling alone would show {}).").format(
+        number(1 + best["maxvio_global"], 2), number(best["maxvio_global"], 2), number(best["maxvio_floor"], 2)
     )
     if worst is best:
         return said
