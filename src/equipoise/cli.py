@@ -393,7 +393,7 @@ def _show_families(asked: Families) -> None:
             f"{row.slot} ({row.slot_held_by})" if row.slot else "-",
             yes(row.group_limits),
             yes(row.hash_layers),
-            yes(row.supported),
+            "without groups" if row.supported and row.group_limits and not row.slot else yes(row.supported),
             yes(row.tested),
             row.reason or "",
         )
