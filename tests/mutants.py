@@ -40,6 +40,7 @@ QUANTILE = "tests/balancers/test_quantile.py"
 SPECIALISATION = "tests/analysis/test_specialisation.py"
 CLAIMS = "tests/reproduce/test_frontier.py"
 SELECTION, COMPARED = "tests/lab/test_selection.py", "tests/lab/test_balancers.py"
+TRAINING, EVALUATION = "tests/lab/test_train.py", "tests/lab/test_evaluate.py"
 ESTIMATES, VERDICTS, POWER = (f"tests/analysis/test_{name}.py" for name in ("statistics", "verdicts", "power"))
 
 PAGE = "tests/report/test_report.py"
@@ -60,6 +61,13 @@ MUTANTS = [
         "    sound = _on(sound, seeds, runs)\n",
         "",
         f"{PAGE} -k not_all_have",
+    ),
+    Mutant(
+        "report: the seeds that a lead needs are those of a single comparison",
+        "report/words.py",
+        "level = 1 - 0.05 / len(against)",
+        "level = 0.95",
+        f"{PAGE} -k price_of_a_lead",
     ),
     Mutant(
         "report: typical tokens of another text",
@@ -159,6 +167,13 @@ MUTANTS = [
         "(more > (-1 if left is None else left))",
         "(more > 0)",
         "tests/test_alerts.py -k in_time",
+    ),
+    Mutant(
+        "alerts: a rate is slow where chance makes an expert busy",
+        "alerts.py",
+        "torch.maximum(3 * floor, torch.full_like(floor, BUSY))",
+        "torch.full_like(floor, BUSY)",
+        "tests/test_alerts.py -k three_times",
     ),
     Mutant(
         "alerts: a run that goes on says them again",
@@ -435,6 +450,13 @@ MUTANTS = [
         'while isinstance(inside._modules.get("base_layer"), nn.Module):',
         "while False:",
         f"{PEFT} -k that_are_trained",
+    ),
+    Mutant(
+        "under the Trainer a state is saved within a step",
+        "integrations/trainer.py",
+        "if self._training and not self._has_open_window():",
+        "if self._training:",
+        f"{TRAINER} -k within_a_step",
     ),
     Mutant(
         "84: offsets that moved are not saved beside the adapter",
@@ -946,6 +968,90 @@ MUTANTS = [
         "        if strategy != self.strategy:\n            self.balance.detach()",
         "        if False:\n            self.balance.detach()",
         "tests/lab/test_switch.py -k before_at_or_after",
+    ),
+    Mutant(
+        "lab: a short last batch of an evaluation weighs as a full one",
+        "lab/evaluate.py",
+        "batch.to(device))) * len(batch)",
+        "batch.to(device))) * sequences",
+        f"{EVALUATION} -k means_over_its_tokens",
+    ),
+    Mutant(
+        "lab: the floor of MaxVio is that of one expert a token",
+        "lab/evaluate.py",
+        "metrics.sampling_floor(tokens, k, layer.shape[-1])",
+        "metrics.sampling_floor(tokens, 1, layer.shape[-1])",
+        f"{EVALUATION} -k 'domain_and_layer and glm4_moe'",
+    ),
+    Mutant(
+        "lab: domain information is that of one layer",
+        "lab/evaluate.py",
+        "[metrics.domain_information(x) for x in layers]).mean()",
+        "[metrics.domain_information(x) for x in layers]).max()",
+        f"{EVALUATION} -k 'domain_and_layer and glm4_moe'",
+    ),
+    Mutant(
+        "lab: bits per byte are a mean over the domains",
+        "lab/evaluate.py",
+        "nats_sum / bytes_sum / math.log(2)",
+        'sum(row["bits_per_byte"] for row in domains.values()) / len(domains)',
+        f"{TRAINING} -k bits_per_byte",
+    ),
+    Mutant(
+        "lab: a result is of the last step, not of the last tenth",
+        "lab/run_folder.py",
+        "[-max(1, config.steps // 10) :]",
+        "[-1:]",
+        f"{TRAINING} -k whole_run_folder",
+    ),
+    Mutant(
+        "lab: a result is twice as fast as its steps",
+        "lab/run_folder.py",
+        '"tokens_per_second": self.tokens_per_step / statistics',
+        '"tokens_per_second": 2 * self.tokens_per_step / statistics',
+        f"{TRAINING} -k whole_run_folder",
+    ),
+    Mutant(
+        "lab: a step is shown twice as fast as it is",
+        "lab/run_folder.py",
+        "self.watcher.step(shown, self.tokens_per_step",
+        "self.watcher.step(shown, 2 * self.tokens_per_step",
+        f"{TRAINING} -k whole_run_folder",
+    ),
+    Mutant(
+        "lab: tokens are those before the step",
+        "lab/train.py",
+        "(step + 1) * self.folder.tokens_per_step",
+        "step * self.folder.tokens_per_step",
+        f"{TRAINING} -k whole_run_folder",
+    ),
+    Mutant(
+        "lab: the recorded balancing loss is a sum over the micro-batches",
+        "lab/train.py",
+        "float(balancing) / len(window)",
+        "float(balancing)",
+        f"{TRAINING} -k recorded_balancing_loss",
+    ),
+    Mutant(
+        "lab: vectors decay",
+        "lab/train.py",
+        '{"params": other, "weight_decay": 0.0}',
+        '{"params": other, "weight_decay": config.weight_decay}',
+        f"{TRAINING} -k weights_decay",
+    ),
+    Mutant(
+        "lab: a checkpoint is saved before the records that it stands on",
+        "lab/train.py",
+        "                ranks.first(self.folder.sync)\n",
+        "",
+        f"{TRAINING} -k on_the_disk",
+    ),
+    Mutant(
+        "lab: a script is that of the end of a text",
+        "lab/levels.py",
+        "text[:LOOKED_AT]",
+        "text[-LOOKED_AT:]",
+        "tests/lab/test_levels.py -k most_letters",
     ),
     # and ours
     Mutant(
@@ -1667,6 +1773,20 @@ MUTANTS = [
         "one = counted[:, None].expand_as(expert_ids)",
         "one = torch.ones_like(expert_ids)",
         "tests/experts/test_watch.py -k loop",
+    ),
+    Mutant(
+        "audit: padding is counted where tokens are told apart",
+        "experts/watch.py",
+        "(vocabulary[places] == forward.input_ids).long() * counted",
+        "(vocabulary[places] == forward.input_ids).long()",
+        "tests/experts/test_watch.py -k loop",
+    ),
+    Mutant(
+        "audit: a short last batch weighs as a full one",
+        "audit/run.py",
+        "losses.pop() * len(part)\n                        num_rows, done = num_rows + len(part),",
+        "losses.pop() * batch\n                        num_rows, done = num_rows + batch,",
+        "tests/audit/test_run.py -k models_own",
     ),
     Mutant(
         "audit: tokens of another id are counted for the next one in the vocabulary",

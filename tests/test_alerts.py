@@ -156,6 +156,14 @@ def test_what_chance_gives_is_not_slow():
     assert [alert for load in draws for alert in alerts.see({"a": load})] == []
 
 
+def test_a_busy_expert_is_slow_above_three_times_what_chance_gives():
+    """MaxVio 16/7 - 1 = 1.29; chance gives 256 experts 2.83 sqrt(255 / assignments of 20 windows): three times that is
+    1.43 of 448 a window, 0.45 of ten times as many."""
+    load = torch.tensor([4] + [2] * 189 + [1] * 66)
+    assert told(Alerts(), [load] * 240) == []
+    assert told(Alerts(), [10 * load] * 240) == [(200, "slow rate", False)]
+
+
 # ---- nan ----
 
 

@@ -57,9 +57,17 @@ def test_every_domain_gives_its_share_of_the_tokens(model, text):
 
 
 def test_the_loss_is_the_models_own(model, text):
-    found, _ = _audit(model, text, tokens=256, batch=1)
-    again, _ = _audit(model, text, tokens=256, batch=4)
-    assert found.nats == pytest.approx(again.nats, rel=1e-5)
+    rows = []
+    hook = model.register_forward_pre_hook(
+        lambda module, args, given: rows.append(given["input_ids"]), with_kwargs=True
+    )
+    found, _ = _audit(model, text, tokens=448, batch=1)
+    hook.remove()
+    again, _ = _audit(model, text, tokens=448, batch=4)  # seven rows of a domain: four and three
+    with torch.no_grad():
+        losses = [float(model(input_ids=row, labels=row).loss) for row in rows]
+    assert found.nats == pytest.approx({"law": sum(losses[:7]) / 7, "verse": sum(losses[7:]) / 7}, rel=1e-5)
+    assert again.nats == pytest.approx(found.nats, rel=1e-5) and len(rows) == 14
     assert all(2 < value < 6 for value in found.nats.values())
     assert torch.equal(found.watched.layers[0].load, again.watched.layers[0].load)
 

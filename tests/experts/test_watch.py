@@ -44,7 +44,9 @@ def test_every_sum_equals_a_loop_over_tokens(family):
     mask = torch.ones(2, 9, dtype=torch.int64)
     mask[0, :4] = 0
     vocabulary = [5, 17, 40, 63]
-    batches = [(0, _ids(1), None), (1, _ids(2), mask), (0, _ids(3), None)]
+    padded = _ids(2)
+    padded[0, :4] = torch.tensor([5, 17, 40, 63])  # padding is left out, whatever its token ids
+    batches = [(0, _ids(1), None), (1, padded, mask), (0, _ids(3), None)]
     with torch.no_grad(), watching(model, DOMAINS, vocabulary) as watched:
         for watched.domain, ids, attention in batches:
             model(input_ids=ids, attention_mask=attention)

@@ -433,6 +433,22 @@ def test_a_checkpoint_without_our_state_is_refused_unless_asked(tmp_path):
     assert callback.balance.state_dict()["num_windows"] == 2
 
 
+def test_what_is_saved_within_a_step_holds_no_state_of_the_balancing(tmp_path):
+    """A micro-batch of it is counted already, so a training cannot go on from there; the offsets are whole."""
+    model, data = family("qwen3_moe"), rows(8)
+
+    class Saves(TrainerCallback):
+        def on_substep_end(self, args, state, control, **kwargs):
+            model.save_pretrained(tmp_path / "within")
+
+        def on_step_end(self, args, state, control, **kwargs):
+            model.save_pretrained(tmp_path / "after")
+
+    train(model, data, [EquipoiseCallback(OFFSETS), Saves()])
+    assert (tmp_path / "within" / OFFSETS_FILE).exists() and not (tmp_path / "within" / STATE_FILE).exists()
+    assert (tmp_path / "after" / STATE_FILE).exists()
+
+
 class Worse(Trainer):
     """Finds every evaluation after the first worse than it."""
 

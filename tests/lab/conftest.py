@@ -57,7 +57,7 @@ class Silent:
     """A watcher that remembers, and may stop a run after a step."""
 
     def __init__(self, stop_after=None):
-        self.said, self.rows, self.stop_after = [], [], stop_after
+        self.said, self.rows, self.speeds, self.stop_after = [], [], [], stop_after
 
     def say(self, text):
         self.said.append(text)
@@ -67,6 +67,7 @@ class Silent:
 
     def step(self, row, tokens_per_second):
         self.rows.append(row)
+        self.speeds.append(tokens_per_second)
         if row["step"] == self.stop_after:
             raise KeyboardInterrupt
 

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import reference
 from tokenizers import Tokenizer
 
 from equipoise.lab.config import ARCHITECTURES
@@ -36,19 +37,26 @@ def test_evaluations_hold_scores_and_shares_by_domain_and_layer(tiny, silent, ar
             for layer in range(2)
         ]
         assert row["max_domain_share"] == pytest.approx(sum(shares) / 2, rel=1e-12)
+        bits = [
+            reference.domain_information([domain["load"][layer] for domain in row["domains"].values()])
+            for layer in range(2)
+        ]
+        assert row["domain_information_bits"] == pytest.approx(sum(bits) / 2, abs=1e-12) != max(bits)
+        assert row["maxvio_floor"] == pytest.approx(reference.sampling_floor(3 * 8 * 16, 2, 4), rel=1e-5)
     last = json.loads((config.out / "result.json").read_text())
     for name in ("topk_score_sum", "max_domain_share"):
         assert result[name] == last[name] == rows[-1][name]
 
 
-def test_the_score_sum_of_an_evaluation_is_a_mean_over_its_tokens(tiny, silent, tmp_path):
+def test_the_score_sum_and_the_loss_of_an_evaluation_are_means_over_its_tokens(tiny, silent, tmp_path):
     """Whatever the batches: eight sequences of a domain as four batches, as three of unequal size, as one."""
     found = []
     for sequences in (2, 3, 8):
         options = {"strategy": "none", "steps": 1, "learning_rate": 1e-9, "save_model": False}  # weights stay the same
         config = tiny(out=tmp_path / str(sequences), sequences=sequences, **options)
         train(config, silent())
-        found.append(_rows(config.out, "evaluations")[-1]["topk_score_sum"])
+        row = _rows(config.out, "evaluations")[-1]
+        found.append([row["topk_score_sum"], *(domain["nats"] for domain in row["domains"].values())])
     assert found == [pytest.approx(found[0], rel=1e-5)] * 3
 
 

@@ -12,6 +12,7 @@ from equipoise.lab.text import CORPUS, find_text, stream_text
 def test_script_is_that_of_most_letters():
     assert script_of("Marseille 12") == "Latin" and script_of("床前明月光 abc") == "Han"
     assert script_of("12 + 3") == "none" and script_of("москва") == "Cyrillic" and script_of("") == "none"
+    assert script_of("a" * 20_000 + "月" * 30_000) == "Latin", "the first 20,000 characters are looked at"
 
 
 def test_the_corpus_has_scripts_and_languages():

@@ -36,30 +36,34 @@ def _rows(folder, log="steps"):
 
 
 def test_train_writes_a_whole_run_folder(tiny, silent):
-    config, watcher = tiny(evaluate_every=5), silent()
+    config, watcher = tiny(steps=20, evaluate_every=8), silent()
     result = train(config, watcher)
     run = Run(config.out)
     assert run.complete
     assert run.result == result
     assert set(KEYS) <= set(result)
     steps, loads = list(run.rows("steps")), list(run.rows("loads"))
-    assert [row["step"] for row in steps] == list(range(1, 13)) == [row["step"] for row in loads]
+    assert [row["step"] for row in steps] == list(range(1, 21)) == [row["step"] for row in loads]
+    assert [row["tokens"] for row in steps] == [96 * step for step in range(1, 21)]
     assert all(sum(layer) == 3 * 2 * 16 * 2 for row in loads for layer in row["load"])  # micro x sequences x length x k
     assert steps[-1]["loss"] < steps[0]["loss"]
-    assert result["tokens"] == 12 * 96
-    assert result["maxvio_batch"] == steps[-1]["maxvio_batch"]  # a tenth of 12 steps is one
-    assert result["maxvio_micro"] == steps[-1]["maxvio_micro"] > result["maxvio_batch"]
-    assert result["train_nats"] == steps[-1]["loss"]
+    assert result["tokens"] == 20 * 96
+    for name, of_step in (("maxvio_batch", "maxvio_batch"), ("maxvio_micro", "maxvio_micro"), ("train_nats", "loss")):
+        assert result[name] == pytest.approx((steps[18][of_step] + steps[19][of_step]) / 2, rel=1e-12)  # the last tenth
+    assert steps[18]["loss"] != steps[19]["loss"]
+    assert result["maxvio_micro"] > result["maxvio_batch"]
+    seconds = sorted(row["seconds"] for row in steps)
+    assert result["tokens_per_second"] == pytest.approx(96 / ((seconds[9] + seconds[10]) / 2)) == watcher.speeds[-1]
     evaluations = list(run.rows("evaluations"))
     assert [(row["step"], row["split"]) for row in evaluations] == [
-        (5, "selection"),
-        (10, "selection"),
-        (12, "selection"),
-        (12, "test"),
+        (8, "selection"),
+        (16, "selection"),
+        (20, "selection"),
+        (20, "test"),
     ]
     assert result["selection_nats"] == evaluations[2]["val_nats"] != result["val_nats"] == evaluations[3]["val_nats"]
     assert result["selection_maxvio"] == evaluations[2]["maxvio_global"]
-    assert len(watcher.rows) == 12
+    assert len(watcher.rows) == 20
     assert not (config.out / "checkpoints").exists()
     assert run.config["layers"] == ["model.layers.0.mlp.gate"]
     assert run.config["num_active_parameters"] < run.config["num_parameters"]
@@ -91,6 +95,39 @@ def test_two_runs_of_the_same_options_are_the_same_bit_for_bit(tiny, silent, tmp
     assert _without_times(first) == _without_times(second)
     for log in ("steps", "loads", "evaluations"):
         assert _rows(tmp_path / "a", log) == _rows(tmp_path / "b", log)
+
+
+def test_the_recorded_balancing_loss_is_the_mean_of_the_micro_batches(tiny, silent):
+    """Where a token takes all experts the loss of a layer is 1: here of two layers, times 0.25."""
+    config = tiny(strategy="lbl:scope=micro_batch,coefficient=0.25", experts_per_token=4, layers=2, steps=1)
+    train(config, silent())
+    assert _rows(config.out)[0]["balancing_loss"] == pytest.approx(0.5)
+
+
+def test_weights_decay_that_are_matrices(tiny, silent):
+    found = training._Training(tiny(weight_decay=0.25), silent(), "")
+    decay = {p: group["weight_decay"] for group in found.optimizer.param_groups for p in group["params"]}
+    weights = dict(found.model.named_parameters())
+    assert {name: decay[p] for name, p in weights.items()} == {
+        name: 0.25 * (p.dim() > 1) for name, p in weights.items()
+    }
+    assert set(decay.values()) == {0.25, 0.0}
+
+
+def test_the_records_of_a_step_are_on_the_disk_before_its_checkpoint_is_saved(tiny, silent, monkeypatch):
+    on_disk, saved = {}, []  # bytes by file
+
+    def fsync(handle):
+        on_disk[os.fstat(handle).st_ino] = os.fstat(handle).st_size
+
+    def save(folder, step, *rest):
+        logs = [(folder.parent / f"{log}.jsonl").stat() for log in ("steps", "loads")]
+        saved.append((step, [on_disk.get(log.st_ino) == log.st_size for log in logs]))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(training.checkpoint, "save", save)
+    train(tiny(save_model=False), silent())
+    assert saved == [(5, [True, True]), (10, [True, True])]
 
 
 @pytest.mark.parametrize("stop_after", [3, 5, 8, 12])
@@ -477,12 +514,15 @@ def test_bits_per_byte_is_by_the_text_that_was_evaluated(tiny, silent):
     from equipoise.lab.data import load_corpus
 
     config = tiny(steps=1, evaluation_sequences=1)
-    result = train(config, silent())
+    result, all_bytes = train(config, silent()), 0
     corpus = load_corpus(config.data, vocab_size=300, sequence_length=16)
     tokenizer = Tokenizer.from_file(str(corpus.tokenizer_file))
     for name, domain in result["domains"].items():
         num_bytes = len(tokenizer.decode(corpus.sequences("test", name, 16)[0].tolist()).encode())
         assert domain["bits_per_byte"] == pytest.approx(domain["nats"] * 16 / num_bytes / math.log(2))
+        all_bytes += num_bytes
+    all_nats = sum(domain["nats"] * 16 for domain in result["domains"].values())
+    assert result["val_bits_per_byte"] == pytest.approx(all_nats / all_bytes / math.log(2)), "domains are pooled"
 
 
 # ---- one process at a time ----

@@ -234,6 +234,15 @@ def test_a_lead_within_the_noise_is_no_win_and_its_price_is_named(tmp_path):
     assert found.against[0].says == "undecided"
 
 
+def test_the_price_of_a_lead_is_that_of_the_family(tmp_path):
+    """The lead on the next is half its standard deviation, of five comparisons: 51 seeds as tabled for 1 %, two-sided;
+    of a single comparison it would be 34, for 5 %."""
+    far = {f"far{number}": [4.0, 4.1, 4.2] for number in range(4)}
+    found = outcome(runs_of(tmp_path, best=[2.0, 2.0, 2.0], next=[1.9, 2.1, 2.3], **far))
+    assert len(found.against) == 5
+    assert "To decide a difference of this size would take about 51 seeds." in said_of(found)[1]
+
+
 def test_some_are_beaten_and_some_not(tmp_path):
     found = outcome(runs_of(tmp_path, b=[2.0, 3.0, 2.5], far=[3.0, 4.0, 3.51], near=[2.1, 2.97, 2.6]))
     assert "b has the lowest loss: lower than that of far; its lead on near may be chance." in said_of(found)[0]
