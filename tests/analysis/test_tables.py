@@ -2,12 +2,14 @@
 
 import json
 
+import numpy as np
 import pyarrow.compute as pc
 import pytest
 
 from equipoise import analysis
+from equipoise.analysis.reading import Experts
 from equipoise.analysis.summary import COLUMNS
-from equipoise.analysis.tables import read_records
+from equipoise.analysis.tables import Records, read_records
 from equipoise.errors import EquipoiseError
 from equipoise.records import Run, write_json
 
@@ -58,6 +60,14 @@ def test_experts_hold_counts_frequency_and_relative_load(tmp_path):
         (1, 3, 2, 1.5, 1.5),
     ]
     assert sum(table["load"].to_pylist()) == sum(sum(map(sum, load)) for load in LOAD.values())
+
+
+def test_a_frequency_is_of_tokens_where_layers_choose_unlike_many(monkeypatch):
+    load = [np.array([[75, 25]]), np.array([[100, 100]])]  # 100 tokens, k = 1 and 2
+    model = Experts("m", "m", None, None, ["a", "b"], ["prose"], 1, load, [], [])
+    monkeypatch.setattr(Records, "models", [model])
+    rows = Records((), {}, ()).experts().to_pylist()
+    assert [(row["tokens"], row["frequency"]) for row in rows] == [(100, 0.75), (100, 0.25), (100, 1.0), (100, 1.0)]
 
 
 def test_domains_have_their_loss(tmp_path):

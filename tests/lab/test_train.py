@@ -9,6 +9,7 @@ import time
 
 import pytest
 import safetensors.torch
+import shrunken
 import torch
 from tokenizers import Tokenizer
 
@@ -590,3 +591,16 @@ def test_a_complete_run_says_that_it_has_no_model(tiny, silent):
     watcher = silent()
     train(tiny(resume=True), watcher)
     assert any("was trained with --no-save-model: no model is there to be saved" in said for said in watcher.said)
+
+
+def test_k_is_that_of_the_routers_and_of_all_layers(tiny, silent, tmp_path):
+    """A config may give a list, or have another name for it."""
+    config = shrunken.build("hunyuan_v1_moe").config
+    config.vocab_size, config.num_hidden_layers = 300, 2
+    for name, k in (("same", [2, 2]), ("mixed", [1, 2])):
+        config.moe_topk = k
+        config.save_pretrained(tmp_path / name)
+    run = training._Training(tiny(model=tmp_path / "same", steps=1, strategy="lbl"), silent(), "")
+    assert (run.k, run.num_experts) == (2, 8) and run.run()["val_nats"] > 0
+    with pytest.raises(UsageError, match="as many of as many experts in every layer: .* with 1 of 8, 2 of 8"):
+        training._Training(tiny(model=tmp_path / "mixed", strategy="lbl", out=tmp_path / "b"), silent(), "")
