@@ -523,7 +523,7 @@ def main(arguments: list[str] | None = None) -> None:
         _leave(1)
     except OSError as error:
         what = f"files must be there to read and write: {error}. Mend that"
-        what += "; --resume goes on with what was begun." if arguments[0] in ("train", "compare") else "."
+        what += "; --resume goes on with what was begun." if arguments[:1] in (["train"], ["compare"]) else "."
         _fail(error, what, 1)
     except KeyboardInterrupt as stop:
         if _rank() == 0:

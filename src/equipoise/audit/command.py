@@ -115,7 +115,7 @@ def _trained_on(asked: Audit, tokens: dict[str, int]) -> list[str]:
     """What to know of the text of a run that was trained on the same."""
     try:
         trained_on = json.loads((asked.model / "config.json").read_text(encoding="utf-8")).get("data")
-    except (OSError, ValueError):
+    except (OSError, ValueError, AttributeError):
         return []
     share = min(HELD_OUT_TOKENS, asked.tokens // len(tokens) // asked.sequence_length * asked.sequence_length)
     if trained_on != asked.data or all(share <= number <= HELD_OUT_TOKENS for number in tokens.values()):
