@@ -10,26 +10,24 @@ import equipoise
 
 if len(sys.argv) < 3:
     sys.exit(__doc__)
-model_folder, text, steps = sys.argv[1], Path(sys.argv[2]), int((sys.argv[3:] or ["60"])[0])
-tokenizer = transformers.AutoTokenizer.from_pretrained(model_folder)
-model = transformers.AutoModelForCausalLM.from_pretrained(model_folder).train()
+folder, text, steps = sys.argv[1], Path(sys.argv[2]), int((sys.argv[3:] or ["60"])[0])
+tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+model = transformers.AutoModelForCausalLM.from_pretrained(folder).train()
 optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)
 balance = equipoise.attach(model, "loss-free:rate=1e-3+lbl:scope=global_batch,coefficient=1e-3")
 print(*balance.notes(steps), sep="\n")
 
 ids = torch.tensor(tokenizer(text.read_text(encoding="utf-8"))["input_ids"])
-rows = ids[: len(ids) // 128 * 128].view(-1, 128)
+rows = torch.stack(ids.split(128)[:-1])
 for step in range(steps):
     losses = []
-    for _ in range(4):  # micro-batches of a step
-        micro_batch = rows[torch.randint(len(rows), (8,))]
+    for micro_batch in rows[torch.randint(len(rows), (4, 8))]:  # of a step
         losses.append(model(input_ids=micro_batch, labels=micro_batch).loss + balance.loss())
     (sum(losses) / 4).backward()
     optimizer.step()
     optimizer.zero_grad()
     balance.step()
-    loss = sum(loss.item() for loss in losses) / 4
-    print(f"step {step + 1}: loss {loss:.3f}, MaxVio {balance.metrics()['maxvio_batch']:.2f}")
+    print(f"step {step + 1}: loss {sum(losses).item() / 4:.3f}, MaxVio {balance.metrics()['maxvio_batch']:.2f}")
 
 tokenizer.save_pretrained("runs/tuned")
 model.save_pretrained("runs/tuned")  # a family with a slot keeps its offsets there, in float32

@@ -41,6 +41,10 @@ def test_fine_tuning_with_the_trainer(base, tmp_path):
 
 def test_fine_tuning_in_a_loop_of_ones_own(base, tmp_path):
     shown = _run(EXAMPLES / "finetune_loop.py", *base, 2, cwd=tmp_path)
-    assert [line.split(":")[0] for line in shown.splitlines()] == ["step 1", "step 2"]
+    note, *steps = shown.splitlines()
+    assert note.startswith("In 2 steps at rate 0.001") and [line.split(":")[0] for line in steps] == [
+        "step 1",
+        "step 2",
+    ]
     assert (tmp_path / "runs" / "tuned" / "model.safetensors").exists()
     assert len((EXAMPLES / "finetune_loop.py").read_text().splitlines()) <= 34

@@ -71,10 +71,12 @@ def complete_result(config: Train, watcher: Watcher) -> dict[str, Any] | None:
 class _Hold:
     """Refuses a folder in which another process trains, and keeps others out until it is released or gone."""
 
+    handle: int | None = None
+
     def __init__(self, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / LOCK
-        self.handle: int | None = os.open(self.path, os.O_RDWR | os.O_CREAT)
+        self.handle = os.open(self.path, os.O_RDWR | os.O_CREAT)
         try:
             import fcntl
 
