@@ -476,8 +476,8 @@ MUTANTS = [
     Mutant(
         "1: the global loss is weaker by the number of micro-batches",
         "recorder.py",
-        "torch.ones_like(total) * factor",
-        "torch.ones_like(total) * factor / len(self.window.micro_batches)",
+        "balancer.score_gradient(routing, load, balancer.coefficient * factor)",
+        "balancer.score_gradient(routing, load, balancer.coefficient * factor / len(self.window.micro_batches))",
         f"{BALANCE} -k 'factor or uneven'",
     ),
     Mutant(
@@ -490,15 +490,29 @@ MUTANTS = [
     Mutant(
         "8: the coefficient is never applied",
         "recorder.py",
+        "balancer.score_gradient(routing, load, balancer.coefficient * factor)",
+        "balancer.score_gradient(routing, load, factor)",
+        f"{BALANCE} -k uneven",
+    ),
+    Mutant(
+        "8: the coefficient of a loss that autograd differentiates is never applied",
+        "recorder.py",
         "total = total + balancer.coefficient * balancer.loss(routing, load)",
         "total = total + balancer.loss(routing, load)",
-        f"{BALANCE} -k uneven",
+        f"{BALANCE} -k own_loss",
+    ),
+    Mutant(
+        "9: the factor of a loss that autograd differentiates is ignored",
+        "recorder.py",
+        "torch.ones_like(total) * factor",
+        "torch.ones_like(total)",
+        f"{BALANCE} -k own_loss",
     ),
     Mutant(
         "9: the factor that the loss was given is ignored",
         "recorder.py",
-        "torch.ones_like(total) * factor",
-        "torch.ones_like(total)",
+        "balancer.score_gradient(routing, load, balancer.coefficient * factor)",
+        "balancer.score_gradient(routing, load, balancer.coefficient)",
         f"{BALANCE} -k factor",
     ),
     Mutant(

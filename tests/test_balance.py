@@ -414,6 +414,18 @@ def test_the_factor_of_the_loss_reaches_the_router(factor):
         assert_close(scaled[name], plain[name] * factor, rtol=1e-5, atol=1e-6 * factor)
 
 
+def test_an_own_loss_that_autograd_differentiates_has_its_coefficient_and_factor():
+    """The z-loss: its part of the gradient is linear in both."""
+    without, whole = _one_gradient("none"), _one_gradient("z:coefficient=0.5")
+    half, scaled = _one_gradient("z:coefficient=0.25"), _one_gradient("z:coefficient=0.5", 1 / 4)
+    for name in NAMES:
+        name = f"{name}.weight"
+        part = whole[name] - without[name]
+        assert part.norm() > 1e-3
+        assert_close(half[name] - without[name], part / 2, rtol=1e-4, atol=1e-6)
+        assert_close(scaled[name], whole[name] / 4, rtol=1e-5, atol=1e-7)
+
+
 def test_a_float64_model_has_a_float64_factor():
     """Design, section 6: 1e-12 in float64. 1/3 in float32 is off by 1e-8."""
 
