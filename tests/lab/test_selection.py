@@ -172,6 +172,7 @@ def test_a_router_that_is_called_by_itself_is_the_familys_own(model):
         balance.detach()
     model(input_ids=_ids(), use_cache=False)
     assert router._selection.token_ids is None, "the experts took what the router left"
+    assert torch.equal(router(hidden)[2].sort().values, expected.T.topk(2).indices.sort().values), "after a forward too"
 
 
 # ---- Sinkhorn and hash ----
