@@ -1953,7 +1953,7 @@ MUTANTS = [
     Mutant(
         "export-check: factors are judged by a slot of zeros",
         "export.py",
-        "if router.slot is not None and not beside:",
+        "if router.slot is not None and not held.promised and not unnamed:",
         "if router.slot is not None:",
         "tests/test_export.py -k factors",
     ),
@@ -1981,7 +1981,7 @@ MUTANTS = [
     Mutant(
         "lab: settling takes random numbers",
         "lab/train.py",
-        "with torch.random.fork_rng(), self.balance.paused(), autocast:",
+        "with torch.random.fork_rng(devices), self.balance.paused(), autocast:",
         "with self.balance.paused(), autocast:",
         f"{TRAINING} -k settling",
     ),

@@ -119,6 +119,15 @@ def test_factors_are_judged_by_their_file_whatever_the_slot(tmp_path, family):
     assert not check_export(tmp_path).survived
 
 
+def test_a_slot_counts_where_a_file_of_added_offsets_lies_beside_that_nothing_names(tmp_path):
+    offsets = _saved(tmp_path)
+    save_file(offsets, tmp_path / OFFSETS_FILE)
+    found = check_export(tmp_path)
+    assert found.survived and {layer.verdict for layer in found.layers} == {"kept"}
+    save_file(offsets, tmp_path / OFFSETS_FILE, {"multiplies": "true"})
+    assert not check_export(tmp_path).survived  # such ones are in no slot
+
+
 @pytest.mark.parametrize(("value", "verdict", "survived"), [(float("nan"), "not finite", False), (0.0, "zero", True)])
 def test_a_bias_that_is_nothing(tmp_path, value, verdict, survived):
     _saved(tmp_path)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from equipoise.errors import EquipoiseError, UsageError
 from equipoise.routing import route, score
-from equipoise.saved import OFFSETS_FILE, model_folder, models_in, read_offsets
+from equipoise.saved import OFFSETS_FILE, frozen_strategy, model_folder, models_in, read_offsets
 from equipoise.taps.families import FoundRouter, find_routers, plain_name
 
 __all__ = ["ExportCheck", "LayerCheck", "check_export"]
@@ -96,14 +96,13 @@ def check_export(folder: str | Path) -> ExportCheck:
     routers = find_routers(model)
     names = {module: plain_name(name) for name, module in model.named_modules()}
     layers = []
-    multiplies = held.offsets is not None and held.multiplies
     for router in routers:
-        beside = held.offsets is not None or held.promised
-        if router.slot is not None and not beside:
+        unnamed = held.offsets is not None and (router.slot is None or held.multiplies)  # else the slot is what counts
+        if router.slot is not None and not held.promised and not unnamed:
             key = f"{names[router.slot.holder]}.{router.slot.name}".lstrip(".")
             layers.append(_check(router, held.get(key), held.weight_of(router)))
-        elif beside:
-            layer = _check(router, (held.offsets or {}).get(router.name), held.weight_of(router), multiplies)
+        elif held.promised or unnamed:
+            layer = _check(router, (held.offsets or {}).get(router.name), held.weight_of(router), held.multiplies)
             named = held.promised or layer.verdict != "kept"
             layers.append(layer if named else replace(layer, verdict="not named"))
     return ExportCheck(str(folder), str(model.config.model_type), tuple(layers), tuple(_notes(layers, routers, held)))
@@ -283,8 +282,7 @@ def _notes(layers: list[LayerCheck], routers: list[FoundRouter], held: _Checkpoi
             f"{better if max(centred) < max(shares) else ''}. Load it in float32."
         )
     if layers and held.offsets is not None:
-        strategy = "frozen:multiplies=true" if held.multiplies else "frozen"
         yield (
             f"{OFFSETS_FILE} lies beside the weights: plain Transformers and engines route without these offsets; "
-            f'equipoise.attach(model, "{strategy}", offsets=CHECKPOINT) routes with them.'
+            f'equipoise.attach(model, "{frozen_strategy(held.multiplies)}", offsets=CHECKPOINT) routes with them.'
         )

@@ -62,9 +62,9 @@ def read_offsets(place: str | os.PathLike[str]) -> tuple[dict[str, Tensor], bool
         raise EquipoiseError(f"{path} must be safetensors: {error}. The file is damaged; save it again.") from None
 
 
-def frozen_strategy(place: str | os.PathLike[str]) -> str:
-    """The strategy that routes with saved offsets and moves nothing."""
-    return "frozen:multiplies=true" if read_offsets(place)[1] else "frozen"
+def frozen_strategy(multiplies: bool) -> str:
+    """The strategy that routes with such offsets and moves nothing."""
+    return "frozen:multiplies=true" if multiplies else "frozen"
 
 
 def names_offsets(model: nn.Module) -> bool:

@@ -13,7 +13,7 @@ from equipoise.experts.result import RESULT, Audited, summarise
 from equipoise.lab.levels import levels_of
 from equipoise.lab.text import HELD_OUT_TOKENS
 from equipoise.records import write_json
-from equipoise.saved import OFFSETS_FILE, frozen_strategy, model_folder
+from equipoise.saved import OFFSETS_FILE, frozen_strategy, model_folder, read_offsets
 
 __all__ = ["RESULT", "audit", "load_tokenizer", "table_rows"]
 
@@ -51,7 +51,7 @@ def _audit(asked: Audit, progress: Progress, command: str, there: dict[str, Any]
         raise UsageError(f"MODEL must have weights: {folder} has none. Give the folder of a saved model.")
     notes = list(opened.notes)
     if (folder / OFFSETS_FILE).exists():
-        attach(opened.model, frozen_strategy(folder), offsets=folder)
+        attach(opened.model, frozen_strategy(read_offsets(folder)[1]), offsets=folder)
         notes.append(f"routed with the offsets of {OFFSETS_FILE}, as it was trained")
     tokenizer = load_tokenizer(folder)
 

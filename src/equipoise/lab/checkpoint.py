@@ -29,7 +29,7 @@ from equipoise.lab.data import end_of_text
 from equipoise.lab.ranks import ALONE, Ranks
 from equipoise.lab.wrappers import state_to_save
 from equipoise.records import write_json
-from equipoise.saved import frozen_strategy
+from equipoise.saved import frozen_strategy, read_offsets
 
 __all__ = ["load_newest", "save", "save_model"]
 
@@ -220,8 +220,8 @@ def _write_model(
     PreTrainedTokenizerFast(tokenizer_file=str(tokenizer_file), eos_token=end).save_pretrained(aside)
     if balance.save_offsets(aside) is None:
         return None
-    strategy = frozen_strategy(aside)
-    what = "offsets" if strategy == "frozen" else "factors on its scores"
+    multiplies = read_offsets(aside)[1]
+    what, strategy = "factors on its scores" if multiplies else "offsets", frozen_strategy(multiplies)
     return (
         f"{model.config.model_type} has no slot for {what}: plain Transformers routes {folder} without them; "
         f'equipoise.attach(model, "{strategy}", offsets="{folder}") routes with them.'

@@ -94,12 +94,14 @@ class _Hold:
     def release(self) -> None:
         if self.handle is not None:
             self.path.unlink(missing_ok=True)
-            self.__del__()
+        self._close()
 
-    def __del__(self) -> None:
+    def _close(self) -> None:
         if self.handle is not None:
             os.close(self.handle)
             self.handle = None
+
+    __del__ = _close
 
 
 def asked(config: Train) -> dict[str, Any]:

@@ -307,7 +307,8 @@ class _Training:
         ranks are summed the layout decides the rounding: so a run that goes on rounds as one that never stopped."""
         ids = self.batches.window(0)[0].input_ids.to(self.device)
         autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast)
-        with torch.random.fork_rng(), self.balance.paused(), autocast:  # dropout takes no number that a step would have
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), self.balance.paused(), autocast:  # no number that a step would have taken
             loss = language_model_loss(self.model, ids)
         loss.backward()
         self.optimizer.zero_grad(set_to_none=True)
