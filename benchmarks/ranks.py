@@ -1,6 +1,6 @@
 """What does balancing cost on many ranks? Step time with and without it, and how its local part grows.
 
-    python benchmarks/ranks.py            # measures, stores benchmarks/results/ranks.json, writes it into docs/scale.md
+    python benchmarks/ranks.py            # measures, stores results/ranks.json, writes docs/scale.md and docs/speed.md
     python benchmarks/ranks.py --check    # the tables of docs/scale.md are the stored result's
 
 Step time: gloo ranks on this machine, one thread each, train the lab's default model under DistributedDataParallel.
@@ -27,6 +27,7 @@ from typing import Any
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: its threads shall not spin where cores are shared
 
+import speed
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -224,6 +225,7 @@ def main() -> None:
     stored = measure(arguments)
     write_json(STORED, stored)
     PAGE.write_text(page(stored))
+    speed.write()
     print(tables(stored))
 
 

@@ -638,16 +638,19 @@ def results() -> dict[str, dict[str, Any]]:
     return {question: read_json(RESULTS / f"{question}.json") for question in QUESTIONS}
 
 
+def write() -> None:
+    PAGE.write_text(page(results()))
+    print(f"wrote {PAGE.relative_to(ROOT)}")
+
+
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--check", action="store_true", help="only compare docs/speed.md with the stored results")
-    made = page(results())
     if options.parse_args().check:
-        if made != PAGE.read_text():
+        if page(results()) != PAGE.read_text():
             sys.exit("docs/speed.md must be what benchmarks/speed.py makes of benchmarks/results: it is not.")
         return
-    PAGE.write_text(made)
-    print(f"wrote {PAGE.relative_to(ROOT)}")
+    write()
 
 
 if __name__ == "__main__":
