@@ -554,8 +554,8 @@ MUTANTS = [
     Mutant(
         "closed form: the gradient forgets that scores are normalised",
         "balancers/load_balancing.py",
-        "return (slope - mean.div_(total)).div_(total)",
-        "return (slope - mean).div_(total)",
+        "found = (slope - mean.div_(total)).div_(total)",
+        "found = (slope - mean).div_(total)",
         LOSS,
     ),
     Mutant(
@@ -682,16 +682,37 @@ MUTANTS = [
     Mutant(
         "42, 44: padding is counted",
         "load.py",
-        "            unmasked = mask.long()",
+        "            unmasked = (mask != 0).long()",
         "            unmasked = torch.ones_like(mask).long()",
         f"{BALANCE} -k padding",
     ),
     Mutant(
         "42: padding is in the loss",
         "balancers/load_balancing.py",
-        "return p if routing.mask is None else p * routing.mask.to(p.dtype)[:, None]",
+        "return p if routing.mask is None else p.masked_fill((routing.mask == 0)[:, None], 0)",
         "return p",
         LOSS,
+    ),
+    Mutant(
+        "42: padding gets the gradient of the loss",
+        "balancers/load_balancing.py",
+        "return found if masked is None else found.masked_fill_(masked, 0)",
+        "return found",
+        LOSS,
+    ),
+    Mutant(
+        "42: padding that overflowed spoils the z-loss",
+        "balancers/z_loss.py",
+        "squares.masked_fill(masked, 0).sum()",
+        "(squares * ~masked).sum()",
+        "tests/balancers/test_z_loss.py",
+    ),
+    Mutant(
+        "93: shares are taken for counts",
+        "metrics.py",
+        "    if load.is_floating_point():\n        raise",
+        "    if False:\n        raise",
+        "tests/test_metrics.py -k domains",
     ),
     Mutant(
         "43: packed sequences are one",
@@ -710,8 +731,8 @@ MUTANTS = [
     Mutant(
         "49: an empty micro-batch divides by nothing",
         "balancers/load_balancing.py",
-        "return routing.mask.sum().clamp_min(1).to(routing.scores.dtype)",
-        "return routing.mask.sum().to(routing.scores.dtype)",
+        "return (routing.mask != 0).sum().clamp_min(1).to(routing.scores.dtype)",
+        "return (routing.mask != 0).sum().to(routing.scores.dtype)",
         LOSS,
     ),
     # E. ranks

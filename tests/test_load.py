@@ -4,7 +4,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from equipoise import expert_load, route, sequence_load
+from equipoise import expert_load, load_balancing_loss, route, sequence_load
+from equipoise.load import Layout
 
 
 def _ids(tokens, experts, k, seed=0):
@@ -88,3 +89,22 @@ def test_sequence_load_equals_the_reference():
 def test_sequence_load_refuses_a_routing_without_sequences():
     with pytest.raises(ValueError, match=r"which token belongs to which sequence.*token_mask\(mask, sequence_ids\)"):
         sequence_load(_routing())
+
+
+@pytest.mark.parametrize(("length", "num_sequences"), [(12, 0), (11, 4)])
+def test_sequence_load_refuses_ids_that_do_not_fit(length, num_sequences):
+    with pytest.raises(ValueError, match=rf"got shape \({length},\) for 12 tokens and num_sequences={num_sequences}"):
+        sequence_load(_routing(sequence_ids=torch.zeros(length, dtype=torch.int64), num_sequences=num_sequences))
+
+
+def test_a_mask_counts_where_it_is_not_zero():
+    """Everywhere alike: in the counts of a function, in those of a window and in the loss."""
+    ids, mask = torch.tensor([[0], [1], [2], [1]]), torch.tensor([0.5, 0.5, 0.0, 1.0])
+    layout = Layout([3])
+    vector = layout.zeros(torch.device("cpu"))
+    layout.count(vector, 0, ids, mask)
+    assert layout.load(vector, 0).tolist() == expert_load(ids, 3, mask).tolist() == [1, 2, 0]
+    assert int(vector[layout.tokens]) == 3
+    logits = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    halves, whole = (load_balancing_loss(route(logits, 1, mask=m)) for m in (mask, (mask != 0).float()))
+    assert torch.equal(halves, whole)

@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import reference
 import torch
@@ -120,8 +121,9 @@ def test_metric_is_exact_for_counts_beyond_float32(metric):
         (torch.tensor(3), r"shape \(\.\.\., experts\), experts > 0: got \(\)"),
         (torch.zeros(2, 0), r"experts > 0: got \(2, 0\)"),
         ({}, "load must hold at least one layer"),
+        (torch.tensor([5, -1, 2]), "load must hold counts, 0 or more: got -1"),
     ],
-    ids=["scalar", "no-experts", "no-layers"],
+    ids=["scalar", "no-experts", "no-layers", "negative"],
 )
 def test_metric_refuses_bad_input(metric, load, message):
     with pytest.raises(ValueError, match=message):
@@ -180,10 +182,25 @@ def test_sampling_floor_is_what_chance_gives_an_even_router():
     assert sum(found) / 40 == pytest.approx(sampling_floor(4096, 4, 32), rel=0.1)
 
 
-@pytest.mark.parametrize("k", [0, 9])
+@pytest.mark.parametrize("k", [0, 9, 1.5])
 def test_sampling_floor_refuses_an_impossible_k(k):
-    with pytest.raises(ValueError, match=f"k must lie between 1 and the number of experts: got k={k}, num_experts=8"):
+    message = f"k must be an integer between 1 and the number of experts: got k={k}, num_experts=8"
+    with pytest.raises(ValueError, match=message):
         sampling_floor(10, k, 8)
+
+
+def test_sampling_floor_at_its_ends():
+    assert sampling_floor(0, 2, 8) == sampling_floor(0, 8, 8) == math.inf
+    assert str(sampling_floor(5, 8, 8)) == str(sampling_floor(5, 1, 1)) == "0.0"
+    for tokens in (-3, math.nan):
+        with pytest.raises(ValueError, match="num_tokens must be 0 or more"):
+            sampling_floor(tokens, 1, 8)
+
+
+def test_metrics_take_lists_and_arrays():
+    for load in ([4, 2, 2, 0], np.array([4, 2, 2, 0])):
+        assert float(max_violation(load)) == 1.0
+    assert float(max_domain_share([[3, 1], [2, 2]])) == 0.75
 
 
 # ---- domains ----
@@ -239,9 +256,20 @@ def test_a_domain_without_tokens_is_left_out():
     assert_close(domain_information(rows[:1]), _f64(0.0))
 
 
-def test_domain_information_refuses_a_single_row():
-    with pytest.raises(ValueError, match=r"\(domains, \.\.\., experts\): got \(3,\)"):
-        domain_information(torch.tensor([1, 2, 3]))
+@pytest.mark.parametrize("metric", [domain_information, max_domain_share])
+@pytest.mark.parametrize(
+    ("load", "message"),
+    [
+        (torch.tensor([1, 2, 3]), r"\(domains, \.\.\., experts\), none of them 0: got \(3,\)"),
+        (torch.zeros(0, 3, dtype=torch.int64), r"none of them 0: got \(0, 3\)"),
+        (torch.tensor([[0.5, 0.5], [0.1, 0.9]]), "counts, integers: got torch.float32"),
+        (torch.tensor([[3, -1], [2, 2]]), "0 or more: got -1"),
+    ],
+    ids=["one-row", "no-domain", "shares", "negative"],
+)
+def test_metrics_of_domains_refuse_bad_input(metric, load, message):
+    with pytest.raises(ValueError, match=message):
+        metric(load)
 
 
 def test_max_domain_share_by_hand():
@@ -279,8 +307,3 @@ def test_max_domain_share_of_choices_by_domain_is_above_that_of_choices_without(
     )
     assert 1 / 8 < max_domain_share(plain) < 0.15
     assert 0.4 < max_domain_share(own) <= 0.5  # a token takes two different ones
-
-
-def test_max_domain_share_refuses_a_single_row():
-    with pytest.raises(ValueError, match=r"\(domains, \.\.\., experts\): got \(3,\)"):
-        max_domain_share(torch.tensor([1, 2, 3]))

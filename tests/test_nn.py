@@ -538,6 +538,12 @@ def test_tokens_of_another_width_are_refused(shape):
         MoE(16, 8, 6, 2)(torch.zeros(shape))
 
 
+@pytest.mark.parametrize("layer", [Router(16, 4, 2), MoE(16, 32, 4, 2)], ids=["router", "layer"])
+def test_token_ids_are_no_hidden_states(layer):
+    with pytest.raises(ValueError, match="hidden must hold floating point numbers: got torch.int64"):
+        layer(torch.zeros(2, 16, dtype=torch.int64))
+
+
 # ---- as a module ----
 
 

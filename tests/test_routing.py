@@ -218,9 +218,21 @@ def test_route_carries_the_mask():
         ((2, 4), 1, {"offset": torch.zeros(3)}, r"expected shape \(4,\), got \(3,\)"),
         ((2, 4), 1, {"offset": torch.zeros(1, 4)}, r"expected shape \(4,\), got \(1, 4\)"),
         ((2, 4), 1, {"mask": torch.ones(3)}, r"mask must hold one number per token: expected shape \(2,\)"),
+        ((2, 4), 1, {"offset": 1.0}, "offset must hold one number per expert.*got float"),
         ((2, 4), 1, {"gate": "relu"}, "gate must be one of"),
+        ((2, 4), 2.0, {}, "k must be an integer: got 2.0"),
+        ((2, 4), 1, {"num_groups": 2.0}, "num_groups must be an integer: got 2.0"),
+        ((2, 4), 1, {"scale": 0.0}, "scale must be a finite positive number: got 0.0"),
+        ((2, 4), 1, {"scale": float("nan")}, "scale must be a finite positive number: got nan"),
     ],
 )
 def test_route_refuses_bad_input(shape, k, options, message):
     with pytest.raises(ValueError, match=message):
         route(torch.zeros(shape), k, **options)
+
+
+@pytest.mark.parametrize("logits", [torch.zeros(2, 4, dtype=torch.int64), torch.zeros(2, 4, dtype=torch.bool), [[0.0]]])
+def test_logits_must_be_floating_point(logits):
+    for function in (score, lambda logits: route(logits, 1)):
+        with pytest.raises(ValueError, match="logits must be a tensor of floating point numbers: got (torch|list)"):
+            function(logits)

@@ -27,7 +27,9 @@ def _ones(expert_ids: Tensor, mask: Tensor | None) -> Tensor:
 def expert_load(
     expert_ids: Int[Tensor, "tokens k"], num_experts: int, mask: Float[Tensor, " tokens"] | None = None
 ) -> Int[Tensor, " experts"]:
-    """Assignments of each expert, int64: ``c_e = sum_t mask_t * #{slots of t that hold e}``; they sum to k * tokens.
+    """Assignments of each expert, int64: ``c_e = sum over t with mask_t != 0 of #{slots of t that hold e}``.
+
+    They sum to k times the tokens that count.
 
     Where we differ from public code: int64 instead of float32 or bfloat16, which stop counting at 2^24 and 2^8; a
     scatter instead of bincount, which makes the host wait for a GPU.
@@ -53,6 +55,14 @@ def sequence_load(routing: Routing) -> Int[Tensor, "sequences experts"]:
         raise ValueError(
             "counting by sequence needs to know which token belongs to which sequence: got none. Give the model "
             "(batch, sequence) input, or say it with balance.token_mask(mask, sequence_ids)."
+        )
+    if routing.sequence_ids.shape != routing.expert_ids.shape[:1] or routing.num_sequences < min(
+        1, len(routing.expert_ids)
+    ):
+        raise ValueError(
+            f"sequence_ids must hold one number per token, below num_sequences: got shape "
+            f"{tuple(routing.sequence_ids.shape)} for {routing.expert_ids.shape[0]} tokens and "
+            f"num_sequences={routing.num_sequences}."
         )
     num_experts = routing.scores.shape[-1]
     cell = routing.sequence_ids[:, None] * num_experts + routing.expert_ids
@@ -103,7 +113,7 @@ class Layout:
         elif mask is None:
             load.scatter_add_(0, ids, torch.ones((), dtype=torch.int64, device=ids.device).expand_as(ids))
         else:
-            unmasked = mask.long()
+            unmasked = (mask != 0).long()
             load.scatter_add_(0, ids, unmasked[:, None].expand_as(expert_ids).reshape(-1))
             tokens = unmasked.sum()
         vector[self.tokens.start + layer].add_(tokens)

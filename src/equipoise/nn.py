@@ -122,6 +122,8 @@ class Router(nn.Module):
                 f"hidden must have the router's dim last: expected (..., {self.dim}), got {tuple(hidden.shape)}. Build "
                 "the layer with dim=hidden.shape[-1]."
             )
+        if not hidden.is_floating_point():
+            raise ValueError(f"hidden must hold floating point numbers: got {hidden.dtype}.")
         dtype = torch.promote_types(torch.promote_types(hidden.dtype, self.weight.dtype), torch.float32)
         device = hidden.device.type
         with torch.autocast(device if torch.amp.is_autocast_available(device) else "cpu", enabled=False):

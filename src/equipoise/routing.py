@@ -3,6 +3,7 @@
 The offset of a loss-free balancer enters at one place only, the choice; the weights are always the plain scores.
 """
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -46,9 +47,17 @@ def score(logits: Float[Tensor, "tokens experts"], gate: str = "softmax") -> Flo
         sigmoid         s_e = 1 / (1 + exp(-z_e))                 DeepSeek-V3, arXiv:2412.19437
         sqrt_softplus   s_e = sqrt(log(1 + exp(z_e)))             DeepSeek-V4, technical report 2026
 
+    In float32 the last two end where exp(z) does, at z = -88: below, sigmoid scores are 0 and those of sqrt_softplus
+    all the same, none with a slope. A token whose logits all lie there trains no router, and no balancing loss sees it.
+
+    Raises ``ValueError`` for another gate, and for logits that are not floating point.
+
     >>> score(torch.tensor([[0.0, 0.0]]), "sigmoid")
     tensor([[0.5000, 0.5000]])
     """
+    if not isinstance(logits, Tensor) or not logits.is_floating_point():
+        found = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"logits must be a tensor of floating point numbers: got {found}.")
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if gate == "softmax":
         return logits.softmax(-1)
@@ -118,16 +127,24 @@ def route(
         scale: factor on the weights (DeepSeek's routed scaling factor).
         mask: 1 for a token that counts, 0 for padding; only carried along.
 
+    Raises ``ValueError`` for sizes that do not fit, logits that are not floating point, a scale that is not positive.
+
     Source: Wang et al. 2024, arXiv:2408.15664, Eq. 3; groups as in DeepSeek-V3, arXiv:2412.19437. Where we differ: the
     published inference code of DeepSeek-V3 masks groups with -inf too, but several ports use 0, which we do not.
 
     >>> route(torch.tensor([[2.0, 1.0, 0.0]]), k=1, offset=torch.tensor([0.0, 0.0, 9.0])).expert_ids
     tensor([[2]])
     """
+    scores = score(logits, gate)
     if logits.dim() != 2:
         raise ValueError(
             f"logits must have the shape (tokens, experts): got {tuple(logits.shape)}. Flatten batch and sequence."
         )
+    for name, value in (("k", k), ("num_groups", num_groups), ("top_groups", top_groups)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ValueError(f"{name} must be an integer: got {value!r}.")
+    if not 0 < scale < math.inf:
+        raise ValueError(f"scale must be a finite positive number: got {scale!r}.")
     num_experts = logits.shape[-1]
     if num_groups < 1 or num_experts % num_groups or not 1 <= top_groups <= num_groups:
         raise ValueError(
@@ -137,15 +154,13 @@ def route(
     available = num_experts // num_groups * top_groups
     if not 1 <= k <= available:
         raise ValueError(f"k must lie between 1 and the {available} experts that may be chosen: got k={k}.")
-    if offset is not None and offset.shape != (num_experts,):
-        raise ValueError(
-            f"offset must hold one number per expert: expected shape ({num_experts},), got {tuple(offset.shape)}."
-        )
+    if offset is not None and (not isinstance(offset, Tensor) or offset.shape != (num_experts,)):
+        found = tuple(offset.shape) if isinstance(offset, Tensor) else type(offset).__name__
+        raise ValueError(f"offset must hold one number per expert: expected shape ({num_experts},), got {found}.")
     if mask is not None and mask.shape != logits.shape[:1]:
         raise ValueError(
             f"mask must hold one number per token: expected shape ({logits.shape[0]},), got {tuple(mask.shape)}."
         )
-    scores = score(logits, gate)
     choice = scores.detach() if offset is None else scores.detach() + offset
     if num_groups > 1:
         choice = _mask_groups(choice, num_groups, top_groups)

@@ -240,6 +240,7 @@ def test_training_a_gate_evens_it_out(scope):
         ({"scope": "batch"}, "scope must be one of sequence, micro_batch, global_batch: got 'batch'"),
         ({"pooling": "now"}, "pooling must be one of window, previous: got 'now'"),
         ({"normalise": "yes"}, "normalise must be true or false: got 'yes'"),
+        ({"pooling": "previous", "scope": "micro_batch"}, "must go with scope=global_batch: got scope=micro_batch"),
     ],
 )
 def test_bad_options_are_refused(options, message):
@@ -250,6 +251,8 @@ def test_bad_options_are_refused(options, message):
 def test_bad_input_is_refused():
     with pytest.raises(ValueError, match=r"expected shape \(6,\), got \(3,\).*expert parallelism"):
         load_balancing_loss(_routing("softmax"), torch.tensor([1, 2, 3]))
+    with pytest.raises(ValueError, match=r"load must hold counts, integers: got torch.float32"):
+        load_balancing_loss(_routing("softmax"), torch.full((6,), 1 / 6))
     with pytest.raises(ValueError, match="which token belongs to which sequence"):
         sequence_load_balancing_loss(_routing("softmax")._replace(sequence_ids=None))
 
@@ -286,3 +289,21 @@ def test_the_gradient_of_scores_is_that_of_autograd_also_where_they_underflow(ga
     found = score_backward(gradient, logits.detach(), scores.detach(), gate)
     assert_close(found, expected, rtol=1e-5, atol=1e-30)
     assert score_backward(gradient, logits.detach().bfloat16(), scores.detach(), gate).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("scope", ["sequence", "micro_batch"])
+@pytest.mark.parametrize("normalise", [True, False])
+def test_a_masked_token_may_hold_anything(gate, scope, normalise):
+    """Padding that overflowed is as padding of zeros: value and gradient, and no gradient of its own."""
+    clean = _routing(gate, masked=True)
+    masked = clean.mask == 0
+    with torch.no_grad():
+        logits = clean.logits.masked_fill(masked[:, None], math.nan)
+        spoilt = route(logits, 2, gate=gate, mask=clean.mask)
+    spoilt = spoilt._replace(sequence_ids=clean.sequence_ids, num_sequences=4)
+    balancer = LoadBalancingLoss(scope=scope, normalise=normalise)
+    load = None if scope == "sequence" else expert_load(clean.expert_ids, 6, clean.mask)
+    assert torch.equal(balancer.loss(spoilt, load), balancer.loss(clean, load).detach())
+    gradient = balancer.score_gradient(spoilt, load)
+    assert torch.equal(gradient, balancer.score_gradient(clean, load)) and not gradient[masked].any()

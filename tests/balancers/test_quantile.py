@@ -210,6 +210,8 @@ def test_bad_input_is_refused():
     balancer = _prepared(torch.zeros(1, 4))
     with pytest.raises(ValueError, match="must have the statistic of its calls"):
         balancer.update(torch.ones(1, 4, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"scores must be floating point numbers: got torch.int64"):
+        quantile_offset(torch.tensor([[3, 1], [0, 2]]), 1)
     with pytest.raises(ValueError, match="one int64 count per expert"):
         balancer.update(torch.ones(1, 5, dtype=torch.int64))
     for wrong in (dict(k=0), dict(k=5), dict(offset=torch.zeros(3)), dict(mask=torch.ones(2))):

@@ -46,13 +46,10 @@ def test_none_is_no_balancer():
 def test_options_reach_the_balancer():
     (balancer,) = parse_strategy("loss-free:rate=1e+2,rule=sign,center=false")
     assert (balancer.rate, balancer.rule, balancer.center) == (100.0, "sign", False)
-    (balancer,) = parse_strategy("lbl:coefficient=0,scope=sequence,pooling=previous,normalise=false")
-    assert (balancer.coefficient, balancer.scope, balancer.pooling, balancer.normalise) == (
-        0.0,
-        "sequence",
-        "previous",
-        False,
-    )
+    (balancer,) = parse_strategy("lbl:coefficient=0,scope=sequence,normalise=false")
+    assert (balancer.coefficient, balancer.scope, balancer.normalise) == (0.0, "sequence", False)
+    (balancer,) = parse_strategy("lbl:pooling=previous")
+    assert (balancer.scope, balancer.pooling) == ("global_batch", "previous")
 
 
 def test_a_plus_in_a_number_does_not_split():

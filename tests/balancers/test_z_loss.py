@@ -53,6 +53,13 @@ def test_the_balancer_is_the_loss_and_needs_no_load():
 def test_bad_input_is_refused():
     with pytest.raises(ValueError, match="mask must hold one number per token"):
         z_loss(torch.zeros(3, 2), torch.ones(4))
+    with pytest.raises(ValueError, match=r"logits must have the shape \(tokens, experts\): got \(2, 3, 4\)"):
+        z_loss(torch.zeros(2, 3, 4))
     for coefficient in (-1.0, math.nan, "small"):
         with pytest.raises(ValueError, match="coefficient must be"):
             ZLoss(coefficient)
+
+
+def test_a_masked_token_may_hold_anything():
+    logits, mask = torch.tensor([[0.0, 0.0], [math.nan, math.inf]]), torch.tensor([1.0, 0.0])
+    assert float(z_loss(logits, mask)) == pytest.approx(math.log(2) ** 2)

@@ -16,13 +16,13 @@ __all__ = ["LoadBalancingLoss", "load_balancing_loss", "sequence_load_balancing_
 def _probability(routing: Routing, normalise: bool) -> Float[Tensor, "tokens experts"]:
     total = routing.scores.sum(-1, keepdim=True).clamp_min(torch.finfo(routing.scores.dtype).tiny)
     p = routing.scores / total if normalise else routing.scores
-    return p if routing.mask is None else p * routing.mask.to(p.dtype)[:, None]
+    return p if routing.mask is None else p.masked_fill((routing.mask == 0)[:, None], 0)  # also where it is nan
 
 
 def _num_tokens(routing: Routing) -> Float[Tensor, ""] | int:
     if routing.mask is None:
         return max(routing.scores.shape[0], 1)
-    return routing.mask.sum().clamp_min(1).to(routing.scores.dtype)
+    return (routing.mask != 0).sum().clamp_min(1).to(routing.scores.dtype)
 
 
 def load_balancing_loss(
@@ -33,8 +33,9 @@ def load_balancing_loss(
         f_e = load_e / sum(load)                    share of the assignments; no gradient
         P_e = mean_t (s_te / sum_j s_tj)            mean score over the unmasked tokens; carries the gradient
 
-    ``load`` is the count whose balance is asked for: of the micro-batch (default: of ``routing`` itself) or pooled over
-    the global batch. It is what the router really chose, after offset and groups, before any capacity.
+    ``load`` is the count whose balance is asked for, in integers: of the micro-batch (default: of ``routing`` itself)
+    or pooled over the global batch. It is what the router really chose, after offset and groups, before any capacity.
+    Where it opposes P, as an offset or a pooled load can, the value falls below 1.
 
     ``normalise=False`` takes the raw scores, as Eq. 2 of Loss-Free Balancing is written: on sigmoid scores the gradient
     is then about E/2 times stronger, so coefficients do not carry over. On softmax scores both are the same.
@@ -54,6 +55,8 @@ def load_balancing_loss(
             f"load must hold one count per expert: expected shape ({num_experts},), got {tuple(load.shape)}. Under "
             "expert parallelism pass the counts of all experts, not only those on this rank."
         )
+    if load.is_floating_point():
+        raise ValueError(f"load must hold counts, integers: got {load.dtype}. Pass counts.long(), or no shares.")
     mass = _probability(routing, normalise).sum(0)
     scale = num_experts / _num_tokens(routing)
     return torch.dot(load.to(mass.dtype), mass) * scale / load.sum().clamp_min(1)
@@ -91,7 +94,7 @@ class LoadBalancingLoss(Balancer):
         pooling: for ``global_batch``, when f is known. ``window``: everything that the window has counted when the
             backward runs, which is exact when all forwards come first and the paper's Algorithm 1 in a plain loop;
             ``previous``: the share of the last closed window, one step stale, without a collective of its own (the
-            first window has an even share, so no gradient).
+            first window has an even share, which moves no normalised score; raw ones it pushes down together).
         normalise: divide the scores of a token by their sum (see ``load_balancing_loss``).
 
     Source: Qiu et al. 2025, arXiv:2501.11873 (scopes); Wang et al. 2024, arXiv:2408.15664, Eq. 2 (sequence).
@@ -110,6 +113,10 @@ class LoadBalancingLoss(Balancer):
         self.coefficient = check_number("coefficient", coefficient, positive=False)
         self.scope = check_choice("scope", scope, SCOPES)
         self.pooling = check_choice("pooling", pooling, POOLINGS)
+        if pooling != "window" and scope != "global_batch":
+            raise ValueError(
+                f"pooling={pooling} must go with scope=global_batch: got scope={scope}, whose counts are known at once."
+            )
         self.normalise = check_bool("normalise", normalise)
 
     def loss(self, routing: Routing, load: Int[Tensor, " experts"] | None) -> Float[Tensor, ""]:
@@ -132,10 +139,10 @@ class LoadBalancingLoss(Balancer):
         slope = load * by_count.to(scores.dtype)  # of the loss by p
         if self.scope == "sequence":
             slope = slope[routing.sequence_ids]
-        if routing.mask is not None:
-            slope = slope * routing.mask.to(scores.dtype)[:, None]
+        masked = None if routing.mask is None else (routing.mask == 0)[:, None]
         if not self.normalise:
-            return slope.expand_as(scores)
+            return slope.expand_as(scores) if masked is None else slope.expand_as(scores).masked_fill(masked, 0)
         total = scores.sum(-1, keepdim=True).clamp_min_(torch.finfo(scores.dtype).tiny)
         mean = (scores * slope).sum(-1, keepdim=True) if slope.dim() == 2 else (scores @ slope)[:, None]
-        return (slope - mean.div_(total)).div_(total)
+        found = (slope - mean.div_(total)).div_(total)
+        return found if masked is None else found.masked_fill_(masked, 0)

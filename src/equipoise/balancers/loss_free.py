@@ -55,7 +55,8 @@ class LossFree(Balancer):
         momentum: share of the last step that is kept, from 0 to below 1; default 0.5.
         sharpness: slope of the clamp ``tanh(sharpness * v)``, no unit; default 2.
 
-    State, saved and loaded with the offset: ``momentum``.
+    State, saved and loaded with the offset: ``momentum``. What is left in it moves b on in windows in which the rate is
+    zero, and in those without tokens; under the other rules b then stands still.
 
     Sources: Wang et al. 2024, arXiv:2408.15664, Algorithm 1 (sign, 1e-3), Table 3 (proportional), Eq. 5 and Table 4
     (multiplicative); Su 2025, kexue.fm/archives/10757 (rms); Arcee Trinity Large, arXiv:2602.17004 (momentum, there

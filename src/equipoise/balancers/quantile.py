@@ -79,14 +79,17 @@ def quantile_offset(
         a_t   = (k + 1)-th largest of s_t + b                                 what a token asks of an expert
         b_e  <- (N k / E + 1)-th smallest over t of (a_t - s_te),  minus its mean over e
 
-    N unmasked tokens. b is what the tokens were routed by (default zero) and is not changed; without tokens, or with
-    k = E, it comes back as it is. In score units. Deterministic; ties go where the sort puts them.
+    N tokens that are unmasked and finite. b is what the tokens were routed by (default zero) and is not changed;
+    without tokens, or with k = E, it comes back as it is. In score units. Deterministic; ties go where the sort puts
+    them.
 
     Source: Su 2026, kexue.fm/archives/11619; Kimi K3, arXiv:2607.24653, section 2.3.3.
 
     >>> quantile_offset(torch.tensor([[0.9, 0.2], [0.8, 0.5], [0.7, 0.1], [0.6, 0.4]]), k=1)
     tensor([-0.1500,  0.1500])
     """
+    if not scores.is_floating_point():
+        raise ValueError(f"scores must be floating point numbers: got {scores.dtype}.")
     if scores.dim() != 2 or not 1 <= k <= scores.shape[-1]:
         raise ValueError(
             f"scores must have the shape (tokens, experts), 1 <= k <= experts: got {tuple(scores.shape)} and k={k}."
@@ -130,8 +133,9 @@ class Quantile(Balancer):
     Args:
         bins: of the histogram of ``a_t - s_te - b_e`` that is kept for each expert, a power of two from 64; the new
             offset is interpolated in a bin. Bins are ``bins / 64`` an octave from 2^-29 to 2^3 around the present
-            offset, so the closer the balance the finer they are, whatever the range of the scores. 0: exact; all
-            values of the window are kept and gathered (4 N E bytes a layer), for small batches.
+            offset, so the closer the balance the finer they are, whatever the range of the scores; the first, long
+            moves are coarse, by a part of a bin. 0: exact; all values of the window are kept and gathered (4 N E bytes
+            a layer), for small batches.
         ema: share of the old offset that is kept, from 0 to below 1.
         fraction: share of the tokens that is looked at, above 0 to 1. Which ones is decided by a hash of a token's
             logits, the same wherever it is dealt; never the first ones.

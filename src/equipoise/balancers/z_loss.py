@@ -23,6 +23,10 @@ def z_loss(logits: Float[Tensor, "tokens experts"], mask: Float[Tensor, " tokens
     >>> z_loss(torch.zeros(3, 8))  # log(8)^2
     tensor(4.3241)
     """
+    if logits.dim() != 2:
+        raise ValueError(
+            f"logits must have the shape (tokens, experts): got {tuple(logits.shape)}. Flatten batch and sequence."
+        )
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     squares = logits.logsumexp(-1).square()
     if mask is None:
@@ -31,8 +35,8 @@ def z_loss(logits: Float[Tensor, "tokens experts"], mask: Float[Tensor, " tokens
         raise ValueError(
             f"mask must hold one number per token: expected shape ({logits.shape[0]},), got {tuple(mask.shape)}."
         )
-    counts = (mask != 0).to(squares.dtype)
-    return (squares * counts).sum() / counts.sum().clamp_min(1)
+    masked = mask == 0  # whatever such a token holds, nan too
+    return squares.masked_fill(masked, 0).sum() / (~masked).sum().clamp_min(1)
 
 
 @final
