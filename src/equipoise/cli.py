@@ -14,7 +14,6 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
@@ -342,6 +341,8 @@ def _show_families(asked: Families) -> None:
     try:
         import transformers  # noqa: F401
 
+        from equipoise.lab.watch import print_rows
+
         if asked.model is not None:
             from equipoise.catalogue.model import examine
     except ImportError as error:
@@ -371,7 +372,7 @@ def _show_families(asked: Families) -> None:
             )
             for layer in found.layers
         ]
-        _print_table(("layer", "experts", "k", "gate", "offset on", "slot", "counts", "MaxVio"), shown)
+        print_rows(("layer", "experts", "k", "gate", "offset on", "slot", "counts", "MaxVio"), shown, stderr=False)
         for note in found.notes:
             _say(f"note: {note}")
         return
@@ -400,7 +401,7 @@ def _show_families(asked: Families) -> None:
         for row in rows
     ]
     titles = ("model_type", "router", "gate", "offset on", "slot (held by)", "groups", "hash", "supported", "tested")
-    _print_table((*titles, "why not"), listed)
+    print_rows((*titles, "why not"), listed, stderr=False)
     _say(
         "groups: some of its models choose groups of experts first; where these act before an offset, attach refuses. "
         "hash: has layers that choose by the token's id, which nothing balances. tested: our tests attached it."
@@ -417,25 +418,6 @@ def _installed_families() -> Any:
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("modeling files of Transformers", total=None)
         return families(lambda done, total, name: progress.update(task, completed=done, total=total))
-
-
-def _print_table(titles: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
-    """On stdout; into a file one line a row."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(highlight=False, markup=False, emoji=False)
-    wide = not console.is_terminal
-    if wide:
-        console.width = 10_000
-    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
-    for title in titles:
-        table.add_column(title, overflow="fold", no_wrap=wide)
-    for row in rows:
-        table.add_row(*row)
-    with console.capture() as shown:
-        console.print(table)
-    print("\n".join(line.rstrip() for line in shown.get().splitlines()))
 
 
 def _reproduce(asked: Reproduce) -> None:

@@ -45,7 +45,7 @@ COLUMNS = (
     Column(
         "val_bits_per_byte",
         "Bits per byte",
-        "bits/ byte",
+        "bits/byte",
         3,
         "The same loss in bits, per byte of text instead of per token: comparable across tokenizers. Lower is better.",
     ),

@@ -2,11 +2,13 @@
 
 import copy
 import itertools
+import sys
 import time
 from collections.abc import Iterable, Sequence
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from rich.console import Console
+from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -16,6 +18,7 @@ from equipoise.records import find_runs
 
 __all__ = ["Runs", "Terminal", "Tokens", "print_rows", "print_table"]
 
+GAP, INDENT = 2, 2  # between the columns of a table; before what stands below its first column
 SILENCE = 10.0  # seconds between lines where there is no terminal to redraw
 
 
@@ -97,16 +100,12 @@ class Terminal:
 
 def print_table(folder: Any) -> None:
     """One row a strategy, with the figures and formats of the report page. To stderr."""
-    console = Console(stderr=True, highlight=False)
-    if not console.is_terminal:
-        console.width = max(console.width, 120)  # a log has no width
-    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("strategy", overflow="fold")
-    for column in COLUMNS:
-        table.add_column(column.short, justify="right", min_width=max(map(len, column.short.split())))
-    for row in summary_rows(find_runs(folder)):
-        table.add_row(row["strategy"], *(column.text(row) for column in COLUMNS))
-    console.print(table)
+    found = summary_rows(find_runs(folder))
+    rows = [(row["strategy"], *(column.text(row).replace("± ", "±") for column in COLUMNS)) for row in found]
+    several = any("±" in cell for row in rows for cell in row)
+    print_rows(("strategy", *(column.short for column in COLUMNS)), rows, justify="right")
+    if several:
+        Console(stderr=True, highlight=False).print("±: standard deviation over seeds", style="dim")
 
 
 class _Bar:
@@ -164,14 +163,54 @@ class Tokens(_Bar):
             self.say(f"{tokens:,} of {of:,} tokens")
 
 
-def print_rows(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """A table, to stderr."""
-    console = Console(stderr=True, highlight=False)
+def print_rows(
+    titles: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    stderr: bool = True,
+    justify: Literal["left", "right"] = "left",
+) -> None:
+    """A table: its first column says what a row is of, ``justify`` is for the others. No word is broken: where a
+    terminal is too narrow for the longest ones, what a row is of stands on a line above the rest."""
+    console, rows = Console(stderr=stderr, highlight=False, markup=False, emoji=False), [tuple(row) for row in rows]
     if not console.is_terminal:
-        console.width = max(console.width, 160)  # a log has no width
-    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
-    for title in titles:
-        table.add_column(title, overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+        console.width = max(console.width, 160) if stderr else 10_000  # into a file, one line a row
+    widths = _widths([titles, *rows], console.width)
+    stacked = widths is None
+    if widths is None:
+        titles, rows, above = titles[1:], [row[1:] for row in rows], [titles[0], *(row[0] for row in rows)]
+        widths = _widths([titles, *rows], console.width - INDENT, must=True)
+        assert widths is not None
+        console.width = max(console.width, sum(widths) + GAP * len(widths))
+    grid = [Table.grid(padding=(0, GAP, 0, 0)) for _ in range(1 + len(rows))]
+    with console.capture() as shown:
+        for number, row in enumerate((titles, *rows)):
+            for column, width in enumerate(widths):
+                way = "left" if column == 0 and not stacked else justify
+                grid[number].add_column(width=width, justify=way, overflow="fold", style="" if number else "bold")
+            grid[number].add_row(*row)
+            if stacked:
+                console.print(above[number], style="" if number else "bold")
+            console.print(Padding(grid[number], (0, 0, 0, INDENT if stacked else 0)))
+    print("\n".join(line.rstrip() for line in shown.get().splitlines()), file=sys.stderr if stderr else sys.stdout)
+
+
+def _widths(rows: Sequence[Sequence[str]], room: int, must: bool = False) -> list[int] | None:
+    """Of the columns: as wide as their cells; where there is no room for that, as wide as their longest words, and what
+    is left goes to those with the most to fold. None where not even the words have room, unless they ``must``.
+
+    >>> _widths([["one", "two words"], ["a", "b"]], 14), _widths([["one", "two words"]], 11), _widths([["one", "b"]], 3)
+    ([3, 9], [3, 6], None)
+    """
+    columns = list(zip(*rows, strict=True))
+    whole = [max(map(len, column)) for column in columns]
+    widths = [max(len(word) for cell in column for word in ("", *cell.split())) for column in columns]
+    left = room - GAP * (len(widths) - 1) - sum(widths)
+    if left < 0:
+        return widths if must else None
+    for _ in range(left):
+        most = max(range(len(widths)), key=lambda i: whole[i] / max(widths[i], 1))
+        if widths[most] >= whole[most]:
+            break
+        widths[most] += 1
+    return widths
