@@ -134,6 +134,7 @@ class Recorder:
         if self.paused or (not self.measuring and not training):
             return UNCOUNTED
         num_tokens = expert_ids.shape[0]
+        self._check_sizes(self.layers[layer], logits.shape[-1], expert_ids.shape[-1])
         mask = fit_mask(mask, num_tokens, rows, self.layers[layer].name, expert_ids.device)
         if self.measuring:
             if self.measured is None:
@@ -165,6 +166,15 @@ class Recorder:
                 micro_batch.losses[index, layer].add_(value * call.num_tokens)
                 micro_batch.dtype = torch.promote_types(micro_batch.dtype, value.dtype)
         return window.record(call, expert_ids)
+
+    @staticmethod
+    def _check_sizes(layer: Layer, num_experts: int, k: int) -> None:
+        if (num_experts, k) != (layer.num_experts, layer.k):
+            raise EquipoiseError(
+                f"a router must route as it did when it was attached: {layer.name} chose {layer.k} of "
+                f"{layer.num_experts} experts then, and {k} of {num_experts} now. Call detach() before a model is "
+                "changed, and attach it again after."
+            )
 
     def _check_recomputation(self, layer: int) -> None:
         """A layer that the window has not counted yet was counted in one before: its offset has moved since."""

@@ -26,9 +26,9 @@ REFUSED = {  # what is no router of top-k with an offset, and what the listing s
     "DbrxRouter": "forward does not return (logits, weights, expert_ids)",
     "DeepseekV4HashRouter": "it chooses by the id of the token (a hash router), which no offset moves",
     "JetMoeTopKGating": "forward does not return (logits, weights, expert_ids)",
-    "NllbMoeTop2Router": "0 calls of top-k were seen",  # argmax twice, the second of logits with noise
-    "PhimoeTopKRouter": "0 calls of top-k were seen",  # sampled in training
-    "SwitchTransformersTop1Router": "0 calls of top-k were seen",  # argmax, and a capacity
+    "NllbMoeTop2Router": "it chooses without torch.topk",  # argmax twice, the second of logits with noise
+    "PhimoeTopKRouter": "it chooses without torch.topk",  # sampled in training
+    "SwitchTransformersTop1Router": "it chooses without torch.topk",  # argmax, and a capacity
     "ZayaRouter": "the chosen experts are not the best by these scores and the offset",  # one choice is no expert
     None: "its router is no module of its own",
 }

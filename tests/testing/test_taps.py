@@ -350,7 +350,7 @@ BROKEN = [
     (Model(NoBiasInEvaluation), "offset moves the choice only", "training False"),
     (Model(BiasIn16Bits), "cast keeps float32 offsets", "the best by score and offset are"),
     (Model(TwoTopKs), "offset moves the choice only", "layer blocks.0.gate"),
-    (Model(TwoTopKsAlways), "offset moves the choice only", "2 calls of top-k were seen"),
+    (Model(TwoTopKsAlways), "offset moves the choice only", "it calls torch.topk 2 times over the experts"),
     (Model(SortsInsteadOfTopK), "offset moves the choice only", "the best by score and offset are"),
     (Model(SortsInsteadOfTopK), "factor moves the choice only", "the best by score and offset are"),
     (Model(SortsInsteadOfTopK), "step reaches the router", "the best by score and offset are"),

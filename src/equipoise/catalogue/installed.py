@@ -79,7 +79,9 @@ def _families(told: Callable[[int, int, str], None]) -> list[Family]:
         told(done, len(packages), package)
         model_type = _model_type(package)
         if not routers:
-            reason = f"its router is no module of its own: {' and '.join(blocks)} hold it"
+            reason = (
+                f"its router is no module of its own: {' and '.join(blocks)} {'hold' if blocks[1:] else 'holds'} it"
+            )
             found.append(_unsupported(model_type, None, False, reason))
             continue
         module = importlib.import_module(f"transformers.models.{package}.{stem}")

@@ -5,6 +5,7 @@ refused with the reason. So a family is known by its behaviour, and one that cha
 """
 
 import inspect
+from collections import deque
 from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from equipoise.taps.tap import OWN_SLOT, OffsetTopK, RouterKind, Slot, is_choice
 __all__ = ["Proof", "Refused", "chooses_by_id", "discover", "find_slot", "prove"]
 
 TOKENS = 64
+GROUPS = ("num_group", "num_groups", "n_group", "n_groups")  # what routers call their number of groups
 
 
 class Refused(EquipoiseError):
@@ -97,9 +99,12 @@ _OF_INSTANCE = ("forward", "_old_forward", "_hf_hook")  # bound to the module it
 def _stand_in(router: nn.Module, draws: _Draws) -> nn.Module:
     """The router and what is inside it with weights of our own, so that sharded, meta and GPU weights need not be
     touched: random matrices, vectors of ones, biases of zeros."""
-    base = plain_class(router)
-    copy = base.__new__(base)
-    copy.__dict__ = {name: held for name, held in router.__dict__.items() if name not in _OF_INSTANCE}
+    copy = object.__new__(plain_class(router))  # a class of fully_shard makes another one by its own __new__
+    copy.__dict__ = {
+        name: held.copy() if isinstance(held, list | dict | set | deque) else held  # some keep what they see
+        for name, held in router.__dict__.items()
+        if name not in _OF_INSTANCE
+    }
     copy._parameters = {
         name: value if value is None else nn.Parameter(_made_up(name, value, draws), requires_grad=False)
         for name, value in router._parameters.items()
@@ -132,13 +137,14 @@ class _Trial:
         draws.next = 0
         self.kind = kind
         self.router = _stand_in(router, draws)
-        dims = [p.shape[-1] for p in self.router.parameters() if p.dim() == 2]
+        dims = list(dict.fromkeys(p.shape[-1] for p in self.router.parameters() if p.dim() == 2))
         if not dims:
             raise Refused("it has no matrix of weights")
-        self.hidden = draws.normal(TOKENS, dims[0]) / dims[0] ** 0.5
+        self.hidden = [draws.normal(TOKENS, dim) / dim**0.5 for dim in dims]  # the width is one of them
         self.argument = _slot_argument(self.router)
         self.slot = find_slot(self.router, None, kind)
         self.passed = False  # the slot is given as an argument
+        self.counting: _CountingTopK | None = None
         if self.slot is not None and self.slot.tensor is None:
             if parent is None or kind.slot not in (*parent._buffers, *parent._parameters) or self.argument is None:
                 raise Refused(f"there is no buffer {kind.slot}")
@@ -150,14 +156,22 @@ class _Trial:
 
     def forward(self, **arguments: Tensor) -> Any:
         """Of the tokens in a row, or, where the router does not take that, of a batch of one sequence."""
-        hidden = self.hidden.clone()  # some add noise in place
+        error: Exception | None = None
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            try:
-                output = self.router.forward(hidden, **arguments)
-            except (ValueError, IndexError, RuntimeError):
-                output = self.router.forward(hidden[None], **arguments)
-        _check_output(output, self.kind)
-        return output
+            for hidden in self.hidden:
+                for shaped in (hidden.clone(), hidden[None].clone()):  # some add noise in place
+                    if self.counting is not None:
+                        self.counting.calls = 0
+                    try:
+                        output = self.router.forward(shaped, **arguments)
+                    except (ValueError, IndexError, RuntimeError) as caught:
+                        error = error or caught
+                        continue
+                    _check_output(output, self.kind)
+                    if len(output[0]) == TOKENS or hidden is self.hidden[-1]:  # else they were cut in another way
+                        return output
+        assert error is not None
+        raise error
 
     def run(self, offset: Float[Tensor, " experts"], multiplies: bool) -> tuple[tuple[Tensor, Tensor, Tensor], int]:
         """(logits, weights, expert_ids), and the number of top-k calls over the experts."""
@@ -169,10 +183,11 @@ class _Trial:
         elif self.slot is not None:
             self.slot.replace(held)
         steers_by_mode = self.slot is None or multiplies
-        mode = _CountingTopK(offset, multiplies) if steers_by_mode else nullcontext()
-        with mode:
+        self.counting = _CountingTopK(offset, multiplies) if steers_by_mode else None
+        with self.counting or nullcontext():
             output = self.forward(**arguments)
-        return self.kind.read(output, self.k), mode.calls if isinstance(mode, _CountingTopK) and not self.slot else 1
+        calls = 1 if self.counting is None or self.slot is not None else self.counting.calls
+        return self.kind.read(output, self.k), calls
 
 
 def _check_output(output: Any, kind: RouterKind) -> None:
@@ -222,13 +237,21 @@ def prove(
     favourite[num_experts // 2] = 1e30 if multiplies else 100.0  # a softmax score may be very small
     noise = torch.randn(1, num_experts, generator=generator, dtype=torch.float32, device="cpu")
     moderate = 0.3 * kind.values(noise)[0]
-    grouped = any((getattr(trial.router, name, 1) or 1) > 1 for name in ("num_group", "num_groups"))
+    grouped = any((getattr(trial.router, name, 1) or 1) > 1 for name in GROUPS)
     in_the_way = grouped and (multiplies or kind.slot is None)  # they would be chosen before the offset is added
     first: tuple[Tensor, Tensor, Tensor] | None = None
     for offset in (torch.zeros_like(favourite), moderate, favourite):
         (logits, weights, expert_ids), calls = trial.run(offset, multiplies)
         if calls != 1:
-            raise Refused(f"{calls} calls of top-k were seen")
+            raise Refused(
+                f"it calls torch.topk {calls} times over the experts, and which of them chooses cannot be told"
+                if calls
+                else "it chooses without torch.topk, to which an offset is added"
+            )
+        if first is None and router.training:
+            again, _ = trial.run(offset, multiplies)
+            if not all(map(torch.equal, again, (logits, weights, expert_ids))):
+                raise Refused("it draws random numbers in training; call eval() before attach, and train() after")
         if logits.shape != (TOKENS, num_experts) or expert_ids.dtype != torch.int64:
             raise Refused(f"the logits have shape {tuple(logits.shape)} and the expert ids {expert_ids.dtype}")
         if weights.shape != expert_ids.shape:

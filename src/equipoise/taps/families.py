@@ -7,10 +7,12 @@ router does on random tokens; a declared kind is proven in the same way.
 
 import logging
 import re
-from collections.abc import Iterator
-from functools import cache
+from collections.abc import Iterator, Mapping
+from functools import cache, partial
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from equipoise.errors import EquipoiseError
@@ -82,14 +84,13 @@ def proof_of(router: nn.Module, parent: nn.Module | None = None, multiplies: boo
             "before that"
         )
     declared = _declared(router)
-    base = plain_class(router)
-    key = (base, base.forward, declared, multiplies, _made_of(router), _tensors(parent))
+    try:
+        key = (declared, multiplies, _made_of(router), _tensors(parent))
+    except _Unlike:
+        return _proven(router, parent, declared, multiplies)
     if key not in _PROOFS:
         try:
-            proof = discover(router, parent) if declared is None else prove(router, declared, parent, multiplies)
-            if declared is None and multiplies:
-                proof = prove(router, proof.kind, parent, multiplies)
-            _PROOFS[key] = proof
+            _PROOFS[key] = _proven(router, parent, declared, multiplies)
         except Refused as refused:
             _PROOFS[key] = str(refused)
     found = _PROOFS[key]
@@ -98,16 +99,60 @@ def proof_of(router: nn.Module, parent: nn.Module | None = None, multiplies: boo
     return found
 
 
+def _proven(router: nn.Module, parent: nn.Module | None, declared: RouterKind | None, multiplies: bool) -> Proof:
+    try:
+        with torch.random.fork_rng(devices=[]):  # some draw noise
+            proof = discover(router, parent) if declared is None else prove(router, declared, parent, multiplies)
+            return prove(router, proof.kind, parent, multiplies) if declared is None and multiplies else proof
+    except Refused:
+        raise
+    except Exception as error:  # whatever a forward makes of tokens that are not its own
+        raise Refused(f"its forward fails on random tokens ({type(error).__name__}: {error})") from None
+
+
+class _Unlike(Exception):
+    """Something is held of which nobody can say whether it is like another."""
+
+
+_OF_MODULES = vars(nn.Module()).keys() - {"training"}
+
+
 def _made_of(router: nn.Module) -> Any:
-    """What its forward may depend on: plain attributes and the shapes of its tensors, of it and of what is inside."""
-    return tuple((path, _settings(module), _tensors(module)) for path, module in router.named_modules())
+    """What its forward may depend on, of it and of what is inside: classes, attributes, shapes of tensors."""
+    seen: dict[int, int] = {}
+    found = []
+    for path, module in router.named_modules():
+        base = plain_class(module)
+        held = {name: value for name, value in vars(module).items() if name not in _OF_MODULES | {"_equipoise"}}
+        found.append((path, base, base.forward, _alike(held, seen), _tensors(module)))
+    return tuple(found)
 
 
-def _settings(module: nn.Module) -> tuple[tuple[str, str], ...]:
-    """Plain attributes of a module, and of a config that it holds: some look up there how many they choose."""
-    config = getattr(vars(module).get("config"), "__dict__", {})
-    plain = (pair for held in (vars(module), config) for pair in held.items() if isinstance(pair[1], int | float | str))
-    return tuple(sorted((name, str(value)) for name, value in plain))
+def _alike(value: Any, seen: dict[int, int]) -> Any:
+    """Equal for what a forward cannot tell apart, and hashable; it keeps no tensor and no module alive."""
+    if value is None or isinstance(value, int | float | str | bytes | type | torch.dtype | torch.device):
+        return type(value), value
+    if id(value) in seen:
+        return "again", seen[id(value)]
+    seen[id(value)] = len(seen)
+    if isinstance(value, torch.Tensor):
+        return "tensor", tuple(value.shape), value.dtype
+    if isinstance(value, Mapping):
+        return type(value), tuple((_alike(k, seen), _alike(v, seen)) for k, v in value.items())
+    if isinstance(value, list | tuple):
+        return type(value), tuple(_alike(item, seen) for item in value)
+    if isinstance(value, BuiltinFunctionType) and not isinstance(value.__self__, nn.Module | torch.Tensor):
+        return value
+    if isinstance(value, FunctionType):
+        cells = [cell.cell_contents for cell in value.__closure__ or ()]
+        return value.__code__, _alike([cells, value.__defaults__, value.__kwdefaults__], seen)
+    if isinstance(value, MethodType):
+        return _alike([value.__func__, value.__self__], seen)
+    if isinstance(value, partial):
+        return _alike([value.func, value.args, value.keywords], seen)
+    if isinstance(value, nn.Module) or not hasattr(value, "__dict__"):
+        raise _Unlike
+    return type(value), _alike(vars(value), seen)
 
 
 def _tensors(module: nn.Module | None) -> tuple[Any, ...]:
@@ -148,7 +193,8 @@ def find_routers(model: nn.Module, allow_empty: bool = False) -> list[FoundRoute
             continue
         found.append(FoundRouter(name, module, kind, find_slot(module, parent, kind), num_experts, k))
     if found:
-        return found
+        routers = {router.module for router in found}  # around another one it is a wrapper
+        return [one for one in found if routers.isdisjoint(m for m in one.module.modules() if m is not one.module)]
     seen = sorted({type(m).__name__ for m in model.modules() if _looks_like_moe(type(m).__name__)})
     if allow_empty and not any(_is_moe(type(m).__name__) for m in model.modules() if m is not model):
         return []
