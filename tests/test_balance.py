@@ -18,6 +18,7 @@ from torch.testing import assert_close
 
 import equipoise
 from equipoise import EquipoiseError, LoadBalancingLoss, LossFree, attach
+from equipoise.nn import MoE
 
 NAMES = ["blocks.0.gate", "blocks.1.gate"]
 GATES = dict(zip(NAMES, ("sigmoid", "softmax"), strict=True))
@@ -334,8 +335,162 @@ def test_a_four_dimensional_mask_is_ignored_and_a_wrong_one_refused():
 
 def test_a_square_mask_of_who_may_attend_to_whom_is_no_padding():
     model, balance = _attached("none")
-    with pytest.raises(EquipoiseError, match=r"one number per token that .* routes: got shape \(7, 7\) for 7 tokens"):
-        model(_ids(rows=1), torch.ones(7, 7).tril())
+    model(_ids(rows=1), torch.ones(7, 7).tril())
+    balance.step()
+    _window_total(balance, 7)
+    with pytest.raises(EquipoiseError, match="it is that of causal attention.*token_mask"):
+        model(_ids(rows=2)[:, :2], torch.ones(2, 2).tril())
+    model(_ids(rows=2)[:, :2], torch.tensor([[1, 1], [1, 0]]))
+    balance.step()
+    _window_total(balance, 3)
+
+
+@pytest.mark.parametrize("low", [float("-inf"), -1e9, -1])
+def test_a_mask_that_is_added_to_attention_scores_is_refused(low):
+    model, balance = _attached("none")
+    mask = torch.where(MASK == 0, low, 0.0)
+    with pytest.raises(EquipoiseError, match=r"called with it holds other numbers.*token_mask\(None\) where all do"):
+        model(_ids(), mask)
+    with pytest.raises(EquipoiseError, match="it holds other numbers"):
+        model(_ids(), mask.clamp(-1, 0).long())
+    balance.token_mask(MASK)
+    model(_ids(), mask)
+    balance.step()
+    _window_total(balance, 10)
+    model(_ids(), torch.where(MASK == 0, 0, 5))  # numbers of packed sequences
+    balance.step()
+    _window_total(balance, 10)
+
+
+class _Towers(nn.Module):
+    """Two kinds of tokens through one model: the attention_mask is that of the text."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(64, 16)
+        self.text, self.image = (MoE(16, 8, 6, 2) for _ in range(2))
+
+    def forward(self, input_ids, pixels, attention_mask=None):
+        text, image = self.text(self.embedding(input_ids)), self.image(pixels)
+        return text.float().sum() + image.float().sum()
+
+
+@pytest.mark.parametrize("strategy", ["loss-free:rate=0.1", "lbl:coefficient=1"])
+@pytest.mark.parametrize("patches", [2, 9])
+def test_the_mask_of_a_text_is_not_that_of_images(strategy, patches, caplog):
+    model = _Towers()
+    balance = attach(model, strategy)
+    pixels = torch.randn(2, patches, 16, generator=torch.Generator().manual_seed(0))
+    with caplog.at_level(logging.WARNING, "equipoise"):
+        for _ in range(2):
+            (model(_ids(), pixels, attention_mask=MASK) + balance.loss()).backward()
+            balance.step()
+            assert {name: int(load.sum()) for name, load in balance.load.items()} == {
+                "text.router": 2 * 10,
+                "image.router": 2 * 2 * patches,
+            }
+    said = [record.message for record in caplog.records]
+    assert (
+        len(said) == 1 and f"image.router routes {2 * patches} tokens, and the attention_mask is of others" in said[0]
+    )
+
+
+def test_each_kind_of_tokens_can_have_a_mask_of_its_own():
+    model = _Towers()
+    balance = attach(model, "loss-free:rate=0.1")
+    pixels, of_images = torch.randn(2, 7, 16), torch.tensor([[1, 1, 1, 1, 1, 0, 0], [1, 0, 0, 0, 0, 0, 0]])
+    balance.token_mask(of_images, where=lambda name: name.startswith("image"))
+    model(_ids(), pixels, attention_mask=MASK)
+    with balance.paused():
+        model(_ids(), pixels)
+    balance.loss()
+    model(_ids(), pixels)
+    balance.step()
+    sums = {name: int(load.sum()) for name, load in balance.load.items()}
+    assert sums == {"text.router": 2 * (10 + 14), "image.router": 2 * (6 + 14)}, "the mask ends with its micro-batch"
+    balance.token_mask(MASK)
+    balance.token_mask(None, where=lambda name: name == "image.router")
+    model(_ids(), pixels)
+    balance.step()
+    sums = {name: int(load.sum()) for name, load in balance.load.items()}
+    assert sums == {"text.router": 2 * 10, "image.router": 2 * 14}
+    with pytest.raises(ValueError, match=r"where must choose a layer: it chooses none of text.router, image.router"):
+        balance.token_mask(MASK, where=lambda name: False)
+    balance.token_mask(MASK, where=lambda name: True)
+    with pytest.raises(EquipoiseError, match="no forward came after it"):
+        balance.loss()
+
+
+def test_a_decoder_with_a_mask_of_its_own_is_not_masked_by_the_encoders():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder, self.decoder = _Towers(), _Towers()
+
+        def forward(self, input_ids, attention_mask=None, decoder_input_ids=None, decoder_attention_mask=None):
+            pixels = torch.zeros(1, 1, 16)
+            encoded = self.encoder(input_ids, pixels, attention_mask)
+            return encoded + self.decoder(decoder_input_ids, pixels, decoder_attention_mask)
+
+    model = Both()
+    balance = attach(model, "loss-free", where=lambda name, router: "text" in name)
+    model(_ids(), MASK, _ids(), torch.ones(2, 7))  # halves that take their ids and their mask are told them themselves
+    balance.step()
+    assert [int(load.sum()) for load in balance.load.values()] == [2 * 10, 2 * 14]
+    balance.detach()
+
+    class Bare(Both):
+        def forward(self, input_ids, attention_mask=None, decoder_input_ids=None, decoder_attention_mask=None):
+            halves = ((self.encoder, input_ids), (self.decoder, decoder_input_ids))
+            return sum(half.text(half.embedding(ids)).sum() for half, ids in halves)
+
+    model = Bare()
+    for half in (model.encoder, model.decoder):
+        half.forward = lambda hidden: hidden  # takes no mask
+    balance = attach(model, "loss-free", where=lambda name, router: "text" in name)
+    with pytest.raises(EquipoiseError, match="there is a decoder_attention_mask beside it.*token_mask"):
+        model(_ids(), MASK, _ids(), torch.ones(2, 7))
+    balance.token_mask(MASK, where=lambda name: name.startswith("encoder"))
+    balance.token_mask(None, where=lambda name: name.startswith("decoder"))
+    model(_ids(), None, _ids())
+    balance.step()
+    assert [int(load.sum()) for load in balance.load.values()] == [2 * 10, 2 * 14]
+
+
+def test_a_wrapper_that_takes_no_mask_is_told_it_by_what_it_wraps():
+    """As modules of training frameworks do, whose training_step calls the network."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.moe = nn.Embedding(64, 16), MoE(16, 8, 6, 2)
+
+        def forward(self, tokens, attention_mask=None):
+            hidden = self.moe(self.embedding(tokens))
+            if self.fails:
+                raise RuntimeError("no memory")
+            return hidden.sum()
+
+    class Wrapper(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = Net()
+
+        def forward(self, x):
+            return self.net(x)
+
+        def training_step(self, tokens, mask):
+            return self.net(tokens, attention_mask=mask)
+
+    model = Wrapper()
+    balance = attach(model, "loss-free+lbl:scope=sequence")
+    model.net.fails = True
+    with pytest.raises(RuntimeError, match="no memory"):
+        model.training_step(_ids(), MASK)
+    model.net.fails = False
+    (model.training_step(_ids(), MASK) + balance.loss()).backward()
+    balance.step()
+    assert _total(balance) == {"net.moe.router": 2 * 10}
 
 
 def test_a_micro_batch_of_padding_has_no_loss_and_no_gradient():

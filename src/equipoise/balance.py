@@ -5,7 +5,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -52,6 +52,24 @@ class _Ticket(torch.autograd.Function):
         ctx.micro_batch.serve(grad)
         ctx.window.serving = ctx.micro_batch
         return None, None, None, None
+
+
+def _hooked(model: nn.Module, routers: set[nn.Module]) -> list[nn.Module]:
+    """Whose forward is given the padding: the model, and whole models inside, which may be called by themselves. Where
+    the model itself is a wrapper that takes none, the first in it that does, on the way to all its routers."""
+    found = [model]
+    within = model
+    while "attention_mask" not in _argument_names(within):
+        within = next((m for m in within.children() if routers and routers <= {*m.modules()} - {m}), model)
+        if within is model:
+            break
+        if "attention_mask" in _argument_names(within):
+            found.append(within)
+    for module in model.modules():
+        whole = {"input_ids", "attention_mask"} <= {*_argument_names(module)}
+        if module not in found and whole and routers & {*module.modules()}:
+            found.append(module)
+    return found
 
 
 def _argument_names(module: nn.Module) -> list[str]:
@@ -117,13 +135,11 @@ class Balance:
     def _tap(self, model: nn.Module) -> None:
         self._context = ForwardContext(model, self._recorder)
         self._hooks = []
-        routers = {layer.router for layer in self._layers}
-        for module in model.modules():
+        self._recorder.context = self._context
+        hooked = _hooked(model, {layer.router for layer in self._layers})
+        self._context.tells_decoders = len(hooked) > 1
+        for module in hooked:
             names = _argument_names(module)
-            if module is not model and not (
-                {"input_ids", "attention_mask"} <= {*names} and routers & {*module.modules()}
-            ):
-                continue  # a whole model inside a wrapper is told its padding itself
             self._hooks += [
                 module.register_forward_pre_hook(Hook(self._context.before, names), with_kwargs=True),
                 module.register_forward_hook(Hook(self._context.after, names), always_call=True),
@@ -160,12 +176,12 @@ class Balance:
 
     @torch._disable_dynamo  # as torch.compiler.disable, which loads Dynamo at once
     def _ticket(self) -> Tensor:
-        if self._context.given and self._mask_is_unused():
+        if self._context.told and self._mask_is_unused():
             raise EquipoiseError(UNUSED_MASK)
         micro_batch = self._window.close_micro_batch()
         if micro_batch is not None:  # it separates micro-batches; one for logging between windows does not
             self._recorder.has_tickets = True
-        if self._context.given:
+        if self._context.told:
             self._context.clear()
         if micro_batch is None or self._recorder.num_losses == 0:
             device = self._device() if micro_batch is None else micro_batch.vector.device
@@ -219,13 +235,13 @@ class Balance:
                 + ". Call step() once an optimizer step, after a forward (follow(optimizer) calls it already); leave "
                 "layers out with attach(where=...)."
             )
-        if self._context.given and self._mask_is_unused():
+        if self._context.told and self._mask_is_unused():
             _log.warning(UNUSED_MASK)
         micro_batches, before = window.micro_batches, self._num_windows
         self._recorder.last, statistics, applied, *self._traffic = window.close(applied)
         self._last_micro_batches, self._last_micro_batch = micro_batches, micro_batches[-1]
         self._num_windows += 1
-        if self._context.given:
+        if self._context.told:
             self._context.clear()
         if applied is False:
             return
@@ -311,17 +327,30 @@ class Balance:
         finally:
             self._recorder.paused = before
 
-    def token_mask(self, mask: Tensor | None, sequence_ids: Tensor | None = None) -> None:
+    def token_mask(
+        self,
+        mask: Tensor | None,
+        sequence_ids: Tensor | None = None,
+        *,
+        where: Callable[[str], bool] | None = None,
+    ) -> None:
         """Says which tokens of the coming micro-batch count and which sequence each is in.
 
         Holds until the next ``loss()`` or ``step()`` and outranks an ``attention_mask`` that the model is called with.
         Inside ``measuring()`` and ``paused()`` it is put aside, and one that is given there ends with them.
+
+        An ``attention_mask`` is taken for routers of as many tokens as it has (or up to 4 fewer of every row, its end,
+        in a layer that predicts further); of others, as those of images beside a text, all tokens count, and a warning
+        says so. The number of tokens does not say what they are: where several kinds go through one model, give each
+        its own mask with ``where``.
 
         Args:
             mask: 1 for a token that counts, 0 for padding; ``[batch, sequence]`` or flat; None: all count. Of a 2-D
                 mask that is longer than what a router sees (a cached prefix, a layer that predicts further) the end
                 counts: give it the columns that the model is called with.
             sequence_ids: an integer that changes where a new packed sequence begins; the same shape.
+            where: which layers it is for, by their names (``balance.load`` has them); call it once for each kind of
+                tokens. None: for all that have none of their own.
         """
         for name, value in (("mask", mask), ("sequence_ids", sequence_ids)):
             if value is not None and (not isinstance(value, Tensor) or value.dim() not in (1, 2)):
@@ -331,7 +360,13 @@ class Balance:
                 "mask must hold 1 for a token that counts and 0 for padding: got other values. Labels, and masks that "
                 "are added to attention scores, are not masks of tokens."
             )
-        self._context.mask, self._context.sequence_ids, self._context.given = mask, sequence_ids, True
+        if where is None:
+            self._context.mask, self._context.sequence_ids, self._context.given = mask, sequence_ids, True
+        else:
+            chosen = [index for index, layer in enumerate(self._layers) if where(layer.name)]
+            if not chosen:
+                raise ValueError(f"where must choose a layer: it chooses none of {few(x.name for x in self._layers)}.")
+            self._context.of_layers |= dict.fromkeys(chosen, (mask, sequence_ids))
         self._calls_at_mask = self._recorder.num_calls
 
     def _mask_is_unused(self) -> bool:

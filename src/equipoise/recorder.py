@@ -4,6 +4,7 @@ Which tokens, when: a call counts when the router is in training mode, not pause
 is a recomputation). The gradient is computed in the backward, by the counts that are pooled by then.
 """
 
+import logging
 import sys
 from collections.abc import Sequence
 from copy import deepcopy
@@ -19,10 +20,14 @@ from equipoise.errors import EquipoiseError
 from equipoise.load import Layout
 from equipoise.pool import Pool
 from equipoise.routing import Routing, score, score_backward, without_autocast
-from equipoise.taps.tap import OWN_SLOT, RECOMPUTED, UNCOUNTED, RouterKind, Slot
+from equipoise.taps.tap import OWN_SLOT, RECOMPUTED, UNCOUNTED, ForwardContext, RouterKind, Slot
 from equipoise.window import Call, MicroBatch, Statistics, Window, fit_mask, number_sequences
 
 __all__ = ["Group", "Layer", "Recorder", "slot_of"]
+
+_log = logging.getLogger("equipoise")
+
+FURTHER = 4  # tokens that are predicted beyond the next one, at most
 
 
 class Layer(NamedTuple):
@@ -108,6 +113,8 @@ class Recorder:
         self.paused = False
         self.measuring = False
         self.measured: Tensor | None = None  # counts since measuring began
+        self.context: ForwardContext | None = None
+        self._not_masked: set[int] = set()  # layers of which it was said
         self.inferring = False  # the last forward was one by which a pipeline finds out its shapes
 
     def observe(
@@ -135,6 +142,12 @@ class Recorder:
             return UNCOUNTED
         num_tokens = expert_ids.shape[0]
         self._check_sizes(self.layers[layer], logits.shape[-1], expert_ids.shape[-1])
+        own = None if self.context is None else self.context.of_layers.get(layer)
+        if own is not None:
+            mask, sequence_ids = own
+        elif mask is not None and not self._is_given and not _is_of_these(mask, num_tokens):
+            self._say_not_masked(layer, tuple(mask.shape), num_tokens)
+            mask = None
         mask = fit_mask(mask, num_tokens, rows, self.layers[layer].name, expert_ids.device)
         if self.measuring:
             if self.measured is None:
@@ -166,6 +179,20 @@ class Recorder:
                 micro_batch.losses[index, layer].add_(value * call.num_tokens)
                 micro_batch.dtype = torch.promote_types(micro_batch.dtype, value.dtype)
         return window.record(call, expert_ids)
+
+    @property
+    def _is_given(self) -> bool:
+        """Whether a mask that comes with a call is one of token_mask()."""
+        return self.context is None or self.context.given
+
+    def _say_not_masked(self, layer: int, shape: tuple[int, ...], num_tokens: int) -> None:
+        if layer not in self._not_masked:
+            self._not_masked.add(layer)
+            _log.warning(
+                f"{self.layers[layer].name} routes {num_tokens} tokens, and the attention_mask is of others, shape "
+                f"{shape}: all its tokens are counted. Say which of them are padding with balance.token_mask(mask, "
+                "where=...)."
+            )
 
     @staticmethod
     def _check_sizes(layer: Layer, num_experts: int, k: int) -> None:
@@ -413,6 +440,13 @@ class Recorder:
             for value in group.steering.state().values():
                 value[row].zero_()
             self.restore_offset(layer)
+
+
+def _is_of_these(mask: Tensor, num_tokens: int) -> bool:
+    """Whether a mask that was found can be that of so many tokens: of all, or of rows a few shorter, which a layer that
+    predicts further is given."""
+    rows, length = mask.shape
+    return num_tokens % max(rows, 1) == 0 and 0 <= length - num_tokens // max(rows, 1) <= FURTHER
 
 
 def _infers_shapes() -> bool:

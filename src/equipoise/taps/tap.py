@@ -166,19 +166,26 @@ class ForwardContext:
         self.sequence_ids: Tensor | None = None
         self.rows = 0
         self.given = False  # by Balance.token_mask: outranks what the forward was called with
+        self.of_layers: dict[int, tuple[Tensor | None, Tensor | None]] = {}  # by Balance.token_mask(where=...)
+        self.tells_decoders = False  # a module inside is hooked too: it is told its padding itself
+
+    @property
+    def told(self) -> bool:
+        """Whether Balance.token_mask was called for this micro-batch."""
+        return self.given or bool(self.of_layers)
 
     def clear(self) -> None:
-        self.mask, self.sequence_ids, self.rows, self.given = None, None, 0, False
+        self.mask, self.sequence_ids, self.rows, self.given, self.of_layers = None, None, 0, False, {}
 
     @contextmanager
     def aside(self) -> Iterator[None]:
         """Puts aside what belongs to the open micro-batch; what is said meanwhile ends with it."""
-        held = self.mask, self.sequence_ids, self.rows, self.given
+        held = self.mask, self.sequence_ids, self.rows, self.given, self.of_layers
         self.clear()
         try:
             yield
         finally:
-            self.mask, self.sequence_ids, self.rows, self.given = held
+            self.mask, self.sequence_ids, self.rows, self.given, self.of_layers = held
 
     def before(self, names: list[str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         named = dict(zip(names, args, strict=False))
@@ -190,15 +197,23 @@ class ForwardContext:
         if not self.outer and not torch.compiler.is_compiling():
             self.num_calls = self.observer.num_calls
         self.outer.append((None if self.given else self.mask, self.rows))
-        rows = 0
+        rows = length = 0
         for name in ("input_ids", "inputs_embeds", *named):
             value = named.get(name)
             if isinstance(value, Tensor) and (value.dim() >= 3 or (value.dim() == 2 and not value.is_floating_point())):
-                rows = value.shape[0]
+                rows, length = value.shape[:2]
                 break
         self.rows = rows or self.rows
         mask = named.get("attention_mask")
         if not self.given and isinstance(mask, Tensor) and mask.dim() == 2:
+            if rows not in (0, mask.shape[0]) and mask.shape[0] == mask.shape[1]:
+                self.mask = None  # who may attend to whom
+                return
+            if not _is_traced():
+                other = named.get("decoder_attention_mask")
+                _check_padding(mask, rows, module, isinstance(other, Tensor) and not self.tells_decoders)
+            if mask.shape[0] == rows and mask.shape[1] > length:  # it covers a cached prefix too
+                mask = mask[:, mask.shape[1] - length :]
             self.mask = mask
 
     def after(self, names: list[str], module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -209,6 +224,26 @@ class ForwardContext:
             return
         if output is None and not torch.compiler.is_compiling() and sys.exc_info()[1] is not None:
             self.observer.forward_failed(self.num_calls)
+
+
+def _check_padding(mask: Tensor, rows: int, module: nn.Module, is_ambiguous: bool) -> None:
+    """That a mask which a model was called with says which tokens are padding, as far as a host can see without waiting
+    for a GPU."""
+    reason = None
+    if is_ambiguous:
+        reason = "there is a decoder_attention_mask beside it, and which router it is for cannot be told"
+    elif type(mask) is Tensor and mask.device.type == "cpu":  # a fake one has no numbers
+        whole = not mask.is_floating_point() and mask.dtype != torch.bool
+        if mask.dtype != torch.bool and ((mask < 0) if whole else (mask != 0) & (mask != 1)).any():
+            reason = "it holds other numbers, as masks that are added to attention scores do"
+        elif mask.shape[0] == mask.shape[1] == rows > 1 and torch.equal(mask != 0, torch.ones_like(mask != 0).tril()):
+            reason = "it is that of causal attention, who may attend to whom"
+    if reason is not None:
+        raise EquipoiseError(
+            f"an attention_mask of two dimensions must hold 1 for each token and 0 for padding: in the one that "
+            f"{type(module).__name__} is called with {reason}. Say which tokens count with balance.token_mask(mask), "
+            "or balance.token_mask(None) where all do, before the forward."
+        )
 
 
 class Hook:
