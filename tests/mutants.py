@@ -962,9 +962,30 @@ MUTANTS = [
     Mutant(
         "88, 89: a router that was not called goes unnoticed",
         "balance.py",
-        "        if len(called) < len(self._layers):",
-        "        if not called:",
+        'self._warn("no call", [index for index in range(len(self._layers)) if index not in called])',
+        "pass",
         f"{BALANCE} -k not_called",
+    ),
+    Mutant(
+        "88: a layer that one rank does not call has no statistics there",
+        "balance.py",
+        "            absent = self._recorder.empty_statistics()\n            self._warn",
+        "            self._warn",
+        "tests/distributed/test_window.py -k one_rank_does_not_call",
+    ),
+    Mutant(
+        "38: a loss that reaches no router goes unnoticed",
+        "recorder.py",
+        "if any(calls[number].wants_gradient for number in numbers)})",
+        "if False})",
+        f"{BALANCE} -k reaches_no_router",
+    ),
+    Mutant(
+        "38: a router that is not trained is said to be missed",
+        "recorder.py",
+        "if any(calls[number].wants_gradient for number in numbers)})",
+        "if numbers})",
+        f"{BALANCE} -k is_not_trained",
     ),
     Mutant(
         "89: a state is saved in the middle of a window",

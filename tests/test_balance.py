@@ -17,7 +17,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import equipoise
-from equipoise import EquipoiseError, LoadBalancingLoss, LossFree, attach
+from equipoise import EquipoiseError, LoadBalancingLoss, LossFree, attach, max_violation
 from equipoise.nn import MoE
 
 NAMES = ["blocks.0.gate", "blocks.1.gate"]
@@ -908,15 +908,78 @@ def test_step_moves_the_offsets_by_the_rules_of_the_gates():
 
 def test_step_without_a_forward_raises():
     _, balance = _attached("loss-free")
-    with pytest.raises(EquipoiseError, match="every attached router must be called .*none was"):
+    with pytest.raises(EquipoiseError, match="attached routers must be called .*none was"):
         balance.step()
 
 
-def test_step_names_the_layer_that_was_not_called():
-    model, balance = _attached("loss-free")
-    model.blocks[0](torch.randn(1, 3, DIM, generator=torch.Generator().manual_seed(0)))
-    with pytest.raises(EquipoiseError, match=r"blocks\.1\.gate got no token"):
+@pytest.mark.parametrize("strategy", ["loss-free:rate=0.1+lbl", "quantile+z", "lbl:pooling=previous"])
+def test_a_layer_that_was_not_called_is_named_once_and_keeps_its_offset(strategy, caplog):
+    model, balance = _attached(strategy)
+    (model(_ids()) + balance.loss()).backward()
+    balance.step()
+    before, hidden = balance.offsets, torch.randn(1, 3, DIM, generator=torch.Generator().manual_seed(0))
+    with caplog.at_level(logging.WARNING, "equipoise"):
+        for _ in range(2):
+            (model.blocks[0](hidden).sum() + balance.loss()).backward()
+            balance.step()
+    assert caplog.text.count("step: blocks.1.gate got no token between two steps") == 1
+    assert [int(load.sum()) for load in balance.load.values()] == [3 * K, 0]
+    assert torch.equal(balance.offsets[NAMES[1]], before[NAMES[1]])
+    found = balance.metrics()
+    assert all(math.isfinite(value) for value in found.values()) and found["tokens"] == 3
+    assert found["maxvio_batch"] == found["maxvio_micro"] == pytest.approx(max_violation(balance.load[NAMES[0]]).item())
+    (model(_ids()) + balance.loss()).backward()
+    balance.step()
+    assert balance.metrics()["tokens"] == 14
+
+
+def test_the_loss_of_a_metric_is_of_the_layers_that_were_called():
+    model, balance = _attached("lbl:coefficient=1")
+    hidden = torch.randn(1, 3, DIM, generator=torch.Generator().manual_seed(0))
+    output = model.blocks[0](hidden)
+    loss = balance.loss()
+    (output.sum() + loss).backward()
+    balance.step()
+    assert balance.metrics()["load_balancing_loss"] == pytest.approx(loss.item())
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_loss_that_reaches_no_router_is_said_once(checkpointed, caplog):
+    """A block that makes the weights itself leaves those of the router, on which the gradient travels, unused."""
+
+    class Block(nn.Module):
+        def __init__(self, uses):
+            super().__init__()
+            self.router, self.uses = MoE(DIM, 8, EXPERTS, K).router, uses
+
+        def forward(self, hidden):
+            logits, weights, expert_ids = self.router(hidden)
+            own = logits.gather(-1, expert_ids).softmax(-1)
+            return hidden * (weights if self.uses else own).sum(-1).view(*hidden.shape[:-1], 1)
+
+    model = nn.Sequential(Block(True), Block(False), Block(True))
+    balance = attach(model, "lbl")
+    hidden = torch.randn(1, 3, DIM, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    with caplog.at_level(logging.WARNING, "equipoise"):
+        for _ in range(2):
+            if checkpointed:
+                output = torch.utils.checkpoint.checkpoint(model, hidden, use_reentrant=False)
+            else:
+                output = model(hidden)
+            (output.sum() + balance.loss()).backward()
+            balance.step()
+    said = [record.message for record in caplog.records]
+    assert len(said) == 1 and said[0].startswith("step: the balancing loss gave 1.router no gradient")
+
+
+def test_a_router_that_is_not_trained_is_no_reason_for_a_word(caplog):
+    model, balance = _attached("lbl")
+    model.requires_grad_(False)
+    leaf = torch.zeros((), requires_grad=True)
+    with caplog.at_level(logging.WARNING, "equipoise"):
+        (model(_ids()) + leaf + balance.loss()).backward()
         balance.step()
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("applied", [False, torch.tensor(False), torch.tensor(0.0)], ids=str)

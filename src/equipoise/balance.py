@@ -114,6 +114,7 @@ class Balance:
         self._num_windows = 0
         self._traffic = [0, 0]
         self._detached = False
+        self._warned: set[tuple[str, int]] = set()
         self._device_of_model = next(model.parameters(), torch.zeros(())).device
         self._last_micro_batches: list[MicroBatch] = []
         self._last_micro_batch: MicroBatch | None = None
@@ -206,8 +207,9 @@ class Balance:
             applied: whether the optimizer's step was applied, a bool or a 0-d tensor (a GradScaler skips steps). The
                 window closes either way; the offsets move only if it was, on every rank.
 
-        Collective over the group. Raises ``EquipoiseError`` when a router was not called in this window, naming it; the
-        other ranks raise too.
+        A router that was not called on any rank keeps its offset; each one that a rank does not call is warned of once
+        there, and so is one that the loss gave no gradient. Collective over the group. Raises ``EquipoiseError`` when a
+        rank called none at all; the other ranks raise too.
         """
         if not isinstance(applied, bool) and not (isinstance(applied, Tensor) and applied.numel() == 1):
             raise ValueError(f"applied must be true, false or a tensor of one number: got {_shape(applied)}.")
@@ -226,19 +228,22 @@ class Balance:
             return
         window = self._window
         called = set().union(*(micro_batch.calls for micro_batch in window.micro_batches))
-        if len(called) < len(self._layers):
+        if not called:
             window.fail(self._device(), self._recorder.empty_statistics())
-            missing = [layer.name for index, layer in enumerate(self._layers) if index not in called]
             raise EquipoiseError(
-                "every attached router must be called in training mode between two steps: "
-                + (f"{', '.join(missing[:4])}{' ...' if missing[4:] else ''} got no token" if called else "none was")
-                + ". Call step() once an optimizer step, after a forward (follow(optimizer) calls it already); leave "
-                "layers out with attach(where=...)."
+                "attached routers must be called in training mode between two steps: none was. Call step() once an "
+                "optimizer step, after a forward (follow(optimizer) calls it already)."
             )
+        absent = None
+        if len(called) < len(self._layers):
+            absent = self._recorder.empty_statistics()
+            self._warn("no call", [index for index in range(len(self._layers)) if index not in called])
+        if self._recorder.num_losses:
+            self._warn("no gradient", self._recorder.unreached())
         if self._context.told and self._mask_is_unused():
             _log.warning(UNUSED_MASK)
         micro_batches, before = window.micro_batches, self._num_windows
-        self._recorder.last, statistics, applied, *self._traffic = window.close(applied)
+        self._recorder.last, statistics, applied, *self._traffic = window.close(applied, absent)
         self._last_micro_batches, self._last_micro_batch = micro_batches, micro_batches[-1]
         self._num_windows += 1
         if self._context.told:
@@ -259,6 +264,24 @@ class Balance:
                     state[name].copy_(torch.where(applied.to(value.device).bool(), state[name], value))
             if group.steering is not None:
                 self._recorder.restore_offsets(group, slots)
+
+    def _warn(self, what: str, layers: Sequence[int]) -> None:
+        """Once for each layer."""
+        new = [index for index in layers if (what, index) not in self._warned]
+        self._warned.update((what, index) for index in new)
+        names = few(self._layers[index].name for index in new)
+        if new and what == "no call":
+            _log.warning(
+                f"step: {names} got no token between two steps, in training mode on this rank. That is as it should be "
+                "where a layer serves a kind of text or images that is not in every batch; leave one that is never "
+                "called out with attach(where=...)."
+            )
+        elif new:
+            _log.warning(
+                f"step: the balancing loss gave {names} no gradient: the weights that the router returns reached no "
+                "loss that was differentiated. Its block must multiply the outputs of experts with them, not with "
+                "weights that it makes itself."
+            )
 
     def follow(self, optimizer: torch.optim.Optimizer) -> Any:
         """Calls ``step()`` after every ``optimizer.step()``; ``remove()`` on what comes back ends it.
@@ -339,10 +362,10 @@ class Balance:
         Holds until the next ``loss()`` or ``step()`` and outranks an ``attention_mask`` that the model is called with.
         Inside ``measuring()`` and ``paused()`` it is put aside, and one that is given there ends with them.
 
-        An ``attention_mask`` is taken for routers of as many tokens as it has (or up to 4 fewer of every row, its end,
-        in a layer that predicts further); of others, as those of images beside a text, all tokens count, and a warning
-        says so. The number of tokens does not say what they are: where several kinds go through one model, give each
-        its own mask with ``where``.
+        An ``attention_mask`` is taken for routers of as many tokens as it has (or one fewer of every row, its end, in a
+        layer that predicts a token further); of others, as those of images beside a text, all tokens count, and a
+        warning says so. The number of tokens does not say what they are: where several kinds go through one model, give
+        each its own mask with ``where``.
 
         Args:
             mask: 1 for a token that counts, 0 for padding; ``[batch, sequence]`` or flat; None: all count. Of a 2-D
@@ -397,7 +420,8 @@ class Balance:
     def metrics(self) -> dict[str, float]:
         """Figures of the last closed window over all ranks, as Python numbers (this waits for a GPU); {} before it.
 
-        ``maxvio_batch``, ``min_violation``, ``coefficient_of_variation``, ``load_entropy``: means over layers.
+        Of layers that had tokens; ``maxvio_batch``, ``min_violation``, ``coefficient_of_variation``, ``load_entropy``:
+        means over them.
         ``maxvio_micro``: mean over this rank's micro-batches. ``maxvio_floor``: what chance alone would give.
         ``dead_experts``: sum over layers. ``tokens``: unmasked, in the window. ``load_balancing_loss``, ``z_loss``: by
         loss, without its coefficient, the mean over layers and this rank's micro-batches; a second loss of a kind has
@@ -407,10 +431,11 @@ class Balance:
         self._window.exchange.read()
         if self._recorder.last is None:
             return {}
-        load = self.load
-        tokens = [float(load[layer.name].sum()) / layer.k for layer in self._layers]
+        load = _with_tokens(self._by_name(self._recorder.last.cpu()))
+        layers = [layer for layer in self._layers if layer.name in load]
+        tokens = [float(load[layer.name].sum()) / layer.k for layer in layers]
         floors = [
-            metrics.sampling_floor(n, layer.k, layer.num_experts) for n, layer in zip(tokens, self._layers, strict=True)
+            metrics.sampling_floor(n, layer.k, layer.num_experts) for n, layer in zip(tokens, layers, strict=True)
         ]
         result = {
             "maxvio_batch": float(metrics.max_violation(load)),
@@ -422,14 +447,17 @@ class Balance:
             "tokens": min(tokens),
         }
         if self._last_micro_batches:  # not after a resume
-            micro = [metrics.max_violation(self._by_name(m.vector)) for m in self._last_micro_batches]
+            micro = [
+                metrics.max_violation(_with_tokens(self._by_name(m.vector.cpu()))) for m in self._last_micro_batches
+            ]
             result["maxvio_micro"] = float(torch.stack(micro).nanmean())
         counted = [m for m in self._last_micro_batches if m.vector[self._layout.tokens].any()]
         for index, balancer in enumerate(self._groups[0].losses):
-            values = [m.losses[index] / m.vector[self._layout.tokens].clamp_min(1) for m in counted]
+            tokens_of = [m.vector[self._layout.tokens] for m in counted]
+            values = [(m.losses[index] / n)[n > 0] for m, n in zip(counted, tokens_of, strict=True)]
             name = balancer.metric if balancer.metric not in result else f"{balancer.metric}_{balancer.scope}"
             if self._last_micro_batches:
-                result[name] = float(torch.stack(values).mean()) if values else 0.0
+                result[name] = float(torch.cat(values).mean()) if values else 0.0
         if any(group.steering is not None for group in self._groups):
             result["offset_max"] = max(float(offset.abs().max()) for offset in self.offsets.values())
         result |= zip(("collectives", "collective_bytes"), map(float, self._traffic), strict=True)
@@ -602,6 +630,11 @@ def _state(balancer: Balancer) -> dict[str, Tensor]:
     """All that ``update`` moves."""
     offset = balancer.offset()
     return balancer.state() if offset is None else {"offset": offset, **balancer.state()}
+
+
+def _with_tokens(load: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The layers that had any; all of them where none had."""
+    return {name: counts for name, counts in load.items() if counts.any()} or load
 
 
 def few(values: Any) -> str:

@@ -158,8 +158,8 @@ class Exchange:
         size, measured = self.pool.size, second_load >> 48
         if last_load < 0:
             raise EquipoiseError(
-                "every attached router must be called on every rank between two steps, and measuring() must end on "
-                "every rank: on another rank one did not, and it raised. Its message says what and where."
+                "attached routers must be called on every rank between two steps, and measuring() must end on every "
+                "rank: on another rank one did not, and it raised. Its message says what and where."
             )
         if measured != (size if measuring else 0):
             raise EquipoiseError(

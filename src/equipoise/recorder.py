@@ -27,7 +27,7 @@ __all__ = ["Group", "Layer", "Recorder", "slot_of"]
 
 _log = logging.getLogger("equipoise")
 
-FURTHER = 4  # tokens that are predicted beyond the next one, at most
+FURTHER = 1  # tokens that are predicted beyond the next one
 
 
 class Layer(NamedTuple):
@@ -166,7 +166,8 @@ class Recorder:
         segments, num_sequences = None, 0
         if self.needs_sequences:
             segments, num_sequences = number_sequences(sequence_ids, rows, num_tokens, expert_ids.device)
-        call = Call(layer, micro_batch, mask, segments, num_sequences, num_tokens if mask is None else mask.sum())
+        counted = num_tokens if mask is None else mask.sum()
+        call = Call(layer, micro_batch, mask, segments, num_sequences, counted, logits.requires_grad)
         group, row = self.group_of[layer]
         if self.num_losses or group.has_statistics:
             routing = self._routing(layer, call, logits, expert_ids, weights)
@@ -221,6 +222,15 @@ class Recorder:
                 assert found is not None  # as it was when the group was made
                 for layer, value in zip(group.layers, found, strict=True):
                     statistics.add(layer, index, value.clone())
+
+    def unreached(self) -> list[int]:
+        """Layers whose loss had a backward that did not come to them, though their logits are differentiated. Within a
+        compiled graph nobody can tell."""
+        calls = self.window.calls
+        left = (
+            (layer, m.unserved[layer]) for m in self.window.micro_batches if m.factor is not None for layer in m.calls
+        )
+        return sorted({layer for layer, numbers in left if any(calls[number].wants_gradient for number in numbers)})
 
     def empty_statistics(self) -> Statistics:
         """The statistics of a window without tokens: zeros, in the order and of the size of every other window's."""
@@ -443,8 +453,8 @@ class Recorder:
 
 
 def _is_of_these(mask: Tensor, num_tokens: int) -> bool:
-    """Whether a mask that was found can be that of so many tokens: of all, or of rows a few shorter, which a layer that
-    predicts further is given."""
+    """Whether a mask that was found can be that of so many tokens: of all, or of rows one shorter, which a layer that
+    predicts a token further is given."""
     rows, length = mask.shape
     return num_tokens % max(rows, 1) == 0 and 0 <= length - num_tokens // max(rows, 1) <= FURTHER
 

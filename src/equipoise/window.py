@@ -76,6 +76,7 @@ class Call(NamedTuple):
     sequence_ids: Int[Tensor, " tokens"] | None
     num_sequences: int
     num_tokens: Tensor | int
+    wants_gradient: bool = False  # its logits are differentiated
 
 
 class MicroBatch:
@@ -251,12 +252,16 @@ class Window:
             self.exchange.fail(device, statistics.summed)
             self._open()
 
-    def close(self, applied: bool | Tensor = True) -> Closed:
+    def close(self, applied: bool | Tensor = True, absent: Statistics | None = None) -> Closed:
         """Ends the window: its counts, its statistics and whether its step was applied, over all ranks, in one
         collective; where every micro-batch is pooled, in one for the closing and one for statistics, if there are any.
+
+        ``absent`` stands in for the statistics of layers that were not called here: every rank gives as many.
         """
         with self._dropped_on_error():
             self.close_micro_batch()
+            for key, value in ({} if absent is None else absent.values).items():
+                self._statistics.values.setdefault(key, value)
             self._receive()
             assert self._closed is not None
             vector, statistics = self._closed, self._statistics

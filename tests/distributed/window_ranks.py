@@ -51,6 +51,25 @@ def _window(rank, counts, strategy="lbl+loss-free"):
     return "went on"
 
 
+PARTIAL = ("loss-free:rate=0.1", "quantile", "quantile:bins=0", "loss-free:rule=sign,scope=micro_batch,rate=0.1", "lbl")
+
+
+def one_layer_on_one_rank(ranks, strategy):
+    """The second layer is called by the forwards of rank 0 only; in the second window by none."""
+    torch.manual_seed(0)
+    model = nn.ModuleList([Router(6, EXPERTS, 2), Router(6, EXPERTS, 2)])
+    balance = equipoise.attach(model, strategy)
+    found = []
+    for window in range(2):
+        for rank in ranks:
+            hidden = torch.randn(8, 6, generator=torch.Generator().manual_seed(10 * window + rank))
+            total = sum(router(hidden)[1].sum() for router in model[: 2 if rank + 2 * window == 0 else 1])
+            (total + balance.loss()).backward()
+        balance.step()
+        found.append((balance.load, balance.offsets))
+    return found
+
+
 def _unequal_start(rank):
     model = family("glm4_moe", layers=1)
     (slot,) = [buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")]
@@ -354,6 +373,8 @@ def everything(rank: int) -> dict[Any, Any]:
         found["measured alone", strategy] = said(measured_alone, rank, strategy)
     for strategy in ("loss-free", "lbl", "quantile"):
         found["goes on", strategy] = after_a_window_that_failed(rank, strategy)
+    for strategy in PARTIAL:
+        found["partial", strategy] = one_layer_on_one_rank([rank], strategy)
     for error_of in (ArithmeticError, EquipoiseError):
         found["evaluation", error_of.__name__] = evaluation_that_raises(rank, error_of)
     found["early"] = attached_too_early(rank)
