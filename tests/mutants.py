@@ -1543,6 +1543,13 @@ MUTANTS = [
         "tests/taps/test_own_routers.py",
     ),
     Mutant(
+        "routers: a block without one is left out without a word",
+        "taps/families.py",
+        "for name, module in _blocks(model)]",
+        "for name, module in ()]",
+        "tests/taps/test_own_routers.py -k named_beside",
+    ),
+    Mutant(
         "routers: probabilities are taken for logits",
         "taps/tap.py",
         "first = first.clamp_min(torch.finfo(first.dtype).tiny).log()",

@@ -242,3 +242,20 @@ def test_a_router_that_fully_shard_holds_by_itself_is_attached():
         assert balance.num_tokens == 10 and all(offset.any() for offset in balance.offsets.values())
     finally:
         dist.destroy_process_group()
+
+
+def test_a_block_without_anything_called_a_router_is_named_beside_known_ones(caplog):
+    class SparseMoeBlock(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.select, self.experts = nn.Linear(DIM, EXPERTS, bias=False), nn.ModuleList([nn.Linear(DIM, DIM)])
+
+        def forward(self, hidden):
+            return hidden * self.select(hidden).softmax(-1).topk(2).values.sum(-1, keepdim=True)
+
+    model = nn.Sequential(MoE(DIM, 8, EXPERTS, 2), SparseMoeBlock())
+    attach(model, "loss-free")
+    (record,) = caplog.records
+    assert record.message.startswith(
+        "attach: 1 (SparseMoeBlock: nothing in it is called a router or a gate) is neither"
+    )

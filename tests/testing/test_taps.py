@@ -366,7 +366,7 @@ BROKEN = [
     (Model(SharedByCopies), "attached once", "is attached already"),
     (Model(KeyOfItsOwn), "state dict", OWN_SLOT),
     (Model(AddsABuffer), "detach restores", "attributes ['noticed']"),
-    (DropsPadding(), "padding is not counted", "the mask must hold one number per token"),
+    (DropsPadding(), "padding is not counted", "which token belongs to which sequence"),
     (NothingComesOut(), "unchanged at offset zero", "got NoneType"),
 ]
 

@@ -226,14 +226,30 @@ def refusal(name: str, router: nn.Module, reason: str, kind: RouterKind | None =
 
 def unknown_routers(model: nn.Module) -> list[str]:
     """Names of modules that are called a router or a gate, have a weight of two dimensions, and select in no way that
-    is known, with the reason. Hash layers are not among them: they are as they should be, and named in the log."""
+    is known, and of mixture-of-experts blocks in which nothing is called so, with the reason. Hash layers are not among
+    them: they are as they should be, and named in the log."""
     left_out = list(_left_out(model))
     if hashed := [name for name, _, reason in left_out if reason is None]:
         _log.warning(
             f"attach: {', '.join(hashed)} {'is a hash layer' if len(hashed) == 1 else 'are hash layers'}, which choose "
             "by the id of the token: neither counted nor balanced; the other layers are."
         )
+    left_out += [(name, module, "nothing in it is called a router or a gate") for name, module in _blocks(model)]
     return [f"{name} ({type(module).__name__}: {reason})" for name, module, reason in left_out if reason is not None]
+
+
+def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Name and module of the mixture-of-experts blocks in which nothing is called a router."""
+    candidates = {module for _, module, _ in _candidates(model)}
+    inside: set[nn.Module] = set()
+    for name, module in model.named_modules():
+        called = any(cls.__name__.lower().endswith(("moe", "moeblock", "moelayer")) for cls in _classes(type(module)))
+        if module in inside or not called or isinstance(module, nn.ModuleList):
+            continue
+        within = set(module.modules())
+        if candidates.isdisjoint(within) and any(True for _ in module.parameters()):
+            inside |= within
+            yield plain_name(name), module
 
 
 def hash_routers(model: nn.Module) -> list[str]:
