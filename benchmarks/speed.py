@@ -252,6 +252,7 @@ def alerts(stored: dict[str, Any]) -> Section | None:
 def memory_and_start(stored: dict[str, Any], attach: dict[str, Any], audit: dict[str, Any]) -> Section:
     title = "Memory and start-up"
     memory, start = stored["memory"], stored["start"]
+    added = start["added_to_torch_cpu_seconds"]
     slowest = max(attach["rows"], key=lambda row: row["first_cpu_seconds"])
     command, pair, peak = audit["command_time"], audit["over_bare_forwards"], audit["peak_memory"]
     few, many = peak["few"], peak["many"]
@@ -272,9 +273,9 @@ def memory_and_start(stored: dict[str, Any], attach: dict[str, Any], audit: dict
         ),
         Bar(
             "`import equipoise` after `import torch`, CPU time",
-            f"{start['added_to_torch_cpu_seconds']:.3f} s",
+            f"{added:.3f} s" if added > 0 else f"none to be told ({added:.3f} s)",
             f"{overhead.IMPORT} s",
-            start["added_to_torch_cpu_seconds"] <= overhead.IMPORT,
+            added <= overhead.IMPORT,
             title,
         ),
     ]
@@ -605,7 +606,7 @@ def page(stored: dict[str, dict[str, Any]]) -> str:
         "# What balancing costs, and how quick the lab is",
         "",
         "Written by `python benchmarks/speed.py` from [benchmarks/results](../benchmarks/results), which `make bench` "
-        "makes. Do not edit it by hand.",
+        "makes, but for the whole step on ranks, which `python benchmarks/ranks.py` measures. Do not edit it by hand.",
         "",
         "Things that are compared run in turn, so that what else the machine does meets them alike. A ratio is the "
         "median of the ratios of neighbours; in brackets, unless said, the 95 % interval of order statistics, or the "

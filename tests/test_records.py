@@ -154,7 +154,7 @@ def test_write_json_leaves_the_old_text_or_the_new(tmp_path, monkeypatch, broken
 
 
 def test_find_runs(tmp_path):
-    with pytest.raises(EquipoiseError, match="A folder of runs must exist"):
+    with pytest.raises(EquipoiseError, match="A folder of runs must be there"):
         find_runs(tmp_path / "nothing")
     with pytest.raises(EquipoiseError, match="it holds none"):
         find_runs(tmp_path)

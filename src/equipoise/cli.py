@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
+import equipoise
 from equipoise.audit.config import Audit
 from equipoise.errors import EquipoiseError, UsageError
 from equipoise.lab.config import Compare, Train
@@ -38,7 +39,7 @@ class Report:
     """Draw report.html again, from run folders or from an audit."""
 
     folder: Path
-    """The folder that was passed as --out to compare or train."""
+    """The folder that was passed as --out to compare, train or audit."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def _parse(arguments: list[str]) -> Asked:
         data: str = "corpus",
         tokens: int = 100_000,
         out: Path = Path("runs/audit"),
-        sequence_length: int = 512,
+        sequence_length: int | None = None,
         batch: int = 8,
         json: bool = False,
     ) -> Audit:
@@ -131,7 +132,7 @@ def _parse(arguments: list[str]) -> Asked:
             data: Text by domain, as in `equipoise train --data`.
             tokens: Tokens in all, shared evenly by the domains.
             out: Folder for audit.json and report.html.
-            sequence_length: Tokens a row.
+            sequence_length: Tokens a row; without it 512, or what the model was made for where that is less.
             batch: Rows of a forward.
             json: Print audit.json on stdout too.
         """
@@ -141,14 +142,13 @@ def _parse(arguments: list[str]) -> Asked:
         checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(help_behavior_hint="")],
         json: bool = False,
     ) -> ExportCheck:
-        """Does a saved model still hold the balancing bias that it was trained with? Ends with 1 if it does not.
-
-        A bias of zeros counts as held; a note says that it was never moved, or lost before. "distinct" is how many
-        different values a layer's bias has, as it is saved and "in bfloat16"; "rerouted by bfloat16" is the share of
-        random tokens that would choose other experts if an engine rounded the bias so, as it is and "less its mean".
+        """Does a saved model still hold the balancing bias that it was trained with?
 
         Args:
-            checkpoint: Folder of a Transformers model, or of a run.
+            checkpoint: Folder of a Transformers model, or of a run. Ends with 1 if a bias is lost; one of zeros counts
+                as held, and a note says that it was never moved, or lost before. In the table, "distinct" is how many
+                different values a bias has, as it is saved and "in bfloat16"; "rerouted by bfloat16" the share of
+                random tokens that would choose other experts if an engine rounded it so, as it is and "less its mean".
             json: Print JSON.
         """
         return ExportCheck(checkpoint, json)
@@ -431,7 +431,11 @@ def _reproduce(asked: Reproduce) -> None:
                 "long here. --dtype float32 runs them in that."
             )
         found = reproduce(asked, progress)
-    print_rows(("claim", "comparison", "means of the arms", "difference, 95 % interval", "verdict"), table_rows(found))
+    titles = ("comparison", "claimed", "means of the arms", "difference, 95 % interval", "verdict")
+    for name in dict.fromkeys(finding.claim.name for finding in found):
+        of_claim = [finding for finding in found if finding.claim.name == name]
+        _say(f"\n{name}: {of_claim[0].claim.title}")
+        print_rows(titles, table_rows(of_claim))
     if asked.json:
         json.dump(as_json(found), sys.stdout, ensure_ascii=False, indent=1)
         print()
@@ -494,6 +498,9 @@ def main(arguments: list[str] | None = None) -> None:
             Told(_rank()).listen()
         else:
             signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: say how to go on
+    if arguments == ["--version"]:
+        print(f"equipoise {equipoise.__version__}")
+        return
     try:
         _run(_parse(arguments), _launcher() + shlex.join(["equipoise", *arguments]))
     except UsageError as error:
@@ -505,7 +512,7 @@ def main(arguments: list[str] | None = None) -> None:
         _leave(1)
     except OSError as error:
         what = f"files must be there to read and write: {error}. Mend that"
-        what += "; --resume goes on with what was begun." if arguments[:1] in (["train"], ["compare"]) else "."
+        what += "; --resume goes on with what was begun, if anything was." if arguments[:1] in _RESUMED else "."
         _fail(error, what, 1)
     except KeyboardInterrupt as stop:
         if _rank() == 0:
@@ -519,6 +526,9 @@ def main(arguments: list[str] | None = None) -> None:
         _leave(1)
     if _num_ranks() > 1 and "equipoise.lab.ranks" in sys.modules:
         sys.modules["equipoise.lab.ranks"].part()
+
+
+_RESUMED = (["train"], ["compare"])
 
 
 def _fail(error: Exception, message: str, code: int) -> None:

@@ -78,7 +78,8 @@ def read_json(path: Path) -> Any:
         ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise EquipoiseError(
-            f"{path} must be JSON: {error}. The file is damaged; restore it or remove the run folder and train again."
+            f"{path} must be JSON: {error}. The file is damaged; restore it, or make it again (a run: remove its "
+            "folder and train; an audit: the same `equipoise audit`)."
         ) from None
 
 
@@ -89,6 +90,11 @@ class Run:
         self.path = Path(path)
         self.config: dict[str, Any] = read_json(self.path / "config.json")
         found = self.config.get("format") if isinstance(self.config, dict) else None
+        if found is None and isinstance(self.config, dict) and "model_type" in self.config:
+            raise EquipoiseError(
+                f"A run folder must hold a run: {self.path} holds a model of Transformers. Give the folder that was "
+                "passed as --out to `equipoise compare`, `train` or `audit`."
+            )
         if found != FORMAT:
             raise EquipoiseError(
                 f"{self.path / 'config.json'} must have format {FORMAT}: got {found!r}. It was written by another "
@@ -174,8 +180,9 @@ def find_runs(folder: str | Path) -> list[Run]:
     """The runs in ``folder`` (or the one that it is), in the order in which they began. None at all is an error."""
     folder = Path(folder)
     if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
         raise EquipoiseError(
-            f"A folder of runs must exist: {folder} does not. Give the folder that was passed as --out."
+            f"A folder of runs must be there: {folder} {what}. Give the folder that was passed as --out."
         )
     places = [folder] if (folder / "config.json").exists() else sorted(p.parent for p in folder.glob("*/config.json"))
     if not places:

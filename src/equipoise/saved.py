@@ -85,7 +85,7 @@ def models_in(folder: Path) -> str:
     """A sentence that names the models and runs in a folder that is neither; empty where there are none."""
     inside = [file.parent for file in sorted(folder.glob("*/config.json"))]
     some = ", ".join(map(str, inside[:4])) + (f" and {len(inside) - 4} more" if inside[4:] else "")
-    return f" It holds others: give one of {some}." if inside else ""
+    return f" It holds models or runs: give one of {some}." if inside else ""
 
 
 def model_folder(folder: Path) -> Path:

@@ -132,7 +132,7 @@ def test_nothing_at_all_is_an_error(tmp_path):
     (tmp_path / "audit.json").write_text("{")
     with pytest.raises(EquipoiseError, match="a run or an audit that can be read: .* must be JSON"):
         read_records(tmp_path)
-    with pytest.raises(EquipoiseError, match="must exist"):
+    with pytest.raises(EquipoiseError, match="does not exist"):
         read_records(tmp_path / "nowhere")
 
 

@@ -219,7 +219,8 @@ def test_a_lead_that_seeds_agree_on_wins_and_is_said_with_its_interval(tmp_path)
     assert "Its load is the most even too." in headline
     # 0.10, 0.12, 0.09: mean 0.10333, sd 0.015275, t(2) 4.3027, so 0.0654 to 0.1413; exp(0.10333) is 10.9 % more
     assert (
-        "Next is worse, 0.103 nats above, 10.9 % in perplexity (95 % of the true difference: 0.065 to 0.141" in quality
+        "Next is worse, 0.103 nats above, 10.9 % in perplexity (95 % interval of the difference: 0.065 to 0.141"
+        in quality
     )
     [against] = found.against
     assert against.strategy == "worse" and against.says == "significant"
@@ -297,7 +298,7 @@ def test_balance_specialisation_and_dead_experts_are_told(tmp_path):
     make_run(tmp_path / "b", "lbl", nats=2.1, maxvio=0.2, bits=0.1)
     make_run(tmp_path / "c", "loss-free", nats=2.4, maxvio=0.3, bits=0.5)
     headline, quality, balance, information, dead = said_of(outcome(find_runs(tmp_path)))
-    assert "The most even load is that of lbl: MaxVio 0.20, against 2.50." in headline
+    assert "The most even load is that of lbl: MaxVio 0.200, against 2.500." in headline
     assert "none has 2.000 nats a token, perplexity 7.39" in quality
     assert "lbl spreads" in balance and "1.20 times the mean" in balance and "none, with 3.50 times" in balance
     assert "under none: 0.900 bits of at most 1.00" in information and "under lbl: 0.100 bits" in information

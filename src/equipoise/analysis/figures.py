@@ -101,7 +101,7 @@ def quality_against_balance(
             marker={**mark, "size": 13},
             name=plain(strategy),
             legendgroup=strategy,
-            error_x=_bar(reach[0], color, len(of_seed) > 1),
+            error_x=_bar(reach[0], color, len(of_seed) > 1) | {"arrayminus": [min(reach[0], max(across.mean, 0.0))]},
             error_y=_bar(reach[1], color, len(of_seed) > 1),
             hovertemplate="MaxVio %{x:.3f}, %{y:.4f} nats<extra>%{fullData.name}</extra>",
         )
@@ -111,7 +111,11 @@ def quality_against_balance(
         showlegend=True,
         legend={"orientation": "h", "yanchor": "bottom", "y": 1.02, "x": 0},
         hovermode="closest",
-        xaxis={"title": {"text": "MaxVio on test text (0 is even) →", "standoff": 8}, "zeroline": False},
+        xaxis={
+            "title": {"text": "MaxVio on test text (0 is even) →", "standoff": 8},
+            "zeroline": False,
+            "rangemode": "nonnegative",
+        },
         yaxis={"title": {"text": "loss, nats a token", "standoff": 8}, "zeroline": False, "nticks": 6},
         meta={"paired": widen > 1},
     )
@@ -368,7 +372,7 @@ def layers(layer_rows: Sequence[Mapping[str, Any]]) -> go.Figure:
     information = [row["domain_information_bits"] for row in layer_rows]
     for name, values, dash in (
         ("domain information, bits", [found["value"] for found in information], "solid"),
-        ("chance stays below", [found["bound"] for found in information], "dot"),
+        ("95 % of chance lies below", [found["bound"] for found in information], "dot"),
     ):
         figure.add_scatter(
             x=names,

@@ -207,8 +207,8 @@ def read_records(folder: str | Path) -> Records:
         readings, more = read_runs(folder)
         problems = [*problems, *more]
     if not readings and not audits:
-        seen = "; ".join(f"{p.name}: {p.reason}" for p in problems)
-        raise EquipoiseError(f"{folder} must hold a run or an audit that can be read: it holds {seen}.")
+        seen = " ".join(f"{p.name}: {p.reason.rstrip('.')}." for p in problems)
+        raise EquipoiseError(f"{folder} must hold a run or an audit that can be read: none can. {seen}")
     return Records(tuple(readings), audits, tuple(problems))
 
 

@@ -18,6 +18,7 @@ from equipoise.saved import OFFSETS_FILE, frozen_strategy, model_folder, read_of
 __all__ = ["RESULT", "audit", "load_tokenizer", "table_rows"]
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
+LENGTH = 512  # of a row, where nothing else is said and the model takes it
 COLUMNS = (
     "layer", "experts", "k", "MaxVio", "floor", "dead", "starved", "domain information, bits", "of its most",
     "top-k score sum", "router entropy", "busiest of 8 ranks",
@@ -50,6 +51,13 @@ def _audit(asked: Audit, progress: Progress, command: str, there: dict[str, Any]
     if opened.weights != "loaded":
         raise UsageError(f"MODEL must have weights: {folder} has none. Give the folder of a saved model.")
     notes = list(opened.notes)
+    longest = getattr(opened.config.get_text_config(), "max_position_embeddings", None) or LENGTH
+    length = min(LENGTH, longest) if asked.sequence_length is None else asked.sequence_length
+    if length > longest:
+        notes.append(
+            f"rows of {length} tokens are longer than the {longest} that the model was made for: its choices at the "
+            f"positions beyond say little. Take --sequence-length {longest}"
+        )
     if (folder / OFFSETS_FILE).exists():
         attach(opened.model, frozen_strategy(read_offsets(folder)[1]), offsets=folder)
         notes.append(f"routed with the offsets of {OFFSETS_FILE}, as it was trained")
@@ -64,7 +72,7 @@ def _audit(asked: Audit, progress: Progress, command: str, there: dict[str, Any]
             "num_parameters": opened.num_parameters,
             "data": asked.data,
             "command": command,
-            "notes": [*notes, *_trained_on(asked, found["tokens"]), *found["notes"]],
+            "notes": [*notes, *_trained_on(asked, found["tokens"], length), *found["notes"]],
         }
         write_json(asked.out / RESULT, found)
         return found
@@ -77,7 +85,7 @@ def _audit(asked: Audit, progress: Progress, command: str, there: dict[str, Any]
                 None if asked.data == "corpus" else asked.data,
                 progress,
                 tokens=asked.tokens,
-                length=asked.sequence_length,
+                length=length,
                 batch=asked.batch,
                 end=tokenizer.eos_token_id,
             )
@@ -111,13 +119,13 @@ def _refuse_run_without_model(folder: Path) -> None:
         )
 
 
-def _trained_on(asked: Audit, tokens: dict[str, int]) -> list[str]:
+def _trained_on(asked: Audit, tokens: dict[str, int], length: int) -> list[str]:
     """What to know of the text of a run that was trained on the same."""
     try:
         trained_on = json.loads((asked.model / "config.json").read_text(encoding="utf-8")).get("data")
     except (OSError, ValueError, AttributeError):
         return []
-    share = min(HELD_OUT_TOKENS, asked.tokens // len(tokens) // asked.sequence_length * asked.sequence_length)
+    share = min(HELD_OUT_TOKENS, asked.tokens // len(tokens) // length * length)
     if trained_on != asked.data or all(share <= number <= HELD_OUT_TOKENS for number in tokens.values()):
         return []
     return [
@@ -137,9 +145,8 @@ def _earlier(asked: Audit) -> dict[str, Any]:
     is_run = "command" not in there
     if is_run or (there["model"], there["data"]) != (str(asked.model), asked.data):
         of = "a run" if is_run else f"the audit of {there['model']} on {there['data']}"
-        raise UsageError(
-            f"--out must be a folder of this audit: {asked.out} has {of}. Choose another with --out, or delete {path}."
-        )
+        remedy = "Choose another with --out" + ("." if is_run else f", or delete {path}.")
+        raise UsageError(f"--out must be a folder of this audit: {asked.out} has {of}. {remedy}")
     return there
 
 

@@ -16,13 +16,13 @@ class Audit:
     data: str = "corpus"
     tokens: int = 100_000
     out: Path = Path("runs/audit")
-    sequence_length: int = 512
+    sequence_length: int | None = None  # None: 512, or what the model was made for where that is less
     batch: int = 8
     json: bool = False
 
     def check(self) -> None:
         for name, least in (("tokens", 1), ("sequence_length", 2), ("batch", 1)):
-            if getattr(self, name) < least:
+            if getattr(self, name) is not None and getattr(self, name) < least:
                 raise UsageError(f"--{name.replace('_', '-')} must be at least {least}: got {getattr(self, name)}.")
         if self.out.exists() and not self.out.is_dir():
             raise UsageError(f"--out must be a folder: {self.out} is a file. Choose another.")

@@ -116,7 +116,7 @@ def audit_model(
     if not nats:
         raise UsageError(
             f"the text must fill a row of {length} tokens in some domain: it fills none. Give more text, or take "
-            "shorter rows."
+            "a smaller --sequence-length."
         )
     return Audited(watched, nats, tuple(notes), samples=samples)
 

@@ -14,7 +14,7 @@ from torch import nn
 from equipoise.attachment import attach
 from equipoise.errors import EquipoiseError, UsageError
 from equipoise.metrics import max_violation
-from equipoise.saved import model_folder, models_in
+from equipoise.saved import OFFSETS_FILE, model_folder, models_in, names_offsets
 from equipoise.taps.families import FoundRouter, find_routers, hash_routers, unknown_routers
 
 __all__ = ["Examined", "ExaminedLayer", "Opened", "examine", "open_model"]
@@ -70,6 +70,14 @@ def examine(path: Path) -> Examined:
     that are quantised, no router, or none that is known.
     """
     opened = open_model(path, most_parameters=LARGE)
+    beside = opened.folder / OFFSETS_FILE
+    if names_offsets(opened.model) and not beside.is_file():
+        opened.notes.append(
+            f"config.json names {OFFSETS_FILE}, which is not beside it: attach refuses a strategy with offsets until "
+            "it is copied back, or offsets=... is given"
+        )
+    elif beside.is_file() and opened.weights == "loaded":
+        opened.notes.append(f"the batch was routed without the offsets of {OFFSETS_FILE}")
     return _attached(opened.model, opened.config, opened.num_parameters, opened.weights, opened.notes)
 
 

@@ -326,7 +326,8 @@ def check_selection(config: Train) -> None:
         if not all(isinstance(balancer, ZLoss) for balancer in parse_lab_strategy(strategy)):
             raise UsageError(
                 f"--selection {config.selection} must go with the strategy none or z: got {strategy}. No offset moves "
-                "its choice, and a load-balancing loss would be about choices that it does not make."
+                "its choice, and a load-balancing loss would be about choices that it does not make. Give --strategy "
+                "none."
             )
     if isinstance(selection, Hash) and config.save_model:
         raise UsageError(

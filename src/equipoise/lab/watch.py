@@ -64,8 +64,9 @@ class Terminal:
         self.num_steps, self.started, self.first = config.steps, time.monotonic(), done
         count = f"[{next(self.numbers)}/{self.num_runs}] " if self.num_runs > 1 else ""
         self.label = count + self.name
+        figures = "complete already" if done == config.steps else "first step ..."
         self.task = self.progress.add_task(
-            self.label.replace("[", "\\["), total=config.steps, completed=done, figures="first step ..."
+            self.label.replace("[", "\\["), total=config.steps, completed=done, figures=figures
         )
         if done == config.steps:
             self.say(f"{self.label}: complete already")

@@ -172,7 +172,7 @@ def _headline(
     if even is best:
         return said + Markup(" Its load is the most even too.")
     return said + Markup(" The most even load is that of {}: MaxVio {}, against {}.").format(
-        _name(even), number(even["maxvio_global"], 2), number(best["maxvio_global"], 2)
+        _name(even), number(even["maxvio_global"], 3), number(best["maxvio_global"], 3)
     )
 
 
@@ -192,7 +192,7 @@ def _quality(best: Mapping[str, Any], against: Sequence[Against]) -> Markup:
             ": from one seed. Run at least three (<code>--seeds 3</code>) to learn how far seeds differ."
         )
     low, high = estimate.interval
-    said += Markup(" (95&nbsp;% of the true difference: {} to {}, {} paired seeds).").format(
+    said += Markup(" (95&nbsp;% interval of the difference: {} to {}, {} paired seeds).").format(
         number(low, 3), number(high, 3), estimate.n
     )
     if not nearest.is_beaten:

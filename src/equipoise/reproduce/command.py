@@ -9,7 +9,7 @@ from equipoise.records import finite
 from equipoise.reproduce.claim import Claim, Job, claim_names, load_claim
 from equipoise.reproduce.config import Reproduce
 from equipoise.reproduce.frontier import FRONTIERS
-from equipoise.reproduce.page import concludes, number, says, write
+from equipoise.reproduce.page import claimed, concludes, named, number, says, write
 from equipoise.reproduce.runs import Progress, Results, execute
 from equipoise.reproduce.verdict import Finding, findings
 
@@ -22,7 +22,10 @@ def reproduce(asked: Reproduce, progress: Progress) -> list[Finding]:
     asked.check()
     names = claim_names() if asked.claim == "all" else [asked.claim]
     if not asked.results.is_dir():
-        progress.say(f"{asked.results} is no folder: no results are there yet. Ours are in the repository.")
+        progress.say(
+            f"{asked.results} is no folder: no results are there yet. Ours are in the repository, in "
+            "benchmarks/results/claims: run it there, or give that folder with --results."
+        )
     results = Results(asked.results, dtype=asked.dtype)
     if asked.budget != 0:
         _run([load_claim(name) for name in names], asked.claim == "all", results, asked, progress)
@@ -89,11 +92,12 @@ def as_json(found: list[Finding]) -> list[dict[str, Any]]:
 
 
 def table_rows(found: list[Finding]) -> list[tuple[str, ...]]:
-    """What a terminal shows: claim, comparison, figures, verdict."""
+    """What a terminal shows of a claim, in the words of the page, the row that decides first: comparison, what is
+    claimed of it, figures, verdict."""
     return [
         (
-            finding.claim.name if finding.is_primary else "",
-            str(finding.comparison),
+            named(finding),
+            claimed(finding),
             ", ".join(f"{arm} {number(mean, finding.comparison.statistic)}" for arm, mean in finding.means.items()),
             says(finding),
             concludes(finding),

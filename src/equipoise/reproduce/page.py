@@ -110,10 +110,10 @@ def _effort(claims: Sequence[Claim], results: Results) -> str:
 def summary(finding: Finding, page: str = "") -> tuple[str, str, str]:
     """The claim, linked to its section of ``page``; what came out; the verdict."""
     claim = finding.claim
-    return f"[{claim.title}]({page}#{claim.name})", f"{_name(finding)}: {says(finding)}", concludes(finding)
+    return f"[{claim.title}]({page}#{claim.name})", f"{named(finding)}: {says(finding)}", concludes(finding)
 
 
-def _name(finding: Finding) -> str:
+def named(finding: Finding) -> str:
     """The comparison in words."""
     comparison, names = finding.comparison, finding.comparison.statistic.split(" - ")
     statistic = " − ".join(NAMES.get(name, name) for name in names)
@@ -122,7 +122,7 @@ def _name(finding: Finding) -> str:
     return f"{statistic}, {comparison.of} − {comparison.against}"
 
 
-def _claimed(finding: Finding) -> str:
+def claimed(finding: Finding) -> str:
     if finding.comparison.claim != "equal":
         return finding.comparison.claim
     if finding.margin is None:
@@ -267,7 +267,7 @@ def _noise(found: Sequence[Finding]) -> list[str]:
         if estimate is not None and estimate.n > 1:
             least = detectable_effect(estimate.sd, estimate.n)
             figures = " | ".join(number(value, name) for value in (estimate.mean, estimate.sd, least))
-            lines.append(f"| {finding.claim.name} | {_name(finding)} | {estimate.n} | {figures} |")
+            lines.append(f"| {finding.claim.name} | {named(finding)} | {estimate.n} | {figures} |")
     return [*lines, ""]
 
 
@@ -279,13 +279,13 @@ def _section(claim: Claim, found: Sequence[Finding], results: Results) -> list[s
     for finding in found:
         statistic = finding.comparison.statistic
         means = ", ".join(f"{arm} {number(mean, statistic)}" for arm, mean in finding.means.items())
-        lines.append(f"| {_name(finding)} | {_claimed(finding)} | {means} | {says(finding)} | {concludes(finding)} |")
+        lines.append(f"| {named(finding)} | {claimed(finding)} | {means} | {says(finding)} | {concludes(finding)} |")
     dtype = results.dtype or claim.dtype
     size = SIZES[claim.size] | ({} if dtype is None else {"dtype": dtype})
-    named = "; ".join(f"{arm}: {_options(options)}" for arm, options in claim.arms.items())
+    by_name = "; ".join(f"{arm}: {_options(options)}" for arm, options in claim.arms.items())
     lines += [
         "",
-        f"`equipoise reproduce {claim.name}`. Arms: {named}. Size {claim.size}: {_options(size)}.",
+        f"`equipoise reproduce {claim.name}`. Arms: {by_name}. Size {claim.size}: {_options(size)}.",
     ]
     stored = [result for job in claim.jobs() if (result := results.get(job)) is not None]
     if stored:
