@@ -17,12 +17,12 @@ optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)
 balance = equipoise.attach(model, "loss-free:rate=1e-3+lbl:scope=global_batch,coefficient=1e-3")
 print(*balance.notes(steps), sep="\n")
 
-ids = torch.tensor(tokenizer(text.read_text(encoding="utf-8"))["input_ids"])
-rows = torch.stack(ids.split(128)[:-1])
+ids = tokenizer(text.read_text(encoding="utf-8"))["input_ids"]
+rows = torch.tensor(ids[: len(ids) // 128 * 128]).view(-1, 128)
+if len(rows) < 16:
+    sys.exit(f"the text must fill 16 rows of 128 tokens: {text} fills {len(rows)}. Give more text.")
 for step in range(steps):
-    losses = []
-    for micro_batch in rows[torch.randint(len(rows), (4, 8))]:  # of a step
-        losses.append(model(input_ids=micro_batch, labels=micro_batch).loss + balance.loss())
+    losses = [model(input_ids=x, labels=x).loss + balance.loss() for x in rows[torch.randint(len(rows), (4, 8))]]
     (sum(losses) / 4).backward()
     optimizer.step()
     optimizer.zero_grad()

@@ -29,7 +29,9 @@ def read_rows(text: Path, tokenizer: transformers.PreTrainedTokenizerBase) -> li
 
 
 def draw(logs: list[dict[str, float]], path: Path) -> None:
-    figure = make_subplots(cols=2, subplot_titles=("training loss", "MaxVio of a step (0 is even)"))
+    figure = make_subplots(
+        cols=2, subplot_titles=("training loss with balancing loss, nats a token", "MaxVio of a step (0 is even)")
+    )
     for column, name in enumerate(("loss", "equipoise/maxvio_batch"), start=1):
         rows = [row for row in logs if name in row]
         steps, values = [row["step"] for row in rows], [row[name] for row in rows]

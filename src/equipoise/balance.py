@@ -203,6 +203,9 @@ class Balance:
     def step(self, applied: bool | Tensor = True) -> None:
         """Closes the window: pools its counts over the ranks and moves the offsets. Call it after ``optimizer.step()``.
 
+        Under Accelerate's ``accumulate`` that does nothing but for the last micro-batch: call it only
+        ``if accelerator.sync_gradients``, or ``follow`` the optimizer inside.
+
         Args:
             applied: whether the optimizer's step was applied, a bool or a 0-d tensor (a GradScaler skips steps). The
                 window closes either way; the offsets move only if it was, on every rank.

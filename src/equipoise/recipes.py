@@ -596,5 +596,5 @@ def update_page(text: str) -> str:
 
 
 if __name__ == "__main__":
-    page = Path("docs/recipes.md")
+    page = Path(__file__).parents[2] / "docs" / "recipes.md"
     page.write_text(update_page(page.read_text(encoding="utf-8")), encoding="utf-8")

@@ -45,7 +45,7 @@ def score(logits: Float[Tensor, "tokens experts"], gate: str = "softmax") -> Flo
 
         softmax         s_e = exp(z_e) / sum_j exp(z_j)
         sigmoid         s_e = 1 / (1 + exp(-z_e))                 DeepSeek-V3, arXiv:2412.19437
-        sqrt_softplus   s_e = sqrt(log(1 + exp(z_e)))             DeepSeek-V4, technical report 2026
+        sqrt_softplus   s_e = sqrt(log(1 + exp(z_e)))             DeepSeek-V4, arXiv:2606.19348
 
     In float32 the last two end where exp(z) does, at z = -88: below, sigmoid scores are 0 and those of sqrt_softplus
     all the same, none with a slope. A token whose logits all lie there trains no router, and no balancing loss sees it.

@@ -146,6 +146,9 @@ def _bar(reach: float, color: str, visible: bool) -> dict[str, Any]:
 def curve(steps: pa.Table, key: str, *, title: str = "", log: bool = False, most: int = MOST_POINTS) -> go.Figure:
     """One line a run of ``key`` over steps. Runs of more than ``most`` steps are drawn as means of equal windows; their
     length is ``figure.layout.meta["window"]`` (1: every step is a point)."""
+    if key not in steps.column_names or not pa.types.is_floating(steps[key].type):
+        known = [f.name for f in steps.schema if pa.types.is_floating(f.type)]
+        raise ValueError(f"key must be a figure of the table: got {key!r}, it has {', '.join(known)}.")
     runs = pc.unique(steps["run"]).to_pylist()
     strategies = pc.unique(steps["strategy"]).to_pylist()
     styles = strategy_styles(strategies)

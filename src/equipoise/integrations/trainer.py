@@ -77,7 +77,8 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     A packed row is cut into its sequences, for losses of scope ``sequence``, where its ``position_ids`` begin anew.
 
     The model stays attached after the training, so that an evaluation routes as it trained; ``detach()`` ends that.
-    Micro-batches that an iterable dataset leaves over at the end of an epoch, without a step, are in no window.
+    Micro-batches that an iterable dataset leaves over at the end of an epoch, without a step, are in no window. What a
+    callback of yours generates or probes in training mode counts, unless it does so in ``callback.balance.paused()``.
 
     Raises ``EquipoiseError`` when the training begins, or at its first forward, where it would go on without the
     balancing loss: label smoothing, a ``compute_loss_func``, a ``compute_loss`` that passes the model's loss over. With
