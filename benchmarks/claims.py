@@ -30,6 +30,16 @@ RESULTS = ROOT / "benchmarks" / "results" / "claims"
 PAGE = ROOT / "docs" / "results.md"
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#808080")
 SHOWN = ("global", "micro", "sequence", "loss-free", "phi", "shinka", "quantile", "none")
+PLACES = (
+    "bottom left",
+    "bottom right",
+    "top left",
+    "top center",
+    "top center",
+    "bottom center",
+    "top center",
+    "top center",
+)
 BASELINE = "global"  # the arm that the others are set against
 LABEL = 0.011  # nats: the height of a label
 
@@ -44,12 +54,16 @@ def draw(leaderboard: Claim, results: Results) -> go.Figure:
             f"As chosen, 200 steps: loss less that of {BASELINE}, 95 % intervals",
         ),
     )
-    for color, name in zip(COLORS, SHOWN, strict=True):
-        _frontier(figure, FRONTIERS[name], color, results)
+    for color, name, place in zip(COLORS, SHOWN, PLACES, strict=True):
+        _frontier(figure, FRONTIERS[name], color, place, results)
     _leaderboard(figure, leaderboard, results)
     ticks = [0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 4]
     figure.update_xaxes(
-        title="MaxVio of the test text (0 is even)", type="log", gridcolor="#ddd", linecolor="#888", tickvals=ticks
+        title="MaxVio of the test text (0 is even), log scale",
+        type="log",
+        gridcolor="#ddd",
+        linecolor="#888",
+        tickvals=ticks,
     )
     figure.update_yaxes(gridcolor="#ddd", linecolor="#888", zerolinecolor="#888")
     figure.update_yaxes(title="loss of the test text, nats", col=1)
@@ -61,14 +75,14 @@ def draw(leaderboard: Claim, results: Results) -> go.Figure:
     return figure
 
 
-def _frontier(figure: go.Figure, frontier: Frontier, color: str, results: Results) -> None:
+def _frontier(figure: go.Figure, frontier: Frontier, color: str, place: str, results: Results) -> None:
     points = [point for value in frontier.grid(results) if (point := frontier.point(value, results)) is not None]
     chosen, ends = frontier.chosen(results), (points[0], points[-1])
     figure.add_scatter(
         x=[point.mean("maxvio_global") for point in points],
         y=[point.mean("val_nats") for point in points],
         text=[point.value if point in ends or point.value == chosen else "" for point in points],
-        textposition="top center",
+        textposition=place,
         textfont={"size": 10, "color": color},
         mode="lines+markers+text",
         name=frontier.name,
@@ -99,7 +113,7 @@ def _leaderboard(figure: go.Figure, claim: Claim, results: Results) -> None:
             y=[difference.mean],
             error_y={"type": "constant", "value": half or 0, "thickness": 1, "width": 3},
             mode="markers",
-            marker={"color": "#333", "size": 8},
+            marker={"color": "#333", "size": 8, "symbol": "diamond-open" if arm == BASELINE else "circle"},
             showlegend=False,
             row=1,
             col=2,
@@ -108,8 +122,9 @@ def _leaderboard(figure: go.Figure, claim: Claim, results: Results) -> None:
         figure.add_annotation(
             x=math.log10(maxvio), y=difference.mean, ax=math.log10(maxvio) + 0.08, ay=above, text=arm,
             axref="x2", ayref="y2", xanchor="left", arrowhead=0, arrowwidth=0.7, arrowcolor="#999",
-            font={"size": 12}, bgcolor="rgba(255, 255, 255, 0.7)", row=1, col=2,
+            font={"size": 12}, row=1, col=2,
         )  # fmt: skip
+    figure.update_xaxes(range=[math.log10(0.2), math.log10(3.6)], row=1, col=2)
 
 
 def table(found: Iterable[Finding]) -> str:

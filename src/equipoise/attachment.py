@@ -83,6 +83,7 @@ def attach(
         if offsets is None:
             offsets = _beside_weights(inner, layers, resolved, multiplies)
         if offsets is None:
+            _warn_of_rounded(layers, resolved)
             start = {x.name: slot_of(x, multiplies) for x in layers}
         else:
             start = _read_offsets(offsets, layers, multiplies)
@@ -161,6 +162,21 @@ def _beside_weights(
         )
     _log.info(f"attach: begins with the offsets of {path}")
     return path
+
+
+def _warn_of_rounded(layers: Sequence[Layer], balancers: Sequence[Balancer]) -> None:
+    """Offsets go on in float32 from what a slot holds."""
+    found = {}
+    for layer in layers if any(balancer.has_offset for balancer in balancers) else ():
+        held = None if layer.slot is None else layer.slot.tensor
+        short = held is not None and held.dtype in (torch.bfloat16, torch.float16)
+        if held is not None and short and held.device.type != "meta" and held.any():
+            found[layer.name] = str(held.dtype).removeprefix("torch.")
+    if found:
+        _log.warning(
+            f"attach: the bias comes rounded in {few(found)}, and so the offsets begin. Load the model in float32 to "
+            "begin where it was trained; a state that is loaded after takes their place."
+        )
 
 
 def _warn_of_another_loss(model: nn.Module, balancers: Sequence[Balancer]) -> None:

@@ -625,3 +625,19 @@ def test_the_counts_are_those_of_the_recorded_choice():
     for (_, _, ids), load in zip(seen, balance.load.values(), strict=True):
         assert torch.equal(load, expert_load(ids, 8))
     assert equipoise.max_violation(balance.load) > 0
+
+
+@pytest.mark.parametrize("strategy", ["loss-free", "lbl"])
+def test_a_slot_that_comes_rounded_is_said(strategy, caplog):
+    """from_pretrained(dtype=bfloat16) rounds it in families that do not keep it in float32."""
+    model = _family("deepseek_v3").to(torch.bfloat16)
+    attach(model, strategy).detach()
+    assert not caplog.records, "zeros are not rounded"
+    model = _family("deepseek_v3")
+    for router in _routers(model):
+        router.e_score_correction_bias.fill_(0.1)
+    attach(model.to(torch.bfloat16), strategy)
+    steers = strategy == "loss-free"
+    assert [record.message.partition(" [")[0] for record in caplog.records] == (
+        ["attach: the bias comes rounded in model.layers.0.mlp.gate"] if steers else []
+    )
