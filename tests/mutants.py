@@ -157,8 +157,8 @@ MUTANTS = [
     Mutant(
         "alerts: an expert that was below the mean is still pushed down",
         "alerts.py",
-        "self.pushed = (self.pushed + 1) * above",
-        "self.pushed = self.pushed + above",
+        "torch.where(was_called, (self.pushed + 1) * above, self.pushed)",
+        "self.pushed + above",
         "tests/test_alerts.py -k one_window",
     ),
     Mutant(
@@ -703,8 +703,8 @@ MUTANTS = [
     Mutant(
         "42: padding that overflowed spoils the z-loss",
         "balancers/z_loss.py",
-        "squares.masked_fill(masked, 0).sum()",
-        "(squares * ~masked).sum()",
+        "logits.masked_fill(masked[:, None], 0).logsumexp(-1)",
+        "logits.logsumexp(-1)",
         "tests/balancers/test_z_loss.py",
     ),
     Mutant(
@@ -724,22 +724,22 @@ MUTANTS = [
     Mutant(
         "42: a mask that is added to scores is taken for padding",
         "taps/tap.py",
-        'reason = "it holds other numbers, as masks that are added to attention scores do"',
-        "pass",
+        'return "it holds other numbers, as masks that are added to attention scores do"',
+        "return None",
         f"{BALANCE} -k 'mask or decoder or wrapper or own'",
     ),
     Mutant(
         "42: a causal mask is taken for padding",
         "taps/tap.py",
-        'reason = "it is that of causal attention, who may attend to whom"',
-        "pass",
+        'return "it is that of causal attention, who may attend to whom"',
+        "return None",
         f"{BALANCE} -k 'mask or decoder or wrapper or own'",
     ),
     Mutant(
         "42: a decoder is masked by its encoder's mask",
         "taps/tap.py",
-        "    if is_ambiguous:\n",
-        "    if False:\n",
+        "if module in self.unclear and isinstance(",
+        "if False and isinstance(",
         f"{BALANCE} -k 'mask or decoder or wrapper or own'",
     ),
     Mutant(
@@ -748,6 +748,28 @@ MUTANTS = [
         "own = None if self.context is None else self.context.of_layers.get(layer)",
         "own = next(iter(self.context.of_layers.values()), None)",
         f"{BALANCE} -k 'mask or decoder or wrapper or own'",
+    ),
+    Mutant(
+        "42: a mask is cut where nothing came before its tokens",
+        "taps/tap.py",
+        "    return any(value is not None and not isinstance(value, bool) for value in found)",
+        "    return True",
+        f"{BALANCE} -k 'no_length or cached'",
+    ),
+    Mutant(
+        "42: a mask of some layers has the rows of the others",
+        "recorder.py",
+        "rows = of_its_own[0] if of_its_own else rows",
+        "pass",
+        f"{BALANCE} -k rows_of_its_own",
+    ),
+    Mutant(
+        "42: a mask that cannot be one is refused where nothing is counted",
+        "taps/tap.py",
+        "                self.no_padding = self._no_padding(mask, rows, module, named)",
+        "                self.no_padding = self._no_padding(mask, rows, module, named)\n"
+        "                assert self.no_padding is None",
+        f"{BALANCE} -k 'added_to_attention or wrapper_makes'",
     ),
     Mutant(
         "42: what a wrapper wraps is not told its padding",
@@ -1503,8 +1525,8 @@ MUTANTS = [
     Mutant(
         "routers: a wrapper is attached beside what it wraps",
         "taps/families.py",
-        "[one for one in found if routers.isdisjoint(m for m in one.module.modules() if m is not one.module)]",
-        "[one for one in found if routers]",
+        "return [one for one in found if one.module not in dropped]",
+        "return found",
         "tests/taps/test_own_routers.py",
     ),
     Mutant(
@@ -1517,15 +1539,15 @@ MUTANTS = [
     Mutant(
         "routers: a stand-in writes into the router's lists",
         "taps/discovery.py",
-        "held.copy() if isinstance(held, list | dict | set | deque) else held",
+        "copy(held) if isinstance(held, list | dict | set | deque) else held",
         "held",
         "tests/taps/test_own_routers.py",
     ),
     Mutant(
         "routers: of fully_shard are made by its class",
         "taps/discovery.py",
-        "copy = object.__new__(plain_class(router))",
-        "copy = plain_class(router).__new__(plain_class(router))",
+        "made = object.__new__(plain_class(router))",
+        "made = plain_class(router).__new__(plain_class(router))",
         "tests/taps/test_own_routers.py",
     ),
     Mutant(
@@ -1548,6 +1570,27 @@ MUTANTS = [
         "for name, module in _blocks(model)]",
         "for name, module in ()]",
         "tests/taps/test_own_routers.py -k named_beside",
+    ),
+    Mutant(
+        "routers: an address is taken for an object",
+        "taps/families.py",
+        "seen[id(value)] = len(seen), value",
+        "seen[id(value)] = len(seen), None",
+        "tests/taps/test_own_routers.py",
+    ),
+    Mutant(
+        "routers: the inner one is attached, whichever chooses",
+        "taps/families.py",
+        "dropped.add(inner.module if own or says else outer.module)",
+        "dropped.add(outer.module)",
+        "tests/taps/test_own_routers.py",
+    ),
+    Mutant(
+        "routers: k is what an attribute says",
+        "taps/discovery.py",
+        "1 if trial.is_raised else int(expert_ids.shape[-1])",
+        "getattr(router, 'top_k', None) or int(expert_ids.shape[-1])",
+        "tests/taps/test_own_routers.py",
     ),
     Mutant(
         "routers: probabilities are taken for logits",

@@ -115,6 +115,12 @@ def test_without_a_known_end_a_rate_is_slow_after_two_hundred_windows():
     assert told(Alerts(), [BUSIEST] * 240) == [(200, "slow rate", False)]
 
 
+def test_a_window_without_a_call_is_no_way_and_ends_none():
+    """As of experts of images, where only some batches have any."""
+    loads = [load for _ in range(240) for load in (BUSIEST, torch.zeros_like(BUSIEST))]
+    assert told(Alerts(), loads) == [(400, "slow rate", False)]
+
+
 def test_nothing_is_slow_without_a_rate():
     alerts = Alerts(steers=False)
     assert told(alerts, [BUSIEST] * 300) == []

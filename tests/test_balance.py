@@ -349,10 +349,15 @@ def test_a_square_mask_of_who_may_attend_to_whom_is_no_padding():
 def test_a_mask_that_is_added_to_attention_scores_is_refused(low):
     model, balance = _attached("none")
     mask = torch.where(MASK == 0, low, 0.0)
-    with pytest.raises(EquipoiseError, match=r"called with it holds other numbers.*token_mask\(None\) where all do"):
+    with pytest.raises(EquipoiseError, match=r"called with, it holds other numbers.*token_mask\(None\) where all do"):
         model(_ids(), mask)
     with pytest.raises(EquipoiseError, match="it holds other numbers"):
         model(_ids(), mask.clamp(-1, 0).long())
+    with balance.paused():
+        model(_ids(), mask)
+    model.eval()
+    model(_ids(), mask)
+    model.train()
     balance.token_mask(MASK)
     model(_ids(), mask)
     balance.step()
@@ -390,8 +395,8 @@ def test_the_mask_of_a_text_is_not_that_of_images(strategy, patches, caplog):
                 "image.router": 2 * 2 * patches,
             }
     said = [record.message for record in caplog.records]
-    assert (
-        len(said) == 1 and f"image.router routes {2 * patches} tokens, and the attention_mask is of others" in said[0]
+    assert len(said) == 1 and said[0].startswith(
+        "step: image.router routes other tokens than those of the attention_mask"
     )
 
 
@@ -1787,3 +1792,107 @@ def test_a_backward_under_autocast_gives_the_gradient_of_one_outside():
             loss.backward()
         found.append(logits[0].grad)
     assert found[0].any() and torch.equal(*found)
+
+
+class _AnyInput(nn.Module):
+    """A text whose router sees every token of it, whatever else the model is called with."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.moe = nn.Embedding(64, 16), MoE(16, 8, 6, 2)
+        self.prefix = nn.Parameter(torch.zeros(1, 3, 16))
+
+    def forward(self, images, input_ids, attention_mask=None, prefixed=False):
+        hidden = self.embedding(input_ids)
+        if prefixed:
+            hidden = torch.cat([self.prefix.expand(len(input_ids), -1, -1), hidden], 1)
+        return self.moe(hidden).sum()
+
+
+def test_a_mask_is_not_cut_by_what_is_no_length():
+    """Channels of an image come first; a prefix of the model's own is in the mask too."""
+    model = _AnyInput()
+    balance = attach(model, "lbl")
+    (model(torch.zeros(2, 3, 8, 8), _ids(), attention_mask=MASK) + balance.loss()).backward()
+    balance.step()
+    assert balance.metrics()["tokens"] == 10
+    longer = torch.cat([torch.ones(2, 3), MASK], 1)
+    (model(_ids(), _ids(), attention_mask=longer, prefixed=True) + balance.loss()).backward()
+    balance.step()
+    assert balance.metrics()["tokens"] == 16
+
+
+def test_a_square_mask_of_padding_is_one_where_the_rows_are_not_those_of_the_first_tensor():
+    model = _AnyInput()
+    balance = attach(model, "loss-free")
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 0]])
+    model(torch.zeros(6, 3, 8, 8), _ids(rows=4)[:, :4], attention_mask=mask)
+    balance.step()
+    assert balance.metrics()["tokens"] == 12
+
+
+def test_a_mask_of_its_own_has_rows_of_its_own():
+    model = _Towers()
+    balance = attach(model, "lbl:scope=sequence")
+    pixels = torch.randn(3, 2, 16)
+    balance.token_mask(torch.tensor([[1, 0], [1, 1], [1, 1]]), where=lambda name: name.startswith("image"))
+    (model(_ids(), pixels, attention_mask=MASK) + balance.loss()).backward()
+    balance.step()
+    assert {name: int(load.sum()) for name, load in balance.load.items()} == {"text.router": 20, "image.router": 10}
+
+
+def test_a_wrapper_makes_no_mask_clearer():
+    class Bare(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.encoder, self.decoder = nn.Embedding(64, 16), MoE(16, 8, 6, 2), MoE(16, 8, 6, 2)
+
+        def forward(self, input_ids, attention_mask=None, decoder_input_ids=None, decoder_attention_mask=None):
+            encoded, decoded = (self.embedding(ids) for ids in (input_ids, decoder_input_ids))
+            return self.encoder(encoded).sum() + self.decoder(decoded).sum()
+
+    class Wrapper(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = Bare()
+
+        def forward(self, *args, **kwargs):
+            return self.net(*args, **kwargs)
+
+    for model in (Bare(), Wrapper()):
+        balance = attach(model, "loss-free")
+        with pytest.raises(EquipoiseError, match="there is a decoder_attention_mask beside it"):
+            model(_ids(), MASK, _ids(), torch.ones(2, 7))
+        model.eval()
+        model(_ids(), MASK, _ids(), torch.ones(2, 7))
+        model.train()
+        model(_ids(), decoder_input_ids=_ids())
+        balance.step()
+        assert balance.metrics()["tokens"] == 14
+
+
+def test_several_layers_of_other_tokens_are_one_warning(caplog):
+    class Tower(_Towers):
+        def __init__(self):
+            super().__init__()
+            self.image = nn.Sequential(*(MoE(16, 8, 6, 2) for _ in range(5)))
+
+    model = Tower()
+    balance = attach(model, "loss-free")
+    with caplog.at_level(logging.WARNING, "equipoise"):
+        for _ in range(2):
+            model(_ids(), torch.randn(2, 9, 16), attention_mask=MASK)
+            balance.step()
+    (record,) = caplog.records
+    assert "image.0.router, image.1.router, image.2.router ... (5 in all) routes other tokens" in record.message
+
+
+def test_a_call_without_tokens_is_no_reason_for_a_word(caplog):
+    """As of images that a batch does not have, where the block goes through the experts that were chosen."""
+    model = _Towers()
+    model.image.forward = lambda hidden: sum((w.sum() for w in model.image.router(hidden)[1]), torch.zeros(()))
+    balance = attach(model, "lbl")
+    with caplog.at_level(logging.WARNING, "equipoise"):
+        (model(_ids(), torch.zeros(2, 0, 16)) + balance.loss()).backward()
+        balance.step()
+    assert not caplog.records

@@ -307,3 +307,13 @@ def test_max_domain_share_of_choices_by_domain_is_above_that_of_choices_without(
     )
     assert 1 / 8 < max_domain_share(plain) < 0.15
     assert 0.4 < max_domain_share(own) <= 0.5  # a token takes two different ones
+
+
+@pytest.mark.parametrize("metric", [max_violation, equipoise.load_entropy, domain_information])
+def test_metrics_compile_as_one_graph_and_take_unsigned_counts(metric):
+    load = torch.tensor([[30, 10], [50, 50]])
+    expected = metric(load)
+    assert_close(torch.compile(metric, backend="aot_eager", fullgraph=True)(load), expected)
+    assert_close(metric(load.to(torch.uint8)), expected)
+    if metric is not domain_information:
+        assert_close(torch.vmap(metric)(load), expected)

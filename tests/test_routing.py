@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import reference
 import torch
@@ -236,3 +237,9 @@ def test_logits_must_be_floating_point(logits):
     for function in (score, lambda logits: route(logits, 1)):
         with pytest.raises(ValueError, match="logits must be a tensor of floating point numbers: got (torch|list)"):
             function(logits)
+
+
+def test_numbers_of_other_libraries_and_tensors_are_taken():
+    logits = torch.randn(3, 4)
+    scaled = route(logits, np.int64(2), scale=torch.tensor(2.0))
+    assert torch.equal(scaled.weights, route(logits, 2, scale=2.0).weights)

@@ -66,7 +66,8 @@ class _Group:
             self.counts, self.pushed = self.counts.to(counts.device), self.pushed.to(counts.device)
         above = counts * counts.shape[-1] > counts.sum(-1, keepdim=True)
         self.counts += counts
-        self.pushed = (self.pushed + 1) * above
+        was_called = counts.sum(-1, keepdim=True) > 0  # a window without a call says nothing of a layer
+        self.pushed = torch.where(was_called, (self.pushed + 1) * above, self.pushed)
         self.windows += 1
         self.num_windows += 1
 

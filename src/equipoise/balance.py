@@ -72,6 +72,17 @@ def _hooked(model: nn.Module, routers: set[nn.Module]) -> list[nn.Module]:
     return found
 
 
+def _is_unclear(module: nn.Module, hooked: Sequence[nn.Module], layers: Sequence[Layer]) -> bool:
+    """Whether it takes masks for an encoder and a decoder, and nothing inside tells some router which is its own."""
+    within = {*module.modules()}
+    told: set[nn.Module] = set()
+    for one in hooked:
+        if one is not module and one in within and "decoder_attention_mask" not in _argument_names(one):
+            told.update(one.modules())
+    takes_both = {"attention_mask", "decoder_attention_mask"} <= {*_argument_names(module)}
+    return takes_both and any(layer.router in within and layer.router not in told for layer in layers)
+
+
 def _argument_names(module: nn.Module) -> list[str]:
     """Of its forward: looked up once for all modules of a class, of which some have a forward of their own."""
     if "forward" in module.__dict__:
@@ -138,7 +149,7 @@ class Balance:
         self._hooks = []
         self._recorder.context = self._context
         hooked = _hooked(model, {layer.router for layer in self._layers})
-        self._context.tells_decoders = len(hooked) > 1
+        self._context.unclear = {module for module in hooked if _is_unclear(module, hooked, self._layers)}
         for module in hooked:
             names = _argument_names(module)
             self._hooks += [
@@ -210,9 +221,9 @@ class Balance:
             applied: whether the optimizer's step was applied, a bool or a 0-d tensor (a GradScaler skips steps). The
                 window closes either way; the offsets move only if it was, on every rank.
 
-        A router that was not called on any rank keeps its offset; each one that a rank does not call is warned of once
-        there, and so is one that the loss gave no gradient. Collective over the group. Raises ``EquipoiseError`` when a
-        rank called none at all; the other ranks raise too.
+        A router that was not called on any rank keeps its offset (but for what is left of a momentum); each one that a
+        rank does not call is warned of once there, and so is one that the loss gave no gradient. Collective over the
+        group. Raises ``EquipoiseError`` when a rank called none at all; the other ranks raise too.
         """
         if not isinstance(applied, bool) and not (isinstance(applied, Tensor) and applied.numel() == 1):
             raise ValueError(f"applied must be true, false or a tensor of one number: got {_shape(applied)}.")
@@ -243,6 +254,8 @@ class Balance:
             self._warn("no call", [index for index in range(len(self._layers)) if index not in called])
         if self._recorder.num_losses:
             self._warn("no gradient", self._recorder.unreached())
+        if self._recorder.not_masked:
+            self._warn("no mask", sorted(self._recorder.not_masked))
         if self._context.told and self._mask_is_unused():
             _log.warning(UNUSED_MASK)
         micro_batches, before = window.micro_batches, self._num_windows
@@ -279,11 +292,18 @@ class Balance:
                 "where a layer serves a kind of text or images that is not in every batch; leave one that is never "
                 "called out with attach(where=...)."
             )
+        elif new and what == "no mask":
+            shape, num_tokens = self._recorder.not_masked[new[0]]
+            _log.warning(
+                f"step: {names} routes other tokens than those of the attention_mask ({num_tokens}, its shape is "
+                f"{shape}): all of them were counted. Say which are padding with balance.token_mask(mask, where=...); "
+                "a longer mask is taken by its end, as for layers that predict further."
+            )
         elif new:
             _log.warning(
-                f"step: the balancing loss gave {names} no gradient: the weights that the router returns reached no "
-                "loss that was differentiated. Its block must multiply the outputs of experts with them, not with "
-                "weights that it makes itself."
+                f"step: the balancing loss gave {names} no gradient: its weights were part of no loss that was "
+                "differentiated. So it is where a branch ends early or is detached; else its block makes weights of "
+                "its own, in place of multiplying the outputs of experts with those that the router returns."
             )
 
     def follow(self, optimizer: torch.optim.Optimizer) -> Any:

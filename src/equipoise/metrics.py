@@ -43,7 +43,10 @@ def _by_layer(metric: Callable[[Tensor], Tensor], load: Load) -> Tensor:
 
 
 def _check_sign(load: Tensor) -> None:
-    if load.device.type == "cpu" and (load < 0).any():  # a GPU would be waited for
+    """Where it can be told: a GPU would be waited for, a tensor that is traced has no numbers."""
+    if torch.compiler.is_compiling() or type(load) is not Tensor or load.device.type != "cpu" or not load.is_signed():
+        return
+    if not torch._C._functorch.is_functorch_wrapped_tensor(load) and (load < 0).any():
         raise ValueError(f"load must hold counts, 0 or more: got {load.min().item():g}.")
 
 

@@ -4,7 +4,6 @@ Which tokens, when: a call counts when the router is in training mode, not pause
 is a recomputation). The gradient is computed in the backward, by the counts that are pooled by then.
 """
 
-import logging
 import sys
 from collections.abc import Sequence
 from copy import deepcopy
@@ -24,8 +23,6 @@ from equipoise.taps.tap import OWN_SLOT, RECOMPUTED, UNCOUNTED, ForwardContext, 
 from equipoise.window import Call, MicroBatch, Statistics, Window, fit_mask, number_sequences
 
 __all__ = ["Group", "Layer", "Recorder", "slot_of"]
-
-_log = logging.getLogger("equipoise")
 
 FURTHER = 1  # tokens that are predicted beyond the next one
 
@@ -114,7 +111,8 @@ class Recorder:
         self.measuring = False
         self.measured: Tensor | None = None  # counts since measuring began
         self.context: ForwardContext | None = None
-        self._not_masked: set[int] = set()  # layers of which it was said
+        # layers that the attention_mask was not of: its shape, and their number of tokens
+        self.not_masked: dict[int, tuple[tuple[int, ...], int]] = {}
         self.inferring = False  # the last forward was one by which a pipeline finds out its shapes
 
     def observe(
@@ -141,13 +139,17 @@ class Recorder:
         if self.paused or (not self.measuring and not training):
             return UNCOUNTED
         num_tokens = expert_ids.shape[0]
-        self._check_sizes(self.layers[layer], logits.shape[-1], expert_ids.shape[-1])
+        self._check_sizes(self.layers[layer], logits.shape[-1], None if self.measuring else expert_ids.shape[-1])
         own = None if self.context is None else self.context.of_layers.get(layer)
         if own is not None:
             mask, sequence_ids = own
-        elif mask is not None and not self._is_given and not _is_of_these(mask, num_tokens):
-            self._say_not_masked(layer, tuple(mask.shape), num_tokens)
-            mask = None
+            of_its_own = [len(one) for one in own if one is not None and one.dim() == 2]
+            rows = of_its_own[0] if of_its_own else rows
+        elif mask is not None and self.context is not None and not self.context.given:
+            self._check_padding(self.context)
+            if not _is_of_these(mask, num_tokens):
+                self.not_masked.setdefault(layer, (tuple(mask.shape), num_tokens))
+                mask = None
         mask = fit_mask(mask, num_tokens, rows, self.layers[layer].name, expert_ids.device)
         if self.measuring:
             if self.measured is None:
@@ -167,7 +169,8 @@ class Recorder:
         if self.needs_sequences:
             segments, num_sequences = number_sequences(sequence_ids, rows, num_tokens, expert_ids.device)
         counted = num_tokens if mask is None else mask.sum()
-        call = Call(layer, micro_batch, mask, segments, num_sequences, counted, logits.requires_grad)
+        wants_gradient = num_tokens > 0 and logits.requires_grad
+        call = Call(layer, micro_batch, mask, segments, num_sequences, counted, wants_gradient)
         group, row = self.group_of[layer]
         if self.num_losses or group.has_statistics:
             routing = self._routing(layer, call, logits, expert_ids, weights)
@@ -181,22 +184,19 @@ class Recorder:
                 micro_batch.dtype = torch.promote_types(micro_batch.dtype, value.dtype)
         return window.record(call, expert_ids)
 
-    @property
-    def _is_given(self) -> bool:
-        """Whether a mask that comes with a call is one of token_mask()."""
-        return self.context is None or self.context.given
-
-    def _say_not_masked(self, layer: int, shape: tuple[int, ...], num_tokens: int) -> None:
-        if layer not in self._not_masked:
-            self._not_masked.add(layer)
-            _log.warning(
-                f"{self.layers[layer].name} routes {num_tokens} tokens, and the attention_mask is of others, shape "
-                f"{shape}: all its tokens are counted. Say which of them are padding with balance.token_mask(mask, "
-                "where=...)."
+    @staticmethod
+    def _check_padding(context: ForwardContext) -> None:
+        if context.no_padding is not None:
+            raise EquipoiseError(
+                "an attention_mask of two dimensions must say which tokens are padding: of the one that the model was "
+                f"called with, {context.no_padding}. Say which tokens count before the forward: "
+                "balance.token_mask(mask), token_mask(None) where all do, token_mask(mask, where=...) for some layers."
             )
 
     @staticmethod
-    def _check_sizes(layer: Layer, num_experts: int, k: int) -> None:
+    def _check_sizes(layer: Layer, num_experts: int, k: int | None) -> None:
+        """An evaluation may choose another number."""
+        k = layer.k if k is None else k
         if (num_experts, k) != (layer.num_experts, layer.k):
             raise EquipoiseError(
                 f"a router must route as it did when it was attached: {layer.name} chose {layer.k} of "

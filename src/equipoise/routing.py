@@ -141,9 +141,9 @@ def route(
             f"logits must have the shape (tokens, experts): got {tuple(logits.shape)}. Flatten batch and sequence."
         )
     for name, value in (("k", k), ("num_groups", num_groups), ("top_groups", top_groups)):
-        if isinstance(value, bool) or not isinstance(value, int):
+        if isinstance(value, bool | Tensor) or not hasattr(value, "__index__"):
             raise ValueError(f"{name} must be an integer: got {value!r}.")
-    if not 0 < scale < math.inf:
+    if not isinstance(scale, Tensor) and not 0 < scale < math.inf:
         raise ValueError(f"scale must be a finite positive number: got {scale!r}.")
     num_experts = logits.shape[-1]
     if num_groups < 1 or num_experts % num_groups or not 1 <= top_groups <= num_groups:

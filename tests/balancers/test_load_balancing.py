@@ -295,7 +295,7 @@ def test_the_gradient_of_scores_is_that_of_autograd_also_where_they_underflow(ga
 @pytest.mark.parametrize("scope", ["sequence", "micro_batch"])
 @pytest.mark.parametrize("normalise", [True, False])
 def test_a_masked_token_may_hold_anything(gate, scope, normalise):
-    """Padding that overflowed is as padding of zeros: value and gradient, and no gradient of its own."""
+    """Padding that overflowed is as padding of zeros: value and gradient of the scores, and none of its own."""
     clean = _routing(gate, masked=True)
     masked = clean.mask == 0
     with torch.no_grad():

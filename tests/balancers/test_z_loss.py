@@ -61,5 +61,8 @@ def test_bad_input_is_refused():
 
 
 def test_a_masked_token_may_hold_anything():
-    logits, mask = torch.tensor([[0.0, 0.0], [math.nan, math.inf]]), torch.tensor([1.0, 0.0])
-    assert float(z_loss(logits, mask)) == pytest.approx(math.log(2) ** 2)
+    logits, mask = torch.tensor([[0.0, 0.0], [math.nan, math.inf]], requires_grad=True), torch.tensor([1.0, 0.0])
+    loss = z_loss(logits, mask)
+    loss.backward()
+    assert loss.item() == pytest.approx(math.log(2) ** 2)
+    assert logits.grad[0].tolist() == pytest.approx([math.log(2)] * 2) and not logits.grad[1].any()

@@ -259,3 +259,147 @@ def test_a_block_without_anything_called_a_router_is_named_beside_known_ones(cap
     assert record.message.startswith(
         "attach: 1 (SparseMoeBlock: nothing in it is called a router or a gate) is neither"
     )
+
+
+def test_a_router_is_not_taken_for_another_that_differs_deep_inside():
+    """What is visited is kept while it is compared: an address may be another object's a moment later."""
+
+    class Deep(TopKRouter):
+        def __init__(self, gate):
+            super().__init__()
+            self.first, self.second = nn.Identity(), nn.Identity()
+            self.second.third = nn.Module()
+            self.second.third.gate = gate
+
+        def scores(self, logits):
+            return logits.softmax(-1) if self.second.third.gate == "softmax" else logits.sigmoid()
+
+    names = ["softmax", "sigmoid", "softmax"]
+    assert _kinds(_model(*map(Deep, names))) == [(name, 2) for name in names]
+
+    def made(gate):
+        return (lambda x: x), (lambda logits: logits.softmax(-1) if gate == "softmax" else logits.sigmoid())
+
+    class Two(TopKRouter):
+        def __init__(self, gate):
+            super().__init__()
+            self.before, self.after = made(gate)
+
+        def scores(self, logits):
+            return self.after(self.before(logits))
+
+    assert _kinds(_model(*map(Two, names))) == [(name, 2) for name in names]
+
+
+class Settings(dict):
+    __getattr__ = dict.__getitem__
+
+
+def _empty_cell():
+    def reads():
+        return later
+
+    if False:
+        later = None
+    return reads
+
+
+@pytest.mark.parametrize(
+    "held",
+    [Settings(k=2), torch, {1, 2}, torch.zeros(3), _empty_cell(), list(range(9000)), object(), (i for i in range(3))],
+    ids=["settings", "module", "set", "tensor", "empty cell", "long", "object", "generator"],
+)
+def test_a_router_may_hold_anything(held):
+    class Holding(TopKRouter):
+        def forward(self, hidden):
+            assert not isinstance(self.held, Settings) or self.held.k == 2
+            return super().forward(hidden)
+
+    routers = [Holding(k) for k in (2, 4)]
+    for router in routers:
+        router.held = held
+    assert _kinds(_model(*routers)) == [("softmax", 2), ("softmax", 4)]
+
+
+def test_what_has_no_end_is_no_reason_to_refuse():
+    deep = []
+    for _ in range(3000):
+        deep = [deep]
+    router = TopKRouter()
+    router.deep = deep
+    router.itself = router.args.itself = router.args
+    assert _kinds(_model(router)) == [("softmax", 2)]
+
+
+def test_tensors_that_are_no_buffers_tell_routers_apart():
+    class Masked(TopKRouter):
+        def __init__(self, low):
+            super().__init__()
+            self.added = torch.full((EXPERTS,), low)
+
+        def scores(self, logits):
+            return logits.softmax(-1) if self.added[0] == 0 else logits.sigmoid()
+
+    assert _kinds(_model(Masked(0.0), Masked(1.0))) == [("softmax", 2), ("sigmoid", 2)]
+
+
+class Outer(nn.Module):
+    """Chooses by its own bias from the logits of a gate that could choose by itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = TopKRouter(gate="sigmoid")
+        self.register_buffer("e_score_correction_bias", torch.zeros(EXPERTS))
+
+    def forward(self, hidden):
+        logits = self.gate(hidden)[0]
+        expert_ids = (logits.sigmoid() + self.e_score_correction_bias).topk(2, dim=-1).indices
+        return logits, logits.sigmoid().gather(-1, expert_ids), expert_ids
+
+
+class OuterRouter(Outer):
+    pass
+
+
+class DeclaredOuter(Outer):
+    router_kind = RouterKind("sigmoid", "e_score_correction_bias")
+
+
+@pytest.mark.parametrize("outer", [OuterRouter, DeclaredOuter])
+def test_of_two_routers_in_one_another_the_one_that_chooses_is_attached(outer):
+    model = _model(outer())
+    balance = attach(model, "loss-free:rate=0.1")
+    model(_hidden())
+    balance.step()
+    assert list(balance.offsets) == ["0.router"] and model[0].router.e_score_correction_bias.any()
+
+
+def test_another_k_in_an_evaluation_is_counted():
+    model = _model(TopKRouter(2))
+    balance = attach(model)
+    model[0].router.args.top = 1
+    model.eval()
+    with balance.measuring() as load:
+        model(_hidden())
+    assert int(load["0.router"].sum()) == 10
+
+
+def test_k_is_what_a_router_chooses_and_not_what_an_attribute_says():
+    router = TopKRouter(2)
+    router.top_k = 6
+    model = _model(router)
+    balance = attach(model)
+    model(_hidden())
+    balance.step()
+    assert balance.metrics()["tokens"] == 10
+
+
+def test_experts_beside_a_router_that_is_attached_are_no_unknown_block(caplog):
+    class FusedMoE(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(EXPERTS, DIM, DIM))
+
+    model = nn.ModuleDict({"0": nn.ModuleDict({"gate": TopKRouter(), "experts": FusedMoE()})})
+    attach(model)
+    assert not caplog.records

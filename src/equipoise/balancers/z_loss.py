@@ -28,14 +28,15 @@ def z_loss(logits: Float[Tensor, "tokens experts"], mask: Float[Tensor, " tokens
             f"logits must have the shape (tokens, experts): got {tuple(logits.shape)}. Flatten batch and sequence."
         )
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    squares = logits.logsumexp(-1).square()
     if mask is None:
+        squares = logits.logsumexp(-1).square()
         return squares.sum() / max(logits.shape[0], 1)
     if mask.shape != logits.shape[:1]:
         raise ValueError(
             f"mask must hold one number per token: expected shape ({logits.shape[0]},), got {tuple(mask.shape)}."
         )
     masked = mask == 0  # whatever such a token holds, nan too
+    squares = logits.masked_fill(masked[:, None], 0).logsumexp(-1).square()
     return squares.masked_fill(masked, 0).sum() / (~masked).sum().clamp_min(1)
 
 

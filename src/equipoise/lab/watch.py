@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, Self
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -176,7 +177,7 @@ def print_rows(
     console, rows = Console(stderr=stderr, highlight=False, markup=False, emoji=False), [tuple(row) for row in rows]
     if not console.is_terminal:
         console.width = max(console.width, 160) if stderr else 10_000  # into a file, one line a row
-    widths = _widths([titles, *rows], console.width)
+    widths = _widths([titles, *rows], console.width, must=len(titles) < 2)
     stacked = widths is None
     if widths is None:
         titles, rows, above = titles[1:], [row[1:] for row in rows], [titles[0], *(row[0] for row in rows)]
@@ -204,12 +205,12 @@ def _widths(rows: Sequence[Sequence[str]], room: int, must: bool = False) -> lis
     ([3, 9], [3, 6], None)
     """
     columns = list(zip(*rows, strict=True))
-    whole = [max(map(len, column)) for column in columns]
-    widths = [max(len(word) for cell in column for word in ("", *cell.split())) for column in columns]
+    whole = [max(map(cell_len, column)) for column in columns]
+    widths = [max(cell_len(word) for cell in column for word in ("", *cell.split())) for column in columns]
     left = room - GAP * (len(widths) - 1) - sum(widths)
     if left < 0:
         return widths if must else None
-    for _ in range(left):
+    for _ in range(left if widths else 0):
         most = max(range(len(widths)), key=lambda i: whole[i] / max(widths[i], 1))
         if widths[most] >= whole[most]:
             break

@@ -8,6 +8,7 @@ import inspect
 from collections import deque
 from collections.abc import Iterator
 from contextlib import nullcontext
+from copy import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -99,25 +100,25 @@ _OF_INSTANCE = ("forward", "_old_forward", "_hf_hook")  # bound to the module it
 def _stand_in(router: nn.Module, draws: _Draws) -> nn.Module:
     """The router and what is inside it with weights of our own, so that sharded, meta and GPU weights need not be
     touched: random matrices, vectors of ones, biases of zeros."""
-    copy = object.__new__(plain_class(router))  # a class of fully_shard makes another one by its own __new__
-    copy.__dict__ = {
-        name: held.copy() if isinstance(held, list | dict | set | deque) else held  # some keep what they see
+    made = object.__new__(plain_class(router))  # a class of fully_shard makes another one by its own __new__
+    made.__dict__ = {
+        name: copy(held) if isinstance(held, list | dict | set | deque) else held  # some keep what they see
         for name, held in router.__dict__.items()
         if name not in _OF_INSTANCE
     }
-    copy._parameters = {
+    made._parameters = {
         name: value if value is None else nn.Parameter(_made_up(name, value, draws), requires_grad=False)
         for name, value in router._parameters.items()
     }
-    copy._buffers = {
+    made._buffers = {
         name: value if value is None else _made_up(name, value, draws)
         for name, value in router._buffers.items()
         if name != OWN_SLOT
     }
-    copy._modules = {
+    made._modules = {
         name: None if module is None else _stand_in(module, draws) for name, module in router._modules.items()
     }
-    return copy
+    return made
 
 
 def _made_up(name: str, value: Tensor, draws: _Draws) -> Tensor:
@@ -149,8 +150,8 @@ class _Trial:
             if parent is None or kind.slot not in (*parent._buffers, *parent._parameters) or self.argument is None:
                 raise Refused(f"there is no buffer {kind.slot}")
             self.passed = True
-        k = getattr(router, "top_k", None)
-        if k == 1:  # the weight of one expert may be 1 whatever the gate; that of two tells it
+        self.is_raised = getattr(router, "top_k", None) == 1
+        if self.is_raised:  # the weight of one expert may be 1 whatever the gate; that of two tells it
             self.router.__dict__["top_k"] = 2
         self.k = getattr(self.router, "top_k", None)
 
@@ -272,8 +273,7 @@ def prove(
             raise Refused("the weights are not in proportion to these scores")
     if not (expert_ids == num_experts // 2).any(-1).all():
         raise Refused("a large offset does not move the choice")
-    k = getattr(router, "top_k", None)
-    return Proof(kind, num_experts, k if isinstance(k, int) else int(expert_ids.shape[-1]))
+    return Proof(kind, num_experts, 1 if trial.is_raised else int(expert_ids.shape[-1]))
 
 
 def discover(router: nn.Module, parent: nn.Module | None = None) -> Proof:

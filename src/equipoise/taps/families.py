@@ -7,11 +7,13 @@ router does on random tokens; a declared kind is proven in the same way.
 
 import logging
 import re
+from collections import deque
 from collections.abc import Iterator, Mapping
 from functools import cache, partial
-from types import BuiltinFunctionType, FunctionType, MethodType
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -86,7 +88,8 @@ def proof_of(router: nn.Module, parent: nn.Module | None = None, multiplies: boo
     declared = _declared(router)
     try:
         key = (declared, multiplies, _made_of(router), _tensors(parent))
-    except _Unlike:
+        hash(key)
+    except (_Unlike, ValueError, TypeError, RecursionError):  # an empty cell, what cannot be hashed or has no end
         return _proven(router, parent, declared, multiplies)
     if key not in _PROOFS:
         try:
@@ -115,11 +118,12 @@ class _Unlike(Exception):
 
 
 _OF_MODULES = vars(nn.Module()).keys() - {"training"}
+_MOST = 4000  # of what a router holds, before it is proven by itself
 
 
 def _made_of(router: nn.Module) -> Any:
-    """What its forward may depend on, of it and of what is inside: classes, attributes, shapes of tensors."""
-    seen: dict[int, int] = {}
+    """What its forward may depend on, of it and of what is inside: classes, attributes, shapes of its tensors."""
+    seen: dict[int, tuple[int, Any]] = {}
     found = []
     for path, module in router.named_modules():
         base = plain_class(module)
@@ -128,19 +132,24 @@ def _made_of(router: nn.Module) -> Any:
     return tuple(found)
 
 
-def _alike(value: Any, seen: dict[int, int]) -> Any:
-    """Equal for what a forward cannot tell apart, and hashable; it keeps no tensor and no module alive."""
-    if value is None or isinstance(value, int | float | str | bytes | type | torch.dtype | torch.device):
+def _alike(value: Any, seen: dict[int, tuple[int, Any]]) -> Any:
+    """Equal for what a forward cannot tell apart, and hashable; it keeps no tensor and no module alive. ``seen`` keeps
+    what was visited, since an address may be another object's a moment later."""
+    if value is None or isinstance(value, int | float | str | bytes | type | torch.dtype | torch.device | np.generic):
         return type(value), value
+    if isinstance(value, ModuleType | logging.Logger):
+        return type(value), value.__name__ if isinstance(value, ModuleType) else value.name
     if id(value) in seen:
-        return "again", seen[id(value)]
-    seen[id(value)] = len(seen)
-    if isinstance(value, torch.Tensor):
-        return "tensor", tuple(value.shape), value.dtype
+        return "again", seen[id(value)][0]
+    seen[id(value)] = len(seen), value
+    if len(seen) > _MOST:
+        raise _Unlike
     if isinstance(value, Mapping):
         return type(value), tuple((_alike(k, seen), _alike(v, seen)) for k, v in value.items())
-    if isinstance(value, list | tuple):
+    if isinstance(value, list | tuple | deque):
         return type(value), tuple(_alike(item, seen) for item in value)
+    if isinstance(value, set | frozenset):
+        return type(value), frozenset(_alike(item, seen) for item in value)
     if isinstance(value, BuiltinFunctionType) and not isinstance(value.__self__, nn.Module | torch.Tensor):
         return value
     if isinstance(value, FunctionType):
@@ -150,7 +159,7 @@ def _alike(value: Any, seen: dict[int, int]) -> Any:
         return _alike([value.__func__, value.__self__], seen)
     if isinstance(value, partial):
         return _alike([value.func, value.args, value.keywords], seen)
-    if isinstance(value, nn.Module) or not hasattr(value, "__dict__"):
+    if isinstance(value, nn.Module | torch.Tensor) or not hasattr(value, "__dict__"):
         raise _Unlike
     return type(value), _alike(vars(value), seen)
 
@@ -193,8 +202,7 @@ def find_routers(model: nn.Module, allow_empty: bool = False) -> list[FoundRoute
             continue
         found.append(FoundRouter(name, module, kind, find_slot(module, parent, kind), num_experts, k))
     if found:
-        routers = {router.module for router in found}  # around another one it is a wrapper
-        return [one for one in found if routers.isdisjoint(m for m in one.module.modules() if m is not one.module)]
+        return _choosers(found)
     seen = sorted({type(m).__name__ for m in model.modules() if _looks_like_moe(type(m).__name__)})
     if allow_empty and not any(_is_moe(type(m).__name__) for m in model.modules() if m is not model):
         return []
@@ -210,6 +218,19 @@ def find_routers(model: nn.Module, allow_empty: bool = False) -> list[FoundRoute
         "router an attribute router_kind, an equipoise.RouterKind(gate, slot); a pipeline stage of dense layers takes "
         "allow_empty=True."
     )
+
+
+def _choosers(found: list[FoundRouter]) -> list[FoundRouter]:
+    """Of a router in another one the one that chooses: the inner one, unless the outer one has a slot of its own beside
+    it, or is the one that says how it selects."""
+    dropped: set[nn.Module] = set()
+    for outer in found:
+        within = {module for module in outer.module.modules() if module is not outer.module}
+        for inner in (one for one in found if one.module in within):
+            own = outer.slot is not None and outer.slot.holder not in set(inner.module.modules())
+            says = _declared(outer.module) is not None and _declared(inner.module) is None
+            dropped.add(inner.module if own or says else outer.module)
+    return [one for one in found if one.module not in dropped]
 
 
 def refusal(name: str, router: nn.Module, reason: str, kind: RouterKind | None = None) -> EquipoiseError:
@@ -241,7 +262,9 @@ def unknown_routers(model: nn.Module) -> list[str]:
 def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Name and module of the mixture-of-experts blocks in which nothing is called a router."""
     candidates = {module for _, module, _ in _candidates(model)}
-    inside: set[nn.Module] = set()
+    inside: set[nn.Module] = set()  # of a block that holds a router: its experts
+    for _, _, around in _candidates(model):
+        inside.update(() if around is None or around is model else around.modules())
     for name, module in model.named_modules():
         called = any(cls.__name__.lower().endswith(("moe", "moeblock", "moelayer")) for cls in _classes(type(module)))
         if module in inside or not called or isinstance(module, nn.ModuleList):

@@ -160,14 +160,17 @@ class ForwardContext:
     def __init__(self, model: nn.Module, observer: "Observer"):
         self.model = model
         self.observer = observer
-        self.outer: list[tuple[Tensor | None, int]] = []  # by forward under way, mask and rows of the one around it
+        # by forward under way, of the one around it: mask, why it is none, rows
+        self.outer: list[tuple[Tensor | None, str | None, int]] = []
         self.num_calls = 0  # router calls before the outermost of them
         self.mask: Tensor | None = None
         self.sequence_ids: Tensor | None = None
         self.rows = 0
         self.given = False  # by Balance.token_mask: outranks what the forward was called with
         self.of_layers: dict[int, tuple[Tensor | None, Tensor | None]] = {}  # by Balance.token_mask(where=...)
-        self.tells_decoders = False  # a module inside is hooked too: it is told its padding itself
+        self.unclear: set[nn.Module] = set()  # with a mask for a decoder too, whose routers nobody else tells theirs
+        self.no_padding: str | None = None  # why the mask that the model was called with cannot be one of padding
+        self.looked = False  # at a mask of floats that is not on the host
 
     @property
     def told(self) -> bool:
@@ -176,16 +179,17 @@ class ForwardContext:
 
     def clear(self) -> None:
         self.mask, self.sequence_ids, self.rows, self.given, self.of_layers = None, None, 0, False, {}
+        self.no_padding = None
 
     @contextmanager
     def aside(self) -> Iterator[None]:
         """Puts aside what belongs to the open micro-batch; what is said meanwhile ends with it."""
-        held = self.mask, self.sequence_ids, self.rows, self.given, self.of_layers
+        held = self.mask, self.sequence_ids, self.rows, self.given, self.of_layers, self.no_padding
         self.clear()
         try:
             yield
         finally:
-            self.mask, self.sequence_ids, self.rows, self.given, self.of_layers = held
+            self.mask, self.sequence_ids, self.rows, self.given, self.of_layers, self.no_padding = held
 
     def before(self, names: list[str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         named = dict(zip(names, args, strict=False))
@@ -196,28 +200,44 @@ class ForwardContext:
             self.outer = []
         if not self.outer and not torch.compiler.is_compiling():
             self.num_calls = self.observer.num_calls
-        self.outer.append((None if self.given else self.mask, self.rows))
-        rows = length = 0
+        self.outer.append((None if self.given else self.mask, self.no_padding, self.rows))
+        rows = 0
         for name in ("input_ids", "inputs_embeds", *named):
             value = named.get(name)
             if isinstance(value, Tensor) and (value.dim() >= 3 or (value.dim() == 2 and not value.is_floating_point())):
-                rows, length = value.shape[:2]
+                rows = value.shape[0]
                 break
         self.rows = rows or self.rows
         mask = named.get("attention_mask")
         if not self.given and isinstance(mask, Tensor) and mask.dim() == 2:
-            if rows not in (0, mask.shape[0]) and mask.shape[0] == mask.shape[1]:
+            self.mask, self.no_padding = mask, None
+            tokens = next((v for v in (named.get("input_ids"), named.get("inputs_embeds")) if v is not None), None)
+            length = tokens.shape[1] if isinstance(tokens, Tensor) and tokens.dim() >= 2 else 0
+            if mask.shape[0] == mask.shape[1] == length != rows:
                 self.mask = None  # who may attend to whom
-                return
-            if not _is_traced():
-                other = named.get("decoder_attention_mask")
-                _check_padding(mask, rows, module, isinstance(other, Tensor) and not self.tells_decoders)
-            if mask.shape[0] == rows and mask.shape[1] > length:  # it covers a cached prefix too
-                mask = mask[:, mask.shape[1] - length :]
-            self.mask = mask
+            elif mask.shape[0] == rows and mask.shape[1] > length > 0 and _has_cache(named):
+                self.mask = mask[:, mask.shape[1] - length :]
+            if self.mask is not None and not _is_traced():
+                self.no_padding = self._no_padding(mask, rows, module, named)
+
+    def _no_padding(self, mask: Tensor, rows: int, module: nn.Module, named: dict[str, Any]) -> str | None:
+        """Why a mask that a model was called with cannot be one of padding, as far as a host can see without waiting
+        for a GPU; it waits once, for a mask of floats."""
+        if module in self.unclear and isinstance(named.get("decoder_attention_mask"), Tensor):
+            return "there is a decoder_attention_mask beside it, and nothing says which of them a router has"
+        if type(mask) is not Tensor or mask.dtype == torch.bool:  # a fake one has no numbers
+            return None
+        if mask.device.type != "cpu" and (self.looked or not mask.is_floating_point() or mask.device.type == "meta"):
+            return None
+        self.looked = True
+        if ((mask != 0) & (mask != 1) if mask.is_floating_point() else mask < 0).any():
+            return "it holds other numbers, as masks that are added to attention scores do"
+        if mask.shape[0] == mask.shape[1] == rows > 1 and torch.equal(mask != 0, torch.ones_like(mask != 0).tril()):
+            return "it is that of causal attention, who may attend to whom"
+        return None
 
     def after(self, names: list[str], module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        mask, self.rows = self.outer.pop() if self.outer else (None, 0)
+        mask, self.no_padding, self.rows = self.outer.pop() if self.outer else (None, None, 0)
         if not self.given:
             self.mask = mask
         if self.outer:
@@ -226,24 +246,10 @@ class ForwardContext:
             self.observer.forward_failed(self.num_calls)
 
 
-def _check_padding(mask: Tensor, rows: int, module: nn.Module, is_ambiguous: bool) -> None:
-    """That a mask which a model was called with says which tokens are padding, as far as a host can see without waiting
-    for a GPU."""
-    reason = None
-    if is_ambiguous:
-        reason = "there is a decoder_attention_mask beside it, and which router it is for cannot be told"
-    elif type(mask) is Tensor and mask.device.type == "cpu":  # a fake one has no numbers
-        whole = not mask.is_floating_point() and mask.dtype != torch.bool
-        if mask.dtype != torch.bool and ((mask < 0) if whole else (mask != 0) & (mask != 1)).any():
-            reason = "it holds other numbers, as masks that are added to attention scores do"
-        elif mask.shape[0] == mask.shape[1] == rows > 1 and torch.equal(mask != 0, torch.ones_like(mask != 0).tril()):
-            reason = "it is that of causal attention, who may attend to whom"
-    if reason is not None:
-        raise EquipoiseError(
-            f"an attention_mask of two dimensions must hold 1 for each token and 0 for padding: in the one that "
-            f"{type(module).__name__} is called with {reason}. Say which tokens count with balance.token_mask(mask), "
-            "or balance.token_mask(None) where all do, before the forward."
-        )
+def _has_cache(named: dict[str, Any]) -> bool:
+    """Whether a forward goes on from earlier tokens, which a mask covers too."""
+    found = (value for name, value in named.items() if "past" in name or "cache" in name)
+    return any(value is not None and not isinstance(value, bool) for value in found)
 
 
 class Hook:
