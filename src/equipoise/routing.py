@@ -141,7 +141,7 @@ def route(
             f"logits must have the shape (tokens, experts): got {tuple(logits.shape)}. Flatten batch and sequence."
         )
     for name, value in (("k", k), ("num_groups", num_groups), ("top_groups", top_groups)):
-        if isinstance(value, bool | Tensor) or not hasattr(value, "__index__"):
+        if isinstance(value, bool | float | str | Tensor):
             raise ValueError(f"{name} must be an integer: got {value!r}.")
     if not isinstance(scale, Tensor) and not 0 < scale < math.inf:
         raise ValueError(f"scale must be a finite positive number: got {scale!r}.")

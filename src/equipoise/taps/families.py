@@ -7,8 +7,9 @@ router does on random tokens; a declared kind is proven in the same way.
 
 import logging
 import re
+import weakref
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sized
 from functools import cache, partial
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
@@ -76,6 +77,8 @@ def _is_called_router(cls: Any) -> bool:
 
 
 _PROOFS: dict[Any, Proof | str] = {}  # by what a router is made of; of one that was refused the reason
+# of those that are like no other, while one model is looked at
+_OF_THIS_MODEL: "weakref.WeakKeyDictionary[nn.Module, dict[Any, Proof | str]]" = weakref.WeakKeyDictionary()
 
 
 def proof_of(router: nn.Module, parent: nn.Module | None = None, multiplies: bool = False) -> Proof:
@@ -87,16 +90,17 @@ def proof_of(router: nn.Module, parent: nn.Module | None = None, multiplies: boo
         )
     declared = _declared(router)
     try:
-        key = (declared, multiplies, _made_of(router), _tensors(parent))
+        key: Any = (declared, multiplies, _made_of(router), _tensors(parent))
         hash(key)
+        proofs: Any = _PROOFS
     except (_Unlike, ValueError, TypeError, RecursionError):  # an empty cell, what cannot be hashed or has no end
-        return _proven(router, parent, declared, multiplies)
-    if key not in _PROOFS:
+        key, proofs = (declared, multiplies), _OF_THIS_MODEL.setdefault(router, {})
+    if key not in proofs:
         try:
-            _PROOFS[key] = _proven(router, parent, declared, multiplies)
+            proofs[key] = _proven(router, parent, declared, multiplies)
         except Refused as refused:
-            _PROOFS[key] = str(refused)
-    found = _PROOFS[key]
+            proofs[key] = str(refused)
+    found = proofs[key]
     if isinstance(found, str):
         raise Refused(found)
     return found
@@ -142,7 +146,7 @@ def _alike(value: Any, seen: dict[int, tuple[int, Any]]) -> Any:
     if id(value) in seen:
         return "again", seen[id(value)][0]
     seen[id(value)] = len(seen), value
-    if len(seen) > _MOST:
+    if len(seen) > _MOST or (isinstance(value, Sized) and len(value) > _MOST):
         raise _Unlike
     if isinstance(value, Mapping):
         return type(value), tuple((_alike(k, seen), _alike(v, seen)) for k, v in value.items())
@@ -191,6 +195,7 @@ def _classes(cls: type) -> list[type]:
 def find_routers(model: nn.Module, allow_empty: bool = False) -> list[FoundRouter]:
     """The routers of ``model`` in model order. None at all is an error that names what was seen instead; with
     ``allow_empty`` only where something was seen. One that says itself how it selects, wrongly, is an error too."""
+    _OF_THIS_MODEL.clear()
     found, refused = [], []
     for name, module, parent in _candidates(model):
         try:

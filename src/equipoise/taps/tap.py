@@ -215,7 +215,7 @@ class ForwardContext:
             length = tokens.shape[1] if isinstance(tokens, Tensor) and tokens.dim() >= 2 else 0
             if mask.shape[0] == mask.shape[1] == length != rows:
                 self.mask = None  # who may attend to whom
-            elif mask.shape[0] == rows and mask.shape[1] > length > 0 and _has_cache(named):
+            elif _has_cache(named) and mask.shape[0] == rows and mask.shape[1] > length > 0:
                 self.mask = mask[:, mask.shape[1] - length :]
             if self.mask is not None and not _is_traced():
                 self.no_padding = self._no_padding(mask, rows, module, named)
