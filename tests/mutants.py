@@ -2164,7 +2164,7 @@ MUTANTS = [
     Mutant(
         "lab: two processes train in one folder",
         "lab/run_folder.py",
-        "self._hold = _Hold(config.out)",
+        "self._hold = _Hold(self.config.out)",
         "self._hold = None",
         f"{TRAINING} -k two_processes",
     ),

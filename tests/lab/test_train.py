@@ -541,6 +541,7 @@ def test_two_processes_cannot_train_in_one_folder(tiny, silent):
     assert not list(first.config.out.glob(".lock")) and Run(first.config.out).complete
     with pytest.raises(EquipoiseError, match="was begun meanwhile"):
         training._Training(tiny(), silent(), "")  # its folder was new when it was checked
+    assert not list(first.config.out.glob(".lock")), "what is refused holds nothing"
 
 
 def test_what_a_killed_process_held_is_free(tiny, silent):

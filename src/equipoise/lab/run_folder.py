@@ -82,6 +82,7 @@ class _Hold:
 
             fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            os.close(self.handle)
             raise EquipoiseError(
                 f"one process may train in a folder: {folder} is held by {self.path.read_text(encoding='utf-8')}. Wait "
                 "for it, stop it, or choose another folder."
@@ -94,14 +95,8 @@ class _Hold:
     def release(self) -> None:
         if self.handle is not None:
             self.path.unlink(missing_ok=True)
-        self._close()
-
-    def _close(self) -> None:
-        if self.handle is not None:
             os.close(self.handle)
             self.handle = None
-
-    __del__ = _close
 
 
 def asked(config: Train) -> dict[str, Any]:
@@ -141,8 +136,15 @@ class RunFolder:
 
         ``facts`` do not change when a run goes on, ``machine`` may: then the watcher says so.
         """
+        self._hold = _Hold(self.config.out)
+        try:
+            return self._open(facts, machine)
+        except BaseException:  # not by __del__: what is raised there, as by a signal, is lost
+            self.release()
+            raise
+
+    def _open(self, facts: Mapping[str, Any], machine: Mapping[str, Any]) -> bool:
         config = self.config
-        self._hold = _Hold(config.out)
         if is_new(config.out):
             self.records = Run.create(config.out, {**facts, **machine})
         else:
