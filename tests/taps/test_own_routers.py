@@ -1,5 +1,8 @@
 """Routers that people write themselves: none is taken for another one, and each refusal says why."""
 
+import subprocess
+import sys
+import textwrap
 from collections import Counter
 from types import SimpleNamespace
 
@@ -403,3 +406,23 @@ def test_experts_beside_a_router_that_is_attached_are_no_unknown_block(caplog):
     model = nn.ModuleDict({"0": nn.ModuleDict({"gate": TopKRouter(), "experts": FusedMoE()})})
     attach(model)
     assert not caplog.records
+
+
+def test_attach_needs_no_more_than_torch():
+    """What the core package alone installs: neither numpy nor transformers."""
+    program = """
+        import sys
+
+        for name in ("numpy", "transformers", "safetensors", "rich", "scipy"):
+            sys.modules[name] = None
+        import torch, equipoise
+        from equipoise.nn import MoE
+
+        model = torch.nn.Sequential(MoE(16, 8, 4, 2), MoE(16, 8, 4, 2))
+        balance = equipoise.attach(model, "loss-free:rate=0.1+lbl")
+        (model(torch.randn(5, 16)).sum() + balance.loss()).backward()
+        balance.step()
+        print(int(balance.metrics()["tokens"]))
+    """
+    found = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True)
+    assert (found.returncode, found.stdout) == (0, "5\n"), found.stderr

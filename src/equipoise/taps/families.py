@@ -14,7 +14,6 @@ from functools import cache, partial
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -139,7 +138,7 @@ def _made_of(router: nn.Module) -> Any:
 def _alike(value: Any, seen: dict[int, tuple[int, Any]]) -> Any:
     """Equal for what a forward cannot tell apart, and hashable; it keeps no tensor and no module alive. ``seen`` keeps
     what was visited, since an address may be another object's a moment later."""
-    if value is None or isinstance(value, int | float | str | bytes | type | torch.dtype | torch.device | np.generic):
+    if value is None or isinstance(value, int | float | str | bytes | type | torch.dtype | torch.device):
         return type(value), value
     if isinstance(value, ModuleType | logging.Logger):
         return type(value), value.__name__ if isinstance(value, ModuleType) else value.name
@@ -266,9 +265,10 @@ def unknown_routers(model: nn.Module) -> list[str]:
 
 def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Name and module of the mixture-of-experts blocks in which nothing is called a router."""
-    candidates = {module for _, module, _ in _candidates(model)}
+    found = _candidates(model)
+    candidates = {module for _, module, _ in found}
     inside: set[nn.Module] = set()  # of a block that holds a router: its experts
-    for _, _, around in _candidates(model):
+    for _, _, around in found:
         inside.update(() if around is None or around is model else around.modules())
     for name, module in model.named_modules():
         called = any(cls.__name__.lower().endswith(("moe", "moeblock", "moelayer")) for cls in _classes(type(module)))

@@ -229,7 +229,7 @@ class ForwardContext:
             return None
         if mask.device.type != "cpu" and (self.looked or not mask.is_floating_point() or mask.device.type == "meta"):
             return None
-        self.looked = True
+        self.looked = self.looked or mask.device.type != "cpu"
         if ((mask != 0) & (mask != 1) if mask.is_floating_point() else mask < 0).any():
             return "it holds other numbers, as masks that are added to attention scores do"
         if mask.shape[0] == mask.shape[1] == rows > 1 and torch.equal(mask != 0, torch.ones_like(mask != 0).tril()):
