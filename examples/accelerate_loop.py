@@ -37,6 +37,7 @@ def main(steps: int = 3) -> list[float]:
             balance.step(applied=not accelerator.optimizer_step_was_skipped)
             violations.append(balance.metrics()["maxvio_batch"])
             accelerator.print(f"step {len(violations)}: MaxVio {violations[-1]:.2f}")
+    accelerator.end_training()  # gives the process groups back; without it a rank may abort as it ends
     return violations
 
 

@@ -52,7 +52,17 @@ def test_the_example_is_our_own_loop():
     assert _run(str(EXAMPLE)) == [round(value, 2) for value in _by_hand(1)]
 
 
+_AND_ALL_IS_GIVEN_BACK = """
+import runpy, torch
+
+runpy.run_path({example!r}, run_name="__main__")
+assert not torch.distributed.is_initialized(), "a rank that ends with its process groups may abort"
+"""
+
+
 @pytest.mark.slow
-def test_the_example_on_two_ranks_is_one_process_with_the_tokens_of_both():
+def test_the_example_on_two_ranks_is_one_process_with_the_tokens_of_both(tmp_path):
     launch = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
-    assert _run(*launch, str(EXAMPLE)) == [round(value, 2) for value in _by_hand(2)]
+    script = tmp_path / "and_all_is_given_back.py"
+    script.write_text(_AND_ALL_IS_GIVEN_BACK.format(example=str(EXAMPLE)))
+    assert _run(*launch, str(script)) == [round(value, 2) for value in _by_hand(2)]
