@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from equipoise import records
-from equipoise.errors import EquipoiseError
+from equipoise.errors import EquipoiseError, UsageError
 from equipoise.records import Run, find_runs, write_json
 
 
@@ -154,9 +154,9 @@ def test_write_json_leaves_the_old_text_or_the_new(tmp_path, monkeypatch, broken
 
 
 def test_find_runs(tmp_path):
-    with pytest.raises(EquipoiseError, match="A folder of runs must be there"):
+    with pytest.raises(UsageError, match="A folder of runs must be there"):
         find_runs(tmp_path / "nothing")
-    with pytest.raises(EquipoiseError, match="it holds none"):
+    with pytest.raises(UsageError, match="it holds none"):
         find_runs(tmp_path)
     run = _run(tmp_path)
     shutil.copytree(run.path, tmp_path / "another")

@@ -29,7 +29,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from equipoise.errors import EquipoiseError
+from equipoise.errors import EquipoiseError, UsageError
 
 __all__ = ["LOCK", "Run", "find_runs", "finite", "is_new", "read_json", "write_json"]
 
@@ -181,12 +181,10 @@ def find_runs(folder: str | Path) -> list[Run]:
     folder = Path(folder)
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
-        raise EquipoiseError(
-            f"A folder of runs must be there: {folder} {what}. Give the folder that was passed as --out."
-        )
+        raise UsageError(f"A folder of runs must be there: {folder} {what}. Give the folder that was passed as --out.")
     places = [folder] if (folder / "config.json").exists() else sorted(p.parent for p in folder.glob("*/config.json"))
     if not places:
-        raise EquipoiseError(
+        raise UsageError(
             f"{folder} must hold runs, each a folder with a config.json: it holds none. Give the folder that was "
             "passed as --out to `equipoise compare` or `equipoise train`."
         )

@@ -134,7 +134,7 @@ class _Run:
     """Steps between checkpoints; a run that is killed loses at most the steps since the last one."""
 
     save_model: bool = True
-    """Save no model. By default the trained one is in the run's folder, for plain Transformers."""
+    """Save the trained model in the run's folder, for plain Transformers; --no-save-model leaves it out."""
 
     resume: bool = False
     """Go on where an earlier call with the same options was stopped."""
