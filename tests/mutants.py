@@ -326,7 +326,7 @@ MUTANTS = [
     ),
     Mutant(
         "a forward that was stopped by hand stays counted",
-        "taps/tap.py",
+        "taps/forward.py",
         "            if self.outer and not torch.compiler.is_compiling():",
         "            if False:",
         "tests/test_balance.py -k stopped_by_hand",
@@ -581,7 +581,7 @@ MUTANTS = [
     ),
     Mutant(
         "eager tap: a traced forward goes the plain way",
-        "taps/tap.py",
+        "taps/forward.py",
         "        torch.compiler.is_compiling()\n        or torch",
         "        torch",
         COUNTS,
@@ -723,21 +723,21 @@ MUTANTS = [
     ),
     Mutant(
         "42: a mask that is added to scores is taken for padding",
-        "taps/tap.py",
+        "taps/forward.py",
         'return "it holds other numbers, as masks that are added to attention scores do"',
         "return None",
         f"{BALANCE} -k 'mask or decoder or wrapper or own'",
     ),
     Mutant(
         "42: a causal mask is taken for padding",
-        "taps/tap.py",
+        "taps/forward.py",
         'return "it is that of causal attention, who may attend to whom"',
         "return None",
         f"{BALANCE} -k 'mask or decoder or wrapper or own'",
     ),
     Mutant(
         "42: a decoder is masked by its encoder's mask",
-        "taps/tap.py",
+        "taps/forward.py",
         "if module in self.unclear and isinstance(",
         "if False and isinstance(",
         f"{BALANCE} -k 'mask or decoder or wrapper or own'",
@@ -751,7 +751,7 @@ MUTANTS = [
     ),
     Mutant(
         "42: a mask is cut where nothing came before its tokens",
-        "taps/tap.py",
+        "taps/forward.py",
         "    return any(value is not None and not isinstance(value, bool) for value in found)",
         "    return True",
         f"{BALANCE} -k 'no_length or cached'",
@@ -765,7 +765,7 @@ MUTANTS = [
     ),
     Mutant(
         "42: a mask that cannot be one is refused where nothing is counted",
-        "taps/tap.py",
+        "taps/forward.py",
         "                self.no_padding = self._no_padding(mask, rows, module, named)",
         "                self.no_padding = self._no_padding(mask, rows, module, named)\n"
         "                assert self.no_padding is None",
@@ -773,7 +773,7 @@ MUTANTS = [
     ),
     Mutant(
         "42: what a wrapper wraps is not told its padding",
-        "balance.py",
+        "taps/forward.py",
         '    while "attention_mask" not in _argument_names(within):\n',
         "    while False:\n",
         f"{BALANCE} -k 'mask or decoder or wrapper or own'",

@@ -1,13 +1,11 @@
 """Ties the routers of a model to balancers: counts, pools over ranks, steps, saves."""
 
-import inspect
 import logging
 import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from functools import cache
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,7 +20,8 @@ from equipoise.errors import EquipoiseError, UsageError
 from equipoise.pool import Pool, digest
 from equipoise.recorder import Layer, Recorder, slot_of
 from equipoise.saved import write_offsets
-from equipoise.taps.tap import OWN_SLOT, ForwardContext, Hook, Tap, tap_router, untap_router
+from equipoise.taps.forward import ForwardContext
+from equipoise.taps.tap import OWN_SLOT, Tap, tap_router, untap_router
 from equipoise.window import MicroBatch, Window
 
 __all__ = ["Balance", "few"]
@@ -52,47 +51,6 @@ class _Ticket(torch.autograd.Function):
         ctx.micro_batch.serve(grad)
         ctx.window.serving = ctx.micro_batch
         return None, None, None, None
-
-
-def _hooked(model: nn.Module, routers: set[nn.Module]) -> list[nn.Module]:
-    """Whose forward is given the padding: the model, and whole models inside, which may be called by themselves. Where
-    the model itself is a wrapper that takes none, the first in it that does, on the way to all its routers."""
-    found = [model]
-    within = model
-    while "attention_mask" not in _argument_names(within):
-        within = next((m for m in within.children() if routers and routers <= {*m.modules()} - {m}), model)
-        if within is model:
-            break
-        if "attention_mask" in _argument_names(within):
-            found.append(within)
-    for module in model.modules():
-        whole = {"input_ids", "attention_mask"} <= {*_argument_names(module)}
-        if module not in found and whole and routers & {*module.modules()}:
-            found.append(module)
-    return found
-
-
-def _is_unclear(module: nn.Module, hooked: Sequence[nn.Module], layers: Sequence[Layer]) -> bool:
-    """Whether it takes masks for an encoder and a decoder, and nothing inside tells some router which is its own."""
-    within = {*module.modules()}
-    told: set[nn.Module] = set()
-    for one in hooked:
-        if one is not module and one in within and "decoder_attention_mask" not in _argument_names(one):
-            told.update(one.modules())
-    takes_both = {"attention_mask", "decoder_attention_mask"} <= {*_argument_names(module)}
-    return takes_both and any(layer.router in within and layer.router not in told for layer in layers)
-
-
-def _argument_names(module: nn.Module) -> list[str]:
-    """Of its forward: looked up once for all modules of a class, of which some have a forward of their own."""
-    if "forward" in module.__dict__:
-        return list(inspect.signature(module.forward).parameters)
-    return _parameters(type(module).forward)[1:]
-
-
-@cache
-def _parameters(forward: Any) -> list[str]:
-    return list(inspect.signature(forward).parameters)
 
 
 class Balance:
@@ -146,16 +104,8 @@ class Balance:
 
     def _tap(self, model: nn.Module) -> None:
         self._context = ForwardContext(model, self._recorder)
-        self._hooks = []
+        self._hooks = self._context.listen({layer.router for layer in self._layers})
         self._recorder.context = self._context
-        hooked = _hooked(model, {layer.router for layer in self._layers})
-        self._context.unclear = {module for module in hooked if _is_unclear(module, hooked, self._layers)}
-        for module in hooked:
-            names = _argument_names(module)
-            self._hooks += [
-                module.register_forward_pre_hook(Hook(self._context.before, names), with_kwargs=True),
-                module.register_forward_hook(Hook(self._context.after, names), always_call=True),
-            ]
         self._taps = []
         for index, layer in enumerate(self._layers):
             group, row = self._recorder.group_of[index]

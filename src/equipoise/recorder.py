@@ -19,7 +19,8 @@ from equipoise.errors import EquipoiseError
 from equipoise.load import Layout
 from equipoise.pool import Pool
 from equipoise.routing import Routing, score, score_backward, without_autocast
-from equipoise.taps.tap import OWN_SLOT, RECOMPUTED, UNCOUNTED, ForwardContext, RouterKind, Slot
+from equipoise.taps.forward import ForwardContext
+from equipoise.taps.tap import OWN_SLOT, RECOMPUTED, UNCOUNTED, RouterKind, Slot
 from equipoise.window import Call, MicroBatch, Statistics, Window, fit_mask, number_sequences
 
 __all__ = ["Group", "Layer", "Recorder", "slot_of"]

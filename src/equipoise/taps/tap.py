@@ -13,10 +13,7 @@ argument: without it the compiler may move it into the forward, where the load i
 """
 
 import itertools
-import sys
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple, Protocol
 
@@ -27,8 +24,9 @@ from torch.overrides import TorchFunctionMode
 
 from equipoise.errors import EquipoiseError
 from equipoise.routing import score
+from equipoise.taps.forward import ForwardContext, is_traced
 
-__all__ = ["ForwardContext", "RECOMPUTED", "RouterKind", "Slot", "Tap", "UNCOUNTED", "tap_router", "untap_router"]
+__all__ = ["RECOMPUTED", "RouterKind", "Slot", "Tap", "UNCOUNTED", "tap_router", "untap_router"]
 
 OWN_SLOT = "_equipoise_offset"  # the buffer of a router whose family has no slot of its own
 UNCOUNTED = -1  # token of a call that does not count: evaluation, paused
@@ -143,127 +141,7 @@ class Observer(Protocol):
 
     def restore_offset(self, layer: int) -> None: ...
 
-    @property
-    def num_calls(self) -> int: ...
-
-    def forward_failed(self, num_calls: int) -> None: ...
-
     def adopt_offset(self, layer: int) -> None: ...
-
-
-class ForwardContext:
-    """What the attached module's forward was given: padding and rows. Its hooks set it before and clear it after.
-
-    A copy of the model carries inert copies of the hooks, so it never writes into the original's context.
-    """
-
-    def __init__(self, model: nn.Module, observer: "Observer"):
-        self.model = model
-        self.observer = observer
-        # by forward under way, of the one around it: mask, why it is none, rows
-        self.outer: list[tuple[Tensor | None, str | None, int]] = []
-        self.num_calls = 0  # router calls before the outermost of them
-        self.mask: Tensor | None = None
-        self.sequence_ids: Tensor | None = None
-        self.rows = 0
-        self.given = False  # by Balance.token_mask: outranks what the forward was called with
-        self.of_layers: dict[int, tuple[Tensor | None, Tensor | None]] = {}  # by Balance.token_mask(where=...)
-        self.unclear: set[nn.Module] = set()  # with a mask for a decoder too, whose routers nobody else tells theirs
-        self.no_padding: str | None = None  # why the mask that the model was called with cannot be one of padding
-        self.looked = False  # at a mask of floats that is not on the host
-
-    @property
-    def told(self) -> bool:
-        """Whether Balance.token_mask was called for this micro-batch."""
-        return self.given or bool(self.of_layers)
-
-    def clear(self) -> None:
-        self.mask, self.sequence_ids, self.rows, self.given, self.of_layers = None, None, 0, False, {}
-        self.no_padding = None
-
-    @contextmanager
-    def aside(self) -> Iterator[None]:
-        """Puts aside what belongs to the open micro-batch; what is said meanwhile ends with it."""
-        held = self.mask, self.sequence_ids, self.rows, self.given, self.of_layers, self.no_padding
-        self.clear()
-        try:
-            yield
-        finally:
-            self.mask, self.sequence_ids, self.rows, self.given, self.of_layers, self.no_padding = held
-
-    def before(self, names: list[str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        named = dict(zip(names, args, strict=False))
-        named.update(kwargs)
-        if module is self.model:
-            if self.outer and not torch.compiler.is_compiling():  # one was interrupted, by Ctrl-C: no hook came after
-                self.observer.forward_failed(self.num_calls)
-            self.outer = []
-        if not self.outer and not torch.compiler.is_compiling():
-            self.num_calls = self.observer.num_calls
-        self.outer.append((None if self.given else self.mask, self.no_padding, self.rows))
-        rows = 0
-        for name in ("input_ids", "inputs_embeds", *named):
-            value = named.get(name)
-            if isinstance(value, Tensor) and (value.dim() >= 3 or (value.dim() == 2 and not value.is_floating_point())):
-                rows = value.shape[0]
-                break
-        self.rows = rows or self.rows
-        mask = named.get("attention_mask")
-        if not self.given and isinstance(mask, Tensor) and mask.dim() == 2:
-            self.mask, self.no_padding = mask, None
-            tokens = next((v for v in (named.get("input_ids"), named.get("inputs_embeds")) if v is not None), None)
-            length = tokens.shape[1] if isinstance(tokens, Tensor) and tokens.dim() >= 2 else 0
-            if mask.shape[0] == mask.shape[1] == length != rows:
-                self.mask = None  # who may attend to whom
-            elif _has_cache(named) and mask.shape[0] == rows and mask.shape[1] > length > 0:
-                self.mask = mask[:, mask.shape[1] - length :]
-            if self.mask is not None and not _is_traced():
-                self.no_padding = self._no_padding(mask, rows, module, named)
-
-    def _no_padding(self, mask: Tensor, rows: int, module: nn.Module, named: dict[str, Any]) -> str | None:
-        """Why a mask that a model was called with cannot be one of padding, as far as a host can see without waiting
-        for a GPU; it waits once, for a mask of floats."""
-        if module in self.unclear and isinstance(named.get("decoder_attention_mask"), Tensor):
-            return "there is a decoder_attention_mask beside it, and nothing says which of them a router has"
-        if type(mask) is not Tensor or mask.dtype == torch.bool:  # a fake one has no numbers
-            return None
-        if mask.device.type != "cpu" and (self.looked or not mask.is_floating_point() or mask.device.type == "meta"):
-            return None
-        self.looked = self.looked or mask.device.type != "cpu"
-        if ((mask != 0) & (mask != 1) if mask.is_floating_point() else mask < 0).any():
-            return "it holds other numbers, as masks that are added to attention scores do"
-        if mask.shape[0] == mask.shape[1] == rows > 1 and torch.equal(mask != 0, torch.ones_like(mask != 0).tril()):
-            return "it is that of causal attention, who may attend to whom"
-        return None
-
-    def after(self, names: list[str], module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        mask, self.no_padding, self.rows = self.outer.pop() if self.outer else (None, None, 0)
-        if not self.given:
-            self.mask = mask
-        if self.outer:
-            return
-        if output is None and not torch.compiler.is_compiling() and sys.exc_info()[1] is not None:
-            self.observer.forward_failed(self.num_calls)
-
-
-def _has_cache(named: dict[str, Any]) -> bool:
-    """Whether a forward goes on from earlier tokens, which a mask covers too."""
-    found = (value for name, value in named.items() if "past" in name or "cache" in name)
-    return any(value is not None and not isinstance(value, bool) for value in found)
-
-
-class Hook:
-    """A method of a context as a module hook; a copy or a pickle of it does nothing."""
-
-    def __init__(self, method: Any = None, names: list[str] | None = None):
-        self.method, self.names = method, names
-
-    def __call__(self, *args: Any) -> None:
-        if self.method is not None:
-            self.method(self.names, *args)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Hook, ()
 
 
 class Tap:
@@ -355,7 +233,7 @@ def _tapped(base: Any) -> Any:
             rows = args[0].shape[0]
         if not tap.has_loss:
             logits = logits.detach()
-        if _is_traced():
+        if is_traced():  # then it must be one opaque op
             # a compiler merges two calls with the same arguments; it takes no two empty tensors for the same
             call = torch.empty(0, device=weights.device) if torch.compiler.is_compiling() else None
             weights, _ = torch.ops.equipoise.tap(
@@ -457,15 +335,6 @@ def is_tapped(module: nn.Module) -> bool:
 
 
 # ---- the tap of a forward that runs as it is written ----
-
-
-def _is_traced() -> bool:
-    """Whether somebody records this forward, or runs it by other rules: then the tap must be one opaque op."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-    )
 
 
 class _EagerTap(torch.autograd.Function):
