@@ -111,9 +111,9 @@ def test_bad_text_is_one_line(tmp_path, monkeypatch, capsys, files, code, messag
 
 
 def test_report_of_nothing_and_of_damage_is_one_line(text, tmp_path, capsys):
-    assert "does not" in _fails(["report", tmp_path / "nowhere"], 1, capsys)
+    assert "does not" in _fails(["report", tmp_path / "nowhere"], 2, capsys)
     (tmp_path / "empty").mkdir()
-    assert "must hold runs" in _fails(["report", tmp_path / "empty"], 1, capsys)
+    assert "must hold runs" in _fails(["report", tmp_path / "empty"], 2, capsys)
     run = tmp_path / "run"
     main(["train", "--data", str(text), "--out", str(run), *SMALL])
     capsys.readouterr()
