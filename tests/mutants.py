@@ -786,7 +786,14 @@ MUTANTS = [
         f"{BALANCE} -k pack",
     ),
     Mutant(
-        "45: the mask of a cached prefix is taken from its beginning",
+        "45: the mask that a model with a cached prefix is called with is taken from its beginning",
+        "taps/forward.py",
+        "self.mask = mask[:, mask.shape[1] - length :]",
+        "self.mask = mask[:, :length]",
+        f"{BALANCE} -k cached",
+    ),
+    Mutant(
+        "45: the mask that is given for a cached prefix too is taken from its beginning",
         "window.py",
         "mask = mask[:, -(num_tokens // mask.shape[0]) :]",
         "mask = mask[:, : num_tokens // mask.shape[0]]",

@@ -314,6 +314,14 @@ def test_a_mask_with_a_cached_prefix_counts_its_end():
     assert all(load.sum() == 2 * 10 for load in balance.load.values())
 
 
+def test_a_mask_that_is_given_for_a_cached_prefix_too_counts_its_end():
+    model, balance = _attached("none")
+    balance.token_mask(torch.tensor([[0, 0, 0, 0, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]]))
+    model(_ids(length=3))
+    balance.step()
+    _window_total(balance, 6)
+
+
 def test_a_four_dimensional_mask_is_ignored_and_a_wrong_one_refused():
     model = models.family("mixtral")
     balance = attach(model, "none")
@@ -343,6 +351,9 @@ def test_a_square_mask_of_who_may_attend_to_whom_is_no_padding():
     model(_ids(rows=2)[:, :2], torch.tensor([[1, 1], [1, 0]]))
     balance.step()
     _window_total(balance, 3)
+    balance.token_mask(torch.ones(7, 7).tril())
+    with pytest.raises(EquipoiseError, match=r"one number per token.*got shape \(7, 7\) for 7 tokens"):
+        model(_ids(rows=1))
 
 
 @pytest.mark.parametrize("low", [float("-inf"), -1e9, -1])
