@@ -2,11 +2,14 @@
 # make demo      the main job on the packaged corpus: table on the terminal, page in runs/demo/report.html
 # make bench     what balancing costs and how quick the lab is: files in benchmarks/results, and docs/speed.md
 # make test      everything that CI runs
-# make mutants   breaks the core on purpose, one demon a time; the tests must see every break
+# make mutants   breaks the source on purpose, one known defect at a time; the tests must notice every break
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO ?= runs/demo
+# make test TORCH=2.9.0 tests another version of torch than constraints.txt pins
+TORCH ?=
+CONSTRAINTS := $(if $(TORCH),$(VENV)/constraints.txt,constraints.txt)
 
 .PHONY: install demo bench test mutants clean
 
@@ -15,8 +18,9 @@ install: $(VENV)/.installed
 # Runs again only when the project's requirements change. torch comes first: pip would take the largest build otherwise.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	$(if $(TORCH),sed 's/^torch==.*/torch==$(TORCH)/' constraints.txt > $(CONSTRAINTS))
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable ".[dev]"
 	touch $@
 
 demo: install
@@ -32,7 +36,7 @@ test: install
 	$(BIN)/pytest -n 2 --dist loadgroup
 
 mutants: install
-	$(BIN)/python tests/mutants.py
+	PYTHONPATH=tests $(BIN)/python -m mutants $(ONLY)
 
 clean:
 	rm -rf $(VENV) runs build dist

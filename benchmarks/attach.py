@@ -24,8 +24,8 @@ import transformers
 from torch import nn
 
 import equipoise
-from equipoise.records import write_json
-from equipoise.taps import families
+from equipoise.routers import families
+from equipoise_lab.records import write_json
 
 STORED = Path(__file__).parent / "results" / "attach.json"
 LAYERS, REPEATS, LIMIT = 64, 5, 0.2

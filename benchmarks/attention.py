@@ -19,11 +19,11 @@ from pathlib import Path
 
 import torch
 
-from equipoise.lab.config import Train
-from equipoise.lab.engine import reproducible
-from equipoise.lab.run_folder import Nobody
-from equipoise.lab.train import _Training
-from equipoise.records import write_json
+from equipoise_lab.records import write_json
+from equipoise_lab.train.config import Train
+from equipoise_lab.train.engine import reproducible
+from equipoise_lab.train.loop import _Training
+from equipoise_lab.train.run_folder import Nobody
 
 STORED = Path(__file__).parent / "results" / "attention.json"
 PAIRS, WARM_UP = 15, 2

@@ -31,12 +31,12 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: its threads sha
 import torch
 from torch import nn
 
-from equipoise.audit.command import audit, load_tokenizer
-from equipoise.audit.config import Audit
-from equipoise.audit.run import audit_model
-from equipoise.catalogue.model import open_model
-from equipoise.experts.result import summarise
-from equipoise.records import write_json
+from equipoise_lab.audit.command import audit, load_tokenizer
+from equipoise_lab.audit.config import Audit
+from equipoise_lab.audit.run import audit_model
+from equipoise_lab.experts.result import summarise
+from equipoise_lab.models.one_model import open_model
+from equipoise_lab.records import write_json
 
 STORED = Path(__file__).parent / "results" / "audit.json"
 TOKENS, PAIRS, THREADS = 100_000, 5, 2

@@ -18,12 +18,12 @@ import readme
 from picture import photograph
 from plotly.subplots import make_subplots
 
-from equipoise.analysis import estimate, paired_differences
-from equipoise.reproduce.claim import Claim, claim_names, load_claim
-from equipoise.reproduce.frontier import FRONTIERS, Frontier
-from equipoise.reproduce.page import FIGURE, LEADERBOARD, arms, page, summary, write
-from equipoise.reproduce.runs import Results
-from equipoise.reproduce.verdict import Finding, findings
+from equipoise_lab.analysis import estimate, paired_differences
+from equipoise_lab.reproduce.claim import Claim, claim_names, load_claim
+from equipoise_lab.reproduce.frontier import FRONTIERS, Frontier
+from equipoise_lab.reproduce.page import FIGURE, LEADERBOARD, arms, page, summary, write
+from equipoise_lab.reproduce.runs import Results
+from equipoise_lab.reproduce.verdict import Finding, findings
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "claims"

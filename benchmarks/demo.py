@@ -15,7 +15,7 @@ from pathlib import Path
 
 import readme
 
-from equipoise.lab.config import Compare
+from equipoise_lab.train.config import Compare
 
 ROOT = Path(__file__).parent.parent
 STORED = ROOT / "benchmarks" / "results" / "demo.json"

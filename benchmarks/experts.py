@@ -26,7 +26,7 @@ from transformers import AutoConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
 from equipoise.nn import MoE
-from equipoise.records import write_json
+from equipoise_lab.records import write_json
 
 STORED = Path(__file__).parent / "results" / "experts.json"
 SHAPES = ((256, 256, 16, 2, 4096), (256, 128, 64, 6, 4096), (512, 512, 32, 4, 2048), (1024, 512, 64, 8, 1024))

@@ -44,12 +44,12 @@ import torch
 from paired import Others, facts, in_turn, ratio
 from torch import nn
 
-from equipoise.lab import checkpoint, engine
-from equipoise.lab import train as lab_train
-from equipoise.lab.config import Train
-from equipoise.lab.run_folder import Nobody
-from equipoise.lab.train import _Training
-from equipoise.records import write_json
+from equipoise_lab.records import write_json
+from equipoise_lab.train import checkpoint, engine
+from equipoise_lab.train import train as lab_train
+from equipoise_lab.train.config import Train
+from equipoise_lab.train.loop import _Training
+from equipoise_lab.train.run_folder import Nobody
 
 STORED = Path(__file__).parent / "results" / "lab_step.json"
 STRATEGY = "lbl:scope=global_batch"

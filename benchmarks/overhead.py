@@ -51,13 +51,13 @@ from torch import nn
 
 import equipoise
 from equipoise.alerts import PATIENCE
-from equipoise.lab.config import Train
-from equipoise.lab.engine import reproducible
-from equipoise.lab.run_folder import Nobody
-from equipoise.lab.train import _Training
 from equipoise.nn import Router
-from equipoise.records import read_json, write_json
 from equipoise.routing import Routing, score, score_backward
+from equipoise_lab.records import read_json, write_json
+from equipoise_lab.train.config import Train
+from equipoise_lab.train.engine import reproducible
+from equipoise_lab.train.loop import _Training
+from equipoise_lab.train.run_folder import Nobody
 
 STORED = Path(__file__).parent / "results" / "overhead.json"
 BARS = {"loss-free": 1.01, "lbl:scope=global_batch": 1.02, "quantile": 1.05}

@@ -44,14 +44,14 @@ from picture import photograph
 from torch import Tensor, nn
 
 import equipoise
-from equipoise.lab import checkpoint
-from equipoise.lab.batches import Batches, MicroBatch
-from equipoise.lab.config import Train
-from equipoise.lab.data import load_corpus
-from equipoise.lab.engine import learning_rate_at, machine, reproducible
-from equipoise.lab.evaluate import language_model_loss
-from equipoise.lab.models import build_model
-from equipoise.records import read_json, write_json
+from equipoise_lab.records import read_json, write_json
+from equipoise_lab.train import checkpoint
+from equipoise_lab.train.batches import Batches, MicroBatch
+from equipoise_lab.train.config import Train
+from equipoise_lab.train.data import load_corpus
+from equipoise_lab.train.engine import learning_rate_at, machine, reproducible
+from equipoise_lab.train.evaluate import language_model_loss
+from equipoise_lab.train.models import build_model
 
 ROOT = Path(__file__).parent.parent
 STORED = ROOT / "benchmarks" / "results" / "pooling_error.json"

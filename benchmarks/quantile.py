@@ -29,7 +29,7 @@ from typing import Any
 
 from picture import photograph
 
-from equipoise.records import find_runs, read_json, write_json
+from equipoise_lab.records import find_runs, read_json, write_json
 
 ROOT = Path(__file__).parent.parent
 STORED = ROOT / "benchmarks" / "results" / "quantile.json"
@@ -128,9 +128,9 @@ def _hold(folder: Path, strategy: str, num_windows: int) -> list[float]:
     from transformers import AutoModelForCausalLM
 
     import equipoise
-    from equipoise.lab.batches import Batches
-    from equipoise.lab.config import Train
-    from equipoise.lab.data import load_corpus
+    from equipoise_lab.train.batches import Batches
+    from equipoise_lab.train.config import Train
+    from equipoise_lab.train.data import load_corpus
 
     config, values = Train(out=folder), []
     corpus = load_corpus(vocab_size=config.vocab_size, sequence_length=config.sequence_length)

@@ -34,11 +34,11 @@ import torch.multiprocessing as mp
 from torch import nn
 
 import equipoise
-from equipoise.lab.config import Train
-from equipoise.lab.evaluate import language_model_loss
-from equipoise.lab.models import build_model
 from equipoise.nn import Router
-from equipoise.records import read_json, write_json
+from equipoise_lab.records import read_json, write_json
+from equipoise_lab.train.config import Train
+from equipoise_lab.train.evaluate import language_model_loss
+from equipoise_lab.train.models import build_model
 
 ROOT = Path(__file__).parent.parent
 STORED = ROOT / "benchmarks" / "results" / "ranks.json"

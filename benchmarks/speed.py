@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import overhead
 
-from equipoise.records import read_json
+from equipoise_lab.records import read_json
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -29,11 +29,11 @@ import torch
 from paired import facts, ratio
 from torch.utils.data import IterableDataset
 
-from equipoise.lab import engine
-from equipoise.lab.config import Train
-from equipoise.lab.run_folder import Nobody
-from equipoise.lab.train import _Training
-from equipoise.records import write_json
+from equipoise_lab.records import write_json
+from equipoise_lab.train import engine
+from equipoise_lab.train.config import Train
+from equipoise_lab.train.loop import _Training
+from equipoise_lab.train.run_folder import Nobody
 
 STORED = Path(__file__).parent / "results" / "trainer.json"
 SIDES = ("trainer", "lab", "lab_with_grouped_mm")

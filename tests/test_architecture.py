@@ -1,4 +1,4 @@
-"""Imports flow one way. A module may import only what stands before it."""
+"""The library knows nothing of the lab, imports flow one way, and the library needs torch and jaxtyping only."""
 
 import ast
 import subprocess
@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent / "src" / "equipoise"
+SRC = Path(__file__).parents[1] / "src"
 
-CORE = [
+# Each place may import those before it in its list, and itself.
+LIBRARY = [
     "errors",
     "recipes",
     "routing",
@@ -18,120 +19,150 @@ CORE = [
     "metrics",
     "alerts",
     "balancers",
-    "taps",
-    "pool",
+    "routers",
     "saved",
-    "exchange",
-    "window",
-    "recorder",
+    "counting",
     "balance",
+    "attachment",
 ]
-CORE += ["attachment"]
-ALLOWED = {name: set(CORE[:rank]) for rank, name in enumerate(CORE)}
+LAB = ["cores", "records", "analysis", "report", "experts", "models", "train", "audit", "reproduce", "cli"]
+
+ALLOWED = {f"equipoise.{name}": {f"equipoise.{other}" for other in LIBRARY[:rank]} for rank, name in enumerate(LIBRARY)}
+CORE = {f"equipoise.{name}" for name in LIBRARY}
+PUBLIC = {"equipoise", "equipoise.integrations", "equipoise.nn", "equipoise.testing", *CORE}
 ALLOWED |= {
-    "grouped": {"routing"},
-    "nn": {"errors", "routing", "load", "taps", "grouped"},
-    "testing": {"equipoise", *CORE},
-    "integrations": {*CORE, "grouped"},
-    "export": {*CORE},
-    "audit": {*CORE, "experts", "records", "lab", "catalogue"},  # of the lab its reader of text
-    "catalogue": {*CORE},
-    "cores": set(),
-    "records": {"errors"},
-    "analysis": {"errors", "records"},
-    "report": {"errors", "records", "analysis"},
-    "experts": {*CORE, "analysis", "records"},
-    "lab": {"equipoise", *CORE, "nn", "integrations", "experts", "records", "analysis", "report", "cores"},
-    "reproduce": {"errors", "records", "analysis", "cores"},
-    "cli": {"equipoise", *CORE, "audit", "catalogue", "export", "records", "report", "lab", "reproduce"},
-    "__init__": {*CORE, "integrations", "nn", "testing"},  # lazily, by name
-    "__main__": {"cli"},
+    "equipoise.nn": {"equipoise.errors", "equipoise.routing", "equipoise.load", "equipoise.routers"},
+    "equipoise.testing": {"equipoise", *CORE},
+    "equipoise.integrations": {*CORE, "equipoise.nn"},
+    "equipoise": PUBLIC,  # __init__: imported when first used
+    "equipoise.__main__": {"equipoise_lab.cli"},
+    "equipoise_lab": set(),
 }
-TORCH_FREE = ["records", "report", "recipes", "analysis"] + (["cli"] if (ROOT / "cli.py").exists() else [])
+ALLOWED |= {
+    f"equipoise_lab.{name}": {*PUBLIC, *(f"equipoise_lab.{other}" for other in LAB[:rank])}
+    for rank, name in enumerate(LAB)
+}
+READS_RUNS = {"equipoise.errors", "equipoise_lab.records", "equipoise_lab.analysis", "equipoise_lab.cores"}
+for reader in ("records", "analysis", "report", "reproduce"):  # they import no torch
+    ALLOWED[f"equipoise_lab.{reader}"] &= READS_RUNS
+
+TORCH_FREE = [
+    "equipoise",
+    "equipoise.errors",
+    "equipoise.recipes",
+    *(f"equipoise_lab.{name}" for name in ("records", "report", "analysis", "reproduce", "cli")),
+]
 
 
-def _places() -> list[Path]:
-    return sorted(ROOT.rglob("*.py"))
+def _sources() -> list[Path]:
+    return sorted(path for path in SRC.rglob("*.py"))
 
 
-def _part(path: Path) -> str:
-    return path.relative_to(ROOT).with_suffix("").parts[0]
+def _place(path: Path) -> str:
+    """``equipoise.load`` of a module, ``equipoise.routers`` of all modules of a subpackage."""
+    parts = path.relative_to(SRC).with_suffix("").parts[:2]
+    return ".".join(part for part in parts if part != "__init__")
 
 
-def equipoise_imports(source: str) -> Iterator[str]:
-    """The parts of equipoise that a source imports; walks into functions: a lazy import counts too."""
+def _place_of_module(name: str) -> str:
+    return ".".join(name.split(".")[:2])
+
+
+def imported_places(source: str) -> Iterator[str]:
+    """The places that a source imports; walks into functions: a lazy import counts too."""
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.ImportFrom):
-            if node.level:
-                yield "." * node.level
-            elif node.module == "equipoise":
-                names = [alias.name for alias in node.names]
-                yield from (
-                    name if (ROOT / name).is_dir() or (ROOT / f"{name}.py").exists() else "equipoise" for name in names
-                )
-            elif node.module.startswith("equipoise."):
-                yield node.module.split(".")[1]
+        if isinstance(node, ast.ImportFrom) and node.level:
+            yield "." * node.level
+        elif isinstance(node, ast.ImportFrom) and node.module in ("equipoise", "equipoise_lab"):
+            for alias in node.names:
+                inside = SRC / node.module / alias.name
+                is_module = inside.is_dir() or inside.with_suffix(".py").exists()
+                yield f"{node.module}.{alias.name}" if is_module else node.module
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ("equipoise", "equipoise_lab"):
+            yield _place_of_module(node.module or "")
         elif isinstance(node, ast.Import):
             for alias in node.names:
-                if alias.name == "equipoise":
-                    yield "equipoise"
-                elif alias.name.startswith("equipoise."):
-                    yield alias.name.split(".")[1]
+                if alias.name.split(".")[0] in ("equipoise", "equipoise_lab"):
+                    yield _place_of_module(alias.name)
 
 
-def upward(part: str, source: str) -> set[str]:
-    return set(equipoise_imports(source)) - ALLOWED[part] - {part}
+def wrong_imports(place: str, source: str) -> set[str]:
+    return set(imported_places(source)) - ALLOWED[place] - {place}
 
 
-@pytest.mark.parametrize("path", _places(), ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", _sources(), ids=lambda path: str(path.relative_to(SRC)))
 def test_imports_flow_one_way(path):
-    part = _part(path)
-    assert part in ALLOWED, f"equipoise.{part} has no place in the order of imports: give it one in this file"
-    wrong = upward(part, path.read_text(encoding="utf-8"))
-    assert not wrong, f"{path.relative_to(ROOT)} imports {sorted(wrong)}: allowed only {sorted(ALLOWED[part])}"
+    place = _place(path)
+    assert place in ALLOWED, f"{place} has no place in the order of imports: give it one in this file"
+    wrong = wrong_imports(place, path.read_text(encoding="utf-8"))
+    assert not wrong, f"{path.relative_to(SRC)} imports {sorted(wrong)}: allowed only {sorted(ALLOWED[place])}"
+
+
+def test_the_library_imports_nothing_of_the_lab():
+    of_library = {place: allowed for place, allowed in ALLOWED.items() if not place.startswith("equipoise_lab")}
+    may_import_lab = [place for place, allowed in of_library.items() if "equipoise_lab" in " ".join(allowed)]
+    assert may_import_lab == ["equipoise.__main__"]
 
 
 @pytest.mark.parametrize(
-    ("part", "source", "wrong"),
+    ("place", "source", "wrong"),
     [
-        ("routing", "import equipoise.balance", {"balance"}),
-        ("routing", "from equipoise.load import expert_load", {"load"}),
-        ("metrics", "from equipoise import balance", {"balance"}),
-        ("metrics", "from equipoise import attach", {"equipoise"}),
-        ("attachment", "import equipoise", {"equipoise"}),
-        ("balance", "from equipoise import metrics", set()),
-        ("load", "def f():\n    from equipoise.balance import attach", {"balance"}),
-        ("load", "if True:\n    import equipoise.taps.tap as t", {"taps"}),
-        ("balancers", "from . import base", {"."}),
-        ("balancers", "from ..routing import route", {".."}),
-        ("records", "from equipoise.metrics import max_violation", {"metrics"}),
-        ("report", "from equipoise.lab import data", {"lab"}),
-        ("analysis", "from equipoise import report", {"report"}),
-        ("balance", "from equipoise.lab import data", {"lab"}),
-        ("balance", "from equipoise.routing import route\nimport torch", set()),
-        ("lab", "from equipoise import attach, records", set()),
+        ("equipoise.routing", "import equipoise.balance", {"equipoise.balance"}),
+        ("equipoise.routing", "from equipoise.load import expert_load", {"equipoise.load"}),
+        ("equipoise.metrics", "from equipoise import balance", {"equipoise.balance"}),
+        ("equipoise.metrics", "from equipoise import attach", {"equipoise"}),
+        ("equipoise.attachment", "import equipoise", {"equipoise"}),
+        ("equipoise.balance", "from equipoise import metrics", set()),
+        ("equipoise.load", "def f():\n    from equipoise.balance import Balance", {"equipoise.balance"}),
+        ("equipoise.load", "if True:\n    import equipoise.routers.tap as t", {"equipoise.routers"}),
+        ("equipoise.balancers", "from . import base", {"."}),
+        ("equipoise.balancers", "from ..routing import route", {".."}),
+        ("equipoise.balance", "from equipoise_lab.train import data", {"equipoise_lab.train"}),
+        ("equipoise.balance", "from equipoise_lab import records", {"equipoise_lab.records"}),
+        ("equipoise.balance", "from equipoise.routing import route\nimport torch", set()),
+        ("equipoise_lab.records", "from equipoise.metrics import max_violation", {"equipoise.metrics"}),
+        ("equipoise_lab.report", "from equipoise_lab.train import data", {"equipoise_lab.train"}),
+        ("equipoise_lab.analysis", "from equipoise_lab import report", {"equipoise_lab.report"}),
+        ("equipoise_lab.train", "from equipoise import attach\nfrom equipoise_lab import records", set()),
     ],
 )
-def test_the_check_of_imports_can_fail(part, source, wrong):
-    assert upward(part, source) == wrong
+def test_the_check_of_imports_can_fail(place, source, wrong):
+    assert wrong_imports(place, source) == wrong
 
 
-@pytest.mark.parametrize("path", _places(), ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", _sources(), ids=lambda path: str(path.relative_to(SRC)))
 def test_no_module_blinds_the_shape_checker(path):
     assert "from __future__ import annotations" not in path.read_text(encoding="utf-8")
 
 
+def _third_party(path: Path) -> set[str]:
+    """The packages that a module imports at its top level, besides our own and Python's."""
+    names: set[str] = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Import):
+            names.update(alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module.split(".")[0])
+    return names - sys.stdlib_module_names - {"equipoise", "equipoise_lab"}
+
+
+def test_the_library_imports_nothing_but_torch_and_jaxtyping():
+    """Integrations import the framework that they are for; nothing imports them but their user."""
+    of_library = [path for path in (SRC / "equipoise").rglob("*.py") if "integrations" not in path.parts]
+    assert set().union(*map(_third_party, of_library)) == {"torch", "jaxtyping"}
+
+
 def _imported(statement: str, *names: str) -> str:
     code = f"import sys\n{statement}\nprint([n for n in {names!r} if n in sys.modules])"
-    environment = {"PYTHONPATH": str(ROOT.parent), "PATH": "/usr/bin:/bin"}
+    environment = {"PYTHONPATH": str(SRC), "PATH": "/usr/bin:/bin"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
 
-@pytest.mark.parametrize("part", TORCH_FREE)
-def test_what_reads_runs_imports_no_torch(part):
-    assert _imported(f"import equipoise.{part}", "torch", "transformers") == "[]"
+@pytest.mark.parametrize("place", TORCH_FREE)
+def test_what_answers_at_once_imports_no_torch(place):
+    assert _imported(f"import {place}", "torch", "transformers") == "[]"
 
 
 def test_the_check_of_torch_can_fail():

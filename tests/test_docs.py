@@ -20,7 +20,7 @@ NAMED = re.compile(r"`([\w/]+\.py)::(\w+)`")
 
 
 def _rows() -> list[tuple[str, ...]]:
-    return ROW.findall((DOCS / "demons.md").read_text())
+    return ROW.findall((DOCS / "known_defects.md").read_text())
 
 
 def test_every_demon_is_there_once_and_in_order():
@@ -54,9 +54,9 @@ def test_every_test_that_a_page_names_exists():
 
 
 def test_a_test_and_a_row_agree_on_what_the_test_is_for():
-    """A test in ``test_demons.py`` says in its docstring which demons it is for; these rows name it, and no other."""
+    """A test says in its docstring which known defects it is for; these rows name it, and no other."""
     rows = [(int(number), {function for _, function in NAMED.findall(shown)}) for number, _, _, shown in _rows()]
-    for node in ast.parse((TESTS / "test_demons.py").read_text()).body:
+    for node in ast.parse((TESTS / "library" / "test_known_defects.py").read_text()).body:
         if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
             found = re.match(r"Demons? ([\d, ]+):", ast.get_docstring(node) or "")
             assert found, f"{node.name} does not say which demon it is for"

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 import equipoise
-from equipoise.reproduce.claim import claim_names, load_claim
-from equipoise.reproduce.frontier import FRONTIERS
-from equipoise.reproduce.page import LIMITS
-from equipoise.reproduce.runs import Results
-from equipoise.reproduce.verdict import findings
+from equipoise_lab.reproduce.claim import claim_names, load_claim
+from equipoise_lab.reproduce.frontier import FRONTIERS
+from equipoise_lab.reproduce.page import LIMITS
+from equipoise_lab.reproduce.runs import Results
+from equipoise_lab.reproduce.verdict import findings
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -67,9 +67,10 @@ def test_what_it_says_of_a_slower_loss_free_is_what_the_results_say():
     }
 
 
-def test_the_changelog_begins_with_this_version():
-    versions = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
-    assert versions[0] == equipoise.__version__
+def test_the_changelog_begins_with_this_version_or_what_is_unreleased():
+    versions = re.findall(r"^## \[(\S+)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    is_development = ".dev" in equipoise.__version__
+    assert versions[0] == ("Unreleased" if is_development else equipoise.__version__)
     assert f'version = "{equipoise.__version__}"' in (ROOT / "pyproject.toml").read_text()
 
 

@@ -1,59 +1,44 @@
-"""equipoise: load balancing for mixture-of-experts training in PyTorch.
+"""equipoise: load balancing for mixture-of-experts (MoE) training in PyTorch.
 
-Attach it to the model you already have, choose a mechanism and a scope, and trust the counts. ``attach`` is the door;
-``equipoise.nn`` has a router and a layer for models of your own, ``equipoise.testing`` checks balancers and models,
-``equipoise.integrations`` has the callback for ``transformers.Trainer``, ``equipoise.analysis`` reads what runs left,
-compares and draws it.
+Start with ``equipoise.attach``: it adds a balancing mechanism to the model you already have. Around it:
+
+    equipoise.metrics        how even a load is, and what experts specialise in
+    equipoise.nn             a router and an MoE layer for models of your own
+    equipoise.integrations   callbacks for other people's training loops
+    equipoise.testing        checks for your own balancers and routers
+
+Training runs, reports and the command line are in ``equipoise_lab``: ``pip install 'equipoise[lab]'``.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
-_HOME = {
+_MODULE_OF = {
     "Alerts": "alerts",
+    "attach": "attachment",
     "Balance": "balance",
     "Balancer": "balancers",
+    "convert_coefficient": "recipes",
     "EquipoiseError": "errors",
     "Frozen": "balancers",
     "LoadBalancingLoss": "balancers",
     "LossFree": "balancers",
+    "parse_strategy": "balancers",
     "Quantile": "balancers",
-    "RouterKind": "taps.tap",
-    "Routing": "routing",
+    "recipe": "recipes",
+    "RouterKind": "routers",
     "UsageError": "errors",
     "ZLoss": "balancers",
-    "attach": "attachment",
-    "coefficient_of_variation": "metrics",
-    "convert_coefficient": "recipes",
-    "dead_experts": "metrics",
-    "domain_information": "metrics",
-    "drop_rate": "metrics",
-    "effective_experts": "metrics",
-    "expert_load": "load",
-    "gini": "metrics",
-    "load_balancing_loss": "balancers",
-    "load_entropy": "metrics",
-    "max_domain_share": "metrics",
-    "max_violation": "metrics",
-    "min_violation": "metrics",
-    "parse_strategy": "balancers",
-    "quantile_offset": "balancers",
-    "recipe": "recipes",
-    "route": "routing",
-    "sampling_floor": "metrics",
-    "score": "routing",
-    "sequence_load": "load",
-    "sequence_load_balancing_loss": "balancers",
-    "z_loss": "balancers",
 }
 
-_MODULES = ("analysis", "integrations", "nn", "testing")
+_SUBMODULES = ("integrations", "metrics", "nn", "testing")
 
-__all__ = sorted(_HOME, key=str.casefold)
+__all__ = list(_MODULE_OF)
 
 if TYPE_CHECKING:
+    from equipoise import integrations, metrics, nn, testing
     from equipoise.alerts import Alerts
     from equipoise.attachment import attach
     from equipoise.balance import Balance
@@ -64,39 +49,21 @@ if TYPE_CHECKING:
         LossFree,
         Quantile,
         ZLoss,
-        load_balancing_loss,
         parse_strategy,
-        quantile_offset,
-        sequence_load_balancing_loss,
-        z_loss,
     )
     from equipoise.errors import EquipoiseError, UsageError
-    from equipoise.load import expert_load, sequence_load
-    from equipoise.metrics import (
-        coefficient_of_variation,
-        dead_experts,
-        domain_information,
-        drop_rate,
-        effective_experts,
-        gini,
-        load_entropy,
-        max_domain_share,
-        max_violation,
-        min_violation,
-        sampling_floor,
-    )
     from equipoise.recipes import convert_coefficient, recipe
-    from equipoise.routing import Routing, route, score
-    from equipoise.taps.tap import RouterKind
+    from equipoise.routers import RouterKind
+else:  # hidden from type checkers, which would otherwise accept any name
 
-
-def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return importlib.import_module(f"equipoise.{name}")
-    if name not in _HOME:
-        raise AttributeError(f"module 'equipoise' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"equipoise.{_HOME[name]}"), name)
+    def __getattr__(name: str) -> Any:
+        """Imports a public name when it is first used, so that reading a run or asking for help does not load torch."""
+        if name in _SUBMODULES:
+            return importlib.import_module(f"equipoise.{name}")
+        if name not in _MODULE_OF:
+            raise AttributeError(f"module 'equipoise' has no attribute {name!r}")
+        return getattr(importlib.import_module(f"equipoise.{_MODULE_OF[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return [*__all__, *_MODULES, "__version__"]
+    return [*__all__, *_SUBMODULES, "__version__"]

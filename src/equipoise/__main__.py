@@ -1,5 +1,23 @@
-"""``python -m equipoise`` is the command ``equipoise``."""
+"""The command ``equipoise``, also ``python -m equipoise``. Its code is in ``equipoise_lab``."""
 
-from equipoise.cli import main
+import sys
 
-main()
+
+def main() -> None:
+    """Runs the command line, or says how to install it."""
+    try:
+        from equipoise_lab.cli import main as run
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] == "equipoise":
+            raise
+        print(
+            f"equipoise: error: the command needs the lab, and {error.name} is not installed. Install it with: "
+            "pip install 'equipoise[lab]'",
+            file=sys.stderr,
+        )
+        sys.exit(1)
+    run()
+
+
+if __name__ == "__main__":
+    main()

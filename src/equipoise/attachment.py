@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from equipoise.balance import Balance, few
 from equipoise.balancers import Balancer, format_strategy, parse_strategy
+from equipoise.counting.pool import Pool, digest
+from equipoise.counting.recorder import Layer, slot_of
 from equipoise.errors import EquipoiseError, UsageError
-from equipoise.pool import Pool, digest
 from equipoise.recipes import RECIPES
-from equipoise.recorder import Layer, slot_of
+from equipoise.routers.find import find_routers, proof_of, refusal, unknown_routers
+from equipoise.routers.prove import Refused
+from equipoise.routers.tap import is_tapped, untap_router
 from equipoise.saved import OFFSETS_FILE, names_offsets, read_offsets, saved_beside
-from equipoise.taps.discovery import Refused
-from equipoise.taps.families import find_routers, proof_of, refusal, unknown_routers
-from equipoise.taps.tap import is_tapped, untap_router
 
 __all__ = ["attach", "base_model", "resolve", "unwrap"]
 

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from equipoise import metrics
 from equipoise.balancers import Balancer, format_strategy
+from equipoise.counting.pool import Pool, digest
+from equipoise.counting.recorder import Layer, Recorder, slot_of
+from equipoise.counting.window import MicroBatch, Window
 from equipoise.errors import EquipoiseError, UsageError
-from equipoise.pool import Pool, digest
-from equipoise.recorder import Layer, Recorder, slot_of
+from equipoise.routers.forward import ForwardContext
+from equipoise.routers.tap import OWN_SLOT, Tap, tap_router, untap_router
 from equipoise.saved import write_offsets
-from equipoise.taps.forward import ForwardContext
-from equipoise.taps.tap import OWN_SLOT, Tap, tap_router, untap_router
-from equipoise.window import MicroBatch, Window
 
 __all__ = ["Balance", "few"]
 

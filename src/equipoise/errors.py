@@ -8,7 +8,10 @@ Every message says what must hold, what came, and what to do. Wrong arguments of
 or ``TypeError``, as usual in Python.
 """
 
-__all__ = ["EquipoiseError", "UsageError"]
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+__all__ = ["EquipoiseError", "UsageError", "suggest"]
 
 
 class EquipoiseError(Exception):
@@ -17,3 +20,13 @@ class EquipoiseError(Exception):
 
 class UsageError(EquipoiseError, ValueError):
     """An option, a strategy or a name that does not exist or has a value it cannot have."""
+
+
+def suggest(name: str, names: Iterable[str]) -> str:
+    """A question that ends an error message, " Did you mean quantile?"; empty where no name is close.
+
+    >>> suggest("quantil", ["quantile", "frozen"])
+    ' Did you mean quantile?'
+    """
+    close = get_close_matches(name.lower(), list(names), n=3)
+    return f" Did you mean {' or '.join(close)}?" if close else ""

@@ -8,11 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from equipoise.errors import EquipoiseError
-from equipoise.experts.result import summarise
-from equipoise.lab.compare import compare
-from equipoise.lab.config import Compare, Train
-from equipoise.lab.ranks import Ranks, is_shared, meet
-from equipoise.lab.train import _Training, train
+from equipoise_lab.experts.result import summarise
+from equipoise_lab.train.compare import compare
+from equipoise_lab.train.config import Compare, Train
+from equipoise_lab.train.loop import _Training, train
+from equipoise_lab.train.ranks import Ranks, is_shared, meet
 
 WORDS = {
     "fruit": "apple pear plum cherry grape melon fig lemon lime peach",

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-PRELOADED = ["torch", "torch.distributed.fsdp", "models", "equipoise.attachment", "equipoise.lab.compare"]
+PRELOADED = ["torch", "torch.distributed.fsdp", "models", "equipoise.attachment", "equipoise_lab.train.compare"]
 TIMEOUT = timedelta(seconds=60)
 
 

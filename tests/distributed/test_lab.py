@@ -11,10 +11,10 @@ import torch
 from lab_ranks import STRATEGY, tiny
 from ranks import run_on_ranks
 
-from equipoise.lab.batches import Batches
-from equipoise.lab.data import load_corpus
-from equipoise.lab.ranks import ALONE
-from equipoise.records import Run
+from equipoise_lab.records import Run
+from equipoise_lab.train.batches import Batches
+from equipoise_lab.train.data import load_corpus
+from equipoise_lab.train.ranks import ALONE
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ranks")]
 

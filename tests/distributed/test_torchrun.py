@@ -15,7 +15,7 @@ import pytest
 from lab_ranks import tiny, write_text
 from ranks import run_on_ranks
 
-from equipoise.records import Run
+from equipoise_lab.records import Run
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ranks")]
 pytestmark += [pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="ranks are found in /proc")]

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import distribute_module, distribute_tensor
 
 import equipoise
-from equipoise import pool
+from equipoise.counting import pool
 from equipoise.errors import EquipoiseError
 from equipoise.nn import Router
 

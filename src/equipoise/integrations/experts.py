@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
-from equipoise.grouped import sort_by_expert, swiglu_experts
+from equipoise.nn.grouped import sort_by_expert, swiglu_experts
 
 __all__ = ["use_quick_experts"]
 

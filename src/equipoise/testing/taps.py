@@ -22,9 +22,9 @@ from equipoise.attachment import attach
 from equipoise.balance import Balance
 from equipoise.balancers import Balancer, Frozen, LoadBalancingLoss, LossFree
 from equipoise.errors import EquipoiseError
+from equipoise.routers.find import find_routers
+from equipoise.routers.tap import RouterKind
 from equipoise.routing import route, score
-from equipoise.taps.families import find_routers
-from equipoise.taps.tap import RouterKind
 from equipoise.testing._common import PassedOver, case, fail, require, require_same, run
 
 __all__ = ["TAP_INVARIANTS", "check_tap"]

@@ -1,0 +1,1 @@
+"""What is counted, pooled over the ranks and given back to the routers."""

@@ -1,0 +1,127 @@
+"""A router: the gate of an MoE layer and the choice of experts."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from equipoise.nn._checks import check_positive, check_sizes
+from equipoise.routers.tap import RouterKind
+from equipoise.routing import route
+
+__all__ = ["Router"]
+
+INIT_STD = 0.02  # the initializer range of Transformers' MoE families
+
+
+class Router(nn.Module):
+    """Chooses k experts a token: ``route`` on the logits of a linear gate without bias.
+
+        logits                = hidden @ weight.T                   float32, whatever autocast says; float64 stays
+        weights, expert_ids   = route(logits, k, offset=e_score_correction_bias, ...)
+
+    ``e_score_correction_bias`` [experts] is the slot of a balancer's offset, by the name that DeepSeek-V3, GLM and Kimi
+    give it: zeros, saved with the model, float32 also when the model is cast. It moves the choice, never the weights,
+    and has no gradient.
+
+    Args:
+        dim: width of a token.
+        num_experts, k: experts to choose from, and how many a token gets.
+        gate: ``softmax``, ``sigmoid`` or ``sqrt_softplus``; see ``score``.
+        num_groups, top_groups: group-limited routing; 1 and 1 switch it off.
+        renormalise: divide the weights by their sum over the chosen experts. None: where k > 1.
+        scale: factor on the weights, finite and positive.
+
+    Raises ``ValueError`` for sizes that do not fit, and for ``renormalise=True`` with k = 1: the only weight would be
+    the constant ``scale``, and the router would get no gradient from the task.
+
+    Source: gate and slot as in DeepSeek-V3, arXiv:2412.19437, Eqs. 13-16. Where we differ: float32 logits for every
+    gate, no 1e-20 beside the sum of the weights.
+    """
+
+    e_score_correction_bias: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        k: int,
+        *,
+        gate: str = "sigmoid",
+        num_groups: int = 1,
+        top_groups: int = 1,
+        renormalise: bool | None = None,
+        scale: float = 1.0,
+    ):
+        super().__init__()
+        check_sizes(dim=dim, num_experts=num_experts, k=k, num_groups=num_groups, top_groups=top_groups)
+        route(  # its own checks of gate, groups and k
+            torch.zeros(1, num_experts, device="cpu"), k, gate=gate, num_groups=num_groups, top_groups=top_groups
+        )
+        if renormalise and k == 1:
+            raise ValueError(
+                "renormalise must be False with k=1: the only weight would be the constant scale, and the router would "
+                "get no gradient from the task. Leave renormalise out."
+            )
+        check_positive("scale", scale)
+        self.dim, self.num_experts, self.k = dim, num_experts, k
+        self.gate, self.num_groups, self.top_groups = gate, num_groups, top_groups
+        self.renormalise = k > 1 if renormalise is None else bool(renormalise)
+        self.scale = float(scale)
+        self.weight = nn.Parameter(torch.empty(num_experts, dim))
+        self.register_buffer("e_score_correction_bias", torch.empty(num_experts, dtype=torch.float32))
+        self.reset_parameters()
+
+    @property
+    def router_kind(self) -> RouterKind:
+        return RouterKind(self.gate, "e_score_correction_bias")
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Weight: normal, mean 0, standard deviation 0.02; offset: 0."""
+        nn.init.normal_(self.weight, std=INIT_STD)
+        self.e_score_correction_bias.zero_()
+
+    def forward(
+        self, hidden: Float[Tensor, "*batch dim"]
+    ) -> tuple[Float[Tensor, "tokens experts"], Float[Tensor, "tokens k"], Int[Tensor, "tokens k"]]:
+        """(logits, weights, expert_ids) of the flattened tokens."""
+        if hidden.shape[-1:] != (self.dim,):
+            raise ValueError(
+                f"hidden must have the router's dim last: expected (..., {self.dim}), got {tuple(hidden.shape)}. Build "
+                "the layer with dim=hidden.shape[-1]."
+            )
+        if not hidden.is_floating_point():
+            raise ValueError(f"hidden must hold floating point numbers: got {hidden.dtype}.")
+        dtype = torch.promote_types(torch.promote_types(hidden.dtype, self.weight.dtype), torch.float32)
+        device = hidden.device.type
+        with torch.autocast(device if torch.amp.is_autocast_available(device) else "cpu", enabled=False):
+            logits = F.linear(hidden.reshape(-1, self.dim).to(dtype), self.weight.to(dtype))
+            routing = route(
+                logits,
+                self.k,
+                gate=self.gate,
+                offset=self.e_score_correction_bias,
+                num_groups=self.num_groups,
+                top_groups=self.top_groups,
+                renormalise=self.renormalise,
+                scale=self.scale,
+            )
+        return logits, routing.weights, routing.expert_ids
+
+    def extra_repr(self) -> str:
+        return (
+            f"dim={self.dim}, num_experts={self.num_experts}, k={self.k}, gate={self.gate!r}, "
+            f"num_groups={self.num_groups}, top_groups={self.top_groups}, renormalise={self.renormalise}, "
+            f"scale={self.scale:g}"
+        )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Router":
+        before = self.e_score_correction_bias
+        super()._apply(fn, recurse)
+        after = self.e_score_correction_bias
+        if after.dtype != before.dtype and before.dtype == torch.float32:  # a cast: the choice keeps its offset
+            self._buffers["e_score_correction_bias"] = before.to(after.device)
+        return self

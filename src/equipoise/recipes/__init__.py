@@ -1,0 +1,15 @@
+"""Published settings by name, and what a coefficient of another framework is worth here. Imports no torch."""
+
+from equipoise.recipes.convert import FRAMEWORKS, Framework, convert_coefficient
+from equipoise.recipes.published import RECIPES, WITHHELD, Recipe, recipe, split_strategy
+
+__all__ = [
+    "FRAMEWORKS",
+    "RECIPES",
+    "WITHHELD",
+    "Framework",
+    "Recipe",
+    "convert_coefficient",
+    "recipe",
+    "split_strategy",
+]

@@ -1,0 +1,364 @@
+"""counts -> what experts specialise in: by domain, by token, together, and over training. Imports no torch.
+
+Everything here is of one layer; take the mean over layers for a model. A finite sample shows some specialisation where
+there is none, so the statistics come as ``Measured``: the value, what it tends to where the choice of experts knows
+nothing, and below what it stays in 95 of 100 samples of this size where that is so. Tokens of a text are not
+independent, so the true bound lies higher: a value below it shows nothing, one just above it little.
+"""
+
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+__all__ = [
+    "Measured",
+    "Typical",
+    "coactivation",
+    "coactivation_of",
+    "domain_distances",
+    "domain_information",
+    "information_by_level",
+    "mean_domain_distance",
+    "partners",
+    "rank_load",
+    "router_saturation",
+    "selection_frequency",
+    "typical_tokens",
+    "vocabulary_specialisation",
+]
+
+Counts = Int[np.ndarray, "domains experts"]
+DRAWS = 200  # samples at chance
+RANKS = (2, 4, 8, 16, 32, 64)  # of expert parallelism
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A statistic of a sample.
+
+    ``chance`` is its value for infinitely many tokens whose experts are chosen without a look at what is measured;
+    ``bound`` the value that 95 % of samples of this size stay below then.
+    """
+
+    value: float
+    chance: float
+    bound: float
+
+    @property
+    def stands_out(self) -> bool:
+        return bool(self.value > self.bound)
+
+
+def _check(load: Counts, name: str = "load") -> Int[np.ndarray, "domains experts"]:
+    counts = np.asarray(load)
+    if counts.ndim != 2 or counts.dtype.kind not in "iu" or (counts < 0).any():
+        raise ValueError(
+            f"{name} must hold whole numbers from 0, of shape (domains, experts): got {counts.dtype} of shape "
+            f"{counts.shape}. Give one layer at a time."
+        )
+    if not (counts.sum(-1) > 0).all():
+        empty = np.flatnonzero(counts.sum(-1) == 0).tolist()
+        raise ValueError(f"{name} must have an assignment of every domain: rows {empty} have none. Leave them out.")
+    return counts.astype(np.int64)
+
+
+def _at_chance(counts: Counts, statistic: Callable[[Counts], Any], seed: int = 0) -> Any:
+    """The 95 % quantile of ``statistic``, a number or several, where every domain draws its experts from the same
+    distribution."""
+    generator = np.random.default_rng(seed)
+    share = counts / counts.sum(-1, keepdims=True)
+    drawn = [
+        statistic(np.stack([generator.multinomial(int(n), share.mean(0)) for n in counts.sum(-1)]))
+        for _ in range(DRAWS)
+    ]
+    return np.quantile(drawn, 0.95, axis=0)
+
+
+def selection_frequency(
+    load: Counts, tokens: Int[np.ndarray, " domains"], k: int
+) -> tuple[Float[np.ndarray, "domains experts"], float]:
+    """freq(E|D): the share of domain D's tokens that have expert E among their k; and its value at chance, k/E.
+
+    Range 0 to 1; a domain's frequencies sum to k. Of N tokens, chance alone spreads it by ``sqrt(p (1 - p) / N)``.
+    Source: Qiu et al. 2025, arXiv:2501.11873, Fig. 1b; OLMoE, arXiv:2409.02060, Eq. 7.
+
+    >>> selection_frequency(np.array([[30, 10]]), np.array([40]), k=1)
+    (array([[0.75, 0.25]]), 0.5)
+    """
+    counts, tokens = _check(load), np.asarray(tokens)
+    if tokens.shape != counts.shape[:1] or (counts.sum(-1) != k * tokens).any():
+        raise ValueError(
+            f"tokens must be those whose k = {k} assignments load holds: got {tokens.tolist()} for assignments of "
+            f"{counts.sum(-1).tolist()}."
+        )
+    return counts / tokens[:, None], k / counts.shape[1]
+
+
+def _information(counts: Counts, labels: Sequence[Hashable] | None = None) -> float:
+    """I(label; expert) in bits, where every domain weighs the same; by default each domain is its own label."""
+    n = counts.sum(-1)
+    share = counts / n[:, None]
+
+    def entropy(rows: Int[np.ndarray, " some"]) -> float:
+        """Of the mean over some domains, Miller-Madow corrected for as many tokens as such a mean is worth."""
+        p = share[rows].mean(0)
+        seen = p[p > 0]
+        return float(-(seen * np.log(seen)).sum()) + (len(seen) - 1) / (2 * (len(rows) ** 2 / (1 / n[rows]).sum()))
+
+    groups: dict[Hashable, list[int]] = {}
+    for domain, label in enumerate(range(len(n)) if labels is None else labels):
+        groups.setdefault(label, []).append(domain)
+    within = sum(len(rows) * entropy(np.array(rows)) for rows in groups.values()) / len(n)
+    return float((entropy(np.arange(len(n))) - within) / math.log(2))
+
+
+def domain_information(load: Counts) -> tuple[Measured, float]:
+    """I(domain; expert) in bits, domains weighing equally, and its share of the most that it can be, log2(domains).
+
+    The formula is that of ``equipoise.metrics.domain_information`` (Miller-Madow corrected). Range about 0 to
+    log2(domains), chance 0; the share is 0 to 1.
+
+    >>> information, share = domain_information(np.array([[900, 100], [100, 900]]))
+    >>> round(information.value, 2), round(share, 2), information.stands_out
+    (0.53, 0.53, True)
+    """
+    counts = _check(load)
+    value = _information(counts)
+    most = math.log2(len(counts))
+    measured = Measured(value, 0.0, float(_at_chance(counts, _information)))
+    return measured, value / most if most else 0.0
+
+
+def information_by_level(load: Counts, levels: Mapping[str, Sequence[Hashable]]) -> dict[str, Measured]:
+    """``domain_information``, split by what domains have in common: bits that each level adds to those before it.
+
+        I_j = I((l_1, ..., l_j); expert) - I((l_1, ..., l_(j-1)); expert),     the last level, "domain": what is left
+
+    ``levels`` has labels by domain, coarse ones first: experts that tell Chinese from Latin letters know the script,
+    which proves nothing about language, and less about genre. The values sum to ``domain_information``; range about 0
+    to log2(domains), chance 0. Source: the chain rule (Cover and Thomas, Elements of Information Theory, 2.5).
+
+    >>> load = np.array([[900, 100], [900, 100], [100, 900]])
+    >>> split = information_by_level(load, {"script": ["Latin", "Latin", "Han"]})
+    >>> {level: round(abs(found.value), 2) for level, found in split.items()}
+    {'script': 0.48, 'domain': 0.0}
+    """
+    counts = _check(load)
+    for level, labels in levels.items():
+        if len(labels) != len(counts) or level == "domain":
+            raise ValueError(
+                f"levels must have a label of every domain and not be called domain: got {len(labels)} of {level!r} "
+                f"for {len(counts)} domains."
+            )
+    joint = [tuple(zip(*list(levels.values())[: depth + 1], strict=True)) for depth in range(len(levels))]
+
+    def values(drawn: Counts) -> Float[np.ndarray, " levels"]:
+        found = [0.0, *(_information(drawn, labels) for labels in joint), _information(drawn)]
+        return np.diff(found)
+
+    found = zip([*levels, "domain"], values(counts), _at_chance(counts, values), strict=True)
+    return {level: Measured(float(value), 0.0, float(bound)) for level, value, bound in found}
+
+
+def _distances(counts: Counts) -> Float[np.ndarray, "domains domains"]:
+    share = counts / counts.sum(-1, keepdims=True)
+    first, second = share[:, None], share[None]
+    middle = (first + second) / 2
+
+    def divergence(p: Float[np.ndarray, "..."], q: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.where(p > 0, p * np.log2(p / q), 0.0).sum(-1)
+
+    return np.sqrt(np.clip((divergence(first, middle) + divergence(second, middle)) / 2, 0, 1))
+
+
+def domain_distances(load: Counts) -> Float[np.ndarray, "domains domains"]:
+    """The Jensen-Shannon distance between the domains' histograms of experts: the root of the divergence in bits.
+
+        d(p, q) = sqrt((KL(p || m) + KL(q || m)) / 2),   m = (p + q) / 2
+
+    Range 0 (the same experts) to 1 (no expert in common); symmetric, a metric. For what chance gives see
+    ``mean_domain_distance``. Source: Endres and Schindelin 2003, IEEE Trans. Inf. Theory 49, 1858-1860.
+
+    >>> domain_distances(np.array([[10, 0], [0, 10], [5, 5]])).round(3)
+    array([[0.   , 1.   , 0.558],
+           [1.   , 0.   , 0.558],
+           [0.558, 0.558, 0.   ]])
+    """
+    return _distances(_check(load))
+
+
+def _mean_distance(counts: Counts) -> float:
+    num = len(counts)
+    return float(_distances(counts).sum() / (num * (num - 1))) if num > 1 else 0.0
+
+
+def mean_domain_distance(load: Counts) -> Measured:
+    """The mean of ``domain_distances`` over pairs of domains; chance 0, which only infinitely many tokens reach."""
+    counts = _check(load)
+    return Measured(_mean_distance(counts), 0.0, float(_at_chance(counts, _mean_distance)))
+
+
+def coactivation(expert_ids: Int[np.ndarray, "tokens k"], num_experts: int) -> Float[np.ndarray, "experts experts"]:
+    """Row i, column j: of the tokens that chose expert i, the share that chose j too. The diagonal is 1.
+
+    Not symmetric. Range 0 to 1; at chance and even load ``(k - 1) / (E - 1)`` off the diagonal, where a row sums to
+    k - 1. The row of an expert without tokens is nan. Source: OLMoE, arXiv:2409.02060, Eq. 6.
+
+    >>> coactivation(np.array([[0, 1], [0, 1], [0, 2]]), 3).round(2)
+    array([[1.  , 0.67, 0.33],
+           [1.  , 1.  , 0.  ],
+           [1.  , 0.  , 1.  ]])
+    """
+    ids = _check_ids(expert_ids, num_experts)
+    chosen = np.zeros((len(ids), num_experts), np.int64)
+    np.put_along_axis(chosen, ids, 1, axis=1)
+    return coactivation_of(chosen.T @ chosen)
+
+
+def coactivation_of(together: Int[np.ndarray, "experts experts"]) -> Float[np.ndarray, "experts experts"]:
+    """``coactivation`` from the numbers of tokens that chose both, on the diagonal those that chose the one."""
+    counts = np.asarray(together)
+    if counts.ndim != 2 or counts.shape[0] != counts.shape[1] or (counts > np.diag(counts)[:, None]).any():
+        raise ValueError(
+            f"together must be square and no larger beside its diagonal than on it: got shape {counts.shape}."
+        )
+    with np.errstate(invalid="ignore"):
+        return counts / np.diag(counts)[:, None].astype(float)
+
+
+def partners(together: Int[np.ndarray, "experts experts"], most: int = 8) -> list[list[tuple[int, float]]]:
+    """By expert, those that its tokens choose beside it most often, with the share of its tokens: the largest numbers
+    in its row of ``coactivation_of``, of which one is (k - 1) / (E - 1) at chance. None for an expert without tokens.
+
+    >>> partners(np.array([[4, 3, 1], [3, 3, 0], [1, 0, 1]]), most=1)
+    [[(1, 0.75)], [(0, 1.0)], [(0, 1.0)]]
+    """
+    share = np.nan_to_num(coactivation_of(together))
+    np.fill_diagonal(share, 0)
+    order = np.argsort(-share, axis=1, kind="stable")[:, :most]
+    return [[(int(o), float(share[e, o])) for o in others if share[e, o] > 0] for e, others in enumerate(order)]
+
+
+def _check_ids(expert_ids: Int[np.ndarray, "tokens k"], num_experts: int) -> Int[np.ndarray, "tokens k"]:
+    ids = np.asarray(expert_ids)
+    if ids.ndim != 2 or ids.dtype.kind not in "iu":
+        raise ValueError(
+            f"expert_ids must be whole numbers of shape (tokens, k): got {ids.dtype} of shape {ids.shape}."
+        )
+    if ids.size and (ids.min() < 0 or ids.max() >= num_experts):
+        raise ValueError(f"expert_ids must lie in 0 ... {num_experts - 1}: got {ids.min()} to {ids.max()}.")
+    ordered = np.sort(ids, axis=1)
+    if (ordered[:, 1:] == ordered[:, :-1]).any():
+        raise ValueError("expert_ids must name k different experts for a token: one of them is there twice.")
+    return ids
+
+
+def router_saturation(
+    earlier: Int[np.ndarray, "tokens k"], later: Int[np.ndarray, "tokens k"], num_experts: int
+) -> Measured:
+    """The share of experts that tokens chose at a checkpoint and still choose at a later one, of the same text.
+
+        (1 / N) sum_t |E_t(earlier) ∩ E_t(later)| / k
+
+    Range 0 to 1; at chance k/E. Source: OLMoE, arXiv:2409.02060, Section 5.1.
+
+    >>> router_saturation(np.array([[0, 1], [2, 3]]), np.array([[1, 0], [3, 4]]), 8).value
+    0.75
+    """
+    first, second = _check_ids(earlier, num_experts), _check_ids(later, num_experts)
+    if first.shape != second.shape or not len(first):
+        raise ValueError(
+            f"both checkpoints must have chosen for the same tokens: got shapes {first.shape} and {second.shape}."
+        )
+    num_tokens, k = first.shape
+    shared = (first[:, :, None] == second[:, None, :]).sum((1, 2))
+    chance = k / num_experts
+    # |A ∩ B| of independent k-subsets is hypergeometric: variance k p (1 - p) (E - k) / (E - 1)
+    spread = math.sqrt(k * chance * (1 - chance) * (num_experts - k) / max(num_experts - 1, 1) / num_tokens) / k
+    return Measured(float(shared.mean() / k), chance, chance + 1.645 * spread)
+
+
+def vocabulary_specialisation(
+    load: Int[np.ndarray, "vocabulary experts"], num_occurrences: Int[np.ndarray, " vocabulary"]
+) -> Float[np.ndarray, "vocabulary experts"]:
+    """The share of the occurrences of token id x whose k experts have E among them, ``N_(x,E) / N_x``.
+
+    ``load`` counts assignments by token id. Range 0 to 1; chance k/E at even load. nan for ids that do not occur.
+    Source: OLMoE, arXiv:2409.02060, Eq. 8, with x the input token.
+
+    >>> vocabulary_specialisation(np.array([[4, 0], [1, 3]]), np.array([4, 4]))
+    array([[1.  , 0.  ],
+           [0.25, 0.75]])
+    """
+    counts, seen = np.asarray(load), np.asarray(num_occurrences)
+    if counts.ndim != 2 or seen.shape != counts.shape[:1] or (counts > seen[:, None]).any():
+        raise ValueError(
+            f"load must have a row for each of num_occurrences and no more assignments to an expert than these: got "
+            f"shapes {counts.shape} and {seen.shape}."
+        )
+    with np.errstate(invalid="ignore"):
+        return counts / seen[:, None].astype(float)
+
+
+@dataclass(frozen=True)
+class Typical:
+    """A token that an expert gets more of than others do. ``lift`` is its share of the expert's tokens, divided by its
+    share of all tokens: 1 is no preference."""
+
+    token_id: int
+    share: float  # of its occurrences, how many go to the expert
+    lift: float
+    count: int  # of its occurrences that go to the expert
+
+
+def typical_tokens(
+    load: Int[np.ndarray, "vocabulary experts"],
+    num_occurrences: Int[np.ndarray, " vocabulary"],
+    *,
+    most: int = 10,
+    fewest: int = 8,
+) -> list[list[Typical]]:
+    """By expert, its most typical tokens: those of the highest share of their occurrences, then the most frequent.
+
+    Ids that occur fewer than ``fewest`` times are left out, since chance gives them any share; so are those that go to
+    the expert no more often than tokens do on average.
+
+    >>> [[t.token_id for t in expert] for expert in typical_tokens(np.array([[9, 0], [2, 7]]), np.array([9, 9]))]
+    [[0], [1]]
+    """
+    share = vocabulary_specialisation(load, num_occurrences)
+    counts, seen = np.asarray(load), np.asarray(num_occurrences)
+    total = seen.sum()
+    found = []
+    for expert in range(counts.shape[1]):
+        average = counts[:, expert].sum() / max(total, 1)
+        kept = np.flatnonzero((seen >= fewest) & (counts[:, expert] > average * seen))
+        order = kept[np.lexsort((kept, -counts[kept, expert], -share[kept, expert]))][:most]
+        found.append(
+            [
+                Typical(int(x), float(share[x, expert]), float(share[x, expert] / average), int(counts[x, expert]))
+                for x in order
+            ]
+        )
+    return found
+
+
+def rank_load(load: Sequence[int], ranks: int) -> float | None:
+    """The busiest rank's load over the mean, experts dealt in their order to ``ranks`` of expert parallelism.
+
+    The time of a layer's experts is that of the busiest rank: 1.3 means that it takes 1.3 times as long as an even load
+    would. None where ranks do not divide the experts, or nothing was assigned.
+
+    >>> rank_load([3, 1, 2, 2], 2), rank_load([3, 3, 1, 1], 2), rank_load([1, 1], 4)
+    (1.0, 1.5, None)
+    """
+    counts = np.asarray(load)
+    if len(counts) % ranks or not counts.sum():
+        return None
+    by_rank = counts.reshape(ranks, -1).sum(1)
+    return float(by_rank.max() / by_rank.mean())

@@ -1,0 +1,35 @@
+"""What `equipoise reproduce` is asked. Imports little: the command line needs it for every call."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from equipoise.errors import UsageError
+from equipoise_lab.reproduce.claim import DTYPES, claim_names
+
+__all__ = ["Reproduce"]
+
+
+@dataclass(frozen=True)
+class Reproduce:
+    """What is asked of `equipoise reproduce`."""
+
+    claim: str = "all"
+    budget: float | None = None  # minutes
+    out: Path = Path("runs/reproduce")
+    results: Path = Path("benchmarks/results/claims")
+    workers: int = 0  # 0: one for each core
+    dtype: str | None = None  # None: as claims say
+    page: Path | None = None
+    json: bool = False
+
+    def check(self) -> None:
+        if self.claim != "all" and self.claim not in claim_names():
+            raise UsageError(f"CLAIM must be all or one of {', '.join(claim_names())}: got {self.claim!r}.")
+        if self.budget is not None and not 0 <= self.budget < float("inf"):
+            raise UsageError(f"--budget must be a number of minutes, at least 0: got {self.budget}.")
+        if self.workers < 0:
+            raise UsageError(f"--workers must be at least 0 (one for each core): got {self.workers}.")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise UsageError(f"--dtype must be one of {', '.join(DTYPES)}: got {self.dtype}.")
+        if self.page is not None and self.claim != "all":
+            raise UsageError(f"--page must have all claims on it: got the claim {self.claim}. Leave one of them out.")

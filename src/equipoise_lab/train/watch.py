@@ -1,0 +1,218 @@
+"""What a person sees while runs go on: a live line on a terminal, a plain line now and then elsewhere. To stderr."""
+
+import copy
+import itertools
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, Self
+
+from rich.cells import cell_len
+from rich.console import Console
+from rich.padding import Padding
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from equipoise_lab.analysis.summary import COLUMNS, summary_rows
+from equipoise_lab.records import find_runs
+from equipoise_lab.train.config import Train
+
+__all__ = ["Runs", "Terminal", "Tokens", "print_rows", "print_table"]
+
+GAP, INDENT = 2, 2  # between the columns of a table; before what stands below its first column
+SILENCE = 10.0  # seconds between lines where there is no terminal to redraw
+
+
+class Terminal:
+    """Shows strategy, step, loss, maxvio, tokens a second and time left: of runs one after another, or side by side,
+    each told to ``another()``. Use it as a context manager."""
+
+    def __init__(self, num_runs: int = 1):
+        self.console = Console(stderr=True, highlight=False)
+        self.num_runs, self.numbers = num_runs, itertools.count(1)
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+            console=self.console,
+        )
+        self.task: TaskID | None = None
+        self.last_line = 0.0
+        self.is_beside, self.prefix = False, ""  # of what is said
+
+    def another(self) -> "Terminal":
+        """For a run beside others, on the same screen: what it says once it has begun names it."""
+        other = copy.copy(self)
+        other.is_beside = True
+        return other
+
+    def __enter__(self) -> "Terminal":
+        if self.console.is_terminal:
+            self.progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.console.is_terminal:
+            self.progress.stop()
+
+    def say(self, text: str) -> None:
+        self.console.print(self.prefix + text, style="dim", markup=False, soft_wrap=True)
+
+    def begin(self, config: Train, done: int) -> None:
+        self.name = config.label + (f" seed {config.seed}" if config.seed else "")
+        self.num_steps, self.started, self.first = config.steps, time.monotonic(), done
+        count = f"[{next(self.numbers)}/{self.num_runs}] " if self.num_runs > 1 else ""
+        self.label = count + self.name
+        figures = "complete already" if done == config.steps else "first step ..."
+        self.task = self.progress.add_task(
+            self.label.replace("[", "\\["), total=config.steps, completed=done, figures=figures
+        )
+        if done == config.steps:
+            self.say(f"{self.label}: complete already")
+        elif done:
+            self.say(f"{self.label}: going on after step {done}")
+        if self.is_beside:
+            self.prefix = f"{self.label}: "
+
+    def step(self, row: dict[str, Any], tokens_per_second: float) -> None:
+        figures = f"loss {row['loss']:.3f}  maxvio {row['maxvio_batch']:.2f}  {tokens_per_second:,.0f} tokens/s"
+        if row.get("holding"):
+            figures += f"  ! {row['holding']}"
+        if self.console.is_terminal:
+            assert self.task is not None
+            self.progress.update(self.task, completed=row["step"], figures=figures)
+            return
+        now = time.monotonic()
+        first, last = row["step"] == self.first + 1, row["step"] == self.num_steps
+        if first or last or now - self.last_line >= SILENCE:
+            self.last_line = now
+            left = (now - self.started) / (row["step"] - self.first) * (self.num_steps - row["step"])
+            self.console.print(
+                f"{self.label}  step {row['step']}/{self.num_steps}  {figures}  {left:.0f} s left",
+                markup=False,
+                soft_wrap=True,
+            )
+
+    def end(self) -> None:
+        if self.task is not None:
+            self.progress.update(self.task, completed=self.num_steps)
+
+
+def print_table(folder: Any) -> None:
+    """One row a strategy, with the figures and formats of the report page. To stderr."""
+    found = summary_rows(find_runs(folder))
+    rows = [(row["strategy"], *(column.text(row).replace("± ", "±") for column in COLUMNS)) for row in found]
+    several = any("±" in cell for row in rows for cell in row)
+    print_rows(("strategy", *(column.short for column in COLUMNS)), rows, justify="right")
+    if several:
+        Console(stderr=True, highlight=False).print("±: standard deviation over seeds", style="dim")
+
+
+class _Bar:
+    """One bar and lines of talk. Use it as a context manager."""
+
+    def __init__(self, *columns: Any):
+        self.console = Console(stderr=True, highlight=False)
+        self.progress = Progress(*columns, console=self.console)
+        self.task: TaskID | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.task is not None and self.console.is_terminal:
+            self.progress.stop()
+
+    def say(self, text: str) -> None:
+        self.console.print(text, style="dim", markup=False, soft_wrap=True)
+
+    def _update(self, completed: int, total: int, left: str = "") -> None:
+        if self.task is None:
+            self.task = self.progress.add_task("", total=total, left=left)
+            self.progress.start()
+        self.progress.update(self.task, completed=completed, total=total, left=left)
+
+
+class Runs(_Bar):
+    """Shows how many runs are done and the time left."""
+
+    def __init__(self) -> None:
+        bar = BarColumn(bar_width=20)
+        super().__init__(TextColumn("runs"), bar, MofNCompleteColumn(), TextColumn("{task.fields[left]}"))
+
+    def done(self, number: int, total: int, seconds_left: float | None) -> None:
+        left = "" if seconds_left is None or number == total else f"about {seconds_left / 60:.0f} minutes left"
+        if self.console.is_terminal:
+            self._update(number, total, left)
+        else:
+            self.say(f"{number} of {total} runs  {left}".rstrip())
+
+
+class Tokens(_Bar):
+    """Shows how many tokens are done."""
+
+    def __init__(self) -> None:
+        super().__init__(TextColumn("tokens"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn())
+        self.last_line = time.monotonic()
+
+    def done(self, tokens: int, of: int) -> None:
+        if self.console.is_terminal:
+            self._update(tokens, of)
+        elif time.monotonic() - self.last_line >= SILENCE:
+            self.last_line = time.monotonic()
+            self.say(f"{tokens:,} of {of:,} tokens")
+
+
+def print_rows(
+    titles: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    stderr: bool = True,
+    justify: Literal["left", "right"] = "left",
+) -> None:
+    """A table: its first column says what a row is of, ``justify`` is for the others. No word is broken: where a
+    terminal is too narrow for the longest ones, what a row is of stands on a line above the rest."""
+    console, rows = Console(stderr=stderr, highlight=False, markup=False, emoji=False), [tuple(row) for row in rows]
+    if not console.is_terminal:
+        console.width = max(console.width, 160) if stderr else 10_000  # into a file, one line a row
+    widths = _widths([titles, *rows], console.width, must=len(titles) < 2)
+    stacked = widths is None
+    if widths is None:
+        titles, rows, above = titles[1:], [row[1:] for row in rows], [titles[0], *(row[0] for row in rows)]
+        widths = _widths([titles, *rows], console.width - INDENT, must=True)
+        assert widths is not None
+        console.width = max(console.width, sum(widths) + GAP * len(widths))
+    grid = [Table.grid(padding=(0, GAP, 0, 0)) for _ in range(1 + len(rows))]
+    with console.capture() as shown:
+        for number, row in enumerate((titles, *rows)):
+            for column, width in enumerate(widths):
+                way = "left" if column == 0 and not stacked else justify
+                grid[number].add_column(width=width, justify=way, overflow="fold", style="" if number else "bold")
+            grid[number].add_row(*row)
+            if stacked:
+                console.print(above[number], style="" if number else "bold")
+            console.print(Padding(grid[number], (0, 0, 0, INDENT if stacked else 0)))
+    print("\n".join(line.rstrip() for line in shown.get().splitlines()), file=sys.stderr if stderr else sys.stdout)
+
+
+def _widths(rows: Sequence[Sequence[str]], room: int, must: bool = False) -> list[int] | None:
+    """Of the columns: as wide as their cells; where there is no room for that, as wide as their longest words, and what
+    is left goes to those with the most to fold. None where not even the words have room, unless they ``must``.
+
+    >>> _widths([["one", "two words"], ["a", "b"]], 14), _widths([["one", "two words"]], 11), _widths([["one", "b"]], 3)
+    ([3, 9], [3, 6], None)
+    """
+    columns = list(zip(*rows, strict=True))
+    whole = [max(map(cell_len, column)) for column in columns]
+    widths = [max(cell_len(word) for cell in column for word in ("", *cell.split())) for column in columns]
+    left = room - GAP * (len(widths) - 1) - sum(widths)
+    if left < 0:
+        return widths if must else None
+    for _ in range(left if widths else 0):
+        most = max(range(len(widths)), key=lambda i: whole[i] / max(widths[i], 1))
+        if widths[most] >= whole[most]:
+            break
+        widths[most] += 1
+    return widths

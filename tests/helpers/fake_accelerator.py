@@ -1,0 +1,220 @@
+"""The hot path on fake tensors of an accelerator: whatever would make the host wait for it raises.
+
+A fake tensor has a shape, a dtype and a device, no data: ``.item()``, ``.tolist()``, ``bool()``, ``nonzero``, boolean
+indexing and ``bincount`` raise. A torch built without CUDA cannot index or differentiate fake CUDA tensors (it aborts
+for want of a device guard), so there the accelerator is one that exists in Python only; the code that runs is the same.
+Run as a program, since that accelerator stays in the process: prints what each case came to as JSON.
+"""
+
+import json
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from equipoise.alerts import PATIENCE, Alerts
+from equipoise.balance import Balance
+from equipoise.balancers import Balancer, parse_strategy
+from equipoise.counting.pool import Pool
+from equipoise.counting.recorder import Layer
+from equipoise.routers.tap import UNCOUNTED, RouterKind, Slot
+from equipoise.routing import route
+
+EXPERTS, K, DIM = 8, 2, 4
+DEVICE = "cuda:0" if torch.backends.cuda.is_built() else "fakegpu:0"
+LOSSES = "lbl:coefficient=0.1+lbl:scope=micro_batch+lbl:scope=sequence+lbl:pooling=previous+z"
+STRATEGIES = [
+    *(f"loss-free:rule={rule}" for rule in ("sign", "proportional", "rms", "momentum", "multiplicative")),
+    "loss-free:rule=sign,scope=micro_batch",
+    "loss-free:schedule=linear,zero_from=5",
+    "quantile",
+    "quantile:fraction=0.5,ema=0.5",
+    "quantile:bins=0",
+    "frozen",
+]
+POOLED = ["loss-free", "lbl:coefficient=0.1", "quantile", "lbl:coefficient=0.1+quantile"]
+WAITING: dict[str, Callable[[Tensor], Any]] = {
+    "item": lambda load: load.sum().item(),
+    "tolist": lambda load: load.tolist(),
+    "boolean indexing": lambda load: load[load > 0],
+    "nonzero": lambda load: load.nonzero(),
+    "bool": lambda load: bool(load.any()),
+    "bincount": lambda load: torch.bincount(load.flatten()),
+    "another device": lambda load: load + torch.zeros(load.shape),
+}
+
+
+class _Router(nn.Module):
+    def __init__(self, experts=EXPERTS):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(experts, DIM, device=DEVICE))
+        self.register_buffer("bias_slot", torch.zeros(experts, device=DEVICE))
+
+    def forward(self, hidden):
+        raise AssertionError("the observer is called by hand here: inside fake tensors the op would not run")
+
+
+class _Done:
+    def wait(self):
+        pass
+
+
+class _TwoRanks(Pool):
+    """As if another rank had counted nothing: the sums are what is here."""
+
+    def __init__(self):
+        super().__init__(None)
+        self.size = 2
+
+    def gather(self, value):
+        return [value, value]
+
+    def all_reduce(self, vector):
+        return _Done()
+
+
+class _Event:
+    def record(self):
+        pass
+
+    def synchronize(self):
+        raise AssertionError("waited for the device")
+
+
+def _balance(balancers, pool=None):
+    model = nn.ModuleList([_Router(), _Router(EXPERTS + 2)])
+    gates = ("sigmoid", "softmax")
+    layers = [
+        Layer(str(i), router, RouterKind(gate, "bias_slot"), router.weight.shape[0], K, Slot(router, "bias_slot"))
+        for i, (router, gate) in enumerate(zip(model, gates, strict=True))
+    ]
+    start = {layer.name: torch.zeros(layer.num_experts, device=DEVICE) for layer in layers}
+    return Balance(model, layers, balancers, pool or Pool(None), start)
+
+
+def _windows(balance, *, masked, applied=True, dtype=torch.float32):
+    """Two windows of two micro-batches: what the two opaque ops and the public calls do, in their order."""
+    recorder = balance._recorder
+    for _ in range(2):
+        for _ in range(2):
+            mask = torch.ones(2, 5, dtype=torch.int64, device=DEVICE) if masked else None
+            sequence_ids = torch.zeros(2, 5, dtype=torch.int64, device=DEVICE) if masked else None
+            calls = []
+            for index, layer in enumerate(balance._layers):
+                logits = torch.zeros(10, layer.num_experts, device=DEVICE, dtype=dtype)
+                routing = route(logits, K, gate=layer.kind.gate, offset=balance._offset_of(index))
+                arguments = (routing.weights, logits, routing.expert_ids, mask, sequence_ids, 2)
+                token = recorder.observe(index, *arguments, True)
+                assert token != UNCOUNTED and isinstance(token, int)
+                assert recorder.observe(index, *arguments, False) == UNCOUNTED  # evaluation
+                calls.append((index, token, logits, routing))
+            ticket = balance.loss()
+            assert isinstance(ticket, FakeTensor) and ticket.device == torch.device(DEVICE)
+            if ticket.requires_grad:
+                (ticket / 2).backward()
+                for index, token, logits, routing in reversed(calls):
+                    gradient = recorder.gradient(index, token, logits, routing.expert_ids, routing.weights)
+                    assert gradient.shape == logits.shape and gradient.device == torch.device(DEVICE)
+        with balance.measuring() as load:
+            recorder.observe(0, *arguments_of(calls[0]), False)
+        assert set(load) == {"0", "1"}
+        balance.step(applied)
+
+
+def arguments_of(call):
+    _, _, logits, routing = call
+    return routing.weights, logits, routing.expert_ids, None, None, 2
+
+
+class _Waits(Balancer):
+    def __init__(self, what):
+        self.what = what
+
+    def prepare(self, layers):
+        self._offset = layers.offset.clone()
+
+    def offset(self):
+        return self._offset
+
+    def update(self, load, statistic=None, window=0):
+        self.what(load)
+
+
+def _run(case: Callable[[], None]) -> str:
+    """An empty string, or what was raised."""
+    try:
+        with FakeTensorMode():
+            case()
+    except Exception:
+        return traceback.format_exc()
+    return ""
+
+
+def _trains(strategy: str, masked: bool) -> None:
+    balance = _balance(parse_strategy(f"{strategy}+{LOSSES}"))
+    _windows(balance, masked=masked, dtype=torch.bfloat16)
+    assert all(isinstance(offset, FakeTensor) for offset in balance.offsets.values())
+
+
+def _takes_a_verdict(strategy: str) -> None:
+    applied = torch.ones((), dtype=torch.bool, device=DEVICE)
+    _windows(_balance(parse_strategy(strategy)), masked=False, applied=applied)
+
+
+def _pools(strategy: str, verdict: bool) -> None:
+    """Two ranks: what they tell beside their counts is on its way to the host, and nobody waits for it."""
+    balance = _balance(parse_strategy(strategy), _TwoRanks())
+    exchange, device = balance._window.exchange, torch.get_device_module(torch.device(DEVICE))
+    device.Event, told, order = _Event, [], []
+    begin, look, step = exchange.pool.all_reduce, exchange._look, balance.step
+
+    def read():
+        order.extend(["read"] if exchange._unread else [])
+        told.extend(exchange._unread)
+        exchange._unread.clear()
+
+    exchange.read = read
+    exchange.pool.all_reduce = lambda vector: (order.append("begin"), begin(vector))[1]
+    exchange._look = lambda *given, **named: (order.append("look"), look(*given, **named))[1]
+    balance.step = lambda *given: (order.append("step"), step(*given))[1]
+    applied = torch.ones((), dtype=torch.bool, device=DEVICE) if verdict else True
+    _windows(balance, masked=False, applied=applied)
+    exchange.read()
+    assert told and all(numbers.device.type == "cpu" for numbers, *_ in told)
+    last_step = order[len(order) - order[::-1].index("step") :]
+    assert "look" in last_step and "read" not in last_step[last_step.index("look") : -1], last_step
+
+
+def _alerts() -> None:
+    """A stretch of windows but the last, at whose end they are judged."""
+    alerts, names = Alerts(), ("0", "1")
+    load = {name: torch.ones(EXPERTS, dtype=torch.int64, device=DEVICE) for name in names}
+    for _ in range(PATIENCE - 1):
+        loss = torch.zeros((), device=DEVICE)
+        assert alerts.see(load, loss, {name: counts.float() for name, counts in load.items()}) == []
+
+
+def main() -> None:
+    if not torch.backends.cuda.is_built():
+        from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+        _setup_privateuseone_for_python_backend("fakegpu")
+    found = {}
+    for strategy in STRATEGIES:
+        for masked in (False, True):
+            found[f"{strategy}, {'masked' if masked else 'whole'}"] = _run(lambda s=strategy, m=masked: _trains(s, m))
+        found[f"{strategy}, verdict"] = _run(lambda s=strategy: _takes_a_verdict(s))
+    for strategy in POOLED:
+        for verdict in (False, True):
+            found[f"{strategy}, two ranks, {verdict}"] = _run(lambda s=strategy, v=verdict: _pools(s, v))
+    found["alerts"] = _run(_alerts)
+    for name, what in WAITING.items():
+        found[name] = _run(lambda w=what: _windows(_balance([_Waits(w)]), masked=False))
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""Tables of runs and audits, against what their files hold."""
+
+import json
+
+import numpy as np
+import pyarrow.compute as pc
+import pytest
+
+from equipoise.errors import EquipoiseError
+from equipoise_lab import analysis
+from equipoise_lab.analysis.reading import Experts
+from equipoise_lab.analysis.summary import COLUMNS
+from equipoise_lab.analysis.tables import Records, read_records
+from equipoise_lab.records import Run, write_json
+
+LOAD = {"prose": [[4, 0], [1, 3]], "code": [[2, 2], [0, 4]]}
+
+
+def make_run(path, strategy="lbl", seed=0, *, steps=5, finish=True):
+    config = {"strategy": strategy, "seed": seed, "steps": steps, "num_experts": 2, "layers": ["a", "b"]}
+    run = Run.create(path, config | {"domains": list(LOAD), "experts_per_token": 2})
+    for step in range(1, steps + 1):
+        run.append("steps", {"step": step, "loss": 1 / step, "alerts": ["x"], **({"offset_max": 0.5} if seed else {})})
+        run.append("loads", {"step": step, "load": [[step, 1], [0, 2]]})
+    if finish:
+        names = [column.key for column in COLUMNS]
+        run.append("evaluations", {"step": steps, "domains": {d: {"load": load} for d, load in LOAD.items()}})
+        figures = dict.fromkeys(names, 1.5)
+        run.finish(figures | {"seed": seed, "domains": {d: {"nats": 2.0, "bits_per_byte": None} for d in LOAD}})
+    return run
+
+
+def test_runs_have_a_row_each_with_figures_and_config(tmp_path):
+    make_run(tmp_path / "a")
+    make_run(tmp_path / "b", seed=1, finish=False)
+    rows = read_records(tmp_path).runs().to_pylist()
+    assert [(r["run"], r["strategy"], r["seed"], r["finished"], r["val_nats"]) for r in rows] == [
+        ("a", "lbl", 0, True, 1.5),
+        ("b", "lbl", 1, False, None),
+    ]
+    assert json.loads(rows[0]["config"])["num_experts"] == 2
+
+
+def test_steps_have_every_number_and_null_where_a_run_has_none(tmp_path):
+    make_run(tmp_path / "a")
+    make_run(tmp_path / "b", seed=1)
+    table = read_records(tmp_path).steps()
+    assert table.column_names == ["run", "strategy", "seed", "step", "loss", "offset_max"]
+    assert table.num_rows == 10 and table["offset_max"].null_count == 5
+    assert table["loss"].to_pylist()[:2] == [1.0, 0.5]
+
+
+def test_experts_hold_counts_frequency_and_relative_load(tmp_path):
+    make_run(tmp_path / "a")
+    table = read_records(tmp_path).experts()
+    rows = table.filter(pc.and_(pc.equal(table["layer"], "b"), pc.equal(table["domain"], "prose"))).to_pylist()
+    # 1 and 3 assignments of 2 tokens with k = 2
+    assert [(r["expert"], r["load"], r["tokens"], r["frequency"], r["relative_load"]) for r in rows] == [
+        (0, 1, 2, 0.5, 0.5),
+        (1, 3, 2, 1.5, 1.5),
+    ]
+    assert sum(table["load"].to_pylist()) == sum(sum(map(sum, load)) for load in LOAD.values())
+
+
+def test_a_frequency_is_of_tokens_where_layers_choose_unlike_many(monkeypatch):
+    load = [np.array([[75, 25]]), np.array([[100, 100]])]  # 100 tokens, k = 1 and 2
+    model = Experts("m", "m", None, None, ["a", "b"], ["prose"], 1, load, [], [])
+    monkeypatch.setattr(Records, "models", [model])
+    rows = Records((), {}, ()).experts().to_pylist()
+    assert [(row["tokens"], row["frequency"]) for row in rows] == [(100, 0.75), (100, 0.25), (100, 1.0), (100, 1.0)]
+
+
+def test_domains_have_their_loss(tmp_path):
+    make_run(tmp_path / "a")
+    assert read_records(tmp_path).domains().to_pylist()[1] == {
+        "run": "a", "strategy": "lbl", "seed": 0, "domain": "code", "nats": 2.0, "bits_per_byte": None,
+    }  # fmt: skip
+
+
+def test_loads_are_those_of_each_step_or_sums_of_neighbours(tmp_path):
+    make_run(tmp_path / "a")
+    records = read_records(tmp_path)
+    assert records.loads().num_rows == 5 * 2 * 2
+    rows = records.loads(2).to_pylist()
+    assert [(r["step"], r["steps"], r["load"]) for r in rows if r["layer"] == "a" and r["expert"] == 0] == [
+        (3, 3, 1 + 2 + 3),
+        (5, 2, 4 + 5),
+    ]
+    assert sum(r["load"] for r in rows) == sum(records.loads()["load"].to_pylist())
+
+
+def audit(load=LOAD):
+    layers = [
+        {"layer": name, "experts": 2, "k": 2, "load_by_domain": [load[d][i] for d in load], "maxvio": 0.0,
+         "typical_tokens": [[{"text": " a", "share": 0.5, "count": 3}], []]}
+        for i, name in enumerate("ab")
+    ]  # fmt: skip
+    tokens = dict.fromkeys(load, 2)
+    return {"format": 1, "model": "m", "domains": list(load), "tokens": tokens, "mean": {}, "layers": layers}
+
+
+def test_an_audit_gives_experts_and_typical_tokens(tmp_path):
+    write_json(tmp_path / "audit.json", audit())
+    records = read_records(tmp_path)
+    assert records.experts().num_rows == 8 and records.runs().num_rows == records.steps().num_rows == 0
+    assert records.typical_tokens().to_pylist()[0] == {
+        "run": tmp_path.name, "strategy": "m", "seed": None, "layer": "a", "expert": 0, "rank": 1, "text": " a",
+        "share": 0.5, "count": 3,
+    }  # fmt: skip
+
+
+def test_the_audit_of_a_run_is_part_of_the_run(tmp_path):
+    run = make_run(tmp_path / "a")
+    write_json(run.path / "audit.json", audit())
+    records = read_records(tmp_path)
+    assert records.experts().num_rows == 8 and records.typical_tokens().num_rows == 2
+    assert records.typical_tokens()["seed"].to_pylist() == [0, 0] and not records.audits
+
+
+def test_what_cannot_be_read_is_named_and_the_rest_is_there(tmp_path):
+    make_run(tmp_path / "a")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "audit.json").write_text("{")
+    records = read_records(tmp_path)
+    assert [reading.name for reading in records.readings] == ["a"]
+    assert [(p.name, p.kind) for p in records.problems] == [("b", "damaged")]
+
+
+def test_nothing_at_all_is_an_error(tmp_path):
+    with pytest.raises(EquipoiseError, match="must hold runs"):
+        read_records(tmp_path)
+    (tmp_path / "audit.json").write_text("{")
+    with pytest.raises(EquipoiseError, match="a run or an audit that can be read: .* must be JSON"):
+        read_records(tmp_path)
+    with pytest.raises(EquipoiseError, match="does not exist"):
+        read_records(tmp_path / "nowhere")
+
+
+def test_tables_and_figures_are_reached_by_name():
+    assert analysis.read_records is read_records and analysis.figures.curve
+    assert {"read_records", "figures", "tables"} <= set(dir(analysis))
+    with pytest.raises(AttributeError, match="nothing"):
+        analysis.nothing  # noqa: B018

@@ -1,0 +1,229 @@
+"""What is chosen on a frontier, when its grid grows, and how claims take it up."""
+
+import dataclasses
+
+import pytest
+
+from equipoise_lab.cli import _parse
+from equipoise_lab.records import write_json
+from equipoise_lab.reproduce.claim import claim_names, load_claim, parse_claim
+from equipoise_lab.reproduce.command import reproduce
+from equipoise_lab.reproduce.config import Reproduce
+from equipoise_lab.reproduce.frontier import FRONTIERS, Frontier
+from equipoise_lab.reproduce.page import _cells, page
+from equipoise_lab.reproduce.runs import Results, key_of
+from equipoise_lab.reproduce.verdict import findings
+from equipoise_lab.train.loop import check
+
+FRONTIER = Frontier(
+    name="f",
+    arm={"strategy": "lbl:coefficient={}"},
+    values=(0.01, 0.1, 0.03),
+    size="small",
+    seeds=(100, 101),
+    most_maxvio=1.5,
+    most_widenings=2,
+)
+
+
+def _store(results, job, **result):
+    results.folder.mkdir(parents=True, exist_ok=True)
+    stored = {"options": dict(job.options), "result": result, "seconds": 60.0}
+    stored |= {"began": "2026-01-02T03:04", "hardware": "2 CPU cores", "versions": {"torch": "2"}}
+    write_json(results.folder / f"{key_of(job)}.json", stored)
+
+
+def _fill(results, nats, maxvio=1.0, frontier=FRONTIER):
+    """By value: the selection loss, a bit more and less by seed."""
+    for value, mean in nats.items():
+        for seed, more in zip(frontier.seeds, (-0.5, 0.5), strict=True):
+            balance = maxvio[value] if isinstance(maxvio, dict) else maxvio
+            _store(results, frontier.job(value, seed), selection_nats=mean + more, selection_maxvio=balance)
+
+
+def test_the_value_with_the_lowest_loss_is_chosen(tmp_path):
+    results = Results(tmp_path)
+    _fill(results, {"0.01": 5.2, "0.03": 5.0, "0.1": 5.1})
+    assert FRONTIER.chosen(results) == "0.03" and not FRONTIER.at_edge(results)
+    assert FRONTIER.grid(results) == ["0.01", "0.03", "0.1"]
+    assert FRONTIER.point("0.03", results).mean("selection_nats") == pytest.approx(5.0)
+
+
+def test_one_at_which_a_run_diverges_is_not_chosen_and_said(tmp_path):
+    results = Results(tmp_path)
+    _fill(results, {"0.01": 5.2, "0.03": 5.0, "0.1": 4.9})
+    _store(results, FRONTIER.job("0.1", 101), diverged=12)
+    assert FRONTIER.chosen(results) == "0.03" and FRONTIER.grid(results)[-1] == "0.1"
+    assert list(_cells(FRONTIER, results)) == ["0.01: 5.200 / 1.000", "**0.03: 5.000 / 1.000**", "0.1: diverged"]
+
+
+def test_one_that_is_out_of_balance_is_chosen_only_where_all_are(tmp_path):
+    results = Results(tmp_path)
+    _fill(results, {"0.01": 4.0, "0.03": 5.0, "0.1": 5.1}, {"0.01": 1.6, "0.03": 1.5, "0.1": 0.2})
+    assert FRONTIER.chosen(results) == "0.03"
+    results = Results(tmp_path / "all")
+    _fill(results, {"0.01": 4.0, "0.03": 5.0, "0.1": 4.5}, {"0.01": 1.9, "0.03": 1.6, "0.1": 1.7})
+    assert FRONTIER.chosen(results) == "0.03"
+
+
+def test_nothing_is_chosen_while_a_run_is_missing(tmp_path):
+    results = Results(tmp_path)
+    _fill(results, {"0.01": 5.2, "0.03": 5.0})
+    _store(results, FRONTIER.job("0.1", 100), selection_nats=1.0, selection_maxvio=0.1)
+    assert FRONTIER.chosen(results) is None and FRONTIER.point("0.1", results) is None
+    assert FRONTIER.grid(results) == ["0.01", "0.03", "0.1"]
+
+
+def test_a_grid_grows_where_the_best_lies_at_its_edge_and_stops_growing(tmp_path):
+    results = Results(tmp_path)
+    _fill(results, {"0.01": 5.2, "0.03": 5.0, "0.1": 4.9})
+    assert FRONTIER.grid(results)[-1] == "0.3" and FRONTIER.chosen(results) is None
+    assert [dict(job.options)["strategy"] for job in results.missing(FRONTIER.jobs(results))] == [
+        "lbl:coefficient=0.3"
+    ] * 2
+    _fill(results, {"0.3": 4.8})
+    assert FRONTIER.grid(results)[-1] == "1"
+    _fill(results, {"1": 4.7})
+    assert FRONTIER.grid(results)[-1] == "1"  # two widenings at most
+    assert FRONTIER.chosen(results) == "1" and FRONTIER.at_edge(results)
+    down = Results(tmp_path / "down")
+    _fill(down, {"0.01": 4.9, "0.03": 5.0, "0.1": 5.1, "0.003": 5.0})
+    assert FRONTIER.grid(down) == ["0.003", "0.01", "0.03", "0.1"] and FRONTIER.chosen(down) == "0.01"
+
+
+def test_a_mechanism_without_a_number_has_one_point(tmp_path):
+    alone = dataclasses.replace(FRONTIER, arm={"strategy": "quantile"}, values=())
+    results = Results(tmp_path)
+    assert alone.grid(results) == [""] and alone.chosen(results) is None
+    _fill(results, {"": 5.0}, frontier=alone)
+    assert alone.chosen(results) == "" and not alone.at_edge(results)
+    assert {dict(job.options)["strategy"] for job in alone.jobs(results)} == {"quantile"}
+
+
+@pytest.mark.parametrize("name", FRONTIERS)
+def test_every_point_of_a_frontier_is_a_run_that_can_be_asked_for(name, tmp_path):
+    frontier = FRONTIERS[name]
+    jobs = frontier.jobs(Results(tmp_path))
+    assert len(set(jobs)) == 2 * max(1, len(frontier.values))
+    for job in jobs[: len(jobs) // 2]:
+        check(_parse(["train", "--out", str(tmp_path / "run"), "--no-save-model", *job.arguments]))
+
+
+def test_all_frontiers_are_tried_alike_and_with_seeds_that_no_verdict_uses():
+    for frontier in FRONTIERS.values():
+        assert (frontier.size, frontier.seeds, frontier.most_maxvio) == ("small", (100, 101), 1.5)
+    for kind in ("lbl:", "loss-free:"):
+        grids = {frontier.values for frontier in FRONTIERS.values() if frontier.arm["strategy"].startswith(kind)}
+        assert len(grids) == 1, "a mechanism gets a grid that others of its kind do not get"
+    for name in claim_names():
+        claim = load_claim(name)
+        assert set(claim.frontiers) <= set(FRONTIERS), name
+        if claim.frontiers:
+            assert not set(claim.all_seeds) & {100, 101}, name
+
+
+def test_a_claim_takes_what_was_chosen_and_has_no_runs_before(tmp_path):
+    content = {
+        "title": "t", "source": "s", "paper": "p", "size": "small", "seeds": 2,
+        "arms": {
+            "a": {"strategy": "lbl:coefficient={f}+lbl:scope=sequence,coefficient={f/100}", "qk_norm": False},
+            "b": {"strategy": "loss-free", "then": "lbl:coefficient={g}", "switch_at": 3},
+        },
+        "primary": {"statistic": "val_nats", "of": "a", "against": "b", "claim": "lower"},
+    }  # fmt: skip
+    claim = parse_claim("x", content)
+    assert claim.frontiers == ["f", "g"] and claim.jobs() == []
+    half = claim.with_values({"f": "0.03", "g": None})
+    assert half.frontiers == ["g"] and half.jobs() == []
+    whole = half.with_values({"g": "0.1"})
+    assert whole.frontiers == [] and len(whole.jobs()) == 4
+    assert whole.arms["a"] == {
+        "strategy": "lbl:coefficient=0.03+lbl:scope=sequence,coefficient=0.0003",
+        "qk_norm": False,
+    }
+    assert whole.arms["b"]["then"] == "lbl:coefficient=0.1"
+
+
+class _Said:
+    def __init__(self):
+        self.lines = []
+
+    def say(self, text):
+        self.lines.append(text)
+
+    def done(self, number, total, seconds_left):
+        pass
+
+
+def test_a_claim_is_run_after_its_frontiers_and_with_what_they_chose(tmp_path, monkeypatch):
+    """The runs are stood in for: the loss of a coefficient is lowest at 0.3, beyond the grid."""
+    asked = []
+
+    def execute(jobs, results, work, progress, *, workers, minutes):
+        for job in results.missing(jobs):
+            strategy = dict(job.options)["strategy"]
+            asked.append((strategy, dict(job.options)["seed"]))
+            coefficient = float(strategy.split("coefficient=")[1].split(",")[0])
+            nats = 5 + abs(coefficient - 0.3)
+            _store(results, job, selection_nats=nats, selection_maxvio=1.0, val_nats=nats, maxvio_global=1.0)
+        return True
+
+    monkeypatch.setattr("equipoise_lab.reproduce.command.execute", execute)
+    found = reproduce(Reproduce("1-scope", out=tmp_path / "w", results=tmp_path / "r"), _Said())
+    claimed = [(strategy, seed) for strategy, seed in asked if seed < 100]
+    assert {strategy for strategy, _ in claimed} == {
+        "lbl:scope=micro_batch,coefficient=0.3",
+        "lbl:scope=global_batch,coefficient=0.3",
+    }
+    assert len(claimed) == 16 and claimed == asked[-16:]
+    assert found[0].estimate.n == 8 and found[0].estimate.mean == 0
+
+
+def test_without_time_a_claim_says_that_runs_are_left(tmp_path, monkeypatch):
+    monkeypatch.setattr("equipoise_lab.reproduce.command.execute", lambda *a, **b: False)
+    said = _Said()
+    reproduce(Reproduce("1-scope", budget=1, out=tmp_path / "w", results=tmp_path / "r"), said)
+    assert said.lines[-1] == "runs are left of 1-scope; the same command goes on with them"
+
+
+def _claim(name, claim, **more):
+    content = {
+        "title": "t", "source": "s", "paper": "p", "size": "small", "seeds": 4,
+        "arms": {"a": {"strategy": "none"}, "b": {"strategy": name if name != "1-scope" else "quantile"}},
+        "primary": {"statistic": "val_nats", "of": "b", "against": "a", "claim": claim, **more},
+    }  # fmt: skip
+    return parse_claim(name, content)
+
+
+@pytest.mark.parametrize(
+    ("first", "margin", "verdict"),
+    [(-0.3, 0.1, "supported"), (-0.03, 0.01, "undecided"), (0.3, None, "undecided"), (None, None, "undecided")],
+)
+def test_equality_is_within_a_third_of_what_the_scopes_differ_by(tmp_path, first, margin, verdict):
+    scope, same = _claim("1-scope", "lower"), _claim("loss-free", "equal")
+    results = Results(tmp_path)
+    for seed in range(4):
+        noise = (0.004, -0.004, 0.003, -0.003)[seed]
+        _store(results, same.job("a", seed), val_nats=5.0)
+        _store(results, same.job("b", seed), val_nats=5.01 + noise)
+        if first is not None:
+            _store(results, scope.job("b", seed), val_nats=5.0 + first + noise)
+    found = findings([scope, same], results)[1]
+    assert found.margin == (None if margin is None else pytest.approx(margin))
+    assert found.verdict == verdict
+    assert found.estimate.n == 4  # what there is is shown, whatever the margin
+    text = page([scope, same], findings([scope, same], results), results)
+    assert f"equal, ± {margin:.4f}" in text if margin else "not known yet" in text
+
+
+def test_a_statistic_may_be_a_difference_of_two(tmp_path):
+    claim = _claim("loss-free", "higher")
+    claim = dataclasses.replace(claim, primary=dataclasses.replace(claim.primary, statistic="val_nats - train_nats"))
+    results = Results(tmp_path)
+    for seed in range(3):
+        _store(results, claim.job("a", seed), val_nats=5.0, train_nats=4.0)
+        _store(results, claim.job("b", seed), val_nats=5.0, train_nats=3.0 + seed / 10)
+    _store(results, claim.job("b", 3), val_nats=5.0)
+    (found,) = findings([claim], results)
+    assert found.means["a"] == pytest.approx(1.0) and found.means["b"] == pytest.approx(1.9)
+    assert found.estimate.n == 3

@@ -1,0 +1,26 @@
+"""How many cores there are: bound to, and of a container's time."""
+
+import os
+
+import pytest
+
+from equipoise_lab.cores import num_cores
+
+
+@pytest.mark.parametrize(
+    ("quota", "cores"),
+    [
+        (None, 6),
+        ("max 100000", 6),
+        ("250000 100000", 2),  # two and a half cores' time: a third thread would wait for the others
+        ("50000 100000", 1),
+        ("1600000 100000", 6),
+        ("", 6),
+    ],
+)
+def test_cores_are_those_that_the_process_and_its_container_may_use(quota, cores, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(6)), raising=False)
+    file = tmp_path / "cpu.max"
+    if quota is not None:
+        file.write_text(quota + "\n")
+    assert num_cores(file) == cores

@@ -1,0 +1,172 @@
+import json
+import math
+import os
+import shutil
+
+import pytest
+
+from equipoise.errors import EquipoiseError, UsageError
+from equipoise_lab import records
+from equipoise_lab.records import Run, find_runs, write_json
+
+
+def _run(tmp_path, steps=3):
+    run = Run.create(tmp_path / "run", {"strategy": "none", "name": "maß"})
+    for step in range(1, steps + 1):
+        run.append("steps", {"step": step, "loss": 1.0 / step})
+        run.append("loads", {"step": step, "load": [[step, 0]]})
+    run.append("evaluations", {"step": steps, "nats": 2.5})
+    return run
+
+
+def test_a_run_reads_back_what_was_written(tmp_path):
+    run = _run(tmp_path)
+    again = Run(run.path)
+    assert again.config == {"format": 1, "strategy": "none", "name": "maß"}
+    assert list(again.rows("steps")) == [{"step": s, "loss": 1.0 / s} for s in (1, 2, 3)]
+    assert list(again.rows("loads"))[-1] == {"step": 3, "load": [[3, 0]]}
+    assert [row["nats"] for row in again.rows("evaluations")] == [2.5]
+    assert not again.complete
+    run.finish({"nats": 2.5})
+    assert again.complete and again.result == {"nats": 2.5}
+
+
+def test_a_log_that_was_never_written_is_empty(tmp_path):
+    assert list(Run.create(tmp_path / "run", {}).rows("steps")) == []
+
+
+@pytest.mark.parametrize("cut", [1, 2, 5, 12])
+def test_a_torn_last_line_is_dropped(tmp_path, cut):
+    run = _run(tmp_path)
+    path = run.path / "steps.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-cut])
+    kept = [row["step"] for row in run.rows("steps")]
+    # without its newline alone the last line is whole: it may be kept
+    assert kept == [1, 2] or (cut == 1 and kept == [1, 2, 3])
+    assert path.read_bytes() == whole[:-cut], "reading never changes anything"
+
+
+@pytest.mark.parametrize("cut", [1, 2, 5, 12])
+def test_a_resumed_run_goes_on_after_a_torn_line(tmp_path, cut):
+    run = _run(tmp_path)
+    path = run.path / "steps.jsonl"
+    path.write_bytes(path.read_bytes()[:-cut])
+    run.rewind(2)
+    run.append("steps", {"step": 3, "loss": 9.0})
+    assert [(row["step"], row["loss"]) for row in run.rows("steps")] == [(1, 1.0), (2, 0.5), (3, 9.0)]
+
+
+def test_every_cut_of_a_log_reads_as_its_first_lines(tmp_path):
+    run = _run(tmp_path)
+    path = run.path / "steps.jsonl"
+    whole = path.read_bytes()
+    rows = list(run.rows("steps"))
+    for end in range(len(whole) + 1):
+        path.write_bytes(whole[:end])
+        found = list(run.rows("steps"))
+        assert found == rows[: len(found)]
+        assert len(found) in (whole[:end].count(b"\n"), whole[:end].count(b"\n") + 1)
+
+
+@pytest.mark.parametrize("damage", [b'{"step": 2, "lo', b"[1, 2]", b'{"loss": 1}', b"\xff\xfe", b"nonsense"])
+def test_damage_elsewhere_names_file_and_line(tmp_path, damage):
+    run = _run(tmp_path)
+    path = run.path / "steps.jsonl"
+    lines = path.read_bytes().split(b"\n")
+    lines[1] = damage
+    path.write_bytes(b"\n".join(lines))
+    with pytest.raises(EquipoiseError, match=r"steps\.jsonl must hold one JSON object a line: line 2 is damaged"):
+        list(run.rows("steps"))
+
+
+def test_a_damaged_last_line_that_is_whole_is_not_a_torn_one(tmp_path):
+    run = _run(tmp_path)
+    with open(run.path / "steps.jsonl", "ab") as file:
+        file.write(b"nonsense\n")
+    with pytest.raises(EquipoiseError, match="line 4 is damaged"):
+        list(run.rows("steps"))
+
+
+def test_rewind_drops_what_came_after_a_step(tmp_path):
+    run = _run(tmp_path)
+    run.finish({"nats": 1})
+    run.rewind(2)
+    assert [row["step"] for row in run.rows("steps")] == [1, 2]
+    assert [row["step"] for row in run.rows("loads")] == [1, 2]
+    assert list(run.rows("evaluations")) == []
+    assert not run.complete
+    run.rewind(0)
+    assert list(run.rows("steps")) == []
+    assert sorted(p.name for p in run.path.iterdir()) == [
+        "config.json",
+        "evaluations.jsonl",
+        "loads.jsonl",
+        "steps.jsonl",
+    ]
+
+
+def test_rewind_keeps_every_number_exactly(tmp_path):
+    run = Run.create(tmp_path / "run", {})
+    row = {"step": 1, "loss": 0.1 + 0.2, "tiny": 5e-324, "load": [[2**60]], "text": "ÿ\u2028"}
+    run.append("steps", row)
+    run.rewind(1)
+    assert list(run.rows("steps")) == [row]
+
+
+@pytest.mark.parametrize("config", [{"format": 2}, {}, {"format": "1"}, []])
+def test_another_format_is_refused(tmp_path, config):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(EquipoiseError, match="config.json must have format 1: got"):
+        Run(tmp_path)
+
+
+def test_a_missing_or_damaged_config_is_refused(tmp_path):
+    with pytest.raises(EquipoiseError, match="A run folder must hold config.json"):
+        Run(tmp_path)
+    (tmp_path / "config.json").write_text('{"format":')
+    with pytest.raises(EquipoiseError, match="config.json must be JSON: .*damaged"):
+        Run(tmp_path)
+
+
+def test_a_result_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(EquipoiseError, match="must hold result.json"):
+        _run(tmp_path).result  # noqa: B018
+
+
+@pytest.mark.parametrize("broken", ["replace", "fsync", "value"])
+def test_write_json_leaves_the_old_text_or_the_new(tmp_path, monkeypatch, broken):
+    path = tmp_path / "result.json"
+    write_json(path, {"old": 1})
+
+    def fail(*args):
+        raise OSError("killed")
+
+    if broken != "value":
+        monkeypatch.setattr(records.os, broken, fail)
+    with pytest.raises((OSError, TypeError)):
+        write_json(path, {"new": 2} if broken != "value" else {"new": object()})
+    monkeypatch.undo()
+    assert json.loads(path.read_text()) == {"old": 1}
+    write_json(path, {"new": "ÿ"})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"new": "ÿ"}
+    assert os.listdir(tmp_path) == ["result.json"]
+
+
+def test_find_runs(tmp_path):
+    with pytest.raises(UsageError, match="A folder of runs must be there"):
+        find_runs(tmp_path / "nothing")
+    with pytest.raises(UsageError, match="it holds none"):
+        find_runs(tmp_path)
+    run = _run(tmp_path)
+    shutil.copytree(run.path, tmp_path / "another")
+    assert [found.path.name for found in find_runs(tmp_path)] == ["another", "run"]
+    assert [found.path for found in find_runs(run.path)] == [run.path]
+
+
+def test_what_is_not_finite_is_written_as_null(tmp_path):
+    run = Run.create(tmp_path / "run", {"rate": math.inf})
+    run.append("steps", {"step": 1, "loss": math.nan, "load": [1, -math.inf]})
+    assert run.config["rate"] is None
+    assert list(run.rows("steps")) == [{"step": 1, "loss": None, "load": [1, None]}]
+    assert b"NaN" not in (run.path / "steps.jsonl").read_bytes()

@@ -1,0 +1,381 @@
+"""Other selections than top-k: what they choose, what reaches the experts, what is counted, and whom they look at."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from equipoise.attachment import attach
+from equipoise.errors import EquipoiseError, UsageError
+from equipoise.routers.find import find_routers
+from equipoise_lab.records import Run, read_json, write_json
+from equipoise_lab.train.loop import train
+from equipoise_lab.train.models import build_model
+from equipoise_lab.train.selection import expert_choice, hash_table, install_selection, parse_selection, sinkhorn
+
+CHOICES = ["expert-choice", "expert-choice:chunk=8", "expert-choice:chunk=8,shuffled=true", "sinkhorn", "hash"]
+VOCAB = 300
+
+
+def _rows(folder, log="steps"):
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in Run(folder).rows(log)]
+
+
+def _without_times(result):
+    return {key: value for key, value in result.items() if key != "tokens_per_second"}
+
+
+def _draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.fixture
+def model(tiny):
+    def build(selection, **options):
+        built = build_model(tiny(strategy="none", selection=selection, layers=2, **options), VOCAB).train()
+        with torch.no_grad():  # routers that are sure of something
+            for _, router, _, *_ in find_routers(built):
+                router.weight.mul_(50)
+        install_selection(built, selection)
+        return built
+
+    return build
+
+
+def _ids(seed=0, rows=2, length=16):
+    return torch.randint(0, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+# ---- expert choice ----
+
+
+def test_expert_choice_by_hand():
+    scores = torch.tensor([[0.9, 0.8], [0.2, 0.6], [0.5, 0.1], [0.4, 0.7]])
+    tokens, experts = expert_choice(scores, k=1)  # each takes 4 * 1 / 2 = 2
+    assert tokens.tolist() == [0, 2, 0, 3], "token 0 is taken twice, token 1 by nobody"
+    assert experts.tolist() == [0, 0, 1, 1]
+    tokens, experts = expert_choice(scores, k=1, chunk=2)  # each takes 1 of {0, 1} and 1 of {2, 3}
+    assert tokens.tolist() == [0, 0, 2, 3]
+    assert experts.tolist() == [0, 1, 0, 1]
+
+
+def _reference(scores, k, members):
+    """The (token, expert) pairs, chunk by chunk, by sorting: shares no code."""
+    pairs = set()
+    for chunk in members:
+        take = len(chunk) * k // len(scores[0])
+        for expert in range(len(scores[0])):
+            best = sorted(chunk, key=lambda token: -scores[token][expert])
+            pairs |= {(token, expert) for token in best[:take]}
+    return pairs
+
+
+@pytest.mark.parametrize(("chunk", "shuffled"), [(None, False), (24, False), (8, False), (8, True), (12, True)])
+def test_expert_choice_is_the_reference(chunk, shuffled):
+    scores = _draw(24, 4).sigmoid()
+    tokens, experts = expert_choice(scores, 2, chunk, shuffled)
+    order, size = list(range(24)), chunk or 24
+    if shuffled:
+        order = torch.randperm(24, generator=torch.Generator().manual_seed(2106 + 24)).tolist()
+        assert order != sorted(order)
+    members = [order[begin : begin + size] for begin in range(0, 24, size)]
+    pairs = list(zip(tokens.tolist(), experts.tolist(), strict=True))
+    assert len(pairs) == len(set(pairs)) == 24 * 2
+    assert set(pairs) == _reference(scores.tolist(), 2, members)
+    for chunk_of in members:  # the point of it: every expert takes equally many of every chunk
+        counts = [sum(1 for t, e in pairs if e == expert and t in chunk_of) for expert in range(4)]
+        assert counts == [size * 2 // 4] * 4
+
+
+@pytest.mark.parametrize("selection", CHOICES)
+def test_what_the_layer_gives_is_the_weighted_sum_over_the_chosen(model, selection):
+    """Token by token, expert by expert, in float64, from the logits that the router gave."""
+    model = model(selection)
+    layer, ids, seen = model.model.layers[1].mlp, _ids(), {}
+    layer.gate.register_forward_hook(lambda m, a, out: seen.update(router=out))
+    layer.experts.register_forward_hook(lambda m, a, out: seen.update(hidden=a[0].detach().double(), output=out))
+    model(input_ids=ids, use_cache=False)
+    logits = seen["router"][0]
+    hidden, scores = seen["hidden"], logits.double().sigmoid().tolist()
+    into, out_of = layer.experts.gate_up_proj.detach().double(), layer.experts.down_proj.detach().double()
+    name, _, options = selection.partition(":")
+    if name == "expert-choice":
+        order = list(range(32))
+        if "shuffled" in options:
+            order = torch.randperm(32, generator=torch.Generator().manual_seed(2106 + 32)).tolist()
+        size = 8 if "chunk" in options else 32
+        pairs = _reference(scores, 2, [order[begin : begin + size] for begin in range(0, 32, size)])
+        chosen = [[e for e in range(4) if (t, e) in pairs] for t in range(32)]
+        assert {len(one) for one in chosen} - {2}, "as top-k: the test proves nothing"
+    elif name == "hash":
+        chosen = [hash_table(VOCAB, 2, 4, 1)[token].tolist() for token in ids.flatten().tolist()]
+    else:
+        chosen = _loop_sinkhorn(logits.tolist(), 20)
+        chosen = [sorted(range(4), key=lambda e, row=row: -row[e])[:2] for row in chosen]
+    expected = torch.zeros_like(hidden)
+    for t in range(32):
+        for e in chosen[t]:
+            gate, up = (into[e] @ hidden[t]).chunk(2)
+            share = scores[t][e] / sum(scores[t][j] for j in chosen[t])
+            expected[t] += share * (out_of[e] @ (torch.nn.functional.silu(gate) * up))
+    assert expected.abs().max() > 1e-3
+    torch.testing.assert_close(seen["output"].double(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_gradient_reaches_router_and_experts(model):
+    model = model("expert-choice:chunk=8")
+    model(input_ids=_ids(), use_cache=False).logits.square().sum().backward()
+    layer = model.model.layers[0].mlp
+    for weight in (layer.gate.weight, layer.experts.gate_up_proj, layer.experts.down_proj):
+        assert weight.grad.abs().sum(tuple(range(1, weight.dim()))).min() > 0, "of every expert"
+
+
+@pytest.mark.parametrize(("selection", "leaks"), [*zip(CHOICES, [True] * 4 + [False], strict=True), ("top-k", False)])
+def test_who_looks_at_later_tokens(model, selection, leaks):
+    model, ids = model(selection), _ids()
+    other = ids.clone()
+    other[:, 12:] = (other[:, 12:] + 7) % VOCAB
+
+    def same():
+        with torch.no_grad():
+            one, two = (model(input_ids=x, use_cache=False).logits[:, :12] for x in (ids, other))
+        return torch.allclose(one, two, rtol=1e-5, atol=1e-6)
+
+    assert same() != leaks
+    model.eval()
+    assert same(), "an evaluation is causal"
+
+
+@pytest.mark.parametrize("selection", ["expert-choice", "sinkhorn"])
+def test_an_evaluation_is_plain_top_k(model, selection):
+    ours, plain = model(selection).eval(), model("top-k").eval()
+    assert plain.model.layers[0].mlp.gate.__class__.__mro__[1] is torch.nn.Module, "top-k touches nothing"
+    with torch.no_grad():
+        assert torch.equal(*(m(input_ids=_ids(), use_cache=False).logits for m in (ours, plain)))
+        ours.train()
+        assert not torch.equal(*(m(input_ids=_ids(), use_cache=False).logits for m in (ours, plain)))
+
+
+def test_a_router_that_is_called_by_itself_is_the_familys_own(model):
+    """So attach proves the plain router; within the model the selection acts, before attach and after."""
+    model = model("expert-choice")
+    router = model.model.layers[0].mlp.gate
+    hidden = _draw(32, 32).float()
+    expected = router.weight @ hidden.T
+    assert torch.equal(router(hidden)[2].sort().values, expected.T.topk(2).indices.sort().values)
+    for _ in range(2):  # and attached again
+        balance = attach(model, "none")
+        model(input_ids=_ids(), use_cache=False)
+        balance.step()
+        assert [load.tolist() for load in balance.load.values()] == [[16] * 4] * 2
+        balance.detach()
+    model(input_ids=_ids(), use_cache=False)
+    assert router._selection.token_ids is None, "the experts took what the router left"
+    assert torch.equal(router(hidden)[2].sort().values, expected.T.topk(2).indices.sort().values), "after a forward too"
+
+
+# ---- Sinkhorn and hash ----
+
+
+def test_sinkhorn_by_hand():
+    logits = torch.tensor([[4.0, 1.0], [1.0, 1.0]]).log()  # rows: /5, /2; then columns: sums 1.3 and 0.7, wanted 1
+    expected = torch.tensor([[0.8 / 1.3, 0.2 / 0.7], [0.5 / 1.3, 0.5 / 0.7]], dtype=torch.float64)
+    torch.testing.assert_close(sinkhorn(logits.double(), 1), expected)
+
+
+def _loop_sinkhorn(logits, iterations):
+    m = [[math.exp(z) for z in row] for row in logits]
+    for _ in range(iterations):
+        m = [[x / sum(row) for x in row] for row in m]
+        sums = [sum(row[e] for row in m) * len(m[0]) / len(m) for e in range(len(m[0]))]
+        m = [[x / sums[e] for e, x in enumerate(row)] for row in m]
+    return m
+
+
+def test_sinkhorn_of_an_expert_that_nobody_wants_is_finite():
+    logits = torch.zeros(4, 3)
+    logits[:, 2] = -800.0
+    assert sinkhorn(logits).isfinite().all()
+
+
+def test_sinkhorn_is_the_reference_and_its_marginals_are_even():
+    logits = 3 * _draw(40, 8)
+    for iterations in (1, 3):
+        expected = torch.tensor(_loop_sinkhorn(logits.tolist(), iterations), dtype=torch.float64)
+        torch.testing.assert_close(sinkhorn(logits, iterations), expected, rtol=1e-10, atol=0)
+    found = sinkhorn(logits, 300)
+    torch.testing.assert_close(found.sum(1), torch.ones(40, dtype=torch.float64), rtol=1e-6, atol=0)
+    torch.testing.assert_close(found.sum(0), torch.full((8,), 5.0, dtype=torch.float64), rtol=1e-10, atol=0)
+    assert sinkhorn(1e4 * logits.float()).isfinite().all()
+
+
+def test_a_hash_is_fixed_distinct_and_another_in_every_layer(model):
+    tables = [hash_table(VOCAB, 2, 4, layer) for layer in (0, 1)]
+    assert not tables[0].equal(tables[1])
+    for table in tables:
+        assert (table[:, 0] != table[:, 1]).all()
+        share = table.flatten().bincount(minlength=4) / (2 * VOCAB)
+        assert (share - 0.25).abs().max() < 0.05
+    hash_table.cache_clear()
+    assert hash_table(VOCAB, 2, 4, 1).equal(tables[1]), "drawn again, it is the same"
+    model, ids = model("hash"), _ids()
+    for training in (True, False):
+        model.train(training)
+        for number, layer in enumerate(model.model.layers):
+            seen = []
+            handle = layer.mlp.gate.register_forward_hook(lambda m, a, out, seen=seen: seen.append(out[2]))
+            model(input_ids=ids, use_cache=False)
+            handle.remove()
+            assert seen[0].equal(tables[number][ids.flatten()])
+
+
+# ---- runs ----
+
+
+@pytest.mark.parametrize("selection", CHOICES)
+def test_every_selection_trains_is_evaluated_and_recorded(tiny, silent, selection):
+    config = tiny(steps=3, strategy="none", selection=selection, save_model=False, evaluate_every=2)
+    result = train(config, silent())
+    run = Run(config.out)
+    assert run.config["options"]["selection"] == selection
+    assert run.config["strategy"] == result["strategy"] == f"none, selection {selection}"
+    loads = [layer for row in run.rows("loads") for layer in row["load"]]
+    assert all(sum(layer) == 3 * 2 * 16 * 2 for layer in loads)
+    assert all(len(set(layer)) == 1 for layer in loads) == selection.startswith("expert-choice")
+    for row in run.rows("evaluations"):
+        assert 0 < row["topk_score_sum"] <= 1
+        assert all(sum(layer) == domain["tokens"] * 2 for domain in row["domains"].values() for layer in domain["load"])
+
+
+def test_a_hash_without_training_of_the_gate_is_evaluated_by_its_own_choice(tiny, silent):
+    config = tiny(steps=1, strategy="none", selection="hash", save_model=False)
+    train(config, silent())
+    row = _rows(config.out, "evaluations")[-1]
+    assert row["topk_score_sum"] == pytest.approx(0.5, abs=0.02), "k/E: no choice by scores"
+
+
+@pytest.mark.parametrize("selection", ["expert-choice:chunk=16,shuffled=true", "sinkhorn", "hash"])
+def test_a_run_that_was_stopped_goes_on_bit_for_bit(tiny, silent, tmp_path, selection):
+    options = {"strategy": "none", "then": "z", "switch_at": 6, "steps": 8, "checkpoint_every": 2}
+    options |= {"selection": selection, "save_model": False}
+    whole = train(tiny(out=tmp_path / "whole", **options), silent())
+    for stop_after, done in ((5, 4), (7, 6)):
+        cut = tmp_path / str(stop_after)
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny(out=cut, **options), silent(stop_after))
+        watcher = silent()
+        resumed = train(tiny(out=cut, **options, resume=True), watcher)
+        assert watcher.done == done
+        assert _without_times(resumed) == _without_times(whole)
+        for log in ("steps", "loads", "evaluations"):
+            assert _rows(cut, log) == _rows(tmp_path / "whole", log)
+
+
+def test_the_model_of_expert_choice_is_saved_and_routes_as_it_was_evaluated(tiny, silent):
+    from transformers import AutoModelForCausalLM
+
+    config = tiny(steps=2, strategy="none", selection="expert-choice")
+    train(config, silent())
+    saved = AutoModelForCausalLM.from_pretrained(config.out / "model").eval()
+    again = build_model(config, saved.config.vocab_size)
+    install_selection(again, config.selection)
+    again.load_state_dict(saved.state_dict())
+    with torch.no_grad():
+        one, two = (m.eval()(input_ids=_ids() % 200, use_cache=False).logits for m in (saved, again))
+    torch.testing.assert_close(one, two)
+
+
+def test_a_folder_from_before_the_options_goes_on_with_their_defaults(tiny, silent):
+    config = tiny(steps=2)
+    result = train(config, silent())
+    facts = read_json(config.out / "config.json")
+    for name in ("selection", "gate"):
+        del facts["options"][name]
+    write_json(config.out / "config.json", facts)
+    assert train(tiny(steps=2, resume=True), silent()) == result
+    with pytest.raises(EquipoiseError, match="has selection='top-k', got 'sinkhorn'"):
+        train(tiny(steps=2, strategy="none", selection="sinkhorn", resume=True), silent())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"selection": "magic"}, "must be one of top-k, expert-choice, sinkhorn, hash: got 'magic'"),
+        ({"selection": "expert-choice:size=3"}, r"must be chunk=\.\.\. or shuffled=\.\.\., once: got 'size=3'"),
+        ({"selection": "hash:seed=3"}, "must be left out: it has none, once: got 'seed=3'"),
+        ({"selection": "expert-choice:chunk=8,chunk=8"}, "once: got 'chunk=8'"),
+        ({"selection": "expert-choice:chunk=0"}, "chunk must be at least 1: got 0"),
+        ({"selection": "expert-choice:shuffled=yes"}, "shuffled must be true or false: got 'yes'"),
+        ({"selection": "sinkhorn:iterations=1.5"}, "iterations must be a whole number: got '1.5'"),
+        ({"selection": "expert-choice:chunk=5"}, "chunk must divide the tokens of a router call: got 5 of 32"),
+        ({"selection": "expert-choice:chunk=1"}, r"a whole number tokens \* k / experts: got 1 \* 2 / 4"),
+        ({"selection": "sinkhorn", "arch": "olmoe"}, "must go with --arch glm4_moe: got olmoe"),
+        ({"selection": "sinkhorn", "strategy": "loss-free"}, "must go with the strategy none or z: got loss-free"),
+        ({"selection": "sinkhorn", "strategy": "z+lbl"}, "must go with the strategy none or z: got z[+]lbl"),
+        ({"selection": "sinkhorn", "then": "lbl", "switch_at": 3}, "must go with the strategy none or z: got lbl"),
+        ({"selection": "hash", "save_model": True}, "hash must go with --no-save-model"),
+        ({"selection": "sinkhorn", "gate": "softmax"}, "must go with the sigmoid gate: got --gate softmax"),
+        ({"gate": "softmax", "arch": "deepseek_v3"}, "--gate softmax must go with --arch glm4_moe: got deepseek_v3"),
+        ({"gate": "sigmoid", "arch": "mixtral"}, "--gate sigmoid must go with --arch glm4_moe: got mixtral"),
+        ({"gate": "softmax", "save_model": True}, "--gate softmax must go with --no-save-model"),
+        ({"gate": "softmax", "experts_per_token": 1}, "must have at least two experts a token"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_written(tiny, silent, options, message):
+    with pytest.raises(UsageError, match=message):
+        train(tiny(**{"strategy": "none", "save_model": False, **options}), silent())
+    assert not tiny().out.exists()
+
+
+def test_a_model_of_its_own_keeps_its_selection_and_its_gate(tiny, silent, tmp_path):
+    write_json(tmp_path / "config.json", {})
+    for options in ({"selection": "sinkhorn"}, {"gate": "softmax"}):
+        with pytest.raises(UsageError, match="must go with --arch glm4_moe: got --model"):
+            train(tiny(strategy="none", save_model=False, model=tmp_path, **options), silent())
+
+
+def test_a_selection_is_read_from_its_string():
+    found = parse_selection("expert-choice:shuffled=true,chunk=12")
+    assert (found.chunk, found.shuffled) == (12, True)
+    assert parse_selection("sinkhorn:iterations=3").iterations == 3
+    assert parse_selection("top-k") is None
+
+
+# ---- --gate ----
+
+
+def test_runs_of_a_seed_differ_by_the_gate_only(tiny):
+    after = {}
+    built = {}
+    for gate in ("auto", "sigmoid", "softmax"):
+        built[gate] = build_model(tiny(gate=gate, save_model=False), VOCAB)
+        after[gate] = torch.rand(1)
+    states = {gate: model.state_dict() for gate, model in built.items()}
+    for gate in ("sigmoid", "softmax"):
+        assert states[gate].keys() == states["auto"].keys()
+        assert all(value.equal(states["auto"][name]) for name, value in states[gate].items())
+        assert after[gate] == after["auto"], "random numbers were used up"
+    assert [kind.gate for model in built.values() for _, _, kind, *_ in find_routers(model)] == [
+        "sigmoid",
+        "sigmoid",
+        "softmax",
+    ]
+    hidden = _draw(5, 32).float()
+    routers = {gate: find_routers(model)[0][1] for gate, model in built.items()}
+    outputs = {gate: router(hidden) for gate, router in routers.items()}
+    torch.testing.assert_close(outputs["softmax"][0], outputs["auto"][0])
+    chosen = outputs["softmax"][0].softmax(-1).gather(1, outputs["softmax"][2])
+    torch.testing.assert_close(outputs["softmax"][1], chosen / chosen.sum(-1, keepdim=True))
+
+
+def test_the_softmax_gate_trains_and_is_recorded(tiny, silent, tmp_path):
+    found = {}
+    for gate in ("auto", "softmax"):
+        config = tiny(out=tmp_path / gate, gate=gate, steps=3, save_model=False)
+        result = train(config, silent())
+        found[gate] = Run(config.out).config
+        assert result["strategy"] == config.strategy + ("" if gate == "auto" else ", gate softmax")
+    assert (found["auto"]["gate"], found["softmax"]["gate"]) == ("sigmoid", "softmax")
+    assert found["auto"]["num_parameters"] == found["softmax"]["num_parameters"]
+    assert json.loads((tmp_path / "softmax" / "result.json").read_text())["steps"] == 3

@@ -1,0 +1,329 @@
+import math
+
+import pytest
+import reference
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from equipoise import Frozen, LossFree
+from equipoise.balancers import Layers
+from equipoise.load import expert_load
+from equipoise.metrics import max_violation
+from equipoise.routing import GATES, route
+
+ADDED = ["sign", "proportional", "rms", "momentum"]
+rules = pytest.mark.parametrize("rule", ADDED)
+centers = pytest.mark.parametrize("center", [True, False])
+
+
+def _prepared(offset, gate="sigmoid", k=2, **options):
+    balancer = LossFree(**options)
+    balancer.prepare(Layers(gate, k, offset))
+    return balancer
+
+
+def test_sign_rule_by_hand():
+    # mean 3: -, +, +, +; centred: the mean sign is 1/2
+    load = torch.tensor([[6, 2, 2, 2]])
+    plain = _prepared(torch.zeros(1, 4), rate=0.5, rule="sign", center=False)
+    plain.update(load)
+    assert_close(plain.offset(), torch.tensor([[-0.5, 0.5, 0.5, 0.5]]))
+    centred = _prepared(torch.zeros(1, 4), rate=0.5, rule="sign")
+    centred.update(load)
+    assert_close(centred.offset(), torch.tensor([[-0.75, 0.25, 0.25, 0.25]]))
+
+
+def test_proportional_rule_by_hand():
+    # mean 2: errors (2 - 6)/2, (2 - 1)/2, (2 - 1)/2, (2 - 0)/2
+    balancer = _prepared(torch.zeros(1, 4), rate=0.1, rule="proportional")
+    balancer.update(torch.tensor([[6, 1, 1, 0]]))
+    assert_close(balancer.offset(), torch.tensor([[-0.2, 0.05, 0.05, 0.1]]))
+
+
+def test_rms_rule_by_hand():
+    # errors -3, 1, 1, 1: root of the mean square is sqrt(12/4)
+    balancer = _prepared(torch.zeros(1, 4), rate=0.1, rule="rms")
+    balancer.update(torch.tensor([[6, 2, 2, 2]]))
+    assert_close(balancer.offset(), 0.1 / math.sqrt(3) * torch.tensor([[-3.0, 1, 1, 1]]))
+
+
+def test_momentum_rule_by_hand():
+    # mean 2: v = -1, 1/2, 1/2, 0; tanh(2 v), centred; half of it in the first step, then 1/2 m + 1/2 d
+    balancer = _prepared(torch.zeros(1, 4), rate=0.1, rule="momentum")
+    load = torch.tensor([[4, 1, 1, 2]])
+    clamped = torch.tensor([-math.tanh(2), math.tanh(1), math.tanh(1), 0])
+    d = 0.1 * (clamped - clamped.mean())
+    balancer.update(load)
+    assert_close(balancer.state()["momentum"][0], d / 2)
+    balancer.update(load)
+    assert_close(balancer.state()["momentum"][0], d * 3 / 4)
+    assert_close(balancer.offset()[0], d / 2 + d * 3 / 4)
+
+
+def test_multiplicative_rule_by_hand():
+    # factors 1/2, 3/2, 3/2, 3/2; centred: divided by their mean 5/4
+    plain = _prepared(torch.zeros(1, 4), rate=0.5, rule="multiplicative", center=False)
+    plain.update(torch.tensor([[6, 2, 2, 2]]))
+    assert_close(plain.offset(), torch.tensor([[-0.5, 0.5, 0.5, 0.5]]))
+    centred = _prepared(torch.zeros(1, 4), rate=0.5, rule="multiplicative")
+    centred.update(torch.tensor([[6, 2, 2, 2]]))
+    assert_close(centred.offset(), torch.tensor([[-0.6, 0.2, 0.2, 0.2]]))
+    for _ in range(9):
+        plain.update(torch.tensor([[6, 2, 2, 2]]))
+    assert plain.offset()[0, 0] == -1.0  # a factor of 0: below it the worst score would win
+
+
+def test_micro_batch_signs_by_hand():
+    # signs (-, +, +, +), (+, -, +, +) and an empty micro-batch: means 0, 0, 1, 1; centred: minus 1/2
+    balancer = _prepared(torch.zeros(1, 4), rate=0.5, rule="sign", scope="micro_batch")
+    loads = [torch.tensor([[6, 2, 2, 2]]), torch.tensor([[0, 9, 1, 1]]), torch.zeros(1, 4, dtype=torch.int64)]
+    statistic = sum(balancer.micro_batch_statistic(load) for load in loads)
+    assert statistic.tolist() == [[0, 0, 2, 2, 2]]
+    balancer.update(sum(loads), statistic)
+    assert_close(balancer.offset(), torch.tensor([[-0.25, -0.25, 0.25, 0.25]]))
+    with pytest.raises(ValueError, match="must have the signs of the micro-batches"):
+        balancer.update(sum(loads))
+
+
+@centers
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+def test_micro_batch_signs_equal_the_reference(center, dtype, atol):
+    generator = torch.Generator().manual_seed(1)
+    balancer = _prepared(torch.zeros(2, 6, dtype=dtype), rate=1e-2, rule="sign", scope="micro_batch", center=center)
+    expected = torch.zeros(2, 6).tolist()
+    for number in range(20):
+        loads = torch.randint(0, 12, (5, 2, 6), generator=generator)
+        loads[number % 5] = 0
+        statistic = sum(balancer.micro_batch_statistic(load) for load in loads)
+        balancer.update(loads.sum(0), statistic)
+        expected = [
+            reference.micro_batch_sign_rule(b, loads[:, layer].tolist(), 1e-2, center)
+            for layer, b in enumerate(expected)
+        ]
+    assert_close(balancer.offset(), torch.tensor(expected, dtype=dtype), rtol=0, atol=atol)
+
+
+@centers
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+@pytest.mark.parametrize("beta", [0.0, 0.5, 0.9])
+def test_momentum_equals_the_reference(center, dtype, atol, beta):
+    generator = torch.Generator().manual_seed(1)
+    options = dict(rule="momentum", momentum=beta, sharpness=1.5, center=center)
+    balancer = _prepared(torch.zeros(2, 6, dtype=dtype), rate=1e-2, **options)
+    expected = [([0.0] * 6, [0.0] * 6)] * 2
+    for number in range(20):
+        load = torch.randint(0, 12, (2, 6), generator=generator)
+        if number == 3:
+            load[0] = 0  # nothing counted: what is left of the last step
+        balancer.update(load)
+        expected = [
+            reference.momentum_rule(b, m, c, 1e-2, beta, 1.5, center)
+            for (b, m), c in zip(expected, load.tolist(), strict=True)
+        ]
+    assert_close(balancer.offset(), torch.tensor([b for b, _ in expected], dtype=dtype), rtol=0, atol=atol)
+    assert_close(balancer.state()["momentum"], torch.tensor([m for _, m in expected], dtype=dtype), rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "drop"])
+def test_schedules_equal_the_reference(schedule):
+    zero_from = None if schedule == "constant" else 10
+    balancer = _prepared(torch.zeros(1, 2), rate=0.5, rule="sign", schedule=schedule, zero_from=zero_from)
+    previous = 0.0
+    for window in range(15):
+        balancer.update(torch.tensor([[3, 1]]), None, window)
+        rate = reference.rate_at(0.5, window, schedule, 10)
+        assert balancer.rate_at(window) == rate
+        assert_close(balancer.offset()[0, 1].item() - previous, rate, rtol=0, atol=1e-6)
+        previous = balancer.offset()[0, 1].item()
+    # by hand: linear 0.5 * (10 + 9 + ... + 1) / 10, drop 0.5 * 10
+    assert_close(previous, {"constant": 7.5, "linear": 2.75, "drop": 5.0}[schedule], rtol=0, atol=1e-5)
+
+
+def test_a_balancer_that_was_not_copied_keeps_its_rule_for_each_gate():
+    balancer = LossFree()
+    balancer.prepare(Layers("softmax", 1, torch.zeros(1, 2)))
+    assert balancer.rule == "proportional" and not balancer.multiplies
+    assert LossFree(rule="multiplicative").multiplies
+
+
+def test_algorithm_1_of_the_paper():
+    """Wang et al. 2024, Algorithm 1: c_i assigned, c-bar mean, e_i = c-bar - c_i, b_i += u * sign(e_i)."""
+    generator = torch.Generator().manual_seed(0)
+    balancer = _prepared(torch.zeros(1, 8), rate=1e-3, rule="sign", center=False)
+    b = [0.0] * 8
+    for _ in range(20):
+        load = torch.randint(0, 50, (1, 8), generator=generator)
+        balancer.update(load)
+        c = load[0].tolist()
+        e = [sum(c) / 8 - ci for ci in c]
+        b = [bi + 1e-3 * ((ei > 0) - (ei < 0)) for bi, ei in zip(b, e, strict=True)]
+    assert_close(balancer.offset()[0], torch.tensor(b), rtol=0, atol=1e-8)  # float32 sums of 20 steps
+
+
+@pytest.mark.parametrize("rule", ["sign", "proportional", "rms", "multiplicative"])
+@centers
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])  # 30 roundings
+def test_update_equals_the_reference(rule, center, dtype, atol):
+    generator = torch.Generator().manual_seed(1)
+    start = torch.randn(3, 6, generator=generator, dtype=torch.float64)
+    if rule == "multiplicative":  # factors around 1
+        start = 0.2 * start.tanh()
+    balancer = _prepared(start.to(dtype), rate=1e-2, rule=rule, center=center)
+    expected = start.tolist()
+    step = getattr(reference, f"{rule}_rule")
+    for number in range(30):
+        load = torch.randint(0, 40, (3, 6), generator=generator)
+        if number == 7:
+            load[1] = 0
+        balancer.update(load)
+        expected = [step(b, c, 1e-2, center) for b, c in zip(expected, load.tolist(), strict=True)]
+    assert_close(balancer.offset(), torch.tensor(expected, dtype=dtype), rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize(
+    ("gate", "rule"), [("softmax", "proportional"), ("sigmoid", "sign"), ("sqrt_softplus", "sign")]
+)
+def test_default_rule_by_gate(gate, rule):
+    assert _prepared(torch.zeros(1, 4), gate).rule == rule
+    other = "sign" if rule == "proportional" else "proportional"
+    assert _prepared(torch.zeros(1, 4), gate, rule=other).rule == other
+
+
+@pytest.mark.parametrize("base", [2**53, 10**16])
+def test_the_sign_is_exact_where_floats_round(base):
+    # counts differ by one in 10^16: float64 does not see it
+    load = torch.tensor([[base + 1, base, base, base]])
+    assert load.double().mean() == load.double()[0, 1]
+    balancer = _prepared(torch.zeros(1, 4), rate=1.0, rule="sign", center=False)
+    balancer.update(load)
+    assert balancer.offset().tolist() == [[-1.0, 1.0, 1.0, 1.0]]
+    balancer.update(torch.tensor([[base, base, base, base]]))
+    assert balancer.offset().tolist() == [[-1.0, 1.0, 1.0, 1.0]]
+
+
+@rules
+@centers
+def test_a_load_at_balance_and_a_load_without_tokens_move_nothing(rule, center):
+    start = torch.tensor([[0.3, -0.1, 0.0]])
+    balancer = _prepared(start, rate=0.1, rule=rule, center=center)
+    for load in ([[7, 7, 7]], [[0, 0, 0]]):
+        balancer.update(torch.tensor(load))
+        assert torch.equal(balancer.offset(), start)
+
+
+@rules
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10**6))
+def test_centred_steps_sum_to_zero_and_permute(rule, seed):
+    generator = torch.Generator().manual_seed(seed)
+    load = torch.randint(0, 1000, (2, 7), generator=generator)
+    order = torch.randperm(7, generator=generator)
+    found = []
+    for counts in (load, load[:, order]):
+        balancer = _prepared(torch.zeros(2, 7), rate=1.0, rule=rule)
+        balancer.update(counts)
+        assert_close(balancer.offset().sum(-1), torch.zeros(2), rtol=0, atol=5e-6)  # float32 sums of 7 terms to 7
+        found.append(balancer.offset())
+    assert_close(found[1], found[0][:, order], rtol=0, atol=1e-6)
+
+
+@rules
+def test_layers_do_not_mix(rule):
+    load = torch.tensor([[9, 0, 0], [1, 4, 7]])
+    both = _prepared(torch.zeros(2, 3), rate=0.1, rule=rule)
+    both.update(load)
+    for row in range(2):
+        one = _prepared(torch.zeros(1, 3), rate=0.1, rule=rule)
+        one.update(load[row : row + 1])
+        assert torch.equal(one.offset()[0], both.offset()[row])
+
+
+@pytest.mark.parametrize(
+    ("gate", "rule", "rate"),
+    [
+        ("sigmoid", "sign", 0.01),
+        ("sqrt_softplus", "sign", 0.02),
+        ("softmax", "proportional", 0.02),
+        ("sigmoid", "rms", 0.01),
+        ("softmax", "rms", 0.003),
+        ("sigmoid", "momentum", 0.02),
+    ],
+)
+@pytest.mark.parametrize("center", [True, False])
+def test_a_skewed_router_evens_out(gate, rule, rate, center):
+    generator, skew = torch.Generator().manual_seed(0), torch.tensor([2.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0])
+    balancer, history = _prepared(torch.zeros(1, 8), gate, rate=rate, rule=rule, center=center), []
+    for _ in range(200):
+        logits = torch.randn(512, 8, generator=generator) + skew
+        load = expert_load(route(logits, 2, gate=gate, offset=balancer.offset()[0]).expert_ids, 8)
+        history.append(float(max_violation(load)))
+        balancer.update(load[None])
+    assert history[0] > 1.5, "the input is not skewed: the test proves nothing"
+    assert sum(history[-20:]) / 20 < 0.3  # floor 0.11, plus the swing of the rate
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_the_offset_is_a_copy_of_the_start_and_the_state_itself(gate):
+    start = torch.zeros(1, 3)
+    balancer = _prepared(start, gate, rate=0.1)
+    held = balancer.offset()
+    balancer.update(torch.tensor([[9, 0, 0]]))
+    assert balancer.offset() is held and held[0, 0] < 0
+    assert torch.equal(start, torch.zeros(1, 3))
+
+
+def test_frozen_never_moves():
+    balancer = Frozen()
+    balancer.prepare(Layers("softmax", 1, torch.tensor([[0.5, -0.5]])))
+    balancer.update(torch.tensor([[100, 0]]))
+    assert balancer.offset().tolist() == [[0.5, -0.5]]
+    assert balancer.has_offset and not balancer.has_loss
+
+
+@pytest.mark.parametrize("rate", [0, -1e-3, math.inf, math.nan, "fast", True, None])
+def test_rate_must_be_finite_and_above_zero(rate):
+    with pytest.raises(ValueError, match="rate must be (a finite number|above 0): got"):
+        LossFree(rate=rate)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rule": "cubic"}, "rule must be one of sign, proportional, rms, multiplicative, momentum: got 'cubic'"),
+        ({"center": 1.0}, "center must be true or false: got 1.0"),
+        ({"rate": 0}, "To switch balancing off, use the strategy none"),
+    ],
+)
+def test_bad_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        LossFree(**options)
+
+
+@pytest.mark.parametrize("load", [torch.zeros(1, 3).long(), torch.zeros(4).long(), torch.zeros(1, 4)])
+def test_update_refuses_another_shape_or_dtype(load):
+    with pytest.raises(ValueError, match=r"int64 count per expert of each layer: expected shape \(1, 4\)"):
+        _prepared(torch.zeros(1, 4)).update(load)
+
+
+def test_notes_say_that_a_run_is_too_short():
+    (note,) = LossFree(rate=1e-3, rule="sign").notes(100)
+    assert "100 steps" in note and "rate 0.001" in note and "at most 0.1" in note
+    assert LossFree(rate=1e-3, rule="sign").notes(10_000) == []
+    (note,) = LossFree(rate=1e-2, rule="sign").notes(100)  # far enough, but only for it is faster than the paper
+    assert "at most 1;" in note and "0.1, too short a way" in note
+    assert LossFree(rate=1e-2, rule="sign").notes(1000) == []
+    assert LossFree(rate=1e-3, rule="proportional").notes(100) == []
+    (note,) = LossFree(rate=0.5, rule="sign").notes(1000)
+    assert "swings" in note and LossFree(rate=0.1, rule="sign").notes(1000) == []
+    (note,) = LossFree(rate=1e-2, rule="sign", schedule="drop", zero_from=20).notes(1000)
+    assert "1000 steps" in note and "at most 0.2" in note
+
+
+def test_notes_say_how_large_a_step_is_on_a_softmax_gate():
+    (note,) = _prepared(torch.zeros(1, 128), "softmax", rate=1e-3, rule="sign").notes(100)
+    assert "128 experts a step of 0.001 is 13% of a mean score" in note  # the paper's own example, appendix C
+    assert _prepared(torch.zeros(1, 128), "softmax", rate=1e-3).notes(100) == []
+    assert _prepared(torch.zeros(1, 8), "softmax", rate=1e-3, rule="sign").notes(100) == []  # 1 % of a mean score
+    assert "softmax" not in str(_prepared(torch.zeros(1, 128), "sigmoid", rate=1e-3).notes(100))

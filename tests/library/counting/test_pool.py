@@ -1,0 +1,106 @@
+"""What ranks tell each other, as far as one process can show it; ``distributed/`` has the rest."""
+
+import pytest
+import torch
+from models import VOCAB, family, tiny_lm
+
+import equipoise
+from equipoise.counting.exchange import MARK
+from equipoise.counting.pool import Pool, digest
+from equipoise.load import Layout
+
+
+class _Event:
+    waited = False
+
+    def synchronize(self):
+        self.waited = True
+
+
+def _attached(strategy="loss-free"):
+    model = tiny_lm()
+    return model, equipoise.attach(model, strategy)
+
+
+def test_one_process_has_no_group_and_no_traffic():
+    pool = Pool(None)
+    assert pool.size == 1 and pool.gather("x") == ["x"] and pool.all_reduce(torch.ones(2)) is None
+    assert (pool.collectives, pool.num_bytes) == (0, 0)
+
+
+def test_an_error_of_one_process_is_its_own():
+    with pytest.raises(KeyError, match="x"):
+        Pool(None).agree("attach", None, KeyError("x"))
+    assert Pool(None).agree("attach", 3, None) == [3]
+
+
+@pytest.mark.parametrize(
+    "told, words",
+    [
+        ([0, -1], "on another rank one did not"),
+        ([0, 3, 1, 2, 3], "closed it after 2"),
+        ([MARK + 7, 3], "1 of 2 ranks are at the end of"),
+    ],
+)
+def test_bad_news_on_its_way_from_a_gpu_is_read_before_the_next_collective(told, words):
+    model, balance = _attached()
+    exchange, event = balance._window.exchange, _Event()
+    exchange.pool.size = 2
+    exchange._unread.append((torch.tensor(told), event, False))
+    model(torch.randint(0, VOCAB, (2, 7)))
+    with pytest.raises(equipoise.EquipoiseError, match=words):
+        balance.step()
+    assert event.waited and not exchange._unread
+    exchange._unread.append((torch.tensor([5, 0]), event, False))
+    assert balance.metrics() == {}  # good news
+
+
+def test_loads_come_first_so_that_they_can_travel_alone():
+    layout = Layout([3, 2])
+    assert (layout.loads, layout.header, layout.tokens) == (slice(0, 5), slice(5, 8), slice(8, 10))
+    assert len(layout.zeros(torch.device("cpu"))) == 10
+    assert len(Layout([]).zeros(torch.device("cpu"))) == 3
+
+
+def test_a_digest_is_of_the_content():
+    value = {"a": torch.tensor([1.0, 2.0]), "b": {"c": 3}}
+    assert digest(value) == digest({"b": {"c": 3}, "a": torch.tensor([1.0, 2.0])})
+    for other in ({"a": torch.tensor([1.0, 2.5]), "b": {"c": 3}}, {**value, "b": {"c": 4}}, {**value, "d": 0}):
+        assert digest(other) != digest(value)
+
+
+def test_a_stage_without_routers_does_nothing_and_says_so():
+    model = torch.nn.Linear(2, 2)
+    with pytest.raises(equipoise.EquipoiseError, match="allow_empty=True"):
+        equipoise.attach(model, "loss-free")
+    balance = equipoise.attach(model, "loss-free+lbl", allow_empty=True)
+    loss = model(torch.ones(1, 2)).sum() + balance.loss()
+    loss.backward()
+    balance.step()
+    with balance.measuring() as load:
+        model(torch.ones(1, 2))
+    assert load == {} and balance.load == {} and balance.offsets == {} and balance.metrics() == {}
+    assert int(balance.num_tokens) == 0 and str(balance) == "Balance('loss-free+lbl', 0 layers)"
+    state = balance.state_dict()
+    assert state["num_windows"] == 1
+    other = equipoise.attach(torch.nn.Linear(2, 2), "loss-free+lbl", allow_empty=True)
+    other.load_state_dict(state)
+    assert other.state_dict() == state and balance.detach() == {}
+    with pytest.raises(equipoise.EquipoiseError, match="must be called before detach"):
+        balance.step()
+
+
+def test_a_model_with_an_unknown_mixture_of_experts_is_not_empty():
+    class OtherMoE(torch.nn.Module):
+        pass
+
+    with pytest.raises(equipoise.EquipoiseError, match="OtherMoE"):
+        equipoise.attach(torch.nn.Sequential(OtherMoE()), "none", allow_empty=True)
+
+
+@pytest.mark.parametrize(
+    "name, options", [("glm4_moe", {"first_k_dense_replace": 2}), ("qwen3_moe", {"mlp_only_layers": [0, 1]})]
+)
+def test_a_stage_of_dense_layers_of_a_family_is_empty(name, options):
+    stage = family(name, **options).model
+    assert len(equipoise.attach(stage, "deepseek-v3", allow_empty=True).offsets) == 0

@@ -1,0 +1,148 @@
+"""One table: every way to run a training step gives the exact two-pass gradient and counts every token once.
+
+{eager, checkpoint non-reentrant, reentrant, compile fullgraph, compile over checkpoint, checkpoint over compile}
+x {float32, bfloat16 autocast} x {loss scale 1, 1024} x {forwards first, plain loop}
+x {one process, 2 gloo ranks under DDP, 2 under FSDP2}, with Loss-Free offsets and losses of all three scopes at once,
+on micro-batches that are whole, padded and empty. Cells that make no sense for reasons of torch are named in
+``grid.impossible``.
+"""
+
+from functools import cache
+
+import grid
+import pytest
+import torch
+from ranks import run_on_ranks
+
+import equipoise
+from equipoise.counting.recorder import Recorder
+from equipoise.counting.window import Window
+from equipoise.routers import tap
+
+# by norm over all parameters: float32 rounds to 6e-8; bfloat16 logits carry the same rounded gradient in both
+TOLERANCE = 5e-7
+
+
+@cache
+def _exact(dtype, order, num_ranks):
+    return grid.exact(dtype, order, num_ranks)
+
+
+@cache
+def _prepared(mode, dtype):
+    torch._dynamo.reset()
+    return grid.prepare(grid.Cell(mode, dtype, 1, "plain", "none"))
+
+
+def _expected_offsets(counts):
+    """The sign rule by hand on the sigmoid layer, the proportional one on the softmax layer, both at 1e-2, centred."""
+    found = []
+    for name, layer, rule in zip(grid.OFFSETS, counts, ("sign", "proportional"), strict=True):
+        rule = getattr(grid.reference, f"{rule}_rule")
+        found.append(torch.tensor(rule(grid.OFFSETS[name].tolist(), layer, 1e-2, True)))
+    return found
+
+
+def _check(cell, outcome, num_ranks):
+    gradients, counts = _exact(cell.dtype, cell.order, num_ranks)
+    assert outcome.counts == counts, "a token was counted twice, or not at all, or on the wrong rank"
+    assert grid.error(outcome, gradients) < TOLERANCE
+    for ours, expected in zip(outcome.offsets, _expected_offsets(counts), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6)  # float32 sums of six terms
+
+
+def _parameters(*wrappers):
+    """Cells that share a model, or a pair of processes, stay on one worker."""
+    for wrapper in wrappers:
+        for cell in grid.cells(wrapper):
+            group = wrapper if wrapper != "none" else f"{cell.mode}-{cell.dtype}"
+            yield pytest.param(cell, marks=pytest.mark.xdist_group(group), id="-".join(map(str, cell)))
+
+
+@pytest.mark.parametrize("cell", list(_parameters("none")))
+def test_one_process(cell):
+    _check(cell, grid.run(cell, _prepared(cell.mode, cell.dtype)), 1)
+
+
+@cache
+def _on_two_ranks(wrapper):
+    return run_on_ranks(2, grid.run_cells, wrapper)
+
+
+@pytest.mark.parametrize("cell", list(_parameters("ddp", "fsdp")))
+def test_two_ranks(cell):
+    for results in _on_two_ranks(cell.wrapper):
+        assert not isinstance(results, str), results
+        _check(cell, results[cell], 2)
+
+
+def _eager_error(mode="eager", order="forwards_first"):
+    cell = grid.Cell(mode, "float32", 1, order, "none")
+    outcome = grid.run(cell, grid.prepare(cell))
+    gradients, counts = _exact("float32", order, 1)
+    return grid.error(outcome, gradients), outcome.counts == counts
+
+
+def test_the_table_sees_f_read_early(monkeypatch):
+    def first_micro_batch_only(self):
+        return self.micro_batches[0].vector
+
+    monkeypatch.setattr(Window, "load_pooled", first_micro_batch_only)
+    assert _eager_error()[0] > 1e-2
+
+
+def test_the_table_sees_a_factor_that_is_ignored(monkeypatch):
+    original = Recorder._serve
+    monkeypatch.setattr(Recorder, "_serve", lambda self, *args: (original(self, *args)[0], 1.0))
+    assert _eager_error()[0] > 1e-2
+
+
+def test_the_table_sees_an_offset_that_reaches_the_weights(monkeypatch):
+    def biased(self, func, types, args=(), kwargs=None):
+        if func in (torch.topk, torch.Tensor.topk) and args[0].shape[-1] == self.offset.shape[0]:
+            return torch.topk(args[0] + self.offset, *args[1:], **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    cell = grid.Cell("eager", "float32", 1, "plain", "none")
+    prepared = grid.prepare(cell)  # attach itself refuses such a router
+    monkeypatch.setattr(tap.OffsetTopK, "__torch_function__", biased)
+    assert grid.error(grid.run(cell, prepared), _exact("float32", "plain", 1)[0]) > 1e-2
+
+
+@pytest.mark.parametrize("mode", ["non_reentrant", "reentrant", "checkpoint_over_compile"])
+def test_the_table_sees_recomputation_that_counts(monkeypatch, mode):
+    cell = grid.Cell(mode, "float32", 1, "plain", "none")
+    torch._dynamo.reset()
+    prepared = grid.prepare(cell)
+    grid.run(cell, prepared)  # compiled now: the patch below reaches our run-time test only
+    monkeypatch.setattr(torch._C, "_current_graph_task_id", lambda: -1)
+    try:
+        outcome = grid.run(cell, prepared)
+    except (equipoise.EquipoiseError, ValueError):
+        return  # refused: red as well
+    assert outcome.counts != _exact("float32", "plain", 1)[1]
+
+
+@pytest.mark.parametrize("mode", ["eager", "non_reentrant", "reentrant", "compile"])
+@pytest.mark.parametrize("forgotten", [0, 1, 2])
+def test_a_forgotten_ticket_raises(mode, forgotten):
+    torch._dynamo.reset()
+    model, _, balance = grid.prepare(grid.Cell(mode, "float32", 1, "plain", "none"))
+    for number, micro in enumerate(grid.micro_batches(0)):
+        loss, ticket = model(*micro), balance.loss()
+        if number != forgotten:
+            (loss + ticket).backward()
+            continue
+        with pytest.raises(equipoise.EquipoiseError, match=r"balance.loss\(\) must be added"):
+            loss.backward()
+        return
+
+
+def test_a_forgotten_ticket_raises_with_forwards_first():
+    model, _, balance = grid.prepare(grid.Cell("non_reentrant", "float32", 1, "forwards_first", "none"))
+    losses = []
+    for number, micro in enumerate(grid.micro_batches(0)):
+        loss, ticket = model(*micro), balance.loss()
+        losses.append(loss if number == 1 else loss + ticket)
+    with pytest.raises(equipoise.EquipoiseError, match=r"balance.loss\(\) must be added"):
+        sum(losses).backward()

@@ -1,0 +1,27 @@
+"""Breaks the source on purpose, one known defect at a time; the tests must notice every break: ``make mutants``.
+
+Each mutant is one replacement in a copy of the source. A mutant that no test notices, or whose text is no longer in
+the source, fails the run. The tests that a mutant names are enough to notice it; others may notice it too. Without the
+mutant they pass: ``make test`` sees to that. A file here holds the mutants of one area; ``make mutants ONLY=quantile``
+runs those with this word in their description.
+"""
+
+from mutants import (
+    attachment,
+    balancers,
+    counting,
+    integrations,
+    lab_models,
+    lab_results,
+    lab_train,
+    measures,
+    nn,
+    routers,
+)
+from mutants.mutant import Mutant
+
+__all__ = ["MUTANTS", "Mutant"]
+
+_AREAS = (counting, balancers, routers, attachment, measures, nn, integrations, lab_train, lab_models, lab_results)
+
+MUTANTS: list[Mutant] = [mutant for area in _AREAS for mutant in area.MUTANTS]

@@ -1,0 +1,128 @@
+"""Mutants of the balancers."""
+
+from mutants.mutant import Mutant
+
+MUTANTS = [
+    Mutant(
+        "2: counts are divided by the tokens of this micro-batch",
+        "by_count = factor / load.sum(-1, keepdim=True).clamp_min(1).to(scores.dtype)",
+        "by_count = torch.as_tensor(factor / (_num_tokens(routing) * routing.expert_ids.shape[-1]))",
+        "test_balance -k uneven",
+    ),
+    Mutant(
+        "13: a loss k times as large",
+        "torch.dot(load.to(mass.dtype), mass) * scale",
+        "torch.dot(load.to(mass.dtype), mass) * scale * routing.expert_ids.shape[-1]",
+        "test_load_balancing",
+    ),
+    Mutant(
+        "20: a shape makes the loss blind to the load",
+        "torch.dot(load.to(mass.dtype), mass) * scale",
+        "(load.to(mass.dtype)[:, None] * mass).sum() / _num_tokens(routing)",
+        "test_load_balancing",
+    ),
+    Mutant(
+        "closed form: the gradient forgets that scores are normalised",
+        "found = (slope - mean.div_(total)).div_(total)",
+        "found = (slope - mean).div_(total)",
+        "test_load_balancing",
+    ),
+    Mutant(
+        "24: sigmoid scores are not normalised",
+        "p = routing.scores / total if normalise else routing.scores",
+        "p = routing.scores",
+        "test_load_balancing",
+    ),
+    Mutant(
+        "42: padding is in the loss",
+        "return p if routing.mask is None else p.masked_fill((routing.mask == 0)[:, None], 0)",
+        "return p",
+        "test_load_balancing",
+    ),
+    Mutant(
+        "42: padding gets the gradient of the loss",
+        "return found if masked is None else found.masked_fill_(masked, 0)",
+        "return found",
+        "test_load_balancing",
+    ),
+    Mutant(
+        "42: padding that overflowed spoils the z-loss",
+        "logits.masked_fill(masked[:, None], 0).logsumexp(-1)",
+        "logits.logsumexp(-1)",
+        "test_z_loss",
+    ),
+    Mutant(
+        "49: an empty micro-batch divides by nothing",
+        "return (routing.mask != 0).sum().clamp_min(1).to(routing.scores.dtype)",
+        "return (routing.mask != 0).sum().to(routing.scores.dtype)",
+        "test_load_balancing",
+    ),
+    Mutant(
+        "71: a momentum is not saved",
+        'return {} if self._momentum is None else {"momentum": self._momentum}',
+        "return {}",
+        "test_mechanisms -k never_stopped",
+    ),
+    # H. update rule
+    Mutant(
+        "the offset moves with the load, not against it",
+        "return torch.sub(load.sum(-1, keepdim=True), load, alpha=load.shape[-1])",
+        "return load.shape[-1] * load - load.sum(-1, keepdim=True)",
+        "test_loss_free",
+    ),
+    Mutant(
+        "76, 77: the step is not centred",
+        "            step = step - step.mean(-1, keepdim=True)",
+        "            step = step - 0",
+        "test_loss_free -k 'hand or reference'",
+    ),
+    Mutant(
+        "the proportional error is in tokens",
+        "relative = error.double() / load.sum(-1, keepdim=True).clamp_min(1)",
+        "relative = error.double() / load.shape[-1]",
+        "test_loss_free -k 'hand or reference'",
+    ),
+    Mutant(
+        "79: the rate falls to zero a window late",
+        "return self.rate if window < self.zero_from else 0.0",
+        "return self.rate if window <= self.zero_from else 0.0",
+        "test_loss_free -k schedules",
+    ),
+    Mutant(
+        "82: signs of micro-batches are summed",
+        "return (pooled[:, :-1].double() / pooled[:, -1:].clamp_min(1)).to(dtype)",
+        "return pooled[:, :-1].to(dtype)",
+        "test_loss_free -k micro_batch",
+    ),
+    Mutant(
+        "82: an empty micro-batch has a say",
+        "has_tokens = load.sum(-1, keepdim=True) > 0",
+        "has_tokens = load.sum(-1, keepdim=True) >= 0",
+        "test_loss_free -k micro_batch",
+    ),
+    Mutant(
+        "80: the quantile of the other tail",
+        "wanted = (num_tokens * k).double() / histogram.shape[-2]",
+        "wanted = (num_tokens * (histogram.shape[-2] - k)).double() / histogram.shape[-2]",
+        "test_quantile -k 'reference or even'",
+    ),
+    Mutant(
+        "80: a prefix instead of a random subset",
+        "            drawn = _draw(routing.logits, self.fraction)",
+        "            drawn = torch.arange(margins.shape[0]) < self.fraction * margins.shape[0]",
+        "test_quantile -k 'fraction or dealt'",
+    ),
+    Mutant(
+        "47, 80: padding is in the quantile",
+        "counted = None if routing.mask is None else routing.mask != 0",
+        "counted = None",
+        "test_quantile -k 'reference or nothing'",
+    ),
+    # I, J. frozen, coverage
+    Mutant(
+        "84: a frozen offset moves",
+        '    name = "frozen"\n',
+        '    name = "frozen"\n\n    def update(self, load, statistic=None, window=0):\n        self._offset += 1\n',
+        "test_loss_free -k frozen",
+    ),
+]

@@ -1,0 +1,180 @@
+"""Mutants of the lab: audits, exports, families."""
+
+from mutants.mutant import Mutant
+
+MUTANTS = [
+    Mutant(
+        "lab: the score sum is of the highest scores, not of the chosen experts",
+        "p.gather(-1, expert_ids)",
+        "p.topk(expert_ids.shape[-1]).values",
+        "test_watch -k reference",
+    ),
+    Mutant(
+        "families: what was tested on another version is called tested",
+        'return content["routers"] if same else {}',
+        'return content["routers"]',
+        "test_every_family -k another",
+    ),
+    Mutant(
+        "families: gates of something else are listed",
+        'if "expert" not in inspect.getsource(cls):',
+        "if False:",
+        "test_every_family -k listing",
+    ),
+    Mutant(
+        "families: the slot is always in the router",
+        'held_by = "block"',
+        'held_by = "router"',
+        "test_every_family -k listing",
+    ),
+    Mutant(
+        "families: code of a model's own is passed over",
+        'if content.get("auto_map"):',
+        "if False:",
+        "test_families -k cannot_be",
+    ),
+    Mutant(
+        "families: integers are taken for weights",
+        "and dtype not in _FLOATS:",
+        "and False:",
+        "test_families -k integers",
+    ),
+    Mutant(
+        "families: saved weights are not read",
+        "    elif saved:\n",
+        "    elif False:\n",
+        "test_families -k saved_weights",
+    ),
+    Mutant(
+        "73: a bias in 16 bits is taken for one that was kept",
+        'verdict = "rounded"',
+        'verdict = "kept"',
+        "test_export -k 16_bits",
+    ),
+    Mutant(
+        "73: rerouting is counted with the bias as it is",
+        "for offset in (bias, other))",
+        "for offset in (bias, bias))",
+        "test_export -k few_values",
+    ),
+    Mutant(
+        "72: a bias that is not there is not missed",
+        'return LayerCheck(router.name, "lost"',
+        'return LayerCheck(router.name, "zero"',
+        "test_export -k left_out",
+    ),
+    Mutant(
+        "audit: padding is counted",
+        "one = counted[:, None].expand_as(expert_ids)",
+        "one = torch.ones_like(expert_ids)",
+        "test_watch -k loop",
+    ),
+    Mutant(
+        "audit: padding is counted where tokens are told apart",
+        "(vocabulary[places] == forward.input_ids).long() * counted",
+        "(vocabulary[places] == forward.input_ids).long()",
+        "test_watch -k loop",
+    ),
+    Mutant(
+        "audit: a short last batch weighs as a full one",
+        "losses.pop() * len(part)\n                        num_rows, done = num_rows + len(part),",
+        "losses.pop() * batch\n                        num_rows, done = num_rows + batch,",
+        "test_run -k models_own",
+    ),
+    Mutant(
+        "audit: tokens of another id are counted for the next one in the vocabulary",
+        "(vocabulary[places] == forward.input_ids).long() * counted",
+        "counted",
+        "test_watch -k loop",
+    ),
+    Mutant(
+        "audit: a domain's share is read again and again",
+        "rows = islice(_rows(documents, encode, end, length), share)",
+        "rows = _rows(documents, encode, end, length)",
+        "test_run -k share",
+    ),
+    Mutant(
+        "experts: under autocast counts are rounded to bfloat16",
+        'with _whole(), torch.autocast("cpu", enabled=False):',
+        "with _whole():",
+        "test_watch -k autocast",
+    ),
+    Mutant(
+        "experts: a forward that breaks off is counted in part",
+        "            forward.layers[layer.name] =",
+        "            layer.load[watched.domain, 0] += 1\n            forward.layers[layer.name] =",
+        "test_watch -k breaks_off",
+    ),
+    Mutant(
+        "experts: Ctrl-C leaves half of a forward's counts",
+        "with _whole(), torch",
+        "with torch",
+        "test_watch -k ctrl_c",
+    ),
+    Mutant(
+        "audit: hooks are left in the model",
+        "            handle.remove()",
+        "            pass",
+        "test_watch -k left_as",
+    ),
+    Mutant(
+        "audit: a checkpoint that lacks a router is audited with a random one",
+        "            if whole:",
+        "            if False:",
+        "test_command -k 'not_whole and drop_tensor'",
+    ),
+    Mutant(
+        "audit: an index beside a whole file is believed",
+        "if found is None or found in weights:",
+        "if found is None or not (found := folder / 'model.safetensors.index.json').is_file():",
+        "test_command -k not_looked_at",
+    ),
+    Mutant(
+        "audit: what was counted before an error is thrown away",
+        "        write(cut.audited)\n",
+        "",
+        "test_command -k midst",
+    ),
+    Mutant(
+        "audit: half a text is called complete",
+        "tuple(notes), False, samples)",
+        "tuple(notes), True, samples)",
+        "test_run -k before_an_end",
+    ),
+    Mutant(
+        "audit: a batch that gave nan is counted",
+        "if not math.isfinite(nats):",
+        "if False:",
+        "test_run -k nan",
+    ),
+    Mutant(
+        "audit: a model is audited without the offsets that it was trained with",
+        "if (folder / OFFSETS_FILE).exists():\n        attach(",
+        "if False:\n        attach(",
+        "test_command -k offsets",
+    ),
+    Mutant(
+        "export-check: factors are judged by a slot of zeros",
+        "if router.slot is not None and not held.promised and not unnamed:",
+        "if router.slot is not None:",
+        "test_export -k factors",
+    ),
+    Mutant(
+        "export-check: offsets that nothing names are kept",
+        'named = held.promised or layer.verdict != "kept"',
+        "named = True",
+        "test_export -k beside",
+    ),
+    Mutant(
+        "audit: one that is cut short replaces a whole one",
+        'if not there.get("complete"):',
+        "if True:",
+        "test_command -k cut_short_does_not",
+    ),
+    Mutant(
+        "audit: special tokens in the text are ends of documents",
+        "split_special_tokens=True",
+        "split_special_tokens=False",
+        "test_command -k special_tokens",
+    ),
+]

@@ -1,0 +1,140 @@
+"""Mutants of routing, loads, metrics, alerts, saved biases, recipes."""
+
+from mutants.mutant import Mutant
+
+MUTANTS = [
+    # alerts
+    Mutant(
+        "alerts: a window is judged by itself",
+        "if group.num_windows >= PATIENCE:",
+        "if group.num_windows >= 1:",
+        "test_alerts -k does_not_last",
+    ),
+    Mutant(
+        "alerts: small windows have dead experts",
+        "judged = mean >= ENOUGH",
+        "judged = mean > 0",
+        "test_alerts -k chance_raises",
+    ),
+    Mutant(
+        "alerts: an expert is back with one token",
+        "dead = (counts == 0) | (group.dead & (counts < ALIVE * mean[:, None]))",
+        "dead = counts == 0",
+        "test_alerts -k now_and_then",
+    ),
+    Mutant(
+        "alerts: of a layer's dead experts the first is said",
+        'by_expert = kind == "dead experts"',
+        "by_expert = False",
+        "test_alerts -k each_expert",
+    ),
+    Mutant(
+        "alerts: a collapse is over and begins at the same bound",
+        "SPREAD * num_experts",
+        "COLLAPSED * num_experts",
+        "test_alerts -k bound",
+    ),
+    Mutant(
+        "alerts: an expert that was below the mean is still pushed down",
+        "torch.where(was_called, (self.pushed + 1) * above, self.pushed)",
+        "self.pushed + above",
+        "test_alerts -k one_window",
+    ),
+    Mutant(
+        "alerts: a rate that is in time is slow",
+        "(more > (-1 if left is None else left))",
+        "(more > 0)",
+        "test_alerts -k in_time",
+    ),
+    Mutant(
+        "alerts: a rate is slow where chance makes an expert busy",
+        "torch.maximum(3 * floor, torch.full_like(floor, BUSY))",
+        "torch.full_like(floor, BUSY)",
+        "test_alerts -k three_times",
+    ),
+    Mutant(
+        "alerts: a GPU is waited for at every window",
+        'if not ends and (bad.device.type != "cpu" or not bool(bad.any())):',
+        "if not ends and not bool(bad.any()):",
+        "test_no_synchronisation -k alerts",
+    ),
+    # B. wrong inputs to the loss
+    Mutant(
+        "18: the gate is applied twice",
+        '        return logits.softmax(-1)\n    if gate == "sigmoid"',
+        '        return logits.softmax(-1).softmax(-1)\n    if gate == "sigmoid"',
+        "test_routing -k score",
+    ),
+    Mutant(
+        "28: scores in bfloat16",
+        "logits = logits.to(torch.promote_types(logits.dtype, torch.float32))\n    if gate",
+        "logits = logits + 0\n    if gate",
+        "test_routing",
+    ),
+    Mutant(
+        "78: the offset reaches the weights of route",
+        "weights = scores.gather(-1, expert_ids)\n    if renorm",
+        "weights = choice.gather(-1, expert_ids)\n    if renorm",
+        "test_routing -k weights",
+    ),
+    # D. masks, packing, context
+    Mutant(
+        "42, 44: padding is counted",
+        "            unmasked = (mask != 0).long()",
+        "            unmasked = torch.ones_like(mask).long()",
+        "test_balance -k padding",
+    ),
+    Mutant(
+        "93: shares are taken for counts",
+        'if load.is_floating_point():\n        raise ValueError(f"load must hold counts, integers: got {load.dtype}. Shar',
+        'if False:\n        raise ValueError(f"Shar',
+        "test_metrics -k domains",
+    ),
+    Mutant(
+        "69: counts in float32",
+        "load = torch.zeros(num_experts, dtype=torch.int64, device=expert_ids.device)\n    return load.scatter_add_(0, "
+        "expert_ids.reshape(-1).long(), _ones(expert_ids, mask))",
+        "load = torch.zeros(num_experts, device=expert_ids.device)\n    return load.scatter_add_(0, "
+        "expert_ids.reshape(-1).long(), _ones(expert_ids, mask).float())",
+        "test_load",
+    ),
+    # K. groups
+    Mutant(
+        "91: masked groups are 0 and win against negative scores",
+        'float("-inf")).flatten(-2)',
+        "0.0).flatten(-2)",
+        "test_routing -k group",
+    ),
+    # L. metrics
+    Mutant(
+        "94: MaxVio is max over mean",
+        "c.amax(-1) / c.mean(-1) - 1",
+        "c.amax(-1) / c.mean(-1)",
+        "test_metrics",
+    ),
+    Mutant(
+        "92: layers are pooled before the metric",
+        "return torch.stack([_by_layer(metric, layer) for layer in load.values()]).mean(0)",
+        "return _by_layer(metric, torch.stack(list(load.values())).sum(0))",
+        "test_metrics",
+    ),
+    Mutant(
+        "93: domains weigh by their tokens",
+        "weight = used / used.sum(-1, keepdim=True)",
+        "weight = n / n.sum(-1, keepdim=True)",
+        "test_metrics",
+    ),
+    # the lab
+    Mutant(
+        "lab: the largest share of a domain is that of all domains together",
+        "share.amax((0, -1))",
+        "share.mean(0).amax(-1)",
+        "test_metrics -k domain_share",
+    ),
+    Mutant(
+        "saved: the file does not say that its offsets multiply",
+        '{MULTIPLIES: "true"} if multiplies else None',
+        "None",
+        "test_saved -k factors",
+    ),
+]

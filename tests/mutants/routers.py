@@ -1,0 +1,245 @@
+"""Mutants of finding, proving and observing routers."""
+
+from mutants.mutant import Mutant
+
+MUTANTS = [
+    Mutant(
+        "groups before an offset are attached",
+        "if (not grouped or in_the_way) and",
+        "if not grouped and",
+        "test_every_family -k groups_before",
+    ),
+    Mutant(
+        "a forward that was stopped by hand stays counted",
+        "            if self.outer and not torch.compiler.is_compiling():",
+        "            if False:",
+        "test_balance -k stopped_by_hand",
+    ),
+    Mutant(
+        "what a tap gives out is kept for its backward",
+        "            ctx.save_for_backward(logits, expert_ids, weights)\n        return weights.clone()",
+        "            weights = weights.clone()\n"
+        "            ctx.save_for_backward(logits, expert_ids, weights)\n        return weights",
+        "test_balance -k may_write",
+    ),
+    Mutant(
+        "a router with a forward on the instance is attached",
+        '    if "forward" in vars(router):',
+        "    if False:",
+        "test_find -k on_the_instance",
+    ),
+    Mutant(
+        "a proof runs what is inside the real router",
+        "        if name not in _OF_INSTANCE\n",
+        "",
+        "test_find -k forward_of_its_own",
+    ),
+    Mutant(
+        "eager tap: a traced forward goes the plain way",
+        "        torch.compiler.is_compiling()\n        or torch",
+        "        torch",
+        "test_counting",
+    ),
+    Mutant(
+        "30, 78: the offset reaches the weights",
+        "return torch.return_types.topk((scores.gather(-1, ids), ids))",
+        "return torch.return_types.topk((choice.gather(-1, ids), ids))",
+        "test_find -k weights",
+    ),
+    Mutant(
+        "42: a mask that is added to scores is taken for padding",
+        'return "it holds other numbers, as masks that are added to attention scores do"',
+        "return None",
+        "test_balance -k 'mask or decoder or wrapper or own'",
+    ),
+    Mutant(
+        "42: a causal mask is taken for padding",
+        'return "it is that of causal attention, who may attend to whom"',
+        "return None",
+        "test_balance -k 'mask or decoder or wrapper or own'",
+    ),
+    Mutant(
+        "42: a decoder is masked by its encoder's mask",
+        "if module in self.unclear and isinstance(",
+        "if False and isinstance(",
+        "test_balance -k 'mask or decoder or wrapper or own'",
+    ),
+    Mutant(
+        "42: a mask is cut where nothing came before its tokens",
+        "    return any(value is not None and not isinstance(value, bool) for value in found)",
+        "    return True",
+        "test_balance -k 'no_length or cached'",
+    ),
+    Mutant(
+        "42: a mask that cannot be one is refused where nothing is counted",
+        "                self.no_padding = self._no_padding(mask, rows, module, named)",
+        "                self.no_padding = self._no_padding(mask, rows, module, named)\n"
+        "                assert self.no_padding is None",
+        "test_balance -k 'added_to_attention or wrapper_makes'",
+    ),
+    Mutant(
+        "42: what a wrapper wraps is not told its padding",
+        '    while "attention_mask" not in _argument_names(within):\n',
+        "    while False:\n",
+        "test_balance -k 'mask or decoder or wrapper or own'",
+    ),
+    Mutant(
+        "45: the mask that a model with a cached prefix is called with is taken from its beginning",
+        "self.mask = mask[:, mask.shape[1] - length :]",
+        "self.mask = mask[:, :length]",
+        "test_balance -k cached",
+    ),
+    # G. storage and dtype
+    Mutant(
+        "68: a cast rounds the offset",
+        "        base._apply(self, fn, recurse)\n        self._equipoise.restore()",
+        "        base._apply(self, fn, recurse)",
+        "test_find -k 'cast or meta'",
+    ),
+    Mutant(
+        "71: a checkpoint that is loaded after attach loses its bias",
+        "        self._equipoise.adopt()",
+        "        self._equipoise.restore()",
+        "test_find -k adopted",
+    ),
+    Mutant(
+        "74: a copy of the model is counted",
+        "        return _inert_tap, (self.kind, self.k, self.steers, self.multiplies)",
+        "        return (lambda tap: tap), (self,)",
+        "test_find -k copy",
+    ),
+    # and ours
+    Mutant(
+        "a third-party factor reaches the weights",
+        "choice = plain * (1 + self.offset) if self.multiplies else plain + self.offset",
+        "choice = plain + self.offset",
+        "test_mechanisms -k product",
+    ),
+    # routers are known by what they do
+    Mutant(
+        "routers: any weights are taken for the gate's",
+        "if not torch.allclose(factor, factor[:, :1].expand_as(factor), rtol=1e-4):",
+        "if False:",
+        "test_find -k found_out",
+    ),
+    Mutant(
+        "routers: the best by other scores are good enough",
+        "if (not grouped or in_the_way) and (expert_ids.sort().values != best.sort().values).any():",
+        "if False:",
+        "test_every_family -k 'gpt_oss or kolibri1'",
+    ),
+    Mutant(
+        "routers: groups are limited before the offset",
+        "in_the_way = grouped and (multiplies or kind.slot is None)",
+        "in_the_way = grouped and multiplies",
+        "test_every_family -k groups",
+    ),
+    Mutant(
+        "routers: a factor multiplies logits below zero",
+        'if multiplies and kind.selection == "logits":',
+        "if False:",
+        "test_every_family -k factor_of",
+    ),
+    Mutant(
+        "routers: a slot in the block around is not looked for",
+        "argument = None if parent is None else _slot_argument(router)",
+        "argument = None",
+        "test_every_family -k 'afmoe or minimax_m2'",
+    ),
+    Mutant(
+        "routers: the proof of one serves all of its class",
+        "declared, multiplies, _made_of(router), _tensors(parent))",
+        "declared, multiplies)",
+        "test_find -k found_out",
+    ),
+    Mutant(
+        "routers: a proof is taken over where a config says another k",
+        "found.append((path, base, base.forward, _alike(held, seen), _tensors(module)))",
+        "found.append((path, base, base.forward, _tensors(module)))",
+        "test_every_family -k another_k",
+    ),
+    Mutant(
+        "routers: functions are alike",
+        "return value.__code__, _alike([cells, value.__defaults__, value.__kwdefaults__], seen)",
+        "return FunctionType",
+        "test_own_routers",
+    ),
+    Mutant(
+        "routers: what a closure holds is not looked at",
+        "cells = [cell.cell_contents for cell in value.__closure__ or ()]",
+        "cells = []",
+        "test_own_routers",
+    ),
+    Mutant(
+        "routers: a wrapper is attached beside what it wraps",
+        "return [one for one in found if one.module not in dropped]",
+        "return found",
+        "test_own_routers",
+    ),
+    Mutant(
+        "routers: a proof draws from the user's generator",
+        "with torch.random.fork_rng(devices=[]):  # some",
+        "if True:  # some",
+        "test_own_routers",
+    ),
+    Mutant(
+        "routers: a stand-in writes into the router's lists",
+        "copy(held) if isinstance(held, list | dict | set | deque) else held",
+        "held",
+        "test_own_routers",
+    ),
+    Mutant(
+        "routers: of fully_shard are made by its class",
+        "made = object.__new__(plain_class(router))",
+        "made = plain_class(router).__new__(plain_class(router))",
+        "test_own_routers",
+    ),
+    Mutant(
+        "routers: noise is not looked for",
+        "if first is None and router.training:",
+        "if False:",
+        "test_own_routers",
+    ),
+    Mutant(
+        "routers: a block without one is left out without a word",
+        "for name, module in _blocks(model)]",
+        "for name, module in ()]",
+        "test_own_routers -k named_beside",
+    ),
+    Mutant(
+        "routers: an address is taken for an object",
+        "seen[id(value)] = len(seen), value",
+        "seen[id(value)] = len(seen), None",
+        "test_own_routers",
+    ),
+    Mutant(
+        "routers: the inner one is attached, whichever chooses",
+        "dropped.add(inner.module if own or says else outer.module)",
+        "dropped.add(outer.module)",
+        "test_own_routers",
+    ),
+    Mutant(
+        "routers: k is what an attribute says",
+        "1 if trial.is_raised else int(expert_ids.shape[-1])",
+        "getattr(router, 'top_k', None) or int(expert_ids.shape[-1])",
+        "test_own_routers",
+    ),
+    Mutant(
+        "routers: probabilities are taken for logits",
+        "first = first.clamp_min(torch.finfo(first.dtype).tiny).log()",
+        "first = first * 1",
+        "test_every_family -k gemma4",
+    ),
+    Mutant(
+        "routers: steered weights never reach dense scores",
+        "return torch.zeros_like(dense).scatter(-1, expert_ids, weights), logits",
+        "return dense, logits",
+        "test_every_family -k 'tiny and llama4'",
+    ),
+    Mutant(
+        "routers: hash layers are called unknown",
+        "yield name, module, None if chooses_by_id(module) else why",
+        "yield name, module, why",
+        "test_every_family -k hash",
+    ),
+]
