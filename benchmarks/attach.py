@@ -55,7 +55,7 @@ def measure(family: str, layers: int = LAYERS, repeats: int = REPEATS) -> dict[s
             wall, cpu = time.perf_counter(), time.process_time()
             balance = equipoise.attach(model, "loss-free")
             taken[which].append((time.perf_counter() - wall, time.process_time() - cpu))
-            assert len(balance.offsets) == layers
+            assert len(balance.biases) == layers
             balance.detach()
     medians = {
         which: [statistics.median(values) for values in zip(*pairs, strict=True)] for which, pairs in taken.items()

@@ -67,7 +67,7 @@ def stock(way: str, dim: int, hidden: int, experts: int, k: int) -> nn.Module:
 
 def layers(dim: int, hidden: int, experts: int, k: int, tokens: int, dtype: torch.dtype) -> dict[str, nn.Module]:
     torch.manual_seed(0)
-    ours = MoE(dim, hidden, experts, k, gate="softmax")
+    ours = MoE(dim, hidden, experts, k, score_function="softmax")
     found: dict[str, nn.Module] = {"ours": ours, "dense": Dense(dim, k * hidden)}
     for way in WAYS:
         if way == "batched_mm" and 3 * dim * hidden * k * tokens * dtype.itemsize > MOST_BYTES:

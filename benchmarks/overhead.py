@@ -14,7 +14,7 @@ count and do no more. Of the loss also its bare operations on the same tensors, 
 Update: `step()` for routers alone, in milliseconds: 64 layers of 256 experts (bar 0.3), half and twice the layers, a
 quarter of the experts, and four times the tokens, on which it must not depend.
 
-Alerts: `Alerts.see` a window, with the reading of loads and offsets: as usual, where a stretch ends and is judged, and
+Alerts: `Alerts.see` a window, with the reading of loads and biases: as usual, where a stretch ends and is judged, and
 the mean of all.
 
 Collectives: `step()` of two gloo ranks that pool their counts, over that of the same ranks each for itself, in turn.
@@ -131,9 +131,9 @@ def _routers(strategy: str, plain: nn.ModuleList, hidden: torch.Tensor, rounds: 
     def close() -> None:
         if counted.pop():
             balance.step()
-        same_offsets()
+        same_biases()
 
-    def same_offsets() -> None:
+    def same_biases() -> None:
         """Both choose alike: a top-k takes longer or shorter by what it sees."""
         for theirs, ours in zip(plain, copy, strict=True):
             theirs.e_score_correction_bias.copy_(ours.e_score_correction_bias)
@@ -146,7 +146,7 @@ def _routers(strategy: str, plain: nn.ModuleList, hidden: torch.Tensor, rounds: 
         if ours:
             balance.step()
 
-    same_offsets()
+    same_biases()
     row: dict[str, Any] = {"strategy": strategy, "tokens": len(hidden)}
     for name, call in (("forward", forwards), ("forward_and_backward", with_backwards)):
         took = in_turn({"attached": partial(call, True), "plain": partial(call, False)}, rounds, between=close)
@@ -162,13 +162,13 @@ def _routers(strategy: str, plain: nn.ModuleList, hidden: torch.Tensor, rounds: 
 def _bare_loss(router: Router, hidden: torch.Tensor, rounds: int) -> float:
     """Milliseconds of what the loss of one call must do: count, its value, its gradient. No ops, windows or checks."""
     logits, weights, expert_ids = router(hidden)
-    gate, loss, took = router.router_kind.gate, equipoise.LoadBalancingLoss(), []
+    score_function, loss, took = router.router_kind.gate, equipoise.LoadBalancingLoss(), []
     for _ in range(rounds * MICRO_BATCHES * LAYERS):
         started = time.perf_counter()
         load = torch.bincount(expert_ids.reshape(-1), minlength=logits.shape[-1])
-        routing = Routing(logits, score(logits, gate), expert_ids, weights)
+        routing = Routing(logits, score(logits, score_function), expert_ids, weights)
         loss.loss(routing, load)
-        score_backward(loss.score_gradient(routing, load, 1e-2), logits, routing.scores, gate)
+        score_backward(loss.score_gradient(routing, load, 1e-2), logits, routing.scores, score_function)
         took.append(1000 * (time.perf_counter() - started))
     return statistics.median(took)
 
@@ -184,11 +184,11 @@ def update(layers: int, experts: int, tokens: int, rounds: int) -> dict[str, Any
         for router in model:
             router(hidden)
         if number % 2:  # right after the forwards too, where step() begins
-            load, offset = torch.stack(list(balance.load.values())), torch.stack(list(balance.offsets.values()))
+            load, bias = torch.stack(list(balance.load.values())), torch.stack(list(balance.biases.values()))
             for router in model:
                 router(hidden)
             started = time.perf_counter()
-            bare_step(slots, offset, load)
+            bare_step(slots, bias, load)
             floor.append(1000 * (time.perf_counter() - started))
         started = time.perf_counter()
         balance.step()
@@ -203,12 +203,12 @@ def update(layers: int, experts: int, tokens: int, rounds: int) -> dict[str, Any
     }
 
 
-def bare_step(slots: list[torch.Tensor], offset: torch.Tensor, load: torch.Tensor) -> None:
+def bare_step(slots: list[torch.Tensor], bias: torch.Tensor, load: torch.Tensor) -> None:
     """What Loss-Free's step must do: read what the slots hold, move it, write it. No windows, ranks or checks."""
-    torch.equal(torch.stack(slots), offset)
-    error = torch.sub(load.sum(-1, keepdim=True), load, alpha=load.shape[-1]).sign_().to(offset.dtype)
-    offset.add_(error.sub_(error.mean(-1, keepdim=True)), alpha=1e-3)
-    torch._foreach_copy_(slots, offset.unbind())
+    torch.equal(torch.stack(slots), bias)
+    error = torch.sub(load.sum(-1, keepdim=True), load, alpha=load.shape[-1]).sign_().to(bias.dtype)
+    bias.add_(error.sub_(error.mean(-1, keepdim=True)), alpha=1e-3)
+    torch._foreach_copy_(slots, bias.unbind())
 
 
 def alerts(layers: int, experts: int, k: int, tokens: int, rounds: int) -> dict[str, Any]:
@@ -222,7 +222,7 @@ def alerts(layers: int, experts: int, k: int, tokens: int, rounds: int) -> dict[
                 router(hidden)
         balance.step()
         started = time.perf_counter()
-        watch.see(balance.load, 1.0, balance.offsets)
+        watch.see(balance.load, 1.0, balance.biases)
         took.append(1000 * (time.perf_counter() - started))
     took = took[PATIENCE : len(took) // PATIENCE * PATIENCE]  # whole stretches, without the first
     judged = took[PATIENCE - 1 :: PATIENCE]

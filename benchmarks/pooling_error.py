@@ -96,7 +96,7 @@ class Training:
         )
         self.model = build_model(config, corpus.vocab_size).to(self.device).train()
         self.balance = equipoise.attach(self.model, config.strategy)
-        self.layers = list(self.balance.offsets)
+        self.layers = list(self.balance.biases)
         decayed = [p for p in self.model.parameters() if p.dim() >= 2]
         other = [p for p in self.model.parameters() if p.dim() < 2]
         self.optimizer = torch.optim.AdamW(

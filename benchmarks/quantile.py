@@ -7,10 +7,10 @@ Even means: the median of ``maxvio_batch`` over the last 10 steps is below 0.25,
 found. A strategy that never gets there is given as "> N". The runs are those of `equipoise compare`: one model, its
 weights, micro-batches and learning rate the same for every strategy. What is done already is not run again.
 
-The number depends on the learning rate, which warms up and then falls until the last step: an offset is fitted to the
+The number depends on the learning rate, which warms up and then falls until the last step: a bias is fitted to the
 weights of the step before, and how even the load can be at all is decided by how far a step moves the routers. So the
 same is asked beside it with the weights held: of a model that was trained for 80 steps without balancing, windows of
-forwards alone, nothing moves but the offsets.
+forwards alone, nothing moves but the biases.
 
 The last line on stdout is the result as JSON. The figure needs playwright and /usr/bin/chromium.
 """

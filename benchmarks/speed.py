@@ -87,7 +87,7 @@ def missed(bars: Iterable[Bar]) -> list[str]:
 
 # ---- what balancing costs ----
 WHY_STEP = {
-    "loss-free": "Loss-Free counts every choice and moves offsets once; what is left is the counting.",
+    "loss-free": "Loss-Free counts every choice and moves biases once; what is left is the counting.",
     "lbl:scope=global_batch": "The loss has a value and a gradient of its own at every router, in every micro-batch: "
     "some fifty operations, most of which take as long for few tokens as for many; what is added to a router by itself "
     "(see the next section) is all of it. Beside experts as small as the lab's it shows.",
@@ -204,7 +204,7 @@ def updates(stored: dict[str, Any]) -> Section:
         "forwards, when none of it is in the caches.",
     )
     lines = [
-        "Closing a window and moving all offsets, Loss-Free, once an optimizer step, one thread. It must not depend on "
+        "Closing a window and moving all biases, Loss-Free, once an optimizer step, one thread. It must not depend on "
         "the tokens. Beside it the same operations on the same tensors without the library.",
         "",
         *table(
@@ -230,7 +230,7 @@ def alerts(stored: dict[str, Any]) -> Section | None:
         return None
     none = stored["steps"][0]["seconds"]
     lines = [
-        "`Alerts.see` once an optimizer step, with the reading of loads and offsets. It adds loads up, and judges them "
+        "`Alerts.see` once an optimizer step, with the reading of loads and biases. It adds loads up, and judges them "
         f"at the end of a stretch of windows. A step of the default model takes {1000 * none:.0f} ms.",
         "",
         *table(

@@ -30,5 +30,5 @@ for step in range(steps):
     print(f"step {step + 1}: loss {sum(losses).item() / 4:.3f}, MaxVio {balance.metrics()['maxvio_batch']:.2f}")
 
 tokenizer.save_pretrained("runs/tuned")
-model.save_pretrained("runs/tuned")  # a family with a slot keeps its offsets there, in float32
-balance.save_offsets("runs/tuned")  # the others beside it; attach finds them again
+model.save_pretrained("runs/tuned")  # a family with a slot keeps its biases there, in float32
+balance.save_biases("runs/tuned")  # the others beside it; attach finds them again

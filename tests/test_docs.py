@@ -1,4 +1,4 @@
-"""The pages say what is there: every demon once, tests and files that exist, every metric."""
+"""The pages say what is there: every known defect once, tests and files that exist, every metric."""
 
 import ast
 import re
@@ -23,18 +23,18 @@ def _rows() -> list[tuple[str, ...]]:
     return ROW.findall((DOCS / "known_defects.md").read_text())
 
 
-def test_every_demon_is_there_once_and_in_order():
+def test_every_known_defect_is_there_once_and_in_order():
     assert [int(number) for number, *_ in _rows()] == list(range(1, 98))
 
 
-def test_every_demon_says_what_shows_its_rule():
+def test_every_known_defect_says_what_shows_its_rule():
     for number, wrong, rule, shown in _rows():
         assert wrong.strip() and rule.strip(), number
         says = [word for word in ("cannot occur: ", "open: ") if word in shown]
-        assert NAMED.search(shown) or says, f"demon {number} names neither a test nor a reason: {shown}"
+        assert NAMED.search(shown) or says, f"known defect {number} names neither a test nor a reason: {shown}"
         assert shown.count("several ranks: ") <= 1
         for word in says:
-            assert shown.split(word)[1].split(";")[0].strip(), f"demon {number} gives no reason: {shown}"
+            assert shown.split(word)[1].split(";")[0].strip(), f"known defect {number} gives no reason: {shown}"
 
 
 def test_every_test_that_a_page_names_exists():
@@ -58,8 +58,8 @@ def test_a_test_and_a_row_agree_on_what_the_test_is_for():
     rows = [(int(number), {function for _, function in NAMED.findall(shown)}) for number, _, _, shown in _rows()]
     for node in ast.parse((TESTS / "library" / "test_known_defects.py").read_text()).body:
         if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
-            found = re.match(r"Demons? ([\d, ]+):", ast.get_docstring(node) or "")
-            assert found, f"{node.name} does not say which demon it is for"
+            found = re.match(r"Known defects? ([\d, ]+):", ast.get_docstring(node) or "")
+            assert found, f"{node.name} does not say which known defect it is for"
             said = [int(number) for number in found.group(1).split(",")]
             assert said == [number for number, functions in rows if node.name in functions], node.name
 
@@ -91,5 +91,5 @@ def test_every_metric_and_every_key_is_on_the_page_of_metrics():
     (model(ids) + balance.loss()).backward()
     balance.step()
     keys = set(balance.metrics())
-    assert {"load_balancing_loss", "load_balancing_loss_micro_batch", "z_loss", "offset_max", "maxvio_batch"} <= keys
+    assert {"load_balancing_loss", "load_balancing_loss_micro_batch", "z_loss", "bias_max", "maxvio_batch"} <= keys
     assert keys <= words, keys - words

@@ -11,8 +11,11 @@ def markdown() -> dict[str, str]:
     """The generated parts of docs/recipes.md, by the name of their marker."""
     return {
         "recipes": _table(
-            ("name", "gate", "strategy", ""),
-            [(f"[`{r.name}`](#{_anchor(r.name)})", r.gate, f"`{r.strategy}`", r.summary) for r in RECIPES.values()],
+            ("name", "score_function", "strategy", ""),
+            [
+                (f"[`{r.name}`](#{_anchor(r.name)})", r.score_function, f"`{r.strategy}`", r.summary)
+                for r in RECIPES.values()
+            ],
         ),
         "sources": "\n\n".join(_section(recipe) for recipe in RECIPES.values()),
         "withheld": _table(("name", "what is missing"), [(f"`{name}`", why) for name, why in WITHHELD.items()]),

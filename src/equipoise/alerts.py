@@ -86,7 +86,7 @@ class Alerts:
         alerts = equipoise.Alerts(num_steps=1000)
         ...
         balance.step()
-        for alert in alerts.see(balance.load, loss, balance.offsets):
+        for alert in alerts.see(balance.load, loss, balance.biases):
             print(alert)
 
     Loads are added up over a stretch: 20 windows, and more until an even share is 30 assignments. At its end:
@@ -96,17 +96,17 @@ class Alerts:
     - *dead experts*: no assignment in the stretch, where an even share is at least 30. Over with a tenth of an even
       share.
     - *slow rate*: the busiest expert has more than twice its share, MaxVio is above 3 times what chance gives, and the
-      expert was above the mean, so that its offset was moved down, in each of the last windows: 200, or a quarter of a
+      expert was above the mean, so that its bias was moved down, in each of the last windows: 200, or a quarter of a
       shorter run, and 40 at least. Not where MaxVio falls so fast from stretch to stretch that it gets there within the
       steps that are left. Over where it is not so busy any more, or was below the mean.
-    - *nan*: the loss, or an offset, is not finite. Over after a stretch in which all were.
+    - *nan*: the loss, or a bias, is not finite. Over after a stretch in which all were.
 
     Each is said when it begins for a layer or expert, and when it is over. Loads are pooled, so all ranks hear the
     same; let one speak. What lies on a GPU is looked at when a stretch ends, nan on a CPU at once. The numbers are
     ours: no publication has any.
 
     Args:
-        steers: whether offsets are moved by a rate; without, nothing is slow. It may be set again at any time.
+        steers: whether biases are moved by a rate; without, nothing is slow. It may be set again at any time.
         num_steps: of the whole training, to say whether it can be in time.
         num_seen: windows that were trained before; ``load_state_dict`` sets it too.
     """
@@ -142,11 +142,11 @@ class Alerts:
         self,
         load: Mapping[str, Int[Tensor, " experts"]],
         loss: float | Tensor | None = None,
-        offsets: Mapping[str, Float[Tensor, " experts"]] | None = None,
+        biases: Mapping[str, Float[Tensor, " experts"]] | None = None,
     ) -> list[Alert]:
         """Takes the loads of one more window, by layer, and returns what began or is over with it."""
         self.num_seen += 1
-        found = list(self._see_nan(loss, offsets or {}))
+        found = list(self._see_nan(loss, biases or {}))
         for names, counts in _by_size(load):
             group = self._groups.get(names)
             if group is None or group.counts.shape != counts.shape:
@@ -176,10 +176,10 @@ class Alerts:
 
     # ---- nan ----
 
-    def _see_nan(self, loss: float | Tensor | None, offsets: Mapping[str, Tensor]) -> Iterator[Alert]:
+    def _see_nan(self, loss: float | Tensor | None, biases: Mapping[str, Tensor]) -> Iterator[Alert]:
         seen: list[tuple[tuple[str, ...], Tensor]]
         seen = [] if loss is None else [(("the loss",), torch.as_tensor(loss).detach().isfinite().all().view(1))]
-        seen += [(names, offset.isfinite().all(-1)) for names, offset in _by_size(offsets)]
+        seen += [(names, bias.isfinite().all(-1)) for names, bias in _by_size(biases)]
         ends = self.num_seen % PATIENCE == 0
         for names, finite in seen:
             bad = self._bad.get(names)
@@ -191,7 +191,7 @@ class Alerts:
             over = [name for name in self._nan if ends and name in names and name not in found]
             self._nan = [name for name in self._nan if name not in over] + new
             if new:
-                what = _some(["the loss" if name == "the loss" else f"an offset of {name}" for name in new])
+                what = _some(["the loss" if name == "the loss" else f"a bias of {name}" for name in new])
                 text = (
                     f"nan: not finite: {what}. Training diverged: go back to a checkpoint, with a lower learning rate."
                 )
@@ -278,7 +278,7 @@ class Alerts:
             )
             what[row] = (
                 f"{group.names[row]}: {int(busiest[row])} (of {held.shape[-1]}) has {violation[row] + 1:.1f} times its "
-                f"share though its offset was moved down in each of the last {int(way[row])} windows; at this rate "
+                f"share though its bias was moved down in each of the last {int(way[row])} windows; at this rate "
                 f"{length}"
             )
         before, group.slow = group.slow, held

@@ -19,20 +19,20 @@ from equipoise.recipes import RECIPES
 from equipoise.routers.find import find_routers, proof_of, refusal, unknown_routers
 from equipoise.routers.prove import Refused
 from equipoise.routers.tap import is_tapped, untap_router
-from equipoise.saved import OFFSETS_FILE, names_offsets, read_offsets, saved_beside
+from equipoise.saved import BIASES_FILE, names_biases, read_biases, saved_beside
 
 __all__ = ["attach", "base_model", "resolve", "unwrap"]
 
 _log = logging.getLogger("equipoise")
 
 
-@torch.inference_mode(False)  # offsets outlive an evaluation under inference mode
+@torch.inference_mode(False)  # biases outlive an evaluation under inference mode
 def attach(
     model: nn.Module,
     *balancers: Balancer | str,
     where: Callable[[str, nn.Module], bool] | None = None,
     group: Any | None = None,
-    offsets: Mapping[str, Tensor] | str | os.PathLike[str] | None = None,
+    biases: Mapping[str, Tensor] | str | os.PathLike[str] | None = None,
     allow_empty: bool = False,
 ) -> Balance:
     """Attaches balancers to the mixture-of-experts model you already have.
@@ -49,7 +49,7 @@ def attach(
             the world. Data, sharded, context and sequence parallel ranks do, tensor parallel ones hold the same tokens
             and pipeline stages other layers: ``group=mesh["dp", "cp"]``. Expert parallel ranks count all experts,
             whoever holds them, so they are in it when their tokens differ.
-        offsets: by layer, the offsets to begin with, or the path of saved ones; default what the model's slots hold,
+        biases: by layer, the biases to begin with, or the path of saved ones; default what the model's slots hold,
             and where it has none, what lies beside the weights that it was loaded from.
         allow_empty: accept a model without routers, a pipeline stage of dense layers: its ``Balance`` does nothing.
 
@@ -57,8 +57,8 @@ def attach(
     buffer more in each router meanwhile. Hooks that replace a module's forward (accelerate's, for offloading) too come
     after it.
 
-    With balancers at offset zero and without losses, logits, weights, choices and gradients of the model are the same
-    bit for bit. Collective over ``group``: every rank compares layers, strategies and offsets and raises the same
+    With balancers at bias zero and without losses, logits, weights, choices and gradients of the model are the same
+    bit for bit. Collective over ``group``: every rank compares layers, strategies and biases and raises the same
     error when they differ. Raises ``EquipoiseError`` when the model holds no router that is known, or one that behaves
     otherwise than its family, or when it is attached already.
     """
@@ -75,20 +75,20 @@ def attach(
         resolved = resolve(balancers)
         multiplies = any(balancer.multiplies for balancer in resolved)
         layers = _find_layers(inner, where, multiplies, allow_empty)
-        if offsets is not None and not any(balancer.has_offset for balancer in resolved):
+        if biases is not None and not any(balancer.has_bias for balancer in resolved):
             raise UsageError(
-                f"offsets must have a balancer that holds them: got the strategy {format_strategy(resolved)}. Add "
+                f"biases must have a balancer that holds them: got the strategy {format_strategy(resolved)}. Add "
                 "frozen or loss-free to it."
             )
-        if offsets is None:
-            offsets = _beside_weights(inner, layers, resolved, multiplies)
-        if offsets is None:
+        if biases is None:
+            biases = _beside_weights(inner, layers, resolved, multiplies)
+        if biases is None:
             _warn_of_rounded(layers, resolved)
             start = {x.name: slot_of(x, multiplies) for x in layers}
         else:
-            start = _read_offsets(offsets, layers, multiplies)
+            start = _read_biases(biases, layers, multiplies)
         fingerprint = (format_strategy(resolved), [(x.name, x.num_experts, x.k, x.kind) for x in layers])
-        steered = any(balancer.has_offset for balancer in resolved)
+        steered = any(balancer.has_bias for balancer in resolved)
         for name, value in start.items():
             if steered and not value.isfinite().all():
                 raise EquipoiseError(
@@ -108,7 +108,7 @@ def attach(
             )
     if len({found for _, found in everyone} - {None}) > 1:
         raise EquipoiseError(
-            "every rank must begin with the same offsets: they differ from rank to rank. Load the same checkpoint on "
+            "every rank must begin with the same biases: they differ from rank to rank. Load the same checkpoint on "
             "every rank, or broadcast the model (as DistributedDataParallel does), before attach."
         )
     if where is None and (left_out := unknown_routers(inner)):
@@ -117,11 +117,16 @@ def attach(
             "attribute router_kind, or choose layers with where=... to say that it may be left out."
         )
     for named in balancers:
-        gates = {layer.kind.gate for layer in layers}
-        if gates and isinstance(named, str) and named in RECIPES and gates != {RECIPES[named].gate}:
+        score_functions = {layer.kind.score_function for layer in layers}
+        if (
+            score_functions
+            and isinstance(named, str)
+            and named in RECIPES
+            and score_functions != {RECIPES[named].score_function}
+        ):
             _log.warning(
-                f"attach: the recipe {named} was published with a {RECIPES[named].gate} gate, this model has "
-                f"{' and '.join(sorted(gates))}: rates are in the units of the scores and need not carry over."
+                f"attach: the recipe {named} was published with a {RECIPES[named].score_function} scores, this model has "
+                f"{' and '.join(sorted(score_functions))}: rates are in the units of the scores and need not carry over."
             )
     _reset_dynamo(model)
     _warn_of_another_loss(inner, resolved)
@@ -134,47 +139,47 @@ def attach(
 def _beside_weights(
     model: nn.Module, layers: Sequence[Layer], balancers: Sequence[Balancer], multiplies: bool
 ) -> Path | None:
-    """The offsets that the model was saved with, where its layers have no slot that would have brought them."""
-    if not (multiplies or names_offsets(model) or any(layer.slot is None for layer in layers)):
+    """The biases that the model was saved with, where its layers have no slot that would have brought them."""
+    if not (multiplies or names_biases(model) or any(layer.slot is None for layer in layers)):
         return None
     if any("_equipoise" in layer.router.__dict__ for layer in layers):
         return None  # a copy of an attached model: it holds newer ones
     path = saved_beside(model)
-    if not names_offsets(model):
+    if not names_biases(model):
         if path is not None:
             _log.warning(
                 f"attach: {path} lies beside the weights, and the model's config does not name it: it is not taken. "
-                f"If the weights belong to it, give offsets={str(path.parent)!r}; else delete it. save_offsets names "
+                f"If the weights belong to it, give biases={str(path.parent)!r}; else delete it. save_biases names "
                 "it when it is called after save_pretrained."
             )
         return None
-    if not any(balancer.has_offset for balancer in balancers):
+    if not any(balancer.has_bias for balancer in balancers):
         _log.warning(
-            f"attach: the model was saved with offsets, and {format_strategy(balancers)} holds none: it routes "
+            f"attach: the model was saved with biases, and {format_strategy(balancers)} holds none: it routes "
             "otherwise than it was trained. Add frozen to it to route with them."
         )
         return None
     if path is None:
         raise EquipoiseError(
-            f"a model that was saved with offsets must find them: its config names {OFFSETS_FILE}, which is not beside "
+            f"a model that was saved with biases must find them: its config names {BIASES_FILE}, which is not beside "
             f"the weights ({getattr(model.config, '_name_or_path', '') or 'loaded from nowhere'}). Give "
-            "offsets=FOLDER, or begin from zero with del model.config.equipoise."
+            "biases=FOLDER, or begin from zero with del model.config.equipoise."
         )
-    _log.info(f"attach: begins with the offsets of {path}")
+    _log.info(f"attach: begins with the biases of {path}")
     return path
 
 
 def _warn_of_rounded(layers: Sequence[Layer], balancers: Sequence[Balancer]) -> None:
-    """Offsets go on in float32 from what a slot holds."""
+    """Biases go on in float32 from what a slot holds."""
     found = {}
-    for layer in layers if any(balancer.has_offset for balancer in balancers) else ():
+    for layer in layers if any(balancer.has_bias for balancer in balancers) else ():
         held = None if layer.slot is None else layer.slot.tensor
         short = held is not None and held.dtype in (torch.bfloat16, torch.float16)
         if held is not None and short and held.device.type != "meta" and held.any():
             found[layer.name] = str(held.dtype).removeprefix("torch.")
     if found:
         _log.warning(
-            f"attach: the bias comes rounded in {few(found)}, and so the offsets begin. Load the model in float32 to "
+            f"attach: the bias comes rounded in {few(found)}, and so the biases begin. Load the model in float32 to "
             "begin where it was trained; a state that is loaded after takes their place."
         )
 
@@ -224,7 +229,7 @@ def _find_layers(
 
 
 def resolve(balancers: Sequence[Balancer | str]) -> list[Balancer]:
-    """The balancers that these objects and strategy strings name; refused where two would move the offset."""
+    """The balancers that these objects and strategy strings name; refused where two would move the bias."""
     result: list[Balancer] = []
     for balancer in balancers:
         if isinstance(balancer, str):
@@ -235,9 +240,9 @@ def resolve(balancers: Sequence[Balancer | str]) -> list[Balancer]:
             raise TypeError(
                 f"a balancer must be an object such as LossFree() or a strategy string: got {type(balancer).__name__}."
             )
-    steering = [str(balancer) for balancer in result if balancer.has_offset]
+    steering = [str(balancer) for balancer in result if balancer.has_bias]
     if len(steering) > 1:
-        raise UsageError(f"one balancer may move the offset: got {' and '.join(steering)}. Leave one out.")
+        raise UsageError(f"one balancer may move the bias: got {' and '.join(steering)}. Leave one out.")
     return result
 
 
@@ -272,31 +277,31 @@ def _reset_dynamo(model: nn.Module) -> None:
         dynamo.reset()
 
 
-def _read_offsets(
-    offsets: Mapping[str, Tensor] | str | os.PathLike[str], layers: list[Layer], multiplies: bool
+def _read_biases(
+    biases: Mapping[str, Tensor] | str | os.PathLike[str], layers: list[Layer], multiplies: bool
 ) -> dict[str, Tensor]:
     theirs = multiplies  # of a mapping by layer nobody knows
-    if not isinstance(offsets, Mapping):
-        offsets, theirs = read_offsets(offsets)
-    if isinstance(offsets.get("offsets"), Mapping):  # a whole state_dict()
-        theirs = bool(offsets.get("multiplies", False))
-        offsets = offsets["offsets"]  # type: ignore[assignment]
+    if not isinstance(biases, Mapping):
+        biases, theirs = read_biases(biases)
+    if isinstance(biases.get("biases"), Mapping):  # a whole state_dict()
+        theirs = bool(biases.get("multiplies", False))
+        biases = biases["biases"]  # type: ignore[assignment]
     if theirs != multiplies:
         raise UsageError(
-            "offsets must be held as they were trained: these "
+            "biases must be held as they were trained: these "
             + (
                 "multiply the scores. Attach frozen:multiplies=true, or loss-free with rule=multiplicative."
                 if theirs
                 else "are added to the scores. Attach frozen, or a rule other than multiplicative."
             )
         )
-    if not all(isinstance(value, Tensor) for value in offsets.values()):
-        raise EquipoiseError("offsets must be tensors by layer name, as Balance.offsets gives them: got other values.")
-    sizes = {name: tuple(value.shape) for name, value in offsets.items()}
+    if not all(isinstance(value, Tensor) for value in biases.values()):
+        raise EquipoiseError("biases must be tensors by layer name, as Balance.biases gives them: got other values.")
+    sizes = {name: tuple(value.shape) for name, value in biases.items()}
     wanted = {layer.name: (layer.num_experts,) for layer in layers}
     if sizes != wanted:
-        raise EquipoiseError(f"offsets must name the layers of this model: got {few(sizes)}, expected {few(wanted)}.")
-    for name, value in offsets.items():
+        raise EquipoiseError(f"biases must name the layers of this model: got {few(sizes)}, expected {few(wanted)}.")
+    for name, value in biases.items():
         if not value.is_floating_point() or not value.isfinite().all():
-            raise EquipoiseError(f"offsets must be finite floating-point numbers: those of {name} are not.")
-    return {layer.name: offsets[layer.name].detach().float().to(slot_of(layer).device, copy=True) for layer in layers}
+            raise EquipoiseError(f"biases must be finite floating-point numbers: those of {name} are not.")
+    return {layer.name: biases[layer.name].detach().float().to(slot_of(layer).device, copy=True) for layer in layers}

@@ -22,7 +22,7 @@ from equipoise.counting.window import MicroBatch, Window
 from equipoise.errors import EquipoiseError, UsageError
 from equipoise.routers.forward import ForwardContext
 from equipoise.routers.tap import OWN_SLOT, Tap, tap_router, untap_router
-from equipoise.saved import write_offsets
+from equipoise.saved import write_biases
 
 __all__ = ["Balance", "few"]
 
@@ -61,7 +61,7 @@ class Balance:
 
     Attributes:
         load: by layer, the counts of the last closed window over all ranks, int64 ``[experts]``.
-        offsets: by layer, what is added to the scores for the choice, float32 ``[experts]``.
+        biases: by layer, what is added to the scores for the choice, float32 ``[experts]``.
         num_tokens: unmasked tokens of the open micro-batch on this rank, or of the last one (int64 scalar).
         loss_scale: the factor of the losses where no ticket can be added (a pipeline stage, ``torch.autograd.grad``).
     """
@@ -72,13 +72,13 @@ class Balance:
         layers: list[Layer],
         balancers: Sequence[Balancer],
         pool: Pool,
-        offsets: dict[str, Tensor],
+        biases: dict[str, Tensor],
     ):
         self._layers = layers
         self._strategy = format_strategy(balancers)
         self._multiplies = any(balancer.multiplies for balancer in balancers)
         self._pool = pool
-        self._recorder = Recorder(layers, balancers, pool, offsets)
+        self._recorder = Recorder(layers, balancers, pool, biases)
         self._layout, self._window, self._groups = self._recorder.layout, self._recorder.window, self._recorder.groups
         self._num_windows = 0
         self._traffic = [0, 0]
@@ -112,12 +112,12 @@ class Balance:
             tap = Tap(self._recorder, self._context, index, layer.kind, layer.k, has_loss=bool(group.losses))
             own = None
             if group.steering is not None and group.slot(layer).name == OWN_SLOT:
-                own = group.steering.offset()[row].clone()
+                own = group.steering.bias()[row].clone()
                 tap.multiplies = group.steering.multiplies
                 _allow_compile_over_checkpoint()
             tap_router(layer.router, tap, layer.slot, own)
             self._taps.append(tap)
-            self._recorder.restore_offset(index)
+            self._recorder.restore_bias(index)
 
     # ---- the training loop ----
 
@@ -162,16 +162,16 @@ class Balance:
 
     @torch.no_grad()
     def step(self, applied: bool | Tensor = True) -> None:
-        """Closes the window: pools its counts over the ranks and moves the offsets. Call it after ``optimizer.step()``.
+        """Closes the window: pools its counts over the ranks and moves the biases. Call it after ``optimizer.step()``.
 
         Under Accelerate's ``accumulate`` that does nothing but for the last micro-batch: call it only
         ``if accelerator.sync_gradients``, or ``follow`` the optimizer inside.
 
         Args:
             applied: whether the optimizer's step was applied, a bool or a 0-d tensor (a GradScaler skips steps). The
-                window closes either way; the offsets move only if it was, on every rank.
+                window closes either way; the biases move only if it was, on every rank.
 
-        A router that was not called on any rank keeps its offset (but for what is left of a momentum); each one that a
+        A router that was not called on any rank keeps its bias (but for what is left of a momentum); each one that a
         rank does not call is warned of once there, and so is one that the loss gave no gradient. Collective over the
         group. Raises ``EquipoiseError`` when a rank called none at all; the other ranks raise too.
         """
@@ -229,7 +229,7 @@ class Balance:
                     assert isinstance(applied, Tensor)
                     state[name].copy_(torch.where(applied.to(value.device).bool(), state[name], value))
             if group.steering is not None:
-                self._recorder.restore_offsets(group, slots)
+                self._recorder.restore_biases(group, slots)
 
     def _warn(self, what: str, layers: Sequence[int]) -> None:
         """Once for each layer."""
@@ -315,7 +315,7 @@ class Balance:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Counts nothing, for forwards that are no training: generation, a probe. Offsets still steer."""
+        """Counts nothing, for forwards that are no training: generation, a probe. Biases still steer."""
         before, self._recorder.paused = self._recorder.paused, True
         try:
             with self._context.aside():
@@ -379,8 +379,8 @@ class Balance:
         return self._by_name(self._recorder.last)
 
     @property
-    def offsets(self) -> dict[str, Float[Tensor, " experts"]]:
-        return {layer.name: self._offset_of(index).clone() for index, layer in enumerate(self._layers)}
+    def biases(self) -> dict[str, Float[Tensor, " experts"]]:
+        return {layer.name: self._bias_of(index).clone() for index, layer in enumerate(self._layers)}
 
     @property
     def num_tokens(self) -> Int[Tensor, ""]:
@@ -398,7 +398,7 @@ class Balance:
         ``maxvio_micro``: mean over this rank's micro-batches. ``maxvio_floor``: what chance alone would give.
         ``dead_experts``: sum over layers. ``tokens``: unmasked, in the window. ``load_balancing_loss``, ``z_loss``: by
         loss, without its coefficient, the mean over layers and this rank's micro-batches; a second loss of a kind has
-        its scope behind its name. ``offset_max``: largest magnitude. ``collectives``, ``collective_bytes``: begun for
+        its scope behind its name. ``bias_max``: largest magnitude. ``collectives``, ``collective_bytes``: begun for
         the window, and what this rank gave to them.
         """
         self._window.exchange.read()
@@ -432,7 +432,7 @@ class Balance:
             if self._last_micro_batches:
                 result[name] = float(torch.cat(values).mean()) if values else 0.0
         if any(group.steering is not None for group in self._groups):
-            result["offset_max"] = max(float(offset.abs().max()) for offset in self.offsets.values())
+            result["bias_max"] = max(float(bias.abs().max()) for bias in self.biases.values())
         result |= zip(("collectives", "collective_bytes"), map(float, self._traffic), strict=True)
         return result
 
@@ -441,11 +441,11 @@ class Balance:
         notes = [n for group in self._groups for balancer in group.balancers for n in balancer.notes(num_steps)]
         return list(dict.fromkeys(notes))
 
-    def save_offsets(self, folder: str | os.PathLike[str]) -> Path | None:
-        """Keeps the offsets beside weights that were saved into ``folder``; returns the file.
+    def save_biases(self, folder: str | os.PathLike[str]) -> Path | None:
+        """Keeps the biases beside weights that were saved into ``folder``; returns the file.
 
         Call it after ``model.save_pretrained(folder)``. A family with a slot has them among its weights, and nothing is
-        written (None), nor for a strategy that holds no offsets. Of the others ``equipoise_offsets.safetensors`` is
+        written (None), nor for a strategy that holds no biases. Of the others ``equipoise_biases.safetensors`` is
         written, in float32, and named in config.json: ``attach`` begins with it when the model is loaded from there;
         plain Transformers routes without. On many ranks the first one calls it.
         """
@@ -456,12 +456,12 @@ class Balance:
         if not place.is_dir() or (steered and beside and self._has_config and not named):
             raise UsageError(
                 f"folder must be one that the model was saved into: {place} is none. Save the model first, as with "
-                "model.save_pretrained(folder), which writes the config.json that names the offsets."
+                "model.save_pretrained(folder), which writes the config.json that names the biases."
             )
-        return write_offsets(place, self.offsets, self._multiplies) if steered and beside else None
+        return write_biases(place, self.biases, self._multiplies) if steered and beside else None
 
     def state_dict(self) -> dict[str, Any]:
-        """Offsets and what moves with them, the last window's counts, the number of windows: equal on all ranks.
+        """Biases and what moves with them, the last window's counts, the number of windows: equal on all ranks.
 
         Legal between windows only.
         """
@@ -479,7 +479,7 @@ class Balance:
         return {
             "strategy": self._strategy,
             "num_windows": self._num_windows,
-            "offsets": self.offsets,
+            "biases": self.biases,
             "multiplies": self._multiplies,
             "state": state,
             "load": load,
@@ -512,11 +512,11 @@ class Balance:
         for index, layer in enumerate(self._layers):
             group, row = self._recorder.group_of[index]
             if group.steering is not None:
-                group.steering.offset()[row].copy_(state["offsets"][layer.name])
+                group.steering.bias()[row].copy_(state["biases"][layer.name])
             for name, value in group.states().items():
                 held = state.get("state", {}).get(name)
                 value[row].copy_(torch.zeros_like(value[row]) if held is None else held[layer.name])
-            self._recorder.restore_offset(index)
+            self._recorder.restore_bias(index)
         self._num_windows = int(state["num_windows"])
         self._recorder.last = None
         if self._num_windows and "load" in state:
@@ -528,10 +528,10 @@ class Balance:
     def _check_state(self, state: Mapping[str, Any]) -> None:
         if self._window.micro_batches:
             raise EquipoiseError("load_state_dict() must be called between windows. Call step() first.")
-        if not isinstance(state, Mapping) or not isinstance(state.get("offsets", {}), Mapping):
+        if not isinstance(state, Mapping) or not isinstance(state.get("biases", {}), Mapping):
             raise EquipoiseError(f"the state must be what state_dict() gave: got {type(state).__name__}.")
         names = {layer.name: (layer.num_experts,) for layer in self._layers}
-        parts = {key: state.get(key, {}) for key in ("offsets", "load") if key in state or key == "offsets"}
+        parts = {key: state.get(key, {}) for key in ("biases", "load") if key in state or key == "biases"}
         for key, part in {**parts, **state.get("state", {})}.items():
             sizes = {name: tuple(value.shape) for name, value in part.items()}
             windows = state.get("num_windows")
@@ -548,34 +548,34 @@ class Balance:
                     )
         if self._multiplies != state.get("multiplies", False):
             raise EquipoiseError(
-                "offsets that are added and offsets that multiply cannot take each other's place: the state is of "
+                "biases that are added and biases that multiply cannot take each other's place: the state is of "
                 f"{state.get('strategy')}, this Balance has {self._strategy}. Attach the strategy of the state."
             )
         for index, layer in enumerate(self._layers):
             group, _ = self._recorder.group_of[index]
             if group.steering is None and not torch.equal(
-                state["offsets"][layer.name].cpu(), self._offset_of(index).cpu()
+                state["biases"][layer.name].cpu(), self._bias_of(index).cpu()
             ):
                 raise EquipoiseError(
-                    f"offsets must have a balancer that holds them: the state of {state.get('strategy')} moves the "
+                    f"biases must have a balancer that holds them: the state of {state.get('strategy')} moves the "
                     f"choice of {layer.name}, this Balance has {self._strategy}. Attach with frozen or loss-free too."
                 )
 
     def detach(self) -> dict[str, Float[Tensor, " experts"]]:
-        """Removes all that ``attach`` added and returns the offsets. A family's own slot keeps what it holds; the
-        offsets of a family without one are gone from the model. On every rank of the group, or on none."""
-        offsets = self.offsets
+        """Removes all that ``attach`` added and returns the biases. A family's own slot keeps what it holds; the
+        biases of a family without one are gone from the model. On every rank of the group, or on none."""
+        biases = self.biases
         for hook in self._hooks:
             hook.remove()
         if self._detached:
-            return offsets
+            return biases
         self._detached = True
         for layer, tap in zip(self._layers, self._taps, strict=True):
             tap.observer = None
             untap_router(layer.router, layer.slot)
         self._hooks, self._taps = [], []
         self._pool.close()
-        return offsets
+        return biases
 
     def __repr__(self) -> str:
         sizes = f" of {few(sorted(set(self._layout.num_experts)))} experts" if self._layers else ""
@@ -591,18 +591,18 @@ class Balance:
     def _by_name(self, vector: Tensor) -> dict[str, Tensor]:
         return {layer.name: self._layout.load(vector, index) for index, layer in enumerate(self._layers)}
 
-    def _offset_of(self, layer: int) -> Tensor:
+    def _bias_of(self, layer: int) -> Tensor:
         group, row = self._recorder.group_of[layer]
         if group.steering is not None:
             self._recorder.adopt_writes(group)
-            return group.steering.offset()[row]
+            return group.steering.bias()[row]
         return slot_of(self._layers[layer])
 
 
 def _state(balancer: Balancer) -> dict[str, Tensor]:
     """All that ``update`` moves."""
-    offset = balancer.offset()
-    return balancer.state() if offset is None else {"offset": offset, **balancer.state()}
+    bias = balancer.bias()
+    return balancer.state() if bias is None else {"bias": bias, **balancer.state()}
 
 
 def _with_tokens(load: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """hidden -> logits -> scores -> choice: how a router decides, as plain functions of tensors.
 
-The offset of a loss-free balancer enters at one place only, the choice; the weights are always the plain scores.
+The bias of a loss-free balancer enters at one place only, the choice; the weights are always the plain scores.
 """
 
 import math
@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-__all__ = ["GATES", "Routing", "route", "score", "score_backward", "without_autocast"]
+__all__ = ["SCORE_FUNCTIONS", "Routing", "route", "score", "score_backward", "without_autocast"]
 
-GATES = ("softmax", "sigmoid", "sqrt_softplus")
+SCORE_FUNCTIONS = ("softmax", "sigmoid", "sqrt_softplus")
 
 
 class Routing(NamedTuple):
@@ -25,8 +25,8 @@ class Routing(NamedTuple):
     data). None means that nobody said which token belongs to which sequence.
     """
 
-    logits: Float[Tensor, "tokens experts"]  # the gate's raw output
-    scores: Float[Tensor, "tokens experts"]  # float32 or wider, before any offset
+    logits: Float[Tensor, "tokens experts"]  # the router's logits
+    scores: Float[Tensor, "tokens experts"]  # float32 or wider, before any bias
     expert_ids: Int[Tensor, "tokens k"]
     weights: Float[Tensor, "tokens k"]  # combine weights, taken from the scores
     mask: Float[Tensor, " tokens"] | None = None
@@ -40,8 +40,8 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
-def score(logits: Float[Tensor, "tokens experts"], gate: str = "softmax") -> Float[Tensor, "tokens experts"]:
-    """The gate's scores, in float32 or wider.
+def score(logits: Float[Tensor, "tokens experts"], score_function: str = "softmax") -> Float[Tensor, "tokens experts"]:
+    """The router's scores, in float32 or wider.
 
         softmax         s_e = exp(z_e) / sum_j exp(z_j)
         sigmoid         s_e = 1 / (1 + exp(-z_e))                 DeepSeek-V3, arXiv:2412.19437
@@ -50,7 +50,7 @@ def score(logits: Float[Tensor, "tokens experts"], gate: str = "softmax") -> Flo
     In float32 the last two end where exp(z) does, at z = -88: below, sigmoid scores are 0 and those of sqrt_softplus
     all the same, none with a slope. A token whose logits all lie there trains no router, and no balancing loss sees it.
 
-    Raises ``ValueError`` for another gate, and for logits that are not floating point.
+    Raises ``ValueError`` for another score function, and for logits that are not floating point.
 
     >>> score(torch.tensor([[0.0, 0.0]]), "sigmoid")
     tensor([[0.5000, 0.5000]])
@@ -59,26 +59,26 @@ def score(logits: Float[Tensor, "tokens experts"], gate: str = "softmax") -> Flo
         found = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f"logits must be a tensor of floating point numbers: got {found}.")
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if gate == "softmax":
+    if score_function == "softmax":
         return logits.softmax(-1)
-    if gate == "sigmoid":
+    if score_function == "sigmoid":
         return logits.sigmoid()
-    if gate == "sqrt_softplus":
+    if score_function == "sqrt_softplus":
         # at z < -104 float32 softplus is 0, where sqrt has no slope
         return F.softplus(logits).clamp_min(torch.finfo(logits.dtype).tiny).sqrt()
-    raise ValueError(f"gate must be one of {', '.join(GATES)}: got {gate!r}.")
+    raise ValueError(f"score_function must be one of {', '.join(SCORE_FUNCTIONS)}: got {score_function!r}.")
 
 
 def score_backward(
     gradient: Float[Tensor, "tokens experts"],
     logits: Float[Tensor, "tokens experts"],
     scores: Float[Tensor, "tokens experts"],
-    gate: str,
+    score_function: str,
 ) -> Float[Tensor, "tokens experts"]:
-    """The gradient by the logits, in their dtype, of what has ``gradient`` by ``scores = score(logits, gate)``."""
-    if gate == "softmax":
+    """The gradient by the logits, in their dtype, of what has ``gradient`` by ``scores = score(logits, score_function)``."""
+    if score_function == "softmax":
         found = torch.ops.aten._softmax_backward_data(gradient, scores, -1, scores.dtype)
-    elif gate == "sigmoid":
+    elif score_function == "sigmoid":
         found = torch.ops.aten.sigmoid_backward(gradient, scores)
     else:
         found = gradient * logits.to(scores.dtype).sigmoid() / (2 * scores)
@@ -93,7 +93,7 @@ def _mask_groups(
     grouped = choice.unflatten(-1, (num_groups, -1))  # (tokens, groups, experts a group)
     value = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(-1)
     kept = torch.zeros_like(value, dtype=torch.bool).scatter_(-1, value.topk(top_groups, dim=-1).indices, True)
-    # -inf, not 0: with negative offsets an expert of a masked group would win against 0
+    # -inf, not 0: with negative biases an expert of a masked group would win against 0
     return grouped.masked_fill(~kept.unsqueeze(-1), float("-inf")).flatten(-2)
 
 
@@ -101,8 +101,8 @@ def route(
     logits: Float[Tensor, "tokens experts"],
     k: int,
     *,
-    gate: str = "softmax",
-    offset: Float[Tensor, " experts"] | None = None,
+    score_function: str = "softmax",
+    bias: Float[Tensor, " experts"] | None = None,
     num_groups: int = 1,
     top_groups: int = 1,
     renormalise: bool = False,
@@ -111,17 +111,17 @@ def route(
 ) -> Routing:
     """Chooses k experts a token.
 
-        chosen  = top-k of (score + offset), within the best groups if there are groups
+        chosen  = top-k of (score + bias), within the best groups if there are groups
         weights = scale * score[chosen]   (/ their sum if ``renormalise``)
 
     A group's value is the sum of its two highest biased scores; only experts of the ``top_groups`` best groups can be
-    chosen. The offset changes the choice, never the weights.
+    chosen. The bias changes the choice, never the weights.
 
     Args:
-        logits: raw gate output.
+        logits: the router's logits.
         k: experts a token, 1 <= k <= experts of the groups that may be chosen.
-        gate: ``softmax``, ``sigmoid`` or ``sqrt_softplus``.
-        offset: added to the scores for the choice only; float32, score units.
+        score_function: ``softmax``, ``sigmoid`` or ``sqrt_softplus``.
+        bias: added to the scores for the choice only; float32, score units.
         num_groups, top_groups: group-limited routing; 1 and 1 switch it off.
         renormalise: divide the weights by their sum over the chosen experts.
         scale: factor on the weights (DeepSeek's routed scaling factor).
@@ -132,10 +132,10 @@ def route(
     Source: Wang et al. 2024, arXiv:2408.15664, Eq. 3; groups as in DeepSeek-V3, arXiv:2412.19437. Where we differ: the
     published inference code of DeepSeek-V3 masks groups with -inf too, but several ports use 0, which we do not.
 
-    >>> route(torch.tensor([[2.0, 1.0, 0.0]]), k=1, offset=torch.tensor([0.0, 0.0, 9.0])).expert_ids
+    >>> route(torch.tensor([[2.0, 1.0, 0.0]]), k=1, bias=torch.tensor([0.0, 0.0, 9.0])).expert_ids
     tensor([[2]])
     """
-    scores = score(logits, gate)
+    scores = score(logits, score_function)
     if logits.dim() != 2:
         raise ValueError(
             f"logits must have the shape (tokens, experts): got {tuple(logits.shape)}. Flatten batch and sequence."
@@ -154,14 +154,14 @@ def route(
     available = num_experts // num_groups * top_groups
     if not 1 <= k <= available:
         raise ValueError(f"k must lie between 1 and the {available} experts that may be chosen: got k={k}.")
-    if offset is not None and (not isinstance(offset, Tensor) or offset.shape != (num_experts,)):
-        found = tuple(offset.shape) if isinstance(offset, Tensor) else type(offset).__name__
-        raise ValueError(f"offset must hold one number per expert: expected shape ({num_experts},), got {found}.")
+    if bias is not None and (not isinstance(bias, Tensor) or bias.shape != (num_experts,)):
+        found = tuple(bias.shape) if isinstance(bias, Tensor) else type(bias).__name__
+        raise ValueError(f"bias must hold one number per expert: expected shape ({num_experts},), got {found}.")
     if mask is not None and mask.shape != logits.shape[:1]:
         raise ValueError(
             f"mask must hold one number per token: expected shape ({logits.shape[0]},), got {tuple(mask.shape)}."
         )
-    choice = scores.detach() if offset is None else scores.detach() + offset
+    choice = scores.detach() if bias is None else scores.detach() + bias
     if num_groups > 1:
         choice = _mask_groups(choice, num_groups, top_groups)
     expert_ids = choice.topk(k, dim=-1).indices

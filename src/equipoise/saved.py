@@ -1,4 +1,4 @@
-"""The file that keeps offsets beside the weights of a model whose family has no slot for them."""
+"""The file that keeps biases beside the weights of a model whose family has no slot for them."""
 
 import json
 import os
@@ -11,73 +11,73 @@ from torch import Tensor, nn
 from equipoise.errors import EquipoiseError
 
 __all__ = [
-    "OFFSETS_FILE",
+    "BIASES_FILE",
     "frozen_strategy",
     "model_folder",
     "models_in",
-    "names_offsets",
-    "read_offsets",
+    "names_biases",
+    "read_biases",
     "saved_beside",
-    "write_offsets",
+    "write_biases",
 ]
 
-OFFSETS_FILE = "equipoise_offsets.safetensors"
-KEY = "equipoise"  # of config.json: {"equipoise": {"offsets": OFFSETS_FILE}}
-MULTIPLIES = "multiplies"  # of the file's metadata: "true" where the choice is by score (1 + offset)
+BIASES_FILE = "equipoise_biases.safetensors"
+KEY = "equipoise"  # of config.json: {"equipoise": {"biases": BIASES_FILE}}
+MULTIPLIES = "multiplies"  # of the file's metadata: "true" where the choice is by score (1 + bias)
 
 
-def write_offsets(folder: Path, offsets: Mapping[str, Tensor], multiplies: bool = False) -> Path:
+def write_biases(folder: Path, biases: Mapping[str, Tensor], multiplies: bool = False) -> Path:
     """Writes them in float32, and names the file in the folder's config.json, if there is one."""
     try:
         from safetensors.torch import save_file
     except ImportError:
-        raise EquipoiseError("saving offsets needs safetensors: pip install safetensors.") from None
-    path = folder / OFFSETS_FILE
-    held = {name: value.detach().float().cpu().contiguous() for name, value in offsets.items()}
+        raise EquipoiseError("saving biases needs safetensors: pip install safetensors.") from None
+    path = folder / BIASES_FILE
+    held = {name: value.detach().float().cpu().contiguous() for name, value in biases.items()}
     save_file(held, path, {MULTIPLIES: "true"} if multiplies else None)
     config = folder / "config.json"
     if config.is_file():
-        content = json.loads(config.read_text(encoding="utf-8")) | {KEY: {"offsets": OFFSETS_FILE}}
+        content = json.loads(config.read_text(encoding="utf-8")) | {KEY: {"biases": BIASES_FILE}}
         aside = folder / ".config.json.tmp"
         aside.write_text(json.dumps(content, ensure_ascii=False, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         os.replace(aside, config)
     return path
 
 
-def read_offsets(place: str | os.PathLike[str]) -> tuple[dict[str, Tensor], bool]:
+def read_biases(place: str | os.PathLike[str]) -> tuple[dict[str, Tensor], bool]:
     """By layer, from the file or from the folder that holds it; and whether they multiply."""
     path = Path(place)
-    path = path / OFFSETS_FILE if path.is_dir() else path
+    path = path / BIASES_FILE if path.is_dir() else path
     if not path.exists():
-        raise EquipoiseError(f"offsets must be a mapping or a saved file: {path} does not exist.")
+        raise EquipoiseError(f"biases must be a mapping or a saved file: {path} does not exist.")
     try:
         from safetensors import safe_open
     except ImportError:
-        raise EquipoiseError("reading saved offsets needs safetensors: pip install safetensors.") from None
+        raise EquipoiseError("reading saved biases needs safetensors: pip install safetensors.") from None
     try:
         with safe_open(path, framework="pt", device="cpu") as opened:
-            offsets = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-            return offsets, (opened.metadata() or {}).get(MULTIPLIES) == "true"
+            biases = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            return biases, (opened.metadata() or {}).get(MULTIPLIES) == "true"
     except Exception as error:  # safetensors raises its own
         raise EquipoiseError(f"{path} must be safetensors: {error}. The file is damaged; save it again.") from None
 
 
 def frozen_strategy(multiplies: bool) -> str:
-    """The strategy that routes with such offsets and moves nothing."""
+    """The strategy that routes with such biases and moves nothing."""
     return "frozen:multiplies=true" if multiplies else "frozen"
 
 
-def names_offsets(model: nn.Module) -> bool:
-    """Whether the config that the model was loaded with says that offsets lie beside the weights."""
+def names_biases(model: nn.Module) -> bool:
+    """Whether the config that the model was loaded with says that biases lie beside the weights."""
     named = getattr(getattr(model, "config", None), KEY, None)
-    return isinstance(named, Mapping) and "offsets" in named
+    return isinstance(named, Mapping) and "biases" in named
 
 
 def saved_beside(model: nn.Module) -> Path | None:
     """The file beside the weights that Transformers loaded the model from; None where it is not found."""
     config: Any = getattr(model, "config", None)
     place = getattr(config, "_name_or_path", None) or getattr(model, "name_or_path", None)
-    path = Path(place) / OFFSETS_FILE if place else None
+    path = Path(place) / BIASES_FILE if place else None
     return path if path is not None and path.is_file() else None
 
 

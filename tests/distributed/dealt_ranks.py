@@ -18,7 +18,7 @@ def mask(seed: int, rows: int = 2, length: int = 16) -> Tensor:
 
 
 def deal(rank: int, strategies: list[str], size: int) -> list[dict[str, Tensor]]:
-    """Offsets after two windows of four micro-batches, dealt to ``size`` ranks; the last is padding only."""
+    """Biases after two windows of four micro-batches, dealt to ``size`` ranks; the last is padding only."""
     found = []
     for strategy in strategies:
         for loss in ("", "+lbl:coefficient=0.1"):  # with and without a collective for each micro-batch
@@ -28,5 +28,5 @@ def deal(rank: int, strategies: list[str], size: int) -> list[dict[str, Tensor]]
                 for seed in range(rank, 4, size):
                     (model(ids(10 * window + seed), mask(seed) * (seed != 3)) + balance.loss()).backward()
                 balance.step()
-            found.append(balance.offsets)
+            found.append(balance.biases)
     return found

@@ -31,7 +31,7 @@ def step_on(model: nn.Module, balance: equipoise.Balance, inputs: list[Tensor]) 
     balance.step()
     return {
         "load": {name: load.tolist() for name, load in balance.load.items()},
-        "offsets": balance.offsets,
+        "biases": balance.biases,
         "tokens": balance.metrics()["tokens"],
         "gradients": {n: table_ranks.full(p.grad).clone() for n, p in model.named_parameters() if p.grad is not None},
     }
@@ -214,7 +214,7 @@ def refused(rank: int) -> dict[str, str]:
         "a stage without routers": said(attach, nn.Linear(2, 2) if odd else tiny_lm(), "none", allow_empty=True),
         "stages without routers": said(attach, nn.Linear(2, 2), "none", allow_empty=True),
         "where": said(attach, tiny_lm(), "none", where=lambda name, router: not odd),
-        "offsets": said(attach, tiny_lm(), "frozen", offsets={"x": torch.zeros(EXPERTS)}),
+        "biases": said(attach, tiny_lm(), "frozen", biases={"x": torch.zeros(EXPERTS)}),
         "group of others": said(attach, tiny_lm(), "none", group=others),
         "no such dimension": said(lambda: attach(tiny_lm(), "none", group=mesh["cp"])),
         "no group": said(attach, tiny_lm(), "none", group="dp"),

@@ -90,7 +90,7 @@ def loss_of(logits: Tensor, target: Tensor) -> Tensor:
 def outcome(stage: nn.Module, balance: equipoise.Balance) -> dict[str, Any]:
     return {
         "load": {name: load.clone() for name, load in balance.load.items()},
-        "offsets": balance.offsets,
+        "biases": balance.biases,
         "gradients": {name: p.grad.clone() for name, p in stage.named_parameters() if p.grad is not None},
         "windows": balance.state_dict()["num_windows"],
     }

@@ -32,9 +32,9 @@ OVERFLOWS = (1, 4)  # windows whose gradient is not finite, in the training with
 
 
 class Block(nn.Module):
-    def __init__(self, num_experts: int, gate: str):
+    def __init__(self, num_experts: int, score_function: str):
         super().__init__()
-        self.norm, self.moe = nn.RMSNorm(DIM), MoE(DIM, 4, num_experts, 2, gate=gate)
+        self.norm, self.moe = nn.RMSNorm(DIM), MoE(DIM, 4, num_experts, 2, score_function=score_function)
         nn.init.normal_(self.moe.router.weight, std=0.5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ def micro_batch(window: int, number: int) -> Tensor:
 
 
 class Progress(NamedTuple):
-    """What a training did: by window its load and the offsets after it; then the whole parameters."""
+    """What a training did: by window its load and the biases after it; then the whole parameters."""
 
     windows: dict[int, tuple[dict[str, Tensor], dict[str, Tensor]]]
     parameters: dict[str, Tensor]
@@ -124,7 +124,7 @@ class Training:
 
 
 def copy(balance: equipoise.Balance) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    return {name: load.clone() for name, load in balance.load.items()}, balance.offsets
+    return {name: load.clone() for name, load in balance.load.items()}, balance.biases
 
 
 def whole(model: nn.Module) -> dict[str, Tensor]:
@@ -188,13 +188,13 @@ def refusals(rank: int, folder: Path) -> dict[str, Refused]:
     newer = training.balance.state_dict()
     other = equipoise.attach(lm("third", "fourth"), STRATEGIES["momentum"]).state_dict()
     renamed = newer | {"load": other["load"]}
-    moved = newer | {"offsets": {name: offset + rank for name, offset in newer["offsets"].items()}}
+    moved = newer | {"biases": {name: bias + rank for name, bias in newer["biases"].items()}}
     states = {
         "other names": (other, other),
         "other names on one rank": (newer, other),
         "other names of the counts on one rank": (newer, renamed),
         "older on one rank": (newer, older),
-        "other offsets on one rank": (moved, moved),
+        "other biases on one rank": (moved, moved),
         "nothing on one rank": (newer, None),
     }
     load = training.balance.load_state_dict

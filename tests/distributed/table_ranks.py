@@ -17,7 +17,7 @@ import equipoise
 from equipoise.nn import MoE
 
 MICRO_BATCHES = 8
-OFFSETS = {
+BIASES = {
     "blocks.0.gate": torch.tensor([0.3, -0.2, 0.0, 0.1, -0.3, 0.1]),
     "blocks.1.gate": torch.tensor([-0.1, 0.2, 0.05, -0.05, 0.0, -0.1]),
 }
@@ -101,14 +101,14 @@ def attached(cell: Cell) -> tuple[nn.Module, nn.Module, equipoise.Balance]:
     steers = cell.mechanism != "lbl"
     model = wrapped(inner, cell.wrapper)
     balance = equipoise.attach(
-        model, strategy(cell.mechanism, cell.scope), *([] if steers else ["frozen"]), offsets=OFFSETS
+        model, strategy(cell.mechanism, cell.scope), *([] if steers else ["frozen"]), biases=BIASES
     )
     return inner, nn.parallel.DistributedDataParallel(model) if cell.wrapper == "ddp" else model, balance
 
 
 class Outcome(NamedTuple):
     counts: list[list[int]]
-    offsets: list[Tensor]
+    biases: list[Tensor]
     gradients: dict[str, Tensor]
     traffic: tuple[float, float]
 
@@ -117,14 +117,14 @@ def run(cell: Cell, prepared: tuple[Any, ...], size: int, rank: int | None) -> O
     """One window on ``rank`` of ``size``; None: all of it."""
     inner, model, balance = prepared
     inner.zero_grad()
-    balance.load_state_dict({"num_windows": 0, "offsets": OFFSETS})
+    balance.load_state_dict({"num_windows": 0, "biases": BIASES})
     everything = micro_batches(cell.data, size)
     window(model, balance, everything if rank is None else everything[rank::size])
     balance.step()
     metrics = balance.metrics()
     return Outcome(
         [load.tolist() for load in balance.load.values()],
-        list(balance.offsets.values()),
+        list(balance.biases.values()),
         {name: full(p.grad).clone() for name, p in inner.named_parameters() if p.grad is not None},
         (metrics["collectives"], metrics["collective_bytes"]),
     )
@@ -141,7 +141,10 @@ class Deep(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Embedding(VOCAB, 8)
-        self.blocks = nn.ModuleList(MoE(8, hidden=6, num_experts=6, k=2, gate=gate) for gate in ("sigmoid", "softmax"))
+        self.blocks = nn.ModuleList(
+            MoE(8, hidden=6, num_experts=6, k=2, score_function=score_function)
+            for score_function in ("sigmoid", "softmax")
+        )
         self.head = nn.Linear(8, VOCAB)
 
     def forward(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -173,7 +176,7 @@ def twenty_steps(named: str, wrapper: str, size: int, rank: int | None) -> dict[
         balance.step()
         counts.append([load.tolist() for load in balance.load.values()])
     weights = torch.cat([full(p.detach()).flatten() for p in inner.parameters()])
-    return {"counts": counts, "offsets": list(balance.offsets.values()), "weights": weights}
+    return {"counts": counts, "biases": list(balance.biases.values()), "weights": weights}
 
 
 def everything(rank: int, size: int) -> dict[Any, Any]:

@@ -25,14 +25,14 @@ def _found(name):
 
 
 @pytest.mark.parametrize("name", MICRO_BATCHES)
-def test_every_rank_ends_with_the_counts_offsets_and_gradient_of_one_process(name):
+def test_every_rank_ends_with_the_counts_biases_and_gradient_of_one_process(name):
     model = groups_ranks.with_dense_layers() if name == "tensor_parallel" else None
     expected = groups_ranks.alone(range(MICRO_BATCHES[name]), model)
     assert expected["tokens"] == MICRO_BATCHES[name] * 2 * groups_ranks.LENGTH
     for found in _found(name):
         assert found["load"] == expected["load"] and found["tokens"] == expected["tokens"]
-        for layer, offset in found["offsets"].items():
-            assert torch.equal(offset, expected["offsets"][layer])
+        for layer, bias in found["biases"].items():
+            assert torch.equal(bias, expected["biases"][layer])
         assert distance(found["gradients"], expected["gradients"]) < 1e-6
 
 
@@ -51,7 +51,7 @@ def test_stages_of_two_pipelines_pool_with_their_replicas_only():
         for layer, load in found["load"].items():
             tokens = 2 * pipeline_ranks.MICRO_BATCHES * pipeline_ranks.ROWS * pipeline_ranks.LENGTH
             assert int(load.sum()) == K * tokens and torch.equal(load, expected["load"][layer])
-            assert torch.equal(found["offsets"][layer], expected["offsets"][layer])
+            assert torch.equal(found["biases"][layer], expected["biases"][layer])
         assert distance(found["gradients"], expected["gradients"]) < 1e-6
 
 
@@ -67,7 +67,7 @@ def test_stages_of_two_pipelines_pool_with_their_replicas_only():
             "to the same layers: rank 0 of the group has .*blocks.0.gate.*, rank 3 has none on none",
         ),
         ("where", "on rank 3 of the group, EquipoiseError: where must choose at least one router"),
-        ("offsets", r"^EquipoiseError: offsets must name the layers of this model: got x \[\(6,\)\]"),
+        ("biases", r"^EquipoiseError: biases must name the layers of this model: got x \[\(6,\)\]"),
         ("no such dimension", "^KeyError: .*cp.*dp.*tp"),
         ("no group", "^TypeError: group must be a process group or a DeviceMesh.*got str"),
     ],

@@ -1,4 +1,4 @@
-"""The five main families on two ranks under DDP and FSDP2: attached at offset zero, the same bits as not attached."""
+"""The five main families on two ranks under DDP and FSDP2: attached at bias zero, the same bits as not attached."""
 
 from functools import cache
 

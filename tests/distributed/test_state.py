@@ -23,21 +23,21 @@ from equipoise.errors import EquipoiseError
 pytestmark = [pytest.mark.xdist_group("ranks"), pytest.mark.slow]
 
 REFUSALS = {  # which part of each message must be the same on every rank
-    "other names": "its offsets have blocks.third.moe.router [(6,)], blocks.fourth.moe.router [(8,)], this model has "
+    "other names": "its biases have blocks.third.moe.router [(6,)], blocks.fourth.moe.router [(8,)], this model has "
     "blocks.first.moe.router [(6,)], blocks.second.moe.router [(8,)]. Load the state that was saved",
     "other names on one rank": "on rank 1 of the group, EquipoiseError: the state must be of a model with the same "
-    "layers: its offsets have blocks.third.moe.router",
+    "layers: its biases have blocks.third.moe.router",
     "other names of the counts on one rank": "on rank 1 of the group, EquipoiseError: the state must be of a model "
     "with the same layers: its load have blocks.third.moe.router",
     "older on one rank": "rank 0 of the group has one after 2 windows, rank 1 one after 1, and they differ in load, "
-    "num_windows, offsets, state. Load the same checkpoint",
-    "other offsets on one rank": "rank 0 of the group has one after 2 windows, rank 1 one after 2, and they differ in "
-    "offsets. Load",
+    "num_windows, biases, state. Load the same checkpoint",
+    "other biases on one rank": "rank 0 of the group has one after 2 windows, rank 1 one after 2, and they differ in "
+    "biases. Load",
     "nothing on one rank": "on rank 1 of the group, EquipoiseError: the state must be what state_dict() gave: got "
     "NoneType",
-    "a factor": "offsets that are added and offsets that multiply cannot take each other's place: the state is of "
+    "a factor": "biases that are added and biases that multiply cannot take each other's place: the state is of "
     "loss-free:rate=0.05,rule=multiplicative, this Balance has loss-free:rate=0.05,rule=momentum",
-    "checkpoint of other names": "Missing key in checkpoint state_dict: balance.offsets.blocks.first.moe.router",
+    "checkpoint of other names": "Missing key in checkpoint state_dict: balance.biases.blocks.first.moe.router",
 }
 
 
@@ -85,10 +85,10 @@ def assert_same_state(ours, theirs):
 def assert_same_progress(ours, theirs, windows):
     assert list(ours.windows) == list(windows)
     for window in windows:
-        for (name, load), offset in zip(ours.windows[window][0].items(), ours.windows[window][1].values(), strict=True):
+        for (name, load), bias in zip(ours.windows[window][0].items(), ours.windows[window][1].values(), strict=True):
             assert load.dtype == torch.int64
             assert torch.equal(load, theirs.windows[window][0][name])
-            assert_close(offset, theirs.windows[window][1][name], rtol=0, atol=1e-12)
+            assert_close(bias, theirs.windows[window][1][name], rtol=0, atol=1e-12)
     assert_close(ours.parameters, theirs.parameters, rtol=0, atol=1e-12)  # float64, sums in another order
 
 
@@ -96,7 +96,7 @@ def assert_same_progress(ours, theirs, windows):
 def test_the_state_is_the_same_on_every_rank_and_on_any_number_of_ranks(found, strategy):
     kept = found.one[strategy]
     assert kept["num_windows"] == SAVED
-    assert all(offset.any() for offset in kept["offsets"].values())
+    assert all(bias.any() for bias in kept["biases"].values())
     assert list(kept["state"]) == (["momentum"] if strategy == "momentum" else [])
     for rank in found.four:
         assert_same_state(rank[strategy], kept)
@@ -129,7 +129,7 @@ def test_pipeline_stages_share_a_checkpoint(found):
     """What it holds once, for all ranks, holds for a stage without routers too."""
     for rank, (before, after) in enumerate(result["stages"] for result in found.two):
         assert_same_state(after, before)
-        assert (after["num_windows"], len(after["offsets"])) == (1, 2 * rank)
+        assert (after["num_windows"], len(after["biases"])) == (1, 2 * rank)
 
 
 def test_accelerate_saves_on_two_ranks_and_goes_on_on_one_or_two(found):
@@ -151,8 +151,8 @@ def test_accelerate_tells_a_step_that_was_skipped(found):
         assert loaded["num_windows"] == SAVED
         windows = begins.windows | goes_on.windows
         for window in range(1, WINDOWS):
-            for name, offset in windows[window][1].items():
-                assert torch.equal(offset, windows[window - 1][1][name]) == (window in OVERFLOWS)
+            for name, bias in windows[window][1].items():
+                assert torch.equal(bias, windows[window - 1][1][name]) == (window in OVERFLOWS)
                 assert not torch.equal(windows[window][0][name], windows[window - 1][0][name])
                 tokens = MICRO_BATCHES * state_ranks.ROWS * state_ranks.LENGTH
                 assert windows[window][0][name].sum() == 2 * tokens
@@ -165,7 +165,7 @@ def test_a_state_that_cannot_be_taken_is_refused_on_every_rank_and_moves_nothing
         assert refused.kind == ("CheckpointException" if name == "checkpoint of other names" else "EquipoiseError")
         assert REFUSALS[name] in refused.text
         assert_same_state(refused.after, refused.before)
-        assert all(offset.any() for offset in refused.after["balance"]["offsets"].values())
+        assert all(bias.any() for bias in refused.after["balance"]["biases"].values())
     assert found.two[0]["refused"].keys() == REFUSALS.keys()
 
 
@@ -179,7 +179,7 @@ def test_what_a_checkpoint_lacks_begins_at_zero_where_it_may(tmp_path):
     planner = DefaultLoadPlanner(allow_partial_load=True)
     dcp.load({"balance": balance}, checkpoint_id=tmp_path, planner=planner, no_dist=True)
     state, expected = balance.state_dict(), without.balance.state_dict()
-    for part in ("offsets", "load", "num_windows"):
+    for part in ("biases", "load", "num_windows"):
         assert_same_state(state[part], expected[part])
     assert not any(momentum.any() for momentum in state["state"]["momentum"].values())
 

@@ -1,4 +1,4 @@
-"""One table: however a window is dealt to ranks and wrappers, it gives the counts, offsets and gradient of one process.
+"""One table: however a window is dealt to ranks and wrappers, it gives the counts, biases and gradient of one process.
 
 {2, 4 ranks} x {DDP, FSDP2} x {even, uneven, one rank with padding only} x {sequence, micro-batch, global batch}
 x {loss-free, quantile, lbl, composed} x {plain, checkpointed}, one spawn for each number of ranks. That one process is
@@ -44,7 +44,7 @@ def test_ranks_give_what_one_process_gives(size, cell):
         assert not isinstance(found, str), found
         found = found[cell]
         assert found.counts == expected.counts
-        assert all(map(torch.equal, found.offsets, expected.offsets))
+        assert all(map(torch.equal, found.biases, expected.biases))
         assert distance(found.gradients, expected.gradients) < 1e-6
 
 
@@ -55,12 +55,12 @@ def test_the_counts_of_a_window_without_a_loss_are_pooled_once_in_eight_bytes_ea
             assert [found[cell].traffic for found in _on_ranks(size)] == [(1, 8 * 2 * 6)] * size
 
 
-def test_one_process_has_no_traffic_and_the_offsets_move():
+def test_one_process_has_no_traffic_and_the_biases_move():
     for mechanism in ("loss-free", "quantile", "composed"):
         cell = next(c for c in CELLS if c.mechanism == mechanism and c.scope == "global_batch")
         alone = _alone(cell._replace(wrapper="none"), 2)
         assert alone.traffic == (0, 0)
-        for moved, start in zip(alone.offsets, table_ranks.OFFSETS.values(), strict=True):
+        for moved, start in zip(alone.biases, table_ranks.BIASES.values(), strict=True):
             assert not torch.equal(moved, start)
 
 
@@ -75,7 +75,7 @@ def test_twenty_steps_in_float64_have_equal_counts(size, strategy, wrapper):
     for found in _on_ranks(size):
         found = found[strategy, wrapper]
         assert found["counts"] == expected["counts"]
-        assert all(map(torch.equal, found["offsets"], expected["offsets"]))
+        assert all(map(torch.equal, found["biases"], expected["biases"]))
         assert float((found["weights"] - expected["weights"]).norm() / expected["weights"].norm()) < 1e-12
 
 

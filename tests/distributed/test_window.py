@@ -51,13 +51,13 @@ def test_a_rank_without_a_forward_raises_on_both_where_the_window_is(strategy):
 
 @pytest.mark.parametrize("strategy", window_ranks.PARTIAL)
 def test_a_layer_that_one_rank_does_not_call_is_counted_where_it_is(strategy):
-    """So are experts of images, where a rank has text only; without any call an offset stays."""
+    """So are experts of images, where a rank has text only; without any call a bias stays."""
     expected = window_ranks.one_layer_on_one_rank([0, 1], strategy)
     for found in _found(("partial", strategy)):
-        for (load, offsets), (one_load, one_offsets) in zip(found, expected, strict=True):
+        for (load, biases), (one_load, one_biases) in zip(found, expected, strict=True):
             assert {n: c.tolist() for n, c in load.items()} == {n: c.tolist() for n, c in one_load.items()}
-            for layer, offset in offsets.items():
-                assert torch.equal(offset, one_offsets[layer])
+            for layer, bias in biases.items():
+                assert torch.equal(bias, one_biases[layer])
         (first, moved), (second, then) = found
         assert (int(first["0"].sum()), int(first["1"].sum()), int(second["1"].sum())) == (32, 16, 0)
         assert torch.equal(then["1"], moved["1"])
@@ -68,8 +68,8 @@ def test_unequal_numbers_are_welcome_where_nothing_waits_for_them(strategy):
     expected = window_ranks.dealt(strategy, [0, 1, 2, 3])
     for found in _found(("unequal", strategy)):
         assert found["load"] == expected["load"]
-        for layer, offset in found["offsets"].items():
-            assert torch.equal(offset, expected["offsets"][layer])
+        for layer, bias in found["biases"].items():
+            assert torch.equal(bias, expected["biases"][layer])
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_a_step_that_one_rank_skips_is_skipped_by_all(strategy, as_tensor, ranks
         assert found == [(not ranks, count), (True, count)]
 
 
-def test_a_step_that_a_grad_scaler_skips_moves_neither_weights_nor_offsets():
+def test_a_step_that_a_grad_scaler_skips_moves_neither_weights_nor_biases():
     assert _found("scaled") == [[(False, False), (True, True)]] * 2
 
 
@@ -109,20 +109,20 @@ def test_a_window_whose_optimizer_raised_is_closed_without_moving_anything():
     expected = window_ranks.after_an_optimizer_that_raises([0, 1, 2, 3])
     for found in _found("raises"):
         assert found["load"] == expected["load"]
-        assert all(torch.equal(found["offsets"][layer], offset) for layer, offset in expected["offsets"].items())
-        assert all(offset.any() for offset in found["offsets"].values())
+        assert all(torch.equal(found["biases"][layer], bias) for layer, bias in expected["biases"].items())
+        assert all(bias.any() for bias in found["biases"].values())
 
 
 def test_a_short_last_window_counts_its_own_tokens():
     found = _found("short")
     assert found[0] == found[1]
-    loads, offsets = found[0][::2], found[0][1::2]
+    loads, biases = found[0][::2], found[0][1::2]
     assert [sum(load[0]) for load in loads] == [2 * 16 * n for n in (6, 2, 2)]
-    assert offsets[0] != offsets[1] and offsets[1] == offsets[2]
+    assert biases[0] != biases[1] and biases[1] == biases[2]
 
 
-def test_ranks_that_begin_with_other_offsets_or_in_a_group_of_others_are_refused():
-    assert all("must begin with the same offsets" in said for said in _found("start"))
+def test_ranks_that_begin_with_other_biases_or_in_a_group_of_others_are_refused():
+    assert all("must begin with the same biases" in said for said in _found("start"))
     first, second = _found("others")
     assert first == "went on" and "group must hold this rank" in second
 
@@ -162,7 +162,7 @@ def test_process_groups_come_and_go_beside_ours_and_ours_go_with_detach():
         assert before == after
 
 
-def test_a_bias_that_one_rank_loads_and_ddp_hands_out_is_the_offset_everywhere():
+def test_a_bias_that_one_rank_loads_and_ddp_hands_out_is_the_bias_everywhere():
     first, second = _found("one loads")
     assert first == second
     assert first[0][0] > 4 and max(map(abs, first[1])) < 0.1

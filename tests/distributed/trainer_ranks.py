@@ -45,12 +45,12 @@ def label_tokens(batch: dict[str, Tensor]) -> int:
 
 
 class Watch(TrainerCallback):
-    """The gradient of every step, and the offsets after it."""
+    """The gradient of every step, and the biases after it."""
 
     def __init__(self, callback: EquipoiseCallback | None = None):
         self.callback = callback
         self.gradients: list[dict[str, Tensor]] = []
-        self.offsets: list[dict[str, Tensor]] = []
+        self.biases: list[dict[str, Tensor]] = []
         self.load: list[dict[str, Tensor]] = []
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
@@ -58,7 +58,7 @@ class Watch(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.callback is not None and self.callback.balance is not None:
-            self.offsets.append(self.callback.balance.offsets)
+            self.biases.append(self.callback.balance.biases)
             self.load.append(self.callback.balance.load)
 
 
@@ -132,14 +132,14 @@ def own_loop(
     epochs: int = 1,
     autocast: bool = False,
 ) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]], list[dict[str, Tensor]]]:
-    """Gradients, offsets and loads by step. ``ranks`` of them in this process: micro-batches side by side go together.
+    """Gradients, biases and loads by step. ``ranks`` of them in this process: micro-batches side by side go together.
 
     ``exact``: a micro-batch weighs its label tokens of all those of the step, over all ranks (``across``) or over its
     own, which are then averaged. Otherwise: the plain mean over the micro-batches.
     """
     balance = equipoise.attach(model, *strategy)
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
-    gradients, offsets, loads = [], [], []
+    gradients, biases, loads = [], [], []
     for _ in range(epochs):
         every = batches(data)
         for start in range(0, len(every), accumulated * ranks):
@@ -160,10 +160,10 @@ def own_loop(
             optimizer.step()
             optimizer.zero_grad()
             balance.step()
-            offsets.append(balance.offsets)
+            biases.append(balance.biases)
             loads.append(balance.load)
     balance.detach()
-    return gradients, offsets, loads
+    return gradients, biases, loads
 
 
 # ---- on ranks ----
@@ -180,7 +180,7 @@ def _training(case: tuple[str, bool, bool]) -> tuple[Any, ...]:
     watch = Watch(callback)
     train(model, rows(24), [callback, watch], average_tokens_across_devices=across)  # a short last window
     callback.detach()
-    return watch.gradients, watch.offsets, watch.load
+    return watch.gradients, watch.biases, watch.load
 
 
 def _resumed(folder: str) -> dict[str, Any]:
@@ -193,7 +193,7 @@ def _resumed(folder: str) -> dict[str, Any]:
         place = f"{folder}/{'whole' if which == 'whole' else 'other'}"
         stops = [Stop(2)] if which == "stopped" else []
         train(family("glm4_moe"), rows(48), [callback, watch, *stops], place, resume=resume, **options)
-        found[which] = watch.gradients, watch.offsets
+        found[which] = watch.gradients, watch.biases
         callback.detach()
     return found
 

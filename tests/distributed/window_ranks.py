@@ -66,7 +66,7 @@ def one_layer_on_one_rank(ranks, strategy):
             total = sum(router(hidden)[1].sum() for router in model[: 2 if rank + 2 * window == 0 else 1])
             (total + balance.loss()).backward()
         balance.step()
-        found.append((balance.load, balance.offsets))
+        found.append((balance.load, balance.biases))
     return found
 
 
@@ -90,7 +90,7 @@ def dealt(strategy: str, seeds: list[int], group: Any = None) -> dict[str, Any]:
     for seed in seeds:
         (model(_ids(seed)) + balance.loss()).backward()
     balance.step()
-    return {"load": {name: load.tolist() for name, load in balance.load.items()}, "offsets": balance.offsets}
+    return {"load": {name: load.tolist() for name, load in balance.load.items()}, "biases": balance.biases}
 
 
 def forwards_first(rank: int, counts: tuple[int, int]) -> str:
@@ -184,7 +184,7 @@ def loaded_on_one_rank(rank: int) -> list[list[float]]:
     for window in range(2):
         (model(_ids(2 * window + rank)) + balance.loss()).backward()
         balance.step()
-    return [offset.tolist() for offset in balance.offsets.values()]
+    return [bias.tolist() for bias in balance.biases.values()]
 
 
 def tensor_router(rank: int) -> str:
@@ -247,7 +247,7 @@ def traffic(layers: int, strategy: str) -> tuple[int, int, int]:
 
 
 def skipped_on(rank: int, ranks: tuple[int, ...], as_tensor: bool, strategy: str) -> list[tuple[bool, int]]:
-    """Of two windows, the second of which is applied: whether the offsets have moved, and the assignments counted."""
+    """Of two windows, the second of which is applied: whether the biases have moved, and the assignments counted."""
     model = tiny_lm()
     balance = equipoise.attach(model, strategy)
     found = []
@@ -255,13 +255,13 @@ def skipped_on(rank: int, ranks: tuple[int, ...], as_tensor: bool, strategy: str
         (model(_ids(2 * window + rank)) + balance.loss()).backward()
         applied: bool | Tensor = window == 1 or rank not in ranks
         balance.step(torch.tensor(applied) if as_tensor else applied)
-        moved = any(bool(offset.any()) for offset in balance.offsets.values())
+        moved = any(bool(bias.any()) for bias in balance.biases.values())
         found.append((moved, int(sum(load.sum() for load in balance.load.values()))))
     return found
 
 
 def scaled(rank: int) -> list[tuple[bool, bool]]:
-    """Under a GradScaler whose first gradient overflows on rank 1: whether the weights and the offsets moved."""
+    """Under a GradScaler whose first gradient overflows on rank 1: whether the weights and the biases moved."""
     inner = tiny_lm()
     balance = equipoise.attach(inner, "loss-free:rate=1e-2,rule=sign+lbl:coefficient=0.1")
     model = nn.parallel.DistributedDataParallel(inner)
@@ -270,7 +270,7 @@ def scaled(rank: int) -> list[tuple[bool, bool]]:
     found = []
     for window in range(2):
         weights = [p.detach().clone() for p in inner.parameters()]
-        offsets = [offset.clone() for offset in balance.offsets.values()]
+        biases = [bias.clone() for bias in balance.biases.values()]
         loss = model(_ids(2 * window + rank)) + balance.loss()
         if window == 0 and rank == 1:
             loss = loss * float("inf")
@@ -283,7 +283,7 @@ def scaled(rank: int) -> list[tuple[bool, bool]]:
         found.append(
             (
                 not all(map(torch.equal, weights, inner.parameters())),
-                not all(map(torch.equal, offsets, balance.offsets.values())),
+                not all(map(torch.equal, biases, balance.biases.values())),
             )
         )
     return found
@@ -313,10 +313,10 @@ def after_an_optimizer_that_raises(seeds: list[int], group: Any = None) -> dict[
         try:
             optimizer.step()
         except ArithmeticError:
-            assert not any(offset.any() for offset in balance.offsets.values())
+            assert not any(bias.any() for bias in balance.biases.values())
             balance.step(applied=False)
-            assert not any(offset.any() for offset in balance.offsets.values())
-    return {"load": {name: load.tolist() for name, load in balance.load.items()}, "offsets": balance.offsets}
+            assert not any(bias.any() for bias in balance.biases.values())
+    return {"load": {name: load.tolist() for name, load in balance.load.items()}, "biases": balance.biases}
 
 
 def with_a_short_last_window(seeds: list[int], group: Any = None) -> list[list[int]]:
@@ -329,7 +329,7 @@ def with_a_short_last_window(seeds: list[int], group: Any = None) -> list[list[i
             (model(_ids(seed)) + balance.loss()).backward()
         balance.step(applied)
         found.append([load.tolist() for load in balance.load.values()])
-        found.append([offset.tolist() for offset in balance.offsets.values()])
+        found.append([bias.tolist() for bias in balance.biases.values()])
     return found
 
 

@@ -86,10 +86,17 @@ class _Event:
 
 def _balance(balancers, pool=None):
     model = nn.ModuleList([_Router(), _Router(EXPERTS + 2)])
-    gates = ("sigmoid", "softmax")
+    score_functions = ("sigmoid", "softmax")
     layers = [
-        Layer(str(i), router, RouterKind(gate, "bias_slot"), router.weight.shape[0], K, Slot(router, "bias_slot"))
-        for i, (router, gate) in enumerate(zip(model, gates, strict=True))
+        Layer(
+            str(i),
+            router,
+            RouterKind(score_function, "bias_slot"),
+            router.weight.shape[0],
+            K,
+            Slot(router, "bias_slot"),
+        )
+        for i, (router, score_function) in enumerate(zip(model, score_functions, strict=True))
     ]
     start = {layer.name: torch.zeros(layer.num_experts, device=DEVICE) for layer in layers}
     return Balance(model, layers, balancers, pool or Pool(None), start)
@@ -105,7 +112,7 @@ def _windows(balance, *, masked, applied=True, dtype=torch.float32):
             calls = []
             for index, layer in enumerate(balance._layers):
                 logits = torch.zeros(10, layer.num_experts, device=DEVICE, dtype=dtype)
-                routing = route(logits, K, gate=layer.kind.gate, offset=balance._offset_of(index))
+                routing = route(logits, K, score_function=layer.kind.score_function, bias=balance._bias_of(index))
                 arguments = (routing.weights, logits, routing.expert_ids, mask, sequence_ids, 2)
                 token = recorder.observe(index, *arguments, True)
                 assert token != UNCOUNTED and isinstance(token, int)
@@ -134,10 +141,10 @@ class _Waits(Balancer):
         self.what = what
 
     def prepare(self, layers):
-        self._offset = layers.offset.clone()
+        self._bias = layers.bias.clone()
 
-    def offset(self):
-        return self._offset
+    def bias(self):
+        return self._bias
 
     def update(self, load, statistic=None, window=0):
         self.what(load)
@@ -156,7 +163,7 @@ def _run(case: Callable[[], None]) -> str:
 def _trains(strategy: str, masked: bool) -> None:
     balance = _balance(parse_strategy(f"{strategy}+{LOSSES}"))
     _windows(balance, masked=masked, dtype=torch.bfloat16)
-    assert all(isinstance(offset, FakeTensor) for offset in balance.offsets.values())
+    assert all(isinstance(bias, FakeTensor) for bias in balance.biases.values())
 
 
 def _takes_a_verdict(strategy: str) -> None:

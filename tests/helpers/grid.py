@@ -18,7 +18,7 @@ import equipoise
 
 COEFFICIENTS = {"global_batch": 0.5, "sequence": 0.3, "micro_batch": 0.2}
 STRATEGY = "loss-free:rate=1e-2+" + "+".join(f"lbl:scope={s},coefficient={c}" for s, c in COEFFICIENTS.items())
-OFFSETS = {
+BIASES = {
     "blocks.0.gate": torch.tensor([0.3, -0.2, 0.0, 0.1, -0.3, 0.1]),
     "blocks.1.gate": torch.tensor([-0.1, 0.2, 0.05, -0.05, 0.0, -0.1]),
 }
@@ -66,17 +66,19 @@ def micro_batches(rank: int) -> list[Micro]:
     return [Micro(*pair) for pair in zip(ids, masks, strict=True)]
 
 
-def plain_forward(router: nn.Module, hidden: Tensor, offset: Tensor, gate: str) -> tuple[Tensor, Tensor, Tensor]:
+def plain_forward(
+    router: nn.Module, hidden: Tensor, bias: Tensor, score_function: str
+) -> tuple[Tensor, Tensor, Tensor]:
     """A router of the tiny model, written again from the families' own lines."""
-    if gate == "sigmoid":
+    if score_function == "sigmoid":
         logits = F.linear(hidden.float(), router.weight.float())
         scores = logits.sigmoid()
     else:
         logits = F.linear(hidden, router.weight)
         scores = logits.float().softmax(-1)
-    ids = (scores + offset).topk(K, -1, sorted=gate != "sigmoid").indices
+    ids = (scores + bias).topk(K, -1, sorted=score_function != "sigmoid").indices
     weights = scores.gather(-1, ids)
-    weights = weights / (weights.sum(-1, keepdim=True) + (1e-20 if gate == "sigmoid" else 0))
+    weights = weights / (weights.sum(-1, keepdim=True) + (1e-20 if score_function == "sigmoid" else 0))
     return logits, weights.to(logits.dtype), ids
 
 
@@ -84,10 +86,10 @@ def exact(dtype: str, order: str, num_ranks: int) -> tuple[dict[str, Tensor], li
     """Parameter gradients, averaged over ranks, and counts by layer."""
     model = tiny_lm()
     seen: list[tuple[Tensor, Tensor]] = []
-    for block, gate, offset in zip(model.blocks, ("sigmoid", "softmax"), OFFSETS.values(), strict=True):
+    for block, score_function, bias in zip(model.blocks, ("sigmoid", "softmax"), BIASES.values(), strict=True):
 
-        def forward(hidden, router=block.gate, offset=offset, gate=gate):
-            logits, weights, ids = plain_forward(router, hidden, offset, gate)
+        def forward(hidden, router=block.gate, bias=bias, score_function=score_function):
+            logits, weights, ids = plain_forward(router, hidden, bias, score_function)
             seen.append((logits, ids))
             return logits, weights, ids
 
@@ -107,7 +109,7 @@ def exact(dtype: str, order: str, num_ranks: int) -> tuple[dict[str, Tensor], li
         roots.append(loss)
         gradients.append(torch.tensor(1.0 / NUM_MICRO_BATCHES / num_ranks))
         for layer, (logits, ids) in enumerate(layers):
-            gate = ("sigmoid", "softmax")[layer]
+            score_function = ("sigmoid", "softmax")[layer]
             rows = logits.double().tolist()
             known = [
                 c
@@ -117,9 +119,9 @@ def exact(dtype: str, order: str, num_ranks: int) -> tuple[dict[str, Tensor], li
             pooled = [sum(column) for column in zip(*known, strict=True)]
             sequence_ids = [0] * 7 + [1] * 7
             parts = {
-                "global_batch": reference.load_balancing_gradient(rows, pooled, gate, mask),
-                "micro_batch": reference.load_balancing_gradient(rows, counts[layer][index], gate, mask),
-                "sequence": reference.sequence_gradient(rows, ids.tolist(), sequence_ids, gate, mask),
+                "global_batch": reference.load_balancing_gradient(rows, pooled, score_function, mask),
+                "micro_batch": reference.load_balancing_gradient(rows, counts[layer][index], score_function, mask),
+                "sequence": reference.sequence_gradient(rows, ids.tolist(), sequence_ids, score_function, mask),
             }
             total = sum(COEFFICIENTS[scope] * torch.tensor(part, dtype=torch.float64) for scope, part in parts.items())
             roots.append(logits)
@@ -132,7 +134,7 @@ def exact(dtype: str, order: str, num_ranks: int) -> tuple[dict[str, Tensor], li
 class Outcome(NamedTuple):
     gradients: dict[str, Tensor]
     counts: list[list[int]]
-    offsets: list[Tensor]
+    biases: list[Tensor]
 
 
 def prepare(cell: Cell) -> tuple[nn.Module, TinyLM, equipoise.Balance]:
@@ -156,7 +158,7 @@ def prepare(cell: Cell) -> tuple[nn.Module, TinyLM, equipoise.Balance]:
         for block in inner.blocks:
             fully_shard(block, mesh=mesh, reshard_after_forward=False)
         fully_shard(inner, mesh=mesh, reshard_after_forward=False)
-    balance = equipoise.attach(model, STRATEGY, offsets=OFFSETS)
+    balance = equipoise.attach(model, STRATEGY, biases=BIASES)
     if cell.wrapper == "ddp":
         model = nn.parallel.DistributedDataParallel(model)
     if cell.mode in ("compile", "compile_over_checkpoint"):
@@ -174,7 +176,7 @@ def run(cell: Cell, prepared: tuple[nn.Module, TinyLM, equipoise.Balance], rank:
     """One window of the cell from the same start."""
     model, inner, balance = prepared
     inner.zero_grad()
-    balance.load_state_dict({"num_windows": 0, "offsets": OFFSETS})
+    balance.load_state_dict({"num_windows": 0, "biases": BIASES})
     losses = []
     for micro in micro_batches(rank):
         with torch.autocast("cpu", torch.bfloat16, enabled=cell.dtype == "bfloat16"):
@@ -194,7 +196,7 @@ def run(cell: Cell, prepared: tuple[nn.Module, TinyLM, equipoise.Balance], rank:
             grad = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
             gradients[name] = grad.clone() / cell.scale
     return Outcome(
-        gradients, [load.tolist() for load in balance.load.values()], [o.clone() for o in balance.offsets.values()]
+        gradients, [load.tolist() for load in balance.load.values()], [o.clone() for o in balance.biases.values()]
     )
 
 

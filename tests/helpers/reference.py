@@ -51,7 +51,7 @@ def is_counted(mask, t):
 # scores, routing, load
 
 
-def scores(logits, gate):
+def scores(logits, score_function):
     """Scores of every token, one gate applied to each row of logits.
 
     softmax: s = exp(z_e) / sum exp(z) (paper 2, eq. 2); sigmoid: s = 1 / (1 + exp(-z)) (paper 1, eq. 1);
@@ -59,18 +59,18 @@ def scores(logits, gate):
     """
     rows = []
     for row in logits:
-        if gate == "softmax":
+        if score_function == "softmax":
             rows.append(softmax(row))
-        elif gate == "sigmoid":
+        elif score_function == "sigmoid":
             rows.append([sigmoid(z) for z in row])
-        elif gate == "sqrt_softplus":
+        elif score_function == "sqrt_softplus":
             rows.append([math.sqrt(softplus(z)) for z in row])
         else:
-            raise ValueError(f"unknown gate {gate!r}")
+            raise ValueError(f"unknown score function {score_function!r}")
     return rows
 
 
-def route(logits, k, gate, offset=None, num_groups=1, top_groups=1, renormalise=False, scale=1.0):
+def route(logits, k, score_function, bias=None, num_groups=1, top_groups=1, renormalise=False, scale=1.0):
     """The k experts of every token and their weights: (expert_ids [T][k], weights [T][k]).
 
     Choice (paper 1, eq. 3): the k largest of s_te + b_e, listed by descending choice score, ties to the lower
@@ -80,9 +80,9 @@ def route(logits, k, gate, offset=None, num_groups=1, top_groups=1, renormalise=
     over the chosen if renormalise, then times scale.
     """
     all_ids, all_weights = [], []
-    for row in scores(logits, gate):
+    for row in scores(logits, score_function):
         num_experts = len(row)
-        choice = [row[e] + (0.0 if offset is None else offset[e]) for e in range(num_experts)]
+        choice = [row[e] + (0.0 if bias is None else bias[e]) for e in range(num_experts)]
 
         if num_groups > 1:
             if num_experts % num_groups != 0:
@@ -111,14 +111,14 @@ def route(logits, k, gate, offset=None, num_groups=1, top_groups=1, renormalise=
     return all_ids, all_weights
 
 
-def route_multiplied(logits, k, gate, offset):
+def route_multiplied(logits, k, score_function, bias):
     """As route, but the choice is by s_te * (1 + b_e): (expert_ids [T][k], weights [T][k]) (paper 1, eq. 5).
 
     Listed by descending product, ties to the lower index; the weights are the plain scores s_te of the chosen.
     """
     all_ids, all_weights = [], []
-    for row in scores(logits, gate):
-        products = [row[e] * (1.0 + offset[e]) for e in range(len(row))]
+    for row in scores(logits, score_function):
+        products = [row[e] * (1.0 + bias[e]) for e in range(len(row))]
         chosen = sorted(range(len(row)), key=lambda e: (-products[e], e))[:k]
         if len(chosen) < k:
             raise ValueError(f"fewer than {k} experts")
@@ -230,7 +230,7 @@ def z_loss(logits, mask=None):
 # gradients with respect to the logits; f is held fixed (a count carries no gradient)
 
 
-def load_balancing_gradient(logits, counts, gate, mask=None, normalise=True):
+def load_balancing_gradient(logits, counts, score_function, mask=None, normalise=True):
     """dL/dz_tj of L = E * sum_e f_e P_e with f = counts / sum(counts) fixed; rows of zeros for masked tokens.
 
     Chain rule in two steps for each unmasked token, with S = sum_i s_i and p_e = s_e / S:
@@ -249,7 +249,7 @@ def load_balancing_gradient(logits, counts, gate, mask=None, normalise=True):
         return gradient
     share = [count / assignments for count in counts]
 
-    for t, s in enumerate(scores(logits, gate)):
+    for t, s in enumerate(scores(logits, score_function)):
         if not is_counted(mask, t):
             continue
 
@@ -265,18 +265,18 @@ def load_balancing_gradient(logits, counts, gate, mask=None, normalise=True):
             by_score[i] *= num_experts / tokens
 
         for j in range(num_experts):
-            if gate == "softmax":
+            if score_function == "softmax":
                 for i in range(num_experts):
                     same = 1.0 if i == j else 0.0
                     gradient[t][j] += by_score[i] * s[i] * (same - s[j])
-            elif gate == "sigmoid":
+            elif score_function == "sigmoid":
                 gradient[t][j] = by_score[j] * s[j] * (1.0 - s[j])
             elif s[j] > 0.0:  # sqrt_softplus; the slope tends to 0 where the score underflows to 0
                 gradient[t][j] = by_score[j] * sigmoid(logits[t][j]) / (2.0 * s[j])
     return gradient
 
 
-def sequence_gradient(logits, expert_ids, sequence_ids, gate, mask=None, normalise=True):
+def sequence_gradient(logits, expert_ids, sequence_ids, score_function, mask=None, normalise=True):
     """dL/dz_tj of the sequence loss, every sequence's f^s fixed; rows of zeros for masked tokens.
 
     (N_s/N) * (1/N_s) = 1/N, so token t of sequence s has dL/dz_tj = (E/N) sum_e f^s_e dp_te/dz_tj. Here the
@@ -301,22 +301,22 @@ def sequence_gradient(logits, expert_ids, sequence_ids, gate, mask=None, normali
                     used[e] += 1
         share = [count / sum(used) for count in used]
 
-        if gate == "softmax":
+        if score_function == "softmax":
             s = softmax(row)
-        elif gate == "sigmoid":
+        elif score_function == "sigmoid":
             s = [sigmoid(z) for z in row]
             slope = [math.exp(-abs(z)) / (1.0 + math.exp(-abs(z))) ** 2 for z in row]  # even in z
-        elif gate == "sqrt_softplus":
+        elif score_function == "sqrt_softplus":
             s = [math.sqrt(softplus(z)) for z in row]
             slope = [sigmoid(z) / (2.0 * math.sqrt(softplus(z))) if softplus(z) > 0.0 else 0.0 for z in row]
         else:
-            raise ValueError(f"unknown gate {gate!r}")
+            raise ValueError(f"unknown score function {score_function!r}")
         total = sum(s)
 
         for j in range(num_experts):
             for e in range(num_experts):
                 same = 1.0 if e == j else 0.0
-                if gate == "softmax":
+                if score_function == "softmax":
                     derivative = s[e] * (same - s[j])
                 elif normalise:
                     derivative = (same - s[e] / total) * slope[j] / total
@@ -352,7 +352,7 @@ def numerical_gradient(function, logits, eps=1e-6):
     return gradient
 
 
-def global_batch_gradients(micro_batches, k, gate, coefficient, weights, normalise=True):
+def global_batch_gradients(micro_batches, k, score_function, coefficient, weights, normalise=True):
     """Exact gradients of the global-batch loss, in two passes: one list of rows for each micro-batch.
 
     Micro-batch m is a dict with "logits", "expert_ids" and (optional) "mask". First pass: c_e pooled over all
@@ -378,13 +378,15 @@ def global_batch_gradients(micro_batches, k, gate, coefficient, weights, normali
         if not micro_batch["logits"]:
             gradients.append([])
             continue
-        rows = load_balancing_gradient(micro_batch["logits"], pooled, gate, micro_batch.get("mask"), normalise)
+        rows = load_balancing_gradient(
+            micro_batch["logits"], pooled, score_function, micro_batch.get("mask"), normalise
+        )
         gradients.append([[weights[m] * coefficient * value for value in row] for row in rows])
     return gradients
 
 
 # ---------------------------------------------------------------------------------------------------------
-# offsets
+# biases
 
 
 def balance_signs(counts):
@@ -402,35 +404,35 @@ def balance_signs(counts):
     return signs
 
 
-def sign_rule(offset, counts, rate, center):
-    """b_e + rate * (sign(c̄ - c_e) [- mean of the signs if center]); the new offset as a list.
+def sign_rule(bias, counts, rate, center):
+    """b_e + rate * (sign(c̄ - c_e) [- mean of the signs if center]); the new bias as a list.
 
     (Paper 1, algorithm 1; centred: Moonlight, appendix C.) sign(c̄ - c_e) = sign(sum(c) - E c_e), in integers.
-    Without any load every sign is 0 and the offset stays.
+    Without any load every sign is 0 and the bias stays.
     """
     num_experts = len(counts)
     signs = balance_signs(counts)
     mean_sign = sum(signs) / num_experts if center else 0.0
-    return [offset[e] + rate * (signs[e] - mean_sign) for e in range(num_experts)]
+    return [bias[e] + rate * (signs[e] - mean_sign) for e in range(num_experts)]
 
 
-def proportional_rule(offset, counts, rate, center):
-    """b_e + rate * (c̄ - c_e) / c̄; the new offset as a list (paper 1, table 3 and appendix C; design, section 5).
+def proportional_rule(bias, counts, rate, center):
+    """b_e + rate * (c̄ - c_e) / c̄; the new bias as a list (paper 1, table 3 and appendix C; design, section 5).
 
-    The errors sum to zero by themselves, so center changes nothing. Without any load the offset stays.
+    The errors sum to zero by themselves, so center changes nothing. Without any load the bias stays.
     """
     num_experts = len(counts)
     mean = sum(counts) / num_experts
     if mean == 0:
-        return list(offset)
-    return [offset[e] + rate * (mean - counts[e]) / mean for e in range(num_experts)]
+        return list(bias)
+    return [bias[e] + rate * (mean - counts[e]) / mean for e in range(num_experts)]
 
 
-def rms_rule(offset, counts, rate, center):
+def rms_rule(bias, counts, rate, center):
     """b_e + rate * (step_e [- mean step if center]), step_e = e_e / sqrt((1/E) sum_e e_e^2), e_e = c̄ - c_e.
 
-    (Su, kexue.fm/archives/10757.) The new offset as a list. The steps are 0 if all errors are 0, so without any
-    load the offset stays. The errors sum to zero by themselves, so center changes nothing but the rounding.
+    (Su, kexue.fm/archives/10757.) The new bias as a list. The steps are 0 if all errors are 0, so without any
+    load the bias stays. The errors sum to zero by themselves, so center changes nothing but the rounding.
     """
     num_experts = len(counts)
     mean = sum(counts) / num_experts
@@ -438,27 +440,27 @@ def rms_rule(offset, counts, rate, center):
     root = math.sqrt(sum(error**2 for error in errors) / num_experts)
     steps = [error / root if root > 0.0 else 0.0 for error in errors]
     mean_step = sum(steps) / num_experts if center else 0.0
-    return [offset[e] + rate * (steps[e] - mean_step) for e in range(num_experts)]
+    return [bias[e] + rate * (steps[e] - mean_step) for e in range(num_experts)]
 
 
-def multiplicative_rule(offset, counts, rate, center):
+def multiplicative_rule(bias, counts, rate, center):
     """w_e = 1 + b_e, a factor on the scores: w_e + rate * sign(c̄ - c_e) [then over the mean of w if center], less 1.
 
-    (Paper 1, eq. 5 and table 4.) The new offset w - 1 as a list; for the choice see route_multiplied. A common
+    (Paper 1, eq. 5 and table 4.) The new bias w - 1 as a list; for the choice see route_multiplied. A common
     factor does not change the choice, so centring divides. Without any load every sign is 0; center still
     brings the mean of w to 1.
     """
     num_experts = len(counts)
     signs = balance_signs(counts)
-    factors = [1.0 + offset[e] + rate * signs[e] for e in range(num_experts)]
+    factors = [1.0 + bias[e] + rate * signs[e] for e in range(num_experts)]
     if center:
         mean = sum(factors) / num_experts
         factors = [factor / mean for factor in factors]
     return [factor - 1.0 for factor in factors]
 
 
-def momentum_rule(offset, momentum, counts, rate, beta, sharpness, center):
-    """SMEBU (Arcee Trinity Large, 2602.17004): (offset, momentum), the new ones as lists.
+def momentum_rule(bias, momentum, counts, rate, beta, sharpness, center):
+    """SMEBU (Arcee Trinity Large, 2602.17004): (bias, momentum), the new ones as lists.
 
     v_e = (c̄ - c_e) / c̄; d_e = rate * tanh(sharpness * v_e) [- mean of these over the experts if center];
     m_e = beta m_e + (1 - beta) d_e; b_e + m_e. Without any load v = 0: the momentum decays and still moves b.
@@ -473,16 +475,16 @@ def momentum_rule(offset, momentum, counts, rate, beta, sharpness, center):
         mean_step = sum(steps) / num_experts
         steps = [step - mean_step for step in steps]
     new_momentum = [beta * momentum[e] + (1.0 - beta) * steps[e] for e in range(num_experts)]
-    return [offset[e] + new_momentum[e] for e in range(num_experts)], new_momentum
+    return [bias[e] + new_momentum[e] for e in range(num_experts)], new_momentum
 
 
-def micro_batch_sign_rule(offset, micro_batch_counts, rate, center):
+def micro_batch_sign_rule(bias, micro_batch_counts, rate, center):
     """b_e + rate * (step_e [- mean step if center]), step_e the mean over the micro-batches m of sign(c̄_m - c_em).
 
     micro_batch_counts: the counts [E] of every micro-batch of every rank. One without any assignment is left
-    out of the mean; if none is left the offset stays. The new offset as a list.
+    out of the mean; if none is left the bias stays. The new bias as a list.
     """
-    num_experts = len(offset)
+    num_experts = len(bias)
     kept = 0
     sums = [0] * num_experts
     for counts in micro_batch_counts:
@@ -491,9 +493,9 @@ def micro_batch_sign_rule(offset, micro_batch_counts, rate, center):
             for e, sign in enumerate(balance_signs(counts)):
                 sums[e] += sign
     if kept == 0:
-        return list(offset)
+        return list(bias)
     mean_step = sum(sums) / (kept * num_experts) if center else 0.0
-    return [offset[e] + rate * (sums[e] / kept - mean_step) for e in range(num_experts)]
+    return [bias[e] + rate * (sums[e] / kept - mean_step) for e in range(num_experts)]
 
 
 def rate_at(rate, window, schedule, zero_from):
@@ -519,39 +521,39 @@ def rate_at(rate, window, schedule, zero_from):
 # token has one, that of its (k+1)-th expert.
 
 
-def margins(scores, k, offset, mask=None):
+def margins(scores, k, bias, mask=None):
     """d_te of the unmasked tokens, [N][E]; there is a (k+1)-th largest only for k < E."""
     rows = []
     for t, row in enumerate(scores):
         if is_counted(mask, t):
-            choice = [row[e] + offset[e] for e in range(len(row))]
+            choice = [row[e] + bias[e] for e in range(len(row))]
             alpha = sorted(choice, reverse=True)[k]
             rows.append([alpha - value for value in choice])
     return rows
 
 
-def quantile_average(offset, deltas, ema):
+def quantile_average(bias, deltas, ema):
     """ema * b_e + (1 - ema) * target_e, target_e = b_e + delta_e less the mean of these over the experts."""
-    num_experts = len(offset)
-    targets = [offset[e] + deltas[e] for e in range(num_experts)]
+    num_experts = len(bias)
+    targets = [bias[e] + deltas[e] for e in range(num_experts)]
     mean = sum(targets) / num_experts
-    return [ema * offset[e] + (1.0 - ema) * (targets[e] - mean) for e in range(num_experts)]
+    return [ema * bias[e] + (1.0 - ema) * (targets[e] - mean) for e in range(num_experts)]
 
 
-def quantile_rule(scores, k, offset, mask=None, ema=0.0):
-    """The new offset with delta_e the (floor(N k / E) + 1)-th smallest of the margins d_te over the tokens.
+def quantile_rule(scores, k, bias, mask=None, ema=0.0):
+    """The new bias with delta_e the (floor(N k / E) + 1)-th smallest of the margins d_te over the tokens.
 
-    So at most floor(N k / E) margins are below delta_e and more than that are not above it. The offset stays,
+    So at most floor(N k / E) margins are below delta_e and more than that are not above it. The bias stays,
     uncentred, without tokens and where every expert is chosen anyway (k = E).
     """
-    num_experts = len(offset)
+    num_experts = len(bias)
     tokens = sum(1 for t in range(len(scores)) if is_counted(mask, t))
     if tokens == 0 or k == num_experts:
-        return list(offset)
-    rows = margins(scores, k, offset, mask)
+        return list(bias)
+    rows = margins(scores, k, bias, mask)
     rank = tokens * k // num_experts  # in integers; 0 is the smallest
     deltas = [sorted(row[e] for row in rows)[rank] for e in range(num_experts)]
-    return quantile_average(offset, deltas, ema)
+    return quantile_average(bias, deltas, ema)
 
 
 def histogram_edges(bins):
@@ -590,28 +592,28 @@ def find_bin(value, edges):
     return 0
 
 
-def quantile_histogram(scores, k, offset, mask=None, bins=128):
+def quantile_histogram(scores, k, bias, mask=None, bins=128):
     """The histograms of the margins, counts [E][bins], one row an expert; all 0 for k = E, which has no margins."""
-    num_experts = len(offset)
+    num_experts = len(bias)
     edges = histogram_edges(bins)
     counts = [[0] * bins for _ in range(num_experts)]
     if k == num_experts:
         return counts
-    for row in margins(scores, k, offset, mask):
+    for row in margins(scores, k, bias, mask):
         for e in range(num_experts):
             counts[e][find_bin(row[e], edges)] += 1
     return counts
 
 
-def quantile_from_histogram(counts, k, num_tokens, offset, ema=0.0):
+def quantile_from_histogram(counts, k, num_tokens, bias, ema=0.0):
     """As quantile_rule, with delta_e read from the histogram counts [E][bins]: the q-th value, q = N k / E.
 
     In the first bin whose cumulative count (its own included) exceeds q, delta_e is
     lower + (q - cumulative count before it) / count in it * (upper - lower); 8 if there is no such bin.
     """
-    num_experts = len(offset)
+    num_experts = len(bias)
     if num_tokens == 0 or k == num_experts:
-        return list(offset)
+        return list(bias)
     q = num_tokens * k / num_experts
     deltas = []
     for row in counts:
@@ -624,7 +626,7 @@ def quantile_from_histogram(counts, k, num_tokens, offset, ema=0.0):
                 break
             before += count
         deltas.append(delta)
-    return quantile_average(offset, deltas, ema)
+    return quantile_average(bias, deltas, ema)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -834,7 +836,7 @@ def _self_check():
     import random
 
     ln = math.log
-    gates = ("softmax", "sigmoid", "sqrt_softplus")
+    score_functions = ("softmax", "sigmoid", "sqrt_softplus")
 
     # exp of the logits 1 : 2 : 5, sum 8
     _expect("softmax", scores([[0.0, ln(2), ln(5)]], "softmax"), [[1 / 8, 2 / 8, 5 / 8]])
@@ -856,10 +858,10 @@ def _self_check():
     _expect("group weights", weights, [[1.5 / 1.1, 1.25 / 1.1]])
     # two groups open (1 and 0): .9 then .6
     _expect("two groups", route(row, 2, "sigmoid", None, 3, 2)[0], [[0, 2]])
-    # offset +.85 on expert 1: choice .9 .95, group 0 worth 1.85; listed by choice; weights stay the plain scores
+    # bias +.85 on expert 1: choice .9 .95, group 0 worth 1.85; listed by choice; weights stay the plain scores
     ids, weights = route(row, 2, "sigmoid", [0, 0.85, 0, 0, 0, 0], 3, 1)
-    _expect("offset ids", ids, [[1, 0]])
-    _expect("offset weights", weights, [[0.1, 0.9]])
+    _expect("bias ids", ids, [[1, 0]])
+    _expect("bias weights", weights, [[0.1, 0.9]])
     _expect("ties", route([[0.0, 1.0, 0.0, 1.0]], 3, "softmax")[0], [[1, 3, 0]])
 
     # times 8 on expert 1: .9 .8 .6 .5 .7 .2, second though + 7 would put it first; times 1/2 on expert 0: .45, out
@@ -909,8 +911,8 @@ def _self_check():
     #   sqrt_softplus at ln(e - 1): s = 1, d = (1 - 1/e)/2, dp_0/dz_0 = (1/2) d / 2, times 2 = d/2
     d = (1 - 1 / math.e) / 2
     for gradient in (
-        lambda z, gate, normalise: load_balancing_gradient(z, [1, 0], gate, None, normalise),
-        lambda z, gate, normalise: sequence_gradient(z, [[0]], [0], gate, None, normalise),
+        lambda z, score_function, normalise: load_balancing_gradient(z, [1, 0], score_function, None, normalise),
+        lambda z, score_function, normalise: sequence_gradient(z, [[0]], [0], score_function, None, normalise),
     ):
         _expect("softmax gradient", gradient([[0.0, 0.0]], "softmax", True), [[0.5, -0.5]])
         _expect("sigmoid gradient", gradient([[0.0, 0.0]], "sigmoid", True), [[0.25, -0.25]])
@@ -924,32 +926,32 @@ def _self_check():
     sequences = [0, 0, 0, 2, 2, 2, 5, 5, 5]
     numeric = numerical_gradient(lambda z: z_loss(z, mask), logits)
     _expect("z-loss numerical", z_loss_gradient(logits, mask), numeric, 1e-8)
-    for gate in gates:
-        ids, _ = route(logits, 2, gate)
+    for score_function in score_functions:
+        ids, _ = route(logits, 2, score_function)
         counts = load(ids, 5, mask)
         for normalise in (True, False):
-            pooled = load_balancing_gradient(logits, counts, gate, mask, normalise)
+            pooled = load_balancing_gradient(logits, counts, score_function, mask, normalise)
             numeric = numerical_gradient(
-                lambda z: load_balancing_loss(scores(z, gate), counts, 2, mask, normalise),  # noqa: B023
+                lambda z: load_balancing_loss(scores(z, score_function), counts, 2, mask, normalise),  # noqa: B023
                 logits,
             )
-            _expect(f"{gate} {normalise} numerical", pooled, numeric, 1e-8)
-            own = sequence_gradient(logits, ids, sequences, gate, mask, normalise)
+            _expect(f"{score_function} {normalise} numerical", pooled, numeric, 1e-8)
+            own = sequence_gradient(logits, ids, sequences, score_function, mask, normalise)
             numeric = numerical_gradient(
-                lambda z: sequence_loss(scores(z, gate), ids, sequences, mask, normalise),  # noqa: B023
+                lambda z: sequence_loss(scores(z, score_function), ids, sequences, mask, normalise),  # noqa: B023
                 logits,
             )
-            _expect(f"{gate} {normalise} sequence numerical", own, numeric, 1e-8)
-            single = sequence_gradient(logits, ids, [0] * 9, gate, mask, normalise)
-            _expect(f"{gate} {normalise} one sequence", single, pooled, 1e-14)
+            _expect(f"{score_function} {normalise} sequence numerical", own, numeric, 1e-8)
+            single = sequence_gradient(logits, ids, [0] * 9, score_function, mask, normalise)
+            _expect(f"{score_function} {normalise} one sequence", single, pooled, 1e-14)
 
             # three micro-batches weighted by their tokens: the same as the whole batch (paper 2, eq. 6)
             parts = [
                 {"logits": logits[a:b], "expert_ids": ids[a:b], "mask": mask[a:b]} for a, b in ((0, 2), (2, 3), (3, 9))
             ]
             tokens = [sum(part["mask"]) for part in parts]  # 2, 0, 5
-            split = global_batch_gradients(parts, 2, gate, 1.0, [n / sum(tokens) for n in tokens], normalise)
-            _expect(f"{gate} {normalise} global", split[0] + split[1] + split[2], pooled, 1e-14)
+            split = global_batch_gradients(parts, 2, score_function, 1.0, [n / sum(tokens) for n in tokens], normalise)
+            _expect(f"{score_function} {normalise} global", split[0] + split[1] + split[2], pooled, 1e-14)
 
     # experts 0 | 0 0 1: f̄ = (3/4 1/4); equal logits: 2 (3/4 - 1/4)/4 = 1/4, times .1, times 1/2 = .0125;
     # in the second micro-batch over its 3 tokens
@@ -1097,7 +1099,7 @@ def _self_check():
     counts[1][63] = 3
     _expect("beyond the bins", quantile_from_histogram(counts, 1, 4, [0.0, 0.0]), [2 / 3, -2 / 3])
 
-    # a common shift of the offset does not change the choice, nor the target; bins no wider than 2^-10 (margins
+    # a common shift of the bias does not change the choice, nor the target; bins no wider than 2^-10 (margins
     # within 1, 512 bins an octave) put delta, and so its mean, within 2^-10 of the exact one; floor(N k / E) =
     # floor(200 * 2 / 6) = 66: that many margins of every expert are below its delta, fewer where delta is the
     # common value 0, and more are not above it

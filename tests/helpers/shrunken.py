@@ -98,7 +98,7 @@ OTHERS: dict[str, dict[str, Any]] = {  # what no rule of sizes says, by model ty
     },
     "granitemoehybrid": {"layer_types": FULL},
     "hunyuan_v1_moe": {"head_dim": 16},
-    "jamba": {"expert_layer_offset": 0, "expert_layer_period": 1, "attn_layer_offset": 0, "attn_layer_period": 1},
+    "jamba": {"expert_layer_bias": 0, "expert_layer_period": 1, "attn_layer_bias": 0, "attn_layer_period": 1},
     "kimi_linear": {"layer_types": FULL},
     "lfm2_moe": {"layer_types": FULL},
     "llama4": {"moe_layers": [0], "num_experts_per_tok": 1},

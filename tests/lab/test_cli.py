@@ -153,7 +153,9 @@ def test_help_report_and_recipes_load_no_torch(text, tmp_path, arguments):
 def test_recipes_are_listed_a_line_each(capsys):
     main(["recipes"])
     out, err = capsys.readouterr()
-    assert [line.split() for line in out.splitlines()] == [[r.name, r.gate, r.strategy] for r in RECIPES.values()]
+    assert [line.split() for line in out.splitlines()] == [
+        [r.name, r.score_function, r.strategy] for r in RECIPES.values()
+    ]
     assert err == ""
 
 
@@ -165,7 +167,7 @@ def test_recipes_fit_a_terminal(monkeypatch, capsys, width):
     lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).rstrip() for line in capsys.readouterr().out.splitlines()]
     assert max(map(len, lines)) <= width
     for one in RECIPES.values():
-        at = lines.index(f"{one.name}  {one.gate}")
+        at = lines.index(f"{one.name}  {one.score_function}")
         for part in split_strategy(one.strategy):
             assert any(line.split()[-1] == part for line in lines[at : at + 7]), "no mechanism is broken"
 

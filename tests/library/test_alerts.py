@@ -106,7 +106,7 @@ def test_a_rate_is_slow_where_the_busiest_expert_is_pushed_down_without_end():
     found = [alert for _ in range(5 * PATIENCE) for alert in alerts.see({"a": BUSIEST, "b": EVEN})]
     (alert,) = found  # a quarter of 200 windows is 50, within the third stretch
     assert (alert.kind, alert.step, alert.layers, alert.experts) == ("slow rate", 3 * PATIENCE, ("a",), ((0,),))
-    assert "a: 0 (of 8) has 2.4 times its share though its offset was moved down in each of the last 60" in str(alert)
+    assert "a: 0 (of 8) has 2.4 times its share though its bias was moved down in each of the last 60" in str(alert)
     assert "no end in sight" in str(alert) and "140 steps are left" in str(alert)
     assert told(alerts, [EVEN] * 2 * PATIENCE) == [(6 * PATIENCE, "slow rate", True)]
 
@@ -184,12 +184,12 @@ def test_a_loss_that_is_not_finite_is_said_at_once_and_its_end_after_a_stretch()
     assert ends == [(2 * PATIENCE, True)] and alerts.holding == {}
 
 
-def test_an_offset_that_is_not_finite_is_named():
-    offsets = {"a": torch.zeros(8), "b": torch.tensor([0.0] * 7 + [math.inf])}
+def test_an_bias_that_is_not_finite_is_named():
+    biases = {"a": torch.zeros(8), "b": torch.tensor([0.0] * 7 + [math.inf])}
     alerts = Alerts()
-    (alert,) = alerts.see({"a": EVEN, "b": EVEN}, 1.0, offsets)
-    assert alert.layers == ("b",) and "an offset of b" in str(alert)
-    assert alerts.see({"a": EVEN, "b": EVEN}, 1.0, offsets) == []
+    (alert,) = alerts.see({"a": EVEN, "b": EVEN}, 1.0, biases)
+    assert alert.layers == ("b",) and "a bias of b" in str(alert)
+    assert alerts.see({"a": EVEN, "b": EVEN}, 1.0, biases) == []
 
 
 # ---- chance, layers, resume ----
@@ -245,7 +245,7 @@ def test_the_state_goes_on_as_if_nothing_had_happened(cut):
     assert {alert.kind for alert in said} == {"nan", "collapse", "dead experts", "slow rate"}
     assert second.holding == whole.holding
     with pytest.raises(EquipoiseError, match="must be what Alerts.state_dict"):
-        second.load_state_dict({"offsets": {}})
+        second.load_state_dict({"biases": {}})
 
 
 def test_it_is_at_hand_and_takes_what_a_balance_gives():
@@ -255,7 +255,7 @@ def test_it_is_at_hand_and_takes_what_a_balance_gives():
     for _ in range(PATIENCE):
         model[0](torch.ones(16, 4))  # one token sixteen times: two experts get all
         balance.step(applied=False)
-        said += alerts.see(balance.load, torch.tensor(1.0), balance.offsets)
+        said += alerts.see(balance.load, torch.tensor(1.0), balance.biases)
     assert [alert.kind for alert in said] == ["collapse", "dead experts"] and isinstance(said[0], Alert)
 
 

@@ -22,7 +22,7 @@ from equipoise.metrics import max_violation
 from equipoise.nn import MoE
 
 NAMES = ["blocks.0.gate", "blocks.1.gate"]
-GATES = dict(zip(NAMES, ("sigmoid", "softmax"), strict=True))
+SCORE_FUNCTIONS = dict(zip(NAMES, ("sigmoid", "softmax"), strict=True))
 SCOPES = ("sequence", "micro_batch", "global_batch")
 
 
@@ -179,7 +179,7 @@ def test_measuring_counts_any_mode_and_leaves_the_window(training, inference):
         b.step()
     for name in NAMES:
         assert torch.equal(balance.load[name], other_balance.load[name])
-        assert torch.equal(balance.offsets[name], other_balance.offsets[name])
+        assert torch.equal(balance.biases[name], other_balance.biases[name])
     _close(_gradients(model), _gradients(other), 0)
     assert equipoise.metrics.max_violation(load) >= 0
     load[NAMES[0]].add_(1)  # an ordinary tensor, also after inference mode
@@ -521,7 +521,7 @@ def test_a_micro_batch_of_padding_has_no_loss_and_no_gradient():
     balance.step()
     found = balance.metrics()
     assert found["tokens"] == 0 and found["load_balancing_loss"] == 0 and math.isnan(found["maxvio_batch"])
-    assert not any(offset.isnan().any() for offset in balance.offsets.values())
+    assert not any(bias.isnan().any() for bias in balance.biases.values())
 
 
 # ---- the loss: values and gradients ----
@@ -531,7 +531,7 @@ def _expected_loss(seen, coefficients, call=-1, mask=None, sequences=None):
     total = 0.0
     for name in NAMES:
         logits, ids = seen[name][call]
-        scores, ids = reference.scores(logits.double().tolist(), GATES[name]), ids.tolist()
+        scores, ids = reference.scores(logits.double().tolist(), SCORE_FUNCTIONS[name]), ids.tolist()
         counts = reference.load(ids, EXPERTS, mask)
         for scope, coefficient in coefficients.items():
             if scope == "sequence":
@@ -571,7 +571,7 @@ def test_a_loss_taken_before_its_forward_raises():
 
 
 def _one_gradient(strategy, factor=1.0, **options):
-    """The gradient of one micro-batch of 4 rows, and the offsets after."""
+    """The gradient of one micro-batch of 4 rows, and the biases after."""
     model, balance = _attached(strategy, **options)
     ((model(_ids(rows=4)) + balance.loss()) * factor).backward()
     balance.step()
@@ -772,7 +772,7 @@ def test_previous_pooling_uses_the_last_windows_share():
     (model(_ids(seed=1)) * 0 + balance.loss()).backward()
     for name in NAMES[1:]:  # the last router: nothing flows into it from above
         logits = seen[name][0][0]
-        rows = reference.load_balancing_gradient(logits.double().tolist(), last[name], GATES[name])
+        rows = reference.load_balancing_gradient(logits.double().tolist(), last[name], SCORE_FUNCTIONS[name])
         seen_gradient = model.get_submodule(name).weight.grad
         inputs = torch.linalg.lstsq(model.get_submodule(name).weight.detach(), logits.T).solution.T  # DIM > EXPERTS
         assert seen_gradient.shape == (EXPERTS, DIM) and inputs.shape == (14, DIM)
@@ -791,15 +791,17 @@ def test_uneven_micro_batches_equal_the_reference(scope):
     for name in NAMES:
         parts = [{"logits": z.double().tolist(), "expert_ids": ids.tolist()} for z, ids, _ in kept[name]]
         if scope == "global_batch":
-            expected = reference.global_batch_gradients(parts, K, GATES[name], 0.7, weights)
+            expected = reference.global_batch_gradients(parts, K, SCORE_FUNCTIONS[name], 0.7, weights)
         else:
             expected = []
             for part, weight, (rows, length) in zip(parts, weights, shapes, strict=True):
                 if scope == "micro_batch":
-                    (own,) = reference.global_batch_gradients([part], K, GATES[name], 0.7, [weight])
+                    (own,) = reference.global_batch_gradients([part], K, SCORE_FUNCTIONS[name], 0.7, [weight])
                 else:
                     sequences = [t // length for t in range(rows * length)]
-                    own = reference.sequence_gradient(part["logits"], part["expert_ids"], sequences, GATES[name])
+                    own = reference.sequence_gradient(
+                        part["logits"], part["expert_ids"], sequences, SCORE_FUNCTIONS[name]
+                    )
                     own = [[0.7 * weight * value for value in row] for row in own]
                 expected.append(own)
         for (_, _, gradient), rows in zip(kept[name], expected, strict=True):
@@ -858,7 +860,7 @@ def test_token_exact_weighing_equals_one_big_micro_batch(scope):
     _close(_gradients(model), _gradients(big))
     for name in NAMES:
         assert torch.equal(balance.load[name], big_balance.load[name])
-        assert torch.equal(balance.offsets[name], big_balance.offsets[name])
+        assert torch.equal(balance.biases[name], big_balance.biases[name])
     if scope == "sequence":  # the global value is logged with the counts known then
         assert_close(sum(losses), loss, rtol=1e-6, atol=0)
 
@@ -907,20 +909,20 @@ def test_sequence_ids_of_another_size_are_refused():
 # ---- steps ----
 
 
-def test_step_moves_the_offsets_by_the_rules_of_the_gates():
+def test_step_moves_the_biases_by_the_rules_of_the_gates():
     model, balance = _attached("loss-free:rate=1e-2")
-    assert all(not offset.any() for offset in balance.offsets.values())
-    offsets = {name: [0.0] * EXPERTS for name in NAMES}
+    assert all(not bias.any() for bias in balance.biases.values())
+    biases = {name: [0.0] * EXPERTS for name in NAMES}
     for seed in range(3):
         model(_ids(seed=seed))
         model(_ids(seed=seed + 10))
         balance.step()
         for name, rule in zip(NAMES, (reference.sign_rule, reference.proportional_rule), strict=True):
-            offsets[name] = rule(offsets[name], balance.load[name].tolist(), 1e-2, True)
+            biases[name] = rule(biases[name], balance.load[name].tolist(), 1e-2, True)
     for name in NAMES:
-        assert balance.offsets[name].dtype == torch.float32
-        assert_close(balance.offsets[name], torch.tensor(offsets[name]), rtol=0, atol=1e-8)
-    assert torch.equal(model.blocks[0].gate.e_score_correction_bias, balance.offsets[NAMES[0]])
+        assert balance.biases[name].dtype == torch.float32
+        assert_close(balance.biases[name], torch.tensor(biases[name]), rtol=0, atol=1e-8)
+    assert torch.equal(model.blocks[0].gate.e_score_correction_bias, balance.biases[NAMES[0]])
 
 
 def test_step_without_a_forward_raises():
@@ -930,18 +932,18 @@ def test_step_without_a_forward_raises():
 
 
 @pytest.mark.parametrize("strategy", ["loss-free:rate=0.1+lbl", "quantile+z", "lbl:pooling=previous"])
-def test_a_layer_that_was_not_called_is_named_once_and_keeps_its_offset(strategy, caplog):
+def test_a_layer_that_was_not_called_is_named_once_and_keeps_its_bias(strategy, caplog):
     model, balance = _attached(strategy)
     (model(_ids()) + balance.loss()).backward()
     balance.step()
-    before, hidden = balance.offsets, torch.randn(1, 3, DIM, generator=torch.Generator().manual_seed(0))
+    before, hidden = balance.biases, torch.randn(1, 3, DIM, generator=torch.Generator().manual_seed(0))
     with caplog.at_level(logging.WARNING, "equipoise"):
         for _ in range(2):
             (model.blocks[0](hidden).sum() + balance.loss()).backward()
             balance.step()
     assert caplog.text.count("step: blocks.1.gate got no token between two steps") == 1
     assert [int(load.sum()) for load in balance.load.values()] == [3 * K, 0]
-    assert torch.equal(balance.offsets[NAMES[1]], before[NAMES[1]])
+    assert torch.equal(balance.biases[NAMES[1]], before[NAMES[1]])
     found = balance.metrics()
     assert all(math.isfinite(value) for value in found.values()) and found["tokens"] == 3
     assert found["maxvio_batch"] == found["maxvio_micro"] == pytest.approx(max_violation(balance.load[NAMES[0]]).item())
@@ -1003,9 +1005,9 @@ def test_a_router_that_is_not_trained_is_no_reason_for_a_word(caplog):
 def test_a_skipped_step_closes_the_window_and_moves_nothing(applied):
     model, balance = _attached("loss-free:rate=0.1+lbl")
     (model(_ids()) + balance.loss()).backward()
-    before = balance.offsets
+    before = balance.biases
     balance.step(applied)
-    assert all(torch.equal(balance.offsets[name], before[name]) for name in NAMES)
+    assert all(torch.equal(balance.biases[name], before[name]) for name in NAMES)
     _window_total(balance, 14)
     assert balance.state_dict()["num_windows"] == 1
 
@@ -1015,8 +1017,8 @@ def test_an_applied_step_moves(applied):
     model, balance = _attached("loss-free:rate=0.1")
     model(_ids())
     balance.step(applied)
-    assert all(offset.any() for offset in balance.offsets.values())
-    assert torch.equal(model.blocks[0].gate.e_score_correction_bias, balance.offsets[NAMES[0]])
+    assert all(bias.any() for bias in balance.biases.values())
+    assert torch.equal(model.blocks[0].gate.e_score_correction_bias, balance.biases[NAMES[0]])
 
 
 def test_follow_steps_with_the_optimizer():
@@ -1078,7 +1080,7 @@ def test_a_step_that_a_scaler_skips_moves_nothing_where_the_optimizer_skips_it_b
         scaler.scale(model(_ids()) * factor).backward()
         scaler.step(optimizer)
         scaler.update()
-        moved = [bool(offset.any()) for offset in balance.offsets.values()]
+        moved = [bool(bias.any()) for bias in balance.biases.values()]
         assert moved == [factor == 1.0] * 2 and torch.equal(before, model.embed.weight) == (factor != 1.0)
         optimizer.zero_grad()
     # a plain optimizer's window is open until somebody says that its step was skipped: both are one here
@@ -1109,7 +1111,7 @@ def test_follow_refuses_an_optimizer_without_hooks():
 
 
 @pytest.mark.parametrize("strategy", ["loss-free:rate=0.1,rule=momentum", "quantile"])
-def test_what_is_written_into_a_slot_in_place_is_the_offset(strategy):
+def test_what_is_written_into_a_slot_in_place_is_the_bias(strategy):
     """As a checkpoint that is read into the tensors of ``state_dict()``."""
     bias = torch.tensor([0.3, -0.2, 0.0, 0.1, -0.3, 0.1])
     model, expected = _attached(strategy)
@@ -1121,13 +1123,13 @@ def test_what_is_written_into_a_slot_in_place_is_the_offset(strategy):
             (each(_ids()) + its.loss()).backward()
             its.step()
     for name in NAMES:
-        assert torch.equal(balance.offsets[name], expected.offsets[name])
-    assert torch.equal(other.blocks[0].gate.e_score_correction_bias, balance.offsets[NAMES[0]])
+        assert torch.equal(balance.biases[name], expected.biases[name])
+    assert torch.equal(other.blocks[0].gate.e_score_correction_bias, balance.biases[NAMES[0]])
     other.blocks[0].gate.e_score_correction_bias.copy_(bias)
-    assert torch.equal(balance.offsets[NAMES[0]], bias)
-    before = balance.offsets[NAMES[0]].bfloat16().float()
-    other.blocks[0].gate.e_score_correction_bias.copy_(before)  # ours, rounded: the offset stays as it was
-    assert torch.equal(balance.offsets[NAMES[0]], bias)
+    assert torch.equal(balance.biases[NAMES[0]], bias)
+    before = balance.biases[NAMES[0]].bfloat16().float()
+    other.blocks[0].gate.e_score_correction_bias.copy_(before)  # ours, rounded: the bias stays as it was
+    assert torch.equal(balance.biases[NAMES[0]], bias)
 
 
 def test_a_grad_scaler_changes_nothing():
@@ -1142,7 +1144,7 @@ def test_a_grad_scaler_changes_nothing():
     balance.step()
 
 
-def test_training_with_offsets_evens_the_load_out():
+def test_training_with_biases_evens_the_load_out():
     model, balance = _attached("loss-free:rate=0.02,rule=sign")
     history = []
     for step in range(150):
@@ -1200,7 +1202,7 @@ def test_after_a_forgotten_ticket_the_next_window_works():
         model(_ids()).backward()
     balance.step()
     model.zero_grad()
-    expected, other = _attached("loss-free:rate=0.1+lbl:coefficient=0.5", offsets=balance.offsets)
+    expected, other = _attached("loss-free:rate=0.1+lbl:coefficient=0.5", biases=balance.biases)
     (model(_ids(seed=1)) + balance.loss()).backward()
     (expected(_ids(seed=1)) + other.loss()).backward()
     _close(_gradients(model), _gradients(expected), 0)
@@ -1440,7 +1442,7 @@ def test_layers_with_different_numbers_of_experts():
     assert balance.metrics()["maxvio_floor"] == pytest.approx(sum(floors) / 2)
     for name, load in balance.load.items():
         expected = reference.proportional_rule([0.0] * len(load), load.tolist(), 0.1, True)
-        assert_close(balance.offsets[name], torch.tensor(expected), rtol=0, atol=1e-6)
+        assert_close(balance.biases[name], torch.tensor(expected), rtol=0, atol=1e-6)
     state = balance.state_dict()
     balance.load_state_dict(state)
 
@@ -1515,20 +1517,20 @@ def test_metrics_by_hand():
         "load_balancing_loss": sum(values) / 2,
         "collectives": 0,
         "collective_bytes": 0,
-        "offset_max": max(float(offset.abs().max()) for offset in balance.offsets.values()),
+        "bias_max": max(float(bias.abs().max()) for bias in balance.biases.values()),
     }
     assert found.keys() == expected.keys()
     assert all(type(value) in (float, int) for value in found.values())
     for key, value in expected.items():
         assert found[key] == pytest.approx(value, rel=1e-5), key
-    assert 0.05 < found["offset_max"] < 0.2
+    assert 0.05 < found["bias_max"] < 0.2
 
 
 def test_metrics_leave_out_what_a_strategy_does_not_have():
     model, balance = _attached("none")
     model(_ids())
     balance.step()
-    assert "offset_max" not in balance.metrics() and "load_balancing_loss" not in balance.metrics()
+    assert "bias_max" not in balance.metrics() and "load_balancing_loss" not in balance.metrics()
 
 
 def test_an_empty_micro_batch_does_not_lower_the_metric_of_the_loss():
@@ -1546,17 +1548,17 @@ def test_what_was_given_out_does_not_change_later():
     model, balance = _attached("loss-free:rate=0.1")
     model(_ids())
     balance.step()
-    load, offsets, state = balance.load, balance.offsets, balance.state_dict()
-    held = {n: v.clone() for n, v in load.items()}, {n: v.clone() for n, v in offsets.items()}
+    load, biases, state = balance.load, balance.biases, balance.state_dict()
+    held = {n: v.clone() for n, v in load.items()}, {n: v.clone() for n, v in biases.items()}
     model(_ids(rows=9))
     balance.step()
     for name in NAMES:
-        assert torch.equal(load[name], held[0][name]) and torch.equal(offsets[name], held[1][name])
-        assert torch.equal(state["offsets"][name], held[1][name]) and torch.equal(state["load"][name], held[0][name])
+        assert torch.equal(load[name], held[0][name]) and torch.equal(biases[name], held[1][name])
+        assert torch.equal(state["biases"][name], held[1][name]) and torch.equal(state["load"][name], held[0][name])
     held = balance.load[NAMES[0]].clone()
-    for given in (balance.offsets, balance.state_dict()["offsets"], balance.state_dict()["load"]):
+    for given in (balance.biases, balance.state_dict()["biases"], balance.state_dict()["load"]):
         given[NAMES[0]].zero_()
-    assert balance.offsets[NAMES[0]].any() and torch.equal(balance.load[NAMES[0]], held)
+    assert balance.biases[NAMES[0]].any() and torch.equal(balance.load[NAMES[0]], held)
 
 
 # ---- state ----
@@ -1580,8 +1582,8 @@ def test_state_resumes_as_if_never_stopped(tmp_path):
     _close(_gradients(again), _gradients(model), 0)
     for name in NAMES:
         assert torch.equal(resumed.load[name], balance.load[name])
-        assert torch.equal(resumed.offsets[name], balance.offsets[name])
-    assert torch.equal(again.blocks[0].gate.e_score_correction_bias, resumed.offsets[NAMES[0]])
+        assert torch.equal(resumed.biases[name], balance.biases[name])
+    assert torch.equal(again.blocks[0].gate.e_score_correction_bias, resumed.biases[NAMES[0]])
     first, second = balance.state_dict(), resumed.state_dict()
     assert first["num_windows"] == second["num_windows"] == 3
 
@@ -1609,16 +1611,16 @@ def test_state_is_legal_between_windows_only():
 
 
 def _damaged(state):
-    renamed = {f"x.{name}": value for name, value in state["offsets"].items()}
-    fewer = {NAMES[0]: state["offsets"][NAMES[0]]}
+    renamed = {f"x.{name}": value for name, value in state["biases"].items()}
+    fewer = {NAMES[0]: state["biases"][NAMES[0]]}
     longer = {name: torch.zeros(EXPERTS + 1) for name in NAMES}
-    yield "renamed", state | {"offsets": renamed}
-    yield "fewer", state | {"offsets": fewer}
-    yield "longer", state | {"offsets": longer}
-    yield "last longer", state | {"offsets": {**state["offsets"], NAMES[1]: torch.zeros(EXPERTS + 2)}}
+    yield "renamed", state | {"biases": renamed}
+    yield "fewer", state | {"biases": fewer}
+    yield "longer", state | {"biases": longer}
+    yield "last longer", state | {"biases": {**state["biases"], NAMES[1]: torch.zeros(EXPERTS + 2)}}
     yield "wrong load", state | {"load": longer}
     yield "empty", {}
-    yield "two-dimensional", state | {"offsets": {name: torch.ones(EXPERTS, EXPERTS) for name in NAMES}}
+    yield "two-dimensional", state | {"biases": {name: torch.ones(EXPERTS, EXPERTS) for name in NAMES}}
     yield "no number", {key: value for key, value in state.items() if key != "num_windows"}
 
 
@@ -1627,66 +1629,66 @@ def test_the_state_of_another_model_is_refused_before_anything_moves():
     model(_ids())
     balance.step()
     state = balance.state_dict()
-    moved = state | {"offsets": {name: offset + 1 for name, offset in state["offsets"].items()}}
+    moved = state | {"biases": {name: bias + 1 for name, bias in state["biases"].items()}}
     for case, wrong in _damaged(moved):
         with pytest.raises(EquipoiseError, match="the state must"):
             balance.load_state_dict(wrong)
         for name in NAMES:
-            assert torch.equal(balance.offsets[name], state["offsets"][name]), case
+            assert torch.equal(balance.biases[name], state["biases"][name]), case
             assert torch.equal(balance.load[name], state["load"][name]), case
 
 
 # ---- attach ----
 
-OFFSETS = {name: torch.linspace(-0.3, 0.3, EXPERTS) * (i + 1) for i, name in enumerate(NAMES)}
+BIASES = {name: torch.linspace(-0.3, 0.3, EXPERTS) * (i + 1) for i, name in enumerate(NAMES)}
 
 
 @pytest.mark.parametrize("strategy", ["frozen", "loss-free:rate=0.1"])
-def test_attach_begins_with_the_offsets_that_are_given(strategy, tmp_path):
+def test_attach_begins_with_the_biases_that_are_given(strategy, tmp_path):
     from safetensors.torch import save_file
 
-    save_file(OFFSETS, tmp_path / "equipoise_offsets.safetensors")
-    for offsets in (OFFSETS, tmp_path, tmp_path / "equipoise_offsets.safetensors", str(tmp_path)):
-        model, balance = _attached(strategy, offsets=offsets)
+    save_file(BIASES, tmp_path / "equipoise_biases.safetensors")
+    for biases in (BIASES, tmp_path, tmp_path / "equipoise_biases.safetensors", str(tmp_path)):
+        model, balance = _attached(strategy, biases=biases)
         for name in NAMES:
-            assert torch.equal(balance.offsets[name], OFFSETS[name])
-        assert torch.equal(model.blocks[0].gate.e_score_correction_bias, OFFSETS[NAMES[0]])
+            assert torch.equal(balance.biases[name], BIASES[name])
+        assert torch.equal(model.blocks[0].gate.e_score_correction_bias, BIASES[NAMES[0]])
         model(_ids())
         balance.step()
-        moved = [not torch.equal(balance.offsets[name], OFFSETS[name]) for name in NAMES]
+        moved = [not torch.equal(balance.biases[name], BIASES[name]) for name in NAMES]
         assert moved == [strategy != "frozen"] * 2
-        assert torch.equal(OFFSETS[NAMES[0]], torch.linspace(-0.3, 0.3, EXPERTS)), "the caller's tensor was moved"
+        assert torch.equal(BIASES[NAMES[0]], torch.linspace(-0.3, 0.3, EXPERTS)), "the caller's tensor was moved"
 
 
 @pytest.mark.parametrize("strategy", ["none", "lbl"])
-def test_offsets_without_a_balancer_that_holds_them_are_refused(strategy):
+def test_biases_without_a_balancer_that_holds_them_are_refused(strategy):
     with pytest.raises((EquipoiseError, ValueError), match="frozen"):
-        _attached(strategy, offsets=OFFSETS)
+        _attached(strategy, biases=BIASES)
 
 
 @pytest.mark.parametrize(
-    "offsets",
+    "biases",
     [
         {},
         {NAMES[0]: torch.zeros(EXPERTS)},
         {name: torch.zeros(EXPERTS + 1) for name in NAMES},
-        {**OFFSETS, "blocks.2.gate": torch.zeros(EXPERTS)},
+        {**BIASES, "blocks.2.gate": torch.zeros(EXPERTS)},
     ],
     ids=["none", "few", "long", "many"],
 )
-def test_offsets_of_another_model_are_refused(offsets):
-    with pytest.raises(EquipoiseError, match="offsets must name the layers of this model"):
-        _attached("frozen", offsets=offsets)
-    with pytest.raises(EquipoiseError, match="offsets must be a mapping or a saved file: .* does not exist"):
-        _attached("frozen", offsets="/nowhere/at/all")
+def test_biases_of_another_model_are_refused(biases):
+    with pytest.raises(EquipoiseError, match="biases must name the layers of this model"):
+        _attached("frozen", biases=biases)
+    with pytest.raises(EquipoiseError, match="biases must be a mapping or a saved file: .* does not exist"):
+        _attached("frozen", biases="/nowhere/at/all")
 
 
 @pytest.mark.parametrize(
     ("balancers", "error", "message"),
     [
         (["los-free"], equipoise.UsageError, "got 'los-free'"),
-        (["frozen+loss-free"], ValueError, "one balancer may move the offset: got frozen and loss-free"),
-        ([LossFree(), LossFree()], ValueError, "one balancer may move the offset"),
+        (["frozen+loss-free"], ValueError, "one balancer may move the bias: got frozen and loss-free"),
+        ([LossFree(), LossFree()], ValueError, "one balancer may move the bias"),
         ([LossFree], TypeError, "object such as LossFree"),
         ([3], TypeError, "got int"),
     ],
@@ -1701,13 +1703,13 @@ def test_attach_refuses_bad_balancers(balancers, error, message):
 
 
 def test_a_strategy_that_cannot_be_is_a_usage_error():
-    with pytest.raises(equipoise.UsageError, match="one balancer may move the offset"):
+    with pytest.raises(equipoise.UsageError, match="one balancer may move the bias"):
         attach(tiny_lm(), "frozen+loss-free")
 
 
 def test_where_chooses_layers():
     model, balance = _attached("loss-free:rate=0.1", where=lambda name, router: name.startswith("blocks.1"))
-    assert list(balance.offsets) == NAMES[1:]
+    assert list(balance.biases) == NAMES[1:]
     model(_ids())
     balance.step()
     assert not model.blocks[0].gate.e_score_correction_bias.any()
@@ -1721,7 +1723,7 @@ def test_balancers_are_copied_and_may_be_used_again():
     second, two = _attached(balancer)
     first(_ids())
     one.step()
-    assert not two.offsets[NAMES[0]].any() and one.offsets[NAMES[0]].any()
+    assert not two.biases[NAMES[0]].any() and one.biases[NAMES[0]].any()
     assert vars(balancer) == vars(LossFree(rate=0.1))
 
 
@@ -1734,7 +1736,7 @@ def test_without_balancers_it_only_counts():
         balance.step()
     _close(_gradients(model), _gradients(plain), 0)
     _window_total(balance, 14)
-    assert all(not offset.any() for offset in balance.offsets.values())
+    assert all(not bias.any() for bias in balance.biases.values())
 
 
 def test_notes_and_repr_say_what_is_attached():
@@ -1750,10 +1752,10 @@ def test_a_model_of_two_gates_has_the_notes_of_both():
     assert attach(model, "loss-free").notes(100)
 
 
-def test_a_state_that_steers_is_refused_where_nothing_holds_its_offsets():
-    balance = equipoise.attach(tiny_lm(), "frozen", offsets=OFFSETS)
+def test_a_state_that_steers_is_refused_where_nothing_holds_its_biases():
+    balance = equipoise.attach(tiny_lm(), "frozen", biases=BIASES)
     other = equipoise.attach(tiny_lm(), "lbl")
-    with pytest.raises(EquipoiseError, match="offsets must have a balancer that holds them"):
+    with pytest.raises(EquipoiseError, match="biases must have a balancer that holds them"):
         other.load_state_dict(balance.state_dict())
     other.load_state_dict(equipoise.attach(tiny_lm(), "loss-free").state_dict())  # all zero: nothing is lost
 
@@ -1783,7 +1785,7 @@ def test_a_verdict_that_is_none_is_refused_before_the_window_closes(applied):
     with pytest.raises(ValueError, match="applied must be true, false or a tensor of one number"):
         balance.step(applied)
     balance.step()
-    assert any(offset.any() for offset in balance.offsets.values())
+    assert any(bias.any() for bias in balance.biases.values())
 
 
 def test_a_loss_of_the_models_own_beside_ours_is_said(caplog):

@@ -1,4 +1,4 @@
-"""A stored run of 20 steps: any change of what is counted, when, or how an offset moves shows here.
+"""A stored run of 20 steps: any change of what is counted, when, or how a bias moves shows here.
 
 A change that is not meant to alter results leaves it alone; one that is stores it anew with
 
@@ -44,7 +44,7 @@ def run():
                 "loss": float(torch.stack(losses).mean().detach()),
                 "balancing_loss": value / 3,
                 "load": [load.tolist() for load in balance.load.values()],
-                "offsets": [offset.tolist() for offset in balance.offsets.values()],
+                "biases": [bias.tolist() for bias in balance.biases.values()],
             }
         )
     return steps
@@ -57,8 +57,8 @@ def test_twenty_steps_are_as_stored():
         # float32 scores within a float64 model: 20 steps of rounding
         assert step["loss"] == pytest.approx(expected["loss"], rel=1e-5), f"step {number}"
         assert step["balancing_loss"] == pytest.approx(expected["balancing_loss"], rel=1e-5), f"step {number}"
-        for offset, before in zip(step["offsets"], expected["offsets"], strict=True):
-            assert offset == pytest.approx(before, abs=1e-6), f"step {number}"
+        for bias, before in zip(step["biases"], expected["biases"], strict=True):
+            assert bias == pytest.approx(before, abs=1e-6), f"step {number}"
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 {eager, checkpoint non-reentrant, reentrant, compile fullgraph, compile over checkpoint, checkpoint over compile}
 x {float32, bfloat16 autocast} x {loss scale 1, 1024} x {forwards first, plain loop}
-x {one process, 2 gloo ranks under DDP, 2 under FSDP2}, with Loss-Free offsets and losses of all three scopes at once,
+x {one process, 2 gloo ranks under DDP, 2 under FSDP2}, with Loss-Free biases and losses of all three scopes at once,
 on micro-batches that are whole, padded and empty. Cells that make no sense for reasons of torch are named in
 ``grid.impossible``.
 """
@@ -34,12 +34,12 @@ def _prepared(mode, dtype):
     return grid.prepare(grid.Cell(mode, dtype, 1, "plain", "none"))
 
 
-def _expected_offsets(counts):
+def _expected_biases(counts):
     """The sign rule by hand on the sigmoid layer, the proportional one on the softmax layer, both at 1e-2, centred."""
     found = []
-    for name, layer, rule in zip(grid.OFFSETS, counts, ("sign", "proportional"), strict=True):
+    for name, layer, rule in zip(grid.BIASES, counts, ("sign", "proportional"), strict=True):
         rule = getattr(grid.reference, f"{rule}_rule")
-        found.append(torch.tensor(rule(grid.OFFSETS[name].tolist(), layer, 1e-2, True)))
+        found.append(torch.tensor(rule(grid.BIASES[name].tolist(), layer, 1e-2, True)))
     return found
 
 
@@ -47,7 +47,7 @@ def _check(cell, outcome, num_ranks):
     gradients, counts = _exact(cell.dtype, cell.order, num_ranks)
     assert outcome.counts == counts, "a token was counted twice, or not at all, or on the wrong rank"
     assert grid.error(outcome, gradients) < TOLERANCE
-    for ours, expected in zip(outcome.offsets, _expected_offsets(counts), strict=True):
+    for ours, expected in zip(outcome.biases, _expected_biases(counts), strict=True):
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6)  # float32 sums of six terms
 
 
@@ -97,15 +97,15 @@ def test_the_table_sees_a_factor_that_is_ignored(monkeypatch):
     assert _eager_error()[0] > 1e-2
 
 
-def test_the_table_sees_an_offset_that_reaches_the_weights(monkeypatch):
+def test_the_table_sees_an_bias_that_reaches_the_weights(monkeypatch):
     def biased(self, func, types, args=(), kwargs=None):
-        if func in (torch.topk, torch.Tensor.topk) and args[0].shape[-1] == self.offset.shape[0]:
-            return torch.topk(args[0] + self.offset, *args[1:], **(kwargs or {}))
+        if func in (torch.topk, torch.Tensor.topk) and args[0].shape[-1] == self.bias.shape[0]:
+            return torch.topk(args[0] + self.bias, *args[1:], **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
     cell = grid.Cell("eager", "float32", 1, "plain", "none")
     prepared = grid.prepare(cell)  # attach itself refuses such a router
-    monkeypatch.setattr(tap.OffsetTopK, "__torch_function__", biased)
+    monkeypatch.setattr(tap.BiasedTopK, "__torch_function__", biased)
     assert grid.error(grid.run(cell, prepared), _exact("float32", "plain", 1)[0]) > 1e-2
 
 

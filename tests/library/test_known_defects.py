@@ -1,6 +1,6 @@
 """What went wrong in public frameworks, and must not go wrong here: the numbers are those of ``docs/known_defects.md``.
 
-Here are the demons that one process can show and no other test shows; the page names the test of every one. Most tests
+Here are the known defects that one process can show and no other test shows; the page names the test of every one. Most tests
 run ``Gates``: real routers of Transformers whose weight is the identity, so that what goes in are the logits and the
 gradient that comes out is the one at the logits.
 """
@@ -52,12 +52,12 @@ class Gates(nn.Module):
         super().__init__()
         self.gates = nn.ModuleList([_router(kind, experts, k, groups, top_groups) for kind in kinds])
         self.outputs: list[tuple[Tensor, Tensor, Tensor]] = []
-        for gate in self.gates:
-            nn.init.eye_(gate.weight)
+        for router in self.gates:
+            nn.init.eye_(router.weight)
 
     def forward(self, *logits: Tensor) -> Tensor:
         rows = [z.contiguous() if z.dim() == 3 else z.contiguous()[None] for z in logits]
-        self.outputs = [gate(z) for gate, z in zip(self.gates, rows, strict=True)]
+        self.outputs = [router(z) for router, z in zip(self.gates, rows, strict=True)]
         return sum(weights.sum() for _, weights, _ in self.outputs) * 0
 
     def ids(self, layer: int = 0) -> list[list[int]]:
@@ -97,17 +97,17 @@ def _gradients(model: nn.Module) -> dict[str, Tensor]:
 CUTS = [(6,), (2, 2, 2), (3, 1, 2)]  # sequences in each micro-batch
 
 
-@pytest.mark.parametrize("gate", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("score_function", ["sigmoid", "softmax"])
 @pytest.mark.parametrize("cut", CUTS, ids=str)
 @pytest.mark.parametrize("strategy", ["lbl:coefficient=0.7", "lbl:scope=sequence,coefficient=0.7", "z:coefficient=0.7"])
 @pytest.mark.parametrize("padded", [False, True])
-def test_a_loss_is_as_strong_however_its_tokens_are_cut_into_micro_batches(padded, strategy, cut, gate):
-    """Demons 2, 3, 5, 6, 8, 9, 12: 6 sequences of 3 tokens, two of them with padding, weighed by the token."""
+def test_a_loss_is_as_strong_however_its_tokens_are_cut_into_micro_batches(padded, strategy, cut, score_function):
+    """Known defects 2, 3, 5, 6, 8, 9, 12: 6 sequences of 3 tokens, two of them with padding, weighed by the token."""
     logits = _randn(6, 3, 4, skew=[1.0, 0.5, 0.0, -0.5]).requires_grad_()
     mask = torch.ones(6, 3, dtype=torch.long)
     if padded:
         mask[1, 2:], mask[4, 1:] = 0, 0
-    model = _gates(gate)
+    model = _gates(score_function)
     balance = attach(model, strategy)
     losses, ids = [], []
     for part, kept in zip(logits.split(cut), mask.split(cut), strict=True):
@@ -121,14 +121,14 @@ def test_a_loss_is_as_strong_however_its_tokens_are_cut_into_micro_batches(padde
     if strategy.startswith("z"):
         expected = reference.z_loss_gradient(rows, flags)
     elif "sequence" in strategy:
-        expected = reference.sequence_gradient(rows, ids, [t // 3 for t in range(18)], gate, flags)
+        expected = reference.sequence_gradient(rows, ids, [t // 3 for t in range(18)], score_function, flags)
     else:
-        expected = reference.load_balancing_gradient(rows, reference.load(ids, 4, flags), gate, flags)
+        expected = reference.load_balancing_gradient(rows, reference.load(ids, 4, flags), score_function, flags)
     _hand(logits.grad.reshape(18, 4), [[0.7 * value for value in row] for row in expected])
 
 
 def test_two_layers_on_opposite_halves_do_not_look_balanced():
-    """Demon 14: pooled over the layers every expert has the same load, and the gradient is zero."""
+    """Known defect 14: pooled over the layers every expert has the same load, and the gradient is zero."""
     halves = torch.tensor([[1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 1.0]]) * math.log(3)
     logits = [half.expand(3, 4).clone().requires_grad_() for half in halves]
     model = _gates("softmax", "softmax")
@@ -154,7 +154,7 @@ def test_two_layers_on_opposite_halves_do_not_look_balanced():
 @pytest.mark.parametrize("kinds", [("softmax",), ("sigmoid", "softmax", "sigmoid")], ids=len)
 @pytest.mark.parametrize("scope", ["sequence", "micro_batch", "global_batch"])
 def test_at_balance_a_layer_has_one_and_the_loss_is_their_sum(scope, kinds, k):
-    """Demons 13, 16: not k, not the mean over layers, and the same for every number of experts a token."""
+    """Known defects 13, 16: not k, not the mean over layers, and the same for every number of experts a token."""
     model = _gates(*kinds, experts=6, k=k)
     balance = attach(model, f"lbl:scope={scope},coefficient=0.25")
     for _ in range(2):
@@ -167,7 +167,7 @@ def test_at_balance_a_layer_has_one_and_the_loss_is_their_sum(scope, kinds, k):
 
 @pytest.mark.parametrize("shape", ["rows", "flat", "bool", "float"])
 def test_a_mask_of_any_form_leaves_out_the_same_tokens_and_a_shifted_one_is_refused(shape):
-    """Demon 17: labels are one shorter than the ids; broadcasting them would give every row the same count."""
+    """Known defect 17: labels are one shorter than the ids; broadcasting them would give every row the same count."""
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
     given = {"rows": mask, "flat": mask.reshape(-1), "bool": mask.bool(), "float": mask.float()}[shape]
     logits = _randn(2, 3, 4).requires_grad_()
@@ -191,7 +191,7 @@ def test_a_mask_of_any_form_leaves_out_the_same_tokens_and_a_shifted_one_is_refu
 
 
 def test_a_mask_with_rows_and_columns_swapped_is_refused():
-    """Demon 17: it has as many numbers as there are tokens, for others than these."""
+    """Known defect 17: it has as many numbers as there are tokens, for others than these."""
     model = tiny_lm()
     balance = attach(model, "lbl")
     mask = torch.ones(2, 7)
@@ -210,13 +210,13 @@ def test_a_mask_with_rows_and_columns_swapped_is_refused():
 
 
 def test_the_score_is_the_mean_over_all_experts_and_its_gradient_reaches_those_not_chosen():
-    """Demons 18, 19: one token, two experts, k = 1. P of the chosen weights would be the constant 1, and the loss 2."""
-    for gate, logits, value, gradient in (
+    """Known defects 18, 19: one token, two experts, k = 1. P of the chosen weights would be the constant 1, and the loss 2."""
+    for score_function, logits, value, gradient in (
         ("softmax", [math.log(3), 0.0], 1.5, [0.375, -0.375]),  # scores 3/4 1/4: 2 s_0, and 2 s_0 (1 - s_0)
         ("sigmoid", [math.log(3), 0.0], 1.2, [0.12, -0.24]),  # scores 3/4 1/2, P_0 = 3/5
     ):
         z = torch.tensor([logits], requires_grad=True)
-        model = _gates(gate, experts=2, k=1)
+        model = _gates(score_function, experts=2, k=1)
         balance = attach(model, "lbl:coefficient=1")
         loss = model(z) + balance.loss()
         loss.backward()
@@ -225,7 +225,7 @@ def test_the_score_is_the_mean_over_all_experts_and_its_gradient_reaches_those_n
 
 
 def test_a_router_that_gives_out_probabilities_is_not_taken_for_one_that_gives_logits(monkeypatch):
-    """Demon 18: the loss would take a softmax of a softmax."""
+    """Known defect 18: the loss would take a softmax of a softmax."""
     logits, found = _randn(1, 24, 4, skew=[2.0, 0.0, 0.0, 0.0]), []
 
     def probabilities(self, hidden):
@@ -247,57 +247,59 @@ def test_a_router_that_gives_out_probabilities_is_not_taken_for_one_that_gives_l
     assert found[0][1].any()
 
 
-@pytest.mark.parametrize("gate", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("score_function", ["sigmoid", "softmax"])
 @pytest.mark.parametrize("scope", ["sequence", "micro_batch", "global_batch"])
-def test_the_loss_rises_with_imbalance(scope, gate):
-    """Demons 20, 23: a loss that a wrong shape made constant sees none. From an even load to one that is collapsed."""
+def test_the_loss_rises_with_imbalance(scope, score_function):
+    """Known defects 20, 23: a loss that a wrong shape made constant sees none. From an even load to one that is collapsed."""
     values = []
     for skew in (0.0, 0.5, 1.0, 2.0, 4.0, 16.0):
         logits = _randn(1, 64, 8, skew=[skew, skew] + [0.0] * 6)
-        model = _gates(gate, experts=8, k=2)
+        model = _gates(score_function, experts=8, k=2)
         balance = attach(model, f"lbl:scope={scope},coefficient=1")
         model(logits)
         values.append(float(balance.loss().detach()))
         rows = logits.reshape(64, 8).double().tolist()
-        scores, ids = reference.scores(rows, gate), model.ids()
+        scores, ids = reference.scores(rows, score_function), model.ids()
         assert values[-1] == pytest.approx(reference.load_balancing_loss(scores, reference.load(ids, 8), 2), rel=1e-5)
     assert values[0] < 1.05 and all(
         after > before + 1e-2 for before, after in zip(values[:-1], values[1:], strict=True)
     )
     # at the end two experts have all tokens: P = 1/2 by softmax, 1 / (2 + the sum of six sigmoids) each by sigmoid
-    assert values[-1] == pytest.approx(8 / 2, rel=1e-5) if gate == "softmax" else 1.5 < values[-1] < 1.7
+    assert values[-1] == pytest.approx(8 / 2, rel=1e-5) if score_function == "softmax" else 1.5 < values[-1] < 1.7
 
 
 @pytest.mark.parametrize(
-    ("gate", "groups", "top_groups"), [("sigmoid", 4, 2), ("sigmoid", 1, 1), ("softmax", 1, 1)], ids=str
+    ("score_function", "groups", "top_groups"), [("sigmoid", 4, 2), ("sigmoid", 1, 1), ("softmax", 1, 1)], ids=str
 )
-def test_the_share_is_of_the_routing_that_was_used_and_the_score_is_without_the_offset(gate, groups, top_groups):
-    """Demons 21, 29, 30: offset and groups move the choice, so f has both; P has neither."""
-    offset = torch.tensor([-0.4, 0.3, -0.2, 0.0, 0.2, -0.1, 0.4, -0.2])
+def test_the_share_is_of_the_routing_that_was_used_and_the_score_is_without_the_bias(
+    score_function, groups, top_groups
+):
+    """Known defects 21, 29, 30: bias and groups move the choice, so f has both; P has neither."""
+    bias = torch.tensor([-0.4, 0.3, -0.2, 0.0, 0.2, -0.1, 0.4, -0.2])
     logits = _randn(32, 8, seed=1).requires_grad_()
-    model = _gates(gate, experts=8, groups=groups, top_groups=top_groups)
-    balance = attach(model, "frozen+lbl:coefficient=1", offsets={"gates.0": offset})
+    model = _gates(score_function, experts=8, groups=groups, top_groups=top_groups)
+    balance = attach(model, "frozen+lbl:coefficient=1", biases={"gates.0": bias})
     loss = model(logits) + balance.loss()
     loss.backward()
     rows = logits.detach().double().tolist()
-    used, _ = reference.route(rows, 2, gate, offset.tolist(), groups, top_groups)
-    counts, scores = reference.load(used, 8), reference.scores(rows, gate)
+    used, _ = reference.route(rows, 2, score_function, bias.tolist(), groups, top_groups)
+    counts, scores = reference.load(used, 8), reference.scores(rows, score_function)
     value = float(loss.detach())
     assert value == pytest.approx(reference.load_balancing_loss(scores, counts, 2), rel=1e-6)
-    _hand(logits.grad, reference.load_balancing_gradient(rows, counts, gate))
-    plain, _ = reference.route(rows, 2, gate)
-    biased = [[s + b for s, b in zip(row, offset.tolist(), strict=True)] for row in scores]
+    _hand(logits.grad, reference.load_balancing_gradient(rows, counts, score_function))
+    plain, _ = reference.route(rows, 2, score_function)
+    biased = [[s + b for s, b in zip(row, bias.tolist(), strict=True)] for row in scores]
     for wrong in (
         reference.load_balancing_loss(scores, reference.load(plain, 8), 2),
         reference.load_balancing_loss(biased, counts, 2),
     ):
         assert abs(value - wrong) > 1e-3, "the wrong way gives the same: the test proves nothing"
-    ungrouped, _ = reference.route(rows, 2, gate, offset.tolist())
+    ungrouped, _ = reference.route(rows, 2, score_function, bias.tolist())
     assert (reference.load(ungrouped, 8) != counts) == (groups > 1)
 
 
 def test_a_capacity_caps_neither_the_counts_nor_the_losses():
-    """Demons 22, 23: f after dropping is at most capacity, so the more is dropped the more even it looks."""
+    """Known defects 22, 23: f after dropping is at most capacity, so the more is dropped the more even it looks."""
     found = []
     for factor in (None, 0.5):
         torch.manual_seed(0)
@@ -315,7 +317,7 @@ def test_a_capacity_caps_neither_the_counts_nor_the_losses():
 
 @pytest.mark.parametrize("base", [0.0, -30.0, -60.0])
 def test_sigmoid_scores_of_any_size_have_the_value_one_at_balance(base):
-    """Demon 24: scores are divided by their sum; 1e-20 beside a sum of 4e-26 would make the loss 0."""
+    """Known defect 24: scores are divided by their sum; 1e-20 beside a sum of 4e-26 would make the loss 0."""
     skewed = _even(6, 2, base=base) + torch.tensor([4.0, 1.5, 0.0, 0.0, -1.5, -3.0])
     for logits, even in ((_even(6, 2, base=base), True), (skewed, False)):
         model = _gates("sigmoid", experts=6, k=2)
@@ -329,8 +331,8 @@ def test_sigmoid_scores_of_any_size_have_the_value_one_at_balance(base):
 
 
 def test_with_one_expert_a_token_the_router_has_a_gradient():
-    """Demon 25: a weight that is divided by itself is the constant 1; the router then learns nothing from the task."""
-    router = Router(2, num_experts=2, k=1, gate="softmax")
+    """Known defect 25: a weight that is divided by itself is the constant 1; the router then learns nothing from the task."""
+    router = Router(2, num_experts=2, k=1, score_function="softmax")
     nn.init.eye_(router.weight)
     z = torch.tensor([[math.log(3), 0.0]], requires_grad=True)
     _, weights, ids = router(z)
@@ -365,25 +367,25 @@ EVERYTHING = [
 @pytest.mark.parametrize("strategy", EVERYTHING)
 @pytest.mark.parametrize("even", [True, False])
 def test_routers_of_zeros_and_perfect_balance_give_finite_numbers(strategy, even):
-    """Demon 26: a deviation of exactly zero has no finite slope where it is taken a square root of."""
+    """Known defect 26: a deviation of exactly zero has no finite slope where it is taken a square root of."""
     model = _gates("sigmoid", "softmax", experts=6)
     balance = attach(model, strategy)
     logits = [(_even(6, 2) if even else torch.zeros(6, 6)).clone().requires_grad_() for _ in range(2)]
     (model(*logits) + balance.loss()).backward()
     balance.step()
     assert all(z.grad is None or z.grad.isfinite().all() for z in logits)
-    assert all(offset.isfinite().all() for offset in balance.offsets.values())
+    assert all(bias.isfinite().all() for bias in balance.biases.values())
     found = balance.metrics()
     assert all(math.isfinite(value) for value in found.values())
     if even:
         assert [found[key] for key in ("maxvio_batch", "min_violation", "coefficient_of_variation")] == [0.0] * 3
         assert found["load_entropy"] == pytest.approx(1.0, abs=1e-12)
         if strategy.startswith("loss-free"):  # nothing to correct; the quantile of a balanced window is not unique
-            assert not any(offset.any() for offset in balance.offsets.values())
+            assert not any(bias.any() for bias in balance.biases.values())
 
 
 def test_ties_of_bfloat16_logits_are_counted_as_they_were_routed():
-    """Demon 28: a second top-k of tied scores may take others, and bfloat16 shares and scores are off by a percent."""
+    """Known defect 28: a second top-k of tied scores may take others, and bfloat16 shares and scores are off by a percent."""
     logits = (_randn(64, 8) * 2).round().div(2).bfloat16().requires_grad_()
     model = _gates("softmax", experts=8).bfloat16()
     balance = attach(model, "lbl:coefficient=1")
@@ -405,8 +407,8 @@ def test_ties_of_bfloat16_logits_are_counted_as_they_were_routed():
 
 @pytest.mark.parametrize("name", ["deepseek_v3", "glm4_moe", "mixtral", "olmoe", "qwen3_moe"])
 def test_every_family_has_its_loss_without_giving_out_router_logits(name):
-    """Demons 31, 32, 34: no flag of the config is read; families that hide their logits have the same loss."""
-    gate = "sigmoid" if name in ("deepseek_v3", "glm4_moe") else "softmax"
+    """Known defects 31, 32, 34: no flag of the config is read; families that hide their logits have the same loss."""
+    score_function = "sigmoid" if name in ("deepseek_v3", "glm4_moe") else "softmax"
     model = family(name)
     assert not getattr(model.config, "output_router_logits", False)
     balance = attach(model, "lbl:coefficient=0.5")
@@ -419,7 +421,7 @@ def test_every_family_has_its_loss_without_giving_out_router_logits(name):
     loss = balance.loss()
     expected = sum(
         reference.load_balancing_loss(
-            reference.scores(logits.detach().double().tolist(), gate), reference.load(chosen.tolist(), 8), 2
+            reference.scores(logits.detach().double().tolist(), score_function), reference.load(chosen.tolist(), 8), 2
         )
         for logits, _, chosen in seen
     )
@@ -429,7 +431,7 @@ def test_every_family_has_its_loss_without_giving_out_router_logits(name):
 
 
 def test_an_unknown_router_beside_known_ones_is_named(caplog):
-    """Demon 34: half of the layers would be balanced, and nobody told."""
+    """Known defect 34: half of the layers would be balanced, and nobody told."""
 
     class StrangeRouter(nn.Module):
         def __init__(self):
@@ -447,7 +449,7 @@ def test_an_unknown_router_beside_known_ones_is_named(caplog):
 
 @pytest.mark.parametrize("name", ["glm4_moe", "qwen3_moe"])
 def test_a_fused_loss_that_skips_the_models_head_keeps_the_balancing_loss(name):
-    """Demons 36, 37: fused cross-entropies call the model without its head, so nothing of it may sit in the output."""
+    """Known defects 36, 37: fused cross-entropies call the model without its head, so nothing of it may sit in the output."""
     ids = torch.randint(3, 64, (2, 7), generator=torch.Generator().manual_seed(0))
     mask = torch.tensor([[1] * 7, [1] * 4 + [0] * 3])
     found = []
@@ -468,7 +470,7 @@ def test_a_fused_loss_that_skips_the_models_head_keeps_the_balancing_loss(name):
 
 
 def test_a_bias_is_found_whether_it_is_a_buffer_or_a_parameter():
-    """Demon 41: code that looks for buffers finds no parameter, code that looks for parameters no buffer."""
+    """Known defect 41: code that looks for buffers finds no parameter, code that looks for parameters no buffer."""
     for strategy in ("lbl", "loss-free:rate=0.1", "frozen"):
         moved = []
         for parameter in (False, True):
@@ -479,7 +481,7 @@ def test_a_bias_is_found_whether_it_is_a_buffer_or_a_parameter():
                 del model.gates[0].e_score_correction_bias
                 model.gates[0].e_score_correction_bias = nn.Parameter(bias, requires_grad=False)
             balance = attach(model, strategy)
-            assert balance.offsets["gates.0"].tolist() == bias.tolist()
+            assert balance.biases["gates.0"].tolist() == bias.tolist()
             model(_randn(1, 24, 4, skew=[2.0, 0.0, 0.0, 0.0]))
             balance.loss()
             balance.step()
@@ -494,21 +496,21 @@ def test_a_bias_is_found_whether_it_is_a_buffer_or_a_parameter():
 # ---- D. masks ----
 
 
-@pytest.mark.parametrize("gate", ["sigmoid", "softmax"])
-def test_a_mask_is_the_same_as_leaving_the_tokens_out(gate):
-    """Demons 42, 44: of the counts, of every loss and of the offsets."""
+@pytest.mark.parametrize("score_function", ["sigmoid", "softmax"])
+def test_a_mask_is_the_same_as_leaving_the_tokens_out(score_function):
+    """Known defects 42, 44: of the counts, of every loss and of the biases."""
     strategy = "loss-free:rate=0.1+lbl:coefficient=1+lbl:scope=sequence,coefficient=1+z:coefficient=1"
     logits, kept = _randn(1, 12, 4, skew=[1.0, 0.0, 0.0, 0.0]), torch.arange(12) % 3 != 1
     found = []
     for z, mask in ((logits, kept[None]), (logits[:, kept], None)):
         z = z.clone().requires_grad_()
-        model = _gates(gate)
+        model = _gates(score_function)
         balance = attach(model, strategy)
         balance.token_mask(mask)
         loss = model(z) + balance.loss()
         loss.backward()
         balance.step()
-        found.append((loss.detach(), balance.load["gates.0"], balance.offsets["gates.0"], z.grad[0]))
+        found.append((loss.detach(), balance.load["gates.0"], balance.biases["gates.0"], z.grad[0]))
     assert not found[0][3][~kept].any() and found[0][3][kept].any()
     assert torch.equal(found[0][1], found[1][1]) and int(found[0][1].sum()) == 2 * 8
     assert torch.equal(found[0][2], found[1][2])
@@ -518,7 +520,7 @@ def test_a_mask_is_the_same_as_leaving_the_tokens_out(gate):
 
 @pytest.mark.parametrize("masked", [True, False])
 def test_padding_that_all_goes_to_the_same_experts_does_not_spoil_maxvio(masked):
-    """Demons 47, 48: four tokens that are spread evenly, and four of padding that all go to experts 0 and 1."""
+    """Known defects 47, 48: four tokens that are spread evenly, and four of padding that all go to experts 0 and 1."""
     logits = torch.cat([_even(4, 2), torch.tensor([[9.0, 9.0, 0.0, 0.0]]).expand(4, 4)])[None]
     model = _gates("softmax")
     balance = attach(model, "loss-free:rate=0.1")
@@ -530,12 +532,12 @@ def test_padding_that_all_goes_to_the_same_experts_does_not_spoil_maxvio(masked)
     assert balance.load["gates.0"].tolist() == ([2, 2, 2, 2] if masked else [6, 6, 2, 2])
     assert found["maxvio_batch"] == found["maxvio_micro"] == (0.0 if masked else 0.5)
     assert found["tokens"] == (4 if masked else 8)
-    assert balance.offsets["gates.0"].any() != masked
+    assert balance.biases["gates.0"].any() != masked
 
 
 @pytest.mark.parametrize("strategy", EVERYTHING)
 def test_a_window_of_padding_gives_zero_and_moves_nothing(strategy):
-    """Demon 49: every mean over the tokens is 0/0."""
+    """Known defect 49: every mean over the tokens is 0/0."""
     model = tiny_lm()
     balance = attach(model, strategy)
     loss = model(_ids(), torch.zeros(2, 7, dtype=torch.long)) * 0 + balance.loss()
@@ -543,24 +545,24 @@ def test_a_window_of_padding_gives_zero_and_moves_nothing(strategy):
     loss.backward()
     balance.step()
     assert all(not gradient.any() for gradient in _gradients(model).values())
-    assert all(not offset.any() for offset in balance.offsets.values())
+    assert all(not bias.any() for bias in balance.biases.values())
     assert all(load.tolist() == [0] * EXPERTS for load in balance.load.values())
     (model(_ids()) + balance.loss()).backward()
     balance.step()
     assert all(gradient.isfinite().all() for gradient in _gradients(model).values())
-    assert all(offset.isfinite().all() for offset in balance.offsets.values())
+    assert all(bias.isfinite().all() for bias in balance.biases.values())
 
 
 # ---- E. groups of ranks ----
 
 
 def test_nothing_that_counts_is_a_buffer():
-    """Demon 56: DistributedDataParallel overwrites every rank's buffers with rank 0's before a forward."""
+    """Known defect 56: DistributedDataParallel overwrites every rank's buffers with rank 0's before a forward."""
     model = tiny_lm()
     before = {name for name, _ in model.named_buffers()}
     balance = attach(model, "loss-free:rate=0.1,rule=momentum+lbl:coefficient=0.5")
     buffers = dict(model.named_buffers())
-    assert set(buffers) - before == {"blocks.1.gate._equipoise_offset"}
+    assert set(buffers) - before == {"blocks.1.gate._equipoise_bias"}
     assert all(buffer.is_floating_point() for buffer in buffers.values())
     held = {name: buffer.clone() for name, buffer in buffers.items()}
     plain = attach(other := tiny_lm(), "loss-free:rate=0.1,rule=momentum+lbl:coefficient=0.5")
@@ -574,7 +576,7 @@ def test_nothing_that_counts_is_a_buffer():
     plain.step()
     for name, load in balance.load.items():
         assert int(load.sum()) == K * 3 * 14 and torch.equal(load, plain.load[name])
-        assert balance.offsets[name].any() and torch.equal(balance.offsets[name], plain.offsets[name])
+        assert balance.biases[name].any() and torch.equal(balance.biases[name], plain.biases[name])
     for name, gradient in _gradients(model).items():
         assert torch.equal(gradient, _gradients(other)[name])
 
@@ -584,29 +586,29 @@ def test_nothing_that_counts_is_a_buffer():
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_a_recomputation_chooses_what_its_forward_chose(reentrant):
-    """Demon 61: an offset that moves between forward and backward changes the top-k, and with it every shape."""
+    """Known defect 61: a bias that moves between forward and backward changes the top-k, and with it every shape."""
     model = _gates("sigmoid", experts=8)
     balance = attach(model, "loss-free:rate=0.5,rule=sign+lbl:coefficient=0.5")
     chosen: list[tuple[Tensor, Tensor]] = []
-    gate = model.gates[0]
-    gate.register_forward_hook(lambda m, a, output: chosen.append((output[2], m.e_score_correction_bias.clone())))
+    router = model.gates[0]
+    router.register_forward_hook(lambda m, a, output: chosen.append((output[2], m.e_score_correction_bias.clone())))
     for window in range(3):
         chosen.clear()
         for micro_batch in range(2):
             z = _randn(16, 8, seed=10 * window + micro_batch, skew=[2.0] + [0.0] * 7).requires_grad_()
-            loss = checkpoint(lambda x: gate(x)[1].square().sum(), z, use_reentrant=reentrant)
+            loss = checkpoint(lambda x: router(x)[1].square().sum(), z, use_reentrant=reentrant)
             (loss + balance.loss()).backward()
         balance.step()
         assert len(chosen) == 4 and int(balance.load["gates.0"].sum()) == 2 * 32
-        for (ids, offset), (again, held) in (chosen[:2], chosen[2:]):
-            assert torch.equal(ids, again) and torch.equal(offset, held)
-        assert not torch.equal(chosen[0][1], gate.e_score_correction_bias), "the step moved nothing"
+        for (ids, bias), (again, held) in (chosen[:2], chosen[2:]):
+            assert torch.equal(ids, again) and torch.equal(bias, held)
+        assert not torch.equal(chosen[0][1], router.e_score_correction_bias), "the step moved nothing"
 
 
 @pytest.mark.parametrize("strategy", ["loss-free:rate=1,rule=sign", "loss-free:rate=1,rule=sign+lbl", "lbl"])
 @pytest.mark.parametrize("checkpointing", ["reentrant", "non_reentrant"])
 def test_a_recomputation_after_step_is_refused(checkpointing, strategy):
-    """Demon 61: its offsets are not those of its forward, so the gradient would be of other experts."""
+    """Known defect 61: its biases are not those of its forward, so the gradient would be of other experts."""
     model = tiny_lm(checkpointing)
     balance = attach(model, strategy)
     for _ in range(2):
@@ -628,7 +630,7 @@ def test_a_recomputation_after_step_is_refused(checkpointing, strategy):
 
 @pytest.mark.parametrize("name", ["glm4_moe", "qwen3_moe"])
 def test_the_loss_of_an_evaluation_is_the_cross_entropy_alone(name):
-    """Demon 66: a perplexity with a balancing loss in it."""
+    """Known defect 66: a perplexity with a balancing loss in it."""
     model = family(name)
     balance = attach(model, "loss-free:rate=0.1+lbl:coefficient=10+z:coefficient=10")
     ids = torch.randint(3, 64, (2, 7), generator=torch.Generator().manual_seed(0))
@@ -652,10 +654,10 @@ GLM = torch.linspace(6.817, 7.063, 256)[torch.randperm(256, generator=torch.Gene
 
 
 def test_biases_that_bfloat16_cannot_tell_apart_survive_a_cast():
-    """Demons 72, 73: 256 biases between 6.817 and 7.063 are 9 numbers in bfloat16, and most tokens go elsewhere."""
+    """Known defects 72, 73: 256 biases between 6.817 and 7.063 are 9 numbers in bfloat16, and most tokens go elsewhere."""
     logits = _randn(64, 256) / 8
     model = _gates("sigmoid", experts=256, k=8)
-    attach(model, "frozen", offsets={"gates.0": GLM})
+    attach(model, "frozen", biases={"gates.0": GLM})
     model.bfloat16()
     slot = model.gates[0].e_score_correction_bias
     assert slot.dtype == torch.float32 and torch.equal(slot, GLM)
@@ -664,8 +666,8 @@ def test_biases_that_bfloat16_cannot_tell_apart_survive_a_cast():
     ids = [sorted(row) for row in model.ids()]
     rows = logits.bfloat16().double().tolist()
 
-    def route(offset):
-        return [sorted(row) for row in reference.route(rows, 8, "sigmoid", offset.double().tolist())[0]]
+    def route(bias):
+        return [sorted(row) for row in reference.route(rows, 8, "sigmoid", bias.double().tolist())[0]]
 
     def same(other):
         return sum(ours == theirs for ours, theirs in zip(ids, other, strict=True))
@@ -678,14 +680,14 @@ def test_biases_that_bfloat16_cannot_tell_apart_survive_a_cast():
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("strategy", ["loss-free", "frozen", "quantile"])
 def test_a_bias_that_is_not_finite_is_refused(strategy, value):
-    """Demon 70: what to_empty() leaves in a buffer that nobody fills. One nan, and its expert wins every token."""
+    """Known defect 70: what to_empty() leaves in a buffer that nobody fills. One nan, and its expert wins every token."""
     model = _gates("softmax", "sigmoid")
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state["gates.1.e_score_correction_bias"][2] = value
     balance = attach(model, strategy)
     with pytest.raises(EquipoiseError, match=r"the bias of gates\.1 must hold finite numbers"):
         model.load_state_dict(state)
-    assert all(offset.isfinite().all() for offset in balance.offsets.values())
+    assert all(bias.isfinite().all() for bias in balance.biases.values())
     balance.detach()
     model.load_state_dict(state)
     with pytest.raises(EquipoiseError, match=r"the bias of gates\.1 must hold finite numbers"):
@@ -695,15 +697,15 @@ def test_a_bias_that_is_not_finite_is_refused(strategy, value):
     attach(model, strategy)
 
 
-def test_a_resumed_model_goes_on_from_the_float32_offset():
-    """Demons 71, 75: the state that is saved is the one that moves, not a copy in the model's precision."""
+def test_a_resumed_model_goes_on_from_the_float32_bias():
+    """Known defects 71, 75: the state that is saved is the one that moves, not a copy in the model's precision."""
     start, rate = 7.0, 1e-3
     model = _gates("sigmoid", "softmax").bfloat16()
     names = ["gates.0", "gates.1"]
     balance = attach(
         model,
         f"loss-free:rate={rate},rule=sign,center=false",
-        offsets={name: torch.full((4,), start) for name in names},
+        biases={name: torch.full((4,), start) for name in names},
     )
     expected = {name: [start] * 4 for name in names}
     for window in range(3):
@@ -712,9 +714,9 @@ def test_a_resumed_model_goes_on_from_the_float32_offset():
         for name in names:
             expected[name] = reference.sign_rule(expected[name], balance.load[name].tolist(), rate, False)
     for name in names:
-        assert balance.offsets[name].dtype == torch.float32
-        _hand(balance.offsets[name], expected[name])
-        assert not torch.equal(balance.offsets[name].bfloat16().float(), balance.offsets[name])
+        assert balance.biases[name].dtype == torch.float32
+        _hand(balance.biases[name], expected[name])
+        assert not torch.equal(balance.biases[name].bfloat16().float(), balance.biases[name])
     for way in ("balance", "model"):
         other = _gates("sigmoid", "softmax").bfloat16()
         if way == "model":  # the family's slot is saved with the weights, in float32 too
@@ -722,57 +724,57 @@ def test_a_resumed_model_goes_on_from_the_float32_offset():
         resumed = attach(other, f"loss-free:rate={rate},rule=sign,center=false")
         if way == "balance":
             resumed.load_state_dict(balance.state_dict())
-            assert torch.equal(resumed.offsets["gates.1"], balance.offsets["gates.1"])
-        assert torch.equal(resumed.offsets["gates.0"], balance.offsets["gates.0"])
-        assert torch.equal(other.gates[0].e_score_correction_bias, balance.offsets["gates.0"])
+            assert torch.equal(resumed.biases["gates.1"], balance.biases["gates.1"])
+        assert torch.equal(resumed.biases["gates.0"], balance.biases["gates.0"])
+        assert torch.equal(other.gates[0].e_score_correction_bias, balance.biases["gates.0"])
 
 
 # ---- H. the update ----
 
 
 def test_centring_moves_no_choice_and_keeps_the_mean():
-    """Demons 76, 77: uncentred, the biases of a model drift away together; the choice cannot see it."""
+    """Known defects 76, 77: uncentred, the biases of a model drift away together; the choice cannot see it."""
     found = []
     for center in ("true", "false"):
         model = _gates("sigmoid", experts=8)
         balance = attach(model, f"loss-free:rate=0.01,rule=sign,center={center}")
-        chosen, offset = [], [0.0] * 8
+        chosen, bias = [], [0.0] * 8
         for window in range(40):
             model(_randn(64, 8, seed=window, skew=[2.0] + [0.0] * 7))
             chosen.append(model.ids())
             balance.step()
-            offset = reference.sign_rule(offset, balance.load["gates.0"].tolist(), 0.01, center == "true")
-        _hand(balance.offsets["gates.0"], offset)
-        found.append((chosen, balance.offsets["gates.0"]))
+            bias = reference.sign_rule(bias, balance.load["gates.0"].tolist(), 0.01, center == "true")
+        _hand(balance.biases["gates.0"], bias)
+        found.append((chosen, balance.biases["gates.0"]))
     (centred_ids, centred), (drifted_ids, drifted) = found
     assert centred_ids == drifted_ids
     assert abs(float(centred.mean())) < 1e-6 and float(drifted.mean()) > 0.02
     assert_close(drifted - drifted.mean(), centred, rtol=0, atol=1e-6)
 
 
-def test_no_optimizer_and_no_gradient_moves_an_offset():
-    """Demon 78: a bias among the parameters decays, and has a gradient where it is folded into the weights."""
+def test_no_optimizer_and_no_gradient_moves_an_bias():
+    """Known defect 78: a bias among the parameters decays, and has a gradient where it is folded into the weights."""
     model = tiny_lm()
     names = [name for name, _ in model.named_parameters()]
     balance = attach(model, "loss-free:rate=0.1")
     assert [name for name, _ in model.named_parameters()] == names
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=5.0)
-    expected = {name: [0.0] * EXPERTS for name in balance.offsets}
+    expected = {name: [0.0] * EXPERTS for name in balance.biases}
     for window in range(3):
         model(_ids(seed=window)).backward()
-        held = balance.offsets
+        held = balance.biases
         optimizer.step()
-        assert all(torch.equal(offset, held[name]) for name, offset in balance.offsets.items())
+        assert all(torch.equal(bias, held[name]) for name, bias in balance.biases.items())
         balance.step()
-        for (name, offset), rule in zip(expected.items(), RULES.values(), strict=True):
-            expected[name] = rule(offset, balance.load[name].tolist(), 0.1, True)
-            _hand(balance.offsets[name], expected[name])
+        for (name, bias), rule in zip(expected.items(), RULES.values(), strict=True):
+            expected[name] = rule(bias, balance.load[name].tolist(), 0.1, True)
+            _hand(balance.biases[name], expected[name])
     for _, buffer in model.named_buffers():
         assert not buffer.requires_grad and buffer.grad is None
 
 
-def test_a_window_moves_the_offset_once_by_all_its_tokens():
-    """Demon 82: summed signs move by the number of micro-batches, averaged ones forget how large each is."""
+def test_a_window_moves_the_bias_once_by_all_its_tokens():
+    """Known defect 82: summed signs move by the number of micro-batches, averaged ones forget how large each is."""
     first, last = torch.tensor([9.0, 9.0, 0.0, 0.0]), torch.tensor([0.0, 0.0, 9.0, 9.0])
     model = _gates("sigmoid")
     balance = attach(model, "loss-free:rate=0.5,rule=sign,center=false")
@@ -780,16 +782,16 @@ def test_a_window_moves_the_offset_once_by_all_its_tokens():
         model(logits.expand(tokens, 4))
     balance.step()
     assert balance.load["gates.0"].tolist() == [3, 3, 6, 6]
-    assert balance.offsets["gates.0"].tolist() == [0.5, 0.5, -0.5, -0.5]
+    assert balance.biases["gates.0"].tolist() == [0.5, 0.5, -0.5, -0.5]
 
 
 @pytest.mark.parametrize("strategy", ["none", "lbl", "z", "lbl+z", "frozen", "frozen+lbl:scope=sequence", "loss-free"])
 def test_a_bias_of_the_model_moves_only_where_a_strategy_says_so(strategy):
-    """Demons 40, 83, 84, 85: no default moves the bias of a checkpoint, and none that is asked for leaves it."""
+    """Known defects 40, 83, 84, 85: no default moves the bias of a checkpoint, and none that is asked for leaves it."""
     model = _gates("sigmoid", "sigmoid")
     start = [torch.tensor([0.3, -0.1, 0.2, 0.0]), torch.tensor([7.0, 6.9, 7.1, 7.05])]
-    for gate, bias in zip(model.gates, start, strict=True):
-        gate.e_score_correction_bias.copy_(bias)
+    for router, bias in zip(model.gates, start, strict=True):
+        router.e_score_correction_bias.copy_(bias)
     balance = attach(model, strategy)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for window in range(3):
@@ -797,16 +799,16 @@ def test_a_bias_of_the_model_moves_only_where_a_strategy_says_so(strategy):
         (loss + balance.loss()).backward()
         optimizer.step()
         balance.step()
-    for gate, bias, offset in zip(model.gates, start, balance.offsets.values(), strict=True):
-        assert torch.equal(gate.e_score_correction_bias, offset)
-        assert torch.equal(offset, bias) == (strategy != "loss-free")
+    for router, start_bias, bias in zip(model.gates, start, balance.biases.values(), strict=True):
+        assert torch.equal(router.e_score_correction_bias, bias)
+        assert torch.equal(bias, start_bias) == (strategy != "loss-free")
 
 
 # ---- J. coverage ----
 
 
 def test_a_layer_that_is_left_out_does_not_stop_the_ones_after_it():
-    """Demon 88: a hook that returned at the first disabled layer neither moved nor cleared the others."""
+    """Known defect 88: a hook that returned at the first disabled layer neither moved nor cleared the others."""
     model = _gates("sigmoid", "sigmoid", "sigmoid", "sigmoid")
     model.gates[1].weight.requires_grad_(False)
     balance = attach(model, "loss-free:rate=0.1", where=lambda name, router: name not in ("gates.0", "gates.2"))
@@ -815,13 +817,13 @@ def test_a_layer_that_is_left_out_does_not_stop_the_ones_after_it():
     for window in range(3):
         model(*[_randn(9, 4, seed=window + 10 * layer) for layer in range(4)])
         balance.step()
-        for name, offset in expected.items():
+        for name, bias in expected.items():
             counts = reference.load(model.ids(int(name[-1])), 4)
             assert balance.load[name].tolist() == counts, "the counts of the window before are still there"
-            expected[name] = reference.sign_rule(offset, counts, 0.1, True)
-            _hand(balance.offsets[name], expected[name])
+            expected[name] = reference.sign_rule(bias, counts, 0.1, True)
+            _hand(balance.biases[name], expected[name])
             slot = model.get_submodule(name).e_score_correction_bias
-            assert slot.any() and torch.equal(slot, balance.offsets[name])
+            assert slot.any() and torch.equal(slot, balance.biases[name])
     assert not model.gates[0].e_score_correction_bias.any() and not model.gates[2].e_score_correction_bias.any()
 
 
@@ -832,7 +834,7 @@ def _live_tensors() -> int:
 
 @pytest.mark.parametrize("strategy", ["none", "loss-free+lbl:scope=sequence+lbl+z", "quantile:bins=0"])
 def test_nothing_piles_up_from_window_to_window(strategy):
-    """Demon 89: a list of saved tensors that grows until somebody clears it."""
+    """Known defect 89: a list of saved tensors that grows until somebody clears it."""
     model = tiny_lm()
     balance = attach(model, strategy)
 
@@ -857,15 +859,15 @@ def test_nothing_piles_up_from_window_to_window(strategy):
 
 
 @pytest.mark.parametrize("shift", [0.0, -2.0])
-def test_an_expert_of_a_closed_group_never_wins_however_negative_the_offsets(shift):
-    """Demon 91: a closed group that is filled with 0 wins where all biased scores are below 0."""
-    offset = shift + _randn(8, seed=5) / 10
+def test_an_expert_of_a_closed_group_never_wins_however_negative_the_biases(shift):
+    """Known defect 91: a closed group that is filled with 0 wins where all biased scores are below 0."""
+    bias = shift + _randn(8, seed=5) / 10
     logits = _randn(64, 8)
     model = _gates("sigmoid", experts=8, groups=4, top_groups=1)
-    balance = attach(model, "frozen", offsets={"gates.0": offset})
+    balance = attach(model, "frozen", biases={"gates.0": bias})
     model(logits)
     balance.step()
-    expected, _ = reference.route(logits.double().tolist(), 2, "sigmoid", offset.tolist(), 4, 1)
+    expected, _ = reference.route(logits.double().tolist(), 2, "sigmoid", bias.tolist(), 4, 1)
     assert [sorted(row) for row in model.ids()] == [sorted(row) for row in expected]
     assert all(first // 2 == second // 2 for first, second in model.ids())
     assert balance.load["gates.0"].tolist() == reference.load(expected, 8)
@@ -879,7 +881,7 @@ def _one_hot(*experts: int) -> Tensor:
 
 
 def test_maxvio_is_of_each_layer_and_then_their_mean():
-    """Demon 92: [4 0 0 0] has 3, [0 2 2 0] has 1: 2. Pooled they have 1, the worst has 3, max/mean has 3."""
+    """Known defect 92: [4 0 0 0] has 3, [0 2 2 0] has 1: 2. Pooled they have 1, the worst has 3, max/mean has 3."""
     model = _gates("softmax", "softmax", k=1)
     balance = attach(model, "none")
     model(_one_hot(0, 0, 0, 0), _one_hot(1, 1, 2, 2))
@@ -893,7 +895,7 @@ def test_maxvio_is_of_each_layer_and_then_their_mean():
 
 
 def test_maxvio_is_of_the_windows_counts_and_not_a_mean_over_micro_batches():
-    """Demon 93: two micro-batches on opposite halves and a small one. The last alone has 3, their mean is 5/3."""
+    """Known defect 93: two micro-batches on opposite halves and a small one. The last alone has 3, their mean is 5/3."""
     model = _gates("softmax", k=1)
     balance = attach(model, "none")
     for micro_batch in ((0, 0, 1, 1), (2, 2, 3, 3), (3,)):
@@ -907,7 +909,7 @@ def test_maxvio_is_of_the_windows_counts_and_not_a_mean_over_micro_batches():
 
 
 def test_maxvio_has_one_meaning_a_name():
-    """Demon 94: it does not see an idle expert (by the largest distance it were 1), nor does the number of experts
+    """Known defect 94: it does not see an idle expert (by the largest distance it were 1), nor does the number of experts
     change it, and there is no name without saying of what."""
     assert float(equipoise.metrics.max_violation(torch.tensor([2, 2, 2, 0]))) == pytest.approx(1 / 3)
     assert float(equipoise.metrics.max_violation(torch.tensor([1, 0, 0, 0]))) == 3.0
@@ -942,7 +944,7 @@ def _collapsed(strategy: str) -> tuple[Gates, equipoise.Balance, Tensor]:
 
 
 def test_one_expert_that_takes_all_tokens_is_pushed_back_by_every_mechanism():
-    """Demon 96: numbers by hand, one token of eight; s = 0.953 0.5 0.5 0.5, their sum S."""
+    """Known defect 96: numbers by hand, one token of eight; s = 0.953 0.5 0.5 0.5, their sum S."""
     s = 1 / (1 + math.exp(-3))
     total = s + 1.5
     _, _, logits = _collapsed("lbl:coefficient=1")
@@ -954,13 +956,13 @@ def test_one_expert_that_takes_all_tokens_is_pushed_back_by_every_mechanism():
     size = math.exp(3) + 3
     _hand(logits.grad, [[2 / 8 * math.log(size) * math.exp(z) / size for z in COLLAPSED]] * 8)
     _, balance, _ = _collapsed("loss-free:rate=0.1,rule=sign,center=false")
-    _hand(balance.offsets["gates.0"], [-0.1, 0.1, 0.1, 0.1])
+    _hand(balance.biases["gates.0"], [-0.1, 0.1, 0.1, 0.1])
     _, balance, _ = _collapsed("loss-free:rate=0.1,rule=proportional")
-    _hand(balance.offsets["gates.0"], [-0.3, 0.1, 0.1, 0.1])
+    _hand(balance.biases["gates.0"], [-0.3, 0.1, 0.1, 0.1])
 
 
 def test_a_collapsed_router_is_even_again_after_a_few_windows():
-    """Demon 96: top-1, seven of eight experts dead at the start."""
+    """Known defect 96: top-1, seven of eight experts dead at the start."""
     for strategy, windows in (("loss-free:rate=0.02,rule=sign", 60), ("quantile", 10)):
         model = _gates("sigmoid", experts=8, k=1)
         balance = attach(model, strategy)
@@ -996,7 +998,7 @@ class _Stage(nn.Module):
 
 
 def test_a_pipeline_stage_that_is_told_its_shapes_counts_every_token_once(one_rank):
-    """Demon 97: without ``input_args`` and ``output_args`` torch runs a forward of its own to find the shapes."""
+    """Known defect 97: without ``input_args`` and ``output_args`` torch runs a forward of its own to find the shapes."""
     from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 
     ids = _ids(rows=4)
@@ -1021,6 +1023,6 @@ def test_a_pipeline_stage_that_is_told_its_shapes_counts_every_token_once(one_ra
     balance.step()
     for name, load in balance.load.items():
         assert int(load.sum()) == K * 28 and torch.equal(load, expected.load[name])
-        assert torch.equal(balance.offsets[name], expected.offsets[name])
+        assert torch.equal(balance.biases[name], expected.biases[name])
     for name, gradient in _gradients(plain).items():
         assert_close(_gradients(model)[name], gradient, rtol=1e-5, atol=1e-7)

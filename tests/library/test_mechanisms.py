@@ -12,7 +12,7 @@ import equipoise
 from equipoise import EquipoiseError
 
 NAMES = ["blocks.0.gate", "blocks.1.gate"]
-GATES = ["sigmoid", "softmax"]
+SCORE_FUNCTIONS = ["sigmoid", "softmax"]
 MOVING = [
     "loss-free:rate=0.05,rule=sign",
     "loss-free:rate=0.05,rule=sign,scope=micro_batch",
@@ -46,50 +46,50 @@ def _window(model, balance, seeds):
     model.zero_grad()
 
 
-def _expected(strategy, offset, momentum, calls, masks, gate, window):
-    """One window of a layer by the float64 loops: the new offset and momentum."""
+def _expected(strategy, bias, momentum, calls, masks, score_function, window):
+    """One window of a layer by the float64 loops: the new bias and momentum."""
     options = dict(o.split("=") for o in strategy.partition(":")[2].split(",") if o)
     flags = [m.flatten().tolist() for m in masks]
     logits = [call[0].double().tolist() for call in calls]
     if strategy.startswith("quantile"):
         rows, mask = sum(logits, []), sum(flags, [])
-        scores = reference.scores(rows, gate)
+        scores = reference.scores(rows, score_function)
         if options.get("bins") == "0":
-            return reference.quantile_rule(scores, K, offset, mask), momentum
-        counts = reference.quantile_histogram(scores, K, offset, mask, 128)
-        return reference.quantile_from_histogram(counts, K, sum(mask), offset), momentum
+            return reference.quantile_rule(scores, K, bias, mask), momentum
+        counts = reference.quantile_histogram(scores, K, bias, mask, 128)
+        return reference.quantile_from_histogram(counts, K, sum(mask), bias), momentum
     counts = [reference.load(ids.tolist(), EXPERTS, flag) for (_, ids), flag in zip(calls, flags, strict=True)]
     pooled = [sum(column) for column in zip(*counts, strict=True)]
     rate = float(options["rate"])
     if "zero_from" in options:
         rate = reference.rate_at(rate, window, options["schedule"], int(options["zero_from"]))
     if options.get("scope") == "micro_batch":
-        return reference.micro_batch_sign_rule(offset, counts, rate, True), momentum
+        return reference.micro_batch_sign_rule(bias, counts, rate, True), momentum
     if options["rule"] == "momentum":
-        return reference.momentum_rule(offset, momentum, pooled, rate, 0.5, 2.0, True)
-    return getattr(reference, f"{options['rule']}_rule")(offset, pooled, rate, True), momentum
+        return reference.momentum_rule(bias, momentum, pooled, rate, 0.5, 2.0, True)
+    return getattr(reference, f"{options['rule']}_rule")(bias, pooled, rate, True), momentum
 
 
 @pytest.mark.parametrize("strategy", MOVING[:-1])
-def test_three_windows_move_the_offsets_as_the_reference(strategy):
+def test_three_windows_move_the_biases_as_the_reference(strategy):
     model = tiny_lm()
     balance = equipoise.attach(model, strategy, "lbl:coefficient=0.1", "z")
     seen = _recorded(model)
-    offsets, momenta = [[0.0] * EXPERTS] * 2, [[0.0] * EXPERTS] * 2
+    biases, momenta = [[0.0] * EXPERTS] * 2, [[0.0] * EXPERTS] * 2
     for window in range(3):
         for calls in seen:
             calls.clear()
         seeds = range(3 * window, 3 * window + 3)
         _window(model, balance, seeds)
-        for layer, gate in enumerate(GATES):
-            found = balance.offsets[NAMES[layer]].double()
-            offsets[layer], momenta[layer] = _expected(
-                strategy, offsets[layer], momenta[layer], seen[layer], [mask(s) for s in seeds], gate, window
+        for layer, score_function in enumerate(SCORE_FUNCTIONS):
+            found = balance.biases[NAMES[layer]].double()
+            biases[layer], momenta[layer] = _expected(
+                strategy, biases[layer], momenta[layer], seen[layer], [mask(s) for s in seeds], score_function, window
             )
             # the histogram's reference bins float32 scores in float64: a margin at an edge may change its bin
             tolerance = 2e-4 if strategy == "quantile" else 1e-6
-            assert_close(found, torch.tensor(offsets[layer], dtype=torch.float64), rtol=0, atol=tolerance)
-            offsets[layer] = found.tolist()
+            assert_close(found, torch.tensor(biases[layer], dtype=torch.float64), rtol=0, atol=tolerance)
+            biases[layer] = found.tolist()
             assert found.any()
 
 
@@ -107,7 +107,7 @@ def test_recomputation_evaluation_and_pauses_are_not_counted(strategy, checkpoin
                 with balance.measuring():
                     model(ids(98))
             _window(model, balance, (2 * window, 2 * window + 1))
-        found.append(balance.offsets)
+        found.append(balance.biases)
     for name in NAMES:
         assert torch.equal(found[0][name], found[1][name])
 
@@ -125,11 +125,11 @@ def test_a_skipped_step_moves_nothing_whatever_says_so(strategy):
             balance.step(applied)
         found.append(balance.state_dict())
     for state in found[1:]:
-        for part in ("offsets", "state"):
-            if part == "offsets" and state is found[2] and "schedule" in strategy:
+        for part in ("biases", "state"):
+            if part == "biases" and state is found[2] and "schedule" in strategy:
                 continue  # a window that was skipped passes all the same
-            values = state[part] if part == "offsets" else state[part].get("momentum", {})
-            ours = found[0][part] if part == "offsets" else found[0][part].get("momentum", {})
+            values = state[part] if part == "biases" else state[part].get("momentum", {})
+            ours = found[0][part] if part == "biases" else found[0][part].get("momentum", {})
             for name, value in values.items():
                 assert torch.equal(value, ours[name])
 
@@ -149,7 +149,7 @@ def test_state_resumes_as_if_never_stopped(strategy, tmp_path):
     first, second = balance.state_dict(), resumed.state_dict()
     assert first["state"].keys() == second["state"].keys() == ({"momentum"} if "rule=momentum" in strategy else set())
     for name in NAMES:
-        assert torch.equal(first["offsets"][name], second["offsets"][name])
+        assert torch.equal(first["biases"][name], second["biases"][name])
         assert torch.equal(first["load"][name], second["load"][name])
         for values in first["state"]:
             assert torch.equal(first["state"][values][name], second["state"][values][name])
@@ -168,7 +168,7 @@ def test_the_momentum_of_another_strategy_is_left_out_or_begins_at_zero():
     with_momentum.load_state_dict(state)
     assert not any(value.any() for value in with_momentum.state_dict()["state"]["momentum"].values())
     without.load_state_dict(with_momentum.state_dict())
-    torch.testing.assert_close(without.offsets, state["offsets"])
+    torch.testing.assert_close(without.biases, state["biases"])
 
 
 def test_a_state_of_factors_is_not_taken_for_one_of_sums():
@@ -176,16 +176,16 @@ def test_a_state_of_factors_is_not_taken_for_one_of_sums():
         equipoise.attach(tiny_lm(), f"loss-free:rate=0.1,rule={rule}") for rule in ("multiplicative", "sign")
     )
     for one, other in ((multiplied, added), (added, multiplied)):
-        with pytest.raises(EquipoiseError, match="offsets that are added and offsets that multiply"):
+        with pytest.raises(EquipoiseError, match="biases that are added and biases that multiply"):
             one.load_state_dict(other.state_dict())
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_state_that_is_not_finite_is_refused(value):
     balance = equipoise.attach(tiny_lm(), "loss-free:rate=0.1,rule=momentum")
-    for part in ("offsets", "momentum"):
+    for part in ("biases", "momentum"):
         state = balance.state_dict()
-        values = state["offsets"] if part == "offsets" else state["state"]["momentum"]
+        values = state["biases"] if part == "biases" else state["state"]["momentum"]
         values[NAMES[1]][2] = value
         with pytest.raises(EquipoiseError, match=f"finite numbers: its {part} of blocks.1.gate"):
             balance.load_state_dict(state)
@@ -205,8 +205,8 @@ def test_factors_choose_by_the_product_and_leave_the_weights(name):
     balance = equipoise.attach(model, "loss-free:rate=0.3,rule=multiplicative")
     assert torch.equal(model(tokens, use_cache=False).logits, plain), "factors of 1 change nothing"
     balance.step()
-    names = list(balance.offsets)
-    assert all(offset.any() for offset in balance.offsets.values())
+    names = list(balance.biases)
+    assert all(bias.any() for bias in balance.biases.values())
     routers = dict(model.named_modules())
     for layer in names:
         router = routers[layer]
@@ -214,20 +214,20 @@ def test_factors_choose_by_the_product_and_leave_the_weights(name):
         assert slot is None or not slot.any(), "the family's own slot is a sum: it stays as it was"
         hidden = torch.randn(20, 32)
         logits, weights, expert_ids = router(hidden)
-        gate = "sigmoid" if slot is not None else "softmax"
+        score_function = "sigmoid" if slot is not None else "softmax"
         chosen, plain_weights = reference.route_multiplied(
-            logits.double().tolist(), 2, gate, balance.offsets[layer].tolist()
+            logits.double().tolist(), 2, score_function, balance.biases[layer].tolist()
         )
         assert [sorted(row) for row in expert_ids.tolist()] == [sorted(row) for row in chosen]
         share = weights / weights.sum(-1, keepdim=True)
         expected = torch.tensor(plain_weights)
         expected = expected / expected.sum(-1, keepdim=True)
         assert_close(share.sort().values.float(), expected.sort().values, rtol=1e-4, atol=1e-5)
-    held = balance.offsets
+    held = balance.biases
     given_back = balance.detach()
     for layer in names:
         assert torch.equal(held[layer], given_back[layer])
-        assert "_equipoise_offset" not in routers[layer]._buffers
+        assert "_equipoise_bias" not in routers[layer]._buffers
 
 
 def test_factors_are_refused_where_there_are_groups():
@@ -246,9 +246,9 @@ def test_factors_begin_at_one_on_a_copy_that_was_steered_by_sums():
     other = copy.deepcopy(model)
     other.blocks[0].gate.e_score_correction_bias.zero_()
     copied = equipoise.attach(other, "loss-free:rule=multiplicative")
-    assert not any(offset.any() for offset in copied.offsets.values())
+    assert not any(bias.any() for bias in copied.biases.values())
     again = equipoise.attach(copy.deepcopy(model), "loss-free")
-    torch.testing.assert_close(again.offsets, balance.offsets)
+    torch.testing.assert_close(again.biases, balance.biases)
 
 
 def test_factors_follow_a_cast():
@@ -256,11 +256,11 @@ def test_factors_follow_a_cast():
     balance = equipoise.attach(model, "loss-free:rate=0.1,rule=multiplicative")
     model(ids(0))
     balance.step()
-    held = balance.offsets
+    held = balance.biases
     model.to(torch.bfloat16)
     for block, name in zip(model.blocks, NAMES, strict=True):
-        assert block.gate._equipoise_offset.dtype == torch.float32
-        assert torch.equal(block.gate._equipoise_offset, held[name])
+        assert block.gate._equipoise_bias.dtype == torch.float32
+        assert torch.equal(block.gate._equipoise_bias, held[name])
 
 
 # ---- composition ----
@@ -306,7 +306,7 @@ DEALT += ["quantile:fraction=0.7", "quantile:bins=0"]
 
 
 @pytest.mark.xdist_group("two ranks of mechanisms")
-def test_two_ranks_move_the_offsets_as_one():
+def test_two_ranks_move_the_biases_as_one():
     torch.manual_seed(0)
     alone = deal(0, DEALT, 1)
     for results in run_on_ranks(2, deal, DEALT, 2):
@@ -330,7 +330,7 @@ def test_a_training_forward_under_inference_mode_is_counted_with_the_others(stra
             model(ids(seed + 2)).backward()
             balance.loss()
             balance.step()
-        found.append(balance.offsets)
+        found.append(balance.biases)
     for name in NAMES:
         assert torch.equal(found[0][name], found[1][name])
 
@@ -393,24 +393,24 @@ def test_a_bias_that_is_adopted_brings_no_momentum_along():
     state["blocks.0.gate.e_score_correction_bias"] = torch.full((EXPERTS,), float("nan"))
     with pytest.raises(EquipoiseError, match="must hold finite numbers"):
         model.load_state_dict(state)
-    assert torch.equal(model.blocks[0].gate.e_score_correction_bias, balance.offsets[NAMES[0]])
+    assert torch.equal(model.blocks[0].gate.e_score_correction_bias, balance.biases[NAMES[0]])
 
 
-def test_a_whole_state_may_be_given_as_offsets(caplog):
+def test_a_whole_state_may_be_given_as_biases(caplog):
     model = tiny_lm()
     balance = equipoise.attach(model, "loss-free:rate=0.1")
     model(ids(0))
     balance.step()
-    again = equipoise.attach(tiny_lm(), "frozen", offsets=balance.state_dict())
-    torch.testing.assert_close(again.offsets, balance.offsets)
-    with pytest.raises(EquipoiseError, match="offsets must be tensors by layer name"):
-        equipoise.attach(tiny_lm(), "frozen", offsets={NAMES[0]: 1})
-    for wrong in (None, {"offsets": 1}):
+    again = equipoise.attach(tiny_lm(), "frozen", biases=balance.state_dict())
+    torch.testing.assert_close(again.biases, balance.biases)
+    with pytest.raises(EquipoiseError, match="biases must be tensors by layer name"):
+        equipoise.attach(tiny_lm(), "frozen", biases={NAMES[0]: 1})
+    for wrong in (None, {"biases": 1}):
         with pytest.raises(EquipoiseError, match="the state must be what state_dict"):
             balance.load_state_dict(wrong)
     assert not caplog.records
     equipoise.attach(tiny_lm(), "kimi-k3")
-    assert "kimi-k3 was published with a sigmoid gate, this model has sigmoid and softmax" in caplog.text
+    assert "kimi-k3 was published with sigmoid scores, this model has sigmoid and softmax" in caplog.text
 
 
 def test_a_mask_that_is_no_mask_is_refused():

@@ -50,17 +50,17 @@ def _loop(moe, hidden):
     ids, _ = reference.route(
         logits.detach().double().tolist(),
         router.k,
-        router.gate,
+        router.score_function,
         router.e_score_correction_bias.double().tolist(),
         router.num_groups,
         router.top_groups,
     )
-    gates = {
+    score_functions = {
         "softmax": lambda z: z.softmax(-1),
         "sigmoid": torch.sigmoid,
         "sqrt_softplus": lambda z: F.softplus(z).sqrt(),
     }
-    scores = gates[router.gate](logits)
+    scores = score_functions[router.score_function](logits)
     room = (
         math.inf if moe.capacity_factor is None else math.ceil(moe.capacity_factor * len(x) * router.k / len(moe.down))
     )
@@ -92,18 +92,18 @@ def _gradients(output, moe, hidden):
 
 LAYERS = {
     "sigmoid": ((16, 8, 6, 2), {}),
-    "softmax": ((16, 8, 6, 2), {"gate": "softmax", "renormalise": False}),
-    "sqrt_softplus": ((16, 8, 6, 3), {"gate": "sqrt_softplus", "scale": 2.5}),
+    "softmax": ((16, 8, 6, 2), {"score_function": "softmax", "renormalise": False}),
+    "sqrt_softplus": ((16, 8, 6, 3), {"score_function": "sqrt_softplus", "scale": 2.5}),
     "odd_sizes": ((6, 5, 7, 3), {}),
     "shared": ((16, 8, 6, 2), {"num_shared": 2}),
     "shared_hidden": ((16, 8, 6, 2), {"num_shared": 2, "shared_hidden": 4}),
     "groups": ((16, 8, 8, 3), {"num_groups": 4, "top_groups": 2}),
     "top_1": ((16, 8, 6, 1), {}),
     "all_experts": ((16, 8, 4, 4), {}),
-    "one_expert": ((16, 8, 1, 1), {"gate": "softmax"}),
+    "one_expert": ((16, 8, 1, 1), {"score_function": "softmax"}),
     "more_experts_than_assignments": ((16, 8, 64, 1), {}),
     "capacity": ((16, 8, 6, 2), {"capacity_factor": 0.7, "num_shared": 1}),
-    "capacity_odd_sizes": ((6, 5, 7, 3), {"capacity_factor": 1.0, "gate": "softmax"}),
+    "capacity_odd_sizes": ((6, 5, 7, 3), {"capacity_factor": 1.0, "score_function": "softmax"}),
 }
 
 
@@ -364,7 +364,7 @@ def test_a_bfloat16_layer_routes_in_float32():
 
 def test_the_outputs_of_bfloat16_experts_are_summed_in_float32():
     """Eight experts that are the same, with weights of 1/8, are one; bfloat16 would round the sums on the way."""
-    one, eight = (_moe(16, 8, n, n, gate="softmax", dtype=torch.bfloat16) for n in (1, 8))
+    one, eight = (_moe(16, 8, n, n, score_function="softmax", dtype=torch.bfloat16) for n in (1, 8))
     with torch.no_grad():
         eight.router.weight.zero_()
         eight.gate_up.copy_(one.gate_up.expand(8, -1, -1))
@@ -380,7 +380,10 @@ def test_the_outputs_of_bfloat16_experts_are_summed_in_float32():
 def test_bfloat16_experts_round_a_few_times_only():
     """The distance from the layer in float64: a rounding to bfloat16 is off by 0.17 % in the mean square, and on the
     way to an output there are about eight."""
-    moe, hidden = _moe(64, 32, 8, 3, gate="softmax", dtype=torch.bfloat16), _hidden(500, 64, dtype=torch.bfloat16)
+    moe, hidden = (
+        _moe(64, 32, 8, 3, score_function="softmax", dtype=torch.bfloat16),
+        _hidden(500, 64, dtype=torch.bfloat16),
+    )
     wide, wide_hidden = deepcopy(moe).double(), hidden.detach().double().requires_grad_()
     expected = wide(wide_hidden)
     found = moe(hidden)
@@ -454,35 +457,35 @@ def test_no_token_at_all_in_bfloat16():
 
 
 @pytest.mark.parametrize("attached", [False, True])
-def test_a_cast_leaves_the_offset_in_float32(attached):
+def test_a_cast_leaves_the_bias_in_float32(attached):
     moe = _moe(16, 8, 6, 2)
-    offset = moe.router.e_score_correction_bias.clone()
-    assert not torch.equal(offset, offset.bfloat16().float())
+    bias = moe.router.e_score_correction_bias.clone()
+    assert not torch.equal(bias, bias.bfloat16().float())
     if attached:
         attach(moe, "frozen")
     for cast in (nn.Module.bfloat16, nn.Module.half, nn.Module.double, nn.Module.float):
         cast(moe)
         assert moe.router.e_score_correction_bias.dtype == torch.float32
-        assert torch.equal(moe.router.e_score_correction_bias, offset)
-    assert torch.equal(moe.state_dict()[f"router.{SLOT}"], offset)
+        assert torch.equal(moe.router.e_score_correction_bias, bias)
+    assert torch.equal(moe.state_dict()[f"router.{SLOT}"], bias)
     assert moe.to("meta").router.e_score_correction_bias.is_meta
 
 
 # ---- the router ----
 
 
-@pytest.mark.parametrize("gate", ["softmax", "sigmoid", "sqrt_softplus"])
-def test_the_router_is_route_on_float32_logits(gate):
-    router = Router(16, 8, 3, gate=gate, num_groups=4, top_groups=3, scale=2.5)
+@pytest.mark.parametrize("score_function", ["softmax", "sigmoid", "sqrt_softplus"])
+def test_the_router_is_route_on_float32_logits(score_function):
+    router = Router(16, 8, 3, score_function=score_function, num_groups=4, top_groups=3, scale=2.5)
     nn.init.normal_(router.weight)
     router.e_score_correction_bias.copy_(_hidden(8).detach())
     hidden = _hidden(2, 20, 16)
     logits, weights, ids = router(hidden)
     assert_close(logits, (hidden @ router.weight.T).flatten(0, 1))
-    rows, offset = logits.double().tolist(), router.e_score_correction_bias.tolist()
-    their_ids, their_weights = reference.route(rows, 3, gate, offset, 4, 3, True, 2.5)
+    rows, bias = logits.double().tolist(), router.e_score_correction_bias.tolist()
+    their_ids, their_weights = reference.route(rows, 3, score_function, bias, 4, 3, True, 2.5)
     assert ids.tolist() == their_ids
-    assert ids.tolist() != reference.route(rows, 3, gate, None, 4, 3, True, 2.5)[0], "the offset moves nothing"
+    assert ids.tolist() != reference.route(rows, 3, score_function, None, 4, 3, True, 2.5)[0], "the bias moves nothing"
     assert_close(weights, torch.tensor(their_weights), rtol=1e-5, atol=1e-6)
     assert router(hidden.double())[0].dtype == torch.float64
 
@@ -513,7 +516,7 @@ def test_top_1_weights_are_scores_so_that_the_task_reaches_the_router():
         ({"num_groups": 4}, "the experts must divide into groups.*got 6 experts, num_groups=4"),
         ({"num_groups": 2, "top_groups": 3}, "top_groups <= num_groups.*top_groups=3"),
         ({"num_groups": 0}, "num_groups must be an integer, 1 or more"),
-        ({"gate": "relu"}, "gate must be one of softmax, sigmoid, sqrt_softplus: got 'relu'"),
+        ({"score_function": "relu"}, "score_function must be one of softmax, sigmoid, sqrt_softplus: got 'relu'"),
         ({"scale": 0.0}, r"scale must be a finite positive number: got 0\.0"),
         ({"scale": math.nan}, "scale must be a finite positive number: got nan"),
         ({"scale": "2"}, "scale must be a finite positive number: got '2'"),
@@ -563,7 +566,7 @@ def test_names_shapes_and_start_of_what_is_saved():
         assert parameter.mean().abs() < 0.003
     assert not moe.router.e_score_correction_bias.any()
     assert list(MoE(16, 8, 6, 2).state_dict()) == ["gate_up", "down", "router.weight", f"router.{SLOT}"]
-    assert "gate='sigmoid'" in repr(moe) and "capacity_factor=None" in repr(moe)
+    assert "score_function='sigmoid'" in repr(moe) and "capacity_factor=None" in repr(moe)
 
 
 def test_a_layer_from_the_meta_device_is_the_same_after_reset():
@@ -723,9 +726,9 @@ def test_the_example_is_short_and_runs():
     names = {}
     torch.manual_seed(0)
     exec(code, names)
-    loads, offsets = names["balance"].load, names["balance"].offsets
+    loads, biases = names["balance"].load, names["balance"].biases
     assert list(loads) == ["1.moe.router", "2.moe.router"]
-    assert all(load.sum() == 4 * 32 * 2 for load in loads.values()) and all(x.any() for x in offsets.values())
+    assert all(load.sum() == 4 * 32 * 2 for load in loads.values()) and all(x.any() for x in biases.values())
     assert names["balance"].metrics()["load_balancing_loss"] > 0
     assert names["loss"].item() < 6  # the logarithm of 256 is 5.5
 
@@ -753,7 +756,7 @@ def test_a_router_of_ones_own_is_known_by_what_it_declares():
     model(_hidden(9, 16))
     balance.loss()
     balance.step()
-    assert balance.load["0"].sum() == 18 and balance.offsets["0"].any()
+    assert balance.load["0"].sum() == 18 and balance.biases["0"].any()
 
 
 @pytest.mark.parametrize(
@@ -761,7 +764,10 @@ def test_a_router_of_ones_own_is_known_by_what_it_declares():
     [
         (RouterKind("sigmoid", None), "a OwnRouter must select by sigmoid scores"),
         (RouterKind("softmax", SLOT), f"there is no buffer {SLOT}"),
-        ("softmax", r"router_kind of a OwnRouter must be an equipoise.RouterKind\(gate, slot\): got 'softmax'"),
+        (
+            "softmax",
+            r"router_kind of a OwnRouter must be an equipoise.RouterKind\(score_function, slot\): got 'softmax'",
+        ),
     ],
 )
 def test_a_declaration_is_proven(kind, message):
@@ -779,17 +785,17 @@ def test_wrappers_do_not_declare_what_is_inside_them():
     assert [type(router) for _, router, *_ in find_routers(moe)] == [Router]
 
 
-@pytest.mark.parametrize("gate", ["softmax", "sigmoid", "sqrt_softplus"])
+@pytest.mark.parametrize("score_function", ["softmax", "sigmoid", "sqrt_softplus"])
 @pytest.mark.parametrize(
     "options", [{}, {"num_groups": 4, "top_groups": 2}, {"scale": 2.5, "renormalise": False}], ids=str
 )
 @pytest.mark.parametrize("k", [1, 2, 4])
-def test_the_proof_holds_for_every_router(gate, options, k):
-    router = Router(16, 8, k, gate=gate, **options)
+def test_the_proof_holds_for_every_router(score_function, options, k):
+    router = Router(16, 8, k, score_function=score_function, **options)
     state = {name: value.clone() for name, value in router.state_dict().items()}
-    assert router.router_kind == RouterKind(gate, SLOT)
+    assert router.router_kind == RouterKind(score_function, SLOT)
     assert prove(router, router.router_kind)[1:] == (8, k)
     assert all(torch.equal(value, state[name]) for name, value in router.state_dict().items())
     if k > 1:  # one weight is in proportion to anything
         with pytest.raises(EquipoiseError, match="not the best|not in proportion"):
-            prove(router, RouterKind("softmax" if gate != "softmax" else "sigmoid", SLOT))
+            prove(router, RouterKind("softmax" if score_function != "softmax" else "sigmoid", SLOT))

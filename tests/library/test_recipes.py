@@ -44,7 +44,7 @@ def test_a_recipe_parses_to_what_it_says(name):
 def test_every_value_of_a_recipe_has_a_public_source(name):
     one = RECIPES[name]
     assert one.name == name
-    assert one.gate in ("softmax", "sigmoid", "sqrt_softplus")
+    assert one.score_function in ("softmax", "sigmoid", "sqrt_softplus")
     assert one.summary.endswith(".")
     assert {key for key, _, _ in one.values()} == set(one.sources), "a source for each option, and for no other"
     for key, value, source in one.values():
@@ -54,7 +54,7 @@ def test_every_value_of_a_recipe_has_a_public_source(name):
 
 def test_values_are_the_gate_and_every_option_in_order():
     assert [(key, value) for key, value, _ in recipe("deepseek-v3").values()] == [
-        ("gate", "sigmoid"), ("loss-free:rate", "1e-3"), ("loss-free:rule", "sign"), ("loss-free:center", "false"),
+        ("score_function", "sigmoid"), ("loss-free:rate", "1e-3"), ("loss-free:rule", "sign"), ("loss-free:center", "false"),
         ("lbl:coefficient", "1e-4"), ("lbl:scope", "sequence"),
     ]  # fmt: skip
 
@@ -148,9 +148,9 @@ def megatron_global(c, logits, ids):
 
 def transformers(c, logits, ids):
     """E * sum(tokens_per_expert * router_prob_per_expert), both means over the concatenated layers."""
-    gates = logits.flatten(0, 1)
-    tokens_per_expert = _counts(ids).sum(0) / gates.shape[0]
-    return c * EXPERTS * (tokens_per_expert * _probabilities(gates).mean(0)).sum()
+    score_functions = logits.flatten(0, 1)
+    tokens_per_expert = _counts(ids).sum(0) / score_functions.shape[0]
+    return c * EXPERTS * (tokens_per_expert * _probabilities(score_functions).mean(0)).sum()
 
 
 def olmo_core(c, logits, ids):

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from equipoise.routing import GATES, Routing, route, score
+from equipoise.routing import SCORE_FUNCTIONS, Routing, route, score
 
-gates = pytest.mark.parametrize("gate", GATES)
+score_functions = pytest.mark.parametrize("score_function", SCORE_FUNCTIONS)
 LN3 = 1.0986122886681098
 
 
@@ -28,38 +28,38 @@ def test_score_by_hand():
     assert_close(score(logits, "sqrt_softplus"), expected)
 
 
-@gates
-def test_score_equals_the_reference(gate):
+@score_functions
+def test_score_equals_the_reference(score_function):
     logits = _logits() * 5
-    expected = torch.tensor(reference.scores(logits.tolist(), gate), dtype=torch.float64)
-    assert_close(score(logits, gate), expected, rtol=1e-12, atol=1e-14)  # float64, a dozen terms
+    expected = torch.tensor(reference.scores(logits.tolist(), score_function), dtype=torch.float64)
+    assert_close(score(logits, score_function), expected, rtol=1e-12, atol=1e-14)  # float64, a dozen terms
 
 
-@gates
+@score_functions
 @pytest.mark.parametrize(
     ("given_dtype", "expected"),
     [(torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float32, torch.float32)]
     + [(torch.float64, torch.float64)],
 )
-def test_score_is_float32_or_wider(gate, given_dtype, expected):
+def test_score_is_float32_or_wider(score_function, given_dtype, expected):
     logits = _logits(dtype=given_dtype)
-    scores = score(logits, gate)
+    scores = score(logits, score_function)
     assert scores.dtype == expected
     # widened before the gate, not after: equal bit for bit to the gate of the widened logits
-    assert torch.equal(scores, score(logits.to(expected), gate))
+    assert torch.equal(scores, score(logits.to(expected), score_function))
 
 
-@gates
-def test_score_has_a_finite_gradient_at_extreme_logits(gate):
+@score_functions
+def test_score_has_a_finite_gradient_at_extreme_logits(score_function):
     logits = torch.tensor([[0.0, 60.0, -60.0, -120.0, 120.0]], requires_grad=True)
-    scores = score(logits, gate)
+    scores = score(logits, score_function)
     scores.sum().backward()
     assert scores.isfinite().all()
     assert logits.grad.isfinite().all(), logits.grad
 
 
 def test_score_refuses_an_unknown_gate():
-    with pytest.raises(ValueError, match="gate must be one of softmax, sigmoid, sqrt_softplus: got 'tanh'"):
+    with pytest.raises(ValueError, match="score_function must be one of softmax, sigmoid, sqrt_softplus: got 'tanh'"):
         score(torch.zeros(1, 2), "tanh")
 
 
@@ -67,47 +67,49 @@ def test_score_refuses_an_unknown_gate():
 
 CASES = {
     "plain": {},
-    "offset": {"offset": True},
+    "bias": {"bias": True},
     "renormalise": {"renormalise": True},
-    "scale": {"scale": 2.5, "renormalise": True, "offset": True},
+    "scale": {"scale": 2.5, "renormalise": True, "bias": True},
     "groups": {"num_groups": 4, "top_groups": 2},
-    "groups_offset": {"num_groups": 4, "top_groups": 2, "offset": True, "renormalise": True, "scale": 2.5},
+    "groups_bias": {"num_groups": 4, "top_groups": 2, "bias": True, "renormalise": True, "scale": 2.5},
     "groups_of_one": {"num_groups": 12, "top_groups": 5},
     "all_groups": {"num_groups": 3, "top_groups": 3},
 }
 
 
-@gates
+@score_functions
 @pytest.mark.parametrize("case", CASES)
-def test_route_equals_the_reference(gate, case):
+def test_route_equals_the_reference(score_function, case):
     options = dict(CASES[case])
     logits = _logits()
-    offset = None
-    if options.pop("offset", False):
-        offset = torch.randn(12, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 0.3
-    routing = route(logits, 3, gate=gate, offset=offset, **options)
-    ids, weights = reference.route(logits.tolist(), 3, gate, None if offset is None else offset.tolist(), **options)
+    bias = None
+    if options.pop("bias", False):
+        bias = torch.randn(12, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 0.3
+    routing = route(logits, 3, score_function=score_function, bias=bias, **options)
+    ids, weights = reference.route(
+        logits.tolist(), 3, score_function, None if bias is None else bias.tolist(), **options
+    )
     assert routing.expert_ids.tolist() == ids
     assert_close(routing.weights, torch.tensor(weights, dtype=torch.float64), rtol=1e-12, atol=1e-14)
     assert routing.logits is logits
-    assert torch.equal(routing.scores, score(logits, gate))
+    assert torch.equal(routing.scores, score(logits, score_function))
 
 
 def test_weights_of_scores_that_underflow_are_zero_not_nan():
     logits = torch.full((2, 4), -1e4, requires_grad=True)
-    weights = route(logits, 2, gate="sigmoid", renormalise=True).weights
+    weights = route(logits, 2, score_function="sigmoid", renormalise=True).weights
     weights.sum().backward()
     assert not weights.any() and logits.grad.isfinite().all()
 
 
 def test_route_by_hand():
-    # sigmoid scores .5 .75 .5: experts 1, then (with an offset of +.1) 2; weights .75, .5, together 1.25
+    # sigmoid scores .5 .75 .5: experts 1, then (with a bias of +.1) 2; weights .75, .5, together 1.25
     logits = torch.tensor([[0.0, LN3, 0.0]], dtype=torch.float64)
     routing = route(
         logits,
         2,
-        gate="sigmoid",
-        offset=torch.tensor([0.0, 0.0, 0.1], dtype=torch.float64),
+        score_function="sigmoid",
+        bias=torch.tensor([0.0, 0.0, 0.1], dtype=torch.float64),
         renormalise=True,
         scale=5.0,
     )
@@ -115,38 +117,41 @@ def test_route_by_hand():
     assert_close(routing.weights, torch.tensor([[3.0, 2.0]], dtype=torch.float64))
 
 
-@gates
-def test_offsets_change_the_choice_and_never_the_weights(gate):
+@score_functions
+def test_biases_change_the_choice_and_never_the_weights(score_function):
     logits = _logits(200)
-    offset = torch.zeros(12, dtype=torch.float64)
-    offset[5], offset[7] = 0.4, -0.4  # experts that are chosen, with an offset that is not zero
-    plain, steered = route(logits, 3, gate=gate), route(logits, 3, gate=gate, offset=offset)
+    bias = torch.zeros(12, dtype=torch.float64)
+    bias[5], bias[7] = 0.4, -0.4  # experts that are chosen, with a bias that is not zero
+    plain, steered = (
+        route(logits, 3, score_function=score_function),
+        route(logits, 3, score_function=score_function, bias=bias),
+    )
     assert (steered.expert_ids == 5).sum() > (plain.expert_ids == 5).sum() + 20
     assert (steered.expert_ids == 7).sum() < (plain.expert_ids == 7).sum() - 5
     chosen = steered.expert_ids == 5
-    assert torch.equal(steered.weights, score(logits, gate).gather(1, steered.expert_ids))
+    assert torch.equal(steered.weights, score(logits, score_function).gather(1, steered.expert_ids))
     assert torch.equal(steered.weights[chosen], steered.scores[:, 5][chosen.any(1)])
 
 
-def test_weights_carry_the_gradient_and_the_offset_gets_none():
+def test_weights_carry_the_gradient_and_the_bias_gets_none():
     logits = _logits(8, 4).requires_grad_()
-    offset = torch.full((4,), 0.1, dtype=torch.float64, requires_grad=True)
-    route(logits, 2, gate="sigmoid", offset=offset).weights.sum().backward()
-    assert offset.grad is None
+    bias = torch.full((4,), 0.1, dtype=torch.float64, requires_grad=True)
+    route(logits, 2, score_function="sigmoid", bias=bias).weights.sum().backward()
+    assert bias.grad is None
     assert ((logits.grad != 0).sum(1) == 2).all()
 
 
-@gates
-def test_a_common_shift_of_the_offset_changes_nothing(gate):
-    logits, offset = _logits(), torch.arange(12, dtype=torch.float64) / 40
-    shifted = route(logits, 3, gate=gate, offset=offset - 0.5)
-    assert torch.equal(shifted.expert_ids, route(logits, 3, gate=gate, offset=offset).expert_ids)
+@score_functions
+def test_a_common_shift_of_the_bias_changes_nothing(score_function):
+    logits, bias = _logits(), torch.arange(12, dtype=torch.float64) / 40
+    shifted = route(logits, 3, score_function=score_function, bias=bias - 0.5)
+    assert torch.equal(shifted.expert_ids, route(logits, 3, score_function=score_function, bias=bias).expert_ids)
 
 
 def test_a_masked_group_never_wins_when_biased_scores_are_negative():
     # group 0: experts 0 1, group 1: experts 2 3; all biased scores are below 0, group 1 is the better one
-    offset = torch.tensor([-1.0, -3.0, -1.2, -1.2])
-    routing = route(torch.zeros(1, 4), 2, gate="sigmoid", offset=offset, num_groups=2, top_groups=1)
+    bias = torch.tensor([-1.0, -3.0, -1.2, -1.2])
+    routing = route(torch.zeros(1, 4), 2, score_function="sigmoid", bias=bias, num_groups=2, top_groups=1)
     # values: (.5 - 1) + (.5 - 3) = -3 against 2 (.5 - 1.2) = -1.4
     assert sorted(routing.expert_ids[0].tolist()) == [2, 3]
 
@@ -157,9 +162,9 @@ def test_chosen_experts_lie_in_the_best_groups(seed, groups, shift):
     num_groups, top_groups = groups
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(5, 16, generator=generator)
-    offset = torch.randn(16, generator=generator) + shift
+    bias = torch.randn(16, generator=generator) + shift
     k = 16 // num_groups * top_groups  # all experts of the groups that are open
-    routing = route(logits, k, gate="sigmoid", offset=offset, num_groups=num_groups, top_groups=top_groups)
+    routing = route(logits, k, score_function="sigmoid", bias=bias, num_groups=num_groups, top_groups=top_groups)
     size = 16 // num_groups
     for ids in routing.expert_ids.tolist():
         assert len(set(ids)) == k
@@ -167,21 +172,21 @@ def test_chosen_experts_lie_in_the_best_groups(seed, groups, shift):
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(0, 10**6), st.sampled_from(GATES), st.integers(1, 6))
-def test_permuting_experts_permutes_the_result(seed, gate, k):
+@given(st.integers(0, 10**6), st.sampled_from(SCORE_FUNCTIONS), st.integers(1, 6))
+def test_permuting_experts_permutes_the_result(seed, score_function, k):
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(9, 6, generator=generator, dtype=torch.float64)
-    offset = torch.randn(6, generator=generator, dtype=torch.float64)
+    bias = torch.randn(6, generator=generator, dtype=torch.float64)
     order = torch.randperm(6, generator=generator)
-    plain = route(logits, k, gate=gate, offset=offset)
-    permuted = route(logits[:, order], k, gate=gate, offset=offset[order])
+    plain = route(logits, k, score_function=score_function, bias=bias)
+    permuted = route(logits[:, order], k, score_function=score_function, bias=bias[order])
     assert torch.equal(order[permuted.expert_ids], plain.expert_ids)
     assert_close(permuted.weights, plain.weights, rtol=1e-12, atol=0)  # a softmax sums in another order
 
 
-@gates
-def test_all_experts_may_be_chosen(gate):
-    routing = route(_logits(7, 5), 5, gate=gate, renormalise=True)
+@score_functions
+def test_all_experts_may_be_chosen(score_function):
+    routing = route(_logits(7, 5), 5, score_function=score_function, renormalise=True)
     assert torch.equal(routing.expert_ids.sort(-1).values, torch.arange(5).expand(7, 5))
     assert_close(routing.weights.sum(-1), torch.ones(7, dtype=torch.float64), rtol=1e-12, atol=0)
 
@@ -195,7 +200,7 @@ def test_bfloat16_logits_are_chosen_by_float32_scores():
     # 3 and 3 + 1/64 are different bfloat16 numbers whose sigmoids round to the same bfloat16
     logits = torch.tensor([[3.0, 3.015625]], dtype=torch.bfloat16)
     assert logits[0, 0] != logits[0, 1] and logits.sigmoid()[0, 0] == logits.sigmoid()[0, 1]
-    routing = route(logits, 1, gate="sigmoid")
+    routing = route(logits, 1, score_function="sigmoid")
     assert routing.weights.dtype == torch.float32 and routing.expert_ids.tolist() == [[1]]
 
 
@@ -215,11 +220,11 @@ def test_route_carries_the_mask():
         ((2, 4), 1, {"num_groups": 3}, "must divide into groups.*4 experts, num_groups=3"),
         ((2, 4), 1, {"num_groups": 2, "top_groups": 3}, "top_groups=3"),
         ((2, 4), 1, {"num_groups": 0}, "num_groups=0"),
-        ((2, 4), 1, {"offset": torch.zeros(3)}, r"expected shape \(4,\), got \(3,\)"),
-        ((2, 4), 1, {"offset": torch.zeros(1, 4)}, r"expected shape \(4,\), got \(1, 4\)"),
+        ((2, 4), 1, {"bias": torch.zeros(3)}, r"expected shape \(4,\), got \(3,\)"),
+        ((2, 4), 1, {"bias": torch.zeros(1, 4)}, r"expected shape \(4,\), got \(1, 4\)"),
         ((2, 4), 1, {"mask": torch.ones(3)}, r"mask must hold one number per token: expected shape \(2,\)"),
-        ((2, 4), 1, {"offset": 1.0}, "offset must hold one number per expert.*got float"),
-        ((2, 4), 1, {"gate": "relu"}, "gate must be one of"),
+        ((2, 4), 1, {"bias": 1.0}, "bias must hold one number per expert.*got float"),
+        ((2, 4), 1, {"score_function": "relu"}, "score_function must be one of"),
         ((2, 4), 2.0, {}, "k must be an integer: got 2.0"),
         ((2, 4), 1, {"num_groups": 2.0}, "num_groups must be an integer: got 2.0"),
         ((2, 4), 1, {"scale": 0.0}, "scale must be a finite positive number: got 0.0"),

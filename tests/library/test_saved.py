@@ -1,4 +1,4 @@
-"""Offsets beside the weights of a family without a slot: written once, found again by whoever loads the model."""
+"""Biases beside the weights of a family without a slot: written once, found again by whoever loads the model."""
 
 import json
 import logging
@@ -9,7 +9,7 @@ import torch
 
 import equipoise
 from equipoise import EquipoiseError, UsageError
-from equipoise.saved import OFFSETS_FILE, model_folder, read_offsets
+from equipoise.saved import BIASES_FILE, model_folder, read_biases
 
 
 def saved(folder, family="qwen3_moe", strategy="loss-free"):
@@ -17,10 +17,10 @@ def saved(folder, family="qwen3_moe", strategy="loss-free"):
     names = [layer.name for layer in equipoise.attach(model)._layers]
     model = shrunken.build(family)
     experts = model.config.num_experts if family == "qwen3_moe" else model.config.n_routed_experts
-    offsets = {name: torch.linspace(-0.1, 0.1, experts) + i for i, name in enumerate(names)}
-    balance = equipoise.attach(model, strategy, offsets=offsets if strategy != "lbl" else None)
+    biases = {name: torch.linspace(-0.1, 0.1, experts) + i for i, name in enumerate(names)}
+    balance = equipoise.attach(model, strategy, biases=biases if strategy != "lbl" else None)
     model.save_pretrained(folder)
-    return balance, offsets, balance.save_offsets(folder)
+    return balance, biases, balance.save_biases(folder)
 
 
 def load(folder):
@@ -31,13 +31,13 @@ def load(folder):
 
 @pytest.mark.parametrize("strategy", ["frozen", "loss-free", "quantile"])
 def test_attach_begins_with_what_lies_beside_the_weights(tmp_path, strategy):
-    _, offsets, path = saved(tmp_path)
-    assert path == tmp_path / OFFSETS_FILE
-    assert json.loads((tmp_path / "config.json").read_text())["equipoise"] == {"offsets": OFFSETS_FILE}
-    found = equipoise.attach(load(tmp_path), strategy).offsets
-    assert found.keys() == offsets.keys() and all(torch.equal(found[name], offsets[name]) for name in offsets)
-    given = {name: torch.zeros_like(value) for name, value in offsets.items()}
-    assert not any(v.any() for v in equipoise.attach(load(tmp_path), strategy, offsets=given).offsets.values())
+    _, biases, path = saved(tmp_path)
+    assert path == tmp_path / BIASES_FILE
+    assert json.loads((tmp_path / "config.json").read_text())["equipoise"] == {"biases": BIASES_FILE}
+    found = equipoise.attach(load(tmp_path), strategy).biases
+    assert found.keys() == biases.keys() and all(torch.equal(found[name], biases[name]) for name in biases)
+    given = {name: torch.zeros_like(value) for name, value in biases.items()}
+    assert not any(v.any() for v in equipoise.attach(load(tmp_path), strategy, biases=given).biases.values())
 
 
 def test_a_copy_of_a_model_that_was_trained_on_begins_with_what_it_holds(tmp_path):
@@ -47,100 +47,100 @@ def test_a_copy_of_a_model_that_was_trained_on_begins_with_what_it_holds(tmp_pat
     model = load(tmp_path).train()
     balance = equipoise.attach(model, "loss-free:rate=0.1")
     ids = torch.randint(model.config.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0))
-    before = balance.offsets
+    before = balance.biases
     for _ in range(2):
         model(input_ids=ids)
         balance.step()
-    found, now = equipoise.attach(deepcopy(model), "frozen").offsets, balance.offsets
+    found, now = equipoise.attach(deepcopy(model), "frozen").biases, balance.biases
     assert all(torch.equal(found[name], now[name]) and not torch.equal(now[name], before[name]) for name in now)
 
 
-def test_a_strategy_without_offsets_says_that_it_routes_otherwise(tmp_path, caplog):
+def test_a_strategy_without_biases_says_that_it_routes_otherwise(tmp_path, caplog):
     saved(tmp_path)
     with caplog.at_level(logging.WARNING, "equipoise"):
         equipoise.attach(load(tmp_path), "lbl")
-    assert "was saved with offsets, and lbl" in caplog.text and "Add frozen" in caplog.text
+    assert "was saved with biases, and lbl" in caplog.text and "Add frozen" in caplog.text
 
 
-def test_offsets_that_are_promised_and_not_there_are_an_error(tmp_path):
+def test_biases_that_are_promised_and_not_there_are_an_error(tmp_path):
     saved(tmp_path)
-    (tmp_path / OFFSETS_FILE).rename(tmp_path / "elsewhere.safetensors")
+    (tmp_path / BIASES_FILE).rename(tmp_path / "elsewhere.safetensors")
     model = load(tmp_path)
     with pytest.raises(
-        EquipoiseError, match="which is not beside the weights .*Give offsets=FOLDER, or begin from zero"
+        EquipoiseError, match="which is not beside the weights .*Give biases=FOLDER, or begin from zero"
     ):
         equipoise.attach(model, "loss-free")
-    found = equipoise.attach(load(tmp_path), "loss-free", offsets=tmp_path / "elsewhere.safetensors").offsets
+    found = equipoise.attach(load(tmp_path), "loss-free", biases=tmp_path / "elsewhere.safetensors").biases
     assert all(value.any() for value in found.values())
     del model.config.equipoise
-    assert not any(value.any() for value in equipoise.attach(model, "loss-free").offsets.values())
+    assert not any(value.any() for value in equipoise.attach(model, "loss-free").biases.values())
 
 
 def test_a_damaged_file_is_an_error_that_names_it(tmp_path):
     saved(tmp_path)
-    (tmp_path / OFFSETS_FILE).write_bytes(b"x")
-    with pytest.raises(EquipoiseError, match=f"{OFFSETS_FILE} must be safetensors"):
+    (tmp_path / BIASES_FILE).write_bytes(b"x")
+    with pytest.raises(EquipoiseError, match=f"{BIASES_FILE} must be safetensors"):
         equipoise.attach(load(tmp_path), "loss-free")
 
 
-def test_a_slot_needs_no_file_and_no_strategy_without_offsets_writes_one(tmp_path):
+def test_a_slot_needs_no_file_and_no_strategy_without_biases_writes_one(tmp_path):
     assert saved(tmp_path / "a", "glm4_moe")[2] is None
     assert saved(tmp_path / "b", "qwen3_moe", "lbl")[2] is None
-    assert not list(tmp_path.glob(f"*/{OFFSETS_FILE}"))
+    assert not list(tmp_path.glob(f"*/{BIASES_FILE}"))
 
 
 def test_a_folder_must_be_there(tmp_path):
     balance, _, _ = saved(tmp_path)
     with pytest.raises(UsageError, match="must be one that the model was saved into"):
-        balance.save_offsets(tmp_path / "nowhere")
+        balance.save_biases(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "glm4_moe"])
 def test_factors_come_back_as_factors_or_not_at_all(tmp_path, family):
     strategy = "loss-free:rate=0.1,rule=multiplicative"
-    balance, offsets, path = saved(tmp_path, family, strategy)  # a slot does not hold them, so both have a file
-    assert path == tmp_path / OFFSETS_FILE and read_offsets(tmp_path)[1]
+    balance, biases, path = saved(tmp_path, family, strategy)  # a slot does not hold them, so both have a file
+    assert path == tmp_path / BIASES_FILE and read_biases(tmp_path)[1]
     for refused in ("frozen", "loss-free"):
         for given in (None, tmp_path, balance.state_dict()):
             with pytest.raises(UsageError, match="these multiply the scores. Attach frozen:multiplies=true"):
-                equipoise.attach(load(tmp_path), refused, offsets=given)
+                equipoise.attach(load(tmp_path), refused, biases=given)
     for taken in ("frozen:multiplies=true", strategy):
-        found = equipoise.attach(load(tmp_path), taken).offsets
-        assert all(torch.equal(found[name], offsets[name]) for name in offsets)
+        found = equipoise.attach(load(tmp_path), taken).biases
+        assert all(torch.equal(found[name], biases[name]) for name in biases)
     model, ids = load(tmp_path).eval(), torch.arange(12).view(1, 12)
-    expected = balance_of_its_own(family, offsets, strategy, model, ids)
+    expected = balance_of_its_own(family, biases, strategy, model, ids)
     equipoise.attach(model, "frozen:multiplies=true")
     torch.testing.assert_close(model(input_ids=ids).logits, expected)
 
 
-def balance_of_its_own(family, offsets, strategy, model, ids):
+def balance_of_its_own(family, biases, strategy, model, ids):
     """The logits of the same model under the rule that made the factors."""
     other = shrunken.build(family).eval()
     other.load_state_dict(model.state_dict())
-    equipoise.attach(other, strategy, offsets=offsets)
+    equipoise.attach(other, strategy, biases=biases)
     return other(input_ids=ids).logits
 
 
-def test_added_offsets_are_no_factors(tmp_path):
+def test_added_biases_are_no_factors(tmp_path):
     balance, _, _ = saved(tmp_path)
     for given in (tmp_path, balance.state_dict()):
         with pytest.raises(UsageError, match="these are added to the scores"):
-            equipoise.attach(load(tmp_path), "frozen:multiplies=true", offsets=given)
+            equipoise.attach(load(tmp_path), "frozen:multiplies=true", biases=given)
 
 
-def test_offsets_that_were_written_before_the_model_are_refused_or_told(tmp_path, caplog):
+def test_biases_that_were_written_before_the_model_are_refused_or_told(tmp_path, caplog):
     balance, _, path = saved(tmp_path / "whole")
     (tmp_path / "early").mkdir()
     with pytest.raises(UsageError, match="must be one that the model was saved into"):
-        balance.save_offsets(tmp_path / "early")
+        balance.save_biases(tmp_path / "early")
     model = load(tmp_path / "whole")
     model.config.__dict__.pop("equipoise")
     model.save_pretrained(tmp_path / "early")
-    path.rename(tmp_path / "early" / OFFSETS_FILE)
+    path.rename(tmp_path / "early" / BIASES_FILE)
     with caplog.at_level(logging.WARNING, "equipoise"):
         begun = equipoise.attach(load(tmp_path / "early"), "frozen")
     assert "the model's config does not name it: it is not taken" in caplog.text
-    assert not any(value.any() for value in begun.offsets.values())
+    assert not any(value.any() for value in begun.biases.values())
 
 
 def test_a_run_of_the_lab_has_its_model_inside(tmp_path):

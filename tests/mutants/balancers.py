@@ -65,7 +65,7 @@ MUTANTS = [
     ),
     # H. update rule
     Mutant(
-        "the offset moves with the load, not against it",
+        "the bias moves with the load, not against it",
         "return torch.sub(load.sum(-1, keepdim=True), load, alpha=load.shape[-1])",
         "return load.shape[-1] * load - load.sum(-1, keepdim=True)",
         "test_loss_free",
@@ -120,9 +120,9 @@ MUTANTS = [
     ),
     # I, J. frozen, coverage
     Mutant(
-        "84: a frozen offset moves",
+        "84: a frozen bias moves",
         '    name = "frozen"\n',
-        '    name = "frozen"\n\n    def update(self, load, statistic=None, window=0):\n        self._offset += 1\n',
+        '    name = "frozen"\n\n    def update(self, load, statistic=None, window=0):\n        self._bias += 1\n',
         "test_loss_free -k frozen",
     ),
 ]

@@ -10,7 +10,7 @@ MUTANTS = [
         "test_saved -k never_called",
     ),
     Mutant(
-        "81: a step that a fused optimizer skipped moves the offsets",
+        "81: a step that a fused optimizer skipped moves the biases",
         "found_inf == 0 if isinstance(found_inf, Tensor) else True",
         "True",
         "test_balance -k by_itself",
@@ -103,7 +103,7 @@ MUTANTS = [
     ),
     Mutant(
         "40: the model's slot is not moved",
-        "                self._recorder.restore_offsets(group, slots)",
+        "                self._recorder.restore_biases(group, slots)",
         "                pass",
         "test_balance test_find -k 'evens or resume or factors or slot'",
     ),
@@ -176,13 +176,13 @@ MUTANTS = [
         "test_balance -k measuring",
     ),
     Mutant(
-        "71: a resumed run begins with other offsets",
-        '                group.steering.offset()[row].copy_(state["offsets"][layer.name])',
+        "71: a resumed run begins with other biases",
+        '                group.steering.bias()[row].copy_(state["biases"][layer.name])',
         "                pass",
         "test_balance test_mechanisms -k never_stopped",
     ),
     Mutant(
-        "81: a skipped step moves the offset",
+        "81: a skipped step moves the bias",
         "        if applied is False:\n            return",
         "        if applied is None:\n            return",
         "test_balance test_mechanisms -k skipped",
@@ -231,7 +231,7 @@ MUTANTS = [
     ),
     # many ranks
     Mutant(
-        "55: every rank moves its offsets by its own counts",
+        "55: every rank moves its biases by its own counts",
         "        return dist.all_reduce(vector, group=self.group, async_op=True)",
         "        return dist.all_reduce(vector.clone(), group=self.group, async_op=True)",
         "test_groups -k one_process",
@@ -280,7 +280,7 @@ MUTANTS = [
     ),
     Mutant(
         "75: what is written into a slot in place is written over",
-        "        offset.copy_(torch.where(same, offset, held))\n",
+        "        bias.copy_(torch.where(same, bias, held))\n",
         "",
         "test_balance -k in_place",
     ),
@@ -315,7 +315,7 @@ MUTANTS = [
         "test_state -k one_process",
     ),
     Mutant(
-        "compared: a state without an offset is not saved",
+        "compared: a state without a bias is not saved",
         "            for name, value in group.states().items():\n                state.setdefault",
         "            for name, value in (group.steering.state() if group.steering else {}).items():\n"
         "                state.setdefault",
@@ -340,7 +340,7 @@ MUTANTS = [
         "test_every_family -k longcat",
     ),
     Mutant(
-        "saved: offsets are written where no config names them",
+        "saved: biases are written where no config names them",
         "if not place.is_dir() or (steered and beside and self._has_config and not named):",
         "if not place.is_dir():",
         "test_saved -k before_the_model",

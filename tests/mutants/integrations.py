@@ -59,13 +59,13 @@ MUTANTS = [
         "test_trainer -k beside_ours",
     ),
     Mutant(
-        "81: a step that a scaler skipped moves the offsets under the Trainer",
+        "81: a step that a scaler skipped moves the biases under the Trainer",
         'applied=False if getattr(optimizer, "step_was_skipped", False) else applied',
         "applied=applied",
         "test_trainer -k skipped",
     ),
     Mutant(
-        "81: a step that a fused optimizer skipped moves the offsets under the Trainer",
+        "81: a step that a fused optimizer skipped moves the biases under the Trainer",
         "        self._applied = was_applied(optimizer)",
         "        pass",
         "test_trainer -k fused",
@@ -83,13 +83,13 @@ MUTANTS = [
         "test_trainer -k resuming",
     ),
     Mutant(
-        "the best model of a Trainer has the last offsets",
+        "the best model of a Trainer has the last biases",
         "            self._load(Path(state.best_model_checkpoint))\n",
         "",
         "test_trainer -k best",
     ),
     Mutant(
-        "a model saved under the Trainer loses the offsets of a family without a slot",
+        "a model saved under the Trainer loses the biases of a family without a slot",
         "            self.callback._save(Path(save_directory))\n",
         "            pass\n",
         "test_trainer -k beside",
@@ -108,7 +108,7 @@ MUTANTS = [
     ),
     Mutant(
         "43: packed rows are one sequence under the Trainer",
-        "self.balance.token_mask(given, positions - offset)",
+        "self.balance.token_mask(given, positions - place)",
         "self.balance.token_mask(given)",
         "test_trainer -k packed",
     ),
@@ -125,7 +125,7 @@ MUTANTS = [
         "test_trainer -k copy_of",
     ),
     Mutant(
-        "84: offsets of a frozen base move under adapters",
+        "84: biases of a frozen base move under adapters",
         "any(_is_trained(router, model) for router in routers)",
         "True",
         "test_peft -k 'frozen_base or without_adapters'",
@@ -143,7 +143,7 @@ MUTANTS = [
         "test_trainer -k within_a_step",
     ),
     Mutant(
-        "84: offsets that moved are not saved beside the adapter",
+        "84: biases that moved are not saved beside the adapter",
         "(without_slot or multiplies or saved is not inner)",
         "(without_slot or multiplies)",
         "test_peft -k travel",

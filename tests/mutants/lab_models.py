@@ -53,8 +53,8 @@ MUTANTS = [
     ),
     Mutant(
         "73: rerouting is counted with the bias as it is",
-        "for offset in (bias, other))",
-        "for offset in (bias, bias))",
+        "for bias in (bias, other))",
+        "for bias in (bias, bias))",
         "test_export -k few_values",
     ),
     Mutant(
@@ -148,10 +148,10 @@ MUTANTS = [
         "test_run -k nan",
     ),
     Mutant(
-        "audit: a model is audited without the offsets that it was trained with",
-        "if (folder / OFFSETS_FILE).exists():\n        attach(",
+        "audit: a model is audited without the biases that it was trained with",
+        "if (folder / BIASES_FILE).exists():\n        attach(",
         "if False:\n        attach(",
-        "test_command -k offsets",
+        "test_command -k biases",
     ),
     Mutant(
         "export-check: factors are judged by a slot of zeros",
@@ -160,7 +160,7 @@ MUTANTS = [
         "test_export -k factors",
     ),
     Mutant(
-        "export-check: offsets that nothing names are kept",
+        "export-check: biases that nothing names are kept",
         'named = held.promised or layer.verdict != "kept"',
         "named = True",
         "test_export -k beside",

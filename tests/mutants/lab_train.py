@@ -22,7 +22,7 @@ MUTANTS = [
         "test_data -k any_number_of_ranks",
     ),
     Mutant(
-        "lab: offsets outlive the strategy that held them",
+        "lab: biases outlive the strategy that held them",
         "router.slot.tensor.zero_()",
         "pass",
         "test_switch -k end_where",
@@ -167,13 +167,13 @@ MUTANTS = [
         "test_selection -k sinkhorn_is",
     ),
     Mutant(
-        "selection: an offset that no choice obeys is accepted",
+        "selection: a bias that no choice obeys is accepted",
         "if not all(isinstance(balancer, ZLoss) for",
         "if not any(isinstance(balancer, ZLoss) for",
         "test_selection -k refused",
     ),
     Mutant(
-        "selection: the softmax gate begins with weights of its own",
+        "selection: softmax scores begins with weights of its own",
         "        router.weight = old.weight\n",
         "",
         "test_selection -k seed_differ",

@@ -60,19 +60,19 @@ MUTANTS = [
     ),
     # B. wrong inputs to the loss
     Mutant(
-        "18: the gate is applied twice",
-        '        return logits.softmax(-1)\n    if gate == "sigmoid"',
-        '        return logits.softmax(-1).softmax(-1)\n    if gate == "sigmoid"',
+        "18: the score function is applied twice",
+        '        return logits.softmax(-1)\n    if score_function == "sigmoid"',
+        '        return logits.softmax(-1).softmax(-1)\n    if score_function == "sigmoid"',
         "test_routing -k score",
     ),
     Mutant(
         "28: scores in bfloat16",
-        "logits = logits.to(torch.promote_types(logits.dtype, torch.float32))\n    if gate",
-        "logits = logits + 0\n    if gate",
+        "logits = logits.to(torch.promote_types(logits.dtype, torch.float32))\n    if score_function",
+        "logits = logits + 0\n    if score_function",
         "test_routing",
     ),
     Mutant(
-        "78: the offset reaches the weights of route",
+        "78: the bias reaches the weights of route",
         "weights = scores.gather(-1, expert_ids)\n    if renorm",
         "weights = choice.gather(-1, expert_ids)\n    if renorm",
         "test_routing -k weights",
@@ -132,7 +132,7 @@ MUTANTS = [
         "test_metrics -k domain_share",
     ),
     Mutant(
-        "saved: the file does not say that its offsets multiply",
+        "saved: the file does not say that its biases multiply",
         '{MULTIPLIES: "true"} if multiplies else None',
         "None",
         "test_saved -k factors",

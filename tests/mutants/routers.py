@@ -4,7 +4,7 @@ from mutants.mutant import Mutant
 
 MUTANTS = [
     Mutant(
-        "groups before an offset are attached",
+        "groups before a bias are attached",
         "if (not grouped or in_the_way) and",
         "if not grouped and",
         "test_every_family -k groups_before",
@@ -41,7 +41,7 @@ MUTANTS = [
         "test_counting",
     ),
     Mutant(
-        "30, 78: the offset reaches the weights",
+        "30, 78: the bias reaches the weights",
         "return torch.return_types.topk((scores.gather(-1, ids), ids))",
         "return torch.return_types.topk((choice.gather(-1, ids), ids))",
         "test_find -k weights",
@@ -91,7 +91,7 @@ MUTANTS = [
     ),
     # G. storage and dtype
     Mutant(
-        "68: a cast rounds the offset",
+        "68: a cast rounds the bias",
         "        base._apply(self, fn, recurse)\n        self._equipoise.restore()",
         "        base._apply(self, fn, recurse)",
         "test_find -k 'cast or meta'",
@@ -111,8 +111,8 @@ MUTANTS = [
     # and ours
     Mutant(
         "a third-party factor reaches the weights",
-        "choice = plain * (1 + self.offset) if self.multiplies else plain + self.offset",
-        "choice = plain + self.offset",
+        "choice = plain * (1 + self.bias) if self.multiplies else plain + self.bias",
+        "choice = plain + self.bias",
         "test_mechanisms -k product",
     ),
     # routers are known by what they do
@@ -129,7 +129,7 @@ MUTANTS = [
         "test_every_family -k 'gpt_oss or kolibri1'",
     ),
     Mutant(
-        "routers: groups are limited before the offset",
+        "routers: groups are limited before the bias",
         "in_the_way = grouped and (multiplies or kind.slot is None)",
         "in_the_way = grouped and multiplies",
         "test_every_family -k groups",

@@ -3,7 +3,7 @@
 from equipoise.balancers.base import Balancer, Layers
 from equipoise.balancers.load_balancing import LoadBalancingLoss, load_balancing_loss, sequence_load_balancing_loss
 from equipoise.balancers.loss_free import Frozen, LossFree
-from equipoise.balancers.quantile import Quantile, quantile_offset
+from equipoise.balancers.quantile import Quantile, quantile_bias
 from equipoise.balancers.strategy import format_strategy, parse_strategy
 from equipoise.balancers.z_loss import ZLoss, z_loss
 
@@ -18,7 +18,7 @@ __all__ = [
     "format_strategy",
     "load_balancing_loss",
     "parse_strategy",
-    "quantile_offset",
+    "quantile_bias",
     "sequence_load_balancing_loss",
     "z_loss",
 ]

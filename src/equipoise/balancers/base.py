@@ -1,7 +1,7 @@
 """The interface of a balancer: one mechanism, and what it may see.
 
 A balancer never sees the model, the optimizer or the mesh. It is a specification until ``attach`` copies it and calls
-``prepare`` with the layers it is for; layers with the same number of experts and the same gate share one copy, whose
+``prepare`` with the layers it is for; layers with the same number of experts and the same score function share one copy, whose
 state is stacked, ``(layers, experts)``.
 """
 
@@ -27,10 +27,10 @@ POOLINGS = ("window", "previous")
 class Layers:
     """The layers that one copy of a balancer is for."""
 
-    gate: str  # softmax, sigmoid, sqrt_softplus
+    score_function: str  # softmax, sigmoid, sqrt_softplus
     k: int
-    offset: Float[Tensor, "layers experts"]  # what the model's own slots hold, float32; zero where it has none
-    selection: str = "scores"  # or logits: what the offset is added to
+    bias: Float[Tensor, "layers experts"]  # what the model's own slots hold, float32; zero where it has none
+    selection: str = "scores"  # or logits: what the bias is added to
 
 
 class Balancer:
@@ -40,7 +40,7 @@ class Balancer:
     ``loss``: of the ``global_batch``, the ``micro_batch``, or none (``sequence``, ``token``); ``pooling`` is ``window``
     or ``previous``, as for ``LoadBalancingLoss``. ``coefficient`` weighs the loss. Arguments of the constructor are
     kept under their own names: the strategy string is made of them. With ``multiplies`` the choice is made by
-    ``score * (1 + offset)`` instead of ``score + offset``.
+    ``score * (1 + bias)`` instead of ``score + bias``.
     ``gathers`` puts statistics one after another, for small batches, where others are summed.
     """
 
@@ -55,16 +55,16 @@ class Balancer:
     def prepare(self, layers: Layers) -> None:
         """Takes up the state for these layers. Called once, on a copy, by ``attach``.
 
-        ``layers`` has ``gate``, ``k``, ``selection`` and ``offset`` [layers, experts], what the model's slots hold:
+        ``layers`` has ``score_function``, ``k``, ``selection`` and ``bias`` [layers, experts], what the model's slots hold:
         clone it.
         """
 
-    def offset(self) -> Float[Tensor, "layers experts"] | None:
+    def bias(self) -> Float[Tensor, "layers experts"] | None:
         """Moves the choice only, never the weights. The tensor itself is the state: it is moved, saved and loaded."""
         return None
 
     def state(self) -> dict[str, Float[Tensor, "layers experts"]]:
-        """What ``update`` moves besides the offset, by name: saved, loaded and held back with it. Zero at the start."""
+        """What ``update`` moves besides the bias, by name: saved, loaded and held back with it. Zero at the start."""
         return {}
 
     def statistic(self, routing: Routing, row: int) -> Tensor | None:
@@ -91,15 +91,15 @@ class Balancer:
     def update(
         self, load: Int[Tensor, "layers experts"], statistic: Sequence[Tensor] | None = None, window: int = 0
     ) -> None:
-        """Moves the offset, in place, at the end of a window.
+        """Moves the bias, in place, at the end of a window.
 
         ``load`` is the window's, over all ranks; ``statistic`` what the hook gave, pooled, by layer; ``window`` the
         number of windows that ended before.
         """
 
     @property
-    def has_offset(self) -> bool:
-        return type(self).offset is not Balancer.offset
+    def has_bias(self) -> bool:
+        return type(self).bias is not Balancer.bias
 
     @property
     def has_loss(self) -> bool:

@@ -34,8 +34,8 @@ def load_balancing_loss(
         P_e = mean_t (s_te / sum_j s_tj)            mean score over the unmasked tokens; carries the gradient
 
     ``load`` is the count whose balance is asked for, in integers: of the micro-batch (default: of ``routing`` itself)
-    or pooled over the global batch. It is what the router really chose, after offset and groups, before any capacity.
-    Where it opposes P, as an offset or a pooled load can, the value falls below 1.
+    or pooled over the global batch. It is what the router really chose, after bias and groups, before any capacity.
+    Where it opposes P, as a bias or a pooled load can, the value falls below 1.
 
     ``normalise=False`` takes the raw scores, as Eq. 2 of Loss-Free Balancing is written: on sigmoid scores the gradient
     is then about E/2 times stronger, so coefficients do not carry over. On softmax scores both are the same.

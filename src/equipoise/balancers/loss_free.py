@@ -1,4 +1,4 @@
-"""Loss-Free Balancing: an offset for the choice of experts, moved after each step against the load."""
+"""Loss-Free Balancing: a bias for the choice of experts, moved after each step against the load."""
 
 from collections.abc import Sequence
 from typing import final
@@ -27,7 +27,7 @@ LARGE_RATE = 0.1  # a step of a tenth of what sigmoid scores may differ by
 
 @final
 class LossFree(Balancer):
-    """Auxiliary-loss-free balancing: an offset b, moved once a window by the counts c of all its tokens on all ranks.
+    """Auxiliary-loss-free balancing: a bias b, moved once a window by the counts c of all its tokens on all ranks.
 
         error           v_e = (mean(c) - c_e) / mean(c)         1: no token, 0: even, below 0: overloaded
         sign            b_e += rate * sign(v_e)
@@ -39,9 +39,9 @@ class LossFree(Balancer):
     so that an overloaded expert becomes harder to choose. No gradient; weights never see b.
 
     Args:
-        rate: step of the offset, in the units of the scores; under ``sign`` b moves by at most ``rate * steps``.
-        rule: one of those above; default by the gate: ``sign`` on sigmoid, sqrt_softplus and wherever logits are what
-            an offset is added to, ``proportional`` on softmax scores, where 1e-3 can be more than a tenth of a score
+        rate: step of the bias, in the units of the scores; under ``sign`` b moves by at most ``rate * steps``.
+        rule: one of those above; default by the score function: ``sign`` on sigmoid, sqrt_softplus and wherever logits are what
+            a bias is added to, ``proportional`` on softmax scores, where 1e-3 can be more than a tenth of a score
             (paper, appendix C).
         center: subtract the mean of the step over the experts, so that b cannot drift; under ``multiplicative`` divide
             w by its mean. The choice does not change by it (what all experts share is invisible to top-k); large
@@ -55,7 +55,7 @@ class LossFree(Balancer):
         momentum: share of the last step that is kept, from 0 to below 1; default 0.5.
         sharpness: slope of the clamp ``tanh(sharpness * v)``, no unit; default 2.
 
-    State, saved and loaded with the offset: ``momentum``. What is left in it moves b on in windows in which the rate is
+    State, saved and loaded with the bias: ``momentum``. What is left in it moves b on in windows in which the rate is
     zero, and in those without tokens; under the other rules b then stands still.
 
     Sources: Wang et al. 2024, arXiv:2408.15664, Algorithm 1 (sign, 1e-3), Table 3 (proportional), Eq. 5 and Table 4
@@ -63,11 +63,11 @@ class LossFree(Balancer):
     SMEBU); Moonlight, arXiv:2502.16982, appendix C (center); DeepSeek-V3, arXiv:2412.19437, section 4.2 (drop).
     Where we differ: the first paper does not centre (``center=False`` is the paper) and leaves the unit of the
     proportional error open, ours is the mean load; signs are taken in integers, ``sign(sum(c) - E * c_e)``, so they
-    cannot be wrong by rounding; ``micro_batch`` is our reading of "Balance BSZ" for an offset (paper 2, Table 1).
+    cannot be wrong by rounding; ``micro_batch`` is our reading of "Balance BSZ" for a bias (paper 2, Table 1).
 
     >>> balancer = LossFree(rate=0.5, rule="sign", center=False)
-    >>> balancer.prepare(Layers("sigmoid", k=1, offset=torch.zeros(1, 4)))
-    >>> balancer.update(torch.tensor([[6, 2, 2, 2]])); balancer.offset()
+    >>> balancer.prepare(Layers("sigmoid", k=1, bias=torch.zeros(1, 4)))
+    >>> balancer.update(torch.tensor([[6, 2, 2, 2]])); balancer.bias()
     tensor([[-0.5000,  0.5000,  0.5000,  0.5000]])
     """
 
@@ -107,13 +107,13 @@ class LossFree(Balancer):
         self.sharpness = sharpness if sharpness is None else check_number("sharpness", sharpness, positive=True)
 
     def prepare(self, layers: Layers) -> None:
-        self._by_softmax = layers.gate == "softmax" and layers.selection == "scores"
+        self._by_softmax = layers.score_function == "softmax" and layers.selection == "scores"
         self.rule = self.rule or ("proportional" if self._by_softmax else "sign")
-        self._offset = layers.offset.clone()
-        self._momentum = torch.zeros_like(self._offset) if self.rule == "momentum" else None
+        self._bias = layers.bias.clone()
+        self._momentum = torch.zeros_like(self._bias) if self.rule == "momentum" else None
 
-    def offset(self) -> Float[Tensor, "layers experts"]:
-        return self._offset
+    def bias(self) -> Float[Tensor, "layers experts"]:
+        return self._bias
 
     def state(self) -> dict[str, Float[Tensor, "layers experts"]]:
         return {} if self._momentum is None else {"momentum": self._momentum}
@@ -128,26 +128,26 @@ class LossFree(Balancer):
     def update(
         self, load: Int[Tensor, "layers experts"], statistic: Sequence[Tensor] | None = None, window: int = 0
     ) -> None:
-        check_load(load, self._offset)
+        check_load(load, self._bias)
         step, rate = self._step(load, statistic), self.rate_at(window)
         if rate == 0 and self._momentum is None:
             return
         if self.rule == "multiplicative":
-            factor = (1 + self._offset + rate * step).clamp_min(0)  # below 0 the worst score would win
-            self._offset.copy_((factor / factor.mean(-1, keepdim=True) if self.center else factor) - 1)
+            factor = (1 + self._bias + rate * step).clamp_min(0)  # below 0 the worst score would win
+            self._bias.copy_((factor / factor.mean(-1, keepdim=True) if self.center else factor) - 1)
             return
         if self.center:
             step = step - step.mean(-1, keepdim=True)
         if self._momentum is not None:
             kept = 0.5 if self.momentum is None else self.momentum
             self._momentum.mul_(kept).add_(step, alpha=(1 - kept) * rate)
-            self._offset.add_(self._momentum)
+            self._bias.add_(self._momentum)
         else:
-            self._offset.add_(step, alpha=rate)
+            self._bias.add_(step, alpha=rate)
 
     def _step(self, load: Tensor, statistic: Sequence[Tensor] | None) -> Float[Tensor, "layers experts"]:
-        """What the rate is multiplied with, in the offset's dtype."""
-        dtype = self._offset.dtype
+        """What the rate is multiplied with, in the bias's dtype."""
+        dtype = self._bias.dtype
         if self.scope == "micro_batch":
             if statistic is None:
                 raise ValueError("scope=micro_batch must have the signs of the micro-batches: got no statistic.")
@@ -174,18 +174,18 @@ class LossFree(Balancer):
 
     def notes(self, num_steps: int) -> list[str]:
         softmax = getattr(self, "_by_softmax", False)
-        if softmax and self.rule in ("sign", "momentum") and self.rate * self._offset.shape[-1] > 0.1:
-            num_experts = self._offset.shape[-1]
+        if softmax and self.rule in ("sign", "momentum") and self.rate * self._bias.shape[-1] > 0.1:
+            num_experts = self._bias.shape[-1]
             part = f"{self.rate * num_experts:.0%}"
             return [
-                f"On a softmax gate with {num_experts} experts a step of {self.rate:g} is {part} of a mean score; "
+                f"On softmax scores with {num_experts} experts a step of {self.rate:g} is {part} of a mean score; "
                 "rule=proportional follows the size of the error (arXiv:2408.15664, appendix C)."
             ]
         if self.rule in ("proportional", "rms"):
             return []
         moved = [self.rate_at(window) for window in range(num_steps)] if self.zero_from else [self.rate] * num_steps
         way, share = sum(moved), sum(moved) / self.rate
-        what = "a factor" if self.rule == "multiplicative" else "an offset"
+        what = "a factor" if self.rule == "multiplicative" else "a bias"
         reach = f"In {num_steps} steps at rate {self.rate:g} {what} moves by at most {way:.2g}"
         if self.rule == "multiplicative":
             return [f"{reach}, from 1: take more steps or a larger rate."] if way < 0.5 else []
@@ -193,7 +193,7 @@ class LossFree(Balancer):
             return []
         if self.rate > LARGE_RATE:
             return [
-                f"At rate {self.rate:g} one step moves an offset by as much, and a sigmoid score lies between 0 and 1: "
+                f"At rate {self.rate:g} one step moves a bias by as much, and a sigmoid score lies between 0 and 1: "
                 "the load swings from expert to expert. Take a smaller rate."
             ]
         if way < 0.5:
@@ -210,10 +210,10 @@ def _error(load: Int[Tensor, "layers experts"]) -> Int[Tensor, "layers experts"]
 
 @final
 class Frozen(Balancer):
-    """Holds the offset that the model came with, or that ``attach(..., offsets=...)`` gave, and never moves it.
+    """Holds the bias that the model came with, or that ``attach(..., biases=...)`` gave, and never moves it.
 
     Args:
-        multiplies: the offset is a factor 1 + offset on the scores, as the rule ``multiplicative`` left it.
+        multiplies: the bias is a factor 1 + bias on the scores, as the rule ``multiplicative`` left it.
     """
 
     name = "frozen"
@@ -224,7 +224,7 @@ class Frozen(Balancer):
         self.multiplies = multiplies
 
     def prepare(self, layers: Layers) -> None:
-        self._offset = layers.offset.clone()
+        self._bias = layers.bias.clone()
 
-    def offset(self) -> Float[Tensor, "layers experts"]:
-        return self._offset
+    def bias(self) -> Float[Tensor, "layers experts"]:
+        return self._bias

@@ -1,4 +1,4 @@
-"""Quantile balancing: the offset jumps to where every expert would have got its share of the window's tokens."""
+"""Quantile balancing: the bias jumps to where every expert would have got its share of the window's tokens."""
 
 from collections.abc import Sequence
 from typing import final
@@ -10,16 +10,16 @@ from torch import Tensor
 from equipoise.balancers.base import Balancer, Layers, check_load, check_number, check_whole
 from equipoise.routing import Routing
 
-__all__ = ["Quantile", "quantile_offset"]
+__all__ = ["Quantile", "quantile_bias"]
 
-OCTAVES, SMALLEST = 32, -29  # from 2^-29, the grain of a float32 offset, to 2^3
+OCTAVES, SMALLEST = 32, -29  # from 2^-29, the grain of a float32 bias, to 2^3
 
 
 def _margins(
-    scores: Float[Tensor, "tokens experts"], expert_ids: Int[Tensor, "tokens k"], offset: Float[Tensor, " experts"]
+    scores: Float[Tensor, "tokens experts"], expert_ids: Int[Tensor, "tokens k"], bias: Float[Tensor, " experts"]
 ) -> Float[Tensor, "tokens experts"]:
-    """How much each expert lacks to be chosen: the best score + offset that was not, minus its own."""
-    biased = scores.detach() + offset
+    """How much each expert lacks to be chosen: the best score + bias that was not, minus its own."""
+    biased = scores.detach() + bias
     threshold = biased.scatter(-1, expert_ids, float("-inf")).amax(-1, keepdim=True)
     return threshold - biased
 
@@ -68,13 +68,13 @@ def _from_histogram(
     return lower + (upper - lower) * (wanted - before) / inside.clamp_min(1), num_tokens
 
 
-def quantile_offset(
+def quantile_bias(
     scores: Float[Tensor, "tokens experts"],
     k: int,
-    offset: Float[Tensor, " experts"] | None = None,
+    bias: Float[Tensor, " experts"] | None = None,
     mask: Float[Tensor, " tokens"] | None = None,
 ) -> Float[Tensor, " experts"]:
-    """The exact quantile offset of one batch: with it, each expert alone would have got its N k / E tokens.
+    """The exact quantile bias of one batch: with it, each expert alone would have got its N k / E tokens.
 
         a_t   = (k + 1)-th largest of s_t + b                                 what a token asks of an expert
         b_e  <- (N k / E + 1)-th smallest over t of (a_t - s_te),  minus its mean over e
@@ -85,7 +85,7 @@ def quantile_offset(
 
     Source: Su 2026, kexue.fm/archives/11619; Kimi K3, arXiv:2607.24653, section 2.3.3.
 
-    >>> quantile_offset(torch.tensor([[0.9, 0.2], [0.8, 0.5], [0.7, 0.1], [0.6, 0.4]]), k=1)
+    >>> quantile_bias(torch.tensor([[0.9, 0.2], [0.8, 0.5], [0.7, 0.1], [0.6, 0.4]]), k=1)
     tensor([-0.1500,  0.1500])
     """
     if not scores.is_floating_point():
@@ -95,10 +95,10 @@ def quantile_offset(
             f"scores must have the shape (tokens, experts), 1 <= k <= experts: got {tuple(scores.shape)} and k={k}."
         )
     num_experts = scores.shape[-1]
-    before = scores.new_zeros(num_experts) if offset is None else offset
+    before = scores.new_zeros(num_experts) if bias is None else bias
     if before.shape != (num_experts,):
         raise ValueError(
-            f"offset must hold one number per expert: expected shape ({num_experts},), got {tuple(before.shape)}."
+            f"bias must hold one number per expert: expected shape ({num_experts},), got {tuple(before.shape)}."
         )
     if mask is not None and mask.shape != scores.shape[:1]:
         raise ValueError(
@@ -121,22 +121,22 @@ def _moved(before: Tensor, missing: Tensor, num_tokens: Tensor, ema: float) -> T
 
 @final
 class Quantile(Balancer):
-    """Quantile balancing: an offset without a step size. Once a window, over its tokens on all ranks,
+    """Quantile balancing: a bias without a step size. Once a window, over its tokens on all ranks,
 
         a_t   = (k + 1)-th largest of s_t + b
         b_e  <- the value with which N k / E of the tokens have  s_te + b_e > a_t;  minus its mean over e
 
     which is the exact minimum, expert by expert, of the dual problem on which Loss-Free's sign rule takes small steps.
     Where a router selects by logits, s are these. It works on scores of any range. The tokens route by the last
-    window's offset, so nothing leaks.
+    window's bias, so nothing leaks.
 
     Args:
         bins: of the histogram of ``a_t - s_te - b_e`` that is kept for each expert, a power of two from 64; the new
-            offset is interpolated in a bin. Bins are ``bins / 64`` an octave from 2^-29 to 2^3 around the present
-            offset, so the closer the balance the finer they are, whatever the range of the scores; the first, long
+            bias is interpolated in a bin. Bins are ``bins / 64`` an octave from 2^-29 to 2^3 around the present
+            bias, so the closer the balance the finer they are, whatever the range of the scores; the first, long
             moves are coarse, by a part of a bin. 0: exact; all values of the window are kept and gathered (4 N E bytes
             a layer), for small batches.
-        ema: share of the old offset that is kept, from 0 to below 1.
+        ema: share of the old bias that is kept, from 0 to below 1.
         fraction: share of the tokens that is looked at, above 0 to 1. Which ones is decided by a hash of a token's
             logits, the same wherever it is dealt; never the first ones.
 
@@ -161,19 +161,19 @@ class Quantile(Balancer):
             raise ValueError(f"fraction must be at most 1: got {fraction!r}.")
 
     def prepare(self, layers: Layers) -> None:
-        self._offset, self._k, self._by_logits = layers.offset.clone(), layers.k, layers.selection == "logits"
+        self._bias, self._k, self._by_logits = layers.bias.clone(), layers.k, layers.selection == "logits"
 
-    def offset(self) -> Float[Tensor, "layers experts"]:
-        return self._offset
+    def bias(self) -> Float[Tensor, "layers experts"]:
+        return self._bias
 
     @torch.no_grad()
     def statistic(self, routing: Routing, row: int) -> Tensor | None:
         """The margins of a call's tokens: by bin, int64 ``[experts, bins]``; exact, ``[tokens, experts]``."""
         num_experts = routing.scores.shape[-1]
-        if self._k == num_experts:  # every expert is chosen whatever the offset
+        if self._k == num_experts:  # every expert is chosen whatever the bias
             return None
         values = routing.logits if self._by_logits else routing.scores
-        margins = _margins(values.to(routing.scores.dtype), routing.expert_ids, self._offset[row])
+        margins = _margins(values.to(routing.scores.dtype), routing.expert_ids, self._bias[row])
         counted = None if routing.mask is None else routing.mask != 0
         if self.fraction < 1:
             drawn = _draw(routing.logits, self.fraction)
@@ -190,7 +190,7 @@ class Quantile(Balancer):
     def update(
         self, load: Int[Tensor, "layers experts"], statistic: Sequence[Tensor] | None = None, window: int = 0
     ) -> None:
-        check_load(load, self._offset)
+        check_load(load, self._bias)
         if self._k == load.shape[-1]:
             return
         if statistic is None:
@@ -201,7 +201,7 @@ class Quantile(Balancer):
             num_tokens = torch.stack([count for _, count in found])[:, None]
         else:
             missing, num_tokens = _from_histogram(torch.stack(list(statistic)), self._k)
-        self._offset.copy_(_moved(self._offset, missing, num_tokens, self.ema))
+        self._bias.copy_(_moved(self._bias, missing, num_tokens, self.ema))
 
 
 def _draw(logits: Float[Tensor, "tokens experts"], fraction: float) -> Bool[Tensor, " tokens"]:

@@ -46,7 +46,7 @@ class Group:
         self.layers = layers
         self.balancers = balancers
         self.losses = [balancer for balancer in balancers if balancer.has_loss]
-        self.steering = next((balancer for balancer in balancers if balancer.has_offset), None)
+        self.steering = next((balancer for balancer in balancers if balancer.has_bias), None)
         self.has_statistics = any(type(b).statistic is not Balancer.statistic for b in balancers)
         device = slot_of(routers[0]).device  # a balancer's state is there too
         none = torch.zeros(len(layers), routers[0].num_experts, dtype=torch.int64, device=device)
@@ -54,10 +54,10 @@ class Group:
         self.slots = [self.slot(layer) for layer in routers]
         self.has_own_slot = any(slot.name == OWN_SLOT for slot in self.slots)
         self.block = layout.block(layers)  # of the counts
-        self._rows: tuple[int, tuple[Tensor, ...]] = (0, ())  # of the offset, and where it lies
+        self._rows: tuple[int, tuple[Tensor, ...]] = (0, ())  # of the bias, and where it lies
 
     def states(self) -> dict[str, Float[Tensor, "layers experts"]]:
-        """What balancers move besides the offset, by the name that it is saved under. The one with the offset has its
+        """What balancers move besides the bias, by the name that it is saved under. The one with the bias has its
         own names; the others stand behind the balancer's, the second of a kind behind a number too: ``ema.average``,
         ``ema.2.average``."""
         found = {} if self.steering is None else dict(self.steering.state())
@@ -70,9 +70,9 @@ class Group:
                 found |= {f"{place}.{name}": value for name, value in balancer.state().items()}
         return found
 
-    def plain_slots(self, offset: Float[Tensor, "layers experts"]) -> list[Tensor] | None:
-        """What the slots hold, not copied, where each is a plain buffer of the offset's dtype and on its device."""
-        found, dtype, device = [], offset.dtype, offset.device
+    def plain_slots(self, bias: Float[Tensor, "layers experts"]) -> list[Tensor] | None:
+        """What the slots hold, not copied, where each is a plain buffer of the bias's dtype and on its device."""
+        found, dtype, device = [], bias.dtype, bias.device
         for holder, name in self.slots:
             held = holder._buffers.get(name)
             if type(held) is not Tensor or held.dtype is not dtype or held.device != device:
@@ -80,10 +80,10 @@ class Group:
             found.append(held)
         return found if found[0].dim() == 1 else None
 
-    def write(self, slots: list[Tensor], offset: Float[Tensor, "layers experts"]) -> None:
-        """The offset into plain slots, in one operation."""
-        if self._rows[0] != offset.data_ptr():
-            self._rows = offset.data_ptr(), offset.detach().unbind()
+    def write(self, slots: list[Tensor], bias: Float[Tensor, "layers experts"]) -> None:
+        """The bias into plain slots, in one operation."""
+        if self._rows[0] != bias.data_ptr():
+            self._rows = bias.data_ptr(), bias.detach().unbind()
         torch._foreach_copy_(slots, self._rows[1])
 
     def slot(self, layer: Layer) -> Slot:
@@ -96,10 +96,10 @@ class Group:
 class Recorder:
     """The counts of one attached model, its balancers' states, and what its taps ask for."""
 
-    def __init__(self, layers: list[Layer], balancers: Sequence[Balancer], pool: Pool, offsets: dict[str, Tensor]):
+    def __init__(self, layers: list[Layer], balancers: Sequence[Balancer], pool: Pool, biases: dict[str, Tensor]):
         self.layers = layers
         self.layout = Layout([layer.num_experts for layer in layers])
-        self.groups, self.group_of = _make_groups(layers, balancers, offsets, self.layout)
+        self.groups, self.group_of = _make_groups(layers, balancers, biases, self.layout)
         self.num_losses = sum(balancer.has_loss for balancer in balancers)
         self.needs_sequences = any(balancer.has_loss and balancer.scope == "sequence" for balancer in balancers)
         pools_each = any(b.has_loss and b.scope == "global_batch" and b.pooling == "window" for b in balancers)
@@ -161,7 +161,7 @@ class Recorder:
         if self.num_losses == 0 or self.loss_scale is not None:
             self._split_by_forward(layer)
         micro_batch = window.micro_batch(expert_ids.device)
-        if not window.calls:  # once a window: what statistics count is told apart by the offset
+        if not window.calls:  # once a window: what statistics count is told apart by the bias
             for each in self.groups:
                 if each.has_statistics:
                     self.adopt_writes(each)
@@ -206,12 +206,12 @@ class Recorder:
             )
 
     def _check_recomputation(self, layer: int) -> None:
-        """A layer that the window has not counted yet was counted in one before: its offset has moved since."""
+        """A layer that the window has not counted yet was counted in one before: its bias has moved since."""
         steering, window = self.group_of[layer][0].steering, self.window
         if steering is not None and window.number > 0 and not any(layer in m.calls for m in window.micro_batches):
             raise EquipoiseError(
                 f"a backward must run before step() closes its window: {self.layers[layer].name} is recomputed after, "
-                "by other offsets than its forward had. Call balance.step() after the optimizer's step; run the "
+                "by other biases than its forward had. Call balance.step() after the optimizer's step; run the "
                 "backward of a forward in paused() or measuring() there too."
             )
 
@@ -241,7 +241,7 @@ class Recorder:
                 layer = self.layers[index]
                 logits = slot_of(layer).new_zeros(0, layer.num_experts)
                 expert_ids = torch.zeros(0, layer.k, dtype=torch.int64, device=logits.device)
-                scores = score(logits, layer.kind.gate)
+                scores = score(logits, layer.kind.score_function)
                 routing = Routing(logits, scores, expert_ids, logits.new_zeros(0, layer.k), None, None, 0)
                 for number, balancer in enumerate(group.balancers):
                     found = balancer.statistic(routing, row)
@@ -306,7 +306,7 @@ class Recorder:
                 of_scores = known if of_scores is None else of_scores + known
         gradient = None
         if of_scores is not None:
-            gradient = score_backward(of_scores, logits, routing.scores, self.layers[layer].kind.gate)
+            gradient = score_backward(of_scores, logits, routing.scores, self.layers[layer].kind.score_function)
         if others:
             logits.requires_grad_()
             with torch.enable_grad():
@@ -353,7 +353,7 @@ class Recorder:
         return call, factor
 
     def _routing(self, layer: int, call: Call, logits: Tensor, expert_ids: Tensor, weights: Tensor) -> Routing:
-        scores = score(logits, self.layers[layer].kind.gate)
+        scores = score(logits, self.layers[layer].kind.score_function)
         return Routing(logits, scores, expert_ids, weights, call.mask, call.sequence_ids, call.num_sequences)
 
     def _scope_load(
@@ -370,8 +370,8 @@ class Recorder:
             return micro_batch.vector.new_ones(self.layers[layer].num_experts)
         return self.layout.load(self.last, layer)
 
-    def restore_offset(self, layer: int) -> None:
-        """Writes the offset of ``layer`` into its slot, in float32, after a cast, a move or a step."""
+    def restore_bias(self, layer: int) -> None:
+        """Writes the bias of ``layer`` into its slot, in float32, after a cast, a move or a step."""
         group, row = self.group_of[layer]
         for balancer in group.balancers:
             for kept in () if balancer is group.steering else balancer.state().values():
@@ -380,41 +380,41 @@ class Recorder:
                     kept.data = kept.data.to(device)
         if group.steering is None:
             return
-        slot, offset = group.slot(self.layers[layer]), group.steering.offset()
-        held = slot.offset
+        slot, bias = group.slot(self.layers[layer]), group.steering.bias()
+        held = slot.bias
         if held is None:
             return
-        if held.device != offset.device and held.device.type != "meta":
-            for value in (offset, *group.steering.state().values()):
+        if held.device != bias.device and held.device.type != "meta":
+            for value in (bias, *group.steering.state().values()):
                 value.data = value.data.to(held.device)
-        if held.dtype == offset.dtype and held.device == offset.device:
-            held.copy_(offset[row])
+        if held.dtype == bias.dtype and held.device == bias.device:
+            held.copy_(bias[row])
         elif held.device.type != "meta":
-            slot.replace(offset[row])
+            slot.replace(bias[row])
 
-    def restore_offsets(self, group: Group, slots: list[Tensor] | None) -> None:
-        """``restore_offset`` of all its layers; in one operation, given their plain slots (see ``adopt_writes``)."""
-        offset = None if group.steering is None else group.steering.offset()
-        if offset is not None and slots is not None:
-            group.write(slots, offset)
+    def restore_biases(self, group: Group, slots: list[Tensor] | None) -> None:
+        """``restore_bias`` of all its layers; in one operation, given their plain slots (see ``adopt_writes``)."""
+        bias = None if group.steering is None else group.steering.bias()
+        if bias is not None and slots is not None:
+            group.write(slots, bias)
             return
         for layer in group.layers:
-            self.restore_offset(layer)
+            self.restore_bias(layer)
 
     def adopt_writes(self, group: Group) -> list[Tensor] | None:
-        """What somebody wrote into the slots of a family in place becomes the offset: a checkpoint that was read into
+        """What somebody wrote into the slots of a family in place becomes the bias: a checkpoint that was read into
         the tensors of ``state_dict()``, or came from another rank in DDP's broadcast. Asks nothing of a GPU.
 
-        Returns the slots where all are plain: of the offset's dtype and on its device, as is all that balancers keep.
+        Returns the slots where all are plain: of the bias's dtype and on its device, as is all that balancers keep.
         """
-        offset = None if group.steering is None else group.steering.offset()
-        if group.steering is None or offset is None:
+        bias = None if group.steering is None else group.steering.bias()
+        if group.steering is None or bias is None:
             return None
-        plain = group.plain_slots(offset)
+        plain = group.plain_slots(bias)
         found = plain
         if found is None:
-            slots = [slot.offset for slot in group.slots]
-            found = [slot.float() for slot in slots if slot is not None and slot.device == offset.device]
+            slots = [slot.bias for slot in group.slots]
+            found = [slot.float() for slot in slots if slot is not None and slot.device == bias.device]
             if len(found) < len(slots):
                 return None
         if any(balancer.state() for balancer in group.balancers if balancer is not group.steering):
@@ -422,35 +422,35 @@ class Recorder:
         if group.has_own_slot:
             return plain
         held = torch.stack(found)
-        if held.device.type != "cpu" or not torch.equal(held, offset):  # on a GPU nobody waits to find out
+        if held.device.type != "cpu" or not torch.equal(held, bias):  # on a GPU nobody waits to find out
             same = ~held.isfinite()  # a damaged number is not taken up
             for dtype in (torch.float32, torch.bfloat16, torch.float16):  # ours, perhaps rounded
-                same |= offset.to(dtype).float() == held
-            offset.copy_(torch.where(same, offset, held))
+                same |= bias.to(dtype).float() == held
+            bias.copy_(torch.where(same, bias, held))
             for value in group.steering.state().values():
                 value *= same.all(-1, keepdim=True)
         return plain
 
-    def adopt_offset(self, layer: int) -> None:
-        """A checkpoint was loaded into the family's slot: the offset becomes what it holds."""
+    def adopt_bias(self, layer: int) -> None:
+        """A checkpoint was loaded into the family's slot: the bias becomes what it holds."""
         group, row = self.group_of[layer]
         if group.steering is None or group.slot(self.layers[layer]).name == OWN_SLOT:
             return
-        held, offset = slot_of(self.layers[layer]), group.steering.offset()[row]
-        held = held.to(offset.device)
+        held, bias = slot_of(self.layers[layer]), group.steering.bias()[row]
+        held = held.to(bias.device)
         if not held.isfinite().all():
-            self.restore_offset(layer)
+            self.restore_bias(layer)
             raise EquipoiseError(
                 f"the bias of {self.layers[layer].name} must hold finite numbers: the one that was loaded does not. "
                 "The checkpoint is damaged, or its training had diverged; load an earlier one."
             )
-        if any(torch.equal(offset.to(dtype).float(), held) for dtype in (torch.float32, torch.bfloat16, torch.float16)):
-            self.restore_offset(layer)  # the checkpoint holds ours, perhaps rounded
+        if any(torch.equal(bias.to(dtype).float(), held) for dtype in (torch.float32, torch.bfloat16, torch.float16)):
+            self.restore_bias(layer)  # the checkpoint holds ours, perhaps rounded
         else:
-            offset.copy_(held)
+            bias.copy_(held)
             for value in group.steering.state().values():
                 value[row].zero_()
-            self.restore_offset(layer)
+            self.restore_bias(layer)
 
 
 def _is_of_these(mask: Tensor, num_tokens: int) -> bool:
@@ -474,18 +474,20 @@ def _infers_shapes() -> bool:
 
 
 def _make_groups(
-    layers: list[Layer], balancers: Sequence[Balancer], offsets: dict[str, Tensor], layout: Layout
+    layers: list[Layer], balancers: Sequence[Balancer], biases: dict[str, Tensor], layout: Layout
 ) -> tuple[list[Group], dict[int, tuple[Group, int]]]:
     members: dict[Any, list[int]] = {}
     for index, layer in enumerate(layers):
-        members.setdefault((layer.num_experts, layer.k, layer.kind.gate, layer.kind.selection), []).append(index)
+        members.setdefault((layer.num_experts, layer.k, layer.kind.score_function, layer.kind.selection), []).append(
+            index
+        )
     groups: list[Group] = []
     group_of: dict[int, tuple[Group, int]] = {}
-    for (_, k, gate, selection), indices in members.items():
+    for (_, k, score_function, selection), indices in members.items():
         prepared = [deepcopy(balancer) for balancer in balancers]
-        start = torch.stack([offsets[layers[index].name] for index in indices])
+        start = torch.stack([biases[layers[index].name] for index in indices])
         for balancer in prepared:
-            balancer.prepare(Layers(gate, k, start, selection))
+            balancer.prepare(Layers(score_function, k, start, selection))
         group = Group(indices, prepared, [layers[index] for index in indices], layout)
         groups.append(group)
         group_of.update({index: (group, row) for row, index in enumerate(indices)})
@@ -496,7 +498,7 @@ def slot_of(layer: Layer, multiplies: bool = False) -> Float[Tensor, " experts"]
     """What steers a router now, float32: its family's slot, a slot of ours from an earlier attach, or nothing."""
     router = layer.router
     slot = Slot(router, OWN_SLOT) if multiplies or layer.slot is None else layer.slot
-    held = slot.offset
+    held = slot.bias
     tap = router.__dict__.get("_equipoise")
     if slot.name == OWN_SLOT and tap is not None and tap.multiplies != multiplies:  # a copy, steered the other way
         held = None

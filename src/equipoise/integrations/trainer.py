@@ -23,7 +23,7 @@ from equipoise.attachment import attach, base_model, resolve, unwrap
 from equipoise.balance import Balance, was_applied
 from equipoise.balancers import Balancer, Frozen, LossFree
 from equipoise.errors import EquipoiseError, UsageError
-from equipoise.saved import write_offsets
+from equipoise.saved import write_biases
 
 __all__ = ["EquipoiseCallback", "STATE_FILE"]
 
@@ -45,11 +45,11 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         add_loss: add the balancing loss to the loss in the model's output. False: you add ``callback.balance.loss()``
             in a ``compute_loss`` of your own, weighed as your loss is; where it is forgotten the backward raises.
         with_model_loss: accept that the model adds a load-balancing loss of its own beside ours.
-        move_frozen: move offsets though no router is trained, as with adapters on a frozen base. By default they stay
+        move_frozen: move biases though no router is trained, as with adapters on a frozen base. By default they stay
             as they are; losses act either way, on what comes before the routers.
-        fresh: resume from a checkpoint that was saved without this callback, beginning with the offsets that the
+        fresh: resume from a checkpoint that was saved without this callback, beginning with the biases that the
             model holds.
-        attach_arguments: ``where``, ``group``, ``offsets``, ``allow_empty`` of ``attach``.
+        attach_arguments: ``where``, ``group``, ``biases``, ``allow_empty`` of ``attach``.
 
     Attributes:
         balance: the ``Balance``, from the beginning of the training on; None before.
@@ -64,15 +64,15 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     - Where it does not: ``mean_m (CE_m + B_m)``, over the micro-batches of the step, fewer in a short last one, and
       over the ranks.
 
-    The step of the offsets follows ``optimizer.step()``; where a GradScaler skipped that, the window closes and nothing
+    The step of the biases follows ``optimizer.step()``; where a GradScaler skipped that, the window closes and nothing
     moves. Evaluation has no balancing loss and counts nothing. The loss that the Trainer logs holds the balancing loss;
     ``Balance.metrics()`` of the last window before stands beside it as ``equipoise/...``. ``Alerts`` are warnings of
     the log, once each; ``equipoise/alerts`` says how many hold, a layer of a kind each.
 
     Each checkpoint has ``equipoise_balance.pt``, and resuming takes it up, as does ``load_best_model_at_end``; both
-    load the experts too, which the Trainer of Transformers 5.23 leaves out (#48805). Offsets that the weights do not
+    load the experts too, which the Trainer of Transformers 5.23 leaves out (#48805). Biases that the weights do not
     hold (families without a slot; adapters) are written beside whatever ``save_pretrained`` or ``save_model`` saves,
-    as ``equipoise_offsets.safetensors``, for ``attach(model, "frozen", offsets=FOLDER)``.
+    as ``equipoise_biases.safetensors``, for ``attach(model, "frozen", biases=FOLDER)``.
 
     A packed row is cut into its sequences, for losses of scope ``sequence``, where its ``position_ids`` begin anew.
 
@@ -109,7 +109,7 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         self._strategy = strategy
         self._balancers = resolve(strategy)
         self._arguments = attach_arguments
-        self._steers = any(balancer.has_offset for balancer in self._balancers)
+        self._steers = any(balancer.has_bias for balancer in self._balancers)
         self._adds_loss = add_loss and any(balancer.has_loss for balancer in self._balancers)
         self._with_model_loss, self._move_frozen, self._fresh = with_model_loss, move_frozen, fresh
         self.balance: Balance | None = None
@@ -120,7 +120,7 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         self._loss: Tensor | None = None  # of the forwards of the window, summed: for the alerts
         self._training = False
         self._applied: bool | Tensor = True  # the last step of the optimizer, by what it says itself
-        self._beside_weights = False  # whether the offsets need a file of their own
+        self._beside_weights = False  # whether the biases need a file of their own
 
     # ---- events ----
 
@@ -215,15 +215,15 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     # ---- what a user may ask for ----
 
     def detach(self) -> dict[str, Tensor]:
-        """Leaves the model as it was and returns the offsets by layer, as ``Balance.detach``; {} before a training."""
-        offsets = {} if self.balance is None else self.balance.detach()
+        """Leaves the model as it was and returns the biases by layer, as ``Balance.detach``; {} before a training."""
+        biases = {} if self.balance is None else self.balance.detach()
         for hook in self._hooks:
             hook.remove()
         if self._saved is not None:
             self._saved.__dict__.pop("save_pretrained", None)
         self.balance = self._model = self._saved = None
         self._hooks, self._training = [], False
-        return offsets
+        return biases
 
     # ---- attaching ----
 
@@ -233,7 +233,7 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
                 raise EquipoiseError(
                     "a model must have one EquipoiseCallback: another has attached it already. Give the Trainer one "
                     "that names all mechanisms, as EquipoiseCallback('loss-free', 'lbl'); if the other is of an "
-                    "earlier Trainer, call detach() on it and pass what comes back as offsets=...."
+                    "earlier Trainer, call detach() on it and pass what comes back as biases=...."
                 )
         if args.n_gpu > 1:
             raise EquipoiseError(
@@ -274,27 +274,27 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
             return None, {**self._arguments}
         same = model is self._model
         state = self.balance.state_dict() if same and not self._has_open_window() else None  # open: it was interrupted
-        offsets = self.detach()
-        return state, self._arguments | ({"offsets": offsets} if same and self._steers else {})
+        biases = self.detach()
+        return state, self._arguments | ({"biases": biases} if same and self._steers else {})
 
     def _attach(self, model: nn.Module, arguments: dict[str, Any]) -> Balance:
-        """Attaches the strategy; with offsets that stay where no router is trained."""
+        """Attaches the strategy; with biases that stay where no router is trained."""
         balance = attach(model, *self._strategy, **arguments)
         routers = [layer.router for layer in balance._layers]
-        moves = any(balancer.has_offset and not isinstance(balancer, Frozen) for balancer in self._balancers)
+        moves = any(balancer.has_bias and not isinstance(balancer, Frozen) for balancer in self._balancers)
         if self._move_frozen or not moves or not routers or any(_is_trained(router, model) for router in routers):
             return balance
         balance.detach()
         if any(balancer.multiplies for balancer in self._balancers):
             raise UsageError(
-                "offsets that multiply must move: got a model whose routers are not trained, where offsets stay. Ask "
+                "biases that multiply must move: got a model whose routers are not trained, where biases stay. Ask "
                 "for it with move_frozen=True, or take a rule that adds."
             )
         _log.warning(
-            "EquipoiseCallback: no router of the model is trained, so the offsets stay as they are. move_frozen=True "
+            "EquipoiseCallback: no router of the model is trained, so the biases stay as they are. move_frozen=True "
             "moves them; they are then saved beside the adapters."
         )
-        return attach(model, *(Frozen() if b.has_offset else b for b in self._balancers), **arguments)
+        return attach(model, *(Frozen() if b.has_bias else b for b in self._balancers), **arguments)
 
     # ---- the loss ----
 
@@ -309,8 +309,8 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         if positions.shape[0] == 1 and isinstance(ids, Tensor):
             positions = positions.expand(ids.shape[0], -1)  # as a model broadcasts them
         given = mask != 0 if isinstance(mask, Tensor) and mask.dim() == 2 else None
-        offset = torch.arange(positions.shape[1], device=positions.device)
-        self.balance.token_mask(given, positions - offset)  # constant within a sequence, another in the next
+        place = torch.arange(positions.shape[1], device=positions.device)
+        self.balance.token_mask(given, positions - place)  # constant within a sequence, another in the next
 
     def _output_with_loss(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """The output of a training forward, the balancing loss in its loss; None leaves it as it is."""
@@ -354,7 +354,7 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         if self.balance is None:
             return
         if self._beside_weights:
-            write_offsets(folder, self.balance.offsets, self.balance._multiplies)
+            write_biases(folder, self.balance.biases, self.balance._multiplies)
         if self._training and not self._has_open_window():
             torch.save(self.balance.state_dict() | {"alerts": self._alerts.state_dict()}, folder / STATE_FILE)
 
@@ -368,7 +368,7 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
                 raise EquipoiseError(
                     f"a checkpoint must hold {STATE_FILE}: {folder} does not, so it was saved without this callback, "
                     "or on another node. Copy it to every node (save_on_each_node=True writes it there), or begin with "
-                    "the offsets that the model holds: EquipoiseCallback(..., fresh=True)."
+                    "the biases that the model holds: EquipoiseCallback(..., fresh=True)."
                 )
         except Exception as caught:
             error = caught
@@ -406,7 +406,7 @@ class _Hook:
 
 
 class _SavePretrained:
-    """``save_pretrained`` of one model, which saves the offsets too. That of a copy saves what it always did."""
+    """``save_pretrained`` of one model, which saves the biases too. That of a copy saves what it always did."""
 
     def __init__(self, model: Any, callback: EquipoiseCallback | None = None):
         self.model, self.callback = model, callback

@@ -35,7 +35,7 @@ class MoE(nn.Module):
     Args:
         dim: width of a token.
         hidden: inner width of a routed expert.
-        num_experts, k, gate, num_groups, top_groups, renormalise, scale: see ``Router``.
+        num_experts, k, score_function, num_groups, top_groups, renormalise, scale: see ``Router``.
         num_shared: shared experts, 0 or more.
         shared_hidden: inner width of all shared experts together; default ``num_shared * hidden``.
         capacity_factor: finite and positive; None drops nothing. With c >= experts / k nothing is dropped either.
@@ -65,7 +65,7 @@ class MoE(nn.Module):
         *,
         num_shared: int = 0,
         shared_hidden: int | None = None,
-        gate: str = "sigmoid",
+        score_function: str = "sigmoid",
         num_groups: int = 1,
         top_groups: int = 1,
         renormalise: bool | None = None,
@@ -87,7 +87,7 @@ class MoE(nn.Module):
             dim,
             num_experts,
             k,
-            gate=gate,
+            score_function=score_function,
             num_groups=num_groups,
             top_groups=top_groups,
             renormalise=renormalise,
@@ -109,7 +109,7 @@ class MoE(nn.Module):
         self._reset()
 
     def reset_parameters(self) -> None:
-        """Every weight: normal, mean 0, standard deviation 0.02; the router's too. Offset and ``num_dropped``: 0."""
+        """Every weight: normal, mean 0, standard deviation 0.02; the router's too. Bias and ``num_dropped``: 0."""
         self.router.reset_parameters()
         self._reset()
 

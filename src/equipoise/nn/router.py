@@ -20,16 +20,16 @@ class Router(nn.Module):
     """Chooses k experts a token: ``route`` on the logits of a linear gate without bias.
 
         logits                = hidden @ weight.T                   float32, whatever autocast says; float64 stays
-        weights, expert_ids   = route(logits, k, offset=e_score_correction_bias, ...)
+        weights, expert_ids   = route(logits, k, bias=e_score_correction_bias, ...)
 
-    ``e_score_correction_bias`` [experts] is the slot of a balancer's offset, by the name that DeepSeek-V3, GLM and Kimi
+    ``e_score_correction_bias`` [experts] is the slot of a balancer's bias, by the name that DeepSeek-V3, GLM and Kimi
     give it: zeros, saved with the model, float32 also when the model is cast. It moves the choice, never the weights,
     and has no gradient.
 
     Args:
         dim: width of a token.
         num_experts, k: experts to choose from, and how many a token gets.
-        gate: ``softmax``, ``sigmoid`` or ``sqrt_softplus``; see ``score``.
+        score_function: ``softmax``, ``sigmoid`` or ``sqrt_softplus``; see ``score``.
         num_groups, top_groups: group-limited routing; 1 and 1 switch it off.
         renormalise: divide the weights by their sum over the chosen experts. None: where k > 1.
         scale: factor on the weights, finite and positive.
@@ -49,7 +49,7 @@ class Router(nn.Module):
         num_experts: int,
         k: int,
         *,
-        gate: str = "sigmoid",
+        score_function: str = "sigmoid",
         num_groups: int = 1,
         top_groups: int = 1,
         renormalise: bool | None = None,
@@ -58,7 +58,11 @@ class Router(nn.Module):
         super().__init__()
         check_sizes(dim=dim, num_experts=num_experts, k=k, num_groups=num_groups, top_groups=top_groups)
         route(  # its own checks of gate, groups and k
-            torch.zeros(1, num_experts, device="cpu"), k, gate=gate, num_groups=num_groups, top_groups=top_groups
+            torch.zeros(1, num_experts, device="cpu"),
+            k,
+            score_function=score_function,
+            num_groups=num_groups,
+            top_groups=top_groups,
         )
         if renormalise and k == 1:
             raise ValueError(
@@ -67,7 +71,7 @@ class Router(nn.Module):
             )
         check_positive("scale", scale)
         self.dim, self.num_experts, self.k = dim, num_experts, k
-        self.gate, self.num_groups, self.top_groups = gate, num_groups, top_groups
+        self.score_function, self.num_groups, self.top_groups = score_function, num_groups, top_groups
         self.renormalise = k > 1 if renormalise is None else bool(renormalise)
         self.scale = float(scale)
         self.weight = nn.Parameter(torch.empty(num_experts, dim))
@@ -76,11 +80,11 @@ class Router(nn.Module):
 
     @property
     def router_kind(self) -> RouterKind:
-        return RouterKind(self.gate, "e_score_correction_bias")
+        return RouterKind(self.score_function, "e_score_correction_bias")
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Weight: normal, mean 0, standard deviation 0.02; offset: 0."""
+        """Weight: normal, mean 0, standard deviation 0.02; bias: 0."""
         nn.init.normal_(self.weight, std=INIT_STD)
         self.e_score_correction_bias.zero_()
 
@@ -102,8 +106,8 @@ class Router(nn.Module):
             routing = route(
                 logits,
                 self.k,
-                gate=self.gate,
-                offset=self.e_score_correction_bias,
+                score_function=self.score_function,
+                bias=self.e_score_correction_bias,
                 num_groups=self.num_groups,
                 top_groups=self.top_groups,
                 renormalise=self.renormalise,
@@ -113,7 +117,7 @@ class Router(nn.Module):
 
     def extra_repr(self) -> str:
         return (
-            f"dim={self.dim}, num_experts={self.num_experts}, k={self.k}, gate={self.gate!r}, "
+            f"dim={self.dim}, num_experts={self.num_experts}, k={self.k}, score_function={self.score_function!r}, "
             f"num_groups={self.num_groups}, top_groups={self.top_groups}, renormalise={self.renormalise}, "
             f"scale={self.scale:g}"
         )
@@ -122,6 +126,6 @@ class Router(nn.Module):
         before = self.e_score_correction_bias
         super()._apply(fn, recurse)
         after = self.e_score_correction_bias
-        if after.dtype != before.dtype and before.dtype == torch.float32:  # a cast: the choice keeps its offset
+        if after.dtype != before.dtype and before.dtype == torch.float32:  # a cast: the choice keeps its bias
             self._buffers["e_score_correction_bias"] = before.to(after.device)
         return self

@@ -55,7 +55,7 @@ _FRAMEWORKS = (
         formula="1",
         factor=lambda model: 1.0,
         needs=(),
-        inexact="f is of a new top-k without groups and offset (issue 2767).",
+        inexact="f is of a new top-k without groups and bias (issue 2767).",
         source="megatron/core/transformer/moe/moe_utils.py, switch_load_balancing_loss_func",
     ),
     Framework(
@@ -122,7 +122,7 @@ _FRAMEWORKS = (
         formula="k / L",
         factor=lambda model: model.k / model.num_layers,
         needs=("num_layers", "k"),
-        inexact="Its scope is the sequence. P is of a softmax, whatever the gate. Without gradient accumulation only: "
+        inexact="Its scope is the sequence. P is of a softmax, whatever the score function. Without gradient accumulation only: "
         "with it the gradient of the loss is divided by the number of tokens.",
         source="src/maxtext/layers/moe.py, load_balance_loss, and trainers/pre_train/train.py",
     ),

@@ -23,14 +23,14 @@ class Recipe:
 
     name: str
     strategy: str
-    gate: str
+    score_function: str
     summary: str
     sources: Mapping[str, str]
     notes: tuple[str, ...] = ()
 
     def values(self) -> list[tuple[str, str, str]]:
         """Every setting as (key, value, source), the gate first."""
-        rows = [("gate", self.gate, self.sources["gate"])]
+        rows = [("score_function", self.score_function, self.sources["score_function"])]
         for part in split_strategy(self.strategy):
             mechanism, _, options = part.partition(":")
             for option in options.split(","):
@@ -74,10 +74,10 @@ _RECIPES = (
     Recipe(
         name="switch",
         strategy="lbl:coefficient=1e-2,scope=micro_batch",
-        gate="softmax",
+        score_function="softmax",
         summary="The load-balancing loss of Switch Transformers, by micro-batch.",
         sources={
-            "gate": f"{SWITCH}, section 2.1, Eq. 1",
+            "score_function": f"{SWITCH}, section 2.1, Eq. 1",
             "lbl:coefficient": f"{SWITCH}, section 2.2: alpha = 1e-2, added to the loss for each layer",
             "lbl:scope": f"{SWITCH}, Eq. 4 to 6; groups of local tokens in mesh_tensorflow/transformer/moe.py "
             "of github.com/tensorflow/mesh",
@@ -87,10 +87,10 @@ _RECIPES = (
     Recipe(
         name="st-moe",
         strategy="lbl:coefficient=1e-2,scope=micro_batch+z:coefficient=1e-3",
-        gate="softmax",
+        score_function="softmax",
         summary="Switch's loss and a z-loss that keeps the router's logits small.",
         sources={
-            "gate": f"{ST_MOE}, section 2",
+            "score_function": f"{ST_MOE}, section 2",
             "lbl:coefficient": f"{ST_MOE}, Appendix A: alpha = 1e-2",
             "lbl:scope": f"{ST_MOE}, Eq. 7 to 9; groups of local tokens in mesh_tensorflow/transformer/moe.py "
             "of github.com/tensorflow/mesh",
@@ -101,10 +101,10 @@ _RECIPES = (
     Recipe(
         name="loss-controlled-paper",
         strategy="lbl:coefficient=1e-3,scope=sequence,normalise=false",
-        gate="sigmoid",
+        score_function="sigmoid",
         summary="The baseline of the Loss-Free paper: a loss over each sequence, on raw sigmoid scores.",
         sources={
-            "gate": f"{LOSS_FREE}, section 4.1",
+            "score_function": f"{LOSS_FREE}, section 4.1",
             "lbl:coefficient": f"{LOSS_FREE}, section 4.1: alpha = 0.001",
             "lbl:scope": f"{LOSS_FREE}, Eq. 2: over a sequence of length T",
             "lbl:normalise": f"{LOSS_FREE}, Eq. 2: P is the mean of the scores, which are not divided by their sum",
@@ -118,10 +118,10 @@ _RECIPES = (
     Recipe(
         name="loss-controlled-paper-softmax",
         strategy="lbl:coefficient=3e-4,scope=sequence",
-        gate="softmax",
-        summary="The baseline of the Loss-Free paper on a softmax gate: a loss over each sequence.",
+        score_function="softmax",
+        summary="The baseline of the Loss-Free paper on softmax scores: a loss over each sequence.",
         sources={
-            "gate": f"{LOSS_FREE}, Appendix C",
+            "score_function": f"{LOSS_FREE}, Appendix C",
             "lbl:coefficient": f"{LOSS_FREE}, Appendix C.2 and Table 6: alpha = 0.0003",
             "lbl:scope": f"{LOSS_FREE}, Eq. 2: over a sequence of length T",
         },
@@ -130,10 +130,10 @@ _RECIPES = (
     Recipe(
         name="loss-free-paper",
         strategy="loss-free:rate=1e-3,rule=sign,center=false",
-        gate="sigmoid",
-        summary="Loss-Free Balancing: an offset that moves by a fixed step against the load of the last batch.",
+        score_function="sigmoid",
+        summary="Loss-Free Balancing: a bias that moves by a fixed step against the load of the last batch.",
         sources={
-            "gate": f"{LOSS_FREE}, section 4.1",
+            "score_function": f"{LOSS_FREE}, section 4.1",
             "loss-free:rate": f"{LOSS_FREE}, section 4.3, Figure 4: u = 0.001",
             "loss-free:rule": f"{LOSS_FREE}, Algorithm 1: the sign of mean minus count over the whole batch",
             "loss-free:center": f"{LOSS_FREE}, Algorithm 1: the step is added as it is",
@@ -142,10 +142,10 @@ _RECIPES = (
     Recipe(
         name="loss-free-paper-softmax",
         strategy="loss-free:rate=1e-3,rule=proportional,center=false",
-        gate="softmax",
-        summary="Loss-Free Balancing for a softmax gate: the step of the offset follows the size of the error.",
+        score_function="softmax",
+        summary="Loss-Free Balancing for softmax scores: the step of the bias follows the size of the error.",
         sources={
-            "gate": f"{LOSS_FREE}, Appendix C",
+            "score_function": f"{LOSS_FREE}, Appendix C",
             "loss-free:rate": f"{LOSS_FREE}, Appendix C.2: u = 1e-3",
             "loss-free:rule": f"{LOSS_FREE}, Appendix C.2: b + u e instead of b + u sign(e)",
             "loss-free:center": f"{LOSS_FREE}, Algorithm 1: the step is added as it is",
@@ -155,10 +155,10 @@ _RECIPES = (
     Recipe(
         name="micro-batch-paper",
         strategy="lbl:coefficient=8e-3,scope=micro_batch+z:coefficient=1e-3",
-        gate="softmax",
+        score_function="softmax",
         summary="The baseline of the global-batch paper: the loss by micro-batch.",
         sources={
-            "gate": f"{GLOBAL}, section 4.1",
+            "score_function": f"{GLOBAL}, section 4.1",
             "lbl:coefficient": GLOBAL_COEFFICIENT,
             "lbl:scope": f"{GLOBAL}, Eq. 3",
             "z:coefficient": GLOBAL_Z,
@@ -168,10 +168,10 @@ _RECIPES = (
     Recipe(
         name="global-batch-paper",
         strategy="lbl:coefficient=8e-3,scope=global_batch+z:coefficient=1e-3",
-        gate="softmax",
+        score_function="softmax",
         summary="The loss with loads counted over the global batch.",
         sources={
-            "gate": f"{GLOBAL}, section 4.1",
+            "score_function": f"{GLOBAL}, section 4.1",
             "lbl:coefficient": GLOBAL_COEFFICIENT,
             "lbl:scope": f"{GLOBAL}, Eq. 4 to 6 and Algorithm 1",
             "z:coefficient": GLOBAL_Z,
@@ -181,10 +181,10 @@ _RECIPES = (
     Recipe(
         name="global-batch-paper-43b",
         strategy="lbl:coefficient=8e-3,scope=global_batch+lbl:coefficient=8e-5,scope=micro_batch+z:coefficient=1e-3",
-        gate="softmax",
+        score_function="softmax",
         summary="The global-batch loss and a hundredth of it by micro-batch: faster steps under expert parallelism.",
         sources={
-            "gate": f"{GLOBAL}, section 4.1",
+            "score_function": f"{GLOBAL}, section 4.1",
             "lbl:coefficient": f"{GLOBAL}, Table 4, and 1 % of it (section 5, Table 5)",
             "lbl:scope": f"{GLOBAL}, section 5, Table 5: '128+buffer & 8'",
             "z:coefficient": GLOBAL_Z,
@@ -198,10 +198,10 @@ _RECIPES = (
     Recipe(
         name="olmoe",
         strategy="lbl:coefficient=6.25e-4,scope=micro_batch+z:coefficient=7.8125e-6",
-        gate="softmax",
+        score_function="softmax",
         summary="OLMoE-1B-7B: megablocks' losses with weights 0.01 and 0.001, in the units used here.",
         sources={
-            "gate": "OLMoE, arXiv:2409.02060, section 2",
+            "score_function": "OLMoE, arXiv:2409.02060, section 2",
             "lbl:coefficient": f"moe_loss_weight 0.01 over 16 layers: {OLMOE}; mean over layers: {OLMOE_LOSS}",
             "lbl:scope": f"one micro-batch of a device: {OLMOE_LOSS}",
             "z:coefficient": f"moe_zloss_weight 0.001 over 16 layers and k = 8: {OLMOE}; both divide: {OLMOE_LOSS}",
@@ -214,10 +214,10 @@ _RECIPES = (
     Recipe(
         name="deepseek-v3",
         strategy="loss-free:rate=1e-3,rule=sign,center=false+lbl:coefficient=1e-4,scope=sequence",
-        gate="sigmoid",
+        score_function="sigmoid",
         summary="Loss-Free Balancing and a weak loss against extremes within a sequence.",
         sources={
-            "gate": f"{V3}, Eq. 15",
+            "score_function": f"{V3}, Eq. 15",
             "loss-free:rate": f"{V3}, section 4.2: 0.001 for the first 14.3T tokens",
             "loss-free:rule": f"{V3}, section 2.1.2: gamma down if overloaded, up if underloaded, on the whole batch",
             "loss-free:center": f"{V3}, section 2.1.2: the step is added as it is",
@@ -227,17 +227,17 @@ _RECIPES = (
         notes=(
             "For the last 500B of 14.8T tokens the rate is 0. Add schedule=drop,zero_from=N to loss-free, with N at "
             "96.6 % of your steps.",
-            "Eq. 18 counts the top k of the scores without the offset; here f counts the experts really used.",
+            "Eq. 18 counts the top k of the scores without the bias; here f counts the experts really used.",
             SUMMED,
         ),
     ),
     Recipe(
         name="deepseek-v4",
         strategy="loss-free:rate=1e-3,rule=sign,center=false+lbl:coefficient=1e-4,scope=sequence",
-        gate="sqrt_softplus",
+        score_function="sqrt_softplus",
         summary="DeepSeek-V3's setting on the gate sqrt(softplus(x)).",
         sources={
-            "gate": f"{V4}, section 2.1",
+            "score_function": f"{V4}, section 2.1",
             "loss-free:rate": f"{V4}, section 4.2.2: 0.001",
             "loss-free:rule": f"{V4}, section 2.1, which adopts {V3}, section 2.1.2",
             "loss-free:center": f"{V4}, section 2.1, which adopts {V3}, section 2.1.2",
@@ -249,10 +249,10 @@ _RECIPES = (
     Recipe(
         name="glm-4.5",
         strategy="loss-free:rate=1e-3,rule=sign,center=false+lbl:coefficient=1e-4,scope=sequence",
-        gate="sigmoid",
+        score_function="sigmoid",
         summary="Loss-Free Balancing and a weak loss against extremes within a sequence.",
         sources={
-            "gate": f"{GLM}, section 2.1",
+            "score_function": f"{GLM}, section 2.1",
             "loss-free:rate": f"{GLM}, section 2.4: 0.001 for the first 15T tokens",
             "loss-free:rule": f"{GLM}, section 2.1, which adopts {LOSS_FREE}, Algorithm 1",
             "loss-free:center": f"{GLM}, section 2.1, which adopts {LOSS_FREE}, Algorithm 1",
@@ -268,10 +268,10 @@ _RECIPES = (
     Recipe(
         name="moonlight",
         strategy="loss-free:rate=1e-3,rule=sign,center=true+lbl:coefficient=1e-4,scope=sequence",
-        gate="sigmoid",
+        score_function="sigmoid",
         summary="DeepSeek-V3's setting with steps whose mean over the experts is zero.",
         sources={
-            "gate": f"{MOONLIGHT}, Appendix C, which adopts {V3}, Eq. 15",
+            "score_function": f"{MOONLIGHT}, Appendix C, which adopts {V3}, Eq. 15",
             "loss-free:rate": f"{MOONLIGHT}, section 3.3: 1e-3 in stages 1 and 2",
             "loss-free:rule": f"{MOONLIGHT}, Appendix C: u (sign(e_i) - mean(sign(e)))",
             "loss-free:center": f"{MOONLIGHT}, Appendix C: u (sign(e_i) - mean(sign(e)))",
@@ -288,16 +288,16 @@ _RECIPES = (
     Recipe(
         name="kimi-k3",
         strategy="quantile:ema=0.0,fraction=1.0",
-        gate="sigmoid",
-        summary="Quantile balancing: the offset jumps to where each expert would have had its share.",
+        score_function="sigmoid",
+        summary="Quantile balancing: the bias jumps to where each expert would have had its share.",
         sources={
-            "gate": f"{K3}, section 2.3.3",
+            "score_function": f"{K3}, section 2.3.3",
             "quantile:ema": f"{K3}, Eq. 14: the quantile of the last step (Appendix D names an average as an option)",
             "quantile:fraction": f"{K3}, Appendix D: every token of the global batch is counted",
         },
         notes=(
             "The report estimates the quantile with 1000 equal bins (Appendix D), equipoise with bins that are finer "
-            "around the present offset; bins is left at its default.",
+            "around the present bias; bins is left at its default.",
         ),
     ),
 )

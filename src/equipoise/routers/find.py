@@ -62,7 +62,7 @@ def _declared(module: nn.Module) -> RouterKind | None:
         declared: Any = module.router_kind
         if not isinstance(declared, RouterKind):
             raise EquipoiseError(
-                f"router_kind of a {type(module).__name__} must be an equipoise.RouterKind(gate, slot): got "
+                f"router_kind of a {type(module).__name__} must be an equipoise.RouterKind(score_function, slot): got "
                 f"{declared!r}. Leave it out to have it found out by what the router does."
             )
         return declared
@@ -219,7 +219,7 @@ def find_routers(model: nn.Module, allow_empty: bool = False) -> list[FoundRoute
     raise EquipoiseError(
         f"the model must hold a router that equipoise knows: {type(model).__name__} holds {what}. `equipoise families` "
         "lists the model families that can be attached; in a model of your own use equipoise.nn.Router, or give your "
-        "router an attribute router_kind, an equipoise.RouterKind(gate, slot); a pipeline stage of dense layers takes "
+        "router an attribute router_kind, an equipoise.RouterKind(score_function, slot); a pipeline stage of dense layers takes "
         "allow_empty=True."
     )
 
@@ -241,7 +241,7 @@ def refusal(name: str, router: nn.Module, reason: str, kind: RouterKind | None =
     kind = _declared(router) if kind is None else kind
     must = "select in a way that can be proven"
     if kind is not None:
-        must = f"select by {kind.gate} {kind.selection}"
+        must = f"select by {kind.score_function} {kind.selection}"
         must += f" plus its {kind.slot}" if kind.slot else " with one top-k over its experts"
     return EquipoiseError(
         f"a {type(router).__name__} must {must}: in {name} {reason}. It is not supported so; attach with where=... to "
@@ -281,7 +281,7 @@ def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def hash_routers(model: nn.Module) -> list[str]:
-    """Names of the routers that choose by the id of the token, which no offset moves."""
+    """Names of the routers that choose by the id of the token, which no bias moves."""
     return [name for name, _, reason in _left_out(model) if reason is None]
 
 
@@ -314,4 +314,4 @@ def _looks_like_moe(name: str) -> bool:
 
 def _is_moe(name: str) -> bool:
     """Of dense layers too many families have "Moe" in their name, as Glm4MoeRMSNorm."""
-    return name.lower().endswith(("router", "gate", "gating", "moe", "experts", "moeblock", "moelayer"))
+    return name.lower().endswith(("router", "score_function", "gating", "moe", "experts", "moeblock", "moelayer"))

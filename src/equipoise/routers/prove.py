@@ -16,8 +16,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from equipoise.errors import EquipoiseError
-from equipoise.routers.tap import OWN_SLOT, OffsetTopK, RouterKind, Slot, is_choice, plain_class
-from equipoise.routing import GATES, score
+from equipoise.routers.tap import OWN_SLOT, BiasedTopK, RouterKind, Slot, is_choice, plain_class
+from equipoise.routing import SCORE_FUNCTIONS, score
 
 __all__ = ["Proof", "Refused", "chooses_by_id", "discover", "find_slot", "prove"]
 
@@ -37,11 +37,11 @@ class Proof(NamedTuple):
     k: int
 
 
-class _CountingTopK(OffsetTopK):
+class _CountingTopK(BiasedTopK):
     calls = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.calls += is_choice(func, args, self.offset)
+        self.calls += is_choice(func, args, self.bias)
         return super().__torch_function__(func, types, args, kwargs)
 
 
@@ -132,7 +132,7 @@ def _made_up(name: str, value: Tensor, draws: _Draws) -> Tensor:
 
 
 class _Trial:
-    """One stand-in, run with an offset on the same random tokens."""
+    """One stand-in, run with a bias on the same random tokens."""
 
     def __init__(self, router: nn.Module, kind: RouterKind, parent: nn.Module | None, draws: _Draws):
         draws.next = 0
@@ -151,7 +151,7 @@ class _Trial:
                 raise Refused(f"there is no buffer {kind.slot}")
             self.passed = True
         self.is_raised = getattr(router, "top_k", None) == 1
-        if self.is_raised:  # the weight of one expert may be 1 whatever the gate; that of two tells it
+        if self.is_raised:  # the weight of one expert may be 1 whatever the score function; that of two tells it
             self.router.__dict__["top_k"] = 2
         self.k = getattr(self.router, "top_k", None)
 
@@ -174,17 +174,17 @@ class _Trial:
         assert error is not None
         raise error
 
-    def run(self, offset: Float[Tensor, " experts"], multiplies: bool) -> tuple[tuple[Tensor, Tensor, Tensor], int]:
+    def run(self, bias: Float[Tensor, " experts"], multiplies: bool) -> tuple[tuple[Tensor, Tensor, Tensor], int]:
         """(logits, weights, expert_ids), and the number of top-k calls over the experts."""
         arguments: dict[str, Tensor] = {}
-        held = torch.zeros_like(offset) if multiplies else offset
+        held = torch.zeros_like(bias) if multiplies else bias
         if self.passed:
             assert self.argument is not None
             arguments[self.argument] = held
         elif self.slot is not None:
             self.slot.replace(held)
         steers_by_mode = self.slot is None or multiplies
-        self.counting = _CountingTopK(offset, multiplies) if steers_by_mode else None
+        self.counting = _CountingTopK(bias, multiplies) if steers_by_mode else None
         with self.counting or nullcontext():
             output = self.forward(**arguments)
         calls = 1 if self.counting is None or self.slot is not None else self.counting.calls
@@ -223,9 +223,9 @@ def prove(
 ) -> Proof:
     """Proves on random inputs that the router selects as ``kind`` says. Touches nothing of the model's.
 
-    Proven: the outputs are what ``kind.gives`` says; the weights are the gate's scores of the chosen experts up to one
-    factor a token; an offset moves the choice and leaves the scores alone; without a slot, exactly one top-k is taken
-    over the experts. With ``multiplies`` the offset is a factor 1 + offset, for which no family has a slot. Raises
+    Proven: the outputs are what ``kind.gives`` says; the weights are the router's scores of the chosen experts up to one
+    factor a token; a bias moves the choice and leaves the scores alone; without a slot, exactly one top-k is taken
+    over the experts. With ``multiplies`` the bias is a factor 1 + bias, for which no family has a slot. Raises
     ``Refused`` with the reason.
     """
     if multiplies and kind.selection == "logits":
@@ -239,18 +239,18 @@ def prove(
     noise = torch.randn(1, num_experts, generator=generator, dtype=torch.float32, device="cpu")
     moderate = 0.3 * kind.values(noise)[0]
     grouped = any((getattr(trial.router, name, 1) or 1) > 1 for name in GROUPS)
-    in_the_way = grouped and (multiplies or kind.slot is None)  # they would be chosen before the offset is added
+    in_the_way = grouped and (multiplies or kind.slot is None)  # they would be chosen before the bias is added
     first: tuple[Tensor, Tensor, Tensor] | None = None
-    for offset in (torch.zeros_like(favourite), moderate, favourite):
-        (logits, weights, expert_ids), calls = trial.run(offset, multiplies)
+    for bias in (torch.zeros_like(favourite), moderate, favourite):
+        (logits, weights, expert_ids), calls = trial.run(bias, multiplies)
         if calls != 1:
             raise Refused(
                 f"it calls torch.topk {calls} times over the experts, and which of them chooses cannot be told"
                 if calls
-                else "it chooses without torch.topk, to which an offset is added"
+                else "it chooses without torch.topk, to which a bias is added"
             )
         if first is None and router.training:
-            again, _ = trial.run(offset, multiplies)
+            again, _ = trial.run(bias, multiplies)
             if not all(map(torch.equal, again, (logits, weights, expert_ids))):
                 raise Refused("it draws random numbers in training; call eval() before attach, and train() after")
         if logits.shape != (TOKENS, num_experts) or expert_ids.dtype != torch.int64:
@@ -260,26 +260,26 @@ def prove(
         first = first or (logits, weights, expert_ids)
         same = (expert_ids == first[2]).all(-1)
         if not torch.allclose(weights[same], first[1][same], rtol=1e-4):
-            raise Refused("the offset changes the weights of the same choice")
+            raise Refused("the bias changes the weights of the same choice")
         values = kind.values(logits.float())
-        choice = values * (1 + offset) if multiplies else values + offset
+        choice = values * (1 + bias) if multiplies else values + bias
         best = choice.topk(expert_ids.shape[-1]).indices
         if (not grouped or in_the_way) and (expert_ids.sort().values != best.sort().values).any():
             if in_the_way:
-                raise Refused("there are groups, which are chosen before the offset is added")
-            raise Refused("the chosen experts are not the best by these scores and the offset")
-        factor = weights / score(logits.float(), kind.gate).gather(-1, expert_ids)
+                raise Refused("there are groups, which are chosen before the bias is added")
+            raise Refused("the chosen experts are not the best by these scores and the bias")
+        factor = weights / score(logits.float(), kind.score_function).gather(-1, expert_ids)
         if not torch.allclose(factor, factor[:, :1].expand_as(factor), rtol=1e-4):
             raise Refused("the weights are not in proportion to these scores")
     if not (expert_ids == num_experts // 2).any(-1).all():
-        raise Refused("a large offset does not move the choice")
+        raise Refused("a large bias does not move the choice")
     return Proof(kind, num_experts, 1 if trial.is_raised else int(expert_ids.shape[-1]))
 
 
 def discover(router: nn.Module, parent: nn.Module | None = None) -> Proof:
     """The first kind that can be proven of the router, which ``parent`` holds; ``Refused``, with a reason, if none."""
     if chooses_by_id(router):
-        raise Refused("it chooses by the id of the token (a hash router), which no offset moves")
+        raise Refused("it chooses by the id of the token (a hash router), which no bias moves")
     reasons: list[str] = []
     draws = _Draws()
     slots: list[str | None] = [*_find_slots(router, parent)]
@@ -301,6 +301,6 @@ def chooses_by_id(router: nn.Module) -> bool:
 
 def _kinds(slot: str | None) -> Iterator[RouterKind]:
     for gives in ("logits", "probabilities", "dense"):
-        for gate in GATES:
+        for score_function in SCORE_FUNCTIONS:
             for selection in ("scores", "logits"):
-                yield RouterKind(gate, slot, selection, gives)
+                yield RouterKind(score_function, slot, selection, gives)

@@ -1,7 +1,7 @@
 """A tap: the place in somebody's model where one router is observed and steered.
 
 A router's class is swapped for a subclass of the same name whose forward runs the family's own forward, steered by the
-offset, and passes the weights through one opaque op:
+bias, and passes the weights through one opaque op:
 
     equipoise::tap            identity on the weights; counts the call, unless it runs inside a backward (recomputation)
     equipoise::tap_backward   reads the pooled load when the backward runs, returns the losses' gradient of the logits
@@ -28,7 +28,7 @@ from equipoise.routing import score
 
 __all__ = ["RECOMPUTED", "RouterKind", "Slot", "Tap", "UNCOUNTED", "tap_router", "untap_router"]
 
-OWN_SLOT = "_equipoise_offset"  # the buffer of a router whose family has no slot of its own
+OWN_SLOT = "_equipoise_bias"  # the buffer of a router whose family has no slot of its own
 UNCOUNTED = -1  # token of a call that does not count: evaluation, paused
 RECOMPUTED = -2  # token of a call that was made again inside a backward
 
@@ -36,11 +36,11 @@ RECOMPUTED = -2  # token of a call that was made again inside a backward
 class RouterKind(NamedTuple):
     """How a router selects. ``attach`` finds it out, and proves it, by a probing forward.
 
-    gate: ``softmax``, ``sigmoid`` or ``sqrt_softplus``, which turns logits into scores.
+    score_function: ``softmax``, ``sigmoid`` or ``sqrt_softplus``, which turns logits into scores.
     slot: the name of the float tensor that it adds for the choice, or None: a buffer or a frozen parameter of the
         router, of a module inside it (``"moe_statics.e_score_correction_bias"``), or of the module that holds the
         router and passes the tensor to it.
-    selection: whether the choice is made by ``scores`` or by ``logits``, to which an offset is then added.
+    selection: whether the choice is made by ``scores`` or by ``logits``, to which a bias is then added.
     gives: what its forward returns: ``logits``, which is (logits [tokens, experts], weights [tokens, k], expert_ids
         [tokens, k]) and perhaps more; the same with ``probabilities`` in place of the logits; or ``dense``, which is
         (scores [tokens, experts], 0 where not chosen; logits).
@@ -49,7 +49,7 @@ class RouterKind(NamedTuple):
     a ``weight`` [experts, dim] and return what ``gives`` says.
     """
 
-    gate: str
+    score_function: str
     slot: str | None = None
     selection: str = "scores"
     gives: str = "logits"
@@ -73,8 +73,8 @@ class RouterKind(NamedTuple):
         return (output[0], weights, *output[2:])
 
     def values(self, logits: Tensor) -> Tensor:
-        """What an offset is added to."""
-        return logits if self.selection == "logits" else score(logits, self.gate)
+        """What a bias is added to."""
+        return logits if self.selection == "logits" else score(logits, self.score_function)
 
 
 class Slot(NamedTuple):
@@ -96,7 +96,7 @@ class Slot(NamedTuple):
         return None if held is None else held.detach()
 
     @property
-    def offset(self) -> Float[Tensor, " experts"] | None:
+    def bias(self) -> Float[Tensor, " experts"] | None:
         """The same, flat. Not a copy."""
         held = self.holder._buffers.get(self.name)
         if type(held) is Tensor and held.dim() == 1 and not held.requires_grad:
@@ -104,10 +104,10 @@ class Slot(NamedTuple):
         held = self.tensor
         return None if held is None else held.view(-1)
 
-    def replace(self, offset: Float[Tensor, " experts"]) -> None:
+    def replace(self, bias: Float[Tensor, " experts"]) -> None:
         """Holds a copy of another dtype or on another device than the tensor that was there."""
         there = self.tensor
-        copy = offset.detach().clone()
+        copy = bias.detach().clone()
         copy = copy if there is None else copy.view(there.shape)
         if self.name in self.holder._parameters:
             self.holder._parameters[self.name].data = copy
@@ -139,9 +139,9 @@ class Observer(Protocol):
         weights: Float[Tensor, "tokens k"],
     ) -> Float[Tensor, "tokens experts"]: ...
 
-    def restore_offset(self, layer: int) -> None: ...
+    def restore_bias(self, layer: int) -> None: ...
 
-    def adopt_offset(self, layer: int) -> None: ...
+    def adopt_bias(self, layer: int) -> None: ...
 
 
 class Tap:
@@ -157,7 +157,7 @@ class Tap:
         self.layer = layer
         self.has_loss = has_loss
         self.steers = False  # by a slot of our own
-        self.multiplies = False  # that slot is a factor 1 + offset
+        self.multiplies = False  # that slot is a factor 1 + bias
         self.kind = kind
         self.k = k
         _TAPS[number] = self
@@ -167,11 +167,11 @@ class Tap:
 
     def restore(self) -> None:
         if self.observer is not None:
-            self.observer.restore_offset(self.layer)
+            self.observer.restore_bias(self.layer)
 
     def adopt(self) -> None:
         if self.observer is not None:
-            self.observer.adopt_offset(self.layer)
+            self.observer.adopt_bias(self.layer)
 
 
 def _inert_tap(kind: RouterKind, k: int, steers: bool, multiplies: bool) -> Tap:
@@ -185,29 +185,29 @@ _KEYS = itertools.count()
 _TAPS: "weakref.WeakValueDictionary[int, Tap]" = weakref.WeakValueDictionary()
 
 
-class OffsetTopK(TorchFunctionMode):
-    """Steers a top-k over the experts: by argument + offset, or argument * (1 + offset). The values that come back are
+class BiasedTopK(TorchFunctionMode):
+    """Steers a top-k over the experts: by argument + bias, or argument * (1 + bias). The values that come back are
     those of the argument as it was."""
 
-    def __init__(self, offset: Float[Tensor, " experts"], multiplies: bool = False):
+    def __init__(self, bias: Float[Tensor, " experts"], multiplies: bool = False):
         super().__init__()
-        self.offset, self.multiplies = offset, multiplies
+        self.bias, self.multiplies = bias, multiplies
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if is_choice(func, args, self.offset):
+        if is_choice(func, args, self.bias):
             scores = args[0]
             plain = scores.detach()
-            choice = plain * (1 + self.offset) if self.multiplies else plain + self.offset
+            choice = plain * (1 + self.bias) if self.multiplies else plain + self.bias
             ids = torch.topk(choice, *args[1:], **(kwargs or {})).indices
             return torch.return_types.topk((scores.gather(-1, ids), ids))
         return func(*args, **(kwargs or {}))
 
 
-def is_choice(func: Any, args: Any, offset: Float[Tensor, " experts"]) -> bool:
+def is_choice(func: Any, args: Any, bias: Float[Tensor, " experts"]) -> bool:
     """Whether a call is a top-k of tokens over the experts, and not one over groups of them."""
     if func not in (torch.topk, Tensor.topk) or not args:
         return False
-    return args[0].dim() == 2 and args[0].shape[-1] == offset.shape[0]
+    return args[0].dim() == 2 and args[0].shape[-1] == bias.shape[0]
 
 
 @cache
@@ -215,7 +215,7 @@ def _tapped(base: Any) -> Any:
     def forward(self, *args, **kwargs):
         tap = self._equipoise
         if tap.steers:
-            with OffsetTopK(self._buffers[OWN_SLOT], tap.multiplies):
+            with BiasedTopK(self._buffers[OWN_SLOT], tap.multiplies):
                 output = base.forward(self, *args, **kwargs)
         else:
             output = base.forward(self, *args, **kwargs)

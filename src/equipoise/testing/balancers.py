@@ -1,6 +1,6 @@
-"""The invariants of a balancer, tried on random routers of every gate.
+"""The invariants of a balancer, tried on random routers of every score function.
 
-Windows are made as the library makes them: every call is routed by the offset as it is, counted, asked for its
+Windows are made as the library makes them: every call is routed by the bias as it is, counted, asked for its
 statistic; a micro-batch is asked for its own; what is summed or put one after another reaches ``update``.
 """
 
@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from equipoise.balancers import Balancer, Layers, parse_strategy
 from equipoise.balancers.base import POOLINGS, SCOPES
 from equipoise.balancers.strategy import BALANCERS
-from equipoise.routing import GATES, Routing, score
+from equipoise.routing import SCORE_FUNCTIONS, Routing, score
 from equipoise.testing._common import PassedOver, case, close, fail, require, require_same, run
 
 __all__ = ["BALANCER_INVARIANTS", "check_balancer"]
@@ -31,7 +31,9 @@ EXPERTS, K, LAYERS, TOKENS = 6, 2, 2, 48
 SEQUENCE = 5  # tokens of a sequence
 
 
-def check_balancer(factory: Factory, *, only: str | None = None, gates: Sequence[str] = GATES) -> tuple[str, ...]:
+def check_balancer(
+    factory: Factory, *, only: str | None = None, score_functions: Sequence[str] = SCORE_FUNCTIONS
+) -> tuple[str, ...]:
     """Checks every invariant of one balancer, or ``only`` one; returns the names of those that have a meaning for it.
 
     Raises ``ConformanceError`` at the first that does not hold.
@@ -40,7 +42,7 @@ def check_balancer(factory: Factory, *, only: str | None = None, gates: Sequence
         factory: makes the balancer, unprepared; called several times. A rate should be large enough to show within 200
             windows, small enough not to swing.
         only: one of ``BALANCER_INVARIANTS``.
-        gates: the gates that it is for; default all.
+        score_functions: those that it is for; default all.
 
     >>> from equipoise import ZLoss
     >>> check_balancer(ZLoss, only="loss derivative")
@@ -54,16 +56,25 @@ def check_balancer(factory: Factory, *, only: str | None = None, gates: Sequence
     balancer = factory()
     if not isinstance(balancer, Balancer):
         raise TypeError(f"factory must make a Balancer: got {type(balancer).__name__}.")
-    return run(_INVARIANTS, only, [({"gate": gate, "experts": EXPERTS, "k": K}, (factory, gate)) for gate in gates])
+    return run(
+        _INVARIANTS,
+        only,
+        [
+            ({"score_function": score_function, "experts": EXPERTS, "k": K}, (factory, score_function))
+            for score_function in score_functions
+        ],
+    )
 
 
 # ---- windows ----
 
 
-def _new(factory: Factory, gate: str, offset: Float[Tensor, "layers experts"] | None = None, k: int = K) -> Balancer:
+def _new(
+    factory: Factory, score_function: str, bias: Float[Tensor, "layers experts"] | None = None, k: int = K
+) -> Balancer:
     """A prepared copy, as ``attach`` makes it."""
     balancer = deepcopy(factory())
-    balancer.prepare(Layers(gate, k, torch.zeros(LAYERS, EXPERTS) if offset is None else offset))
+    balancer.prepare(Layers(score_function, k, torch.zeros(LAYERS, EXPERTS) if bias is None else bias))
     return balancer
 
 
@@ -71,10 +82,10 @@ def _generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def _random_offset(seed: int = 7) -> Float[Tensor, "layers experts"]:
+def _random_bias(seed: int = 7) -> Float[Tensor, "layers experts"]:
     """Of mean zero."""
-    offset = 0.05 * torch.randn(LAYERS, EXPERTS, generator=_generator(seed), dtype=torch.float64)
-    return (offset - offset.mean(-1, keepdim=True)).float()
+    bias = 0.05 * torch.randn(LAYERS, EXPERTS, generator=_generator(seed), dtype=torch.float64)
+    return (bias - bias.mean(-1, keepdim=True)).float()
 
 
 def _logits(seed: int, tokens: int = TOKENS, experts: int = EXPERTS) -> Float[Tensor, "layers tokens experts"]:
@@ -86,15 +97,15 @@ def _logits(seed: int, tokens: int = TOKENS, experts: int = EXPERTS) -> Float[Te
 def _routing(
     logits: Float[Tensor, "tokens experts"],
     k: int,
-    gate: str,
-    offset: Float[Tensor, " experts"] | None = None,
+    score_function: str,
+    bias: Float[Tensor, " experts"] | None = None,
     multiplies: bool = False,
     mask: Float[Tensor, " tokens"] | None = None,
 ) -> Routing:
-    scores = score(logits, gate)
+    scores = score(logits, score_function)
     choice = scores.detach()
-    if offset is not None:
-        choice = choice * (1 + offset) if multiplies else choice + offset
+    if bias is not None:
+        choice = choice * (1 + bias) if multiplies else choice + bias
     expert_ids = choice.topk(k, dim=-1).indices
     tokens = logits.shape[0]
     sequence_ids = torch.arange(tokens, device=logits.device) // SEQUENCE
@@ -105,13 +116,13 @@ def _routing(
 def _route(
     balancer: Balancer,
     logits: Float[Tensor, "layers tokens experts"] | Sequence[Tensor],
-    gate: str,
+    score_function: str,
     k: int = K,
     mask: Float[Tensor, " tokens"] | None = None,
 ) -> Call:
-    offset = balancer.offset()
+    bias = balancer.bias()
     return [
-        _routing(layer, k, gate, None if offset is None else offset[row], balancer.multiplies, mask)
+        _routing(layer, k, score_function, None if bias is None else bias[row], balancer.multiplies, mask)
         for row, layer in enumerate(logits)
     ]
 
@@ -170,23 +181,23 @@ def _close(
     return load
 
 
-def _train(balancer: Balancer, gate: str, windows: Sequence[int], k: int = K) -> None:
+def _train(balancer: Balancer, score_function: str, windows: Sequence[int], k: int = K) -> None:
     """Windows of two micro-batches with tokens of their own."""
     for window in windows:
-        logits = _logits(100 + window).to(_offset(balancer).dtype)
-        _close(balancer, [[_route(balancer, part, gate, k)] for part in logits.chunk(2, dim=1)], window)
+        logits = _logits(100 + window).to(_bias(balancer).dtype)
+        _close(balancer, [[_route(balancer, part, score_function, k)] for part in logits.chunk(2, dim=1)], window)
 
 
-def _offset(balancer: Balancer) -> Float[Tensor, "layers experts"]:
-    offset = balancer.offset()
-    if offset is None:
+def _bias(balancer: Balancer) -> Float[Tensor, "layers experts"]:
+    bias = balancer.bias()
+    if bias is None:
         raise PassedOver
-    return offset
+    return bias
 
 
 def _state(balancer: Balancer) -> dict[str, Tensor]:
     """All that ``update`` moves."""
-    return {"offset": _offset(balancer), **balancer.state()}
+    return {"bias": _bias(balancer), **balancer.state()}
 
 
 def _held(balancer: Balancer) -> dict[str, Tensor]:
@@ -200,9 +211,9 @@ def _require_same(found: dict[str, Tensor], expected: dict[str, Tensor], what: s
 
 
 def _moves(factory: Factory) -> None:
-    """Goes on only where an offset may move."""
+    """Goes on only where a bias may move."""
     balancer = factory()
-    if not balancer.has_offset or type(balancer).update is Balancer.update:
+    if not balancer.has_bias or type(balancer).update is Balancer.update:
         raise PassedOver
 
 
@@ -219,21 +230,21 @@ def _same(a: Any, b: Any) -> bool:
     return a == b or (type(a) is type(b) and hasattr(a, "__dict__") and _same(vars(a), vars(b)))
 
 
-def _specification(factory: Factory, gate: str) -> None:
+def _specification(factory: Factory, score_function: str) -> None:
     """A balancer must be a specification: using a prepared copy leaves it, and every other copy, as they were."""
     spec = factory()
     require(spec.scope in (*SCOPES, "token"), f"scope {spec.scope!r}, not one of {', '.join(SCOPES)}, token")
     require(spec.pooling in POOLINGS, f"pooling {spec.pooling!r}, not one of {', '.join(POOLINGS)}")
     require(math.isfinite(spec.coefficient), f"coefficient {spec.coefficient!r}, not a finite number")
     require(bool(spec.metric), "an empty metric: the logs have no name for it")
-    require(spec.has_offset or spec.has_loss, "neither an offset nor a loss")
+    require(spec.has_bias or spec.has_loss, "neither a bias nor a loss")
     before = deepcopy(vars(spec))
     other, used = deepcopy(spec), deepcopy(spec)
     for copy in (other, used):
-        copy.prepare(Layers(gate, K, torch.zeros(LAYERS, EXPERTS)))
-    if used.has_offset:
+        copy.prepare(Layers(score_function, K, torch.zeros(LAYERS, EXPERTS)))
+    if used.has_bias:
         held = _held(other)
-        _train(used, gate, range(3))
+        _train(used, score_function, range(3))
         _require_same(_held(other), held, "of another copy that was not used")
     notes = used.notes(100)
     sentences = isinstance(notes, list) and all(isinstance(note, str) for note in notes)
@@ -241,7 +252,7 @@ def _specification(factory: Factory, gate: str) -> None:
     require(_same(vars(spec), before), f"the specification became {vars(spec)}; it was {before}")
 
 
-def _copies(factory: Factory, gate: str) -> None:
+def _copies(factory: Factory, score_function: str) -> None:
     """A deepcopy and a pickle of a balancer, prepared or not, must go on alike and apart from the original."""
 
     def pickled(balancer: Balancer) -> Balancer:
@@ -250,19 +261,19 @@ def _copies(factory: Factory, gate: str) -> None:
     for way, copy_of in (("deepcopy", deepcopy), ("pickle", pickled)):
         with case(copied_by=way):
             require(str(copy_of(factory())) == str(factory()), "another strategy string from the copy")
-            balancer = _new(factory, gate)
-            if not balancer.has_offset:
+            balancer = _new(factory, score_function)
+            if not balancer.has_bias:
                 require(_same(vars(copy_of(balancer)), vars(balancer)), "another state in the copy")
                 continue
-            _train(balancer, gate, range(2))
+            _train(balancer, score_function, range(2))
             held, copy = _held(balancer), copy_of(balancer)
-            _train(copy, gate, range(2, 4))
+            _train(copy, score_function, range(2, 4))
             _require_same(_held(balancer), held, "of the original, while only the copy was used")
-            _train(balancer, gate, range(2, 4))
+            _train(balancer, score_function, range(2, 4))
             _require_same(_held(copy), _held(balancer), "of the copy, after the same windows as the original")
 
 
-def _strategy_string(factory: Factory, gate: str) -> None:
+def _strategy_string(factory: Factory, score_function: str) -> None:
     """str(balancer) must be the same for the same options, and make it again if its name is registered."""
     spec = factory()
     text, again = str(spec), str(factory())
@@ -275,74 +286,74 @@ def _strategy_string(factory: Factory, gate: str) -> None:
     require(str(made[0]) == text, f"{text!r}, which comes back as {str(made[0])!r}")
 
 
-# ---- the offset ----
+# ---- the bias ----
 
 
-def _offset_is_the_state(factory: Factory, gate: str) -> None:
-    """offset() must be one float32 tensor [layers, experts] that starts at Layers.offset, is moved in place and has no
+def _bias_is_the_state(factory: Factory, score_function: str) -> None:
+    """bias() must be one float32 tensor [layers, experts] that starts at Layers.bias, is moved in place and has no
     gradient; what state() holds likewise, from zero."""
-    given = _random_offset()
+    given = _random_bias()
     start = given.clone()
-    balancer = _new(factory, gate, given)
+    balancer = _new(factory, score_function, given)
     held = _state(balancer)
-    offset = held["offset"]
-    require_same(offset, start, "at the start")
+    bias = held["bias"]
+    require_same(bias, start, "at the start")
     for name, value in held.items():
         require(value.shape == start.shape, f"{name} of shape {tuple(value.shape)}, not {tuple(start.shape)}")
         require(not value.requires_grad, f"{name} requires a gradient")
-        require(name == "offset" or not value.any(), f"the state {name} is not zero at the start")
-    _train(balancer, gate, range(3))
+        require(name == "bias" or not value.any(), f"the state {name} is not zero at the start")
+    _train(balancer, score_function, range(3))
     for name, value in _state(balancer).items():
         require(value is held.get(name), f"another tensor from {name} after an update: it was not moved in place")
         require(value.dtype == start.dtype, f"{name} became {value.dtype}")
-    require(torch.equal(given, start), "Layers.offset itself was moved: other balancers share it")
-    offset.fill_(0.25)
-    require((_offset(balancer) == 0.25).all(), "what is written into offset() is not there afterwards")
+    require(torch.equal(given, start), "Layers.bias itself was moved: other balancers share it")
+    bias.fill_(0.25)
+    require((_bias(balancer) == 0.25).all(), "what is written into bias() is not there afterwards")
 
 
-def _float64(factory: Factory, gate: str) -> None:
-    """With a float64 Layers.offset all that moves must be, and stay, float64."""
-    if not factory().has_offset:
+def _float64(factory: Factory, score_function: str) -> None:
+    """With a float64 Layers.bias all that moves must be, and stay, float64."""
+    if not factory().has_bias:
         raise PassedOver
-    balancer = _new(factory, gate, _random_offset().double())
+    balancer = _new(factory, score_function, _random_bias().double())
     for moment in ("at the start", "after three windows"):
         for name, value in _state(balancer).items():
             require(value.dtype == torch.float64, f"{name} is {value.dtype} {moment}")
-        _train(balancer, gate, range(3))
+        _train(balancer, score_function, range(3))
 
 
-def _resumes(factory: Factory, gate: str) -> None:
-    """offset() and state() must be all that update moves: written back, the balancer goes on as if it never stopped."""
+def _resumes(factory: Factory, score_function: str) -> None:
+    """bias() and state() must be all that update moves: written back, the balancer goes on as if it never stopped."""
     _moves(factory)
-    balancer = _new(factory, gate)
-    _train(balancer, gate, range(3))
+    balancer = _new(factory, score_function)
+    _train(balancer, score_function, range(3))
     saved = _held(balancer)
-    _train(balancer, gate, range(3, 6))
+    _train(balancer, score_function, range(3, 6))
     expected = _held(balancer)
-    for what, resumed in (("a new copy", _new(factory, gate)), ("the same one moved back", balancer)):
+    for what, resumed in (("a new copy", _new(factory, score_function)), ("the same one moved back", balancer)):
         state = _state(resumed)
         require(state.keys() == saved.keys(), f"{what} has the state {sorted(state)}, not {sorted(saved)}")
         for name, value in state.items():
             value.copy_(saved[name])
-        _train(resumed, gate, range(3, 6))
+        _train(resumed, score_function, range(3, 6))
         _require_same(_held(resumed), expected, f"of {what}, after windows 3 to 5")
 
 
 # ---- what reaches update ----
 
 
-def _statistic(factory: Factory, gate: str) -> None:
+def _statistic(factory: Factory, score_function: str) -> None:
     """A statistic must be int64 (if gathered: one row a token, of any dtype), of a shape that depends on no data, in
     memory of its own."""
     kind = type(factory())
     if (kind.statistic, kind.micro_batch_statistic) == (Balancer.statistic, Balancer.micro_batch_statistic):
         raise PassedOver
-    balancer = _new(factory, gate)
+    balancer = _new(factory, score_function)
     of_calls: set[Any] = set()
     of_micro_batches: set[Any] = set()
     for tokens, masked in ((TOKENS, False), (7, False), (7, True), (1, False), (0, False)):
         with case(tokens=tokens, all_masked=masked):
-            call = _route(balancer, _logits(1, tokens), gate, mask=torch.zeros(tokens) if masked else None)
+            call = _route(balancer, _logits(1, tokens), score_function, mask=torch.zeros(tokens) if masked else None)
             for row, routing in enumerate(call):
                 found = balancer.statistic(routing, row)
                 if found is None:
@@ -353,7 +364,7 @@ def _statistic(factory: Factory, gate: str) -> None:
                 require(balancer.gathers or found.dtype == torch.int64, f"{found.dtype}, whose sums may round")
                 require(not found.requires_grad, "a statistic that requires a gradient")
                 kept = found.clone()
-                balancer.statistic(_routing(-routing.logits, K, gate), row)
+                balancer.statistic(_routing(-routing.logits, K, score_function), row)
                 require(torch.equal(found, kept), "a statistic that changed with the next call: the same memory")
                 found.add_(1)
                 again = balancer.statistic(routing, row)
@@ -372,12 +383,12 @@ def _statistic(factory: Factory, gate: str) -> None:
     require(len(both) == 1, f"shapes {both} from statistic and micro_batch_statistic, which are added up")
 
 
-def _inputs(factory: Factory, gate: str) -> None:
+def _inputs(factory: Factory, score_function: str) -> None:
     """No hook may change what it is given: routing, load, statistics."""
-    balancer = _new(factory, gate)
+    balancer = _new(factory, score_function)
     mask = torch.ones(TOKENS)
     mask[:5] = 0
-    call = _route(balancer, _logits(1), gate, mask=mask)
+    call = _route(balancer, _logits(1), score_function, mask=mask)
     load, statistic = _window(balancer, [[call]])
     given = (call, load, statistic)
     hooks: dict[str, Callable[[], object]] = {
@@ -413,36 +424,36 @@ def _windows_at_the_edge() -> Iterator[tuple[str, Float[Tensor, "layers tokens e
     yield "logits of -1e4", _logits(1) - 1e4, None, K
 
 
-def _finite(factory: Factory, gate: str) -> None:
-    """Offset and state must stay finite for any window, and a factor 1 + offset must not fall below 0."""
+def _finite(factory: Factory, score_function: str) -> None:
+    """Bias and state must stay finite for any window, and a factor 1 + bias must not fall below 0."""
     _moves(factory)
     for name, logits, mask, k in _windows_at_the_edge():
-        for start in (torch.zeros(LAYERS, EXPERTS), _random_offset()):
+        for start in (torch.zeros(LAYERS, EXPERTS), _random_bias()):
             with case(window=name, logits=tuple(logits.shape), k=k):
-                balancer = _new(factory, gate, start, k)
+                balancer = _new(factory, score_function, start, k)
                 for window in range(3):
-                    _close(balancer, [[_route(balancer, logits, gate, k, mask)]], window)
+                    _close(balancer, [[_route(balancer, logits, score_function, k, mask)]], window)
                     for what, value in _state(balancer).items():
                         require(value.isfinite().all(), f"{what} {value.tolist()}")
-                    factor = 1 + _offset(balancer)
+                    factor = 1 + _bias(balancer)
                     require(not balancer.multiplies or factor.min() >= 0, f"a factor of {factor.min().item():.9g}")
 
 
-def _huge_counts(factory: Factory, gate: str) -> None:
-    """Counts above 2^24 and 2^31 must move the offset the way that the same shares of few tokens move it."""
+def _huge_counts(factory: Factory, score_function: str) -> None:
+    """Counts above 2^24 and 2^31 must move the bias the way that the same shares of few tokens move it."""
     _moves(factory)
-    balancer = _new(factory, gate)
-    load, statistic = _window(balancer, [[_route(balancer, _logits(3), gate)]])
+    balancer = _new(factory, score_function)
+    load, statistic = _window(balancer, [[_route(balancer, _logits(3), score_function)]])
     if statistic is not None and balancer.gathers:
         raise PassedOver  # such counts cannot come from statistics that are kept token by token
     expected: Tensor | None = None
     for times in (1, 2**20 + 1, 2**24 + 1, 2**29, 2**31 + 1, 2**40):
         with case(counts=f"of {TOKENS} tokens times {times}", seed=3):
-            copy = _new(factory, gate)
+            copy = _new(factory, score_function)
             copy.update(load * times, None if statistic is None else [value * times for value in statistic], 0)
-            require(all(value.isfinite().all() for value in _state(copy).values()), "an offset that is not finite")
-            offset = _offset(copy)
-            busy, idle = (offset.gather(1, i.unsqueeze(1)) for i in (load.argmax(-1), load.argmin(-1)))
+            require(all(value.isfinite().all() for value in _state(copy).values()), "a bias that is not finite")
+            bias = _bias(copy)
+            busy, idle = (bias.gather(1, i.unsqueeze(1)) for i in (load.argmax(-1), load.argmin(-1)))
             found = (busy - idle).sign()
             expected = found if expected is None else expected
             require(
@@ -452,64 +463,64 @@ def _huge_counts(factory: Factory, gate: str) -> None:
             )
 
 
-def _no_tokens(factory: Factory, gate: str) -> None:
+def _no_tokens(factory: Factory, score_function: str) -> None:
     """A window without unmasked tokens must move nothing from a state of zero."""
     _moves(factory)
     for name, tokens, mask in (("no tokens", 0, None), ("all tokens masked", TOKENS, torch.zeros(TOKENS))):
-        for start in (torch.zeros(LAYERS, EXPERTS), _random_offset()):
-            balancer = _new(factory, gate, start.clone())
+        for start in (torch.zeros(LAYERS, EXPERTS), _random_bias()):
+            balancer = _new(factory, score_function, start.clone())
             with case(window=name):
-                _close(balancer, [[_route(balancer, _logits(1, tokens), gate, mask=mask)]])
-                require_same(_offset(balancer), start, "an offset that moved to", atol=1e-6)
+                _close(balancer, [[_route(balancer, _logits(1, tokens), score_function, mask=mask)]])
+                require_same(_bias(balancer), start, "a bias that moved to", atol=1e-6)
 
 
-def _even_load(factory: Factory, gate: str) -> None:
+def _even_load(factory: Factory, score_function: str) -> None:
     """An even load must move no expert against another from a state of zero, where the load alone decides."""
     _moves(factory)
     if type(factory()).statistic is not Balancer.statistic:
         raise PassedOver
-    balancer = _new(factory, gate)
+    balancer = _new(factory, score_function)
     load = torch.full((LAYERS, EXPERTS), 7)
     by_layer = balancer.micro_batch_statistic(load)
     balancer.update(load, None if by_layer is None else list(by_layer), 0)
-    offset = _offset(balancer)
+    bias = _bias(balancer)
     with case(load="7 for every expert"):
-        require((offset == offset[:, :1]).all(), f"the offset {offset.tolist()}")
+        require((bias == bias[:, :1]).all(), f"the bias {bias.tolist()}")
 
 
-def _layers(factory: Factory, gate: str) -> None:
-    """A layer's offset must depend on that layer alone: on no other's load, number of tokens, statistic or offset."""
+def _layers(factory: Factory, score_function: str) -> None:
+    """A layer's bias must depend on that layer alone: on no other's load, number of tokens, statistic or bias."""
     _moves(factory)
     for row in range(LAYERS):
         found = []
         for seed, tokens in ((1, TOKENS), (2, TOKENS // 8)):
-            logits, start = list(_logits(seed, tokens)), _random_offset(seed)
-            logits[row], start[row] = _logits(3)[row], _random_offset(3)[row]
-            balancer = _new(factory, gate, start)
+            logits, start = list(_logits(seed, tokens)), _random_bias(seed)
+            logits[row], start[row] = _logits(3)[row], _random_bias(3)[row]
+            balancer = _new(factory, score_function, start)
             for window in range(2):
-                _close(balancer, [[_route(balancer, logits, gate)]], window)
+                _close(balancer, [[_route(balancer, logits, score_function)]], window)
             found.append({name: value[row].clone() for name, value in _state(balancer).items()})
         with case(layer=row, seed_of_the_others="2 after 1", tokens_of_the_others=f"{TOKENS // 8} after {TOKENS}"):
             _require_same(found[1], found[0], "when another layer changed")
 
 
-def _update_permutes(factory: Factory, gate: str) -> None:
-    """Experts in another order must give the same offsets in that order. Where only some tokens are looked at, this is
+def _update_permutes(factory: Factory, score_function: str) -> None:
+    """Experts in another order must give the same biases in that order. Where only some tokens are looked at, this is
     asked of those that are looked at in both orders."""
     _moves(factory)
     order, tokens = torch.randperm(EXPERTS, generator=_generator(4)), TOKENS
-    start = _random_offset()
+    start = _random_bias()
 
     def call(logits: Tensor, order: Tensor, kept: Sequence[Tensor] | None = None) -> tuple[Balancer, Call]:
-        balancer = _new(factory, gate, start[:, order].clone())
-        routed = _route(balancer, logits[..., order], gate)
+        balancer = _new(factory, score_function, start[:, order].clone())
+        routed = _route(balancer, logits[..., order], score_function)
         if kept is not None:
             routed = [_take(routing, index) for routing, index in zip(routed, kept, strict=True)]
         return balancer, routed
 
     def moved(balancer: Balancer, routed: Call) -> Tensor:
         _close(balancer, [[routed]])
-        return _offset(balancer)
+        return _bias(balancer)
 
     same = torch.arange(EXPERTS)
     for seed in (5, 6):
@@ -520,7 +531,7 @@ def _update_permutes(factory: Factory, gate: str) -> None:
                 seen = [_looked_at(*call(logits, way)) for way in (same, order)]
                 both = [(a & b).nonzero()[:, 0] for a, b in zip(*seen, strict=True)]
                 expected, found = moved(*call(logits, same, both)), moved(*call(logits, order, both))
-            require_same(found, expected[:, order], "an offset of", rtol=1e-5, atol=1e-6)
+            require_same(found, expected[:, order], "a bias of", rtol=1e-5, atol=1e-6)
 
 
 def _looked_at(balancer: Balancer, routed: Call) -> list[Bool[Tensor, " tokens"]]:
@@ -536,8 +547,8 @@ def _looked_at(balancer: Balancer, routed: Call) -> list[Bool[Tensor, " tokens"]
     return seen
 
 
-def _deterministic(factory: Factory, gate: str) -> None:
-    """The same windows must give the same offsets bit for bit, whatever the global random generator holds, and leave
+def _deterministic(factory: Factory, score_function: str) -> None:
+    """The same windows must give the same biases bit for bit, whatever the global random generator holds, and leave
     that generator as it is."""
     _moves(factory)
     found = []
@@ -545,19 +556,19 @@ def _deterministic(factory: Factory, gate: str) -> None:
         with torch.random.fork_rng(devices=[]), case(global_seed=seed):
             torch.manual_seed(seed)
             before = torch.get_rng_state()
-            balancer = _new(factory, gate)
-            _train(balancer, gate, range(3))
+            balancer = _new(factory, score_function)
+            _train(balancer, score_function, range(3))
             found.append(_held(balancer))
             _require_same(found[-1], found[0], "after three windows")
             require(torch.equal(torch.get_rng_state(), before), "the global generator was used")
 
 
-def _division(factory: Factory, gate: str) -> None:
-    """However a window's tokens are dealt to calls, micro-batches and ranks, in any order, the offset must be the same.
+def _division(factory: Factory, score_function: str) -> None:
+    """However a window's tokens are dealt to calls, micro-batches and ranks, in any order, the bias must be the same.
     Where each micro-batch has a say of its own, micro-batches stay whole."""
     _moves(factory)
-    fresh = _new(factory, gate, _random_offset())
-    whole = _route(fresh, _logits(8), gate)
+    fresh = _new(factory, score_function, _random_bias())
+    whole = _route(fresh, _logits(8), score_function)
     empty = [_take(routing, torch.arange(0)) for routing in whole]
 
     def cut(index: Tensor, *ends: int) -> list[Call]:
@@ -591,21 +602,21 @@ def _division(factory: Factory, gate: str) -> None:
     expected: Tensor | None = None
     for name, micro_batches in ways.items():
         with case(dealt_as=name, not_as=next(iter(ways)), tokens=TOKENS, seed=8):
-            balancer = _new(factory, gate, _random_offset())
+            balancer = _new(factory, score_function, _random_bias())
             _close(balancer, micro_batches)
-            found = _offset(balancer)
+            found = _bias(balancer)
             expected = found if expected is None else expected
-            require_same(found, expected, "an offset of", rtol=1e-6 if balancer.gathers else 0)
+            require_same(found, expected, "a bias of", rtol=1e-6 if balancer.gathers else 0)
 
 
-def _update_masked(factory: Factory, gate: str) -> None:
+def _update_masked(factory: Factory, score_function: str) -> None:
     """A window with masked tokens must give what it gives without them, whatever they hold."""
     _moves(factory)
     mask = (torch.rand(TOKENS, generator=_generator(10)) < 0.6).float()
     logits = _logits(11)
     logits[:, mask == 0] = 1e4 * _logits(12)[:, mask == 0]
-    balancer, other = (_new(factory, gate, _random_offset()) for _ in range(2))
-    masked = _route(balancer, logits, gate, mask=mask)
+    balancer, other = (_new(factory, score_function, _random_bias()) for _ in range(2))
+    masked = _route(balancer, logits, score_function, mask=mask)
     sliced = [_take(routing, mask.nonzero()[:, 0])._replace(mask=None) for routing in masked]
     _close(balancer, [[masked]])
     _close(other, [[sliced]])
@@ -613,26 +624,24 @@ def _update_masked(factory: Factory, gate: str) -> None:
         _require_same(_held(balancer), _held(other), "with masked tokens")
 
 
-def _direction(factory: Factory, gate: str) -> None:
-    """Against a skewed router the busiest expert's offset must fall relative to the idlest's in the first window, and
+def _direction(factory: Factory, score_function: str) -> None:
+    """Against a skewed router the busiest expert's bias must fall relative to the idlest's in the first window, and
     the max violation must fall within 200 windows."""
     _moves(factory)
     experts, tokens = 8, 256
     logits = _logits(13, tokens, experts)
     balancer = deepcopy(factory())
-    balancer.prepare(Layers(gate, K, torch.zeros(LAYERS, experts)))
+    balancer.prepare(Layers(score_function, K, torch.zeros(LAYERS, experts)))
     history: list[Tensor] = []
     with case(seed=13, layers=LAYERS, tokens=tokens, experts=experts):
         for window in range(200):
-            load = _close(balancer, [[_route(balancer, logits, gate)]], window)
+            load = _close(balancer, [[_route(balancer, logits, score_function)]], window)
             history.append(load.amax(-1) / load.double().mean(-1) - 1)
             if window == 0:
-                offset = _offset(balancer)
-                busy, idle = (offset.gather(1, i.unsqueeze(1)) for i in (load.argmax(-1), load.argmin(-1)))
+                bias = _bias(balancer)
+                busy, idle = (bias.gather(1, i.unsqueeze(1)) for i in (load.argmax(-1), load.argmin(-1)))
                 apart = (busy - idle).flatten().tolist()
-                require(
-                    (busy < idle).all(), f"an offset that moved the busiest by {apart} against the idlest, by layer"
-                )
+                require((busy < idle).all(), f"a bias that moved the busiest by {apart} against the idlest, by layer")
             first, last = history[0], torch.stack(history[-10:]).mean(0)
             if (last < first / 2).all():
                 return
@@ -681,21 +690,21 @@ class LossCase(NamedTuple):
     load: Tensor | None  # of the balancer's scope
 
 
-def _losses(factory: Factory, gate: str, dtype: torch.dtype = torch.float64) -> list[LossCase]:
+def _losses(factory: Factory, score_function: str, dtype: torch.dtype = torch.float64) -> list[LossCase]:
     """Without a mask and with one."""
     _has_loss(factory)
     cases = []
     for seed, masked in ((21, False), (22, True)):
-        balancer = _new(factory, gate)
+        balancer = _new(factory, score_function)
         logits = _logits(seed, LOSS_TOKENS)[0].to(dtype).requires_grad_()
         mask = (torch.rand(LOSS_TOKENS, generator=_generator(seed)) < 0.7).float() if masked else None
-        routing = _routing(logits, K, gate, mask=mask)
+        routing = _routing(logits, K, score_function, mask=mask)
         given = dict(seed=seed, tokens=LOSS_TOKENS, masked=masked, dtype=dtype)
         cases.append(LossCase(given, balancer, routing, _scope_load(balancer, routing, POOLED)))
     return cases
 
 
-def _loss_finite(factory: Factory, gate: str) -> None:
+def _loss_finite(factory: Factory, score_function: str) -> None:
     """The loss must be a finite scalar with a finite gradient for any logits, and without unmasked tokens both 0."""
     _has_loss(factory)
     logits = _logits(20, LOSS_TOKENS)[0]
@@ -710,9 +719,9 @@ def _loss_finite(factory: Factory, gate: str) -> None:
         "all tokens masked": logits,
     }
     for name, values in calls.items():
-        balancer, values = _new(factory, gate), values.clone().requires_grad_()
+        balancer, values = _new(factory, score_function), values.clone().requires_grad_()
         mask = torch.zeros(values.shape[0]) if name == "all tokens masked" else None
-        routing = _routing(values, K, gate, mask=mask)
+        routing = _routing(values, K, score_function, mask=mask)
         for others in (0, 1, 2**40):
             with case(call=name, logits=tuple(values.shape), counts_elsewhere=others * int(POOLED.sum())):
                 value = _value(balancer, routing, _scope_load(balancer, routing, others * POOLED))
@@ -724,9 +733,9 @@ def _loss_finite(factory: Factory, gate: str) -> None:
                     require(not gradient.any(), "a gradient that is not 0")
 
 
-def _loss_by_logits(factory: Factory, gate: str) -> None:
+def _loss_by_logits(factory: Factory, score_function: str) -> None:
     """The loss must have a gradient through routing.logits only: weights and counts are there to be read."""
-    for given, balancer, routing, load in _losses(factory, gate):
+    for given, balancer, routing, load in _losses(factory, score_function):
         with case(**given):
             weights = routing.weights.clone().requires_grad_()
             value = _value(balancer, routing._replace(weights=weights), load)
@@ -735,10 +744,10 @@ def _loss_by_logits(factory: Factory, gate: str) -> None:
             require(found is None or not found.any(), "a gradient through routing.weights")
 
 
-def _loss_derivative(factory: Factory, gate: str) -> None:
+def _loss_derivative(factory: Factory, score_function: str) -> None:
     """In float64 the gradient must equal central differences in random directions, with choice and load held."""
     step = 1e-5
-    for given, balancer, routing, load in _losses(factory, gate):
+    for given, balancer, routing, load in _losses(factory, score_function):
         gradient = _gradient(_value(balancer, routing, load), routing.logits)
         for seed in range(8):
             direction = torch.randn(gradient.shape, generator=_generator(seed), dtype=torch.float64)
@@ -746,15 +755,17 @@ def _loss_derivative(factory: Factory, gate: str) -> None:
                 values = []
                 for way in (step, -step):
                     logits = routing.logits.detach() + way * direction
-                    values.append(_value(balancer, routing._replace(logits=logits, scores=score(logits, gate)), load))
+                    values.append(
+                        _value(balancer, routing._replace(logits=logits, scores=score(logits, score_function)), load)
+                    )
                 expected = (values[0] - values[1]).detach() / (2 * step)
                 found = (gradient * direction).sum()
                 require(close(found, expected, 1e-6, 1e-8), f"{found.item()}, by differences {expected.item()}")
 
 
-def _loss_masked(factory: Factory, gate: str) -> None:
+def _loss_masked(factory: Factory, score_function: str) -> None:
     """Masked tokens must get no gradient, and the loss must be that of the others alone, whatever the masked hold."""
-    for given, balancer, routing, load in _losses(factory, gate):
+    for given, balancer, routing, load in _losses(factory, score_function):
         if routing.mask is None:
             continue
         kept = routing.mask.nonzero()[:, 0]
@@ -764,17 +775,17 @@ def _loss_masked(factory: Factory, gate: str) -> None:
             with case(**given, logits_of_masked_tokens=f"times {factor:g}"):
                 logits = torch.where(routing.mask[:, None] == 0, factor * routing.logits, routing.logits).detach()
                 logits.requires_grad_()
-                value = _value(balancer, routing._replace(logits=logits, scores=score(logits, gate)), load)
+                value = _value(balancer, routing._replace(logits=logits, scores=score(logits, score_function)), load)
                 gradient = _gradient(value, logits)
                 require(not gradient[routing.mask == 0].any(), "a gradient at masked tokens")
                 require(close(value, expected, 1e-12, 1e-14), f"a loss of {value.item()}, alone {expected.item()}")
                 require_same(gradient, wanted, "a gradient of", rtol=1e-10, atol=1e-14)
 
 
-def _loss_mean(factory: Factory, gate: str) -> None:
+def _loss_mean(factory: Factory, score_function: str) -> None:
     """The loss must be a mean over unmasked tokens: the parts of a call, weighed by their tokens, give the whole, by
     the same load. Where each sequence has a loss of its own, sequences stay whole."""
-    for given, balancer, routing, load in _losses(factory, gate):
+    for given, balancer, routing, load in _losses(factory, score_function):
         whole = _value(balancer, routing, load).detach()
         mask = torch.ones(LOSS_TOKENS) if routing.mask is None else routing.mask
         for size in (SEQUENCE, 3 * SEQUENCE, *(() if balancer.scope == "sequence" else (1, 7))):
@@ -786,10 +797,10 @@ def _loss_mean(factory: Factory, gate: str) -> None:
                 require(close(mean, whole, 1e-10, 1e-12), f"{mean.item()} from the parts, {whole.item()} as a whole")
 
 
-def _loss_permutes(factory: Factory, gate: str) -> None:
+def _loss_permutes(factory: Factory, score_function: str) -> None:
     """Experts in another order must give the same loss."""
     order = torch.randperm(EXPERTS, generator=_generator(4))
-    for given, balancer, routing, load in _losses(factory, gate):
+    for given, balancer, routing, load in _losses(factory, score_function):
         permuted = routing._replace(
             logits=routing.logits[:, order],
             scores=routing.scores[:, order],
@@ -801,19 +812,19 @@ def _loss_permutes(factory: Factory, gate: str) -> None:
             require(close(found, value, 1e-10, 1e-12), f"{found.item()}, in the first order {value.item()}")
 
 
-def _loss_dtype(factory: Factory, gate: str) -> None:
+def _loss_dtype(factory: Factory, score_function: str) -> None:
     """The loss must be float32 for logits of 16 bits and float32, float64 for float64."""
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
-        for given, balancer, routing, load in _losses(factory, gate, dtype):
+        for given, balancer, routing, load in _losses(factory, score_function, dtype):
             with case(**given):
                 value, expected = _value(balancer, routing, load), torch.promote_types(dtype, torch.float32)
                 require(value.dtype == expected, f"{value.dtype}, not {expected}")
                 require(_gradient(value, routing.logits).isfinite().all(), "a gradient that is not finite")
 
 
-def _loss_without_coefficient(factory: Factory, gate: str) -> None:
+def _loss_without_coefficient(factory: Factory, score_function: str) -> None:
     """loss() must leave the coefficient out: the library multiplies by it."""
-    for given, balancer, routing, load in _losses(factory, gate):
+    for given, balancer, routing, load in _losses(factory, score_function):
         larger = deepcopy(balancer)
         try:
             larger.coefficient = 3 * balancer.coefficient + 1
@@ -852,16 +863,16 @@ class _NoUpload(TorchFunctionMode):
         return output
 
 
-def _no_synchronisation(factory: Factory, gate: str) -> None:
+def _no_synchronisation(factory: Factory, score_function: str) -> None:
     """Statistics, loss, its backward and update must never make the host wait for the device: nothing may depend on a
     tensor's values (item, nonzero, bincount, a mask as an index) or be copied from one to the other. It is tried on
     tensors without values (device meta)."""
     for dtype, mask in ((torch.float32, None), (torch.bfloat16, torch.ones(LOSS_TOKENS, device="meta"))):
-        balancer = _new(factory, gate, torch.zeros(LAYERS, EXPERTS, device="meta"))
+        balancer = _new(factory, score_function, torch.zeros(LAYERS, EXPERTS, device="meta"))
         logits = torch.zeros(LAYERS, LOSS_TOKENS, EXPERTS, dtype=dtype, device="meta").requires_grad_()
         load = torch.ones(LAYERS, EXPERTS, dtype=torch.int64, device="meta")
         given = dict(layers=LAYERS, tokens=LOSS_TOKENS, dtype=dtype, masked=mask is not None)
-        call = _route(balancer, logits, gate, mask=mask)
+        call = _route(balancer, logits, score_function, mask=mask)
         with case(**given), _NoUpload(), _NoTransfer():
             with case(hook="statistic"):
                 found = [balancer.statistic(routing, row) for row, routing in enumerate(call)]
@@ -881,7 +892,7 @@ _INVARIANTS: dict[str, Callable[[Factory, str], None]] = {
     "specification": _specification,
     "copies": _copies,
     "strategy string": _strategy_string,
-    "offset is the state": _offset_is_the_state,
+    "bias is the state": _bias_is_the_state,
     "float64 stays": _float64,
     "resumes from its state": _resumes,
     "statistic": _statistic,

@@ -105,9 +105,9 @@ class Subject:
         model.zero_grad(set_to_none=True)
         return model
 
-    def attached(self, *balancers: Balancer, offsets: Mapping[str, Tensor] | None = None) -> tuple[nn.Module, Balance]:
+    def attached(self, *balancers: Balancer, biases: Mapping[str, Tensor] | None = None) -> tuple[nn.Module, Balance]:
         model = self.copy()
-        return model, attach(model, *balancers, where=self.where, offsets=offsets)
+        return model, attach(model, *balancers, where=self.where, biases=biases)
 
     @property
     def flipped(self) -> dict[str, Any]:
@@ -139,23 +139,23 @@ class Subject:
             router.register_forward_hook(hook, with_kwargs=True)
         return calls
 
-    def offsets(self, spread: float) -> dict[str, Float[Tensor, " experts"]]:
-        """Random offsets in units of the standard deviation of each layer's scores."""
+    def biases(self, spread: float) -> dict[str, Float[Tensor, " experts"]]:
+        """Random biases in units of the standard deviation of each layer's scores."""
         model = self.copy()
-        calls, offsets = self.record(model), {}
+        calls, biases = self.record(model), {}
         with torch.no_grad():
             _run(model, self.batch)
         for seed, (name, (_, kind)) in enumerate(self.routers(model).items()):
             deviation = kind.values(calls[name][0].logits).std().float().cpu()
             noise = torch.randn(calls[name][0].logits.shape[-1], generator=torch.Generator().manual_seed(seed))
-            offsets[name] = spread * deviation * noise
-        return offsets
+            biases[name] = spread * deviation * noise
+        return biases
 
     def favourites(self) -> dict[str, Float[Tensor, " experts"]]:
-        """Offsets by which one expert is always chosen."""
+        """Biases by which one expert is always chosen."""
         return {
-            name: torch.where(torch.arange(offset.numel()) == offset.numel() // 2, 100.0, 0.0)
-            for name, offset in self.offsets(0.0).items()
+            name: torch.where(torch.arange(bias.numel()) == bias.numel() // 2, 100.0, 0.0)
+            for name, bias in self.biases(0.0).items()
         }
 
 
@@ -257,25 +257,27 @@ def _groups(router: nn.Module) -> dict[str, Any]:
     return {}
 
 
-def _require_choice(call: RouterCall, router: nn.Module, kind: RouterKind, offset: Tensor, multiplies: bool) -> None:
-    """The chosen are the best by scores and offset, each once; ties may fall either way."""
+def _require_choice(call: RouterCall, router: nn.Module, kind: RouterKind, bias: Tensor, multiplies: bool) -> None:
+    """The chosen are the best by scores and bias, each once; ties may fall either way."""
     ids = call.expert_ids.sort(-1).values
     require((ids[:, 1:] != ids[:, :-1]).all(), "a token with the same expert twice")
     scores = kind.values(call.logits.detach())
-    offset = offset.to(scores.device)
-    choice = scores * (1 + offset) if multiplies else scores + offset
+    bias = bias.to(scores.device)
+    choice = scores * (1 + bias) if multiplies else scores + bias
     k = call.expert_ids.shape[-1]
     if multiplies or kind.selection == "logits":
         best = choice.topk(k, dim=-1).indices
     else:
-        best = route(call.logits.detach(), k, gate=kind.gate, offset=offset, **_groups(router)).expert_ids
+        best = route(
+            call.logits.detach(), k, score_function=kind.score_function, bias=bias, **_groups(router)
+        ).expert_ids
     found, expected = (choice.gather(-1, ids).sort(-1).values for ids in (call.expert_ids, best))
     rounding = 4 * torch.finfo(choice.dtype).eps * choice.abs().max()
     wrong = (found - expected).abs().amax(-1) > rounding
     token = int(wrong.long().argmax())
     require(
         not wrong.any(),
-        f"token {token} with experts {call.expert_ids[token].tolist()}, the best by score and offset are "
+        f"token {token} with experts {call.expert_ids[token].tolist()}, the best by score and bias are "
         f"{best[token].tolist()}; so for {int(wrong.sum())} of {wrong.numel()} tokens",
     )
 
@@ -290,7 +292,7 @@ def _require_plain_weights(call: RouterCall, plain: RouterCall, kind: RouterKind
     same = (ids == plain_ids).all(-1)  # in another order: a sum over the chosen rounds otherwise
     apart = ((weights[same] / plain_weights[same]).double() - 1).abs()
     require((apart <= rtol).all(), f"weights of the same choice that are {_most(apart):.3g} away")
-    factor = call.weights.double() / score(call.logits, kind.gate).gather(-1, call.expert_ids).double()
+    factor = call.weights.double() / score(call.logits, kind.score_function).gather(-1, call.expert_ids).double()
     spread = (factor / factor[:, :1] - 1).abs()
     require((spread <= rtol).all(), f"weights that are not the scores of the chosen: off by {_most(spread):.3g}")
 
@@ -308,7 +310,7 @@ def _by_expert(ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _unchanged(subject: Subject) -> None:
-    """Attached with the offsets that the model came with, without losses, outputs and every gradient must be the same
+    """Attached with the biases that the model came with, without losses, outputs and every gradient must be the same
     bit for bit."""
     expected: tuple[list[Tensor], dict[str, Tensor]] | None = None
     strategies: dict[str, list[Balancer] | None] = {
@@ -336,16 +338,16 @@ def _unchanged(subject: Subject) -> None:
 
 
 def _steers(subject: Subject) -> None:
-    """An offset must move the choice to the top-k of score + offset, for the experts that compute too, and leave
+    """A bias must move the choice to the top-k of score + bias, for the experts that compute too, and leave
     logits and weights as they are."""
-    for size, offsets in (("moderate", subject.offsets(1.0)), ("large", subject.favourites())):
+    for size, biases in (("moderate", subject.biases(1.0)), ("large", subject.favourites())):
         for training in (True, False):
-            with case(offset=size, training=training):
-                _steers_by(subject, offsets, training, Frozen())
+            with case(bias=size, training=training):
+                _steers_by(subject, biases, training, Frozen())
 
 
 def _steers_by_a_factor(subject: Subject) -> None:
-    """A factor must move the choice to the top-k of score * (1 + offset), for the experts that compute too, and leave
+    """A factor must move the choice to the top-k of score * (1 + bias), for the experts that compute too, and leave
     logits and weights as they are."""
     for found in find_routers(subject.model):
         if subject.where is not None and not subject.where(found.name, found.module):
@@ -354,18 +356,18 @@ def _steers_by_a_factor(subject: Subject) -> None:
         grouped = _groups(found.module).get("num_groups", 1) > 1
         if grouped or found.kind.selection == "logits" or (held is not None and held.any()):
             raise PassedOver  # attach refuses a factor there
-    offsets = {name: offset.clamp(-0.9, 9) for name, offset in subject.offsets(1.0).items()}
-    offsets = {name: offset / offset.abs().max() / 2 for name, offset in offsets.items()}
-    for size, given in (("moderate", offsets), ("large", subject.favourites())):
+    biases = {name: bias.clamp(-0.9, 9) for name, bias in subject.biases(1.0).items()}
+    biases = {name: bias / bias.abs().max() / 2 for name, bias in biases.items()}
+    for size, given in (("moderate", biases), ("large", subject.favourites())):
         with case(factor=size):
             _steers_by(subject, given, True, LossFree(rule="multiplicative"))
 
 
-def _steers_by(subject: Subject, offsets: Mapping[str, Tensor], training: bool, balancer: Balancer) -> None:
+def _steers_by(subject: Subject, biases: Mapping[str, Tensor], training: bool, balancer: Balancer) -> None:
     multiplies = balancer.multiplies
     plain = subject.copy().train(training)
     plain_calls = subject.record(plain)
-    model, balance = subject.attached(balancer, offsets=offsets)
+    model, balance = subject.attached(balancer, biases=biases)
     model.train(training)
     with torch.no_grad():
         expected, _ = _run(plain, subject.batch)
@@ -376,13 +378,13 @@ def _steers_by(subject: Subject, offsets: Mapping[str, Tensor], training: bool, 
         for name, (router, kind) in subject.routers(model).items():
             with case(layer=name):
                 require(calls[name], "no call of the router")
-                _require_bits([balance.offsets[name].cpu()], [offsets[name]], "Balance.offsets")
+                _require_bits([balance.biases[name].cpu()], [biases[name]], "Balance.biases")
                 call = calls[name][-1]
                 del plain_calls[name][:]
                 with _seeded():
                     routers[name][0](*call.args, **call.kwargs)
                 same_input = plain_calls[name][-1]
-                _require_choice(call, router, kind, offsets[name], multiplies)
+                _require_choice(call, router, kind, biases[name], multiplies)
                 _require_plain_weights(call, same_input, kind)
                 ids, plain_ids = (c.expert_ids.sort(-1).values for c in (call, same_input))
                 any_moved = any_moved or not torch.equal(ids, plain_ids)
@@ -494,7 +496,7 @@ def _measuring(subject: Subject) -> None:
 
 
 def _require_free_copy(subject: Subject, model: nn.Module, balance: Balance, copy: nn.Module) -> None:
-    """``copy`` is steered as ``model`` was, counted nowhere, and runs with weights and offsets of its own."""
+    """``copy`` is steered as ``model`` was, counted nowhere, and runs with weights and biases of its own."""
     keys = list(copy.state_dict())
     require(keys == list(model.state_dict()), f"state-dict keys {set(keys) ^ set(model.state_dict())} on one side only")
     with torch.no_grad():
@@ -524,8 +526,8 @@ def _require_free_copy(subject: Subject, model: nn.Module, balance: Balance, cop
 
 
 def _copies(subject: Subject) -> None:
-    """A deepcopy must route by the offsets that it was copied with and by weights of its own, and never be counted."""
-    model, balance = subject.attached(LossFree(0.1, rule="sign"), LoadBalancingLoss(), offsets=subject.offsets(1.0))
+    """A deepcopy must route by the biases that it was copied with and by weights of its own, and never be counted."""
+    model, balance = subject.attached(LossFree(0.1, rule="sign"), LoadBalancingLoss(), biases=subject.biases(1.0))
     _require_free_copy(subject, model, balance, deepcopy(model))
 
 
@@ -535,7 +537,7 @@ def _pickles(subject: Subject) -> None:
         _saved(subject.copy())
     except Exception:  # the model itself cannot be pickled
         raise PassedOver from None
-    model, balance = subject.attached(LossFree(0.1, rule="sign"), LoadBalancingLoss(), offsets=subject.offsets(1.0))
+    model, balance = subject.attached(LossFree(0.1, rule="sign"), LoadBalancingLoss(), biases=subject.biases(1.0))
     _require_free_copy(subject, model, balance, _saved(model))
 
 
@@ -561,47 +563,47 @@ def _state_dict(subject: Subject) -> None:
 
 
 def _cast(subject: Subject) -> None:
-    """A model that is cast to bfloat16 must be steered by the float32 offsets all the same."""
+    """A model that is cast to bfloat16 must be steered by the float32 biases all the same."""
     plain = subject.copy().to(torch.bfloat16)
     try:
         with torch.no_grad():
             _run(plain, subject.batch)
     except Exception:  # the model itself cannot run in bfloat16
         raise PassedOver from None
-    offsets = {name: 64 + offset for name, offset in subject.offsets(1.0).items()}  # differences that 16 bits lose
-    model, balance = subject.attached(Frozen(), offsets=offsets)
+    biases = {name: 64 + bias for name, bias in subject.biases(1.0).items()}  # differences that 16 bits lose
+    model, balance = subject.attached(Frozen(), biases=biases)
     model.to(torch.bfloat16)
     calls = subject.record(model)
     with torch.no_grad():
         _run(model, subject.batch)
     for name, (router, kind) in subject.routers(model).items():
         with case(layer=name):
-            _require_bits([balance.offsets[name].cpu()], [offsets[name]], "Balance.offsets")
-            _require_choice(calls[name][-1], router, kind, offsets[name], False)
+            _require_bits([balance.biases[name].cpu()], [biases[name]], "Balance.biases")
+            _require_choice(calls[name][-1], router, kind, biases[name], False)
 
 
 def _step_reaches(subject: Subject) -> None:
-    """After step() the routers must choose by the offset that it moved; step(applied=False) must move nothing."""
+    """After step() the routers must choose by the bias that it moved; step(applied=False) must move nothing."""
     model, balance = subject.attached(LossFree(0.1, rule="sign"))
     recorded = subject.record(model)
     with torch.no_grad():
         for applied in (True, False):
-            before = balance.offsets
+            before = balance.biases
             _run(model, subject.batch)
             balance.step(applied)
-            for name, offset in balance.offsets.items():
+            for name, bias in balance.biases.items():
                 with case(layer=name, applied=applied):
                     load, was = balance.load[name], before[name]
-                    moved = not torch.equal(offset, was)
+                    moved = not torch.equal(bias, was)
                     even = load.min() == load.max()
-                    require(moved == (applied and not even), f"an offset of {offset.tolist()} after {was.tolist()}")
+                    require(moved == (applied and not even), f"a bias of {bias.tolist()} after {was.tolist()}")
             _drain(recorded)
             with balance.paused():
                 _run(model, subject.batch)
             calls = _drain(recorded)
             for name, (router, kind) in subject.routers(model).items():
                 with case(layer=name, applied=applied):
-                    _require_choice(calls[name][-1], router, kind, balance.offsets[name], False)
+                    _require_choice(calls[name][-1], router, kind, balance.biases[name], False)
 
 
 def _attached_once(subject: Subject) -> None:
@@ -623,13 +625,13 @@ def _attached_once(subject: Subject) -> None:
 
 
 def _detach(subject: Subject) -> None:
-    """detach() must bring back classes, buffers, hooks, keys and outputs; a family's slot keeps the offsets."""
+    """detach() must bring back classes, buffers, hooks, keys and outputs; a family's slot keeps the biases."""
     plain = subject.copy()
-    model, balance = subject.attached(LossFree(0.1, rule="sign"), LoadBalancingLoss(), offsets=subject.offsets(1.0))
+    model, balance = subject.attached(LossFree(0.1, rule="sign"), LoadBalancingLoss(), biases=subject.biases(1.0))
     _, loss = _run(model, subject.batch)
     (loss + balance.loss()).backward()
     balance.step()
-    offsets = balance.detach()
+    biases = balance.detach()
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
     for (name, found), expected in zip(model.named_modules(), plain.modules(), strict=True):
         with case(module=name or "the model"):
@@ -641,8 +643,8 @@ def _detach(subject: Subject) -> None:
                 require(len(getattr(found, kind)) == len(getattr(expected, kind)), f"{kind[1:]} that were left")
     require(list(model.state_dict()) == list(plain.state_dict()), "other state-dict keys")
     for router in find_routers(plain):
-        if router.slot is not None and router.name in offsets:
-            router.slot.replace(offsets[router.name])
+        if router.slot is not None and router.name in biases:
+            router.slot.replace(biases[router.name])
     with torch.no_grad():
         _require_bits(_tensors(_run(model, subject.batch)[0]), _tensors(_run(plain, subject.batch)[0]), "output")
 
@@ -667,7 +669,9 @@ def _require_loss_gradient(subject: Subject, *batches: dict[str, Any]) -> None:
         for batch, kept, own, factor in zip(batches, seen, loads, factors, strict=True):
             for name, (_, kind) in subject.routers(plain).items():
                 load = own[name] if scope == "micro_batch" else torch.stack([load[name] for load in loads]).sum(0)
-                losses.append(factor * coefficient * _formula(kept[name], kind.gate, load, batch.get("attention_mask")))
+                losses.append(
+                    factor * coefficient * _formula(kept[name], kind.score_function, load, batch.get("attention_mask"))
+                )
         torch.stack(losses).sum().backward()
         model, balance = subject.attached(LoadBalancingLoss(coefficient, scope=scope))
         total: Tensor | float = 0.0
@@ -682,14 +686,14 @@ def _require_loss_gradient(subject: Subject, *batches: dict[str, Any]) -> None:
 
 
 def _formula(
-    calls: Sequence[RouterCall], gate: str, load: Int[Tensor, " experts"], mask: Tensor | None
+    calls: Sequence[RouterCall], score_function: str, load: Int[Tensor, " experts"], mask: Tensor | None
 ) -> Float[Tensor, ""]:
     """E * sum_e f_e P_e in float64."""
     require(all(call.logits.requires_grad for call in calls), "logits without a gradient")
     z = torch.cat([call.logits for call in calls]).double()
-    if gate == "softmax":
+    if score_function == "softmax":
         s = (z - z.logsumexp(-1, keepdim=True)).exp()
-    elif gate == "sigmoid":
+    elif score_function == "sigmoid":
         s = 1 / (1 + (-z).exp())
     else:
         s = (1 + z.exp()).log().sqrt()
@@ -725,8 +729,8 @@ def _padding(subject: Subject) -> None:
 
 
 _INVARIANTS: dict[str, Callable[[Subject], None]] = {
-    "unchanged at offset zero": _unchanged,
-    "offset moves the choice only": _steers,
+    "unchanged at bias zero": _unchanged,
+    "bias moves the choice only": _steers,
     "factor moves the choice only": _steers_by_a_factor,
     "counts each token once": _counts,
     "recomputation is not counted": _recomputation,
@@ -737,7 +741,7 @@ _INVARIANTS: dict[str, Callable[[Subject], None]] = {
     "copies": _copies,
     "pickle": _pickles,
     "state dict": _state_dict,
-    "cast keeps float32 offsets": _cast,
+    "cast keeps float32 biases": _cast,
     "attached once": _attached_once,
     "detach restores": _detach,
 }

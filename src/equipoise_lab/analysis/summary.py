@@ -144,7 +144,7 @@ EQUAL = (
     "learning_rate",
     "data",
     "shuffled",
-    "gate",
+    "score_function",
     "order",
     "dtype",
     "wrapper",

@@ -6,7 +6,7 @@ from typing import Any
 
 from equipoise.attachment import attach
 from equipoise.errors import EquipoiseError, UsageError
-from equipoise.saved import OFFSETS_FILE, frozen_strategy, model_folder, read_offsets
+from equipoise.saved import BIASES_FILE, frozen_strategy, model_folder, read_biases
 from equipoise_lab.audit.config import Audit
 from equipoise_lab.audit.run import CutShort, Progress, audit_model
 from equipoise_lab.experts.result import RESULT, Audited, summarise
@@ -58,9 +58,9 @@ def _audit(asked: Audit, progress: Progress, command: str, there: dict[str, Any]
             f"rows of {length} tokens are longer than the {longest} that the model was made for: its choices at the "
             f"positions beyond say little. Take --sequence-length {longest}"
         )
-    if (folder / OFFSETS_FILE).exists():
-        attach(opened.model, frozen_strategy(read_offsets(folder)[1]), offsets=folder)
-        notes.append(f"routed with the offsets of {OFFSETS_FILE}, as it was trained")
+    if (folder / BIASES_FILE).exists():
+        attach(opened.model, frozen_strategy(read_biases(folder)[1]), biases=folder)
+        notes.append(f"routed with the biases of {BIASES_FILE}, as it was trained")
     tokenizer = load_tokenizer(folder)
 
     def write(audited: Audited) -> dict[str, Any]:

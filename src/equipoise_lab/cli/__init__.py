@@ -277,9 +277,11 @@ def _show_recipes(asked: Recipes) -> None:
     elif console.is_terminal:
         _show_list(chosen, console)
     else:  # a line each, for grep
-        names, gates = (max(len(getattr(one, field)) for one in chosen) for field in ("name", "gate"))
+        names, score_functions = (
+            max(len(getattr(one, field)) for one in chosen) for field in ("name", "score_function")
+        )
         for one in chosen:
-            print(f"{one.name:{names}}  {one.gate:{gates}}  {one.strategy}")
+            print(f"{one.name:{names}}  {one.score_function:{score_functions}}  {one.strategy}")
 
 
 def _audit(asked: Audit, command: str) -> None:
@@ -364,7 +366,7 @@ def _show_families(asked: Families) -> None:
                 layer.name,
                 str(layer.num_experts),
                 str(layer.k),
-                layer.gate,
+                layer.score_function,
                 layer.selection,
                 layer.slot or "-",
                 "-" if layer.load is None else " ".join(map(str, layer.load)),
@@ -372,7 +374,9 @@ def _show_families(asked: Families) -> None:
             )
             for layer in found.layers
         ]
-        print_rows(("layer", "experts", "k", "gate", "offset on", "slot", "counts", "MaxVio"), shown, stderr=False)
+        print_rows(
+            ("layer", "experts", "k", "score_function", "bias on", "slot", "counts", "MaxVio"), shown, stderr=False
+        )
         for note in found.notes:
             _say(f"note: {note}")
         return
@@ -389,7 +393,7 @@ def _show_families(asked: Families) -> None:
         (
             row.model_type,
             row.router or "-",
-            row.gate or "-",
+            row.score_function or "-",
             row.selection or "-",
             f"{row.slot} ({row.slot_held_by})" if row.slot else "-",
             yes(row.group_limits),
@@ -400,10 +404,20 @@ def _show_families(asked: Families) -> None:
         )
         for row in rows
     ]
-    titles = ("model_type", "router", "gate", "offset on", "slot (held by)", "groups", "hash", "supported", "tested")
+    titles = (
+        "model_type",
+        "router",
+        "score_function",
+        "bias on",
+        "slot (held by)",
+        "groups",
+        "hash",
+        "supported",
+        "tested",
+    )
     print_rows((*titles, "why not"), listed, stderr=False)
     _say(
-        "groups: some of its models choose groups of experts first; where these act before an offset, attach refuses. "
+        "groups: some of its models choose groups of experts first; where these act before a bias, attach refuses. "
         "hash: has layers that choose by the token's id, which nothing balances. tested: our tests attached it."
     )
 
@@ -452,7 +466,7 @@ def _show_list(recipes: list[Recipe], console: "Console") -> None:
     from rich.text import Text
 
     for one in recipes:
-        console.print(Text.assemble((one.name, "bold"), "  ", (one.gate, "dim")))
+        console.print(Text.assemble((one.name, "bold"), "  ", (one.score_function, "dim")))
         strategy = Text("\n+ ".join(split_strategy(one.strategy)), style="cyan")
         console.print(Padding(one.summary, (0, 0, 0, 4)), Padding(strategy, (0, 0, 0, 4)), sep="")
     console.print("One with its sources: equipoise recipes NAME. In Python: attach(model, NAME).", style="dim")

@@ -32,14 +32,14 @@ LOOKED_AT = 8192  # tokens of each domain by which these token ids are chosen
 
 @dataclass(frozen=True)
 class LayerCounts:
-    """The sums of one router. Scores are the gate's, before any offset, divided by a token's sum.
+    """The sums of one router. Scores are the gate's, before any bias, divided by a token's sum.
 
     ``score_sum`` is the sum over tokens of
 
-        sum_{e chosen} s_e / sum_j s_j,     s the gate's scores without any offset, before the chosen are renormalised
+        sum_{e chosen} s_e / sum_j s_j,     s the router's scores without any bias, before the chosen are renormalised
 
     Of one token that is k/E where all scores are equal and 1 where all the score is on the chosen: divide by the tokens
-    for the mean. With an offset it may be below k/E. Source: Qiu et al. 2025, arXiv:2501.11873, Fig. 4a.
+    for the mean. With a bias it may be below k/E. Source: Qiu et al. 2025, arXiv:2501.11873, Fig. 4a.
     """
 
     name: str
@@ -146,7 +146,7 @@ def watching(model: nn.Module, domains: Sequence[str], vocabulary: Sequence[int]
                     f"a router must be called once a forward, with all of its tokens: {layer.name} was called "
                     + ("twice." if again else f"with {len(expert_ids)} of {len(forward.counted)}.")
                 )
-            forward.layers[layer.name] = _sums(logits.detach(), expert_ids, router.kind.gate, forward.counted)
+            forward.layers[layer.name] = _sums(logits.detach(), expert_ids, router.kind.score_function, forward.counted)
 
         return hook
 
@@ -176,9 +176,9 @@ def watching(model: nn.Module, domains: Sequence[str], vocabulary: Sequence[int]
 
 
 def _sums(
-    logits: Float[Tensor, "tokens experts"], expert_ids: Int[Tensor, "tokens k"], gate: str, counted: Tensor
+    logits: Float[Tensor, "tokens experts"], expert_ids: Int[Tensor, "tokens k"], score_function: str, counted: Tensor
 ) -> _Chosen:
-    scores = score(logits, gate)
+    scores = score(logits, score_function)
     tiny = torch.finfo(scores.dtype).tiny
     p = scores / scores.sum(-1, keepdim=True).clamp_min(tiny)
     of_chosen, entropy = p.gather(-1, expert_ids).sum(-1), -(p * p.clamp_min(tiny).log()).sum(-1)

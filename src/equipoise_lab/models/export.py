@@ -19,7 +19,7 @@ from torch import Tensor
 from equipoise.errors import EquipoiseError, UsageError
 from equipoise.routers.find import FoundRouter, find_routers, plain_name
 from equipoise.routing import route, score
-from equipoise.saved import OFFSETS_FILE, frozen_strategy, model_folder, models_in, read_offsets
+from equipoise.saved import BIASES_FILE, frozen_strategy, model_folder, models_in, read_biases
 
 __all__ = ["ExportCheck", "LayerCheck", "check_export"]
 
@@ -86,8 +86,8 @@ def check_export(folder: str | Path) -> ExportCheck:
     """Reads the biases of a Transformers checkpoint (config.json and safetensors), or of the one that a run of the lab
     left, and says whether they survived.
 
-    Families with a slot must hold it in float32; of the others the offsets beside the weights are read
-    (``equipoise_offsets.safetensors``). Raises ``UsageError`` for a folder that is no such checkpoint and
+    Families with a slot must hold it in float32; of the others the biases beside the weights are read
+    (``equipoise_biases.safetensors``). Raises ``UsageError`` for a folder that is no such checkpoint and
     ``EquipoiseError`` for a model without a router that is known.
     """
     folder = model_folder(Path(folder))
@@ -97,12 +97,12 @@ def check_export(folder: str | Path) -> ExportCheck:
     names = {module: plain_name(name) for name, module in model.named_modules()}
     layers = []
     for router in routers:
-        unnamed = held.offsets is not None and (router.slot is None or held.multiplies)  # else the slot is what counts
+        unnamed = held.biases is not None and (router.slot is None or held.multiplies)  # else the slot is what counts
         if router.slot is not None and not held.promised and not unnamed:
             key = f"{names[router.slot.holder]}.{router.slot.name}".lstrip(".")
             layers.append(_check(router, held.get(key), held.weight_of(router)))
         elif held.promised or unnamed:
-            layer = _check(router, (held.offsets or {}).get(router.name), held.weight_of(router), held.multiplies)
+            layer = _check(router, (held.biases or {}).get(router.name), held.weight_of(router), held.multiplies)
             named = held.promised or layer.verdict != "kept"
             layers.append(layer if named else replace(layer, verdict="not named"))
     return ExportCheck(str(folder), str(model.config.model_type), tuple(layers), tuple(_notes(layers, routers, held)))
@@ -139,7 +139,7 @@ class _Checkpoint:
                 f"CHECKPOINT must be a folder with a config.json: {folder} is not."
                 + (models_in(folder) or " Give a saved model.")
             )
-        files = [file for file in sorted(folder.glob("*.safetensors")) if file.name != OFFSETS_FILE]
+        files = [file for file in sorted(folder.glob("*.safetensors")) if file.name != BIASES_FILE]
         if not files:
             raise UsageError(
                 f"CHECKPOINT must hold safetensors: {folder} holds none. Save the model with save_pretrained, which "
@@ -150,10 +150,10 @@ class _Checkpoint:
             with self._opened(file) as opened:
                 self._file.update(dict.fromkeys(opened.keys(), file))
         self._check_index(folder)
-        self.offsets: Mapping[str, Tensor] | None = None
+        self.biases: Mapping[str, Tensor] | None = None
         self.multiplies = False
-        if (folder / OFFSETS_FILE).exists():
-            self.offsets, self.multiplies = read_offsets(folder)
+        if (folder / BIASES_FILE).exists():
+            self.biases, self.multiplies = read_biases(folder)
         self.promised = "equipoise" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
 
     def _opened(self, file: Path) -> Any:
@@ -228,17 +228,19 @@ def _rerouted(
         return None
     hidden = torch.randn(TOKENS, weight.shape[1], generator=torch.Generator().manual_seed(0))
     logits = hidden @ weight.float().T
-    first, second = (_choice(router, logits, offset, multiplies).sort(-1).values for offset in (bias, other))
+    first, second = (_choice(router, logits, bias, multiplies).sort(-1).values for bias in (bias, other))
     return float((first != second).any(-1).double().mean())
 
 
-def _choice(router: FoundRouter, logits: Tensor, offset: Tensor, multiplies: bool) -> Tensor:
+def _choice(router: FoundRouter, logits: Tensor, bias: Tensor, multiplies: bool) -> Tensor:
     if multiplies:
-        return (score(logits, router.kind.gate) * (1 + offset)).topk(router.k).indices
+        return (score(logits, router.kind.score_function) * (1 + bias)).topk(router.k).indices
     if router.kind.selection == "logits":
-        return (logits + offset).topk(router.k).indices
+        return (logits + bias).topk(router.k).indices
     groups, top = (getattr(router.module, name, None) or 1 for name in ("num_group", "topk_group"))
-    return route(logits, router.k, gate=router.kind.gate, offset=offset, num_groups=groups, top_groups=top).expert_ids
+    return route(
+        logits, router.k, score_function=router.kind.score_function, bias=bias, num_groups=groups, top_groups=top
+    ).expert_ids
 
 
 def _notes(layers: list[LayerCheck], routers: list[FoundRouter], held: _Checkpoint) -> Iterator[str]:
@@ -246,18 +248,18 @@ def _notes(layers: list[LayerCheck], routers: list[FoundRouter], held: _Checkpoi
     count["in bfloat16"] = sum(layer.fits_bfloat16 for layer in layers)
     if not layers:
         yield (
-            f"This family has no slot for a bias, and no {OFFSETS_FILE} lies beside the weights: nothing steers its "
+            f"This family has no slot for a bias, and no {BIASES_FILE} lies beside the weights: nothing steers its "
             "choice."
         )
-    if held.promised and held.offsets is None:
+    if held.promised and held.biases is None:
         yield (
-            f"config.json names saved offsets, and {OFFSETS_FILE} is not there: copy it, or the model routes otherwise "
+            f"config.json names saved biases, and {BIASES_FILE} is not there: copy it, or the model routes otherwise "
             "than it was trained."
         )
-    elif held.offsets is not None and not held.promised and any(layer.verdict == "not named" for layer in layers):
+    elif held.biases is not None and not held.promised and any(layer.verdict == "not named" for layer in layers):
         yield (
-            f"{OFFSETS_FILE} lies beside the weights, and config.json does not name it: attach does not begin with it. "
-            "Call balance.save_offsets(folder) after model.save_pretrained(folder), or give offsets=CHECKPOINT."
+            f"{BIASES_FILE} lies beside the weights, and config.json does not name it: attach does not begin with it. "
+            "Call balance.save_biases(folder) after model.save_pretrained(folder), or give biases=CHECKPOINT."
         )
     elif count["lost"]:
         yield f"{count['lost']} of {len(layers)} layers have no bias here: it was left out when the model was saved."
@@ -281,8 +283,8 @@ def _notes(layers: list[LayerCheck], routers: list[FoundRouter], held: _Checkpoi
             f"An engine that loads it in bfloat16 sends {max(shares):.1%} of random tokens elsewhere in the worst layer"
             f"{better if max(centred) < max(shares) else ''}. Load it in float32."
         )
-    if layers and held.offsets is not None:
+    if layers and held.biases is not None:
         yield (
-            f"{OFFSETS_FILE} lies beside the weights: plain Transformers and engines route without these offsets; "
-            f'equipoise.attach(model, "{frozen_strategy(held.multiplies)}", offsets=CHECKPOINT) routes with them.'
+            f"{BIASES_FILE} lies beside the weights: plain Transformers and engines route without these biases; "
+            f'equipoise.attach(model, "{frozen_strategy(held.multiplies)}", biases=CHECKPOINT) routes with them.'
         )

@@ -49,8 +49,8 @@ class Family:
 
     model_type: str
     router: str | None
-    gate: str | None
-    selection: str | None  # what the offset is added to: scores or logits
+    score_function: str | None
+    selection: str | None  # what the bias is added to: scores or logits
     gives: str | None
     slot: str | None
     slot_held_by: str | None  # "router", "part" (a module inside it) or "block" (the module around it)
@@ -147,7 +147,7 @@ def _family(module: Any, cls: type[nn.Module], model_type: str, hashed: bool, te
     return Family(
         model_type,
         cls.__name__,
-        kind.gate,
+        kind.score_function,
         kind.selection,
         kind.gives,
         kind.slot,

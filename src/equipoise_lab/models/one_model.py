@@ -15,7 +15,7 @@ from equipoise.attachment import attach
 from equipoise.errors import EquipoiseError, UsageError
 from equipoise.metrics import max_violation
 from equipoise.routers.find import FoundRouter, find_routers, hash_routers, unknown_routers
-from equipoise.saved import OFFSETS_FILE, model_folder, models_in, names_offsets
+from equipoise.saved import BIASES_FILE, model_folder, models_in, names_biases
 
 __all__ = ["Examined", "ExaminedLayer", "Opened", "examine", "open_model"]
 
@@ -33,7 +33,7 @@ class ExaminedLayer:
     name: str
     num_experts: int
     k: int
-    gate: str
+    score_function: str
     selection: str
     slot: str | None
     load: list[int] | None
@@ -70,14 +70,14 @@ def examine(path: Path) -> Examined:
     that are quantised, no router, or none that is known.
     """
     opened = open_model(path, most_parameters=LARGE)
-    beside = opened.folder / OFFSETS_FILE
-    if names_offsets(opened.model) and not beside.is_file():
+    beside = opened.folder / BIASES_FILE
+    if names_biases(opened.model) and not beside.is_file():
         opened.notes.append(
-            f"config.json names {OFFSETS_FILE}, which is not beside it: attach refuses a strategy with offsets until "
-            "it is copied back, or offsets=... is given"
+            f"config.json names {BIASES_FILE}, which is not beside it: attach refuses a strategy with biases until "
+            "it is copied back, or biases=... is given"
         )
     elif beside.is_file() and opened.weights == "loaded":
-        opened.notes.append(f"the batch was routed without the offsets of {OFFSETS_FILE}")
+        opened.notes.append(f"the batch was routed without the biases of {BIASES_FILE}")
     return _attached(opened.model, opened.config, opened.num_parameters, opened.weights, opened.notes)
 
 
@@ -274,7 +274,7 @@ def _attached(model: nn.Module, config: Any, num_parameters: int, weights: str, 
             router.name,
             router.num_experts,
             router.k,
-            router.kind.gate,
+            router.kind.score_function,
             router.kind.selection,
             router.kind.slot,
             load[router.name].tolist() if load else None,

@@ -129,10 +129,10 @@ def _of_runs(records: Records) -> dict[str, Any]:
         "loss": figures.curve(steps, "loss", title="Training loss, nats a token"),
         "maxvio": figures.curve(steps, "maxvio_batch", title="MaxVio of each training step (log scale)", log=True),
     }
-    if "offset_max" in steps.column_names:
-        curves["offset"] = figures.curve(steps, "offset_max", title="Largest offset")
-        if not curves["offset"].data:
-            del curves["offset"]
+    if "bias_max" in steps.column_names:
+        curves["bias"] = figures.curve(steps, "bias_max", title="Largest bias")
+        if not curves["bias"].data:
+            del curves["bias"]
     unfinished = {reading.name for reading in readings if reading.result is None}
     for figure in curves.values():
         for trace in figure.data:

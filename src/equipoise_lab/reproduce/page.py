@@ -234,8 +234,8 @@ def _frontiers(results: Results) -> list[str]:
     ]
     for frontier in FRONTIERS.values():
         cells = ", ".join(_cells(frontier, results)) or "no run yet"
-        gate = " (softmax gate)" if frontier.arm.get("gate") == "softmax" else ""
-        lines.append(f"| {frontier.name} | `{frontier.arm['strategy']}`{gate} | {cells} |")
+        score_function = " (softmax scores)" if frontier.arm.get("score_function") == "softmax" else ""
+        lines.append(f"| {frontier.name} | `{frontier.arm['strategy']}`{score_function} | {cells} |")
     return [*lines, ""]
 
 

@@ -108,7 +108,7 @@ class ShuffleControl(Balancer):
 
     def prepare(self, layers: Layers) -> None:
         self._rows = _Rows()
-        self._choices: list[list[Tensor]] = [[] for _ in layers.offset]  # of the unmasked tokens, by layer and call
+        self._choices: list[list[Tensor]] = [[] for _ in layers.bias]  # of the unmasked tokens, by layer and call
 
     def statistic(self, routing: Routing, row: int) -> None:
         if routing.expert_ids.shape[0]:
@@ -166,7 +166,7 @@ class PhiBalancing(Balancer):
 
     def prepare(self, layers: Layers) -> None:
         self._rows = _Rows()
-        self._excess = torch.zeros_like(layers.offset, dtype=torch.float64)  # m - 1/E
+        self._excess = torch.zeros_like(layers.bias, dtype=torch.float64)  # m - 1/E
 
     def state(self) -> dict[str, Float[Tensor, "layers experts"]]:
         return {"excess": self._excess}
@@ -248,10 +248,10 @@ def parse_lab_strategy(text: str) -> list[Balancer]:
     return parse_strategy(text, more=COMPARED)
 
 
-def attach_strategy(model: nn.Module, strategy: str, offsets: Mapping[str, Tensor] | Path | None = None) -> Balance:
+def attach_strategy(model: nn.Module, strategy: str, biases: Mapping[str, Tensor] | Path | None = None) -> Balance:
     """``attach`` for a strategy of the lab."""
     balancers: Sequence[Any] = [strategy] if strategy in RECIPES else parse_lab_strategy(strategy)
-    return attach(model, *balancers, offsets=offsets)
+    return attach(model, *balancers, biases=biases)
 
 
 def check_strategy(config: Train, num_ranks: int) -> None:

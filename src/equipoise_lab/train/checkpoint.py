@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from equipoise.balance import Balance
 from equipoise.errors import EquipoiseError
-from equipoise.saved import frozen_strategy, read_offsets
+from equipoise.saved import frozen_strategy, read_biases
 from equipoise_lab.records import write_json
 from equipoise_lab.train.data import end_of_text
 from equipoise_lab.train.ranks import ALONE, Ranks
@@ -175,10 +175,10 @@ def _refuse(folder: Path, num: int) -> None:
 def save_model(
     folder: Path, model: nn.Module, balance: Balance, tokenizer_file: Path, ranks: Ranks = ALONE
 ) -> str | None:
-    """Saves the trained model for plain Transformers; returns what a user must know about its offsets, if anything.
+    """Saves the trained model for plain Transformers; returns what a user must know about its biases, if anything.
 
-    A family with a bias slot carries its offsets in the slot. Of the others the offsets lie beside the weights and
-    ``config.json`` names them: plain Transformers routes without; ``equipoise.attach(model, "frozen", offsets=folder)``
+    A family with a bias slot carries its biases in the slot. Of the others the biases lie beside the weights and
+    ``config.json`` names them: plain Transformers routes without; ``equipoise.attach(model, "frozen", biases=folder)``
     routes with them.
     """
     weights = state_to_save(model)
@@ -218,11 +218,11 @@ def _write_model(
     model.save_pretrained(aside, state_dict=weights)
     end = end_of_text(tokenizer_file)
     PreTrainedTokenizerFast(tokenizer_file=str(tokenizer_file), eos_token=end).save_pretrained(aside)
-    if balance.save_offsets(aside) is None:
+    if balance.save_biases(aside) is None:
         return None
-    multiplies = read_offsets(aside)[1]
-    what, strategy = "factors on its scores" if multiplies else "offsets", frozen_strategy(multiplies)
+    multiplies = read_biases(aside)[1]
+    what, strategy = "factors on its scores" if multiplies else "biases", frozen_strategy(multiplies)
     return (
         f"{model.config.model_type} has no slot for {what}: plain Transformers routes {folder} without them; "
-        f'equipoise.attach(model, "{strategy}", offsets="{folder}") routes with them.'
+        f'equipoise.attach(model, "{strategy}", biases="{folder}") routes with them.'
     )

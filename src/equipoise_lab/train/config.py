@@ -12,7 +12,7 @@ __all__ = ["ARCHITECTURES", "TOP_K", "Compare", "Train"]
 
 TOP_K = "top-k"  # the selection that models have by themselves
 ARCHITECTURES = ("glm4_moe", "qwen3_moe", "olmoe", "mixtral", "deepseek_v3")
-GATES = dict.fromkeys(ARCHITECTURES, "softmax") | {"glm4_moe": "sigmoid", "deepseek_v3": "sigmoid"}
+SCORE_FUNCTIONS = dict.fromkeys(ARCHITECTURES, "softmax") | {"glm4_moe": "sigmoid", "deepseek_v3": "sigmoid"}
 Architecture = Literal["glm4_moe", "qwen3_moe", "olmoe", "mixtral", "deepseek_v3"]
 
 
@@ -25,14 +25,14 @@ class _Run:
 
     arch: Architecture = "glm4_moe"
     """Transformers architecture, built small from a config.
-    glm4_moe, deepseek_v3: sigmoid gate, shared expert, bias slot.
-    qwen3_moe, olmoe, mixtral: softmax gate."""
+    glm4_moe, deepseek_v3: sigmoid scores, shared expert, bias slot.
+    qwen3_moe, olmoe, mixtral: softmax scores."""
 
     qk_norm: bool = False
     """Norms on the queries and keys of glm4_moe's attention: a lower loss, and seeds differ less.
     qwen3_moe and olmoe always have them; mixtral and deepseek_v3 never."""
 
-    gate: Literal["auto", "softmax", "sigmoid"] = "auto"
+    score_function: Literal["auto", "softmax", "sigmoid"] = "auto"
     """Gate of the routers of glm4_moe, whose own is sigmoid: softmax starts from the same weights.
     auto: that of the architecture. No saved model routes by softmax: it needs --no-save-model."""
 
@@ -94,7 +94,7 @@ class _Run:
     hash: a fixed random function of the token; needs --no-save-model."""
 
     then: str | None = None
-    """Another strategy, which takes over after step --switch-at. Offsets go on where both hold some;
+    """Another strategy, which takes over after step --switch-at. Biases go on where both hold some;
     where only the first does they end (frozen+... keeps them as they are)."""
 
     switch_at: int | None = None
@@ -200,23 +200,23 @@ class _Run:
         return f"{self.arch}, which {'always has these norms' if always else 'has no such norms'}."
 
     def _check_gate(self) -> None:
-        if self.gate == "auto":
+        if self.score_function == "auto":
             return
-        if self.model is not None or (self.arch != "glm4_moe" and self.gate != GATES[self.arch]):
+        if self.model is not None or (self.arch != "glm4_moe" and self.score_function != SCORE_FUNCTIONS[self.arch]):
             raise UsageError(
-                f"--gate {self.gate} must go with --arch glm4_moe: got "
-                f"{self.arch if self.model is None else '--model'}, whose gate is its own. Leave one of them out."
+                f"--score-function {self.score_function} must go with --arch glm4_moe: got "
+                f"{self.arch if self.model is None else '--model'}, whose score function is its own. Leave one of them out."
             )
-        if self.gate == GATES[self.arch]:
+        if self.score_function == SCORE_FUNCTIONS[self.arch]:
             return
         if self.save_model:
             raise UsageError(
-                f"--gate {self.gate} must go with --no-save-model: plain Transformers would route the saved model by "
-                f"the {GATES[self.arch]} gate of {self.arch}."
+                f"--score-function {self.score_function} must go with --no-save-model: plain Transformers would route the saved model by "
+                f"the {SCORE_FUNCTIONS[self.arch]} scores of {self.arch}."
             )
         if self.experts_per_token == 1:
             raise UsageError(
-                f"--gate {self.gate} must have at least two experts a token: got --experts-per-token 1, whose weight "
+                f"--score-function {self.score_function} must have at least two experts a token: got --experts-per-token 1, whose weight "
                 "is the constant 1, so that the router would learn nothing."
             )
 
@@ -251,8 +251,8 @@ class Train(_Run):
             parts.append(f"after step {self.switch_at} {self.then}")
         if self.selection != TOP_K:
             parts.append(f"selection {self.selection}")
-        if self.gate not in ("auto", GATES[self.arch]):
-            parts.append(f"gate {self.gate}")
+        if self.score_function not in ("auto", SCORE_FUNCTIONS[self.arch]):
+            parts.append(f"score function {self.score_function}")
         if self.balance_batch != 1:
             parts.append(f"balance batch {self.balance_batch}")
         return ", ".join(parts)

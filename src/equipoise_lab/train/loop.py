@@ -20,7 +20,7 @@ from equipoise import __version__
 from equipoise.balance import Balance
 from equipoise.errors import EquipoiseError, UsageError
 from equipoise.routers.find import find_routers
-from equipoise.saved import OFFSETS_FILE
+from equipoise.saved import BIASES_FILE
 from equipoise_lab.experts.result import Audited
 from equipoise_lab.records import is_new
 from equipoise_lab.train import checkpoint
@@ -36,7 +36,7 @@ from equipoise_lab.train.ranks import ALONE, Ranks, meet
 from equipoise_lab.train.run_folder import Nobody, RunFolder, Watcher, asked, complete_result
 from equipoise_lab.train.selection import check_selection, install_selection
 from equipoise_lab.train.stop import told
-from equipoise_lab.train.switch import check_switch, holds_offsets, switch
+from equipoise_lab.train.switch import check_switch, holds_biases, switch
 from equipoise_lab.train.wrappers import check_wrapper, copy_to_ranks, digest, find_wrapper, full, shard, synchronising
 
 __all__ = ["same_options", "train"]
@@ -186,7 +186,7 @@ class _Training:
         )
 
     def _attach(self) -> Balance:
-        return attach_strategy(self.inner, self.strategy, offsets=self._saved_offsets())
+        return attach_strategy(self.inner, self.strategy, biases=self._saved_biases())
 
     def _try_then(self) -> list[str]:
         """Finds out before the first step whether the strategy that takes over can be attached; its notes."""
@@ -216,13 +216,13 @@ class _Training:
             )
         return sizes.pop()
 
-    def _saved_offsets(self) -> Path | None:
-        """The offsets that lie beside the weights of --model, where its family has no slot for them."""
-        if self.config.model is None or not (self.config.model / OFFSETS_FILE).exists():
+    def _saved_biases(self) -> Path | None:
+        """The biases that lie beside the weights of --model, where its family has no slot for them."""
+        if self.config.model is None or not (self.config.model / BIASES_FILE).exists():
             return None
-        if holds_offsets(self.strategy):
+        if holds_biases(self.strategy):
             return self.config.model
-        self.watcher.say(f"{self.strategy} holds no offsets: those beside {self.config.model} are left out")
+        self.watcher.say(f"{self.strategy} holds no biases: those beside {self.config.model} are left out")
         return None
 
     def _facts(self, command: str) -> dict[str, Any]:
@@ -235,10 +235,10 @@ class _Training:
             "options": asked(config),
             "num_parameters": sum(p.numel() for p in self.inner.parameters()),
             "num_active_parameters": num_active_parameters(self.inner, self.k, self.num_experts),
-            "gate": find_routers(self.inner)[0][2].gate,
+            "score_function": find_routers(self.inner)[0][2].score_function,
             "num_experts": self.num_experts,
             "experts_per_token": self.k,
-            "layers": list(self.balance.offsets),
+            "layers": list(self.balance.biases),
             "domains": list(self.corpus.domains),
             "data": config.data,
             "corpus_fingerprint": self.corpus.fingerprint,

@@ -8,8 +8,8 @@ from torch import nn
 from equipoise.errors import EquipoiseError
 from equipoise.nn import Router
 from equipoise.routers.find import find_routers
-from equipoise.saved import OFFSETS_FILE
-from equipoise_lab.train.config import GATES, Train
+from equipoise.saved import BIASES_FILE
+from equipoise_lab.train.config import SCORE_FUNCTIONS, Train
 
 __all__ = ["build_model", "num_active_parameters"]
 
@@ -80,11 +80,11 @@ def _fresh_or_saved(config: Train, vocab_size: int) -> Any:
     if config.model is None:
         small = AutoConfig.for_model(config.arch, **_small_config(config, vocab_size))
         model = AutoModelForCausalLM.from_config(small, attn_implementation=attention_for(config.sequence_length))
-        if config.gate not in ("auto", GATES[config.arch]):
-            _change_gate(model, config.gate)
+        if config.score_function not in ("auto", SCORE_FUNCTIONS[config.arch]):
+            _change_gate(model, config.score_function)
         return model
     files = [*config.model.glob("*.safetensors"), *config.model.glob("pytorch_model*.bin")]
-    has_weights = any(file.name != OFFSETS_FILE for file in files)
+    has_weights = any(file.name != BIASES_FILE for file in files)
     auto, missing = AutoModelForCausalLM, set()
     try:  # the weights that AdamW moves are float32, whatever they were saved in
         if has_weights:
@@ -112,14 +112,14 @@ def _fresh_or_saved(config: Train, vocab_size: int) -> Any:
     return model
 
 
-def _change_gate(model: nn.Module, gate: str) -> None:
-    """Gives every layer a router of ``gate``, with the weight that its own had. No random number is used up, so runs of
-    a seed differ by the gate only; under bfloat16 autocast also by the logits, which this router takes in float32."""
+def _change_gate(model: nn.Module, score_function: str) -> None:
+    """Gives every layer a router of ``score_function``, with the weight that its own had. No random number is used up, so runs of
+    a seed differ by the score function only; under bfloat16 autocast also by the logits, which this router takes in float32."""
     for name, old, _, *_ in find_routers(model):
         assert isinstance(old.weight, nn.Parameter)
         num_experts, dim = old.weight.shape
         with torch.random.fork_rng(devices=[]):
-            router = Router(dim, num_experts, old.top_k, gate=gate, renormalise=True)  # type: ignore[arg-type]
+            router = Router(dim, num_experts, old.top_k, score_function=score_function, renormalise=True)  # type: ignore[arg-type]
         router.weight = old.weight
         model.set_submodule(name, router)
 

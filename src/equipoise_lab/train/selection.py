@@ -318,14 +318,14 @@ def check_selection(config: Train) -> None:
             f"--selection {config.selection} must go with --arch glm4_moe: got "
             f"{config.arch if config.model is None else '--model'}. Leave one of them out."
         )
-    if config.gate == "softmax":
+    if config.score_function == "softmax":
         raise UsageError(
-            f"--selection {config.selection} must go with the sigmoid gate: got --gate softmax. Leave one of them out."
+            f"--selection {config.selection} must go with sigmoid scores: got --score-function softmax. Leave one of them out."
         )
     for strategy in filter(None, (config.strategy, config.then)):
         if not all(isinstance(balancer, ZLoss) for balancer in parse_lab_strategy(strategy)):
             raise UsageError(
-                f"--selection {config.selection} must go with the strategy none or z: got {strategy}. No offset moves "
+                f"--selection {config.selection} must go with the strategy none or z: got {strategy}. No bias moves "
                 "its choice, and a load-balancing loss would be about choices that it does not make. Give --strategy "
                 "none."
             )

@@ -59,7 +59,7 @@ def shard(model: nn.Module, num_ranks: int, device: torch.device) -> None:
 
 
 def copy_to_ranks(model: nn.Module) -> nn.Module:
-    """DDP around a model. Its buffers are not broadcast: offsets are equal on all ranks already."""
+    """DDP around a model. Its buffers are not broadcast: biases are equal on all ranks already."""
     with warnings.catch_warnings():  # torch 2.13 has another name for it, which the oldest that we support has not
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
         return DistributedDataParallel(model, broadcast_buffers=False)

@@ -142,4 +142,4 @@ def test_strategies_keep_a_colour_of_their_own():
 def test_layer_labels_are_numbers_where_these_differ():
     assert layer_labels(["model.layers.1.gate", "model.layers.12.gate"]) == ["1", "12"]
     assert layer_labels(["a.1.x", "a.1.y"]) == ["a.1.x", "a.1.y"]
-    assert layer_labels(["gate"]) == ["gate"]
+    assert layer_labels(["score_function"]) == ["score_function"]

@@ -20,7 +20,7 @@ def make_run(path, strategy="lbl", seed=0, *, steps=5, finish=True):
     config = {"strategy": strategy, "seed": seed, "steps": steps, "num_experts": 2, "layers": ["a", "b"]}
     run = Run.create(path, config | {"domains": list(LOAD), "experts_per_token": 2})
     for step in range(1, steps + 1):
-        run.append("steps", {"step": step, "loss": 1 / step, "alerts": ["x"], **({"offset_max": 0.5} if seed else {})})
+        run.append("steps", {"step": step, "loss": 1 / step, "alerts": ["x"], **({"bias_max": 0.5} if seed else {})})
         run.append("loads", {"step": step, "load": [[step, 1], [0, 2]]})
     if finish:
         names = [column.key for column in COLUMNS]
@@ -45,8 +45,8 @@ def test_steps_have_every_number_and_null_where_a_run_has_none(tmp_path):
     make_run(tmp_path / "a")
     make_run(tmp_path / "b", seed=1)
     table = read_records(tmp_path).steps()
-    assert table.column_names == ["run", "strategy", "seed", "step", "loss", "offset_max"]
-    assert table.num_rows == 10 and table["offset_max"].null_count == 5
+    assert table.column_names == ["run", "strategy", "seed", "step", "loss", "bias_max"]
+    assert table.num_rows == 10 and table["bias_max"].null_count == 5
     assert table["loss"].to_pylist()[:2] == [1.0, 0.5]
 
 

@@ -68,13 +68,13 @@ def test_the_command_leaves_a_page_and_says_how_much_was_read(run, text, tmp_pat
     }  # one script, no levels.json
 
 
-def test_a_run_of_the_lab_is_audited_with_its_own_tokenizer_and_offsets(run, text, tmp_path):
+def test_a_run_of_the_lab_is_audited_with_its_own_tokenizer_and_biases(run, text, tmp_path):
     found, quiet = _audit(run, text, tmp_path)
     assert json.loads((tmp_path / RESULT).read_text()) == found
     assert found["domains"] == ["law", "verse"] and set(found["nats"]) == {"law", "verse"}
     assert all(1 < value < 7 for value in found["nats"].values())
-    with_offsets = any("equipoise_offsets" in note for note in found["notes"])
-    assert with_offsets == (found["model_type"] == "qwen3_moe")
+    with_biases = any("equipoise_biases" in note for note in found["notes"])
+    assert with_biases == (found["model_type"] == "qwen3_moe")
     texts = {token["text"] for layer in found["layers"] for expert in layer["typical_tokens"] for token in expert}
     assert any("court" in text or "moon" in text for text in texts)
     rows = table_rows(found)

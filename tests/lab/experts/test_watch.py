@@ -52,14 +52,14 @@ def test_every_sum_equals_a_loop_over_tokens(family):
         for watched.domain, ids, attention in batches:
             model(input_ids=ids, attention_mask=attention)
     assert watched.num_tokens.tolist() == [36, 14]
-    gate = find_routers(model)[0].kind.gate
+    score_function = find_routers(model)[0].kind.score_function
     for number, layer in enumerate(watched.layers):
         load = torch.zeros(2, 8, dtype=torch.int64)
         together = torch.zeros(8, 8, dtype=torch.int64)
         by_token = torch.zeros(4, 8, dtype=torch.int64)
         occurrences, score_sum, entropy = [0] * 4, [0.0, 0.0], [0.0, 0.0]
         for (domain, ids, attention), (logits, chosen) in zip(batches, seen[number::2], strict=True):
-            scores = score(logits, gate).double()
+            scores = score(logits, score_function).double()
             counts = [1] * 18 if attention is None else attention.reshape(-1).tolist()
             for token, (token_id, counted) in enumerate(zip(ids.reshape(-1).tolist(), counts, strict=True)):
                 if not counted:
@@ -105,18 +105,18 @@ def test_a_model_is_left_as_it_was_also_after_an_error():
 
 @pytest.mark.parametrize("steered", [False, True])
 @pytest.mark.parametrize("family", models.FAMILIES)
-def test_the_top_k_score_sum_is_that_of_the_reference_whatever_the_offset(family, steered):
+def test_the_top_k_score_sum_is_that_of_the_reference_whatever_the_bias(family, steered):
     model = models.family(family).eval()
     routers = find_routers(model)
     if steered:
-        offset = torch.tensor([0.9, 0.0, -0.9, 0.3] * 2)
-        equipoise.attach(model, "frozen", offsets={router.name: offset for router in routers})
+        bias = torch.tensor([0.9, 0.0, -0.9, 0.3] * 2)
+        equipoise.attach(model, "frozen", biases={router.name: bias for router in routers})
     seen = _recorded(model)
     with torch.no_grad(), watching(model, DOMAINS) as watched:
         model(input_ids=_ids(1))
     assert len(seen) == 2
     for layer, (logits, chosen) in zip(watched.layers, seen, strict=True):
-        scores = reference.scores(logits.tolist(), routers[0].kind.gate)
+        scores = reference.scores(logits.tolist(), routers[0].kind.score_function)
         expected = sum(sum(row[e] for e in ids) / sum(row) for row, ids in zip(scores, chosen.tolist(), strict=True))
         assert float(layer.score_sum[0]) == pytest.approx(expected, rel=1e-6)
         plain = sum(sum(sorted(row)[-2:]) / sum(row) for row in scores)
@@ -138,7 +138,7 @@ def test_the_top_k_score_sum_is_k_of_e_for_equal_scores_and_one_for_a_sure_softm
         model(input_ids=_ids(1))
     for layer, router in zip(sure.layers, find_routers(model), strict=True):
         total = float(layer.score_sum[0])
-        assert total == pytest.approx(18) if router.kind.gate == "softmax" else 18 * 2 / 8 < total <= 18
+        assert total == pytest.approx(18) if router.kind.score_function == "softmax" else 18 * 2 / 8 < total <= 18
 
 
 def test_counts_are_exact_under_autocast():
@@ -260,13 +260,13 @@ def test_the_most_frequent_tokens_at_the_beginning_are_told_apart(monkeypatch):
     assert chosen == [1, 5] and notes == ["3 rare tokens are not told apart, to bound the memory"]
 
 
-def test_an_attached_model_is_watched_with_its_offsets():
+def test_an_attached_model_is_watched_with_its_biases():
     model = models.family("glm4_moe").eval()
     with torch.no_grad(), watching(model, DOMAINS) as plain:
         model(input_ids=_ids(1))
     names = [router.name for router in find_routers(model)]
     favourite = torch.tensor([9.0] + [0.0] * 7)
-    equipoise.attach(model, "frozen", offsets=dict.fromkeys(names, favourite))
+    equipoise.attach(model, "frozen", biases=dict.fromkeys(names, favourite))
     with torch.no_grad(), watching(model, DOMAINS) as steered:
         model(input_ids=_ids(1))
     assert steered.layers[0].load[0, 0] == 18 > plain.layers[0].load[0, 0]

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from equipoise import EquipoiseError, UsageError, attach
-from equipoise.attachment import OFFSETS_FILE
+from equipoise.attachment import BIASES_FILE
 from equipoise.routing import route
 from equipoise_lab.cli import main
 from equipoise_lab.models.export import _choice, check_export
@@ -17,11 +17,11 @@ from equipoise_lab.models.export import _choice, check_export
 SLOT = "e_score_correction_bias"
 
 
-def _offsets(model, size=0.1, around=0.0):
+def _biases(model, size=0.1, around=0.0):
     balance = attach(model, "frozen")
     found = {
-        name: around + size * torch.randn(offset.shape, generator=torch.Generator().manual_seed(i))
-        for i, (name, offset) in enumerate(balance.offsets.items())
+        name: around + size * torch.randn(bias.shape, generator=torch.Generator().manual_seed(i))
+        for i, (name, bias) in enumerate(balance.biases.items())
     }
     balance.detach()
     return found
@@ -30,11 +30,11 @@ def _offsets(model, size=0.1, around=0.0):
 def _saved(folder, family="glm4_moe", *, around=0.0, size=0.1, **options):
     """A checkpoint whose biases are known."""
     model = models.family(family, **options)
-    offsets = _offsets(model, size, around)
-    balance = attach(model, "frozen", offsets=offsets)
+    biases = _biases(model, size, around)
+    balance = attach(model, "frozen", biases=biases)
     model.save_pretrained(folder)
     balance.detach()
-    return offsets
+    return biases
 
 
 def _rewrite(folder, change):
@@ -46,28 +46,28 @@ def _rewrite(folder, change):
 
 @pytest.mark.parametrize("family", ["glm4_moe", "deepseek_v3"])
 def test_a_bias_in_float32_is_kept(tmp_path, family):
-    offsets = _saved(tmp_path, family)
+    biases = _saved(tmp_path, family)
     found = check_export(tmp_path)
     assert found.survived and found.family == family and len(found.layers) == 2
-    for layer, (name, offset) in zip(found.layers, offsets.items(), strict=True):
+    for layer, (name, bias) in zip(found.layers, biases.items(), strict=True):
         assert (layer.layer, layer.verdict, layer.dtype) == (name, "kept", "float32")
-        assert (layer.low, layer.high) == (offset.min().item(), offset.max().item())
+        assert (layer.low, layer.high) == (bias.min().item(), bias.max().item())
         assert layer.num_experts == layer.distinct == 8
         assert 0 <= layer.rerouted_centred <= 1 and 0 <= layer.rerouted <= 1
 
 
 def test_far_from_zero_bfloat16_leaves_few_values_and_tokens_go_elsewhere(tmp_path):
-    """Demon 73: between 4 and 8 bfloat16 has steps of 1/32."""
-    (offset, *_) = _saved(tmp_path, around=7.0, size=0.05).values()
+    """Known defect 73: between 4 and 8 bfloat16 has steps of 1/32."""
+    (bias, *_) = _saved(tmp_path, around=7.0, size=0.05).values()
     layer = check_export(tmp_path).layers[0]
     assert layer.verdict == "kept" and layer.distinct == 8
-    steps = {round(float(value) * 32) for value in offset}
+    steps = {round(float(value) * 32) for value in bias}
     assert layer.distinct_bfloat16 == len(steps) < 8
     weight = load_file(tmp_path / "model.safetensors")[f"{layer.layer}.weight"]
     hidden = torch.randn(4096, weight.shape[1], generator=torch.Generator().manual_seed(0))
     chosen = [
-        route(hidden @ weight.T, 2, gate="sigmoid", offset=bias).expert_ids.sort().values
-        for bias in (offset, torch.tensor([round(float(value) * 32) / 32 for value in offset]))
+        route(hidden @ weight.T, 2, score_function="sigmoid", bias=bias).expert_ids.sort().values
+        for bias in (bias, torch.tensor([round(float(value) * 32) / 32 for value in bias]))
     ]
     assert layer.rerouted == pytest.approx(float((chosen[0] != chosen[1]).any(-1).double().mean()), abs=1e-9)
     assert layer.rerouted > 5 * layer.rerouted_centred
@@ -105,26 +105,26 @@ def test_factors_are_judged_by_their_file_whatever_the_slot(tmp_path, family):
     model = models.family(family)
     names = attach(model, "loss-free:rule=multiplicative").detach()
     factors = {name: torch.linspace(-0.31, 0.29, len(value)) for name, value in names.items()}
-    balance = attach(model, "loss-free:rule=multiplicative", offsets=factors)
+    balance = attach(model, "loss-free:rule=multiplicative", biases=factors)
     model.save_pretrained(tmp_path)
-    balance.save_offsets(tmp_path)
+    balance.save_biases(tmp_path)
     found = check_export(tmp_path)
     assert found.survived and [layer.verdict for layer in found.layers] == ["kept", "kept"]
     assert found.layers[0].low == pytest.approx(-0.31) and 'attach(model, "frozen:multiplies=true"' in found.notes[-1]
     bias = torch.tensor([0.0, 1.0]) + 0.501  # 1.501 * 0.4 > 2.501 * 0.2, and 0.501 + 0.4 < 1.501 + 0.2
     logits = torch.tensor([[0.4, 0.2]]).logit()
-    router = SimpleNamespace(kind=SimpleNamespace(gate="sigmoid", selection="scores"), k=1, module=None)
+    router = SimpleNamespace(kind=SimpleNamespace(score_function="sigmoid", selection="scores"), k=1, module=None)
     assert [_choice(router, logits, bias, multiplies).item() for multiplies in (True, False)] == [0, 1]
-    (tmp_path / OFFSETS_FILE).unlink()
+    (tmp_path / BIASES_FILE).unlink()
     assert not check_export(tmp_path).survived
 
 
-def test_a_slot_counts_where_a_file_of_added_offsets_lies_beside_that_nothing_names(tmp_path):
-    offsets = _saved(tmp_path)
-    save_file(offsets, tmp_path / OFFSETS_FILE)
+def test_a_slot_counts_where_a_file_of_added_biases_lies_beside_that_nothing_names(tmp_path):
+    biases = _saved(tmp_path)
+    save_file(biases, tmp_path / BIASES_FILE)
     found = check_export(tmp_path)
     assert found.survived and {layer.verdict for layer in found.layers} == {"kept"}
-    save_file(offsets, tmp_path / OFFSETS_FILE, {"multiplies": "true"})
+    save_file(biases, tmp_path / BIASES_FILE, {"multiplies": "true"})
     assert not check_export(tmp_path).survived  # such ones are in no slot
 
 
@@ -143,22 +143,22 @@ def test_another_beginning_of_the_names_is_no_loss(tmp_path):
     assert check_export(tmp_path).survived
 
 
-def test_a_family_without_a_slot_has_its_offsets_beside_the_weights(tmp_path):
+def test_a_family_without_a_slot_has_its_biases_beside_the_weights(tmp_path):
     model = models.family("qwen3_moe")
-    offsets = _offsets(model)
+    biases = _biases(model)
     model.save_pretrained(tmp_path)
     found = check_export(tmp_path)
     assert found.layers == () and found.survived and "nothing steers its choice" in found.notes[0]
-    save_file(offsets, tmp_path / OFFSETS_FILE)
+    save_file(biases, tmp_path / BIASES_FILE)
     found = check_export(tmp_path)  # written by hand: attach would not find it
     assert not found.survived and [layer.verdict for layer in found.layers] == ["not named", "not named"]
     assert "config.json does not name it: attach does not begin with it" in found.notes[0]
     config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"equipoise": {"offsets": OFFSETS_FILE}}))
+    (tmp_path / "config.json").write_text(json.dumps(config | {"equipoise": {"biases": BIASES_FILE}}))
     found = check_export(tmp_path)
     assert found.survived and [layer.verdict for layer in found.layers] == ["kept", "kept"]
-    assert "plain Transformers and engines route without these offsets" in found.notes[-1]
-    (tmp_path / OFFSETS_FILE).unlink()
+    assert "plain Transformers and engines route without these biases" in found.notes[-1]
+    (tmp_path / BIASES_FILE).unlink()
     assert not check_export(tmp_path).survived
     assert "is not there: copy it" in check_export(tmp_path).notes[0]
 

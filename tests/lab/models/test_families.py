@@ -48,7 +48,7 @@ def test_a_config_alone_is_built_attached_and_counted(tmp_path, capsys):
         assert found["model"] == "Glm4MoeForCausalLM" and found["model_type"] == "glm4_moe"
         assert found["weights"] == "random" and "the counts say nothing" in found["notes"][0]
         (layer,) = found["layers"]
-        assert layer["name"] == "model.layers.0.mlp.gate" and layer["gate"] == "sigmoid"
+        assert layer["name"] == "model.layers.0.mlp.gate" and layer["score_function"] == "sigmoid"
         assert (layer["num_experts"], layer["k"], layer["selection"]) == (8, 2, "scores")
         assert layer["slot"] == "e_score_correction_bias"
         assert sum(layer["load"]) == 4 * 64 * 2
@@ -165,6 +165,6 @@ def test_the_list_is_a_table_on_stdout_and_nothing_else():
     slot = ["e_score_correction_bias", "(router)"]
     assert row == ["glm4_moe", "Glm4MoeTopkRouter", "sigmoid", "scores", *slot, "yes", "no", "yes", "yes"]
     (row,) = [row for row in rows if row.startswith("phimoe ")]
-    assert re.search(r" no +no +it chooses without torch.topk, to which an offset is added$", row)
+    assert re.search(r" no +no +it chooses without torch.topk, to which a bias is added$", row)
     (row,) = [row for row in rows if row.startswith("deepseek_v2 ")]
     assert re.search(r" - +yes +no +without groups +yes +$", row + " ")

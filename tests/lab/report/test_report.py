@@ -59,7 +59,7 @@ def make_run(
         "learning_rate": 3e-3,
         "data": "corpus",
         "shuffled": False,
-        "gate": "sigmoid",
+        "score_function": "sigmoid",
         "command": "equipoise compare --out runs",
         "versions": {"equipoise": "0.1.0"},
         "notes": [],
@@ -67,7 +67,7 @@ def make_run(
     }
     run = Run.create(path, settings)
     for step in range(1, (last or steps) + 1):
-        run.append("steps", {"step": step, "loss": 4.0 / step, "maxvio_batch": 1.0 / step, "offset_max": step / 100})
+        run.append("steps", {"step": step, "loss": 4.0 / step, "maxvio_batch": 1.0 / step, "bias_max": step / 100})
         run.append("loads", {"step": step, "load": [[step, 1, 1, 0], [2, 2, 2, 2]]})
     figures = {
         "val_nats": nats,

@@ -42,9 +42,9 @@ def _generator(seed):
     return torch.Generator().manual_seed(seed)
 
 
-def _routing(tokens, experts=4, k=1, seed=0, mask=None, gate="softmax"):
+def _routing(tokens, experts=4, k=1, seed=0, mask=None, score_function="softmax"):
     logits = torch.randn(tokens, experts, generator=_generator(seed), dtype=torch.float64)
-    return route(logits.requires_grad_(), k, gate=gate, mask=mask)
+    return route(logits.requires_grad_(), k, score_function=score_function, mask=mask)
 
 
 def _prepared(balancer, layers=1, experts=4):
@@ -161,7 +161,7 @@ def test_in_a_backward_it_draws_from_the_whole_window():
     inputs = [torch.randint(0, VOCAB, (2, 7), generator=_generator(seed)) for seed in range(3)]
     total = sum((0 * model(ids) + balance.loss()) / 3 for ids in inputs)
     total.backward()
-    for layer, gate in enumerate(("sigmoid", "softmax")):
+    for layer, score_function in enumerate(("sigmoid", "softmax")):
         balancer = balance._recorder.group_of[layer][0].balancers[0]
         weight = model.blocks[layer].gate.weight.detach().clone().requires_grad_()
         expected = torch.zeros(())
@@ -169,10 +169,10 @@ def test_in_a_backward_it_draws_from_the_whole_window():
             logits_again = hidden.detach() @ weight.T
             torch.testing.assert_close(logits_again, logits)
             drawn = balancer.draw(
-                Routing(logits.detach(), score(logits.detach(), gate), expert_ids, expert_ids.float())
+                Routing(logits.detach(), score(logits.detach(), score_function), expert_ids, expert_ids.float())
             )
             share = drawn.flatten().bincount(minlength=EXPERTS) / (14 * K)
-            p = score(logits_again, gate)
+            p = score(logits_again, score_function)
             p = (p / p.sum(-1, keepdim=True)).mean(0)
             expected = expected + 0.7 * EXPERTS * (share * p).sum() / 3
         (gradient,) = torch.autograd.grad(expected, weight)
@@ -213,7 +213,7 @@ def test_phi_is_the_reference_over_windows(memory):
             mask = (torch.rand(6, generator=_generator(part)) < 0.6).double() if part else None
             tokens += 6 if mask is None else int(mask.sum())
             for row in range(2):
-                routing = _routing(6, seed=100 * window + 10 * part + row, mask=mask, gate="sigmoid")
+                routing = _routing(6, seed=100 * window + 10 * part + row, mask=mask, score_function="sigmoid")
                 sums[row] += balancer.statistic(routing, row)
                 p = _p(routing)
                 expected = sum((math.log(m[row][e]) + 1) * p[e] for e in range(4))
@@ -258,7 +258,7 @@ def test_shinka_by_hand():
 
 def test_shinka_is_the_reference_with_a_mask():
     mask = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0, 1.0])
-    routing, load = _routing(6, seed=4, mask=mask, gate="sigmoid"), torch.tensor([50, 0, 1, 49])
+    routing, load = _routing(6, seed=4, mask=mask, score_function="sigmoid"), torch.tensor([50, 0, 1, 49])
     p, f = _p(routing), [c / 100 for c in load.tolist()]
     entropy = -sum(x * math.log(x) for x in p)
     lacking = sum(max(0.0, 0.064 / 4 - x) for x in f)
@@ -349,7 +349,7 @@ def test_the_states_of_all_balancers_are_saved_and_loaded_apart():
     found = resumed.state_dict()
     for name, part in expected["state"].items():
         assert all(value.equal(found["state"][name][layer]) for layer, value in part.items()), name
-    before = {**saved, "state": {"momentum": saved["state"]["momentum"]}}  # saved when only offsets had states
+    before = {**saved, "state": {"momentum": saved["state"]["momentum"]}}  # saved when only biases had states
     resumed.load_state_dict(before)
     state = resumed.state_dict()["state"]
     assert not any(value.any() for name in ("phi.excess", "phi.2.excess") for value in state[name].values())

@@ -27,7 +27,7 @@ def test_evaluations_hold_scores_and_shares_by_domain_and_layer(tiny, silent, ar
     for row in rows:
         sums = [value for domain in row["domains"].values() for value in domain["topk_score_sum"]]
         assert len(sums) == 3 * 2
-        assert all(0.45 < value < 1 for value in sums), "k/E is 1/2; the offset may take a little"
+        assert all(0.45 < value < 1 for value in sums), "k/E is 1/2; the bias may take a little"
         assert len(set(sums)) == 6, "domains or layers are mixed up"
         assert row["topk_score_sum"] == pytest.approx(sum(sums) / 6, rel=1e-12)
         shares = [

@@ -127,7 +127,7 @@ def test_the_gradient_reaches_router_and_experts(model):
     model = model("expert-choice:chunk=8")
     model(input_ids=_ids(), use_cache=False).logits.square().sum().backward()
     layer = model.model.layers[0].mlp
-    for weight in (layer.gate.weight, layer.experts.gate_up_proj, layer.experts.down_proj):
+    for weight in (layer.score_function.weight, layer.experts.gate_up_proj, layer.experts.down_proj):
         assert weight.grad.abs().sum(tuple(range(1, weight.dim()))).min() > 0, "of every expert"
 
 
@@ -290,7 +290,7 @@ def test_a_folder_from_before_the_options_goes_on_with_their_defaults(tiny, sile
     config = tiny(steps=2)
     result = train(config, silent())
     facts = read_json(config.out / "config.json")
-    for name in ("selection", "gate"):
+    for name in ("selection", "score_function"):
         del facts["options"][name]
     write_json(config.out / "config.json", facts)
     assert train(tiny(steps=2, resume=True), silent()) == result
@@ -315,11 +315,20 @@ def test_a_folder_from_before_the_options_goes_on_with_their_defaults(tiny, sile
         ({"selection": "sinkhorn", "strategy": "z+lbl"}, "must go with the strategy none or z: got z[+]lbl"),
         ({"selection": "sinkhorn", "then": "lbl", "switch_at": 3}, "must go with the strategy none or z: got lbl"),
         ({"selection": "hash", "save_model": True}, "hash must go with --no-save-model"),
-        ({"selection": "sinkhorn", "gate": "softmax"}, "must go with the sigmoid gate: got --gate softmax"),
-        ({"gate": "softmax", "arch": "deepseek_v3"}, "--gate softmax must go with --arch glm4_moe: got deepseek_v3"),
-        ({"gate": "sigmoid", "arch": "mixtral"}, "--gate sigmoid must go with --arch glm4_moe: got mixtral"),
-        ({"gate": "softmax", "save_model": True}, "--gate softmax must go with --no-save-model"),
-        ({"gate": "softmax", "experts_per_token": 1}, "must have at least two experts a token"),
+        (
+            {"selection": "sinkhorn", "score_function": "softmax"},
+            "must go with sigmoid scores: got --score-function softmax",
+        ),
+        (
+            {"score_function": "softmax", "arch": "deepseek_v3"},
+            "--score-function softmax must go with --arch glm4_moe: got deepseek_v3",
+        ),
+        (
+            {"score_function": "sigmoid", "arch": "mixtral"},
+            "--score-function sigmoid must go with --arch glm4_moe: got mixtral",
+        ),
+        ({"score_function": "softmax", "save_model": True}, "--score-function softmax must go with --no-save-model"),
+        ({"score_function": "softmax", "experts_per_token": 1}, "must have at least two experts a token"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_written(tiny, silent, options, message):
@@ -330,7 +339,7 @@ def test_what_cannot_be_is_refused_before_anything_is_written(tiny, silent, opti
 
 def test_a_model_of_its_own_keeps_its_selection_and_its_gate(tiny, silent, tmp_path):
     write_json(tmp_path / "config.json", {})
-    for options in ({"selection": "sinkhorn"}, {"gate": "softmax"}):
+    for options in ({"selection": "sinkhorn"}, {"score_function": "softmax"}):
         with pytest.raises(UsageError, match="must go with --arch glm4_moe: got --model"):
             train(tiny(strategy="none", save_model=False, model=tmp_path, **options), silent())
 
@@ -342,28 +351,28 @@ def test_a_selection_is_read_from_its_string():
     assert parse_selection("top-k") is None
 
 
-# ---- --gate ----
+# ---- --score-function ----
 
 
 def test_runs_of_a_seed_differ_by_the_gate_only(tiny):
     after = {}
     built = {}
-    for gate in ("auto", "sigmoid", "softmax"):
-        built[gate] = build_model(tiny(gate=gate, save_model=False), VOCAB)
-        after[gate] = torch.rand(1)
-    states = {gate: model.state_dict() for gate, model in built.items()}
-    for gate in ("sigmoid", "softmax"):
-        assert states[gate].keys() == states["auto"].keys()
-        assert all(value.equal(states["auto"][name]) for name, value in states[gate].items())
-        assert after[gate] == after["auto"], "random numbers were used up"
-    assert [kind.gate for model in built.values() for _, _, kind, *_ in find_routers(model)] == [
+    for score_function in ("auto", "sigmoid", "softmax"):
+        built[score_function] = build_model(tiny(score_function=score_function, save_model=False), VOCAB)
+        after[score_function] = torch.rand(1)
+    states = {score_function: model.state_dict() for score_function, model in built.items()}
+    for score_function in ("sigmoid", "softmax"):
+        assert states[score_function].keys() == states["auto"].keys()
+        assert all(value.equal(states["auto"][name]) for name, value in states[score_function].items())
+        assert after[score_function] == after["auto"], "random numbers were used up"
+    assert [kind.score_function for model in built.values() for _, _, kind, *_ in find_routers(model)] == [
         "sigmoid",
         "sigmoid",
         "softmax",
     ]
     hidden = _draw(5, 32).float()
-    routers = {gate: find_routers(model)[0][1] for gate, model in built.items()}
-    outputs = {gate: router(hidden) for gate, router in routers.items()}
+    routers = {score_function: find_routers(model)[0][1] for score_function, model in built.items()}
+    outputs = {score_function: router(hidden) for score_function, router in routers.items()}
     torch.testing.assert_close(outputs["softmax"][0], outputs["auto"][0])
     chosen = outputs["softmax"][0].softmax(-1).gather(1, outputs["softmax"][2])
     torch.testing.assert_close(outputs["softmax"][1], chosen / chosen.sum(-1, keepdim=True))
@@ -371,11 +380,11 @@ def test_runs_of_a_seed_differ_by_the_gate_only(tiny):
 
 def test_the_softmax_gate_trains_and_is_recorded(tiny, silent, tmp_path):
     found = {}
-    for gate in ("auto", "softmax"):
-        config = tiny(out=tmp_path / gate, gate=gate, steps=3, save_model=False)
+    for score_function in ("auto", "softmax"):
+        config = tiny(out=tmp_path / score_function, score_function=score_function, steps=3, save_model=False)
         result = train(config, silent())
-        found[gate] = Run(config.out).config
-        assert result["strategy"] == config.strategy + ("" if gate == "auto" else ", gate softmax")
-    assert (found["auto"]["gate"], found["softmax"]["gate"]) == ("sigmoid", "softmax")
+        found[score_function] = Run(config.out).config
+        assert result["strategy"] == config.strategy + ("" if score_function == "auto" else ", score function softmax")
+    assert (found["auto"]["score_function"], found["softmax"]["score_function"]) == ("sigmoid", "softmax")
     assert found["auto"]["num_parameters"] == found["softmax"]["num_parameters"]
     assert json.loads((tmp_path / "softmax" / "result.json").read_text())["steps"] == 3

@@ -56,7 +56,7 @@ def test_notes_are_of_the_steps_that_each_strategy_has(tiny, silent):
 
 @pytest.mark.parametrize("arch", ["glm4_moe", "qwen3_moe"])
 def test_a_switch_to_what_acts_the_same_changes_nothing(tiny, silent, tmp_path, arch):
-    """Offset, momentum and the place in the schedule are handed over exactly."""
+    """Bias, momentum and the place in the schedule are handed over exactly."""
     one = "loss-free:rate=0.02,rule=momentum,schedule=linear,zero_from=9"
     options = {"steps": 8, "arch": arch, "strategy": one}
     whole = train(tiny(out=tmp_path / "one", **options), silent())
@@ -68,17 +68,17 @@ def test_a_switch_to_what_acts_the_same_changes_nothing(tiny, silent, tmp_path, 
 
 
 @pytest.mark.parametrize("arch", ["glm4_moe", "qwen3_moe"])
-def test_offsets_go_on_where_both_hold_some(tiny, silent, arch):
+def test_biases_go_on_where_both_hold_some(tiny, silent, arch):
     config = tiny(
         steps=6, arch=arch, strategy="loss-free:rule=sign,rate=0.01", then="lbl+loss-free:rule=sign", switch_at=3
     )
     train(config, silent())
-    most = [row["offset_max"] for row in _rows(config.out)]
+    most = [row["bias_max"] for row in _rows(config.out)]
     assert most[2] > 0.009
     assert most[3] == pytest.approx(most[2], abs=0.0021), "they began anew: a step is 0.001, less its mean"
 
 
-def test_offsets_end_where_only_the_first_holds_some_and_frozen_keeps_them(tiny, silent, tmp_path):
+def test_biases_end_where_only_the_first_holds_some_and_frozen_keeps_them(tiny, silent, tmp_path):
     def slot(then):
         config = tiny(out=tmp_path / then, steps=4, strategy="loss-free:rate=0.01", then=then, switch_at=2)
         train(config, silent())
@@ -86,18 +86,18 @@ def test_offsets_end_where_only_the_first_holds_some_and_frozen_keeps_them(tiny,
 
     ended, rows = slot("none")
     assert not ended.any()
-    assert "offset_max" in rows[1] and "offset_max" not in rows[2]
+    assert "bias_max" in rows[1] and "bias_max" not in rows[2]
     kept, rows = slot("frozen")
-    assert kept.abs().max() == pytest.approx(rows[1]["offset_max"])
-    assert rows[1]["offset_max"] == rows[2]["offset_max"] == rows[3]["offset_max"] > 0
+    assert kept.abs().max() == pytest.approx(rows[1]["bias_max"])
+    assert rows[1]["bias_max"] == rows[2]["bias_max"] == rows[3]["bias_max"] > 0
 
 
-def test_offsets_begin_where_only_the_second_holds_some(tiny, silent):
+def test_biases_begin_where_only_the_second_holds_some(tiny, silent):
     config = tiny(steps=4, strategy=MICRO, then="loss-free:rate=0.01", switch_at=2)
     train(config, silent())
     rows = _rows(config.out)
-    assert "offset_max" not in rows[1]
-    assert rows[2]["offset_max"] == pytest.approx(0.01)
+    assert "bias_max" not in rows[1]
+    assert rows[2]["bias_max"] == pytest.approx(0.01)
 
 
 PAIRS = [
@@ -155,7 +155,7 @@ def test_of_a_damaged_checkpoint_after_the_switch_the_one_before_the_switch_is_u
         ({"then": "lbl", "switch_at": 3, "strategy": "lbl:coefficient=1e-2"}, "must be another strategy .* got lbl"),
         ({"then": "magic", "switch_at": 3}, "must be none, or made of"),
         ({"then": "loss-free:rule=multiplicative", "switch_at": 3}, "cannot take each other's place"),
-        ({"then": "loss-free+quantile", "switch_at": 3}, "one balancer may move the offset"),
+        ({"then": "loss-free+quantile", "switch_at": 3}, "one balancer may move the bias"),
     ],
 )
 def test_a_switch_that_cannot_be_is_refused_before_anything_is_written(tiny, silent, options, message):

@@ -271,7 +271,7 @@ def test_the_saved_model_of_a_slot_family_is_the_trained_one_in_plain_transforme
     model = AutoModelForCausalLM.from_pretrained(config.out / "model")
     slot = model.model.layers[0].mlp.gate.e_score_correction_bias
     assert slot.dtype == torch.float32
-    assert slot.abs().max() > 0.005, "the offsets did not travel"
+    assert slot.abs().max() > 0.005, "the biases did not travel"
     tokenizer = AutoTokenizer.from_pretrained(config.out / "model")
     assert tokenizer.decode(tokenizer("apple pear").input_ids) == "apple pear"
     row = list(Run(config.out).rows("evaluations"))[-1]
@@ -286,22 +286,22 @@ def test_the_saved_model_of_a_slot_family_is_the_trained_one_in_plain_transforme
     assert sum(total) / 3 == pytest.approx(row["val_nats"], rel=1e-5)  # batches of another size round otherwise
 
 
-def test_the_saved_model_of_a_family_without_a_slot_carries_its_offsets_beside_it(tiny, silent):
+def test_the_saved_model_of_a_family_without_a_slot_carries_its_biases_beside_it(tiny, silent):
     from transformers import AutoModelForCausalLM
 
     config = tiny(arch="qwen3_moe", strategy="loss-free:rate=0.5", steps=4)
     watcher = silent()
     train(config, watcher)
-    assert any("has no slot for offsets" in line for line in watcher.said)
+    assert any("has no slot for biases" in line for line in watcher.said)
     folder = config.out / "model"
-    assert json.loads((folder / "config.json").read_text())["equipoise"] == {"offsets": "equipoise_offsets.safetensors"}
+    assert json.loads((folder / "config.json").read_text())["equipoise"] == {"biases": "equipoise_biases.safetensors"}
     ids = torch.arange(64).view(4, 16)
     model = AutoModelForCausalLM.from_pretrained(folder)
     without = _logits(model, ids)
-    balance = equipoise.attach(model, "frozen", offsets=folder)
-    assert max(float(offset.abs().max()) for offset in balance.offsets.values()) > 0.01
+    balance = equipoise.attach(model, "frozen", biases=folder)
+    assert max(float(bias.abs().max()) for bias in balance.biases.values()) > 0.01
     again = AutoModelForCausalLM.from_pretrained(folder)
-    equipoise.attach(again, "frozen", offsets=folder)
+    equipoise.attach(again, "frozen", biases=folder)
     assert torch.equal(_logits(model, ids), _logits(again, ids))
     assert not torch.equal(_logits(model, ids), without)
 
@@ -486,16 +486,16 @@ def test_a_damaged_model_is_refused_in_one_line(tiny, silent, saved, tmp_path, d
     assert "\n" not in str(caught.value)
 
 
-def test_offsets_beside_a_model_are_taken_up(tiny, silent, saved, tmp_path):
+def test_biases_beside_a_model_are_taken_up(tiny, silent, saved, tmp_path):
     folder = _copy(saved, tmp_path)
     name = "model.layers.0.mlp.gate"
-    safetensors.torch.save_file({name: torch.tensor([0.5, -0.5, 0.0, 0.0])}, folder / "equipoise_offsets.safetensors")
+    safetensors.torch.save_file({name: torch.tensor([0.5, -0.5, 0.0, 0.0])}, folder / "equipoise_biases.safetensors")
     watcher = silent()
     steered = training._Training(tiny(model=folder, strategy="frozen", out=tmp_path / "a"), watcher, "")
-    assert steered.balance.offsets[name].tolist() == [0.5, -0.5, 0.0, 0.0]
+    assert steered.balance.biases[name].tolist() == [0.5, -0.5, 0.0, 0.0]
     assert watcher.said == []
     training._Training(tiny(model=folder, strategy="none", out=tmp_path / "b"), watcher, "")
-    assert "none holds no offsets" in watcher.said[0]
+    assert "none holds no biases" in watcher.said[0]
 
 
 def test_the_saved_tokenizer_ends_documents_with_its_own_token(tiny, silent, tmp_path):

@@ -11,9 +11,9 @@ from equipoise import LoadBalancingLoss
 from equipoise.balancers import load_balancing_loss, sequence_load_balancing_loss
 from equipoise.load import expert_load
 from equipoise.metrics import max_violation
-from equipoise.routing import GATES, Routing, route, score, score_backward
+from equipoise.routing import SCORE_FUNCTIONS, Routing, route, score, score_backward
 
-gates = pytest.mark.parametrize("gate", GATES)
+score_functions = pytest.mark.parametrize("score_function", SCORE_FUNCTIONS)
 normalises = pytest.mark.parametrize("normalise", [True, False])
 masks = pytest.mark.parametrize("masked", [False, True])
 # float64: sums of a hundred terms; float32 rounds to 6e-8
@@ -23,11 +23,11 @@ MASK = [1, 1, 0, 1, 1, 1, 0, 1, 1, 1, 1, 0]
 SEQUENCES = [0] * 5 + [1] * 1 + [2] * 6
 
 
-def _routing(gate, masked=False, dtype=torch.float64, seed=0, experts=6, k=2):
+def _routing(score_function, masked=False, dtype=torch.float64, seed=0, experts=6, k=2):
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(12, experts, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
     mask = torch.tensor(MASK, dtype=dtype) if masked else None
-    routing = route(logits, k, gate=gate, mask=mask)
+    routing = route(logits, k, score_function=score_function, mask=mask)
     return routing._replace(sequence_ids=torch.tensor(SEQUENCES), num_sequences=4)
 
 
@@ -61,52 +61,58 @@ def test_sequence_loss_by_hand():
 
 def test_gradient_by_hand():
     # one token, two experts, equal logits, f = (1 0): softmax 1/2, sigmoid 1/4, raw sigmoid 1/2 (reference._self_check)
-    for gate, normalise, expected in (
+    for score_function, normalise, expected in (
         ("softmax", True, [0.5, -0.5]),
         ("sigmoid", True, [0.25, -0.25]),
         ("sigmoid", False, [0.5, 0.0]),
     ):
         logits = torch.zeros(1, 2, dtype=torch.float64, requires_grad=True)
-        load_balancing_loss(route(logits, 1, gate=gate), torch.tensor([1, 0]), normalise=normalise).backward()
+        load_balancing_loss(
+            route(logits, 1, score_function=score_function), torch.tensor([1, 0]), normalise=normalise
+        ).backward()
         _matches(logits.grad, [expected], 1e-15)
 
 
-@gates
+@score_functions
 @normalises
 @masks
 @dtypes
-def test_value_and_gradient_equal_the_reference(gate, normalise, masked, dtype, atol):
-    routing = _routing(gate, masked, dtype)
+def test_value_and_gradient_equal_the_reference(score_function, normalise, masked, dtype, atol):
+    routing = _routing(score_function, masked, dtype)
     mask = MASK if masked else None
-    rows, scores = routing.logits.tolist(), reference.scores(routing.logits.tolist(), gate)
+    rows, scores = routing.logits.tolist(), reference.scores(routing.logits.tolist(), score_function)
     for load in (None, torch.tensor([10, 0, 3, 5, 1, 1])):
         counts = reference.load(routing.expert_ids.tolist(), 6, mask) if load is None else load.tolist()
         loss = load_balancing_loss(routing, load, normalise=normalise)
         assert loss.dtype == dtype
         _matches(loss.detach(), reference.load_balancing_loss(scores, counts, 2, mask, normalise), atol)
-        expected = reference.load_balancing_gradient(rows, counts, gate, mask, normalise)
+        expected = reference.load_balancing_gradient(rows, counts, score_function, mask, normalise)
         _matches(_gradient(loss, routing), expected, atol)
 
 
-@gates
+@score_functions
 @normalises
 @masks
 @dtypes
-def test_sequence_value_and_gradient_equal_the_reference(gate, normalise, masked, dtype, atol):
-    routing = _routing(gate, masked, dtype)
+def test_sequence_value_and_gradient_equal_the_reference(score_function, normalise, masked, dtype, atol):
+    routing = _routing(score_function, masked, dtype)
     mask = MASK if masked else None
     rows, ids = routing.logits.tolist(), routing.expert_ids.tolist()
     loss = sequence_load_balancing_loss(routing, normalise=normalise)
-    expected = reference.sequence_loss(reference.scores(rows, gate), ids, SEQUENCES, mask, normalise)
+    expected = reference.sequence_loss(reference.scores(rows, score_function), ids, SEQUENCES, mask, normalise)
     _matches(loss.detach(), expected, atol)
-    _matches(_gradient(loss, routing), reference.sequence_gradient(rows, ids, SEQUENCES, gate, mask, normalise), atol)
+    _matches(
+        _gradient(loss, routing),
+        reference.sequence_gradient(rows, ids, SEQUENCES, score_function, mask, normalise),
+        atol,
+    )
 
 
-@gates
-def test_value_at_perfect_balance_is_one(gate):
-    routing = _routing(gate)
+@score_functions
+def test_value_at_perfect_balance_is_one(score_function):
+    routing = _routing(score_function)
     assert load_balancing_loss(routing, torch.full((6,), 7)).item() == pytest.approx(1.0, abs=1e-14)
-    even = route(torch.zeros(6, 3, dtype=torch.float64), 1, gate=gate)
+    even = route(torch.zeros(6, 3, dtype=torch.float64), 1, score_function=score_function)
     even = even._replace(sequence_ids=torch.tensor([0, 0, 0, 1, 1, 1]), num_sequences=2)
     even = even._replace(expert_ids=torch.tensor([[0], [1], [2]] * 2))
     assert float(load_balancing_loss(even)) == pytest.approx(1.0, abs=1e-14)
@@ -118,17 +124,17 @@ def test_value_at_collapse_is_experts_over_k():
     assert float(load_balancing_loss(route(logits, 2))) == pytest.approx(3.0, abs=1e-12)
 
 
-@gates
+@score_functions
 @normalises
-def test_without_tokens_loss_and_gradient_are_zero(gate, normalise):
-    for routing in (_routing(gate)._replace(mask=torch.zeros(12, dtype=torch.float64)),):
+def test_without_tokens_loss_and_gradient_are_zero(score_function, normalise):
+    for routing in (_routing(score_function)._replace(mask=torch.zeros(12, dtype=torch.float64)),):
         for loss in (
             load_balancing_loss(routing, normalise=normalise),
             sequence_load_balancing_loss(routing, normalise=normalise),
         ):
             assert loss == 0
             assert torch.equal(_gradient(loss, routing), torch.zeros(12, 6, dtype=torch.float64))
-    empty = route(torch.zeros(0, 4), 2, gate=gate)
+    empty = route(torch.zeros(0, 4), 2, score_function=score_function)
     assert load_balancing_loss(empty) == 0
     empty = empty._replace(sequence_ids=torch.zeros(0, dtype=torch.int64))
     assert sequence_load_balancing_loss(empty) == 0
@@ -150,16 +156,16 @@ def test_masked_tokens_get_no_gradient_and_a_mask_equals_a_slice():
         assert not a[~kept].any()
 
 
-@gates
-def test_a_sequence_that_is_the_whole_batch_is_the_micro_batch_loss(gate):
-    routing = _routing(gate, True)._replace(sequence_ids=torch.zeros(12, dtype=torch.int64), num_sequences=1)
+@score_functions
+def test_a_sequence_that_is_the_whole_batch_is_the_micro_batch_loss(score_function):
+    routing = _routing(score_function, True)._replace(sequence_ids=torch.zeros(12, dtype=torch.int64), num_sequences=1)
     assert_close(sequence_load_balancing_loss(routing), load_balancing_loss(routing), rtol=0, atol=1e-14)
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.integers(0, 10**6), st.sampled_from(GATES))
-def test_permuting_experts_changes_nothing(seed, gate):
-    routing = _routing(gate, True, seed=seed)
+@given(st.integers(0, 10**6), st.sampled_from(SCORE_FUNCTIONS))
+def test_permuting_experts_changes_nothing(seed, score_function):
+    routing = _routing(score_function, True, seed=seed)
     order = torch.randperm(6, generator=torch.Generator().manual_seed(seed))
     permuted = routing._replace(scores=routing.scores[:, order], expert_ids=order.argsort()[routing.expert_ids])
     for function in (load_balancing_loss, sequence_load_balancing_loss):
@@ -178,19 +184,19 @@ def test_the_share_carries_no_gradient():
 def test_the_raw_gradient_of_a_sigmoid_gate_is_half_the_experts_stronger():
     # design, section 5: about E/2 times, scores around 1/2
     logits = (torch.randn(64, 32, generator=torch.Generator().manual_seed(0)).double() * 0.01).requires_grad_()
-    routing = route(logits, 4, gate="sigmoid")
+    routing = route(logits, 4, score_function="sigmoid")
     load = torch.arange(32)
     raw, own = (_gradient(load_balancing_loss(routing, load, normalise=n), routing) for n in (False, True))
     raw = raw - raw.mean(1, keepdim=True)
     assert float(raw.norm() / own.norm()) == pytest.approx(16, rel=0.02)
 
 
-@gates
+@score_functions
 @pytest.mark.parametrize("scope", ["sequence", "micro_batch"])
-def test_a_router_of_zeros_gives_a_finite_gradient(gate, scope):
+def test_a_router_of_zeros_gives_a_finite_gradient(score_function, scope):
     weight = torch.zeros(6, 4, requires_grad=True)
     hidden = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
-    routing = route(hidden @ weight.T, 2, gate=gate)
+    routing = route(hidden @ weight.T, 2, score_function=score_function)
     routing = routing._replace(sequence_ids=torch.tensor(SEQUENCES), num_sequences=3)
     balancer = LoadBalancingLoss(scope=scope)
     balancer.loss(routing, expert_load(routing.expert_ids, 6)).backward()
@@ -254,48 +260,48 @@ def test_bad_input_is_refused():
 
 def test_scores_that_underflow_give_a_finite_loss():
     logits = torch.full((2, 4), -200.0, requires_grad=True)
-    for gate in ("sigmoid", "sqrt_softplus"):
-        loss = load_balancing_loss(route(logits, 1, gate=gate))
-        assert loss.isfinite(), gate
-        assert torch.autograd.grad(loss, logits)[0].isfinite().all(), gate
+    for score_function in ("sigmoid", "sqrt_softplus"):
+        loss = load_balancing_loss(route(logits, 1, score_function=score_function))
+        assert loss.isfinite(), score_function
+        assert torch.autograd.grad(loss, logits)[0].isfinite().all(), score_function
     assert score(logits, "softmax").isfinite().all()
 
 
-@gates
+@score_functions
 @normalises
 @masks
 @pytest.mark.parametrize("scope", ["sequence", "micro_batch", "global_batch"])
 @pytest.mark.parametrize("load", [None, [9, 1, 0, 3, 3, 4]], ids=["own", "pooled"])
-def test_the_gradient_in_closed_form_is_that_of_autograd(gate, normalise, masked, scope, load):
-    routing = _routing(gate, masked, seed=3)
+def test_the_gradient_in_closed_form_is_that_of_autograd(score_function, normalise, masked, scope, load):
+    routing = _routing(score_function, masked, seed=3)
     balancer = LoadBalancingLoss(scope=scope, normalise=normalise)
     load = None if load is None or scope == "sequence" else torch.tensor(load)
     expected = _gradient(balancer.loss(routing, load), routing)
-    found = score_backward(balancer.score_gradient(routing, load), routing.logits, routing.scores, gate)
+    found = score_backward(balancer.score_gradient(routing, load), routing.logits, routing.scores, score_function)
     assert expected.abs().max() > 1e-3
     assert_close(found, expected, rtol=1e-12, atol=1e-15)
 
 
-@gates
-def test_the_gradient_of_scores_is_that_of_autograd_also_where_they_underflow(gate):
+@score_functions
+def test_the_gradient_of_scores_is_that_of_autograd_also_where_they_underflow(score_function):
     logits = torch.tensor([[-300.0, 0.0, 5.0], [-120.0, -104.0, -90.0], [30.0, 88.0, 100.0]], requires_grad=True)
-    scores, gradient = score(logits, gate), torch.tensor([[1.0, -2.0, 0.5]]).expand(3, 3)
+    scores, gradient = score(logits, score_function), torch.tensor([[1.0, -2.0, 0.5]]).expand(3, 3)
     expected = torch.autograd.grad(scores, logits, gradient)[0]
-    found = score_backward(gradient, logits.detach(), scores.detach(), gate)
+    found = score_backward(gradient, logits.detach(), scores.detach(), score_function)
     assert_close(found, expected, rtol=1e-5, atol=1e-30)
-    assert score_backward(gradient, logits.detach().bfloat16(), scores.detach(), gate).dtype == torch.bfloat16
+    assert score_backward(gradient, logits.detach().bfloat16(), scores.detach(), score_function).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("score_function", SCORE_FUNCTIONS)
 @pytest.mark.parametrize("scope", ["sequence", "micro_batch"])
 @pytest.mark.parametrize("normalise", [True, False])
-def test_a_masked_token_may_hold_anything(gate, scope, normalise):
+def test_a_masked_token_may_hold_anything(score_function, scope, normalise):
     """Padding that overflowed is as padding of zeros: value and gradient of the scores, and none of its own."""
-    clean = _routing(gate, masked=True)
+    clean = _routing(score_function, masked=True)
     masked = clean.mask == 0
     with torch.no_grad():
         logits = clean.logits.masked_fill(masked[:, None], math.nan)
-        spoilt = route(logits, 2, gate=gate, mask=clean.mask)
+        spoilt = route(logits, 2, score_function=score_function, mask=clean.mask)
     spoilt = spoilt._replace(sequence_ids=clean.sequence_ids, num_sequences=4)
     balancer = LoadBalancingLoss(scope=scope, normalise=normalise)
     load = None if scope == "sequence" else expert_load(clean.expert_ids, 6, clean.mask)

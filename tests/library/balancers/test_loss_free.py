@@ -11,16 +11,16 @@ from equipoise import Frozen, LossFree
 from equipoise.balancers import Layers
 from equipoise.load import expert_load
 from equipoise.metrics import max_violation
-from equipoise.routing import GATES, route
+from equipoise.routing import SCORE_FUNCTIONS, route
 
 ADDED = ["sign", "proportional", "rms", "momentum"]
 rules = pytest.mark.parametrize("rule", ADDED)
 centers = pytest.mark.parametrize("center", [True, False])
 
 
-def _prepared(offset, gate="sigmoid", k=2, **options):
+def _prepared(bias, score_function="sigmoid", k=2, **options):
     balancer = LossFree(**options)
-    balancer.prepare(Layers(gate, k, offset))
+    balancer.prepare(Layers(score_function, k, bias))
     return balancer
 
 
@@ -29,24 +29,24 @@ def test_sign_rule_by_hand():
     load = torch.tensor([[6, 2, 2, 2]])
     plain = _prepared(torch.zeros(1, 4), rate=0.5, rule="sign", center=False)
     plain.update(load)
-    assert_close(plain.offset(), torch.tensor([[-0.5, 0.5, 0.5, 0.5]]))
+    assert_close(plain.bias(), torch.tensor([[-0.5, 0.5, 0.5, 0.5]]))
     centred = _prepared(torch.zeros(1, 4), rate=0.5, rule="sign")
     centred.update(load)
-    assert_close(centred.offset(), torch.tensor([[-0.75, 0.25, 0.25, 0.25]]))
+    assert_close(centred.bias(), torch.tensor([[-0.75, 0.25, 0.25, 0.25]]))
 
 
 def test_proportional_rule_by_hand():
     # mean 2: errors (2 - 6)/2, (2 - 1)/2, (2 - 1)/2, (2 - 0)/2
     balancer = _prepared(torch.zeros(1, 4), rate=0.1, rule="proportional")
     balancer.update(torch.tensor([[6, 1, 1, 0]]))
-    assert_close(balancer.offset(), torch.tensor([[-0.2, 0.05, 0.05, 0.1]]))
+    assert_close(balancer.bias(), torch.tensor([[-0.2, 0.05, 0.05, 0.1]]))
 
 
 def test_rms_rule_by_hand():
     # errors -3, 1, 1, 1: root of the mean square is sqrt(12/4)
     balancer = _prepared(torch.zeros(1, 4), rate=0.1, rule="rms")
     balancer.update(torch.tensor([[6, 2, 2, 2]]))
-    assert_close(balancer.offset(), 0.1 / math.sqrt(3) * torch.tensor([[-3.0, 1, 1, 1]]))
+    assert_close(balancer.bias(), 0.1 / math.sqrt(3) * torch.tensor([[-3.0, 1, 1, 1]]))
 
 
 def test_momentum_rule_by_hand():
@@ -59,20 +59,20 @@ def test_momentum_rule_by_hand():
     assert_close(balancer.state()["momentum"][0], d / 2)
     balancer.update(load)
     assert_close(balancer.state()["momentum"][0], d * 3 / 4)
-    assert_close(balancer.offset()[0], d / 2 + d * 3 / 4)
+    assert_close(balancer.bias()[0], d / 2 + d * 3 / 4)
 
 
 def test_multiplicative_rule_by_hand():
     # factors 1/2, 3/2, 3/2, 3/2; centred: divided by their mean 5/4
     plain = _prepared(torch.zeros(1, 4), rate=0.5, rule="multiplicative", center=False)
     plain.update(torch.tensor([[6, 2, 2, 2]]))
-    assert_close(plain.offset(), torch.tensor([[-0.5, 0.5, 0.5, 0.5]]))
+    assert_close(plain.bias(), torch.tensor([[-0.5, 0.5, 0.5, 0.5]]))
     centred = _prepared(torch.zeros(1, 4), rate=0.5, rule="multiplicative")
     centred.update(torch.tensor([[6, 2, 2, 2]]))
-    assert_close(centred.offset(), torch.tensor([[-0.6, 0.2, 0.2, 0.2]]))
+    assert_close(centred.bias(), torch.tensor([[-0.6, 0.2, 0.2, 0.2]]))
     for _ in range(9):
         plain.update(torch.tensor([[6, 2, 2, 2]]))
-    assert plain.offset()[0, 0] == -1.0  # a factor of 0: below it the worst score would win
+    assert plain.bias()[0, 0] == -1.0  # a factor of 0: below it the worst score would win
 
 
 def test_micro_batch_signs_by_hand():
@@ -82,7 +82,7 @@ def test_micro_batch_signs_by_hand():
     statistic = sum(balancer.micro_batch_statistic(load) for load in loads)
     assert statistic.tolist() == [[0, 0, 2, 2, 2]]
     balancer.update(sum(loads), statistic)
-    assert_close(balancer.offset(), torch.tensor([[-0.25, -0.25, 0.25, 0.25]]))
+    assert_close(balancer.bias(), torch.tensor([[-0.25, -0.25, 0.25, 0.25]]))
     with pytest.raises(ValueError, match="must have the signs of the micro-batches"):
         balancer.update(sum(loads))
 
@@ -102,7 +102,7 @@ def test_micro_batch_signs_equal_the_reference(center, dtype, atol):
             reference.micro_batch_sign_rule(b, loads[:, layer].tolist(), 1e-2, center)
             for layer, b in enumerate(expected)
         ]
-    assert_close(balancer.offset(), torch.tensor(expected, dtype=dtype), rtol=0, atol=atol)
+    assert_close(balancer.bias(), torch.tensor(expected, dtype=dtype), rtol=0, atol=atol)
 
 
 @centers
@@ -122,7 +122,7 @@ def test_momentum_equals_the_reference(center, dtype, atol, beta):
             reference.momentum_rule(b, m, c, 1e-2, beta, 1.5, center)
             for (b, m), c in zip(expected, load.tolist(), strict=True)
         ]
-    assert_close(balancer.offset(), torch.tensor([b for b, _ in expected], dtype=dtype), rtol=0, atol=atol)
+    assert_close(balancer.bias(), torch.tensor([b for b, _ in expected], dtype=dtype), rtol=0, atol=atol)
     assert_close(balancer.state()["momentum"], torch.tensor([m for _, m in expected], dtype=dtype), rtol=0, atol=atol)
 
 
@@ -135,8 +135,8 @@ def test_schedules_equal_the_reference(schedule):
         balancer.update(torch.tensor([[3, 1]]), None, window)
         rate = reference.rate_at(0.5, window, schedule, 10)
         assert balancer.rate_at(window) == rate
-        assert_close(balancer.offset()[0, 1].item() - previous, rate, rtol=0, atol=1e-6)
-        previous = balancer.offset()[0, 1].item()
+        assert_close(balancer.bias()[0, 1].item() - previous, rate, rtol=0, atol=1e-6)
+        previous = balancer.bias()[0, 1].item()
     # by hand: linear 0.5 * (10 + 9 + ... + 1) / 10, drop 0.5 * 10
     assert_close(previous, {"constant": 7.5, "linear": 2.75, "drop": 5.0}[schedule], rtol=0, atol=1e-5)
 
@@ -159,7 +159,7 @@ def test_algorithm_1_of_the_paper():
         c = load[0].tolist()
         e = [sum(c) / 8 - ci for ci in c]
         b = [bi + 1e-3 * ((ei > 0) - (ei < 0)) for bi, ei in zip(b, e, strict=True)]
-    assert_close(balancer.offset()[0], torch.tensor(b), rtol=0, atol=1e-8)  # float32 sums of 20 steps
+    assert_close(balancer.bias()[0], torch.tensor(b), rtol=0, atol=1e-8)  # float32 sums of 20 steps
 
 
 @pytest.mark.parametrize("rule", ["sign", "proportional", "rms", "multiplicative"])
@@ -179,16 +179,16 @@ def test_update_equals_the_reference(rule, center, dtype, atol):
             load[1] = 0
         balancer.update(load)
         expected = [step(b, c, 1e-2, center) for b, c in zip(expected, load.tolist(), strict=True)]
-    assert_close(balancer.offset(), torch.tensor(expected, dtype=dtype), rtol=0, atol=atol)
+    assert_close(balancer.bias(), torch.tensor(expected, dtype=dtype), rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize(
-    ("gate", "rule"), [("softmax", "proportional"), ("sigmoid", "sign"), ("sqrt_softplus", "sign")]
+    ("score_function", "rule"), [("softmax", "proportional"), ("sigmoid", "sign"), ("sqrt_softplus", "sign")]
 )
-def test_default_rule_by_gate(gate, rule):
-    assert _prepared(torch.zeros(1, 4), gate).rule == rule
+def test_default_rule_by_gate(score_function, rule):
+    assert _prepared(torch.zeros(1, 4), score_function).rule == rule
     other = "sign" if rule == "proportional" else "proportional"
-    assert _prepared(torch.zeros(1, 4), gate, rule=other).rule == other
+    assert _prepared(torch.zeros(1, 4), score_function, rule=other).rule == other
 
 
 @pytest.mark.parametrize("base", [2**53, 10**16])
@@ -198,9 +198,9 @@ def test_the_sign_is_exact_where_floats_round(base):
     assert load.double().mean() == load.double()[0, 1]
     balancer = _prepared(torch.zeros(1, 4), rate=1.0, rule="sign", center=False)
     balancer.update(load)
-    assert balancer.offset().tolist() == [[-1.0, 1.0, 1.0, 1.0]]
+    assert balancer.bias().tolist() == [[-1.0, 1.0, 1.0, 1.0]]
     balancer.update(torch.tensor([[base, base, base, base]]))
-    assert balancer.offset().tolist() == [[-1.0, 1.0, 1.0, 1.0]]
+    assert balancer.bias().tolist() == [[-1.0, 1.0, 1.0, 1.0]]
 
 
 @rules
@@ -210,7 +210,7 @@ def test_a_load_at_balance_and_a_load_without_tokens_move_nothing(rule, center):
     balancer = _prepared(start, rate=0.1, rule=rule, center=center)
     for load in ([[7, 7, 7]], [[0, 0, 0]]):
         balancer.update(torch.tensor(load))
-        assert torch.equal(balancer.offset(), start)
+        assert torch.equal(balancer.bias(), start)
 
 
 @rules
@@ -224,8 +224,8 @@ def test_centred_steps_sum_to_zero_and_permute(rule, seed):
     for counts in (load, load[:, order]):
         balancer = _prepared(torch.zeros(2, 7), rate=1.0, rule=rule)
         balancer.update(counts)
-        assert_close(balancer.offset().sum(-1), torch.zeros(2), rtol=0, atol=5e-6)  # float32 sums of 7 terms to 7
-        found.append(balancer.offset())
+        assert_close(balancer.bias().sum(-1), torch.zeros(2), rtol=0, atol=5e-6)  # float32 sums of 7 terms to 7
+        found.append(balancer.bias())
     assert_close(found[1], found[0][:, order], rtol=0, atol=1e-6)
 
 
@@ -237,11 +237,11 @@ def test_layers_do_not_mix(rule):
     for row in range(2):
         one = _prepared(torch.zeros(1, 3), rate=0.1, rule=rule)
         one.update(load[row : row + 1])
-        assert torch.equal(one.offset()[0], both.offset()[row])
+        assert torch.equal(one.bias()[0], both.bias()[row])
 
 
 @pytest.mark.parametrize(
-    ("gate", "rule", "rate"),
+    ("score_function", "rule", "rate"),
     [
         ("sigmoid", "sign", 0.01),
         ("sqrt_softplus", "sign", 0.02),
@@ -252,25 +252,25 @@ def test_layers_do_not_mix(rule):
     ],
 )
 @pytest.mark.parametrize("center", [True, False])
-def test_a_skewed_router_evens_out(gate, rule, rate, center):
+def test_a_skewed_router_evens_out(score_function, rule, rate, center):
     generator, skew = torch.Generator().manual_seed(0), torch.tensor([2.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0])
-    balancer, history = _prepared(torch.zeros(1, 8), gate, rate=rate, rule=rule, center=center), []
+    balancer, history = _prepared(torch.zeros(1, 8), score_function, rate=rate, rule=rule, center=center), []
     for _ in range(200):
         logits = torch.randn(512, 8, generator=generator) + skew
-        load = expert_load(route(logits, 2, gate=gate, offset=balancer.offset()[0]).expert_ids, 8)
+        load = expert_load(route(logits, 2, score_function=score_function, bias=balancer.bias()[0]).expert_ids, 8)
         history.append(float(max_violation(load)))
         balancer.update(load[None])
     assert history[0] > 1.5, "the input is not skewed: the test proves nothing"
     assert sum(history[-20:]) / 20 < 0.3  # floor 0.11, plus the swing of the rate
 
 
-@pytest.mark.parametrize("gate", GATES)
-def test_the_offset_is_a_copy_of_the_start_and_the_state_itself(gate):
+@pytest.mark.parametrize("score_function", SCORE_FUNCTIONS)
+def test_the_bias_is_a_copy_of_the_start_and_the_state_itself(score_function):
     start = torch.zeros(1, 3)
-    balancer = _prepared(start, gate, rate=0.1)
-    held = balancer.offset()
+    balancer = _prepared(start, score_function, rate=0.1)
+    held = balancer.bias()
     balancer.update(torch.tensor([[9, 0, 0]]))
-    assert balancer.offset() is held and held[0, 0] < 0
+    assert balancer.bias() is held and held[0, 0] < 0
     assert torch.equal(start, torch.zeros(1, 3))
 
 
@@ -278,8 +278,8 @@ def test_frozen_never_moves():
     balancer = Frozen()
     balancer.prepare(Layers("softmax", 1, torch.tensor([[0.5, -0.5]])))
     balancer.update(torch.tensor([[100, 0]]))
-    assert balancer.offset().tolist() == [[0.5, -0.5]]
-    assert balancer.has_offset and not balancer.has_loss
+    assert balancer.bias().tolist() == [[0.5, -0.5]]
+    assert balancer.has_bias and not balancer.has_loss
 
 
 @pytest.mark.parametrize("rate", [0, -1e-3, math.inf, math.nan, "fast", True, None])

@@ -8,16 +8,16 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from equipoise import Quantile
-from equipoise.balancers import Layers, quantile_offset
+from equipoise.balancers import Layers, quantile_bias
 from equipoise.balancers.quantile import _bin, _from_histogram, edges
 from equipoise.load import expert_load
 from equipoise.metrics import max_violation
-from equipoise.routing import GATES, Routing, route, score
+from equipoise.routing import SCORE_FUNCTIONS, Routing, route, score
 
 
-def _prepared(offset, k=2, gate="sigmoid", **options):
+def _prepared(bias, k=2, score_function="sigmoid", **options):
     balancer = Quantile(**options)
-    balancer.prepare(Layers(gate, k, offset))
+    balancer.prepare(Layers(score_function, k, bias))
     return balancer
 
 
@@ -28,13 +28,13 @@ def _logits(tokens, experts, seed=0, skew=0.0, dtype=torch.float64):
     )
 
 
-def _step(balancer, logits, k=2, gate="sigmoid", mask=None, parts=1):
+def _step(balancer, logits, k=2, score_function="sigmoid", mask=None, parts=1):
     """One window of one layer, in so many calls."""
-    offset, experts = balancer.offset()[0], logits.shape[-1]
+    bias, experts = balancer.bias()[0], logits.shape[-1]
     load, statistic = torch.zeros(experts, dtype=torch.int64), []
     masks = [None] * parts if mask is None else mask.chunk(parts)
     for part, part_mask in zip(logits.chunk(parts), masks, strict=True):
-        routing = route(part, k, gate=gate, offset=offset, mask=part_mask)
+        routing = route(part, k, score_function=score_function, bias=bias, mask=part_mask)
         load += expert_load(routing.expert_ids, experts, part_mask)
         statistic.append(balancer.statistic(routing, 0))
     pooled = torch.cat(statistic) if balancer.gathers else sum(statistic)
@@ -42,30 +42,32 @@ def _step(balancer, logits, k=2, gate="sigmoid", mask=None, parts=1):
     return load
 
 
-def test_the_exact_offset_by_hand():
+def test_the_exact_bias_by_hand():
     # asked: .2 .5 .1 .4; lacking, expert 0: -.7 -.3 -.6 -.2, the third smallest -.3; expert 1: 0; minus the mean -.15
     scores = torch.tensor([[0.9, 0.2], [0.8, 0.5], [0.7, 0.1], [0.6, 0.4]], dtype=torch.float64)
     expected = torch.tensor([-0.15, 0.15], dtype=torch.float64)
-    assert_close(quantile_offset(scores, 1), expected)
+    assert_close(quantile_bias(scores, 1), expected)
     balancer = _prepared(torch.zeros(1, 2, dtype=torch.float64), k=1, bins=0)
     _step(balancer, scores.logit(), k=1)
-    assert_close(balancer.offset()[0], expected)
+    assert_close(balancer.bias()[0], expected)
 
 
-@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("score_function", SCORE_FUNCTIONS)
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
-def test_exact_equals_the_reference(gate, masked, dtype, atol):
+def test_exact_equals_the_reference(score_function, masked, dtype, atol):
     logits, start = _logits(50, 6), 0.1 * _logits(1, 6, seed=1)
     mask = (torch.arange(50) % 4 > 0).double() if masked else None
     flags = None if mask is None else mask.tolist()
     for ema in (0.0, 0.7):
-        expected = reference.quantile_rule(reference.scores(logits.tolist(), gate), 2, start[0].tolist(), flags, ema)
-        balancer = _prepared(start.to(dtype), gate=gate, bins=0, ema=ema)
-        _step(balancer, logits.to(dtype), gate=gate, mask=mask, parts=2)
-        assert_close(balancer.offset()[0], torch.tensor(expected, dtype=dtype), rtol=0, atol=atol)
-    ours = quantile_offset(score(logits.to(dtype), gate), 2, start[0].to(dtype), mask)
-    expected = reference.quantile_rule(reference.scores(logits.tolist(), gate), 2, start[0].tolist(), flags)
+        expected = reference.quantile_rule(
+            reference.scores(logits.tolist(), score_function), 2, start[0].tolist(), flags, ema
+        )
+        balancer = _prepared(start.to(dtype), score_function=score_function, bins=0, ema=ema)
+        _step(balancer, logits.to(dtype), score_function=score_function, mask=mask, parts=2)
+        assert_close(balancer.bias()[0], torch.tensor(expected, dtype=dtype), rtol=0, atol=atol)
+    ours = quantile_bias(score(logits.to(dtype), score_function), 2, start[0].to(dtype), mask)
+    expected = reference.quantile_rule(reference.scores(logits.tolist(), score_function), 2, start[0].tolist(), flags)
     assert_close(ours, torch.tensor(expected, dtype=dtype), rtol=0, atol=atol)
 
 
@@ -85,44 +87,46 @@ def test_every_margin_falls_into_its_bin(bins):
     assert _bin(far, bins).tolist() == [0, 0, bins // 2, bins // 2, bins // 2, bins - 1, bins - 1]
 
 
-@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("score_function", SCORE_FUNCTIONS)
 @pytest.mark.parametrize("bins", [64, 128])
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
-def test_the_histogram_and_its_offset_equal_the_reference(gate, bins, dtype, atol):
+def test_the_histogram_and_its_bias_equal_the_reference(score_function, bins, dtype, atol):
     logits, start = _logits(60, 5, seed=3), 0.1 * _logits(1, 5, seed=4)
     mask = (torch.arange(60) % 5 > 0).double()
-    scores = reference.scores(logits.tolist(), gate)
+    scores = reference.scores(logits.tolist(), score_function)
     counts = reference.quantile_histogram(scores, 2, start[0].tolist(), mask.tolist(), bins)
-    balancer = _prepared(start.to(dtype), gate=gate, bins=bins, ema=0.3)
-    routing = route(logits.to(dtype), 2, gate=gate, offset=start[0].to(dtype), mask=mask)
+    balancer = _prepared(start.to(dtype), score_function=score_function, bins=bins, ema=0.3)
+    routing = route(logits.to(dtype), 2, score_function=score_function, bias=start[0].to(dtype), mask=mask)
     histogram = balancer.statistic(routing, 0)
     if dtype == torch.float64:
         assert histogram.tolist() == counts
     expected = reference.quantile_from_histogram(histogram.tolist(), 2, 48, start[0].tolist(), ema=0.3)
-    _step(balancer, logits.to(dtype), gate=gate, mask=mask, parts=3)
-    assert_close(balancer.offset()[0], torch.tensor(expected, dtype=dtype), rtol=0, atol=atol)
+    _step(balancer, logits.to(dtype), score_function=score_function, mask=mask, parts=3)
+    assert_close(balancer.bias()[0], torch.tensor(expected, dtype=dtype), rtol=0, atol=atol)
 
 
 @settings(max_examples=30, deadline=None)
-@given(seed=st.integers(0, 10**6), gate=st.sampled_from(GATES), k=st.integers(1, 5))
-def test_the_histogram_is_within_its_bins_of_the_exact_offset(seed, gate, k):
+@given(seed=st.integers(0, 10**6), score_function=st.sampled_from(SCORE_FUNCTIONS), k=st.integers(1, 5))
+def test_the_histogram_is_within_its_bins_of_the_exact_bias(seed, score_function, k):
     logits, start = 2 * _logits(200, 6, seed), 0.1 * _logits(1, 6, seed + 1)
     found = []
     for bins in (0, 128):
-        balancer = _prepared(start.clone(), k, gate, bins=bins)
-        _step(balancer, logits, k, gate)
-        found.append(balancer.offset()[0])
+        balancer = _prepared(start.clone(), k, score_function, bins=bins)
+        _step(balancer, logits, k, score_function)
+        found.append(balancer.bias()[0])
     # bins are half an octave wide at most; the mean adds as much again
     widest = 0.5 * float((found[0] - start[0]).abs().max()) + 2**-12
     assert_close(found[1], found[0], rtol=0, atol=2 * widest)
 
 
 @pytest.mark.parametrize("bins", [0, 128])
-@pytest.mark.parametrize("gate", GATES)
-def test_a_skewed_router_is_even_within_a_few_windows(bins, gate):
-    balancer, history = _prepared(torch.zeros(1, 16), gate=gate, bins=bins), []
+@pytest.mark.parametrize("score_function", SCORE_FUNCTIONS)
+def test_a_skewed_router_is_even_within_a_few_windows(bins, score_function):
+    balancer, history = _prepared(torch.zeros(1, 16), score_function=score_function, bins=bins), []
     for window in range(8):
-        load = _step(balancer, _logits(4096, 16, seed=window, skew=3.0, dtype=torch.float32), gate=gate)
+        load = _step(
+            balancer, _logits(4096, 16, seed=window, skew=3.0, dtype=torch.float32), score_function=score_function
+        )
         history.append(float(max_violation(load)))
     assert history[0] > 2, "the input is not skewed: the test proves nothing"
     assert max(history[5:]) < 0.25, history  # floor 0.07
@@ -132,10 +136,10 @@ def test_a_skewed_router_is_even_within_a_few_windows(bins, gate):
 @pytest.mark.parametrize("spread", [1.0, 4.0, 8.0])
 def test_a_peaked_softmax_is_even_too(bins, spread):
     """Most scores of such a router are below 1e-6: their order decides who gets a token that the best do not take."""
-    balancer = _prepared(torch.zeros(1, 64), gate="softmax", bins=bins)
+    balancer = _prepared(torch.zeros(1, 64), score_function="softmax", bins=bins)
     logits, history = spread * _logits(4096, 64, seed=0, dtype=torch.float32), []
     for _ in range(30):
-        history.append(float(max_violation(_step(balancer, logits, gate="softmax"))))
+        history.append(float(max_violation(_step(balancer, logits, score_function="softmax"))))
     assert sum(history[-5:]) / 5 < 0.25, history
 
 
@@ -146,7 +150,7 @@ def test_it_does_not_matter_how_tokens_are_dealt(bins):
     for order, parts in ((torch.arange(64), 1), (torch.arange(64).flip(0), 4)):
         balancer = _prepared(torch.zeros(1, 4, dtype=torch.float64), bins=bins, fraction=0.5)
         _step(balancer, logits[order], mask=mask[order], parts=parts)
-        found.append(balancer.offset())
+        found.append(balancer.bias())
     assert torch.equal(found[0], found[1])
 
 
@@ -154,7 +158,7 @@ def test_it_does_not_matter_how_tokens_are_dealt(bins):
 def test_a_fraction_is_a_random_subset_of_about_its_size_and_no_prefix(bins):
     logits = _logits(4000, 8, seed=9, dtype=torch.float32)
     balancer = _prepared(torch.zeros(1, 8), bins=bins, fraction=0.25)
-    routing = route(logits, 2, gate="sigmoid")
+    routing = route(logits, 2, score_function="sigmoid")
     if bins == 0:
         drawn = balancer.statistic(routing, 0)[:, 0].isfinite()
     else:
@@ -175,28 +179,28 @@ def test_without_tokens_or_with_k_of_all_experts_nothing_moves(bins):
     start = torch.tensor([[0.3, -0.1, 0.1]])
     balancer = _prepared(start, k=1, bins=bins)
     _step(balancer, _logits(5, 3), k=1, mask=torch.zeros(5))
-    assert torch.equal(balancer.offset(), start)
+    assert torch.equal(balancer.bias(), start)
     _step(balancer, _logits(0, 3), k=1)
-    assert torch.equal(balancer.offset(), start)
+    assert torch.equal(balancer.bias(), start)
     for experts in (1, 3):
         everybody = _prepared(start[:, :experts].clone(), k=experts, bins=bins)
-        assert everybody.statistic(route(_logits(5, experts), experts, gate="sigmoid"), 0) is None
+        assert everybody.statistic(route(_logits(5, experts), experts, score_function="sigmoid"), 0) is None
         everybody.update(torch.full((1, experts), 5))
-        assert torch.equal(everybody.offset(), start[:, :experts])
-    assert torch.equal(quantile_offset(torch.rand(4, 3), 3, start[0]), start[0])
-    assert torch.equal(quantile_offset(torch.rand(4, 3), 1, start[0], torch.zeros(4)), start[0])
-    assert torch.equal(quantile_offset(torch.rand(0, 3), 1, start[0]), start[0])
+        assert torch.equal(everybody.bias(), start[:, :experts])
+    assert torch.equal(quantile_bias(torch.rand(4, 3), 3, start[0]), start[0])
+    assert torch.equal(quantile_bias(torch.rand(4, 3), 1, start[0], torch.zeros(4)), start[0])
+    assert torch.equal(quantile_bias(torch.rand(0, 3), 1, start[0]), start[0])
 
 
 @pytest.mark.parametrize("bins", [0, 128])
-def test_ties_and_dead_experts_give_finite_offsets(bins):
+def test_ties_and_dead_experts_give_finite_biases(bins):
     balancer = _prepared(torch.zeros(1, 4), bins=bins)
     for _ in range(3):
         _step(balancer, torch.zeros(8, 4))
-        assert balancer.offset().isfinite().all()
+        assert balancer.bias().isfinite().all()
     _step(balancer, torch.tensor([[80.0, 80.0, -80.0, -80.0]]).expand(8, 4))
-    assert balancer.offset().isfinite().all()
-    assert balancer.offset()[0, 2] > balancer.offset()[0, 0]
+    assert balancer.bias().isfinite().all()
+    assert balancer.bias()[0, 2] > balancer.bias()[0, 0]
 
 
 def test_counts_beyond_float32_are_exact():
@@ -213,22 +217,22 @@ def test_bad_input_is_refused():
     with pytest.raises(ValueError, match="must have the statistic of its calls"):
         balancer.update(torch.ones(1, 4, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"scores must be floating point numbers: got torch.int64"):
-        quantile_offset(torch.tensor([[3, 1], [0, 2]]), 1)
+        quantile_bias(torch.tensor([[3, 1], [0, 2]]), 1)
     with pytest.raises(ValueError, match="one int64 count per expert"):
         balancer.update(torch.ones(1, 5, dtype=torch.int64))
-    for wrong in (dict(k=0), dict(k=5), dict(offset=torch.zeros(3)), dict(mask=torch.ones(2))):
+    for wrong in (dict(k=0), dict(k=5), dict(bias=torch.zeros(3)), dict(mask=torch.ones(2))):
         with pytest.raises(ValueError, match=r"must (have the shape|hold one number)"):
-            quantile_offset(torch.rand(6, 4), **({"k": 2} | wrong))
+            quantile_bias(torch.rand(6, 4), **({"k": 2} | wrong))
 
 
 @pytest.mark.parametrize("bins", [0, 128])
-def test_logits_that_are_not_numbers_do_not_stay_in_the_offset(bins):
+def test_logits_that_are_not_numbers_do_not_stay_in_the_bias(bins):
     balancer = _prepared(torch.zeros(1, 4), bins=bins)
     logits = _logits(64, 4, dtype=torch.float32)
     broken = logits.clone()
     broken[:40, 2] = math.nan
     _step(balancer, broken)
-    assert bins or balancer.offset().isfinite().all()
+    assert bins or balancer.bias().isfinite().all()
     for _ in range(3):
         _step(balancer, logits)
-    assert balancer.offset().isfinite().all()
+    assert balancer.bias().isfinite().all()

@@ -49,7 +49,7 @@ def test_it_is_float32_and_finite_at_large_logits():
 def test_the_balancer_is_the_loss_and_needs_no_load():
     routing = route(torch.randn(6, 4), k=2, mask=torch.tensor([1.0, 1, 0, 1, 1, 1]))
     assert torch.equal(ZLoss(1e-3).loss(routing, None), z_loss(routing.logits, routing.mask))
-    assert ZLoss().has_loss and not ZLoss().has_offset
+    assert ZLoss().has_loss and not ZLoss().has_bias
 
 
 def test_bad_input_is_refused():

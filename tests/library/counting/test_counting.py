@@ -154,7 +154,7 @@ TOKENS = 14 + 8 + 12
 class Outcome(NamedTuple):
     loads: dict
     gradients: dict
-    offsets: dict
+    biases: dict
 
 
 def _gradients(model):
@@ -169,22 +169,22 @@ def _gates(net):
 
 
 def _expected(net, batches, order="plain"):
-    """What a window of ``batches``, each of equal weight, must give from offsets of zero. ``net`` is not attached.
+    """What a window of ``batches``, each of equal weight, must give from biases of zero. ``net`` is not attached.
 
     Two passes: the choices of all micro-batches, then the gradients of the losses by the float64 loops, which a plain
     copy of the model carries from the logits to the parameters.
     """
     net = deepcopy(net)
     net.how = [None] * len(net.how)
-    gates, seen = _gates(net), []
-    for name, (gate, _) in gates.items():
-        gate.register_forward_hook(lambda m, a, output, name=name: seen.append((name, output[0], output[2])))
+    routers, seen = _gates(net), []
+    for name, (router, _) in routers.items():
+        router.register_forward_hook(lambda m, a, output, name=name: seen.append((name, output[0], output[2])))
     passes = []
     for batch in batches:
         seen.clear()
         loss = net(*batch)
         mask = torch.ones_like(batch.input_ids) if batch.attention_mask is None else batch.attention_mask
-        calls = {name: [] for name in gates}
+        calls = {name: [] for name in routers}
         for name, logits, ids in seen:
             here = mask if ids.shape[0] == mask.numel() else mask[:, 1:]
             calls[name].append((logits, ids.tolist(), here.reshape(-1).tolist(), ids.shape[0] // mask.shape[0]))
@@ -193,18 +193,18 @@ def _expected(net, batches, order="plain"):
         name: [
             reference.load(
                 [row for _, ids, _, _ in calls[name] for row in ids],
-                gate.weight.shape[0],
+                router.weight.shape[0],
                 [m for _, _, mask, _ in calls[name] for m in mask],
             )
             for _, calls in passes
         ]
-        for name, (gate, _) in gates.items()
+        for name, (router, _) in routers.items()
     }
     roots, factors = [], []
     for number, (loss, calls) in enumerate(passes):
         roots.append(loss)
         factors.append(torch.tensor(1.0 / len(batches)))
-        for name, (_, gate) in gates.items():
+        for name, (_, score_function) in routers.items():
             if not calls[name]:
                 continue
             rows = [row for logits, *_ in calls[name] for row in logits.detach().double().tolist()]
@@ -216,9 +216,9 @@ def _expected(net, batches, order="plain"):
             known = counts[name] if order == "forwards_first" else counts[name][: number + 1]
             pooled = [sum(column) for column in zip(*known, strict=True)]
             parts = {
-                "global_batch": reference.load_balancing_gradient(rows, pooled, gate, mask),
-                "micro_batch": reference.load_balancing_gradient(rows, counts[name][number], gate, mask),
-                "sequence": reference.sequence_gradient(rows, ids, sequences, gate, mask),
+                "global_batch": reference.load_balancing_gradient(rows, pooled, score_function, mask),
+                "micro_batch": reference.load_balancing_gradient(rows, counts[name][number], score_function, mask),
+                "sequence": reference.sequence_gradient(rows, ids, sequences, score_function, mask),
             }
             total = sum(c * torch.tensor(parts[scope], dtype=torch.float64) for scope, c in COEFFICIENTS.items())
             for logits, part in zip(
@@ -228,20 +228,20 @@ def _expected(net, batches, order="plain"):
                     roots.append(logits)
                     factors.append((part / len(batches)).to(logits.dtype))
     torch.autograd.backward(roots, factors)
-    loads = {name: [sum(column) for column in zip(*counts[name], strict=True)] for name in gates}
-    offsets = {
-        name: torch.tensor(RULES[gate]([0.0] * len(loads[name]), loads[name], RATE, True))
-        for name, (_, gate) in gates.items()
+    loads = {name: [sum(column) for column in zip(*counts[name], strict=True)] for name in routers}
+    biases = {
+        name: torch.tensor(RULES[score_function]([0.0] * len(loads[name]), loads[name], RATE, True))
+        for name, (_, score_function) in routers.items()
     }
-    return Outcome(loads, _gradients(net), offsets)
+    return Outcome(loads, _gradients(net), biases)
 
 
 def _window(net, balance, batches, order="plain", forward=None, before=lambda number: None):
-    """One window of ``batches``, each of equal weight, from offsets of zero."""
+    """One window of ``batches``, each of equal weight, from biases of zero."""
     forward = net if forward is None else forward
     net.zero_grad()
-    zeros = {name: torch.zeros_like(offset) for name, offset in balance.offsets.items()}
-    balance.load_state_dict({"num_windows": 0, "offsets": zeros})
+    zeros = {name: torch.zeros_like(bias) for name, bias in balance.biases.items()}
+    balance.load_state_dict({"num_windows": 0, "biases": zeros})
     losses = []
     for number, batch in enumerate(batches):
         before(number)
@@ -254,7 +254,7 @@ def _window(net, balance, batches, order="plain", forward=None, before=lambda nu
         torch.stack(losses).sum().backward()
     balance.step()
     loads = {name: load.tolist() for name, load in balance.load.items()}
-    return Outcome(loads, _gradients(net), balance.offsets)
+    return Outcome(loads, _gradients(net), balance.biases)
 
 
 def _close(found, expected, rtol=2e-6):
@@ -268,8 +268,8 @@ def _close(found, expected, rtol=2e-6):
 def _same(found, expected):
     assert found.loads == expected.loads, "a token was counted twice, or not at all"
     _close(found.gradients, expected.gradients)
-    for name, offset in expected.offsets.items():
-        assert_close(found.offsets[name], offset, rtol=0, atol=1e-6)  # float32 sums of a few terms
+    for name, bias in expected.biases.items():
+        assert_close(found.biases[name], bias, rtol=0, atol=1e-6)  # float32 sums of a few terms
 
 
 @cache
@@ -284,8 +284,8 @@ def _sums(loads):
 def _counter(net):
     """How often routers were run, recomputations too."""
     runs = []
-    for gate, _ in _gates(net).values():
-        gate.register_forward_hook(lambda *_: runs.append(1))
+    for router, _ in _gates(net).values():
+        router.register_forward_hook(lambda *_: runs.append(1))
     return runs
 
 
@@ -460,14 +460,14 @@ def test_packed_sequences_of_a_family_equal_unpacked_ones(name, checkpointing):
         balance.step()
         assert [int(load.sum()) for load in balance.load.values()] == [2 * 12] * 2
         loads = {n: load.tolist() for n, load in balance.load.items()}
-        found.append((Outcome(loads, _gradients(model), balance.offsets), float(loss.detach()), float(ticket.detach())))
+        found.append((Outcome(loads, _gradients(model), balance.biases), float(loss.detach()), float(ticket.detach())))
     (unpacked, loss, ticket), (packed, packed_loss, packed_ticket) = found
     assert packed.loads == unpacked.loads
     assert packed_loss == pytest.approx(loss, rel=1e-6) and packed_ticket == pytest.approx(ticket, rel=1e-6)
     # the tables of both have a row for padding, of which only the unpacked has a gradient: zero, by the mask
     _close(packed.gradients, unpacked.gradients, 1e-5)
-    for n in packed.offsets:
-        assert torch.equal(packed.offsets[n], unpacked.offsets[n])
+    for n in packed.biases:
+        assert torch.equal(packed.biases[n], unpacked.biases[n])
 
 
 # ---- layers that are not all alike ----
@@ -507,9 +507,7 @@ def test_every_second_layer_of_a_family_with_dense_layers_may_be_checkpointed(na
         assert {n: int(load.sum()) for n, load in balance.load.items()} == {
             f"model.layers.{number}.mlp.gate": 2 * 8 for number in moe
         }
-        found.append(
-            Outcome({n: load.tolist() for n, load in balance.load.items()}, _gradients(model), balance.offsets)
-        )
+        found.append(Outcome({n: load.tolist() for n, load in balance.load.items()}, _gradients(model), balance.biases))
     for other in found[1:]:
         _same(other, found[0])
 
@@ -701,7 +699,7 @@ def test_frozen_parts_have_no_gradient_and_everything_is_counted(frozen, how, or
     net.how = [how] * 3
     _same(_window(net, balance, BATCHES, order), expected)
     assert _sums(expected.loads) == [K * TOKENS] * 2
-    assert all(offset.any() for offset in expected.offsets.values())
+    assert all(bias.any() for bias in expected.biases.values())
     assert {name for name, p in net.named_parameters() if p.grad is None} == {
         name for name, _ in net.named_parameters() if FROZEN[frozen](name)
     }
@@ -724,13 +722,13 @@ def test_routers_may_be_frozen_between_micro_batches():
     alone = _expected(net, BATCHES[:1])
     balance = attach(net, STRATEGY)
     (net(*BATCHES[0]) + balance.loss()).backward()
-    for gate, _ in _gates(net).values():
-        gate.requires_grad_(False)
-    held = {name: gate.weight.grad.clone() for name, (gate, _) in _gates(net).items()}
+    for router, _ in _gates(net).values():
+        router.requires_grad_(False)
+    held = {name: router.weight.grad.clone() for name, (router, _) in _gates(net).items()}
     _close({f"{n}.weight": g for n, g in held.items()}, {f"{n}.weight": alone.gradients[f"{n}.weight"] for n in held})
     (net(*BATCHES[1]) + balance.loss()).backward()
-    for name, (gate, _) in _gates(net).items():
-        assert torch.equal(gate.weight.grad, held[name])
+    for name, (router, _) in _gates(net).items():
+        assert torch.equal(router.weight.grad, held[name])
     balance.step()
     assert _sums(balance.load) == [K * (14 + 8)] * 2
 
@@ -837,7 +835,7 @@ def _interrupted_window(net, balance, between, given):
         gradients = _gradients(net)
         balance.step()
         between(net, balance)
-    return losses, gradients, balance.load, balance.offsets, balance.metrics(), balance.state_dict()
+    return losses, gradients, balance.load, balance.biases, balance.metrics(), balance.state_dict()
 
 
 @pytest.mark.parametrize(
@@ -852,9 +850,9 @@ def test_nothing_in_between_changes_a_window_by_a_bit(between, strategy, kind, g
         net.how = [kind] * 3
         balance = attach(net, strategy)
         found.append(_interrupted_window(net, balance, function, given))
-    (losses, gradients, load, offsets, metrics, state), theirs = found
+    (losses, gradients, load, biases, metrics, state), theirs = found
     assert all(torch.equal(a, b) for a, b in zip(losses, theirs[0], strict=True))
-    for ours, other in ((gradients, theirs[1]), (load, theirs[2]), (offsets, theirs[3])):
+    for ours, other in ((gradients, theirs[1]), (load, theirs[2]), (biases, theirs[3])):
         assert ours.keys() == other.keys()
         assert all(torch.equal(ours[name], other[name]) for name in ours)
     assert metrics == theirs[4]
@@ -911,7 +909,7 @@ def test_generation_counts_where_it_should_and_nowhere_else(name):
             (loss + balance.loss()).backward()
         balance.step()
         assert [int(x.sum()) for x in balance.load.values()] == [2 * 2 * 8] * 2
-        found.append((_gradients(model), balance.load, balance.offsets, balance.metrics()))
+        found.append((_gradients(model), balance.load, balance.biases, balance.metrics()))
     for ours, theirs in zip(found[0][:3], found[1][:3], strict=True):
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
     assert found[0][3] == found[1][3]
@@ -936,7 +934,7 @@ def test_a_training_forward_under_inference_mode_is_counted_by_every_mechanism(s
         net(_ids(seed=3))
         balance.step()
         assert _sums(balance.load) == [K * 14] * 2
-        found.append(balance.offsets)
+        found.append(balance.biases)
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
@@ -945,8 +943,8 @@ def test_a_training_forward_under_inference_mode_is_counted_by_every_mechanism(s
 
 def _slots(net):
     return [
-        gate._buffers.get("_equipoise_offset", gate._buffers.get("e_score_correction_bias"))
-        for gate, _ in _gates(net).values()
+        router._buffers.get("_equipoise_bias", router._buffers.get("e_score_correction_bias"))
+        for router, _ in _gates(net).values()
     ]
 
 
@@ -954,21 +952,21 @@ def _slots(net):
 def test_a_cast_between_windows_goes_on_in_float32(dtype):
     net = _net()
     balance = attach(net, STRATEGY)
-    offsets = {name: [0.0] * EXPERTS for name in balance.offsets}
+    biases = {name: [0.0] * EXPERTS for name in balance.biases}
     for number, cast in enumerate((None, dtype, None, torch.float32, None)):
         if cast is not None:
             net.to(cast)
-            assert all(torch.equal(slot, o) for slot, o in zip(_slots(net), balance.offsets.values(), strict=True))
+            assert all(torch.equal(slot, o) for slot, o in zip(_slots(net), balance.biases.values(), strict=True))
         net.zero_grad()
         for batch in BATCHES[: 1 + number % 3]:
             ((net(*batch) + balance.loss()) / 3).backward()
         balance.step()
         assert _sums(balance.load) == [K * (14, 22, 34)[number % 3]] * 2
-        for name, (gate, kind) in _gates(net).items():
-            assert gate.weight.grad.any() and gate.weight.grad.dtype == gate.weight.dtype
-            offsets[name] = RULES[kind](offsets[name], balance.load[name].tolist(), RATE, True)
-            assert balance.offsets[name].dtype == torch.float32
-            assert_close(balance.offsets[name], torch.tensor(offsets[name]), rtol=0, atol=1e-6)
+        for name, (router, kind) in _gates(net).items():
+            assert router.weight.grad.any() and router.weight.grad.dtype == router.weight.dtype
+            biases[name] = RULES[kind](biases[name], balance.load[name].tolist(), RATE, True)
+            assert balance.biases[name].dtype == torch.float32
+            assert_close(balance.biases[name], torch.tensor(biases[name]), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("when", ["between windows", "between micro-batches"])
@@ -994,7 +992,7 @@ def test_a_model_that_is_emptied_and_loaded_goes_on_as_if_it_had_not_been(when):
                 balance.step()
         balance.step()
         assert _sums(balance.load) == [K * TOKENS] * 2
-        found.append((_gradients(net), balance.load, balance.offsets))
+        found.append((_gradients(net), balance.load, balance.biases))
     for ours, theirs in zip(*found, strict=True):
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
@@ -1018,13 +1016,13 @@ def test_an_average_of_the_weights_evaluates_and_trains_without_being_counted(us
         balance.step()
         assert _sums(balance.load) == [K * TOKENS] * 2
         average.update_parameters(net)
-        offsets = list(balance.offsets.values())
+        biases = list(balance.biases.values())
         # the first update copies; later ones average: 0.75 of before, 0.25 of now
-        means = [o if window == 0 else 0.75 * m + 0.25 * o for m, o in zip(means, offsets, strict=True)]
-        for slot, mean, offset in zip(_slots(average.module), means, offsets, strict=True):
-            assert_close(slot, mean if use_buffers else offset, rtol=0, atol=1e-7)
-        for slot, offset in zip(_slots(net), offsets, strict=True):
-            assert torch.equal(slot, offset) and offset.any()
+        means = [o if window == 0 else 0.75 * m + 0.25 * o for m, o in zip(means, biases, strict=True)]
+        for slot, mean, bias in zip(_slots(average.module), means, biases, strict=True):
+            assert_close(slot, mean if use_buffers else bias, rtol=0, atol=1e-7)
+        for slot, bias in zip(_slots(net), biases, strict=True):
+            assert torch.equal(slot, bias) and bias.any()
 
 
 def test_a_detached_model_is_attached_again_in_the_middle_of_a_window():
@@ -1033,12 +1031,12 @@ def test_a_detached_model_is_attached_again_in_the_middle_of_a_window():
     balance = attach(net, STRATEGY)
     (net(*BATCHES[2]) + balance.loss()).backward()
     balance.step()
-    before = balance.offsets
+    before = balance.biases
     net.zero_grad()
     pending = net(*BATCHES[0]) + balance.loss()
-    again = attach(net, STRATEGY, offsets=balance.detach())
-    for name, offset in before.items():
-        assert torch.equal(again.offsets[name], offset) and offset.any()
+    again = attach(net, STRATEGY, biases=balance.detach())
+    for name, bias in before.items():
+        assert torch.equal(again.biases[name], bias) and bias.any()
     plain = deepcopy(net)
     plain(*BATCHES[0]).backward()
     pending.backward()  # the first balance is gone: no gradient of its losses, no count of its tokens
@@ -1159,7 +1157,7 @@ def _graphs():
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_family_is_compiled_once(name, no_recompilation):
-    """Three windows: masks and offsets change, weights train, state and metrics are asked for."""
+    """Three windows: masks and biases change, weights train, state and metrics are asked for."""
     model = models.family(name, layers=1)
     balance = attach(model, "loss-free:rate=0.1+lbl:coefficient=0.5")
     forward = torch.compile(model, backend="eager", fullgraph=True)
@@ -1176,9 +1174,9 @@ def test_a_family_is_compiled_once(name, no_recompilation):
         optimizer.zero_grad(set_to_none=window == 1)
         balance.step()
         assert [int(load.sum()) for load in balance.load.values()] == [2 * (32 - 2 * window - 1)]
-        (offset,) = balance.offsets.values()
-        assert before is None or not torch.equal(offset, before)
-        before = offset
+        (bias,) = balance.biases.values()
+        assert before is None or not torch.equal(bias, before)
+        before = bias
         balance.load_state_dict(balance.state_dict())
         model.load_state_dict(model.state_dict())
         assert balance.metrics()["tokens"] == 32 - 2 * window - 1

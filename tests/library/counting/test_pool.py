@@ -79,7 +79,7 @@ def test_a_stage_without_routers_does_nothing_and_says_so():
     balance.step()
     with balance.measuring() as load:
         model(torch.ones(1, 2))
-    assert load == {} and balance.load == {} and balance.offsets == {} and balance.metrics() == {}
+    assert load == {} and balance.load == {} and balance.biases == {} and balance.metrics() == {}
     assert int(balance.num_tokens) == 0 and str(balance) == "Balance('loss-free+lbl', 0 layers)"
     state = balance.state_dict()
     assert state["num_windows"] == 1
@@ -103,4 +103,4 @@ def test_a_model_with_an_unknown_mixture_of_experts_is_not_empty():
 )
 def test_a_stage_of_dense_layers_of_a_family_is_empty(name, options):
     stage = family(name, **options).model
-    assert len(equipoise.attach(stage, "deepseek-v3", allow_empty=True).offsets) == 0
+    assert len(equipoise.attach(stage, "deepseek-v3", allow_empty=True).biases) == 0

@@ -16,13 +16,13 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 import equipoise
-from equipoise.attachment import OFFSETS_FILE
+from equipoise.attachment import BIASES_FILE
 from equipoise.errors import EquipoiseError, UsageError
 from equipoise.integrations import EquipoiseCallback
 from equipoise.integrations.trainer import STATE_FILE
 
-OFFSETS, LOSS = "loss-free:rate=1e-2", "lbl:coefficient=1e-1"
-BOTH = (OFFSETS, LOSS)
+BIASES, LOSS = "loss-free:rate=1e-2", "lbl:coefficient=1e-1"
+BOTH = (BIASES, LOSS)
 FAMILIES = ("qwen3_moe", "glm4_moe")  # without a slot, with one
 EPSILON = 1e-6  # relative, by norm, in float32
 
@@ -45,7 +45,7 @@ def close(ours, theirs):
 
 @pytest.mark.parametrize("exact", [True, False], ids=["by label tokens", "plain mean"])
 @pytest.mark.parametrize("name", (*FAMILIES, "deepseek_v3"))
-def test_gradients_and_offsets_are_those_of_our_own_loop(name, exact):
+def test_gradients_and_biases_are_those_of_our_own_loop(name, exact):
     """Twelve rows: a window of four micro-batches, then a short one of two; uneven label tokens, padding."""
     model, data = family(name), rows(12)
     other = copy.deepcopy(model)
@@ -54,11 +54,11 @@ def test_gradients_and_offsets_are_those_of_our_own_loop(name, exact):
     callback = EquipoiseCallback(*BOTH)
     watch = Watch(callback)
     train(model, data, [callback, watch])
-    gradients, offsets, loads = own_loop(other, data, BOTH, exact=exact)
+    gradients, biases, loads = own_loop(other, data, BOTH, exact=exact)
     assert len(gradients) == 2
     assert len({label_tokens(batch) for batch in batches(data)}) > 2
     close(watch.gradients, gradients)
-    alike(watch.offsets, offsets)
+    alike(watch.biases, biases)
     alike(watch.load, loads)
 
 
@@ -66,7 +66,7 @@ def test_the_two_weighings_differ_so_the_test_can_fail():
     model, data = family("qwen3_moe"), rows(12)
     exact, _, _ = own_loop(copy.deepcopy(model), data, BOTH)
     plain, _, _ = own_loop(copy.deepcopy(model), data, BOTH, exact=False)
-    without, _, _ = own_loop(model, data, (OFFSETS,))
+    without, _, _ = own_loop(model, data, (BIASES,))
     assert distance(exact[0], plain[0]) > 1e-2
     assert distance(exact[0], without[0]) > 1e-3
 
@@ -88,9 +88,9 @@ def test_other_ways_to_compute_the_same_give_the_same(name, options):
     callback = EquipoiseCallback(*BOTH)
     watch = Watch(callback)
     train(model, data, [callback, watch], **options)
-    gradients, offsets, loads = own_loop(other, data, BOTH)
+    gradients, biases, loads = own_loop(other, data, BOTH)
     close(watch.gradients, gradients)
-    alike(watch.offsets, offsets)
+    alike(watch.biases, biases)
     alike(watch.load, loads)
     torch.compiler.reset()
 
@@ -102,10 +102,10 @@ def test_under_autocast_too(name):
     callback = EquipoiseCallback(*BOTH)
     watch = Watch(callback)
     train(model, data, [callback, watch], bf16=True)
-    gradients, offsets, loads = own_loop(other, data, BOTH, autocast=True)
+    gradients, biases, loads = own_loop(other, data, BOTH, autocast=True)
     close(watch.gradients, gradients)
     alike(watch.load, loads)
-    alike(watch.offsets, offsets)
+    alike(watch.biases, biases)
 
 
 def test_a_given_shift_of_labels_weighs_by_it():
@@ -247,7 +247,7 @@ def test_a_step_that_was_skipped_moves_nothing(kind, optim):
     model, callback = family("glm4_moe"), EquipoiseCallback(*BOTH)
     watch = Watch(callback)
     train(model, rows(24), [callback, watch], kind=kind, optim=optim)
-    first, second, third = watch.offsets
+    first, second, third = watch.biases
     alike([first], [second])
     assert any(not torch.equal(third[name], second[name]) for name in second)
     assert callback.balance.state_dict()["num_windows"] == 3
@@ -270,14 +270,14 @@ def test_micro_batches_that_a_stream_leaves_over_are_in_no_window(tmp_path):
     assert (tmp_path / "checkpoint-1" / STATE_FILE).exists()
 
 
-def test_a_second_training_goes_on_with_the_offsets():
+def test_a_second_training_goes_on_with_the_biases():
     model, data = family("qwen3_moe"), rows(8)
-    other, callback = copy.deepcopy(model), EquipoiseCallback(OFFSETS)
+    other, callback = copy.deepcopy(model), EquipoiseCallback(BIASES)
     watch = Watch(callback)
     for _ in range(2):
         train(model, data, [callback, watch])
-    _, offsets, _ = own_loop(other, data, (OFFSETS,), epochs=2)
-    alike(watch.offsets, offsets)
+    _, biases, _ = own_loop(other, data, (BIASES,), epochs=2)
+    alike(watch.biases, biases)
     assert callback.balance.state_dict()["num_windows"] == 2
 
 
@@ -317,11 +317,11 @@ def test_evaluation_has_no_balancing_loss_and_moves_nothing():
     assert len(found) == 2
     again = trainer.evaluate()["eval_loss"]
     after = callback.balance.state_dict()
-    alike([before["offsets"], before["load"]], [after["offsets"], after["load"]])
+    alike([before["biases"], before["load"]], [after["biases"], after["load"]])
     assert before["num_windows"] == after["num_windows"] == 1
-    # by hand, with the same offsets and nothing of the callback's
-    offsets = callback.detach()
-    balance = equipoise.attach(model.eval(), "frozen", offsets=offsets)
+    # by hand, with the same biases and nothing of the callback's
+    biases = callback.detach()
+    balance = equipoise.attach(model.eval(), "frozen", biases=biases)
     with torch.no_grad():
         losses = [float(model(**batch).loss) for batch in batches(rows(6, seed=1))]
     assert again == found[-1] == pytest.approx(sum(losses) / len(losses), abs=1e-6)
@@ -356,7 +356,7 @@ def test_metrics_are_in_the_logs_of_every_reporter_and_in_the_saved_state(tmp_pa
     assert len(steps) == 2
     for logs in (*steps, *(entry for entry in trainer.state.log_history if "loss" in entry)):
         figures = {name: value for name, value in logs.items() if name.startswith("equipoise/")}
-        assert {"equipoise/maxvio_batch", "equipoise/load_balancing_loss", "equipoise/offset_max"} <= figures.keys()
+        assert {"equipoise/maxvio_batch", "equipoise/load_balancing_loss", "equipoise/bias_max"} <= figures.keys()
         assert all(type(value) is float for value in figures.values())
     last = {f"equipoise/{name}": value for name, value in callback.balance.metrics().items()}
     assert last.items() <= steps[-1].items()
@@ -393,8 +393,8 @@ def test_resuming_equals_never_having_stopped(name, strategy, tmp_path):
     resumed, second = family(name, seed=1), EquipoiseCallback(*strategy)
     rest = Watch(second)
     train(resumed, data, [second, rest], tmp_path, resume=True, **options)
-    assert len(watch.offsets) == 6
-    alike(rest.offsets, watch.offsets[4:])
+    assert len(watch.biases) == 6
+    alike(rest.biases, watch.biases[4:])
     alike(rest.load, watch.load[4:])
     alike(rest.gradients, watch.gradients[4:])
     alike([dict(resumed.named_parameters())], [dict(whole.named_parameters())])
@@ -406,9 +406,9 @@ def test_resuming_equals_never_having_stopped(name, strategy, tmp_path):
 
 def test_a_checkpoint_in_another_place_is_found(tmp_path):
     data, options = rows(24), dict(save_strategy="steps", save_steps=1, num_train_epochs=1)
-    train(family("qwen3_moe"), data, [EquipoiseCallback(OFFSETS), Stop(2)], tmp_path / "one", **options)
+    train(family("qwen3_moe"), data, [EquipoiseCallback(BIASES), Stop(2)], tmp_path / "one", **options)
     (tmp_path / "one" / "checkpoint-2").rename(tmp_path / "kept")
-    callback = EquipoiseCallback(OFFSETS)
+    callback = EquipoiseCallback(BIASES)
     watch = Watch(callback)
     train(family("qwen3_moe"), data, [callback, watch], tmp_path / "two", resume=str(tmp_path / "kept"), **options)
     assert callback.balance.state_dict()["num_windows"] == 3
@@ -418,14 +418,14 @@ def test_a_checkpoint_without_our_state_is_refused_unless_asked(tmp_path):
     data, options = rows(24), dict(save_strategy="steps", save_steps=1)
     train(family("qwen3_moe"), data, [Stop(1)], tmp_path, **options)
     with pytest.raises(EquipoiseError, match="saved without this callback.*fresh=True"):
-        train(family("qwen3_moe"), data, [EquipoiseCallback(OFFSETS)], tmp_path, resume=True, **options)
-    callback = EquipoiseCallback(OFFSETS, fresh=True)
+        train(family("qwen3_moe"), data, [EquipoiseCallback(BIASES)], tmp_path, resume=True, **options)
+    callback = EquipoiseCallback(BIASES, fresh=True)
     train(family("qwen3_moe"), data, [callback], tmp_path, resume=True, **options)
     assert callback.balance.state_dict()["num_windows"] == 2
 
 
 def test_what_is_saved_within_a_step_holds_no_state_of_the_balancing(tmp_path):
-    """A micro-batch of it is counted already, so a training cannot go on from there; the offsets are whole."""
+    """A micro-batch of it is counted already, so a training cannot go on from there; the biases are whole."""
     model, data = family("qwen3_moe"), rows(8)
 
     class Saves(TrainerCallback):
@@ -435,8 +435,8 @@ def test_what_is_saved_within_a_step_holds_no_state_of_the_balancing(tmp_path):
         def on_step_end(self, args, state, control, **kwargs):
             model.save_pretrained(tmp_path / "after")
 
-    train(model, data, [EquipoiseCallback(OFFSETS), Saves()])
-    assert (tmp_path / "within" / OFFSETS_FILE).exists() and not (tmp_path / "within" / STATE_FILE).exists()
+    train(model, data, [EquipoiseCallback(BIASES), Saves()])
+    assert (tmp_path / "within" / BIASES_FILE).exists() and not (tmp_path / "within" / STATE_FILE).exists()
     assert (tmp_path / "after" / STATE_FILE).exists()
 
 
@@ -450,8 +450,8 @@ class Worse(Trainer):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_best_model_has_its_offsets(name, tmp_path):
-    callback = EquipoiseCallback(OFFSETS)
+def test_the_best_model_has_its_biases(name, tmp_path):
+    callback = EquipoiseCallback(BIASES)
     watch = Watch(callback)
     train(
         family(name),
@@ -466,24 +466,24 @@ def test_the_best_model_has_its_offsets(name, tmp_path):
         load_best_model_at_end=True,
         trainer_options=dict(eval_dataset=rows(2)),
     )
-    assert len(watch.offsets) == 3
-    alike([callback.balance.offsets], watch.offsets[:1])
+    assert len(watch.biases) == 3
+    alike([callback.balance.biases], watch.biases[:1])
 
 
-def test_what_is_saved_of_a_family_with_a_slot_holds_the_offsets_in_float32(tmp_path):
+def test_what_is_saved_of_a_family_with_a_slot_holds_the_biases_in_float32(tmp_path):
     model = family("glm4_moe").to(torch.bfloat16)
     callback = EquipoiseCallback("loss-free:rate=1e-3")
     trainer = train(model, rows(24), [callback], tmp_path, save_strategy="steps", save_steps=3)
     trainer.save_model(str(tmp_path / "final"))
     for folder in ("checkpoint-3", "final"):
         saved = load_file(tmp_path / folder / "model.safetensors")
-        for layer, offset in callback.balance.offsets.items():
+        for layer, bias in callback.balance.biases.items():
             slot = saved[f"{layer}.e_score_correction_bias"]
-            assert slot.dtype == torch.float32 and torch.equal(slot, offset) and offset.any()
-        assert not (tmp_path / folder / OFFSETS_FILE).exists()
+            assert slot.dtype == torch.float32 and torch.equal(slot, bias) and bias.any()
+        assert not (tmp_path / folder / BIASES_FILE).exists()
 
 
-def test_what_is_saved_of_a_family_without_one_has_the_offsets_beside(tmp_path):
+def test_what_is_saved_of_a_family_without_one_has_the_biases_beside(tmp_path):
     model, callback = family("qwen3_moe"), EquipoiseCallback("loss-free:rate=1e-1")
     trainer = train(model, rows(24), [callback], tmp_path, save_strategy="steps", save_steps=3)
     trainer.save_model(str(tmp_path / "final"))
@@ -496,7 +496,7 @@ def test_what_is_saved_of_a_family_without_one_has_the_offsets_beside(tmp_path):
         loaded = type(model).from_pretrained(tmp_path / folder).eval()
         with torch.no_grad():
             assert not torch.equal(loaded(input_ids=ids).logits, expected)
-            equipoise.attach(loaded, "frozen", offsets=tmp_path / folder)
+            equipoise.attach(loaded, "frozen", biases=tmp_path / folder)
             assert torch.equal(loaded(input_ids=ids).logits, expected)
 
 
@@ -517,12 +517,12 @@ def test_a_copy_of_the_model_is_free_of_the_callback(tmp_path):
         assert loss.item() == pytest.approx(plain.item(), abs=1e-5)
         loss.backward()
         other.save_pretrained(tmp_path / name)
-        assert not (tmp_path / name / OFFSETS_FILE).exists()
+        assert not (tmp_path / name / BIASES_FILE).exists()
         assert other.save_pretrained.model is other
         held = [getattr(hook, "callback", None) for hook in other._forward_hooks.values()]
         assert len(held) == 2 and held == [None] * 2  # nothing of the copy reaches the callback
-    offsets = callback.detach()
-    assert offsets and callback.detach() == {}
+    biases = callback.detach()
+    assert biases and callback.detach() == {}
     assert "save_pretrained" not in vars(model) and not model._forward_hooks
 
 
@@ -618,24 +618,24 @@ def test_a_loss_of_the_models_own_beside_ours_is_refused_unless_asked():
         return family("qwen3_moe", output_router_logits=True, router_aux_loss_coef=0.01)
 
     refused("one load-balancing loss must act.*router_aux_loss_coef=0.01.*with_model_loss=True", model=model())
-    for strategy, options in ((BOTH, dict(with_model_loss=True)), ((OFFSETS,), {})):
+    for strategy, options in ((BOTH, dict(with_model_loss=True)), ((BIASES,), {})):
         callback = EquipoiseCallback(*strategy, **options)
         train(model(), rows(8), [callback])
         assert callback.balance.state_dict()["num_windows"] == 1
 
 
 def test_two_callbacks_are_refused():
-    refused("must have one EquipoiseCallback", callbacks=[EquipoiseCallback(LOSS), EquipoiseCallback(OFFSETS)])
+    refused("must have one EquipoiseCallback", callbacks=[EquipoiseCallback(LOSS), EquipoiseCallback(BIASES)])
 
 
 def test_a_callback_of_an_earlier_trainer_is_named_and_may_be_detached():
-    model, first = family("qwen3_moe"), EquipoiseCallback(OFFSETS)
+    model, first = family("qwen3_moe"), EquipoiseCallback(BIASES)
     train(model, rows(8), [first])
     refused("of an earlier Trainer, call detach\\(\\)", model=model)
-    offsets = first.detach()
-    second = EquipoiseCallback("frozen", offsets=offsets)
+    biases = first.detach()
+    second = EquipoiseCallback("frozen", biases=biases)
     train(model, rows(8), [second])
-    alike([second.balance.offsets], [offsets])
+    alike([second.balance.biases], [biases])
 
 
 def test_a_model_that_is_attached_already_is_refused():
@@ -659,13 +659,13 @@ def test_data_parallel_and_deepspeed_are_refused():
 
 
 def test_wrong_arguments_are_refused_at_once():
-    with pytest.raises(TypeError, match="group, offsets, allow_empty.*got groups"):
+    with pytest.raises(TypeError, match="group, biases, allow_empty.*got groups"):
         EquipoiseCallback("loss-free", groups=None)
     with pytest.raises(UsageError, match="must be given a strategy"):
         Trainer(family("glm4_moe"), callbacks=[EquipoiseCallback])  # the class, as the Trainer allows
     with pytest.raises(UsageError, match="loss-fre"):
         EquipoiseCallback("loss-fre")
-    with pytest.raises(UsageError, match="one balancer may move the offset"):
+    with pytest.raises(UsageError, match="one balancer may move the bias"):
         EquipoiseCallback("loss-free", "quantile")
 
 

@@ -23,17 +23,17 @@ def _on_two_ranks():
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
-def test_two_ranks_give_the_gradient_the_offsets_and_the_counts_of_one_process(case):
+def test_two_ranks_give_the_gradient_the_biases_and_the_counts_of_one_process(case):
     """Label tokens of all ranks, of each rank, and the plain mean: with average_tokens_across_devices, without, and
     where the model is handed no num_items_in_batch."""
     name, exact, across = case
     expected = own_loop(family(name), rows(24), BOTH, exact=exact, across=across, ranks=2)
     for found in _on_two_ranks():
-        gradients, offsets, loads = found[case]
+        gradients, biases, loads = found[case]
         assert len(gradients) == len(expected[0]) == 2
         for ours, theirs in zip(gradients, expected[0], strict=True):
             assert distance(ours, theirs) < 1e-6
-        for ours, theirs in zip(offsets + loads, expected[1] + expected[2], strict=True):
+        for ours, theirs in zip(biases + loads, expected[1] + expected[2], strict=True):
             assert all(torch.equal(ours[layer], theirs[layer]) for layer in theirs)
 
 
@@ -47,11 +47,11 @@ def test_the_three_weighings_differ_so_the_test_can_fail():
 
 def test_two_ranks_that_resume_go_on_as_if_they_had_not_stopped():
     for found in _on_two_ranks():
-        gradients, offsets = found["resumed"]["whole"]
+        gradients, biases = found["resumed"]["whole"]
         rest, moved = found["resumed"]["resumed"]
         assert len(gradients) == 3 and len(rest) == 1
         assert distance(rest[0], gradients[2]) < 1e-6  # the first backward lays DDP's buckets out anew
-        assert all(torch.equal(moved[0][layer], offsets[2][layer]) for layer in offsets[2])
+        assert all(torch.equal(moved[0][layer], biases[2][layer]) for layer in biases[2])
 
 
 def test_a_state_that_one_rank_lacks_is_an_error_on_both():

@@ -22,18 +22,18 @@ from equipoise_lab.models.families import TESTED, families
 
 ROUTERS: dict[str, list[str]] = json.loads(TESTED.read_text())["routers"]
 WHOLE = sorted(name for name, routers in ROUTERS.items() if set(routers) - set(PARTS))
-REFUSED = {  # what is no router of top-k with an offset, and what the listing says of it
+REFUSED = {  # what is no router of top-k with a bias, and what the listing says of it
     "DbrxRouter": "forward does not return (logits, weights, expert_ids)",
-    "DeepseekV4HashRouter": "it chooses by the id of the token (a hash router), which no offset moves",
+    "DeepseekV4HashRouter": "it chooses by the id of the token (a hash router), which no bias moves",
     "JetMoeTopKGating": "forward does not return (logits, weights, expert_ids)",
     "NllbMoeTop2Router": "it chooses without torch.topk",  # argmax twice, the second of logits with noise
     "PhimoeTopKRouter": "it chooses without torch.topk",  # sampled in training
     "SwitchTransformersTop1Router": "it chooses without torch.topk",  # argmax, and a capacity
-    "ZayaRouter": "the chosen experts are not the best by these scores and the offset",  # one choice is no expert
+    "ZayaRouter": "the chosen experts are not the best by these scores and the bias",  # one choice is no expert
     None: "its router is no module of its own",
 }
 WITHOUT_FACTOR = "factor moves the choice only"  # of a choice by logits
-PASSED_OVER = {"inkling2": {"cast keeps float32 offsets"}}  # the model itself does not run in bfloat16
+PASSED_OVER = {"inkling2": {"cast keeps float32 biases"}}  # the model itself does not run in bfloat16
 WITHOUT_PADDING = "padding is not counted"  # of a block, which is given no mask
 
 
@@ -81,18 +81,20 @@ def test_the_listing_names_what_was_tested_and_why_the_others_are_not_supported(
     assert refused.keys() == REFUSED.keys()
     for router, reason in REFUSED.items():
         assert refused[router].startswith(reason), router
-    assert all((row.reason is None) == row.supported and (row.gate is not None) == row.supported for row in rows)
+    assert all(
+        (row.reason is None) == row.supported and (row.score_function is not None) == row.supported for row in rows
+    )
     by_router = {row.router: row for row in rows}
-    for gate in ("ForgetGate", "DFineGate", "Deimv2Gate", "ResidualGate", "DensityRouter"):
-        assert not any(name and name.endswith(gate) for name in by_router), "a gate of something else"
+    for score_function in ("ForgetGate", "DFineGate", "Deimv2Gate", "ResidualGate", "DensityRouter"):
+        assert not any(name and name.endswith(score_function) for name in by_router), "a gate of something else"
     places = {"DeepseekV3TopkRouter": "router", "Ernie4_5_MoeTopKRouter": "part", "AfmoeTokenChoiceRouter": "block"}
     for router, place in {**places, "MixtralTopKRouter": None}.items():
         assert by_router[router].slot_held_by == place
         assert (by_router[router].slot is None) == (place is None)
     assert by_router["DeepseekV3TopkRouter"].group_limits and not by_router["MixtralTopKRouter"].group_limits
     assert {row.model_type for row in rows if row.hash_layers} == {"deepseek_v4"}
-    kinds = {(row.gate, row.selection, row.gives) for row in rows if row.supported}
-    assert {gate for gate, _, _ in kinds} == {"softmax", "sigmoid", "sqrt_softplus"}
+    kinds = {(row.score_function, row.selection, row.gives) for row in rows if row.supported}
+    assert {score_function for score_function, _, _ in kinds} == {"softmax", "sigmoid", "sqrt_softplus"}
     assert {gives for _, _, gives in kinds} == {"logits", "probabilities", "dense"}
 
 
@@ -123,7 +125,7 @@ def test_hash_layers_are_left_out_and_named_once(caplog):
     model(**shrunken.batch())
     balance.step()
     assert list(balance.load) == [third] and balance.load[third].sum() == 2 * 16
-    assert balance.offsets[third].any()
+    assert balance.biases[third].any()
 
 
 def test_groups_that_do_not_act_are_no_hindrance():
@@ -131,9 +133,9 @@ def test_groups_that_do_not_act_are_no_hindrance():
     attach(model, "loss-free").detach()
 
 
-def test_groups_before_an_offset_are_refused():
+def test_groups_before_an_bias_are_refused():
     model = shrunken.build("deepseek_v2", topk_method="group_limited_greedy", n_group=4, topk_group=2)
-    with pytest.raises(EquipoiseError, match="there are groups, which are chosen before the offset is added"):
+    with pytest.raises(EquipoiseError, match="there are groups, which are chosen before the bias is added"):
         attach(model)
 
 
@@ -154,12 +156,12 @@ def test_a_factor_of_logits_is_refused():
 
 
 @pytest.mark.parametrize("model_type", ["llama4", "gemma4", "gpt_oss"])
-def test_a_frozen_offset_of_any_kind_leaves_the_gradient_of_the_same_choice(model_type):
+def test_a_frozen_bias_of_any_kind_leaves_the_gradient_of_the_same_choice(model_type):
     """The gate's gradient, steered, is that of a plain router whose choice is the same."""
     plain, steered = shrunken.build(model_type), shrunken.build(model_type)
     (router,) = find_routers(steered)
     constant = torch.full((router.num_experts,), 3.0)  # moves nothing
-    attach(steered, "frozen", offsets={router.name: constant})
+    attach(steered, "frozen", biases={router.name: constant})
     for model in (plain, steered):
         torch.manual_seed(0)
         model(**shrunken.batch()).logits.square().mean().backward()

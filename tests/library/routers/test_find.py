@@ -1,4 +1,4 @@
-"""A tap leaves a model as it is, bit for bit, until its offset moves; then it moves the choice and nothing else."""
+"""A tap leaves a model as it is, bit for bit, until its bias moves; then it moves the choice and nothing else."""
 
 import io
 from copy import deepcopy
@@ -57,7 +57,7 @@ def _everything(model, balance=None):
     return [output.loss, output.logits, *router_logits, *(x for call in seen for x in call)], gradients
 
 
-def _offset(experts=8, seed=5, size=0.2):
+def _bias(experts=8, seed=5, size=0.2):
     return torch.randn(experts, generator=torch.Generator().manual_seed(seed)) * size
 
 
@@ -65,7 +65,7 @@ def _offset(experts=8, seed=5, size=0.2):
 @pytest.mark.parametrize(
     "strategy", [(), ("none",), ("loss-free",), ("loss-free+lbl:coefficient=0",), ("frozen",)], ids=str
 )
-def test_an_attached_model_at_offset_zero_is_the_same_bit_for_bit(name, strategy):
+def test_an_attached_model_at_bias_zero_is_the_same_bit_for_bit(name, strategy):
     plain, attached = _family(name), _family(name)
     keys = list(attached.state_dict())
     balance = attach(attached, *strategy)
@@ -83,33 +83,33 @@ def test_an_attached_model_at_offset_zero_is_the_same_bit_for_bit(name, strategy
 
 @families
 @pytest.mark.parametrize("training", [True, False])
-def test_a_nonzero_offset_steers_exactly_and_leaves_the_weights(name, training):
-    gate = FAMILIES[name].gate
+def test_a_nonzero_bias_steers_exactly_and_leaves_the_weights(name, training):
+    score_function = FAMILIES[name].gate
     model = _family(name)
-    offsets = {n: _offset(seed=i) for i, (n, _, _, *_) in enumerate(find_routers(model))}
+    biases = {n: _bias(seed=i) for i, (n, _, _, *_) in enumerate(find_routers(model))}
     plain_seen = _record(deepcopy(model))
-    attach(model, "frozen", offsets=offsets)
+    attach(model, "frozen", biases=biases)
     model.train(training)
     seen = _record(model)
     model(**_batch())
     assert plain_seen == [] and len(seen) == 2
     normalised = name != "olmoe"
-    for (logits, weights, ids), offset in zip(seen, offsets.values(), strict=True):
+    for (logits, weights, ids), bias in zip(seen, biases.values(), strict=True):
         steered = route(
             logits,
             2,
-            gate=gate,
-            offset=offset,
+            score_function=score_function,
+            bias=bias,
             renormalise=normalised,
-            scale=2.5 if name != "deepseek_v3" and gate == "sigmoid" else 1.0,
+            scale=2.5 if name != "deepseek_v3" and score_function == "sigmoid" else 1.0,
         )
         order, our_order = ids.argsort(-1), steered.expert_ids.argsort(-1)
         assert torch.equal(ids.gather(1, order), steered.expert_ids.gather(1, our_order))
         scale = weights.sum() / steered.weights.sum()  # deepseek's routed scaling factor
         assert_close(weights.gather(1, order), steered.weights.gather(1, our_order) * scale, rtol=1e-6, atol=1e-7)
-        unsteered = route(logits, 2, gate=gate).expert_ids
+        unsteered = route(logits, 2, score_function=score_function).expert_ids
         moved = (ids.sort().values != unsteered.sort().values).any(1)
-        assert moved.any(), "the offset moved nothing: the test proves nothing"
+        assert moved.any(), "the bias moved nothing: the test proves nothing"
 
 
 @families
@@ -118,15 +118,15 @@ def test_steered_gradients_are_those_of_the_plain_scores(name):
     kind = FAMILIES[name]
     model = _family(name)
     first = find_routers(model)[0][0]
-    offsets = {n: _offset(seed=i) for i, (n, _, _, *_) in enumerate(find_routers(model))}
-    attach(model, "frozen", offsets=offsets)
+    biases = {n: _bias(seed=i) for i, (n, _, _, *_) in enumerate(find_routers(model))}
+    attach(model, "frozen", biases=biases)
     router = _routers(model)[0]
     hidden = torch.randn(20, router.weight.shape[1], generator=torch.Generator().manual_seed(1))
     logits, weights, ids = router(hidden)
     probe = torch.randn(weights.shape, generator=torch.Generator().manual_seed(2))
     (ours,) = torch.autograd.grad((weights * probe).sum(), router.weight)
     weight = router.weight.detach().clone().requires_grad_()
-    plain = route(F.linear(hidden, weight), 2, gate=kind.gate, offset=offsets[first])
+    plain = route(F.linear(hidden, weight), 2, score_function=kind.score_function, bias=biases[first])
     chosen = plain.scores.gather(1, ids)
     if name != "olmoe":
         chosen = chosen / chosen.sum(-1, keepdim=True)
@@ -138,13 +138,13 @@ def test_steered_gradients_are_those_of_the_plain_scores(name):
 @pytest.mark.parametrize("name", SLOTTED)
 def test_group_limited_routing_follows_the_family(name):
     model = _family(name, n_group=4, topk_group=2)
-    offset = _offset(size=0.05)
+    bias = _bias(size=0.05)
     names = [n for n, _, _, *_ in find_routers(model)]
-    attach(model, "frozen", offsets=dict.fromkeys(names, offset))
+    attach(model, "frozen", biases=dict.fromkeys(names, bias))
     seen = _record(model)
     model(**_batch())
     for logits, _, ids in seen:
-        expected = route(logits, 2, gate="sigmoid", offset=offset, num_groups=4, top_groups=2).expert_ids
+        expected = route(logits, 2, score_function="sigmoid", bias=bias, num_groups=4, top_groups=2).expert_ids
         assert torch.equal(ids.sort().values, expected.sort().values)
 
 
@@ -185,10 +185,10 @@ def _round_trip(model):
 
 @families
 @pytest.mark.parametrize("copy_of", [deepcopy, _round_trip], ids=["deepcopy", "torch.save"])
-def test_a_copy_has_its_own_weights_and_offsets_and_is_not_counted(name, copy_of):
+def test_a_copy_has_its_own_weights_and_biases_and_is_not_counted(name, copy_of):
     model = _family(name)
     names = [n for n, _, _, *_ in find_routers(model)]
-    balance = attach(model, "loss-free:rate=0.5,rule=sign+lbl:coefficient=0.1", offsets={n: _offset() for n in names})
+    balance = attach(model, "loss-free:rate=0.5,rule=sign+lbl:coefficient=0.1", biases={n: _bias() for n in names})
     before = _logits(model)
     balance.loss()
     balance.step()
@@ -210,7 +210,7 @@ def test_a_copy_has_its_own_weights_and_offsets_and_is_not_counted(name, copy_of
     moved = _logits(model)
     balance.loss()
     balance.step()
-    assert torch.equal(_logits(copy), held), "the offsets of the original reached the copy"
+    assert torch.equal(_logits(copy), held), "the biases of the original reached the copy"
     with torch.no_grad():
         for parameter in copy.parameters():
             parameter.zero_()
@@ -220,19 +220,19 @@ def test_a_copy_has_its_own_weights_and_offsets_and_is_not_counted(name, copy_of
 
 
 @families
-def test_a_copy_can_be_attached_and_starts_from_its_offsets(name):
+def test_a_copy_can_be_attached_and_starts_from_its_biases(name):
     model = _family(name)
     names = [n for n, _, _, *_ in find_routers(model)]
-    first = attach(model, "loss-free:rate=0.1", offsets={n: _offset() for n in names})
+    first = attach(model, "loss-free:rate=0.1", biases={n: _bias() for n in names})
     copy = deepcopy(model)
     second = attach(copy, "loss-free:rate=0.1,rule=sign")
     for n in names:
-        assert torch.equal(second.offsets[n], _offset())
+        assert torch.equal(second.biases[n], _bias())
     copy(**_batch())
     second.step()
     assert second.load[names[0]].sum() == 2 * 18
-    assert not torch.equal(second.offsets[names[0]], _offset())
-    assert torch.equal(first.offsets[names[0]], _offset())
+    assert not torch.equal(second.biases[names[0]], _bias())
+    assert torch.equal(first.biases[names[0]], _bias())
     second.detach()
     assert type(_routers(copy)[0]) is type(_routers(_family(name))[0])
 
@@ -245,22 +245,22 @@ def _slots(model):
 
 
 def _holds(model, balance):
-    for slot, offset in zip(_slots(model), balance.offsets.values(), strict=True):
-        assert slot.dtype == torch.float32 and torch.equal(slot, offset)
+    for slot, bias in zip(_slots(model), balance.biases.values(), strict=True):
+        assert slot.dtype == torch.float32 and torch.equal(slot, bias)
 
 
 @families
-def test_the_slot_holds_the_float32_offset_after_a_cast(name):
+def test_the_slot_holds_the_float32_bias_after_a_cast(name):
     model = _family(name)
     names = [n for n, _, _, *_ in find_routers(model)]
-    balance = attach(model, "loss-free:rate=1e-3,rule=sign", offsets={n: _offset() for n in names})
+    balance = attach(model, "loss-free:rate=1e-3,rule=sign", biases={n: _bias() for n in names})
     model.to(torch.bfloat16)
     assert _routers(model)[0].weight.dtype == torch.bfloat16
     _holds(model, balance)
     model(**_batch())
     balance.step()
     _holds(model, balance)
-    assert not torch.equal(balance.offsets[names[0]], _offset())
+    assert not torch.equal(balance.biases[names[0]], _bias())
     model.float().half().double()
     _holds(model, balance)
 
@@ -285,7 +285,7 @@ def test_attach_on_meta_then_to_empty(name):
         model = _family(name)
     assert all(parameter.is_meta for parameter in model.parameters())
     names = [n for n, _, _, *_ in find_routers(model)]
-    balance = attach(model, "loss-free:rate=0.1,rule=sign", offsets={n: _offset() for n in names})
+    balance = attach(model, "loss-free:rate=0.1,rule=sign", biases={n: _bias() for n in names})
     model.to_empty(device="cpu")
     _holds(model, balance)
     source = _family(name)
@@ -311,35 +311,35 @@ def test_a_loaded_checkpoint_is_adopted(name, assign, dtype):
     keys = [k for k in state if k.endswith(SLOT)]
     assert len(keys) == 2
     for k in keys:
-        state[k] = _offset(seed=len(k)).to(dtype)
+        state[k] = _bias(seed=len(k)).to(dtype)
     model.load_state_dict(state, assign=assign)
-    for offset, k in zip(balance.offsets.values(), keys, strict=True):
-        assert torch.equal(offset, state[k].float())
+    for bias, k in zip(balance.biases.values(), keys, strict=True):
+        assert torch.equal(bias, state[k].float())
     _holds(model, balance)
 
 
 @pytest.mark.parametrize("name", SLOTTED)
-def test_a_checkpoint_that_rounded_our_offsets_does_not_round_them(name):
+def test_a_checkpoint_that_rounded_our_biases_does_not_round_them(name):
     model = _family(name)
     names = [n for n, _, _, *_ in find_routers(model)]
-    balance = attach(model, "loss-free:rate=0.1", offsets={n: _offset() for n in names})
+    balance = attach(model, "loss-free:rate=0.1", biases={n: _bias() for n in names})
     model.load_state_dict({k: v.bfloat16() for k, v in model.state_dict().items()}, assign=True)
     _holds(model, balance)
-    assert torch.equal(balance.offsets[names[0]], _offset())
+    assert torch.equal(balance.biases[names[0]], _bias())
 
 
 @pytest.mark.parametrize("name", SLOTTED)
 def test_attach_starts_from_what_the_slot_holds_and_saves_it_back(name):
     model = _family(name)
     for slot in _slots(model):
-        slot.copy_(_offset())
+        slot.copy_(_bias())
     balance = attach(model, "loss-free:rate=0.25,rule=sign")
-    assert all(torch.equal(offset, _offset()) for offset in balance.offsets.values())
+    assert all(torch.equal(bias, _bias()) for bias in balance.biases.values())
     model(**_batch())
     balance.step()
     saved = [v for k, v in model.state_dict().items() if k.endswith(SLOT)]
-    for slot, offset in zip(saved, balance.offsets.values(), strict=True):
-        assert torch.equal(slot, offset) and not torch.equal(slot, _offset())
+    for slot, bias in zip(saved, balance.biases.values(), strict=True):
+        assert torch.equal(slot, bias) and not torch.equal(slot, _bias())
 
 
 @pytest.mark.parametrize("name", SLOTTED)
@@ -361,20 +361,20 @@ def test_detach_restores_classes_keys_hooks_and_routes(name):
     steered = _logits(model)
     balance.loss()
     balance.step()
-    offsets = balance.detach()
+    biases = balance.detach()
     assert [type(m) for m in model.modules()] == classes
     assert list(model.state_dict()) == keys and [n for n, _ in model.named_buffers()] == buffers
     assert not model._forward_hooks and not model._forward_pre_hooks
     assert all("_equipoise" not in vars(m) for m in model.modules())
-    assert all(offset.any() for offset in offsets.values())
+    assert all(bias.any() for bias in biases.values())
     if name in SLOTLESS:
         assert torch.equal(_logits(model), _logits(plain)) and torch.equal(_logits(model), steered)
     else:
-        for slot, offset in zip(_slots(model), offsets.values(), strict=True):
-            assert torch.equal(slot, offset)
+        for slot, bias in zip(_slots(model), biases.values(), strict=True):
+            assert torch.equal(slot, bias)
         assert not torch.equal(_logits(model), _logits(plain))
-    again = attach(model, "frozen", offsets=offsets)
-    assert all(torch.equal(again.offsets[n], offsets[n]) for n in offsets)
+    again = attach(model, "frozen", biases=biases)
+    assert all(torch.equal(again.biases[n], biases[n]) for n in biases)
 
 
 def test_a_router_whose_forward_was_replaced_on_the_instance_is_refused_and_later_ones_are_not():
@@ -542,12 +542,12 @@ def test_how_a_router_selects_is_found_out_by_what_it_does(monkeypatch, forward,
     monkeypatch.setattr(type(_routers(model)[0]), "forward", forward)
     found = find_routers(model)
     assert [(router.kind, router.k) for router in found] == [(kind, k)] * 2
-    offsets = {router.name: _offset(size=0.5, seed=i) for i, router in enumerate(found)}
-    attach(model, "frozen", offsets=offsets)
+    biases = {router.name: _bias(size=0.5, seed=i) for i, router in enumerate(found)}
+    attach(model, "frozen", biases=biases)
     seen = _record(model)
     model(**_batch())
-    for (logits, _, ids), offset in zip(seen, offsets.values(), strict=True):
-        expected = (kind.values(logits) + offset).topk(k).indices
+    for (logits, _, ids), bias in zip(seen, biases.values(), strict=True):
+        expected = (kind.values(logits) + bias).topk(k).indices
         assert torch.equal(ids.sort().values, expected.sort().values)
 
 
@@ -587,7 +587,7 @@ def test_attach_works_in_any_surrounding(name, where):
     (model(**_batch()).loss + balance.loss()).backward()
     balance.step()
     _holds(model, balance)
-    assert all(offset.any() for offset in balance.offsets.values())
+    assert all(bias.any() for bias in balance.biases.values())
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The five main families in what a training run does with them: attached at offset zero, the same as not attached.
+"""The five main families in what a training run does with them: attached at bias zero, the same as not attached.
 
 ``test_families.py`` has plain forwards and backwards, ``tests/distributed/test_main_families.py`` two ranks.
 """

@@ -23,9 +23,9 @@ DIM, EXPERTS = 16, 8
 class TopKRouter(nn.Module):
     """Settings where people keep them: on an object, in a function, in a module inside."""
 
-    def __init__(self, k=2, gate="softmax", activation=None):
+    def __init__(self, k=2, score_function="softmax", activation=None):
         super().__init__()
-        self.args = SimpleNamespace(top=k, score=gate)
+        self.args = SimpleNamespace(top=k, score=score_function)
         self.activation = activation
         self.weight = nn.Parameter(torch.randn(EXPERTS, DIM, generator=torch.Generator().manual_seed(0)))
 
@@ -59,7 +59,7 @@ def _model(*routers):
 
 
 def _kinds(model):
-    return [(router.kind.gate, router.k) for router in find_routers(model)]
+    return [(router.kind.score_function, router.k) for router in find_routers(model)]
 
 
 def _hidden(tokens=10):
@@ -68,8 +68,8 @@ def _hidden(tokens=10):
 
 def test_routers_that_differ_in_an_object_a_function_or_a_module_are_told_apart():
     for k in (2, 4):
-        for gate in ("softmax", "sigmoid"):
-            assert _kinds(_model(TopKRouter(k, gate))) == [(gate, k)]
+        for score_function in ("softmax", "sigmoid"):
+            assert _kinds(_model(TopKRouter(k, score_function))) == [(score_function, k)]
     assert _kinds(_model(*(TopKRouter(k) for k in (2, 1, 4)))) == [("softmax", k) for k in (2, 1, 4)]
     functions = _softmax, torch.sigmoid, lambda logits: logits.softmax(-1)
     assert _kinds(_model(*(TopKRouter(activation=f) for f in functions))) == [
@@ -84,11 +84,13 @@ def test_routers_that_differ_in_an_object_a_function_or_a_module_are_told_apart(
 
 
 def test_what_a_closure_holds_tells_routers_apart():
-    def gate(name):
+    def score_function(name):
         return lambda logits: logits.softmax(-1) if name == "softmax" else logits.sigmoid()
 
     names = ["softmax", "sigmoid", "softmax"]
-    assert _kinds(_model(*(TopKRouter(activation=gate(name)) for name in names))) == [(name, 2) for name in names]
+    assert _kinds(_model(*(TopKRouter(activation=score_function(name)) for name in names))) == [
+        (name, 2) for name in names
+    ]
 
 
 def test_a_declared_kind_is_proven_for_each_k():
@@ -112,7 +114,7 @@ def test_of_a_router_in_a_wrapper_that_is_called_a_router_the_inner_one_is_attac
         balance = attach(model, "loss-free:rate=0.1+lbl")
         (model(_hidden()).sum() + balance.loss()).backward()
         balance.step()
-        assert list(balance.offsets) == ["0.router.inner"] and balance.num_tokens == 10
+        assert list(balance.biases) == ["0.router.inner"] and balance.num_tokens == 10
         balance.detach()
         assert type(inner).__name__ in ("TopKRouter", "Router") and type(model[0].router) is LoggedRouter
 
@@ -130,7 +132,7 @@ def test_a_router_that_is_changed_after_attach_is_refused(k):
         model(_hidden())
 
 
-def test_a_router_without_an_offset_that_lost_experts_is_refused():
+def test_a_router_without_an_bias_that_lost_experts_is_refused():
     model = _model(TopKRouter(2))
     attach(model, "lbl")
     model[0].router.weight = nn.Parameter(torch.randn(4, DIM))
@@ -243,7 +245,7 @@ def test_a_router_that_fully_shard_holds_by_itself_is_attached():
         balance = attach(model, "loss-free:rate=0.1")
         model(_hidden()).sum().backward()
         balance.step()
-        assert balance.num_tokens == 10 and all(offset.any() for offset in balance.offsets.values())
+        assert balance.num_tokens == 10 and all(bias.any() for bias in balance.biases.values())
     finally:
         dist.destroy_process_group()
 
@@ -269,11 +271,11 @@ def test_a_router_is_not_taken_for_another_that_differs_deep_inside():
     """What is visited is kept while it is compared: an address may be another object's a moment later."""
 
     class Deep(TopKRouter):
-        def __init__(self, gate):
+        def __init__(self, score_function):
             super().__init__()
             self.first, self.second = nn.Identity(), nn.Identity()
             self.second.third = nn.Module()
-            self.second.third.gate = gate
+            self.second.third.gate = score_function
 
         def scores(self, logits):
             return logits.softmax(-1) if self.second.third.gate == "softmax" else logits.sigmoid()
@@ -281,13 +283,13 @@ def test_a_router_is_not_taken_for_another_that_differs_deep_inside():
     names = ["softmax", "sigmoid", "softmax"]
     assert _kinds(_model(*map(Deep, names))) == [(name, 2) for name in names]
 
-    def made(gate):
-        return (lambda x: x), (lambda logits: logits.softmax(-1) if gate == "softmax" else logits.sigmoid())
+    def made(score_function):
+        return (lambda x: x), (lambda logits: logits.softmax(-1) if score_function == "softmax" else logits.sigmoid())
 
     class Two(TopKRouter):
-        def __init__(self, gate):
+        def __init__(self, score_function):
             super().__init__()
-            self.before, self.after = made(gate)
+            self.before, self.after = made(score_function)
 
         def scores(self, logits):
             return self.after(self.before(logits))
@@ -352,7 +354,7 @@ class Outer(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.gate = TopKRouter(gate="sigmoid")
+        self.gate = TopKRouter(score_function="sigmoid")
         self.register_buffer("e_score_correction_bias", torch.zeros(EXPERTS))
 
     def forward(self, hidden):
@@ -375,7 +377,7 @@ def test_of_two_routers_in_one_another_the_one_that_chooses_is_attached(outer):
     balance = attach(model, "loss-free:rate=0.1")
     model(_hidden())
     balance.step()
-    assert list(balance.offsets) == ["0.router"] and model[0].router.e_score_correction_bias.any()
+    assert list(balance.biases) == ["0.router"] and model[0].router.e_score_correction_bias.any()
 
 
 def test_another_k_in_an_evaluation_is_counted():
@@ -404,7 +406,7 @@ def test_experts_beside_a_router_that_is_attached_are_no_unknown_block(caplog):
             super().__init__()
             self.weight = nn.Parameter(torch.zeros(EXPERTS, DIM, DIM))
 
-    model = nn.ModuleDict({"0": nn.ModuleDict({"gate": TopKRouter(), "experts": FusedMoE()})})
+    model = nn.ModuleDict({"0": nn.ModuleDict({"score_function": TopKRouter(), "experts": FusedMoE()})})
     attach(model)
     assert not caplog.records
 

@@ -13,8 +13,8 @@ from equipoise.balancers.loss_free import RULES
 from equipoise.balancers.strategy import BALANCERS
 from equipoise.testing import BALANCER_INVARIANTS, ConformanceError, check_balancer
 
-OFFSET = {
-    "offset is the state",
+BIAS = {
+    "bias is the state",
     "float64 stays",
     "resumes from its state",
     "finite",
@@ -30,7 +30,7 @@ OFFSET = {
 LOSS = {name for name in BALANCER_INVARIANTS if name.startswith("loss ")}
 ANY = {"specification", "copies", "strategy string", "inputs unchanged", "no host synchronisation"}
 EVEN, STATISTIC = {"even load moves nothing"}, {"statistic"}
-LOSS_FREE, QUANTILE = ANY | OFFSET | EVEN, ANY | OFFSET | STATISTIC
+LOSS_FREE, QUANTILE = ANY | BIAS | EVEN, ANY | BIAS | STATISTIC
 
 OURS = {
     **{
@@ -53,13 +53,13 @@ OURS = {
     },
     "lbl:coefficient=0.5,pooling=previous": ANY | LOSS,
     "z:coefficient=0.1": ANY | LOSS,
-    "frozen": ANY | {"offset is the state", "float64 stays"},
+    "frozen": ANY | {"bias is the state", "float64 stays"},
 }
 
 
 def test_every_registered_balancer_is_here():
     assert {type(parse_strategy(text)[0]) for text in OURS} == set(BALANCERS.values())
-    assert {*OFFSET, *LOSS, *ANY, *EVEN, *STATISTIC} == set(BALANCER_INVARIANTS)
+    assert {*BIAS, *LOSS, *ANY, *EVEN, *STATISTIC} == set(BALANCER_INVARIANTS)
 
 
 @pytest.mark.parametrize("strategy", OURS)
@@ -79,11 +79,11 @@ class Sound(Balancer):
         self.rate = rate
 
     def prepare(self, layers):
-        self._offset = layers.offset.clone()
-        self._momentum = torch.zeros_like(self._offset)
+        self._bias = layers.bias.clone()
+        self._momentum = torch.zeros_like(self._bias)
 
-    def offset(self):
-        return self._offset
+    def bias(self):
+        return self._bias
 
     def state(self):
         return {"momentum": self._momentum}
@@ -91,7 +91,7 @@ class Sound(Balancer):
     def statistic(self, routing, row):
         """How many unmasked tokens like each expert best."""
         counted = 1 if routing.mask is None else (routing.mask != 0).long()[:, None]
-        best = (routing.scores.detach() + self._offset[row]).argmax(-1)
+        best = (routing.scores.detach() + self._bias[row]).argmax(-1)
         return (F.one_hot(best, routing.scores.shape[-1]) * counted).sum(0)
 
     def error(self, load):
@@ -99,8 +99,8 @@ class Sound(Balancer):
 
     def update(self, load, statistic=None, window=0):
         step = self.error(load) + 0.5 * self.error(torch.stack(list(statistic)))
-        self._momentum.mul_(0.5).add_(step.to(self._offset.dtype), alpha=self.rate)
-        self._offset.add_(self._momentum)
+        self._momentum.mul_(0.5).add_(step.to(self._bias.dtype), alpha=self.rate)
+        self._bias.add_(self._momentum)
 
     def loss(self, routing, load):
         p = routing.scores / routing.scores.sum(-1, keepdim=True).clamp_min(1e-30)
@@ -116,17 +116,17 @@ class ByLoad(Balancer):
         self.rate = rate
 
     def prepare(self, layers):
-        self._offset = layers.offset.clone()
+        self._bias = layers.bias.clone()
 
-    def offset(self):
-        return self._offset
+    def bias(self):
+        return self._bias
 
     def error(self, load):
         return (load.sum(-1, keepdim=True) - load.shape[-1] * load).sign()
 
     @torch.no_grad()
     def update(self, load, statistic=None, window=0):
-        self._offset.add_(self.error(load).to(self._offset.dtype), alpha=self.rate)
+        self._bias.add_(self.error(load).to(self._bias.dtype), alpha=self.rate)
 
 
 class ByPreference(Balancer):
@@ -155,7 +155,7 @@ class Shifted(ByLoad):
     @torch.no_grad()
     def update(self, load, statistic=None, window=0):
         super().update(load)
-        self._offset.clamp_(min=-1)
+        self._bias.clamp_(min=-1)
 
 
 class Rows(Sound):
@@ -184,9 +184,9 @@ class SomeTokens(Sound):
 @pytest.mark.parametrize(
     ("balancer", "checked"),
     [
-        (SomeTokens, ANY | OFFSET | STATISTIC | LOSS),
-        (Sound, ANY | OFFSET | STATISTIC | LOSS),
-        (Rows, (ANY | OFFSET | STATISTIC | LOSS) - {"huge counts"}),
+        (SomeTokens, ANY | BIAS | STATISTIC | LOSS),
+        (Sound, ANY | BIAS | STATISTIC | LOSS),
+        (Rows, (ANY | BIAS | STATISTIC | LOSS) - {"huge counts"}),
         (ByLoad, LOSS_FREE),
         (Shifted, LOSS_FREE),
         (ByPreference, ANY | LOSS),
@@ -201,39 +201,39 @@ def test_a_balancer_of_somebody_else_conforms(balancer, checked):
 
 class MovesAnotherTensor(ByLoad):
     def update(self, load, statistic=None, window=0):
-        self._offset = self._offset + self.rate * self.error(load)
+        self._bias = self._bias + self.rate * self.error(load)
 
 
 class HoldsWhatItWasGiven(ByLoad):
     def prepare(self, layers):
-        self._offset = layers.offset
+        self._bias = layers.bias
 
 
 class StartsAtZero(ByLoad):
     def prepare(self, layers):
-        self._offset = torch.zeros_like(layers.offset)
+        self._bias = torch.zeros_like(layers.bias)
 
 
 class HasAGradient(ByLoad):
     def prepare(self, layers):
-        self._offset = layers.offset.clone().requires_grad_()
+        self._bias = layers.bias.clone().requires_grad_()
 
 
 class GivesACopy(ByLoad):
-    def offset(self):
-        return self._offset.clone()
+    def bias(self):
+        return self._bias.clone()
 
 
 class AlwaysFloat32(ByLoad):
     def prepare(self, layers):
-        self._offset = layers.offset.float().clone()
+        self._bias = layers.bias.float().clone()
 
 
 class SharesTheClass(ByLoad):
     held: ClassVar[dict] = {}
 
     def prepare(self, layers):
-        self._offset = self.held.setdefault(layers.gate, layers.offset.clone())
+        self._bias = self.held.setdefault(layers.score_function, layers.bias.clone())
 
 
 class CountsInInt32(ByLoad):
@@ -324,7 +324,7 @@ class ChangesTheLoad(ByLoad):
 
 class BelowZero(Shifted):
     def update(self, load, statistic=None, window=0):
-        self._offset.add_(self.error(load), alpha=0.7)
+        self._bias.add_(self.error(load), alpha=0.7)
 
 
 class NotEveryFieldIsText(ByLoad):
@@ -340,7 +340,7 @@ class HoldsAFunction(ByLoad):
 
 class CopiesAreTheSame(ByLoad):
     def __deepcopy__(self, memo):
-        return self if hasattr(self, "_offset") else type(self)(self.rate)
+        return self if hasattr(self, "_bias") else type(self)(self.rate)
 
 
 class IgnoresTheMask(Sound):
@@ -388,8 +388,8 @@ class ShareOfTheCall(Sound):
 
 class ChangesTheScores(Sound):
     def statistic(self, routing, row):
-        routing.scores.detach().add_(self._offset[row] + 1)
-        return super().statistic(routing._replace(scores=routing.scores - self._offset[row]), row)
+        routing.scores.detach().add_(self._bias[row] + 1)
+        return super().statistic(routing._replace(scores=routing.scores - self._bias[row]), row)
 
 
 class CountsByItem(Sound):
@@ -508,11 +508,11 @@ class UnknownScope(ByPreference):
 
 
 BROKEN = [
-    (MovesAnotherTensor, "offset is the state", "not moved in place"),
-    (HoldsWhatItWasGiven, "offset is the state", "Layers.offset itself was moved"),
-    (StartsAtZero, "offset is the state", "at the start"),
-    (HasAGradient, "offset is the state", "offset requires a gradient"),
-    (GivesACopy, "offset is the state", "another tensor"),
+    (MovesAnotherTensor, "bias is the state", "not moved in place"),
+    (HoldsWhatItWasGiven, "bias is the state", "Layers.bias itself was moved"),
+    (StartsAtZero, "bias is the state", "at the start"),
+    (HasAGradient, "bias is the state", "bias requires a gradient"),
+    (GivesACopy, "bias is the state", "another tensor"),
     (AlwaysFloat32, "float64 stays", "torch.float32 at the start"),
     (SharesTheClass, "specification", "of another copy that was not used"),
     (UnknownScope, "specification", "scope 'batch'"),
@@ -594,18 +594,18 @@ def test_one_invariant_at_a_time(invariant):
 
 
 def test_the_first_that_does_not_hold_is_raised_and_gates_can_be_left_out():
-    with pytest.raises(ConformanceError, match="^offset is the state: "):
+    with pytest.raises(ConformanceError, match="^bias is the state: "):
         check_balancer(MovesAnotherTensor)
 
     class ForSoftmax(ByLoad):
         def prepare(self, layers):
-            if layers.gate != "softmax":
+            if layers.score_function != "softmax":
                 raise ValueError("softmax only")
             super().prepare(layers)
 
     with pytest.raises(ConformanceError, match="ValueError: softmax only; with gate sigmoid"):
-        check_balancer(ForSoftmax, only="offset is the state", gates=("softmax", "sigmoid"))
-    assert check_balancer(ForSoftmax, only="offset is the state", gates=("softmax",)) == ("offset is the state",)
+        check_balancer(ForSoftmax, only="bias is the state", score_functions=("softmax", "sigmoid"))
+    assert check_balancer(ForSoftmax, only="bias is the state", score_functions=("softmax",)) == ("bias is the state",)
 
 
 def test_a_failure_carries_its_cause():
@@ -625,5 +625,5 @@ def test_the_global_generator_is_left_alone():
     torch.manual_seed(0)
     before = torch.get_rng_state()
     for balancer in (LossFree, Quantile, LoadBalancingLoss, ZLoss):
-        check_balancer(balancer, gates=("softmax",))
+        check_balancer(balancer, score_functions=("softmax",))
     assert torch.equal(torch.get_rng_state(), before)

@@ -16,7 +16,7 @@ from equipoise.balance import Balance
 from equipoise.counting.recorder import Recorder
 from equipoise.errors import EquipoiseError
 from equipoise.nn import MoE
-from equipoise.routers.tap import OWN_SLOT, OffsetTopK, RouterKind, Tap
+from equipoise.routers.tap import OWN_SLOT, BiasedTopK, RouterKind, Tap
 from equipoise.testing import TAP_INVARIANTS, ConformanceError, check_tap
 from equipoise.testing.taps import Subject
 
@@ -82,8 +82,8 @@ class Layer(nn.Module):
     ("options", "checked"),
     [
         ({}, ALL - PADDING),
-        ({"gate": "softmax", "renormalise": False}, ALL - PADDING),
-        ({"gate": "sqrt_softplus", "capacity_factor": 1.0, "scale": 2.0}, ALL - PADDING),
+        ({"score_function": "softmax", "renormalise": False}, ALL - PADDING),
+        ({"score_function": "sqrt_softplus", "capacity_factor": 1.0, "scale": 2.0}, ALL - PADDING),
         ({"num_groups": 4, "top_groups": 2}, ALL - PADDING - GROUPS),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else None,  # a set has another order in every process
@@ -342,23 +342,23 @@ class NothingComesOut(Model):
 
 
 BROKEN = [
-    (Model(block=ChoosesAgain), "offset moves the choice only", "the experts do not follow the choice"),
+    (Model(block=ChoosesAgain), "bias moves the choice only", "the experts do not follow the choice"),
     (Model(block=WeighsAgain), "loss gradient", "a gradient that is"),
     (Model(block=WeighsByLogitsOfItsOwn), "loss gradient", "a gradient that is"),
-    (Model(BiasInTheWeights), "offset moves the choice only", "weights of the same choice of other bits"),
-    (Model(BiasOnTheLogits), "offset moves the choice only", "the best by score and offset are"),
-    (Model(NoBiasInEvaluation), "offset moves the choice only", "training False"),
-    (Model(BiasIn16Bits), "cast keeps float32 offsets", "the best by score and offset are"),
-    (Model(TwoTopKs), "offset moves the choice only", "layer blocks.0.gate"),
-    (Model(TwoTopKsAlways), "offset moves the choice only", "it calls torch.topk 2 times over the experts"),
-    (Model(SortsInsteadOfTopK), "offset moves the choice only", "the best by score and offset are"),
-    (Model(SortsInsteadOfTopK), "factor moves the choice only", "the best by score and offset are"),
-    (Model(SortsInsteadOfTopK), "step reaches the router", "the best by score and offset are"),
-    (Model(TheSameExpertTwice), "offset moves the choice only", "the same expert twice"),
+    (Model(BiasInTheWeights), "bias moves the choice only", "weights of the same choice of other bits"),
+    (Model(BiasOnTheLogits), "bias moves the choice only", "the best by score and bias are"),
+    (Model(NoBiasInEvaluation), "bias moves the choice only", "training False"),
+    (Model(BiasIn16Bits), "cast keeps float32 biases", "the best by score and bias are"),
+    (Model(TwoTopKs), "bias moves the choice only", "layer blocks.0.gate"),
+    (Model(TwoTopKsAlways), "bias moves the choice only", "it calls torch.topk 2 times over the experts"),
+    (Model(SortsInsteadOfTopK), "bias moves the choice only", "the best by score and bias are"),
+    (Model(SortsInsteadOfTopK), "factor moves the choice only", "the best by score and bias are"),
+    (Model(SortsInsteadOfTopK), "step reaches the router", "the best by score and bias are"),
+    (Model(TheSameExpertTwice), "bias moves the choice only", "the same expert twice"),
     (Model(LogitsWithoutGradient), "loss gradient", "logits without a gradient"),
-    (Model(OtherLogits), "offset moves the choice only", "the best by score and offset are"),
-    (Model(OtherWeights), "offset moves the choice only", "weights that are not the scores of the chosen"),
-    (Model(NoiseOfItsOwn), "unchanged at offset zero", "the model itself is not reproducible"),
+    (Model(OtherLogits), "bias moves the choice only", "the best by score and bias are"),
+    (Model(OtherWeights), "bias moves the choice only", "weights that are not the scores of the chosen"),
+    (Model(NoiseOfItsOwn), "unchanged at bias zero", "the model itself is not reproducible"),
     (Model(RemembersTheCallBefore), "copies", "output of the copy of other bits"),
     (Model(RemembersTheCallBefore), "detach restores", "attributes ['before']"),
     (Model(NeverInTraining), "counts each token once", "num_tokens 0"),
@@ -367,7 +367,7 @@ BROKEN = [
     (Model(KeyOfItsOwn), "state dict", OWN_SLOT),
     (Model(AddsABuffer), "detach restores", "attributes ['noticed']"),
     (DropsPadding(), "padding is not counted", "which token belongs to which sequence"),
-    (NothingComesOut(), "unchanged at offset zero", "got NoneType"),
+    (NothingComesOut(), "unchanged at bias zero", "got NoneType"),
 ]
 
 
@@ -428,26 +428,26 @@ def _ignores_the_factor(patch):
 
 
 def _forgets_the_slot(patch):
-    restore, seen = Recorder.restore_offset, set()
+    restore, seen = Recorder.restore_bias, set()
 
     def once(self, layer):
         if (id(self), layer) not in seen:
             seen.add((id(self), layer))
             restore(self, layer)
 
-    patch.setattr(Recorder, "restore_offset", once)
-    patch.setattr(Recorder, "restore_offsets", lambda self, group, slots: [once(self, i) for i in group.layers])
+    patch.setattr(Recorder, "restore_bias", once)
+    patch.setattr(Recorder, "restore_biases", lambda self, group, slots: [once(self, i) for i in group.layers])
 
 
-def _casts_the_offset(patch):
-    restore = Recorder.restore_offset
+def _casts_the_bias(patch):
+    restore = Recorder.restore_bias
 
     def rounded(self, layer):
-        offset = self.group_of[layer][0].steering.offset()
-        offset.copy_(offset.bfloat16())
+        bias = self.group_of[layer][0].steering.bias()
+        bias.copy_(bias.bfloat16())
         restore(self, layer)
 
-    patch.setattr(Recorder, "restore_offset", rounded)
+    patch.setattr(Recorder, "restore_bias", rounded)
 
 
 def _copies_share_the_tap(patch):
@@ -492,26 +492,26 @@ def _attaches_twice(patch):
 
 
 def _biased_weights(patch):
-    sound = OffsetTopK.__torch_function__
+    sound = BiasedTopK.__torch_function__
 
     def steer(self, func, types, args=(), kwargs=None):
-        if type(self) is not OffsetTopK:  # the proof is not fooled
+        if type(self) is not BiasedTopK:  # the proof is not fooled
             return sound(self, func, types, args, kwargs)
         if func is torch.topk:
-            choice = args[0] * (1 + self.offset) if self.multiplies else args[0] + self.offset
+            choice = args[0] * (1 + self.bias) if self.multiplies else args[0] + self.bias
             return torch.topk(choice, *args[1:], **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
-    patch.setattr(OffsetTopK, "__torch_function__", steer)
+    patch.setattr(BiasedTopK, "__torch_function__", steer)
 
 
 def _adds_instead_of_multiplying(patch):
-    init = OffsetTopK.__init__
+    init = BiasedTopK.__init__
 
-    def adds(self, offset, multiplies=False):
-        init(self, offset, multiplies and type(self) is not OffsetTopK)  # the proof is not fooled
+    def adds(self, bias, multiplies=False):
+        init(self, bias, multiplies and type(self) is not BiasedTopK)  # the proof is not fooled
 
-    patch.setattr(OffsetTopK, "__init__", adds)
+    patch.setattr(BiasedTopK, "__init__", adds)
 
 
 def _moves_when_skipped(patch):
@@ -527,17 +527,17 @@ WRONG = [
     (_counts_padding, "padding is not counted", "num_tokens 32, not 23"),
     (_twice_the_gradient, "loss gradient", "a gradient that is 1 of its norm away"),
     (_ignores_the_factor, "loss gradient", "a gradient that is"),
-    (_forgets_the_slot, "step reaches the router", "the best by score and offset are"),
-    (_casts_the_offset, "cast keeps float32 offsets", "Balance.offsets of other bits"),
+    (_forgets_the_slot, "step reaches the router", "the best by score and bias are"),
+    (_casts_the_bias, "cast keeps float32 biases", "Balance.biases of other bits"),
     (_copies_share_the_tap, "copies", ""),
     (_cannot_be_pickled, "pickle", "cannot pickle a tap"),
     (_saves_the_slot, "state dict", OWN_SLOT),
     (_leaves_hooks, "detach restores", "hooks that were left"),
     (_leaves_the_slot, "detach restores", "buffers"),
     (_attaches_twice, "attached once", ""),
-    (_biased_weights, "offset moves the choice only", "weights of the same choice of other bits"),
+    (_biased_weights, "bias moves the choice only", "weights of the same choice of other bits"),
     (_biased_weights, "factor moves the choice only", "weights of the same choice of other bits"),
-    (_adds_instead_of_multiplying, "factor moves the choice only", "the best by score and offset are"),
+    (_adds_instead_of_multiplying, "factor moves the choice only", "the best by score and bias are"),
     (_moves_when_skipped, "step reaches the router", "applied False"),
 ]
 
@@ -561,7 +561,7 @@ def test_one_invariant_at_a_time(invariant):
 
 
 def test_the_first_that_does_not_hold_is_raised():
-    with pytest.raises(ConformanceError, match="^offset moves the choice only: "):
+    with pytest.raises(ConformanceError, match="^bias moves the choice only: "):
         check_tap(Model(BiasOnTheLogits))
 
 
@@ -572,7 +572,7 @@ def test_a_model_that_cannot_be_attached_says_why():
 
 
 def test_bad_arguments_are_refused():
-    with pytest.raises(ValueError, match="only must be one of unchanged at offset zero, .*: got 'speed'"):
+    with pytest.raises(ValueError, match="only must be one of unchanged at bias zero, .*: got 'speed'"):
         check_tap(Model(), only="speed")
     with pytest.raises(TypeError, match="model must be a torch.nn.Module: got str"):
         check_tap("mixtral")
