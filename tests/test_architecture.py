@@ -13,6 +13,7 @@ SRC = Path(__file__).parents[1] / "src"
 # Each place may import those before it in its list, and itself.
 LIBRARY = [
     "errors",
+    "_text",
     "recipes",
     "routing",
     "load",

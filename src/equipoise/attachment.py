@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from equipoise.balance import Balance, few
+from equipoise._text import abbreviate
+from equipoise.balance import Balance
 from equipoise.balancers import Balancer, format_strategy, parse_strategy
 from equipoise.counting.pool import Pool, digest
 from equipoise.counting.recorder import Layer, slot_of
@@ -113,7 +114,7 @@ def attach(
         )
     if where is None and (left_out := unknown_routers(inner)):
         _log.warning(
-            f"attach: {few(left_out)} is neither counted nor balanced: equipoise does not know it. Give it an "
+            f"attach: {abbreviate(left_out)} is neither counted nor balanced: equipoise does not know it. Give it an "
             "attribute router_kind, or choose layers with where=... to say that it may be left out."
         )
     for named in balancers:
@@ -179,7 +180,7 @@ def _warn_of_rounded(layers: Sequence[Layer], balancers: Sequence[Balancer]) -> 
             found[layer.name] = str(held.dtype).removeprefix("torch.")
     if found:
         _log.warning(
-            f"attach: the bias comes rounded in {few(found)}, and so the biases begin. Load the model in float32 to "
+            f"attach: the bias comes rounded in {abbreviate(found)}, and so the biases begin. Load the model in float32 to "
             "begin where it was trained; a state that is loaded after takes their place."
         )
 
@@ -197,7 +198,7 @@ def _warn_of_another_loss(model: nn.Module, balancers: Sequence[Balancer]) -> No
 
 def _describe(fingerprint: Any) -> str:
     strategy, layers = fingerprint
-    return f"{strategy} on {few({name: size for name, size, _, _ in layers})}"
+    return f"{strategy} on {abbreviate({name: size for name, size, _, _ in layers})}"
 
 
 def _find_layers(
@@ -300,7 +301,9 @@ def _read_biases(
     sizes = {name: tuple(value.shape) for name, value in biases.items()}
     wanted = {layer.name: (layer.num_experts,) for layer in layers}
     if sizes != wanted:
-        raise EquipoiseError(f"biases must name the layers of this model: got {few(sizes)}, expected {few(wanted)}.")
+        raise EquipoiseError(
+            f"biases must name the layers of this model: got {abbreviate(sizes)}, expected {abbreviate(wanted)}."
+        )
     for name, value in biases.items():
         if not value.is_floating_point() or not value.isfinite().all():
             raise EquipoiseError(f"biases must be finite floating-point numbers: those of {name} are not.")

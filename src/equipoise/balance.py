@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from equipoise import metrics
+from equipoise._text import abbreviate
 from equipoise.balancers import Balancer, format_strategy
 from equipoise.counting.pool import Pool, digest
 from equipoise.counting.recorder import Layer, Recorder, slot_of
@@ -24,7 +25,7 @@ from equipoise.routers.forward import ForwardContext
 from equipoise.routers.tap import OWN_SLOT, Tap, tap_router, untap_router
 from equipoise.saved import write_biases
 
-__all__ = ["Balance", "few"]
+__all__ = ["Balance"]
 
 UNUSED_MASK = (
     "token_mask() must be called before the forward of its micro-batch, and after the last one's loss() or step(): no "
@@ -235,7 +236,7 @@ class Balance:
         """Once for each layer."""
         new = [index for index in layers if (what, index) not in self._warned]
         self._warned.update((what, index) for index in new)
-        names = few(self._layers[index].name for index in new)
+        names = abbreviate(self._layers[index].name for index in new)
         if new and what == "no call":
             _log.warning(
                 f"step: {names} got no token between two steps, in training mode on this rank. That is as it should be "
@@ -361,7 +362,9 @@ class Balance:
         else:
             chosen = [index for index, layer in enumerate(self._layers) if where(layer.name)]
             if not chosen:
-                raise ValueError(f"where must choose a layer: it chooses none of {few(x.name for x in self._layers)}.")
+                raise ValueError(
+                    f"where must choose a layer: it chooses none of {abbreviate(x.name for x in self._layers)}."
+                )
             self._context.of_layers |= dict.fromkeys(chosen, (mask, sequence_ids))
         self._calls_at_mask = self._recorder.num_calls
 
@@ -537,8 +540,8 @@ class Balance:
             windows = state.get("num_windows")
             if sizes != names or not isinstance(windows, int) or isinstance(windows, bool) or windows < 0:
                 raise EquipoiseError(
-                    f"the state must be of a model with the same layers: its {key} have {few(sizes)}, this model has "
-                    f"{few(names)}. Load the state that was saved with this model."
+                    f"the state must be of a model with the same layers: its {key} have {abbreviate(sizes)}, this model has "
+                    f"{abbreviate(names)}. Load the state that was saved with this model."
                 )
             for name, value in part.items():
                 if (value < 0).any() or value.dtype != torch.int64 if key == "load" else not value.isfinite().all():
@@ -578,7 +581,7 @@ class Balance:
         return biases
 
     def __repr__(self) -> str:
-        sizes = f" of {few(sorted(set(self._layout.num_experts)))} experts" if self._layers else ""
+        sizes = f" of {abbreviate(sorted(set(self._layout.num_experts)))} experts" if self._layers else ""
         return f"Balance({self._strategy!r}, {len(self._layers)} layers{sizes})"
 
     # ---- helpers ----
@@ -608,11 +611,6 @@ def _state(balancer: Balancer) -> dict[str, Tensor]:
 def _with_tokens(load: dict[str, Tensor]) -> dict[str, Tensor]:
     """The layers that had any; all of them where none had."""
     return {name: counts for name, counts in load.items() if counts.any()} or load
-
-
-def few(values: Any) -> str:
-    values = [f"{k} [{v}]" for k, v in values.items()] if isinstance(values, Mapping) else [str(v) for v in values]
-    return ", ".join(values[:3]) + (f" ... ({len(values)} in all)" if len(values) > 3 else "") if values else "none"
 
 
 def was_applied(optimizer: torch.optim.Optimizer) -> bool | Tensor:

@@ -1,6 +1,6 @@
 """Mechanisms: what is done about an uneven load. One interface (``base``), one file a mechanism, and their strings."""
 
-from equipoise.balancers.base import Balancer, Layers
+from equipoise.balancers.base import Balancer, LayerStack
 from equipoise.balancers.load_balancing import LoadBalancingLoss, load_balancing_loss, sequence_load_balancing_loss
 from equipoise.balancers.loss_free import Frozen, LossFree
 from equipoise.balancers.quantile import Quantile, quantile_bias
@@ -10,7 +10,7 @@ from equipoise.balancers.z_loss import ZLoss, z_loss
 __all__ = [
     "Balancer",
     "Frozen",
-    "Layers",
+    "LayerStack",
     "LoadBalancingLoss",
     "LossFree",
     "Quantile",

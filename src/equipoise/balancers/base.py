@@ -17,14 +17,14 @@ from torch import Tensor
 
 from equipoise.routing import Routing
 
-__all__ = ["Balancer", "Layers", "check_bool", "check_choice", "check_load", "check_number", "check_whole"]
+__all__ = ["Balancer", "LayerStack", "check_bool", "check_choice", "check_load", "check_number", "check_whole"]
 
 SCOPES = ("sequence", "micro_batch", "global_batch")
 POOLINGS = ("window", "previous")
 
 
 @dataclass(frozen=True)
-class Layers:
+class LayerStack:
     """The layers that one copy of a balancer is for."""
 
     score_function: str  # softmax, sigmoid, sqrt_softplus
@@ -52,7 +52,7 @@ class Balancer:
     multiplies: bool = False
     gathers: bool = False
 
-    def prepare(self, layers: Layers) -> None:
+    def prepare(self, layers: LayerStack) -> None:
         """Takes up the state for these layers. Called once, on a copy, by ``attach``.
 
         ``layers`` has ``score_function``, ``k``, ``selection`` and ``bias`` [layers, experts], what the model's slots hold:

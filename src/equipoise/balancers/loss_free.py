@@ -9,7 +9,7 @@ from torch import Tensor
 
 from equipoise.balancers.base import (
     Balancer,
-    Layers,
+    LayerStack,
     check_bool,
     check_choice,
     check_load,
@@ -66,7 +66,7 @@ class LossFree(Balancer):
     cannot be wrong by rounding; ``micro_batch`` is our reading of "Balance BSZ" for a bias (paper 2, Table 1).
 
     >>> balancer = LossFree(rate=0.5, rule="sign", center=False)
-    >>> balancer.prepare(Layers("sigmoid", k=1, bias=torch.zeros(1, 4)))
+    >>> balancer.prepare(LayerStack("sigmoid", k=1, bias=torch.zeros(1, 4)))
     >>> balancer.update(torch.tensor([[6, 2, 2, 2]])); balancer.bias()
     tensor([[-0.5000,  0.5000,  0.5000,  0.5000]])
     """
@@ -106,7 +106,7 @@ class LossFree(Balancer):
             raise ValueError(f"momentum must be below 1: got {momentum!r}.")
         self.sharpness = sharpness if sharpness is None else check_number("sharpness", sharpness, positive=True)
 
-    def prepare(self, layers: Layers) -> None:
+    def prepare(self, layers: LayerStack) -> None:
         self._by_softmax = layers.score_function == "softmax" and layers.selection == "scores"
         self.rule = self.rule or ("proportional" if self._by_softmax else "sign")
         self._bias = layers.bias.clone()
@@ -223,7 +223,7 @@ class Frozen(Balancer):
             raise ValueError(f"multiplies must be true or false: got {multiplies!r}.")
         self.multiplies = multiplies
 
-    def prepare(self, layers: Layers) -> None:
+    def prepare(self, layers: LayerStack) -> None:
         self._bias = layers.bias.clone()
 
     def bias(self) -> Float[Tensor, "layers experts"]:

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from equipoise.balancers.base import Balancer, Layers, check_load, check_number, check_whole
+from equipoise.balancers.base import Balancer, LayerStack, check_load, check_number, check_whole
 from equipoise.routing import Routing
 
 __all__ = ["Quantile", "quantile_bias"]
@@ -160,7 +160,7 @@ class Quantile(Balancer):
         if self.fraction > 1:
             raise ValueError(f"fraction must be at most 1: got {fraction!r}.")
 
-    def prepare(self, layers: Layers) -> None:
+    def prepare(self, layers: LayerStack) -> None:
         self._bias, self._k, self._by_logits = layers.bias.clone(), layers.k, layers.selection == "logits"
 
     def bias(self) -> Float[Tensor, "layers experts"]:

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from equipoise.balancers import Balancer, Layers
+from equipoise.balancers import Balancer, LayerStack
 from equipoise.counting.pool import Pool
 from equipoise.counting.window import Call, MicroBatch, Statistics, Window, fit_mask, number_sequences
 from equipoise.errors import EquipoiseError
@@ -487,7 +487,7 @@ def _make_groups(
         prepared = [deepcopy(balancer) for balancer in balancers]
         start = torch.stack([biases[layers[index].name] for index in indices])
         for balancer in prepared:
-            balancer.prepare(Layers(score_function, k, start, selection))
+            balancer.prepare(LayerStack(score_function, k, start, selection))
         group = Group(indices, prepared, [layers[index] for index in indices], layout)
         groups.append(group)
         group_of.update({index: (group, row) for row, index in enumerate(indices)})

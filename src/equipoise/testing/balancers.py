@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from equipoise.balancers import Balancer, Layers, parse_strategy
+from equipoise.balancers import Balancer, LayerStack, parse_strategy
 from equipoise.balancers.base import POOLINGS, SCOPES
 from equipoise.balancers.strategy import BALANCERS
 from equipoise.routing import SCORE_FUNCTIONS, Routing, score
@@ -74,7 +74,7 @@ def _new(
 ) -> Balancer:
     """A prepared copy, as ``attach`` makes it."""
     balancer = deepcopy(factory())
-    balancer.prepare(Layers(score_function, k, torch.zeros(LAYERS, EXPERTS) if bias is None else bias))
+    balancer.prepare(LayerStack(score_function, k, torch.zeros(LAYERS, EXPERTS) if bias is None else bias))
     return balancer
 
 
@@ -241,7 +241,7 @@ def _specification(factory: Factory, score_function: str) -> None:
     before = deepcopy(vars(spec))
     other, used = deepcopy(spec), deepcopy(spec)
     for copy in (other, used):
-        copy.prepare(Layers(score_function, K, torch.zeros(LAYERS, EXPERTS)))
+        copy.prepare(LayerStack(score_function, K, torch.zeros(LAYERS, EXPERTS)))
     if used.has_bias:
         held = _held(other)
         _train(used, score_function, range(3))
@@ -290,7 +290,7 @@ def _strategy_string(factory: Factory, score_function: str) -> None:
 
 
 def _bias_is_the_state(factory: Factory, score_function: str) -> None:
-    """bias() must be one float32 tensor [layers, experts] that starts at Layers.bias, is moved in place and has no
+    """bias() must be one float32 tensor [layers, experts] that starts at LayerStack.bias, is moved in place and has no
     gradient; what state() holds likewise, from zero."""
     given = _random_bias()
     start = given.clone()
@@ -306,13 +306,13 @@ def _bias_is_the_state(factory: Factory, score_function: str) -> None:
     for name, value in _state(balancer).items():
         require(value is held.get(name), f"another tensor from {name} after an update: it was not moved in place")
         require(value.dtype == start.dtype, f"{name} became {value.dtype}")
-    require(torch.equal(given, start), "Layers.bias itself was moved: other balancers share it")
+    require(torch.equal(given, start), "LayerStack.bias itself was moved: other balancers share it")
     bias.fill_(0.25)
     require((_bias(balancer) == 0.25).all(), "what is written into bias() is not there afterwards")
 
 
 def _float64(factory: Factory, score_function: str) -> None:
-    """With a float64 Layers.bias all that moves must be, and stay, float64."""
+    """With a float64 LayerStack.bias all that moves must be, and stay, float64."""
     if not factory().has_bias:
         raise PassedOver
     balancer = _new(factory, score_function, _random_bias().double())
@@ -631,7 +631,7 @@ def _direction(factory: Factory, score_function: str) -> None:
     experts, tokens = 8, 256
     logits = _logits(13, tokens, experts)
     balancer = deepcopy(factory())
-    balancer.prepare(Layers(score_function, K, torch.zeros(LAYERS, experts)))
+    balancer.prepare(LayerStack(score_function, K, torch.zeros(LAYERS, experts)))
     history: list[Tensor] = []
     with case(seed=13, layers=LAYERS, tokens=tokens, experts=experts):
         for window in range(200):

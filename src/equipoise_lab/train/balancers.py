@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from equipoise.attachment import attach
 from equipoise.balance import Balance
-from equipoise.balancers import Balancer, Layers, load_balancing_loss, parse_strategy
+from equipoise.balancers import Balancer, LayerStack, load_balancing_loss, parse_strategy
 from equipoise.balancers.base import check_number
 from equipoise.errors import EquipoiseError, UsageError
 from equipoise.load import expert_load
@@ -106,7 +106,7 @@ class ShuffleControl(Balancer):
     def __init__(self, coefficient: float = 1e-2):
         self.coefficient = check_number("coefficient", coefficient, positive=False)
 
-    def prepare(self, layers: Layers) -> None:
+    def prepare(self, layers: LayerStack) -> None:
         self._rows = _Rows()
         self._choices: list[list[Tensor]] = [[] for _ in layers.bias]  # of the unmasked tokens, by layer and call
 
@@ -164,7 +164,7 @@ class PhiBalancing(Balancer):
         if self.memory >= 1:
             raise ValueError(f"memory must be below 1: got {memory!r}.")
 
-    def prepare(self, layers: Layers) -> None:
+    def prepare(self, layers: LayerStack) -> None:
         self._rows = _Rows()
         self._excess = torch.zeros_like(layers.bias, dtype=torch.float64)  # m - 1/E
 

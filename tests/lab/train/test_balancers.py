@@ -10,7 +10,7 @@ from models import EXPERTS, VOCAB, K, tiny_lm
 
 import equipoise
 from equipoise.balancers import format_strategy
-from equipoise.balancers.base import Layers
+from equipoise.balancers.base import LayerStack
 from equipoise.errors import EquipoiseError, UsageError
 from equipoise.routing import Routing, route, score
 from equipoise.testing import BALANCER_INVARIANTS, check_balancer
@@ -48,7 +48,7 @@ def _routing(tokens, experts=4, k=1, seed=0, mask=None, score_function="softmax"
 
 
 def _prepared(balancer, layers=1, experts=4):
-    balancer.prepare(Layers("softmax", 1, torch.zeros(layers, experts)))
+    balancer.prepare(LayerStack("softmax", 1, torch.zeros(layers, experts)))
     return balancer
 
 

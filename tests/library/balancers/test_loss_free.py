@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from equipoise import Frozen, LossFree
-from equipoise.balancers import Layers
+from equipoise.balancers import LayerStack
 from equipoise.load import expert_load
 from equipoise.metrics import max_violation
 from equipoise.routing import SCORE_FUNCTIONS, route
@@ -20,7 +20,7 @@ centers = pytest.mark.parametrize("center", [True, False])
 
 def _prepared(bias, score_function="sigmoid", k=2, **options):
     balancer = LossFree(**options)
-    balancer.prepare(Layers(score_function, k, bias))
+    balancer.prepare(LayerStack(score_function, k, bias))
     return balancer
 
 
@@ -143,7 +143,7 @@ def test_schedules_equal_the_reference(schedule):
 
 def test_a_balancer_that_was_not_copied_keeps_its_rule_for_each_gate():
     balancer = LossFree()
-    balancer.prepare(Layers("softmax", 1, torch.zeros(1, 2)))
+    balancer.prepare(LayerStack("softmax", 1, torch.zeros(1, 2)))
     assert balancer.rule == "proportional" and not balancer.multiplies
     assert LossFree(rule="multiplicative").multiplies
 
@@ -276,7 +276,7 @@ def test_the_bias_is_a_copy_of_the_start_and_the_state_itself(score_function):
 
 def test_frozen_never_moves():
     balancer = Frozen()
-    balancer.prepare(Layers("softmax", 1, torch.tensor([[0.5, -0.5]])))
+    balancer.prepare(LayerStack("softmax", 1, torch.tensor([[0.5, -0.5]])))
     balancer.update(torch.tensor([[100, 0]]))
     assert balancer.bias().tolist() == [[0.5, -0.5]]
     assert balancer.has_bias and not balancer.has_loss

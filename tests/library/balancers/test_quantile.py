@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from equipoise import Quantile
-from equipoise.balancers import Layers, quantile_bias
+from equipoise.balancers import LayerStack, quantile_bias
 from equipoise.balancers.quantile import _bin, _from_histogram, edges
 from equipoise.load import expert_load
 from equipoise.metrics import max_violation
@@ -17,7 +17,7 @@ from equipoise.routing import SCORE_FUNCTIONS, Routing, route, score
 
 def _prepared(bias, k=2, score_function="sigmoid", **options):
     balancer = Quantile(**options)
-    balancer.prepare(Layers(score_function, k, bias))
+    balancer.prepare(LayerStack(score_function, k, bias))
     return balancer
 
 

@@ -509,7 +509,7 @@ class UnknownScope(ByPreference):
 
 BROKEN = [
     (MovesAnotherTensor, "bias is the state", "not moved in place"),
-    (HoldsWhatItWasGiven, "bias is the state", "Layers.bias itself was moved"),
+    (HoldsWhatItWasGiven, "bias is the state", "LayerStack.bias itself was moved"),
     (StartsAtZero, "bias is the state", "at the start"),
     (HasAGradient, "bias is the state", "bias requires a gradient"),
     (GivesACopy, "bias is the state", "another tensor"),
