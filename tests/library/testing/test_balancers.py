@@ -578,7 +578,7 @@ def test_a_broken_balancer_is_found_under_the_name_of_the_invariant(balancer, in
     assert message.startswith(f"{invariant}: ") and message.endswith(".")
     assert " must " in message.partition(" Got: ")[0] or " may " in message.partition(" Got: ")[0]
     assert came in message.partition(" Got: ")[2]
-    assert "gate s" in message
+    assert "score function s" in message
 
 
 def test_every_invariant_has_a_balancer_that_breaks_it():
@@ -593,7 +593,7 @@ def test_one_invariant_at_a_time(invariant):
     assert check_balancer(Frozen, only=invariant) in ((), (invariant,))
 
 
-def test_the_first_that_does_not_hold_is_raised_and_gates_can_be_left_out():
+def test_the_first_that_does_not_hold_is_raised_and_score_functions_can_be_left_out():
     with pytest.raises(ConformanceError, match="^bias is the state: "):
         check_balancer(MovesAnotherTensor)
 
@@ -603,7 +603,7 @@ def test_the_first_that_does_not_hold_is_raised_and_gates_can_be_left_out():
                 raise ValueError("softmax only")
             super().prepare(layers)
 
-    with pytest.raises(ConformanceError, match="ValueError: softmax only; with gate sigmoid"):
+    with pytest.raises(ConformanceError, match="ValueError: softmax only; with score function sigmoid"):
         check_balancer(ForSoftmax, only="bias is the state", score_functions=("softmax", "sigmoid"))
     assert check_balancer(ForSoftmax, only="bias is the state", score_functions=("softmax",)) == ("bias is the state",)
 
