@@ -1,6 +1,6 @@
 # make install   a virtual environment in .venv with the tested set of constraints.txt
 # make demo      the main job on the packaged corpus: table on the terminal, page in runs/demo/report.html
-# make bench     what balancing costs and how quick the lab is: files in benchmarks/results, and docs/speed.md
+# make bench     measures what balancing costs and how fast the lab is: benchmarks/results and docs/speed.md
 # make test      everything that CI runs
 # make mutants   breaks the source on purpose, one known defect at a time; the tests must notice every break
 PYTHON ?= python3
@@ -27,7 +27,7 @@ demo: install
 	$(BIN)/equipoise compare --out $(DEMO) --resume
 
 bench: install
-	for question in overhead experts trainer lab_step attach audit attention speed; do $(BIN)/python benchmarks/$$question.py || exit 1; done
+	for name in overhead experts trainer attach audit speed; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 test: install
 	$(BIN)/ruff format --check .

@@ -2,9 +2,9 @@
 
     python benchmarks/attach.py    # writes benchmarks/results/attach.json
 
-Per family: the first attach of a process, in which the router is proven, and a later one, in which the proof is known;
-medians of five, in seconds of wall clock and of CPU time. The limit is 0.2 s of CPU time on one thread: imports are not
-in it, nor is the time that other programs take on a shared machine.
+For each family it times the first attach of a process, which proves the router, and a later one, which reuses the
+proof. It stores medians of five, in seconds of wall clock and of CPU time. The limit is 0.2 s of CPU time on one
+thread. It excludes imports, and the time that other programs take on a shared machine.
 
 The last line on stdout is the result as JSON.
 """
@@ -24,7 +24,7 @@ import transformers
 from torch import nn
 
 import equipoise
-from equipoise.routers import families
+from equipoise.routers import find
 from equipoise_lab.records import write_json
 
 STORED = Path(__file__).parent / "results" / "attach.json"
@@ -34,7 +34,7 @@ ALL_SPARSE = {"first_k_dense_replace": 0, "num_dense_layers": 0, "moe_layer_star
 
 
 def build(family: str, layers: int = LAYERS) -> nn.Module:
-    """Without weights, with experts in every layer."""
+    """A model without weights and with experts in every layer."""
     config = transformers.AutoConfig.for_model(family, num_hidden_layers=layers)
     for name, value in ALL_SPARSE.items():
         if hasattr(config, name):
@@ -46,29 +46,30 @@ def build(family: str, layers: int = LAYERS) -> nn.Module:
 
 
 def measure(family: str, layers: int = LAYERS, repeats: int = REPEATS) -> dict[str, Any]:
-    """Medians: seconds of the first attach and of a later one."""
+    """Median seconds of the first attach and of a later one."""
     model = build(family, layers)
-    taken: dict[str, list[tuple[float, float]]] = {"first": [], "later": []}
+    seconds: dict[str, list[tuple[float, float]]] = {"first": [], "later": []}
     for _ in range(repeats):
-        families._PROOFS.clear()
-        for which in taken:
+        find._PROOFS.clear()
+        for attempt in seconds:
             wall, cpu = time.perf_counter(), time.process_time()
             balance = equipoise.attach(model, "loss-free")
-            taken[which].append((time.perf_counter() - wall, time.process_time() - cpu))
+            seconds[attempt].append((time.perf_counter() - wall, time.process_time() - cpu))
             assert len(balance.biases) == layers
             balance.detach()
     medians = {
-        which: [statistics.median(values) for values in zip(*pairs, strict=True)] for which, pairs in taken.items()
+        attempt: [statistics.median(values) for values in zip(*pairs, strict=True)]
+        for attempt, pairs in seconds.items()
     }
     row: dict[str, Any] = {"family": family, "layers": layers}
-    for which, (wall, cpu) in medians.items():
-        row |= {f"{which}_seconds": round(wall, 3), f"{which}_cpu_seconds": round(cpu, 3)}
+    for attempt, (wall, cpu) in medians.items():
+        row |= {f"{attempt}_seconds": round(wall, 3), f"{attempt}_cpu_seconds": round(cpu, 3)}
     return row
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    measure("mixtral", layers=2)  # what is imported late
+    measure("mixtral", layers=2)  # late imports happen here, not in the measurement
     rows = [measure(family) for family in FAMILIES]
     result = {
         "command": "python benchmarks/attach.py",

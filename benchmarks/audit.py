@@ -2,12 +2,12 @@
 
     python benchmarks/audit.py    # writes benchmarks/results/audit.json
 
-The model is the lab's default one after two steps, the text the packaged corpus. Three bars:
+The model is the lab's default model after two steps. The text is the packaged corpus. Three targets:
 
-- the command on 100,000 tokens, a process from its start to its end: at most 60 s of wall clock on two cores;
-- its work without loading (text, tokens, forwards, counts, statistics) over the bare forwards of the same batches, both
-  in one process and in turn: at most 1.3, the median of the pairs;
-- its peak memory with 400,000 tokens over that with 50,000: at most 1.05, medians of three processes each.
+- The command on 100,000 tokens, from start to end of its process: at most 60 s of wall clock on two cores.
+- The work of an audit without loading (text, tokens, forwards, counts, statistics) over the bare forwards of the same
+  batches: at most 1.3, the median over pairs. Both run in one process, in turn.
+- Peak memory with 400,000 tokens over peak memory with 50,000: at most 1.05, medians of three processes each.
 
 The last line on stdout is the result as JSON.
 """
@@ -26,7 +26,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: its threads shall not spin where cores are shared
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch is loaded: its threads must not spin on shared cores
 
 import torch
 from torch import nn
@@ -35,23 +35,23 @@ from equipoise_lab.audit.command import audit, load_tokenizer
 from equipoise_lab.audit.config import Audit
 from equipoise_lab.audit.run import audit_model
 from equipoise_lab.experts.result import summarise
-from equipoise_lab.models.one_model import open_model
+from equipoise_lab.models.load import load_model
 from equipoise_lab.records import write_json
 
 STORED = Path(__file__).parent / "results" / "audit.json"
 TOKENS, PAIRS, THREADS = 100_000, 5, 2
-FEW, MANY, PROCESSES = 50_000, 400_000, 3  # the peak differs by a twentieth from process to process
+FEW, MANY, PROCESSES = 50_000, 400_000, 3  # the peak varies by a twentieth between processes
 MOST_SECONDS, MOST_RATIO, MOST_GROWTH = 60.0, 1.3, 1.05
 
 
-class Quiet:
+class SilentProgress:
     def say(self, text: str) -> None: ...
 
     def done(self, tokens: int, of: int) -> None: ...
 
 
 def run_command(*arguments: str) -> float:
-    """Seconds of one call of `equipoise`."""
+    """Runs `equipoise` once and returns the seconds it took."""
     started = time.perf_counter()
     command = [sys.executable, "-m", "equipoise", *arguments]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -59,36 +59,35 @@ def run_command(*arguments: str) -> float:
 
 
 class Pair:
-    """An audit, and the bare forwards of its batches."""
+    """An audit, and the bare forwards of the same batches."""
 
     def __init__(self, run: Path, data: str | None = None, tokens: int = TOKENS, length: int = 512):
-        self.model: nn.Module = open_model(run / "model", whole=True).model.eval()
+        self.model: nn.Module = load_model(run / "model", require_all_weights=True).model.eval()
         self.tokenizer, self.data, self.tokens, self.length = load_tokenizer(run / "model"), data, tokens, length
         self.batches: list[torch.Tensor] = []
-        keep = self.model.register_forward_pre_hook(
+        hook = self.model.register_forward_pre_hook(
             lambda model, args, kwargs: self.batches.append(kwargs["input_ids"]), with_kwargs=True
         )
-        self.audited()
-        keep.remove()
+        self.audit_seconds()
+        hook.remove()
 
-    def audited(self) -> float:
-        """Seconds of an audit."""
+    def audit_seconds(self) -> float:
         started = time.perf_counter()
-        found = audit_model(
+        counts = audit_model(
             self.model,
             lambda text: self.tokenizer(text, add_special_tokens=False)["input_ids"],
             self.data,
-            Quiet(),
+            SilentProgress(),
             tokens=self.tokens,
             length=self.length,
             end=self.tokenizer.eos_token_id,
         )
-        summarise(found, lambda token_id: self.tokenizer.decode([token_id]))
+        summarise(counts, lambda token_id: self.tokenizer.decode([token_id]))
         return time.perf_counter() - started
 
     @torch.no_grad()
-    def bare(self) -> float:
-        """Seconds of the forwards of its batches alone."""
+    def bare_seconds(self) -> float:
+        """Seconds of the forwards alone."""
         started = time.perf_counter()
         for ids in self.batches:
             self.model(input_ids=ids, use_cache=False)
@@ -96,17 +95,17 @@ class Pair:
 
     def measure(self, pairs: int = PAIRS) -> dict[str, Any]:
         seconds = []
-        for number in range(pairs):
-            if number % 2:
-                bare = self.bare()
-                seconds.append((self.audited(), bare))
+        for pair in range(pairs):
+            if pair % 2:  # every other pair runs in reverse order
+                bare = self.bare_seconds()
+                seconds.append((self.audit_seconds(), bare))
             else:
-                seconds.append((self.audited(), self.bare()))
-        ratios = [ours / bare for ours, bare in seconds]
+                seconds.append((self.audit_seconds(), self.bare_seconds()))
+        ratios = [audit / bare for audit, bare in seconds]
         return {
             "tokens": sum(ids.numel() for ids in self.batches),
             "pairs": pairs,
-            "audit_seconds": round(statistics.median(ours for ours, _ in seconds), 3),
+            "audit_seconds": round(statistics.median(audit for audit, _ in seconds), 3),
             "bare_seconds": round(statistics.median(bare for _, bare in seconds), 3),
             "ratio": round(statistics.median(ratios), 3),
             "ratios": [round(ratio, 3) for ratio in sorted(ratios)],
@@ -114,33 +113,33 @@ class Pair:
 
 
 def peak(run: Path, tokens: int, data: str = "corpus", length: int = 512) -> dict[str, Any]:
-    """Of this process, with one audit of so many tokens: the most memory that it ever had."""
+    """Peak memory of this process, after one audit of ``tokens`` tokens."""
     with tempfile.TemporaryDirectory() as out:
-        found = audit(Audit(run, data, tokens, Path(out), sequence_length=length), Quiet())
-    return {"tokens": sum(found["tokens"].values()), "peak_mib": round(peak_mib(), 1)}
+        result = audit(Audit(run, data, tokens, Path(out), sequence_length=length), SilentProgress())
+    return {"tokens": sum(result["tokens"].values()), "peak_mib": round(peak_mib(), 1)}
 
 
 def peak_mib() -> float:
-    """The most resident memory of this process so far. Not ``ru_maxrss``, which begins with that of the parent."""
+    """Peak resident memory of this process so far. ``ru_maxrss`` would start from the parent's peak."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
     return int(line.split()[1]) / 1024
 
 
-def _peak_of_its_own(run: Path, tokens: int) -> dict[str, Any]:
-    """The median of processes that do nothing else."""
+def _peak_in_new_processes(run: Path, tokens: int) -> dict[str, Any]:
+    """The median over processes that do nothing else."""
     command = [sys.executable, __file__, "--peak", str(tokens), "--run", str(run)]
-    found = []
+    rows = []
     for _ in range(PROCESSES):
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        found.append(json.loads(done.stdout.splitlines()[-1]))
-    peaks = [row["peak_mib"] for row in found]
-    return {"tokens": found[0]["tokens"], "peak_mib": statistics.median(peaks), "peaks_mib": sorted(peaks)}
+        rows.append(json.loads(done.stdout.splitlines()[-1]))
+    peaks = [row["peak_mib"] for row in rows]
+    return {"tokens": rows[0]["tokens"], "peak_mib": statistics.median(peaks), "peaks_mib": sorted(peaks)}
 
 
 def table(result: dict[str, Any]) -> str:
     command, pair, memory = result["command_time"], result["over_bare_forwards"], result["peak_memory"]
     rows = [
-        ("", "measured", "bar", "holds"),
+        ("", "measured", "target", "met"),
         (
             f"command, {command['tokens']:,} tokens",
             f"{command['seconds']} s",
@@ -155,26 +154,26 @@ def table(result: dict[str, Any]) -> str:
             memory["holds"],
         ),
     ]
-    return "\n".join(f"{what:44} {measured!s:32} {bar!s:8} {holds}" for what, measured, bar, holds in rows)
+    return "\n".join(f"{name:44} {measured!s:32} {target!s:8} {is_met}" for name, measured, target, is_met in rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peak", type=int, help="one audit of so many tokens, and the peak memory of this process")
-    parser.add_argument("--run", type=Path, help="a run whose model is audited; by default one of two steps is made")
-    asked = parser.parse_args()
+    parser.add_argument("--peak", type=int, help="run one audit of this many tokens and print the peak memory")
+    parser.add_argument("--run", type=Path, help="audit the model of this run; the default is a new run of two steps")
+    arguments = parser.parse_args()
     torch.set_num_threads(THREADS)
-    if asked.peak:
-        print(json.dumps(peak(asked.run, asked.peak)))
+    if arguments.peak:
+        print(json.dumps(peak(arguments.run, arguments.peak)))
         return
     with tempfile.TemporaryDirectory() as name:
-        run, out = asked.run or Path(name) / "run", str(Path(name) / "audit")
-        if asked.run is None:
+        run, out = arguments.run or Path(name) / "run", str(Path(name) / "audit")
+        if arguments.run is None:
             run_command("train", "--out", str(run), "--steps", "2", "--strategy", "loss-free")
         seconds = run_command("audit", str(run), "--tokens", str(TOKENS), "--out", out)
         measured = json.loads((Path(out) / "audit.json").read_text())
         pair = Pair(run).measure()
-        few, many = (_peak_of_its_own(run, tokens) for tokens in (FEW, MANY))
+        few, many = (_peak_in_new_processes(run, tokens) for tokens in (FEW, MANY))
     growth = round(many["peak_mib"] / few["peak_mib"], 3)
     result = {
         "command": "python benchmarks/audit.py",

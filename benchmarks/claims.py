@@ -1,10 +1,10 @@
-"""What came out of the claims: the page and its picture, from the results that are stored.
+"""Writes the page of results of the claims, and its figure, from the stored results.
 
-    equipoise reproduce all                  # hours; goes on where it was stopped
+    equipoise reproduce all                  # takes hours; continues where it was stopped
     python benchmarks/claims.py              # writes docs/results.md, docs/figures/claims.png, the README's table
-    python benchmarks/claims.py --check      # the page and the table are what the stored results make
+    python benchmarks/claims.py --check      # fails if the page or the table is not what the stored results give
 
-The picture is drawn by Chromium (needs playwright and /usr/bin/chromium).
+Chromium draws the figure (needs playwright and /usr/bin/chromium).
 """
 
 import math
@@ -29,8 +29,8 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "claims"
 PAGE = ROOT / "docs" / "results.md"
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#808080")
-SHOWN = ("global", "micro", "sequence", "loss-free", "phi", "shinka", "quantile", "none")
-PLACES = (
+DRAWN_FRONTIERS = ("global", "micro", "sequence", "loss-free", "phi", "shinka", "quantile", "none")
+LABEL_PLACES = (
     "bottom left",
     "bottom right",
     "top left",
@@ -40,12 +40,12 @@ PLACES = (
     "top center",
     "top center",
 )
-BASELINE = "global"  # the arm that the others are set against
-LABEL = 0.011  # nats: the height of a label
+BASELINE = "global"  # the arm that others are compared with
+LABEL_HEIGHT = 0.011  # nats
 
 
 def draw(leaderboard: Claim, results: Results) -> go.Figure:
-    """Left: what each mechanism reaches over its number. Right: the leaderboard's arms, against one of them."""
+    """Left: each mechanism over its coefficient or rate. Right: the arms of the leaderboard, against the baseline."""
     figure = make_subplots(
         cols=2,
         horizontal_spacing=0.11,
@@ -54,7 +54,7 @@ def draw(leaderboard: Claim, results: Results) -> go.Figure:
             f"As chosen, 200 steps: loss less that of {BASELINE}, 95 % intervals",
         ),
     )
-    for color, name, place in zip(COLORS, SHOWN, PLACES, strict=True):
+    for color, name, place in zip(COLORS, DRAWN_FRONTIERS, LABEL_PLACES, strict=True):
         _frontier(figure, FRONTIERS[name], color, place, results)
     _leaderboard(figure, leaderboard, results)
     ticks = [0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 4]
@@ -99,14 +99,14 @@ def _frontier(figure: go.Figure, frontier: Frontier, color: str, place: str, res
 
 def _leaderboard(figure: go.Figure, claim: Claim, results: Results) -> None:
     by_arm: dict[str, Any] = arms(claim, results)
-    placed = []
+    points = []
     for arm, runs in by_arm.items():
         nats, baseline = ({seed: run["val_nats"] for seed, run in each.items()} for each in (runs, by_arm[BASELINE]))
         if set(nats) & set(baseline):
             difference = paired_differences(nats, baseline, intersect=True)
-            placed.append((estimate([run["maxvio_global"] for run in runs.values()]).mean, difference, arm))
-    above = -math.inf  # the label below; no two at one height
-    for maxvio, difference, arm in sorted(placed, key=lambda point: point[1].mean):
+            points.append((estimate([run["maxvio_global"] for run in runs.values()]).mean, difference, arm))
+    above = -math.inf  # height of the label below: labels must not overlap
+    for maxvio, difference, arm in sorted(points, key=lambda point: point[1].mean):
         half = None if arm == BASELINE or difference.n < 2 else difference.interval[1] - difference.mean
         figure.add_scatter(
             x=[maxvio],
@@ -118,7 +118,7 @@ def _leaderboard(figure: go.Figure, claim: Claim, results: Results) -> None:
             row=1,
             col=2,
         )
-        above = max(difference.mean, above + LABEL)
+        above = max(difference.mean, above + LABEL_HEIGHT)
         figure.add_annotation(
             x=math.log10(maxvio), y=difference.mean, ax=math.log10(maxvio) + 0.08, ay=above, text=arm,
             axref="x2", ayref="y2", xanchor="left", arrowhead=0, arrowwidth=0.7, arrowcolor="#999",
@@ -127,11 +127,11 @@ def _leaderboard(figure: go.Figure, claim: Claim, results: Results) -> None:
     figure.update_xaxes(range=[math.log10(0.2), math.log10(3.6)], row=1, col=2)
 
 
-def table(found: Iterable[Finding]) -> str:
-    """The verdicts, short: for the README."""
+def table(results: Iterable[Finding]) -> str:
+    """The verdicts in short form, for the README."""
     lines = ["| claim | here | verdict |", "|---|---|---|"]
     path = PAGE.relative_to(ROOT).as_posix()
-    lines += [f"| {' | '.join(summary(finding, path))} |" for finding in found if finding.is_primary]
+    lines += [f"| {' | '.join(summary(finding, path))} |" for finding in results if finding.is_primary]
     return "\n".join([*lines, ""])
 
 
@@ -139,14 +139,15 @@ def main() -> None:
     results = Results(RESULTS)
     chosen = {name: frontier.chosen(results) for name, frontier in FRONTIERS.items()}
     claims = [load_claim(name).with_values(chosen) for name in claim_names()]
-    found = findings(claims, results)
+    all_findings = findings(claims, results)
     if sys.argv[1:] == ["--check"]:
-        if page(claims, found, results, FIGURE) != PAGE.read_text() or not readme.check("claims", table(found)):
-            sys.exit(f"{PAGE.name} and README.md must be what the stored results make: run python benchmarks/claims.py")
+        is_current = page(claims, all_findings, results, FIGURE) == PAGE.read_text()
+        if not is_current or not readme.check("claims", table(all_findings)):
+            sys.exit(f"{PAGE.name} and README.md must match the stored results: run python benchmarks/claims.py")
         return
     photograph(draw(next(c for c in claims if c.name == LEADERBOARD), results), PAGE.parent / FIGURE)
-    write(PAGE, claims, found, results)
-    readme.replace("claims", table(found))
+    write(PAGE, claims, all_findings, results)
+    readme.replace("claims", table(all_findings))
 
 
 if __name__ == "__main__":

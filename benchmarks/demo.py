@@ -1,10 +1,10 @@
-"""What does one run of the main job show? The README's table and figure, from a folder of `equipoise compare`.
+"""Writes the README's table and figure from a folder of `equipoise compare`.
 
     equipoise compare --out runs/demo
     python benchmarks/demo.py runs/demo      # stores benchmarks/results/demo.json, writes the README's table and figure
-    python benchmarks/demo.py --check        # the README's table is the stored result's
+    python benchmarks/demo.py --check        # fails if the README's table is not that of the stored result
 
-The figure is the page's own, photographed by Chromium (needs playwright and /usr/bin/chromium).
+The figure is a screenshot of the report, taken by Chromium (needs playwright and /usr/bin/chromium).
 """
 
 import json
@@ -49,7 +49,7 @@ def store(folder: Path) -> dict:
 def table(stored: dict) -> str:
     lines = ["| " + " | ".join(title for title, _ in COLUMNS.values()) + " |", "|---" * len(COLUMNS) + "|"]
     for row in stored["results"]:
-        lines.append("| " + " | ".join(form.format(row[key]) for key, (_, form) in COLUMNS.items()) + " |")
+        lines.append("| " + " | ".join(template.format(row[key]) for key, (_, template) in COLUMNS.items()) + " |")
     versions = ", ".join(f"{name} {version}" for name, version in stored["versions"].items())
     lines += [
         "",
@@ -79,12 +79,12 @@ def main() -> None:
     if sys.argv[1:] == ["--check"]:
         stored = json.loads(STORED.read_text())
         if not readme.check("demo", table(stored)):
-            sys.exit("README.md does not hold the table of benchmarks/results/demo.json: run benchmarks/demo.py FOLDER")
-        asked = Compare(out=Path("runs/demo"))
-        options = asked.shared()  # one that came later than the result had its default then
+            sys.exit("README.md must have the table of benchmarks/results/demo.json: run benchmarks/demo.py FOLDER.")
+        defaults = Compare(out=Path("runs/demo"))
+        options = defaults.shared()  # an option newer than the result had its default then
         options |= {name: value for name, value in stored["options"].items() if name in options}
-        if options != asked.shared() or [r["strategy"] for r in stored["results"]] != list(asked.strategies):
-            sys.exit("benchmarks/results/demo.json is of other defaults than `equipoise compare` has: run it again")
+        if options != defaults.shared() or [r["strategy"] for r in stored["results"]] != list(defaults.strategies):
+            sys.exit("benchmarks/results/demo.json must have the defaults of `equipoise compare`: run it again.")
         return
     if len(sys.argv) != 2:
         sys.exit(__doc__)

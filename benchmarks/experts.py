@@ -1,15 +1,19 @@
-"""How quick is `equipoise.nn.MoE`? Forward and backward of one layer, beside Transformers and a dense layer.
+"""How fast is `equipoise.nn.MoE`? Forward and backward of one layer, beside Transformers and a dense layer.
 
     python benchmarks/experts.py    # writes benchmarks/results/experts.json
 
-Each shape in bfloat16 and float32: ours; the block of Qwen3-MoE with each way of Transformers to compute experts; and
-one SwiGLU of as many operations as a token's experts have, the floor. All route by the same router weights. The ways
-run in turn, each call with tokens, and so loads, of its own; ratios are medians of rounds, see paired.py. Memory is
-as a process has it by itself. The bar: ours at most 0.9 of the best way of Transformers. The last line on stdout is the
-result as JSON.
+Each shape is measured in bfloat16 and in float32. Compared are:
 
-Of the registry's other packages of experts, MegaBlocks needs a GPU, and st-moe-pytorch (last released in 2024) drops
-tokens beyond a capacity, which is another function.
+- ours;
+- the block of Qwen3-MoE, under each way in which Transformers computes experts;
+- the floor: one dense SwiGLU with as many operations as the experts of a token.
+
+All route by the same router weights. The layers run in turn, and every call has new tokens and so new loads. Ratios are
+medians over rounds, see paired.py. The memory allocator keeps its default settings. Target: ours takes at most 0.9 of
+the time of the best way of Transformers. The last line on stdout is the result as JSON.
+
+Two other packages of experts are left out. MegaBlocks needs a GPU. st-moe-pytorch (last released in 2024) drops tokens
+beyond a capacity, so it computes another function.
 """
 
 import argparse
@@ -20,7 +24,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from paired import facts, in_turn, ratio
+from paired import in_turn, ratio, run_facts
 from torch import nn
 from transformers import AutoConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
@@ -68,21 +72,21 @@ def stock(way: str, dim: int, hidden: int, experts: int, k: int) -> nn.Module:
 def layers(dim: int, hidden: int, experts: int, k: int, tokens: int, dtype: torch.dtype) -> dict[str, nn.Module]:
     torch.manual_seed(0)
     ours = MoE(dim, hidden, experts, k, score_function="softmax")
-    found: dict[str, nn.Module] = {"ours": ours, "dense": Dense(dim, k * hidden)}
+    by_name: dict[str, nn.Module] = {"ours": ours, "dense": Dense(dim, k * hidden)}
     for way in WAYS:
         if way == "batched_mm" and 3 * dim * hidden * k * tokens * dtype.itemsize > MOST_BYTES:
-            continue  # it would not fit, and takes longest of all where it does
-        found[way] = stock(way, dim, hidden, experts, k)
-        found[way].gate.weight.data.copy_(ours.router.weight.data)
-    return {name: layer.to(dtype) for name, layer in found.items()}
+            continue  # does not fit; if it does, it is the slowest way
+        by_name[way] = stock(way, dim, hidden, experts, k)
+        by_name[way].gate.weight.data.copy_(ours.router.weight.data)
+    return {name: layer.to(dtype) for name, layer in by_name.items()}
 
 
 def step(layer: nn.Module, inputs: Sequence[torch.Tensor], gradient: torch.Tensor) -> Callable[[], None]:
-    """Calls take one input after the other, so every call has other loads, as in training."""
-    left = iter(inputs)
+    """A call that takes the next input, so that every call has other loads, as in training."""
+    remaining = iter(inputs)
 
     def call() -> None:
-        x = next(left)
+        x = next(remaining)
         output = layer(x)
         output = output[0] if isinstance(output, tuple) else output
         output.backward(gradient)
@@ -96,9 +100,10 @@ def measure(shape: tuple[int, int, int, int, int], dtype: torch.dtype, rounds: i
     dim, hidden, experts, k, tokens = shape
     inputs = [torch.randn(1, tokens, dim, dtype=dtype, requires_grad=True) for _ in range(WARM_UP + rounds)]
     gradient = torch.randn(1, tokens, dim, dtype=dtype)
-    took = in_turn({n: step(layer, inputs, gradient) for n, layer in layers(*shape, dtype).items()}, rounds, WARM_UP)
-    milliseconds = {name: 1000 * sorted(seconds)[len(seconds) // 2] for name, seconds in took.items()}
-    best = min((name for name in took if name in WAYS), key=lambda name: milliseconds[name])
+    calls = {name: step(layer, inputs, gradient) for name, layer in layers(*shape, dtype).items()}
+    seconds = in_turn(calls, rounds, WARM_UP)
+    milliseconds = {name: 1000 * sorted(values)[len(values) // 2] for name, values in seconds.items()}
+    best = min((name for name in seconds if name in WAYS), key=lambda name: milliseconds[name])
     return {
         "dim": dim,
         "hidden": hidden,
@@ -108,9 +113,9 @@ def measure(shape: tuple[int, int, int, int, int], dtype: torch.dtype, rounds: i
         "dtype": str(dtype).removeprefix("torch."),
         "milliseconds": {name: round(value, 2) for name, value in milliseconds.items()},
         "best_stock": best,
-        "ours_over_best_stock": ratio(took["ours"], took[best]),
-        "ours_over_dense": ratio(took["ours"], took["dense"]),
-        "best_stock_over_dense": ratio(took[best], took["dense"]),
+        "ours_over_best_stock": ratio(seconds["ours"], seconds[best]),
+        "ours_over_dense": ratio(seconds["ours"], seconds["dense"]),
+        "best_stock_over_dense": ratio(seconds[best], seconds["dense"]),
     }
 
 
@@ -129,7 +134,7 @@ def main() -> None:
                 f"{over['median']:.2f} ({over['low']:.2f} to {over['high']:.2f})  over dense {dense['median']:.2f}",
                 flush=True,
             )
-    result = facts("python benchmarks/experts.py", "transformers") | {
+    result = run_facts("python benchmarks/experts.py", "transformers") | {
         "limit": LIMIT,
         "holds": all(row["ours_over_best_stock"]["median"] <= LIMIT for row in rows),
         "rows": rows,

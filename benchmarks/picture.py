@@ -1,4 +1,4 @@
-"""Figures of the benchmarks as pictures. Needs playwright and /usr/bin/chromium."""
+"""Saves plotly figures as pictures. Needs playwright and /usr/bin/chromium."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ __all__ = ["photograph"]
 
 
 def photograph(figure: Any, path: Path) -> None:
-    """Draws a plotly figure in Chromium and saves what is seen, at twice its size."""
+    """Draws a plotly figure in Chromium and saves a screenshot at twice its size."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:

@@ -1,14 +1,14 @@
 """What does balancing cost on many ranks? Step time with and without it, and how its local part grows.
 
     python benchmarks/ranks.py            # measures, stores results/ranks.json, writes docs/scale.md and docs/speed.md
-    python benchmarks/ranks.py --check    # the tables of docs/scale.md are the stored result's
+    python benchmarks/ranks.py --check    # fails if the tables of docs/scale.md are not those of the stored result
 
 Step time: gloo ranks on this machine, one thread each, train the lab's default model under DistributedDataParallel.
-Each rank holds the model twice, attached and not, and steps them in turn; what is given is the ratio of the two steps
-of a pair, its median and quartiles over the pairs. Where ranks share cores a single step tells nothing, a pair does.
+Each rank has the model twice, attached and not, and steps both in turn. The result is the ratio within a pair of steps:
+its median and quartiles over the pairs. If ranks share cores, a single step says nothing, but a pair does.
 
-Growth: one process; routers of up to 128 layers x 1024 experts, as each of 1024 ranks would hold. Measured is what is
-local, `step()` and the counting of a router call; the network is a formula in docs/scale.md.
+Growth: one process has routers of up to 128 layers x 1024 experts, as each of 1024 ranks would have. Only local work is
+measured: `step()` and the counting of a router call. For the network docs/scale.md has a formula.
 """
 
 import argparse
@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: its threads shall not spin where cores are shared
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch is loaded: its threads must not spin on shared cores
 
 import speed
 import torch
@@ -47,7 +47,7 @@ MARKS = re.compile(r"(<!-- ranks: .*? -->\n).*?(<!-- /ranks -->)", re.DOTALL)
 STRATEGIES = ("none", "loss-free", "quantile", "lbl:pooling=previous", "lbl", "loss-free+lbl:scope=sequence")
 LAYERS, EXPERTS = (8, 32, 128), (64, 256, 1024)
 MICRO_BATCHES, SEQUENCES, LENGTH, VOCAB = 2, 4, 128, 2048
-TOKENS, WIDTH, K = 1024, 16, 8  # of the routers in "growth"
+TOKENS, WIDTH, K = 1024, 16, 8  # of the routers in `growth`
 
 
 def quartiles(values: list[float]) -> list[float]:
@@ -69,7 +69,7 @@ class Side:
         self.optimizer = torch.optim.AdamW(inner.parameters(), lr=1e-3, fused=True)
 
     def step(self, batch: torch.Tensor) -> float:
-        """One optimizer step; the seconds until the last rank has done it."""
+        """Takes one optimizer step; returns the seconds until the last rank has finished."""
         dist.barrier()
         started = time.perf_counter()
         losses = []
@@ -85,39 +85,40 @@ class Side:
         return time.perf_counter() - started
 
 
-def pairs(rank: int, num_ranks: int, strategy: str, number: int) -> dict[str, Any]:
+def measure_pairs(rank: int, strategy: str, num_pairs: int) -> dict[str, Any]:
+    """One row: the step time with ``strategy`` over that without equipoise."""
     sides = [Side(None), Side(strategy)]
     generator = torch.Generator().manual_seed(rank)
     seconds: list[list[float]] = [[], []]
-    for pair in range(number + 2):
+    for pair in range(num_pairs + 2):
         batch = torch.randint(0, VOCAB, (MICRO_BATCHES, SEQUENCES, LENGTH), generator=generator)
-        for place in (0, 1) if pair % 2 else (1, 0):
-            seconds[place].append(sides[place].step(batch))
-    plain, balanced = (values[2:] for values in seconds)  # the first two warm up
+        for side in (0, 1) if pair % 2 else (1, 0):
+            seconds[side].append(sides[side].step(batch))
+    plain, balanced = (values[2:] for values in seconds)  # the first two pairs are warm-up
     metrics = sides[1].balance.metrics()
     return {
         "strategy": strategy,
-        "ratio": quartiles([ours / theirs for ours, theirs in zip(balanced, plain, strict=True)]),
+        "ratio": quartiles([above / below for above, below in zip(balanced, plain, strict=True)]),
         "seconds_without": statistics.median(plain),
         "collectives": int(metrics["collectives"]),
         "collective_bytes": int(metrics["collective_bytes"]),
     }
 
 
-def on_a_rank(rank: int, num_ranks: int, folder: str, number: int) -> None:
+def run_rank(rank: int, num_ranks: int, folder: str, num_pairs: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=num_ranks)
     for strategy in STRATEGIES:
-        row = pairs(rank, num_ranks, strategy, number)
+        row = measure_pairs(rank, strategy, num_pairs)
         if rank == 0:
             print(f"{strategy}: {row['ratio'][1]:.3f}", file=sys.stderr, flush=True)
             write_json(Path(folder) / f"{STRATEGIES.index(strategy)}.json", row)
     dist.destroy_process_group()
 
 
-def step_time(num_ranks: int, number: int) -> list[dict[str, Any]]:
+def step_time(num_ranks: int, num_pairs: int) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(on_a_rank, (num_ranks, folder, number), nprocs=num_ranks)
+        mp.spawn(run_rank, (num_ranks, folder, num_pairs), nprocs=num_ranks)
         return [read_json(Path(folder) / f"{index}.json") for index in range(len(STRATEGIES))]
 
 
@@ -131,24 +132,25 @@ class Routers(nn.Module):
             router(x)
 
 
-def seconds_of(function: Any, *arguments: Any) -> float:
+def time_call(function: Any, *arguments: Any) -> float:
     started = time.perf_counter()
     function(*arguments)
     return time.perf_counter() - started
 
 
 @torch.no_grad()
-def growth(layers: int, experts: int, number: int) -> dict[str, Any]:
+def growth(layers: int, experts: int, num_pairs: int) -> dict[str, Any]:
+    """One row: the local cost of Loss-Free for this many layers and experts."""
     torch.manual_seed(0)
     plain, attached = Routers(layers, experts).train(), Routers(layers, experts).train()
     balance = equipoise.attach(attached, "loss-free")
     steps, calls = [], []
-    for pair in range(number + 2):
+    for pair in range(num_pairs + 2):
         x = torch.randn(TOKENS, WIDTH)
         order = (plain, attached) if pair % 2 else (attached, plain)
-        found = {model: seconds_of(model, x) for model in order}
-        calls.append((found[attached] - found[plain]) / layers)
-        steps.append(seconds_of(balance.step))
+        seconds = {model: time_call(model, x) for model in order}
+        calls.append((seconds[attached] - seconds[plain]) / layers)
+        steps.append(time_call(balance.step))
     return {
         "layers": layers,
         "experts": experts,
@@ -209,18 +211,18 @@ def tables(stored: dict[str, Any]) -> str:
 
 
 def page(stored: dict[str, Any]) -> str:
-    return MARKS.sub(lambda found: f"{found[1]}{tables(stored)}{found[2]}", PAGE.read_text())
+    return MARKS.sub(lambda match: f"{match[1]}{tables(stored)}{match[2]}", PAGE.read_text())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--ranks", type=int, default=4, help="gloo ranks")
-    parser.add_argument("--pairs", type=int, default=20, help="pairs of steps that are counted")
+    parser.add_argument("--ranks", type=int, default=4, help="number of gloo ranks")
+    parser.add_argument("--pairs", type=int, default=20, help="measured pairs of steps")
     parser.add_argument("--check", action="store_true", help="only compare docs/scale.md with the stored result")
     arguments = parser.parse_args()
     if arguments.check:
         if page(read_json(STORED)) != PAGE.read_text():
-            sys.exit("docs/scale.md must have the tables of benchmarks/results/ranks.json: it has others.")
+            sys.exit("docs/scale.md must have the tables of benchmarks/results/ranks.json, and has others.")
         return
     stored = measure(arguments)
     write_json(STORED, stored)

@@ -1,13 +1,13 @@
-"""How quick is the lab beside transformers.Trainer? Tokens per second of the same model on the same batches.
+"""How fast is the lab beside transformers.Trainer? Tokens per second of the same model on the same batches.
 
     python benchmarks/trainer.py    # writes benchmarks/results/trainer.json
 
-Both train the lab's default model, unattached, from the same weights on the same micro-batches of the packaged corpus,
-with as many micro-batches a step, AdamW, clipping and bfloat16 autocast where the machine has it. The Trainer's model
-is as Transformers makes it, experts by `grouped_mm`, attention by `sdpa`. Each side runs in processes of its own, in
-turn; the time is that of the steps after the first two. What the lab's own experts are worth is told
-apart: the lab with those of Transformers. The bar: the lab at least 1.2 of the Trainer. The
-last line on stdout is the result as JSON.
+Both train the lab's default model, unattached, from the same weights on the same micro-batches of the packaged corpus.
+Both use the same number of micro-batches a step, AdamW, clipping, and bfloat16 autocast if the machine has it. The
+Trainer's model is as Transformers makes it: experts by `grouped_mm`, attention by `sdpa`. The sides run in turn, each
+in its own processes. The first two steps are not timed. A third side, the lab with the experts of Transformers, shows
+how much the lab's experts gain. Target: the lab at least 1.2 times as fast as the Trainer. The last line on stdout is
+the result as JSON.
 """
 
 import argparse
@@ -26,14 +26,14 @@ from typing import Any
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch, as the command line does
 
 import torch
-from paired import facts, ratio
+from paired import ratio, run_facts
 from torch.utils.data import IterableDataset
 
 from equipoise_lab.records import write_json
 from equipoise_lab.train import engine
 from equipoise_lab.train.config import Train
 from equipoise_lab.train.loop import _Training
-from equipoise_lab.train.run_folder import Nobody
+from equipoise_lab.train.run_folder import SilentWatcher
 
 STORED = Path(__file__).parent / "results" / "trainer.json"
 SIDES = ("trainer", "lab", "lab_with_grouped_mm")
@@ -63,7 +63,7 @@ class Sequences(IterableDataset):
 def lab(steps: int, folder: Path, side: str) -> tuple[list[float], list[float]]:
     """Seconds and training loss of every step."""
     with engine.reproducible():
-        training = _Training(config(steps, folder), Nobody(), "")
+        training = _Training(config(steps, folder), SilentWatcher(), "")
         if side == "lab_with_grouped_mm":
             training.inner.set_experts_implementation("grouped_mm")
         seconds, losses = [], []
@@ -75,34 +75,35 @@ def lab(steps: int, folder: Path, side: str) -> tuple[list[float], list[float]]:
 
 
 def trainer(steps: int, folder: Path) -> tuple[list[float], list[float]]:
+    """Seconds and training loss of every step."""
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    asked = config(steps, folder)
-    training = _Training(asked, Nobody(), "")
+    lab_config = config(steps, folder)
+    training = _Training(lab_config, SilentWatcher(), "")
     training.balance.detach()
     model: Any = training.inner
     model.set_experts_implementation("grouped_mm")
     model.set_attn_implementation("sdpa")
 
-    ends: list[float] = []
+    times: list[float] = []
 
     class Clock(TrainerCallback):
         def on_train_begin(self, *arguments: Any, **names: Any) -> None:
-            ends.append(time.perf_counter())
+            times.append(time.perf_counter())
 
         def on_step_end(self, *arguments: Any, **names: Any) -> None:
-            ends.append(time.perf_counter())
+            times.append(time.perf_counter())
 
     arguments = TrainingArguments(
         output_dir=str(folder / "trainer"),
         max_steps=steps,
-        per_device_train_batch_size=asked.sequences,
-        gradient_accumulation_steps=asked.micro_batches,
-        learning_rate=asked.learning_rate,
-        weight_decay=asked.weight_decay,
+        per_device_train_batch_size=lab_config.sequences,
+        gradient_accumulation_steps=lab_config.micro_batches,
+        learning_rate=lab_config.learning_rate,
+        weight_decay=lab_config.weight_decay,
         adam_beta2=0.95,
-        max_grad_norm=asked.clip,
-        warmup_steps=int(asked.warmup * steps),
+        max_grad_norm=lab_config.clip,
+        warmup_steps=int(lab_config.warmup * steps),
         lr_scheduler_type="cosine",
         bf16=training.autocast,
         use_cpu=True,
@@ -111,21 +112,21 @@ def trainer(steps: int, folder: Path) -> tuple[list[float], list[float]]:
         save_strategy="no",
         disable_tqdm=True,
     )
-    found = Trainer(model, arguments, train_dataset=Sequences(training, steps), callbacks=[Clock()])
-    found.train()
-    losses = [row["loss"] for row in found.state.log_history if "loss" in row]
-    return [b - a for a, b in itertools.pairwise(ends)], losses
+    hf_trainer = Trainer(model, arguments, train_dataset=Sequences(training, steps), callbacks=[Clock()])
+    hf_trainer.train()
+    losses = [row["loss"] for row in hf_trainer.state.log_history if "loss" in row]
+    return [b - a for a, b in itertools.pairwise(times)], losses
 
 
-def one(side: str, steps: int) -> dict[str, Any]:
-    """In this process: seconds a step after the warm-up, and the loss of every step."""
-    with tempfile.TemporaryDirectory() as folder:
-        found = trainer(steps, Path(folder)) if side == "trainer" else lab(steps, Path(folder), side)
-    seconds, losses = found
+def measure(side: str, steps: int) -> dict[str, Any]:
+    """Median seconds of a step after the warm-up, and the loss of every step, in this process."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        seconds, losses = trainer(steps, folder) if side == "trainer" else lab(steps, folder, side)
     return {"side": side, "seconds": statistics.median(seconds[WARM_UP:]), "losses": losses}
 
 
-def one_process(side: str, steps: int) -> dict[str, Any]:
+def measure_in_new_process(side: str, steps: int) -> dict[str, Any]:
     command = [sys.executable, __file__, "--only", side, "--steps", str(steps)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
@@ -135,25 +136,25 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--rounds", type=int, default=4)
     options.add_argument("--steps", type=int, default=8)
-    options.add_argument("--only", choices=SIDES, help="one side, in this process")
-    given = options.parse_args()
-    if given.only:
-        print(json.dumps(one(given.only, given.steps)))
+    options.add_argument("--only", choices=SIDES, help="measure one side, in this process")
+    arguments = options.parse_args()
+    if arguments.only:
+        print(json.dumps(measure(arguments.only, arguments.steps)))
         return
-    took: dict[str, list[float]] = {side: [] for side in SIDES}
+    seconds: dict[str, list[float]] = {side: [] for side in SIDES}
     losses: dict[str, list[float]] = {}
-    for number in range(given.rounds):
-        for side in SIDES if number % 2 == 0 else reversed(SIDES):
-            found = one_process(side, given.steps)
-            took[side].append(found["seconds"])
-            losses[side] = found["losses"]
-    asked = config(given.steps, Path())
-    tokens = asked.micro_batches * asked.sequences * asked.sequence_length
+    for round_number in range(arguments.rounds):
+        for side in SIDES if round_number % 2 == 0 else reversed(SIDES):
+            row = measure_in_new_process(side, arguments.steps)
+            seconds[side].append(row["seconds"])
+            losses[side] = row["losses"]
+    lab_config = config(arguments.steps, Path())
+    tokens = lab_config.micro_batches * lab_config.sequences * lab_config.sequence_length
     rows = [
         {
             "side": side,
-            "tokens_per_second": round(tokens / statistics.median(took[side])),
-            "over_trainer": ratio(took["trainer"], took[side]),
+            "tokens_per_second": round(tokens / statistics.median(seconds[side])),
+            "over_trainer": ratio(seconds["trainer"], seconds[side]),
             "losses": [round(loss, 4) for loss in losses[side]],
         }
         for side in SIDES
@@ -161,10 +162,10 @@ def main() -> None:
     for row in rows:
         over = row["over_trainer"]
         print(
-            f"{row['side']:24} {row['tokens_per_second']:7} tokens/s  {over['median']:.2f} of the Trainer "
+            f"{row['side']:24} {row['tokens_per_second']:7} tokens/s  {over['median']:.2f} times the Trainer "
             f"({over['low']:.2f} to {over['high']:.2f})"
         )
-    result = facts("python benchmarks/trainer.py", "transformers", "accelerate") | {
+    result = run_facts("python benchmarks/trainer.py", "transformers", "accelerate") | {
         "tokens_per_step": tokens,
         "limit": LIMIT,
         "holds": rows[1]["over_trainer"]["median"] >= LIMIT,

@@ -1,4 +1,4 @@
-"""The same as finetune_trainer.py in a loop of one's own: python examples/finetune_loop.py MODEL TEXT.txt [STEPS]"""
+"""Does what finetune_trainer.py does, in a loop of your own: python examples/finetune_loop.py MODEL TEXT.txt [STEPS]"""
 
 import sys
 from pathlib import Path
@@ -20,7 +20,7 @@ print(*balance.notes(steps), sep="\n")
 ids = tokenizer(text.read_text(encoding="utf-8"))["input_ids"]
 rows = torch.tensor(ids[: len(ids) // 128 * 128]).view(-1, 128)
 if len(rows) < 16:
-    sys.exit(f"the text must fill 16 rows of 128 tokens: {text} fills {len(rows)}. Give more text.")
+    sys.exit(f"The text must fill 16 rows of 128 tokens: {text} fills {len(rows)}. Give more text.")
 for step in range(steps):
     losses = [model(input_ids=x, labels=x).loss + balance.loss() for x in rows[torch.randint(len(rows), (4, 8))]]
     (sum(losses) / 4).backward()
@@ -30,5 +30,5 @@ for step in range(steps):
     print(f"step {step + 1}: loss {sum(losses).item() / 4:.3f}, MaxVio {balance.metrics()['maxvio_batch']:.2f}")
 
 tokenizer.save_pretrained("runs/tuned")
-model.save_pretrained("runs/tuned")  # a family with a slot keeps its biases there, in float32
-balance.save_biases("runs/tuned")  # the others beside it; attach finds them again
+model.save_pretrained("runs/tuned")  # a family with a slot saves its biases here, in float32
+balance.save_biases("runs/tuned")  # other families save them beside the weights; attach finds them again

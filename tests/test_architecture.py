@@ -14,6 +14,7 @@ SRC = Path(__file__).parents[1] / "src"
 LIBRARY = [
     "errors",
     "_text",
+    "torch_internals",
     "recipes",
     "routing",
     "load",
@@ -134,6 +135,50 @@ def test_the_check_of_imports_can_fail(place, source, wrong):
 @pytest.mark.parametrize("path", _sources(), ids=lambda path: str(path.relative_to(SRC)))
 def test_no_module_blinds_the_shape_checker(path):
     assert "from __future__ import annotations" not in path.read_text(encoding="utf-8")
+
+
+def private_attributes(source: str) -> set[str]:
+    """The names with one leading underscore that a source gives to attributes and methods of its own objects."""
+    tree = ast.parse(source)
+    methods = {
+        node.name
+        for cls in ast.walk(tree)
+        if isinstance(cls, ast.ClassDef)
+        for node in cls.body
+        if isinstance(node, ast.FunctionDef)
+    }
+    attributes = {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self"
+    }
+    return {name for name in methods | attributes if name.startswith("_") and not name.startswith("__")}
+
+
+def foreign_private_uses(source: str, private: set[str]) -> list[str]:
+    """Where a source reads or writes a private attribute of another object."""
+    return [
+        f"line {node.lineno}: {ast.unparse(node)}"
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Attribute)
+        and node.attr in private
+        and ast.unparse(node.value) not in ("self", "cls", "super()")
+    ]
+
+
+PRIVATE = set().union(*(private_attributes(path.read_text(encoding="utf-8")) for path in _sources()))
+OF_OTHERS = {"_apply", "_load_from_state_dict"}  # methods of torch.nn.Module that subclasses of ours override
+
+
+@pytest.mark.parametrize("path", _sources(), ids=lambda path: str(path.relative_to(SRC)))
+def test_nobody_touches_a_private_attribute_of_another_object(path):
+    assert foreign_private_uses(path.read_text(encoding="utf-8"), PRIVATE - OF_OTHERS) == []
+
+
+def test_the_check_of_private_attributes_can_fail():
+    assert "_window" in PRIVATE
+    assert foreign_private_uses("callback.balance._window.close()", {"_window"}) == ["line 1: callback.balance._window"]
+    assert foreign_private_uses("self._window.close(); torch._C.x", {"_window"}) == []
 
 
 def _third_party(path: Path) -> set[str]:

@@ -1,4 +1,4 @@
-"""The pages say what is there: every known defect once, tests and files that exist, every metric."""
+"""The docs are consistent: links, names of tests, known defects, metrics."""
 
 import ast
 import re
@@ -16,52 +16,62 @@ TESTS = Path(__file__).parent
 DOCS = TESTS.parent / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 ROW = re.compile(r"^\| (\d+) \| (.+) \| (.+) \| (.+) \|$", re.MULTILINE)
-NAMED = re.compile(r"`([\w/]+\.py)::(\w+)`")
+TEST_NAME = re.compile(r"`([\w/]+\.py)::(\w+)`")
 
 
-def _rows() -> list[tuple[str, ...]]:
+def _defects() -> list[tuple[str, ...]]:
     return ROW.findall((DOCS / "known_defects.md").read_text())
 
 
-def test_every_known_defect_is_there_once_and_in_order():
-    assert [int(number) for number, *_ in _rows()] == list(range(1, 98))
+def test_every_page_is_listed_once_in_the_index():
+    pages = re.findall(r"^- \[[\w.]+\]\((\w+\.md)\): ", (DOCS / "README.md").read_text(), re.MULTILINE)
+    assert sorted(pages) == [page.name for page in PAGES if page.name != "README.md"]
 
 
-def test_every_known_defect_says_what_shows_its_rule():
-    for number, wrong, rule, shown in _rows():
-        assert wrong.strip() and rule.strip(), number
-        says = [word for word in ("cannot occur: ", "open: ") if word in shown]
-        assert NAMED.search(shown) or says, f"known defect {number} names neither a test nor a reason: {shown}"
-        assert shown.count("several ranks: ") <= 1
-        for word in says:
-            assert shown.split(word)[1].split(";")[0].strip(), f"known defect {number} gives no reason: {shown}"
+def test_known_defects_are_numbered_from_1_to_97():
+    assert [int(number) for number, *_ in _defects()] == list(range(1, 98))
 
 
-def test_every_test_that_a_page_names_exists():
+def test_every_known_defect_names_a_test_or_a_reason():
+    for number, mistake, rule, evidence in _defects():
+        assert mistake.strip() and rule.strip(), number
+        labels = [label for label in ("cannot occur: ", "open: ") if label in evidence]
+        assert TEST_NAME.search(evidence) or labels, f"known defect {number} names neither a test nor a reason"
+        assert evidence.count("several ranks: ") <= 1
+        for label in labels:
+            assert evidence.split(label)[1].split(";")[0].strip(), f"known defect {number} gives no reason: {evidence}"
+
+
+def test_tests_named_on_a_page_exist():
     functions: dict[str, set[str]] = {}
     for page in PAGES:
         text = page.read_text()
-        assert text.count(".py::") == len(NAMED.findall(text)), f"{page.name} names a test in another way"
-        for file, function in NAMED.findall(text):
+        assert text.count(".py::") == len(TEST_NAME.findall(text)), (
+            f"{page.name} names a test in another form than `file.py::function`"
+        )
+        for file, function in TEST_NAME.findall(text):
             path = TESTS / file
-            assert path.exists(), f"{page.name} names {file}, which is not there"
+            assert path.exists(), f"{page.name} names {file}, which does not exist"
             if file not in functions:
                 tree = ast.parse(path.read_text())
                 functions[file] = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
-            assert function in functions[file], f"{page.name} names {file}::{function}, which is not there"
+            assert function in functions[file], f"{page.name} names {file}::{function}, which does not exist"
             assert function.startswith("test_"), function
-    assert sum(map(len, functions.values())) > 100, "hardly a test was looked for: the test proves nothing"
+    assert sum(map(len, functions.values())) > 100, "too few names of tests were found: check TEST_NAME"
 
 
-def test_a_test_and_a_row_agree_on_what_the_test_is_for():
-    """A test says in its docstring which known defects it is for; these rows name it, and no other."""
-    rows = [(int(number), {function for _, function in NAMED.findall(shown)}) for number, _, _, shown in _rows()]
+def test_a_defects_row_and_its_tests_name_each_other():
+    """The docstring of a test lists its known defects. Exactly these rows name the test."""
+    rows = [
+        (int(number), {function for _, function in TEST_NAME.findall(evidence)})
+        for number, _, _, evidence in _defects()
+    ]
     for node in ast.parse((TESTS / "library" / "test_known_defects.py").read_text()).body:
         if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
-            found = re.match(r"Known defects? ([\d, ]+):", ast.get_docstring(node) or "")
-            assert found, f"{node.name} does not say which known defect it is for"
-            said = [int(number) for number in found.group(1).split(",")]
-            assert said == [number for number, functions in rows if node.name in functions], node.name
+            match = re.match(r"Known defects? ([\d, ]+):", ast.get_docstring(node) or "")
+            assert match, f"the docstring of {node.name} must begin with the numbers of its known defects"
+            in_docstring = [int(number) for number in match.group(1).split(",")]
+            assert in_docstring == [number for number, functions in rows if node.name in functions], node.name
 
 
 def _anchors(page: Path) -> Counter[str]:
@@ -70,19 +80,19 @@ def _anchors(page: Path) -> Counter[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_link_to_a_file_leads_somewhere(page):
+def test_links_to_files_and_headings_resolve(page):
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
     for link in re.findall(r"\]\(([^)\s]+)\)", text):
         if link.startswith(("http://", "https://")):
             continue
         file, _, anchor = link.partition("#")
         target = page.parent / file if file else page
-        assert target.exists(), f"{page.name} links to {link}"
+        assert target.exists(), f"{page.name} links to {link}, which does not exist"
         if anchor and target.suffix == ".md":
-            assert anchor in _anchors(target), f"{page.name} links to {link}"
+            assert anchor in _anchors(target), f"{page.name} links to {link}, which does not exist"
 
 
-def test_every_metric_and_every_key_is_on_the_page_of_metrics():
+def test_the_page_of_metrics_has_every_metric_and_every_key():
     words = set(re.findall(r"`(\w+)`", (DOCS / "metrics.md").read_text()))
     assert set(metrics.__all__) <= words, set(metrics.__all__) - words
     model = tiny_lm()

@@ -15,6 +15,8 @@ def test_the_text_of_every_mutant_is_in_the_source_once():
 def test_every_mutant_names_one_test_file_or_folder():
     number = {tests: len(find_tests(tests)) for tests in {mutant.tests.split()[0] for mutant in MUTANTS}}
     assert {tests: found for tests, found in number.items() if found != 1} == {}
+    options = {mutant.tests: mutant.tests.split()[1:] for mutant in MUTANTS}
+    assert [tests for tests, words in options.items() if words and not words[0].startswith("-")] == []
 
 
 def test_every_mutant_is_one_of_its_own():

@@ -11,7 +11,7 @@ def markdown() -> dict[str, str]:
     """The generated parts of docs/recipes.md, by the name of their marker."""
     return {
         "recipes": _table(
-            ("name", "score_function", "strategy", ""),
+            ("name", "score function", "strategy", "summary"),
             [
                 (f"[`{r.name}`](#{_anchor(r.name)})", r.score_function, f"`{r.strategy}`", r.summary)
                 for r in RECIPES.values()
@@ -33,7 +33,7 @@ def _section(recipe: Recipe) -> str:
     rows = [(f"`{key}`", value, source) for key, value, source in recipe.values()]
     notes = "".join(f"\n- {note}" for note in recipe.notes)
     text = f"### {recipe.name}\n\n{recipe.summary}\n\n```\n{recipe.strategy}\n```\n\n"
-    return text + _table(("", "value", "source"), rows) + (f"\n{notes}" if notes else "")
+    return text + _table(("setting", "value", "source"), rows) + (f"\n{notes}" if notes else "")
 
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
@@ -46,11 +46,11 @@ def _anchor(title: str) -> str:
 
 
 def update_page(text: str) -> str:
-    """The text of docs/recipes.md with the parts between its markers generated anew."""
+    """The text of docs/recipes.md with the parts between its markers generated again."""
     for name, part in markdown().items():
         start, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
         if text.count(start) != 1 or text.count(end) != 1:
-            raise UsageError(f"The page must hold {start} and {end} once each: put the markers back.")
+            raise UsageError(f"The page must hold {start} and {end} once each. Put the markers back.")
         before, rest = text.split(start)
         text = f"{before}{start}\n\n{part}\n\n{end}{rest.split(end)[1]}"
     return text

@@ -1,11 +1,12 @@
-"""Finds the routers of a model, agrees with the other ranks, and makes a ``Balance``."""
+"""``attach``: finds the routers of a model, reads their biases, agrees with the other ranks, makes a ``Balance``.
+
+The module is not called ``attach``: importing a module of that name would hide the function ``equipoise.attach``.
+"""
 
 import logging
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,21 +14,22 @@ from torch import Tensor, nn
 from equipoise._text import abbreviate
 from equipoise.balance import Balance
 from equipoise.balancers import Balancer, format_strategy, parse_strategy
-from equipoise.counting.pool import Pool, digest
-from equipoise.counting.recorder import Layer, slot_of
+from equipoise.counting.pool import Pool, digest_of
+from equipoise.counting.start import starting_biases
 from equipoise.errors import EquipoiseError, UsageError
 from equipoise.recipes import RECIPES
+from equipoise.routers import MoELayer
 from equipoise.routers.find import find_routers, proof_of, refusal, unknown_routers
 from equipoise.routers.prove import Refused
-from equipoise.routers.tap import is_tapped, untap_router
-from equipoise.saved import BIASES_FILE, names_biases, read_biases, saved_beside
+from equipoise.routers.tap import has_live_tap, tap_of, untap_router
+from equipoise.torch_internals import drop_compiled_graphs
 
 __all__ = ["attach", "base_model", "resolve", "unwrap"]
 
 _log = logging.getLogger("equipoise")
 
 
-@torch.inference_mode(False)  # biases outlive an evaluation under inference mode
+@torch.inference_mode(False)  # the biases outlive an evaluation in inference mode
 def attach(
     model: nn.Module,
     *balancers: Balancer | str,
@@ -44,211 +46,142 @@ def attach(
 
     Args:
         model: the model; may be wrapped (DDP, FSDP2, compiled, PEFT).
-        balancers: mechanisms, as objects or strategy strings; none at all only counts.
+        balancers: mechanisms, as objects or strategy strings. None at all only counts.
         where: ``where(name, router) -> bool`` chooses layers; default all.
         group: the process group, or a ``DeviceMesh``, whose ranks hold different tokens of the same layers; default
-            the world. Data, sharded, context and sequence parallel ranks do, tensor parallel ones hold the same tokens
-            and pipeline stages other layers: ``group=mesh["dp", "cp"]``. Expert parallel ranks count all experts,
-            whoever holds them, so they are in it when their tokens differ.
-        biases: by layer, the biases to begin with, or the path of saved ones; default what the model's slots hold,
-            and where it has none, what lies beside the weights that it was loaded from.
-        allow_empty: accept a model without routers, a pipeline stage of dense layers: its ``Balance`` does nothing.
+            the world. Ranks of data, sharded, context and sequence parallelism do. Tensor parallel ranks hold the same
+            tokens, and pipeline stages other layers: ``group=mesh["dp", "cp"]``. Expert parallel ranks belong to it if
+            their tokens differ: each counts all experts, whoever holds them.
+        biases: by layer, the biases to begin with, or the path of saved ones. Default: what the model's slots hold; if
+            it has none, what was saved beside the weights that it was loaded from.
+        allow_empty: accept a model without routers, a pipeline stage of dense layers. Its ``Balance`` does nothing.
 
-    An average of the weights (EMA) is made after ``attach``, and anew after ``detach``: a family without a slot has a
-    buffer more in each router meanwhile. Hooks that replace a module's forward (accelerate's, for offloading) too come
-    after it.
+    Make an average of the weights (EMA) after ``attach``, and anew after ``detach``: meanwhile each router of a family
+    without a slot has a buffer more. The same holds for hooks that replace a module's forward, such as those of
+    accelerate for offloading.
 
     With balancers at bias zero and without losses, logits, weights, choices and gradients of the model are the same
-    bit for bit. Collective over ``group``: every rank compares layers, strategies and biases and raises the same
-    error when they differ. Raises ``EquipoiseError`` when the model holds no router that is known, or one that behaves
-    otherwise than its family, or when it is attached already.
+    bit for bit. Collective over ``group``: every rank compares layers, strategies and biases, and raises the same
+    error if they differ. Raises ``EquipoiseError`` if the model holds no known router, or one that behaves otherwise
+    than its family, or is attached already.
     """
     pool = Pool(group)
-    error: Exception | None = None
-    fingerprint: Any = None
-    start_digest: str | None = None
+    plan, error = None, None
     try:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module: got {type(model).__name__}.")
-        if where is not None and not callable(where):
-            raise TypeError(f"where must be a function of (name, router): got {type(where).__name__}.")
-        inner = base_model(unwrap(model))
-        resolved = resolve(balancers)
-        multiplies = any(balancer.multiplies for balancer in resolved)
-        layers = _find_layers(inner, where, multiplies, allow_empty)
-        if biases is not None and not any(balancer.has_bias for balancer in resolved):
-            raise UsageError(
-                f"biases must have a balancer that holds them: got the strategy {format_strategy(resolved)}. Add "
-                "frozen or loss-free to it."
-            )
-        if biases is None:
-            biases = _beside_weights(inner, layers, resolved, multiplies)
-        if biases is None:
-            _warn_of_rounded(layers, resolved)
-            start = {x.name: slot_of(x, multiplies) for x in layers}
-        else:
-            start = _read_biases(biases, layers, multiplies)
-        fingerprint = (format_strategy(resolved), [(x.name, x.num_experts, x.k, x.kind) for x in layers])
-        steered = any(balancer.has_bias for balancer in resolved)
-        for name, value in start.items():
-            if steered and not value.isfinite().all():
-                raise EquipoiseError(
-                    f"the bias of {name} must hold finite numbers: it does not. It is damaged, or was never filled "
-                    "after to_empty(); load the checkpoint, or set it to zero, before attach."
-                )
-        if steered and not any(p.device.type == "meta" for p in inner.parameters()):
-            start_digest = digest(start)
+        plan = _plan(model, balancers, where, biases, allow_empty)
     except Exception as caught:
         error = caught
-    everyone = pool.agree("attach", (fingerprint, start_digest), error)
-    for rank, (theirs, _) in enumerate(everyone):
-        if theirs != everyone[0][0]:
-            raise EquipoiseError(
-                "every rank must attach the same strategy to the same layers: rank 0 of the group has "
-                f"{_describe(everyone[0][0])}, rank {rank} has {_describe(theirs)}."
-            )
-    if len({found for _, found in everyone} - {None}) > 1:
-        raise EquipoiseError(
-            "every rank must begin with the same biases: they differ from rank to rank. Load the same checkpoint on "
-            "every rank, or broadcast the model (as DistributedDataParallel does), before attach."
-        )
-    if where is None and (left_out := unknown_routers(inner)):
+    _compare_ranks(pool.agree("attach", None if plan is None else (plan.description, plan.digest), error))
+    assert plan is not None  # agree raises every rank's error
+    _warn(plan, balancers, has_filter=where is not None)
+    if drop_compiled_graphs(model):
         _log.warning(
-            f"attach: {abbreviate(left_out)} is neither counted nor balanced: equipoise does not know it. Give it an "
-            "attribute router_kind, or choose layers with where=... to say that it may be left out."
+            "attach: the model was compiled and called before. Compiled graphs are dropped (torch._dynamo.reset) and "
+            "made anew. Attach before the first call to save that."
         )
-    for named in balancers:
-        score_functions = {layer.kind.score_function for layer in layers}
-        if (
-            score_functions
-            and isinstance(named, str)
-            and named in RECIPES
-            and score_functions != {RECIPES[named].score_function}
-        ):
-            _log.warning(
-                f"attach: the recipe {named} was published with a {RECIPES[named].score_function} scores, this model has "
-                f"{' and '.join(sorted(score_functions))}: rates are in the units of the scores and need not carry over."
-            )
-    _reset_dynamo(model)
-    _warn_of_another_loss(inner, resolved)
-    for layer in layers:
-        if "_equipoise" in layer.router.__dict__:  # a copy of an attached model: take its inert tap off
+    for layer in plan.layers:
+        if tap_of(layer.router) is not None:  # a copy of an attached model: take its inert tap off
             untap_router(layer.router, layer.slot)
-    return Balance(inner, layers, resolved, pool, start)
+    return Balance(plan.model, plan.layers, plan.balancers, pool, plan.start)
 
 
-def _beside_weights(
-    model: nn.Module, layers: Sequence[Layer], balancers: Sequence[Balancer], multiplies: bool
-) -> Path | None:
-    """The biases that the model was saved with, where its layers have no slot that would have brought them."""
-    if not (multiplies or names_biases(model) or any(layer.slot is None for layer in layers)):
-        return None
-    if any("_equipoise" in layer.router.__dict__ for layer in layers):
-        return None  # a copy of an attached model: it holds newer ones
-    path = saved_beside(model)
-    if not names_biases(model):
-        if path is not None:
-            _log.warning(
-                f"attach: {path} lies beside the weights, and the model's config does not name it: it is not taken. "
-                f"If the weights belong to it, give biases={str(path.parent)!r}; else delete it. save_biases names "
-                "it when it is called after save_pretrained."
-            )
-        return None
-    if not any(balancer.has_bias for balancer in balancers):
-        _log.warning(
-            f"attach: the model was saved with biases, and {format_strategy(balancers)} holds none: it routes "
-            "otherwise than it was trained. Add frozen to it to route with them."
-        )
-        return None
-    if path is None:
-        raise EquipoiseError(
-            f"a model that was saved with biases must find them: its config names {BIASES_FILE}, which is not beside "
-            f"the weights ({getattr(model.config, '_name_or_path', '') or 'loaded from nowhere'}). Give "
-            "biases=FOLDER, or begin from zero with del model.config.equipoise."
-        )
-    _log.info(f"attach: begins with the biases of {path}")
-    return path
+class _Plan(NamedTuple):
+    """What one rank is going to attach."""
+
+    model: nn.Module  # without wrappers
+    layers: list[MoELayer]
+    balancers: list[Balancer]
+    start: dict[str, Tensor]
+
+    @property
+    def description(self) -> tuple[str, list[tuple[Any, ...]]]:
+        """What every rank must have in common."""
+        layers = [(layer.name, layer.num_experts, layer.k, layer.kind) for layer in self.layers]
+        return format_strategy(self.balancers), layers
+
+    @property
+    def digest(self) -> str | None:
+        """Of the biases; None if there is nothing to compare."""
+        steers = any(balancer.has_bias for balancer in self.balancers)
+        on_meta = any(parameter.device.type == "meta" for parameter in self.model.parameters())
+        return digest_of(self.start) if steers and not on_meta else None
 
 
-def _warn_of_rounded(layers: Sequence[Layer], balancers: Sequence[Balancer]) -> None:
-    """Biases go on in float32 from what a slot holds."""
-    found = {}
-    for layer in layers if any(balancer.has_bias for balancer in balancers) else ():
-        held = None if layer.slot is None else layer.slot.tensor
-        short = held is not None and held.dtype in (torch.bfloat16, torch.float16)
-        if held is not None and short and held.device.type != "meta" and held.any():
-            found[layer.name] = str(held.dtype).removeprefix("torch.")
-    if found:
-        _log.warning(
-            f"attach: the bias comes rounded in {abbreviate(found)}, and so the biases begin. Load the model in float32 to "
-            "begin where it was trained; a state that is loaded after takes their place."
-        )
+# ---- phase 1: what this rank attaches ----
 
 
-def _warn_of_another_loss(model: nn.Module, balancers: Sequence[Balancer]) -> None:
-    config = getattr(model, "config", None)
-    coefficient = getattr(config, "router_aux_loss_coef", 0) or 0
-    if coefficient and getattr(config, "output_router_logits", False) and balancers:
-        _log.warning(
-            "attach: the model adds a load-balancing loss of its own (output_router_logits with router_aux_loss_coef="
-            f"{coefficient:g}), and {format_strategy(balancers)} acts beside it. Set "
-            "model.config.output_router_logits = False to have the one only."
-        )
-
-
-def _describe(fingerprint: Any) -> str:
-    strategy, layers = fingerprint
-    return f"{strategy} on {abbreviate({name: size for name, size, _, _ in layers})}"
+def _plan(
+    model: nn.Module,
+    balancers: Sequence[Balancer | str],
+    where: Callable[[str, nn.Module], bool] | None,
+    biases: Mapping[str, Tensor] | str | os.PathLike[str] | None,
+    allow_empty: bool,
+) -> _Plan:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module: got {type(model).__name__}.")
+    if where is not None and not callable(where):
+        raise TypeError(f"where must be a function of (name, router): got {type(where).__name__}.")
+    inner = base_model(unwrap(model))
+    resolved = resolve(balancers)
+    layers = _find_layers(inner, where, any(balancer.multiplies for balancer in resolved), allow_empty)
+    return _Plan(inner, layers, resolved, starting_biases(inner, layers, resolved, biases))
 
 
 def _find_layers(
     model: nn.Module, where: Callable[[str, nn.Module], bool] | None, multiplies: bool, allow_empty: bool
-) -> list[Layer]:
+) -> list[MoELayer]:
     layers = []
-    for name, router, kind, slot, num_experts, k in find_routers(model, allow_empty):
-        if where is not None and not where(name, router):
+    for layer in find_routers(model, allow_empty):
+        if where is not None and not where(layer.name, layer.router):
             continue
-        if is_tapped(router):
+        if has_live_tap(layer.router):
             raise EquipoiseError(
-                f"a router must be attached once: {name} is attached already. Call detach() on its Balance first."
-            )
-        held = None if slot is None else slot.tensor
-        if multiplies and held is not None and held.device.type != "meta" and held.any():
-            raise EquipoiseError(
-                f"a factor must find a slot of zeros: {name} adds its {kind.slot} before the top-k, which the factor "
-                "would multiply too, upside down where the sum is below zero. Zero the slot, or take a rule that adds."
+                f"a router must be attached once: {layer.name} is attached already. Call detach() on its Balance first."
             )
         if multiplies:
-            try:
-                proof_of(router, None if slot is None else slot.holder, multiplies=True)
-            except Refused as reason:
-                raise refusal(name, router, f"{reason}, and a factor must be all that steers it", kind) from None
-        layers.append(Layer(name, router, kind, num_experts, k, slot))
+            _check_factor(layer)
+        layers.append(layer)
     if not layers and not allow_empty:
         raise EquipoiseError("where must choose at least one router: it chose none.")
     return layers
 
 
+def _check_factor(layer: MoELayer) -> None:
+    """A factor must be all that steers a router."""
+    tensor = None if layer.slot is None else layer.slot.tensor
+    if tensor is not None and tensor.device.type != "meta" and tensor.any():
+        raise EquipoiseError(
+            f"the slot of {layer.name} must be zero for a multiplicative bias: the router adds its {layer.kind.slot} "
+            "before the top-k, and the factor would multiply it too, upside down where the sum is below zero. Zero "
+            "the slot, or take a rule that adds."
+        )
+    try:
+        proof_of(layer.router, None if layer.slot is None else layer.slot.holder, multiplies=True)
+    except Refused as reason:
+        problem = f"{reason}, and a factor must be all that steers it"
+        raise refusal(layer.name, layer.router, problem, layer.kind) from None
+
+
 def resolve(balancers: Sequence[Balancer | str]) -> list[Balancer]:
-    """The balancers that these objects and strategy strings name; refused where two would move the bias."""
-    result: list[Balancer] = []
+    """The balancers that these objects and strategy strings name. Raises ``UsageError`` if two would move the bias."""
+    resolved: list[Balancer] = []
     for balancer in balancers:
         if isinstance(balancer, str):
-            result += parse_strategy(balancer)
+            resolved += parse_strategy(balancer)
         elif isinstance(balancer, Balancer):
-            result.append(balancer)
+            resolved.append(balancer)
         else:
             raise TypeError(
                 f"a balancer must be an object such as LossFree() or a strategy string: got {type(balancer).__name__}."
             )
-    steering = [str(balancer) for balancer in result if balancer.has_bias]
+    steering = [str(balancer) for balancer in resolved if balancer.has_bias]
     if len(steering) > 1:
         raise UsageError(f"one balancer may move the bias: got {' and '.join(steering)}. Leave one out.")
-    return result
+    return resolved
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside what torch.compile and DistributedDataParallel put around it."""
+    """The model inside the wrappers of torch.compile and DistributedDataParallel."""
     while True:
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod  # type: ignore[assignment]
@@ -259,52 +192,56 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def base_model(model: nn.Module) -> nn.Module:
-    """The model inside a PeftModel, adapters included, whose layers have the names that they have without; or itself.
-
-    By class and not by instance: adapters hand every name that they lack on to the model inside.
-    """
+    """The model inside a PeftModel, adapters included, with the layer names of the plain model; or the model itself."""
+    # By class, not by instance: adapters look every missing name up in the model inside.
     return model.get_base_model() if hasattr(type(model), "get_base_model") else model
 
 
-def _reset_dynamo(model: nn.Module) -> None:
-    """Graphs that were compiled before the taps were there would go on without them."""
-    dynamo = sys.modules.get("torch._dynamo")
-    compiled = hasattr(model, "_orig_mod") or any(m._compiled_call_impl is not None for m in model.modules())
-    if dynamo is not None and compiled and dynamo.utils.counters["frames"]["total"]:
-        _log.warning(
-            "attach: the model was compiled and called before; compiled graphs are dropped (torch._dynamo.reset) and "
-            "made anew. Attach before the first call to save that."
-        )
-        dynamo.reset()
+# ---- phase 2: what all ranks must have in common ----
 
 
-def _read_biases(
-    biases: Mapping[str, Tensor] | str | os.PathLike[str], layers: list[Layer], multiplies: bool
-) -> dict[str, Tensor]:
-    theirs = multiplies  # of a mapping by layer nobody knows
-    if not isinstance(biases, Mapping):
-        biases, theirs = read_biases(biases)
-    if isinstance(biases.get("biases"), Mapping):  # a whole state_dict()
-        theirs = bool(biases.get("multiplies", False))
-        biases = biases["biases"]  # type: ignore[assignment]
-    if theirs != multiplies:
-        raise UsageError(
-            "biases must be held as they were trained: these "
-            + (
-                "multiply the scores. Attach frozen:multiplies=true, or loss-free with rule=multiplicative."
-                if theirs
-                else "are added to the scores. Attach frozen, or a rule other than multiplicative."
+def _compare_ranks(by_rank: Sequence[tuple[Any, str | None]]) -> None:
+    first, _ = by_rank[0]
+    for rank, (description, _) in enumerate(by_rank):
+        if description != first:
+            raise EquipoiseError(
+                "every rank must attach the same strategy to the same layers: rank 0 of the group has "
+                f"{_described(first)}, rank {rank} has {_described(description)}."
             )
-        )
-    if not all(isinstance(value, Tensor) for value in biases.values()):
-        raise EquipoiseError("biases must be tensors by layer name, as Balance.biases gives them: got other values.")
-    sizes = {name: tuple(value.shape) for name, value in biases.items()}
-    wanted = {layer.name: (layer.num_experts,) for layer in layers}
-    if sizes != wanted:
+    if len({digest for _, digest in by_rank} - {None}) > 1:
         raise EquipoiseError(
-            f"biases must name the layers of this model: got {abbreviate(sizes)}, expected {abbreviate(wanted)}."
+            "every rank must begin with the same biases: they differ from rank to rank. Load the same checkpoint on "
+            "every rank, or broadcast the model (as DistributedDataParallel does), before attach."
         )
-    for name, value in biases.items():
-        if not value.is_floating_point() or not value.isfinite().all():
-            raise EquipoiseError(f"biases must be finite floating-point numbers: those of {name} are not.")
-    return {layer.name: biases[layer.name].detach().float().to(slot_of(layer).device, copy=True) for layer in layers}
+
+
+def _described(description: Any) -> str:
+    strategy, layers = description
+    return f"{strategy} on {abbreviate({name: num_experts for name, num_experts, _, _ in layers})}"
+
+
+# ---- phase 3: what the user should know ----
+
+
+def _warn(plan: _Plan, balancers: Sequence[Balancer | str], has_filter: bool) -> None:
+    if not has_filter and (unknown := unknown_routers(plan.model)):
+        _log.warning(
+            f"attach: {abbreviate(unknown)} is neither counted nor balanced: equipoise does not know it. Give it an "
+            "attribute router_kind, or choose layers with where=... to say that it may be left out."
+        )
+    functions = {layer.kind.score_function for layer in plan.layers}
+    for balancer in balancers:
+        recipe = RECIPES.get(balancer) if isinstance(balancer, str) else None
+        if recipe is not None and functions and functions != {recipe.score_function}:
+            _log.warning(
+                f"attach: the recipe {balancer} was published with {recipe.score_function} scores, this model has "
+                f"{' and '.join(sorted(functions))} scores. Rates are in units of the scores and may not carry over."
+            )
+    config = getattr(plan.model, "config", None)
+    coefficient = getattr(config, "router_aux_loss_coef", 0) or 0
+    if coefficient and getattr(config, "output_router_logits", False) and plan.balancers:
+        _log.warning(
+            "attach: the model adds a load-balancing loss of its own (output_router_logits with router_aux_loss_coef="
+            f"{coefficient:g}), and {format_strategy(plan.balancers)} acts beside it. Set "
+            "model.config.output_router_logits = False to have only one."
+        )

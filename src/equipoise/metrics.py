@@ -1,8 +1,8 @@
 """load -> numbers: every metric of a load, each defined once and computed from pooled counts.
 
-A load is a tensor ``(..., experts)`` of counts; leading dimensions (layers, steps) are kept. A mapping from layer name
-to load, as ``Balance.load`` and ``Balance.measuring`` give it, yields the mean over its layers. A load without any
-token gives nan: an idle layer is not a balanced one.
+A load is a tensor ``(..., experts)`` of counts. Leading dimensions (layers, steps) are kept. For a mapping from layer
+name to load, as from ``Balance.load`` or ``Balance.measuring``, a metric is the mean over the layers. A load without
+tokens gives nan, because an idle layer is not a balanced one. Results are float64.
 """
 
 import math
@@ -17,9 +17,7 @@ __all__ = [
     "coefficient_of_variation",
     "dead_experts",
     "domain_information",
-    "drop_rate",
     "effective_experts",
-    "gini",
     "load_entropy",
     "max_domain_share",
     "max_violation",
@@ -43,7 +41,7 @@ def _by_layer(metric: Callable[[Tensor], Tensor], load: Load) -> Tensor:
 
 
 def _check_sign(load: Tensor) -> None:
-    """Where it can be told: a GPU would be waited for, a tensor that is traced has no numbers."""
+    """Skipped on a GPU, where the check would wait, and under tracing, where a tensor has no numbers."""
     if torch.compiler.is_compiling() or type(load) is not Tensor or load.device.type != "cpu" or not load.is_signed():
         return
     if not torch._C._functorch.is_functorch_wrapped_tensor(load) and (load < 0).any():
@@ -55,7 +53,9 @@ def _by_domain(load: Tensor) -> Tensor:
     if load.dim() < 2 or load.shape[0] == 0 or load.shape[-1] == 0:
         raise ValueError(f"load must have the shape (domains, ..., experts), none of them 0: got {tuple(load.shape)}.")
     if load.is_floating_point():
-        raise ValueError(f"load must hold counts, integers: got {load.dtype}. Shares do not say of how many they are.")
+        raise ValueError(
+            f"load must hold counts, integers: got {load.dtype}. A share does not tell how many it counts."
+        )
     _check_sign(load)
     return load.double()
 
@@ -63,9 +63,9 @@ def _by_domain(load: Tensor) -> Tensor:
 def max_violation(load: Load) -> Float[Tensor, "*layers"]:
     """MaxVio: how far the busiest expert is above the mean, ``(max_e c_e - mean c) / mean c``.
 
-    Range 0 (even) to experts/k - 1 (every token takes the same k experts). Dimensionless. On one window it is
-    ``maxvio_batch``, on an evaluation set ``maxvio_global``, on one micro-batch of one rank ``maxvio_micro``.
-    Source: Wang et al. 2024, arXiv:2408.15664, Eq. 4.
+    Range: 0 (even) to experts/k - 1 (every token takes the same k experts). Dimensionless. Its name in logs is
+    ``maxvio_batch`` for a window, ``maxvio_global`` for an evaluation set, ``maxvio_micro`` for one micro-batch on one
+    rank. Source: Wang et al. 2024, arXiv:2408.15664, Eq. 4.
 
     >>> max_violation(torch.tensor([4, 2, 2, 0]))
     tensor(1., dtype=torch.float64)
@@ -74,7 +74,7 @@ def max_violation(load: Load) -> Float[Tensor, "*layers"]:
 
 
 def min_violation(load: Load) -> Float[Tensor, "*layers"]:
-    """How far the idlest expert is below the mean, ``(min_e c_e - mean c) / mean c``: 0 is even, -1 is a dead expert.
+    """How far the idlest expert is below the mean, ``(min_e c_e - mean c) / mean c``: 0 is even, -1 a dead expert.
 
     >>> min_violation(torch.tensor([4, 2, 2, 0]))
     tensor(-1., dtype=torch.float64)
@@ -83,7 +83,7 @@ def min_violation(load: Load) -> Float[Tensor, "*layers"]:
 
 
 def coefficient_of_variation(load: Load) -> Float[Tensor, "*layers"]:
-    """``std(c) / mean(c)`` over the experts, with the population's std. 0 is even, sqrt(experts - 1) is collapse.
+    """``std(c) / mean(c)`` over the experts, with the population std. 0 is even, sqrt(experts - 1) is collapse.
 
     Source: its square is the load loss of Shazeer et al. 2017, arXiv:1701.06538.
 
@@ -91,37 +91,6 @@ def coefficient_of_variation(load: Load) -> Float[Tensor, "*layers"]:
     tensor(0.5000, dtype=torch.float64)
     """
     return _by_layer(lambda c: c.std(-1, correction=0) / c.mean(-1), load)
-
-
-def gini(load: Load) -> Float[Tensor, "*layers"]:
-    """Gini coefficient, ``sum_ij |c_i - c_j| / (2 E^2 mean(c))``: 0 is even, 1 - 1/E is collapse onto one expert.
-
-    Source: used for experts by LPR, arXiv:2506.21328.
-
-    >>> gini(torch.tensor([3, 1]))
-    tensor(0.2500, dtype=torch.float64)
-    """
-
-    def sorted_form(c: Tensor) -> Tensor:  # sum_ij |c_i - c_j| = 2 sum_i (2 i - E - 1) c_(i), i from 1
-        experts = c.shape[-1]
-        rank = 2 * torch.arange(1, experts + 1, device=c.device) - experts - 1
-        return (rank * c.sort(-1).values).sum(-1) / (experts * c.sum(-1))
-
-    return _by_layer(sorted_form, load)
-
-
-def drop_rate(load: Load, capacity: float) -> Float[Tensor, "*layers"]:
-    """Share of the assignments beyond a capacity, ``sum_e max(0, c_e - capacity) / sum_e c_e``: 0 to 1 (capacity 0).
-
-    ``capacity`` is in assignments an expert; a capacity factor f over N tokens is ``f * N * k / E``. Where experts drop
-    by the call, give the load of a call; pooled loads drop less.
-
-    >>> drop_rate(torch.tensor([4, 2, 2, 0]), capacity=3)
-    tensor(0.1250, dtype=torch.float64)
-    """
-    if not capacity >= 0:
-        raise ValueError(f"capacity must be at least 0: got {capacity!r}.")
-    return _by_layer(lambda c: (c - capacity).clamp_min(0).sum(-1) / c.sum(-1), load)
 
 
 def _entropy(c: Tensor) -> Tensor:
@@ -132,7 +101,7 @@ def _entropy(c: Tensor) -> Tensor:
 def load_entropy(load: Load) -> Float[Tensor, "*layers"]:
     """Normalised entropy of the shares, ``-sum_e q_e log q_e / log E``: 1 is even, 0 is collapse onto one expert.
 
-    With a single expert there is nothing to spread: 1.
+    A layer with a single expert gives 1.
 
     >>> load_entropy(torch.tensor([1, 1, 0, 0]))
     tensor(0.5000, dtype=torch.float64)
@@ -148,7 +117,7 @@ def load_entropy(load: Load) -> Float[Tensor, "*layers"]:
 
 
 def effective_experts(load: Load) -> Float[Tensor, "*layers"]:
-    """``exp(entropy of the shares)``, a number of experts: E is even, 1 is collapse onto one expert.
+    """``exp(-sum_e q_e log q_e)``, a number of experts: E is even, 1 is collapse onto one expert.
 
     >>> effective_experts(torch.tensor([5, 5, 0, 0]))
     tensor(2., dtype=torch.float64)
@@ -157,9 +126,9 @@ def effective_experts(load: Load) -> Float[Tensor, "*layers"]:
 
 
 def dead_experts(load: Load) -> Float[Tensor, "*layers"]:
-    """Experts that got no token, ``#{e : c_e = 0}``. Range 0 to experts; a mapping gives the *sum* of its layers.
+    """Experts that got no token, ``#{e : c_e = 0}``. Range: 0 to experts - 1. A mapping gives the *sum* over layers.
 
-    Small windows have dead experts by chance: read it beside the number of tokens.
+    Small windows have dead experts by chance, so read it beside the number of tokens.
 
     >>> dead_experts(torch.tensor([4, 2, 2, 0]))
     tensor(1., dtype=torch.float64)
@@ -174,7 +143,7 @@ def _expected_max_of_normals(n: int) -> float:
     def cdf(x: float) -> float:
         return 0.5 * math.erfc(-x / math.sqrt(2))
 
-    # E max = int_0^inf 1 - Phi^n dx - int_-inf^0 Phi^n dx, trapezoid rule: 8.5 sigma and 4000 points give 1e-6
+    # E max = int_0^inf (1 - Phi^n) dx - int_-inf^0 Phi^n dx; the trapezoid rule over 8.5 sigma is exact to 1e-6
     points, end = 4000, 8.5
     step = 2 * end / points
     total = 0.0
@@ -188,11 +157,13 @@ def _expected_max_of_normals(n: int) -> float:
 def sampling_floor(num_tokens: float, k: int, num_experts: int) -> float:
     """The MaxVio that chance alone gives to a perfectly even router, ``m(E) * sqrt((1 - k/E) / (N * k/E))``.
 
-    N tokens choose independently, each expert with probability k/E; m(E) is the expected maximum of E standard normals
-    (1.42, 2.07, 2.34, 2.83 for 8, 32, 64, 256). Tokens of a text are not independent, so it is a lower bound: a MaxVio
-    at its floor cannot be told from perfect balance. 0 when k = E; inf without tokens. Counts are taken as normal,
-    which they are not where an expert has few: at 16 assignments an expert chance gives about 1.1 times as much, at one
-    about 1.3 times (64 experts, k = 1).
+    N tokens choose independently, each expert with probability k/E. m(E) is the expected maximum of E standard normals:
+    1.42, 2.07, 2.34, 2.83 for 8, 32, 64, 256. A MaxVio at its floor cannot be told from perfect balance. 0 when k = E;
+    inf without tokens.
+
+    It is a lower bound, because the tokens of a text are not independent. It also takes counts as normal, which fails
+    for few of them: with 64 experts and k = 1, chance gives about 1.1 times as much at 16 assignments per expert and
+    1.3 times at one.
 
     >>> round(sampling_floor(8192, k=4, num_experts=32), 4)
     0.0605
@@ -212,18 +183,18 @@ def sampling_floor(num_tokens: float, k: int, num_experts: int) -> float:
 
 
 def domain_information(load: Int[Tensor, "domains *layers experts"]) -> Float[Tensor, "*layers"]:
-    """How much an assignment says about the domain of its token: I(domain; expert) in bits.
+    """How much an assignment tells about the domain of its token: I(domain; expert) in bits.
 
-        p_d = share of domain d's assignments by expert
+        p_d = share of each expert in the assignments of domain d
         I   = H(mean_d p_d) - mean_d H(p_d),   with H corrected by (number of used experts - 1) / (2 n)  (Miller-Madow)
 
-    Domains weigh equally, whatever their number of tokens; one without any is left out. n is the number of assignments
-    of the domain, and 1 / sum_d (w_d^2 / n_d) for the mixture. 0: experts ignore the domain. log2(domains): each expert
-    serves one domain. Average it over layers. Nan without any assignment.
+    Range: 0 (experts ignore the domain) to log2(domains) (each expert serves one domain); nan without assignments.
+    Average it over layers. Domains weigh equally, however many tokens they have; a domain without tokens is left out.
+    n is the number of assignments of the domain, and 1 / sum_d (w_d^2 / n_d) for the mixture.
 
-    The correction is of first order, good from about five assignments an expert and domain on; with fewer, what chance
-    alone gives stays in part. It can carry a value slightly below 0 (on average where k > 1, since the k experts of a
-    token differ) or above log2(domains). Raises ``ValueError`` for anything but counts.
+    The correction is of first order and good from about five assignments per expert and domain. With fewer, part of
+    what chance gives remains. A value can be slightly above log2(domains) or below 0 (for k > 1 even on average,
+    because the k experts of a token differ). Raises ``ValueError`` for anything but counts.
 
     >>> domain_information(torch.tensor([[1000, 0], [0, 1000]])).round(decimals=2)
     tensor(1., dtype=torch.float64)
@@ -244,11 +215,11 @@ def domain_information(load: Int[Tensor, "domains *layers experts"]) -> Float[Te
 
 
 def max_domain_share(load: Int[Tensor, "domains *layers experts"]) -> Float[Tensor, "*layers"]:
-    """The largest share that one expert has of the assignments of one domain, ``max_de c_de / sum_e c_de``.
+    """The largest share that one expert has in the assignments of one domain, ``max_de c_de / sum_e c_de``.
 
-    1/experts where every domain is spread evenly; 1 where some domain goes to a single expert, 1/k at most where every
-    token takes k different ones. A domain without any assignment is left out. Average it over layers.
-    Source: Qiu et al. 2025, arXiv:2501.11873, Fig. 1, whose freq(E|D) is per token of the domain: k times the share.
+    Range: 1/experts (every domain is spread evenly) to 1/k (every token of some domain takes the same k experts). A
+    domain without assignments is left out. Average it over layers. Source: Qiu et al. 2025, arXiv:2501.11873, Fig. 1.
+    There freq(E|D) counts per token of the domain, which is k times this share.
 
     >>> max_domain_share(torch.tensor([[30, 10], [50, 50]]))
     tensor(0.7500, dtype=torch.float64)

@@ -1,25 +1,25 @@
-"""The run folder: the only seam between training and analysis. Imports no torch.
+"""The run folder: the only interface between training and analysis. Imports no torch.
 
 A run is one strategy and one seed in one folder:
 
     config.json         the resolved configuration, versions, wrapper, names of the MoE layers (written once)
-    steps.jsonl         one line a step: step, loss, maxvio_batch, ..., tokens (so far), seconds (of this step);
-                        strategy (of this step) in a run that changes it, and alerts (sentences) where some began
-                        or were over
-    loads.jsonl         one line a step: step, load (layers x experts counts of the step, pooled over ranks)
-    evaluations.jsonl   one line an evaluation: step, overall figures, and by domain nats, bits per byte, load and
+    steps.jsonl         one line per step: step, loss, maxvio_batch, ..., tokens (so far), seconds (of this step);
+                        also strategy (of this step) in a run that changes it, and alerts (sentences) if some started
+                        or ended
+    loads.jsonl         one line per step: step, load (layers x experts counts of the step, pooled over ranks)
+    evaluations.jsonl   one line per evaluation: step, overall figures, and by domain nats, bits per byte, load and
                         top-k score sum (by layer)
     audit.json          what the experts did in the last evaluation, on the test text, in the format of `equipoise
                         audit`: tokens and nats by domain, and by layer load (by domain), score sums, experts chosen
-                        together, the tokens typical of each; none in runs of before it was written, or where a
-                        selection gives experts tokens, not tokens experts
-    result.json         the last word, written when the run is complete
+                        together and typical tokens of each expert; missing in old runs, and if a selection lets
+                        experts choose tokens
+    result.json         the result, written when the run is complete
     checkpoints/        what a resumed run needs
     model/              the trained model, for plain Transformers
 
-The three ``.jsonl`` files only grow. A line is written whole and flushed, so a run that is killed leaves at most one
-torn line at the very end: reading drops that one, and any other damage is an error that names file and line.
-A number that is not finite (a run that diverged) is written as null: every file is JSON for any reader.
+The three ``.jsonl`` files only grow. A line is written in one piece and flushed. So a killed run leaves at most one
+torn line, at the end. Reading drops that line; any other damage is an error that names the file and the line. A number
+that is not finite (in a run that diverged) is written as null, so that every reader can parse the files as JSON.
 """
 
 import json
@@ -35,11 +35,11 @@ __all__ = ["LOCK", "Run", "find_runs", "finite", "is_new", "read_json", "write_j
 
 FORMAT = 1
 LOGS = ("steps", "loads", "evaluations")
-LOCK = ".lock"  # of the process that trains there
+LOCK = ".lock"  # lock file of the process that trains in the folder
 
 
 def finite(value: Any) -> Any:
-    """``value`` as JSON can hold it: None for every number that is not finite.
+    """``value`` with None for every number that is not finite, which JSON cannot represent.
 
     >>> finite({"loss": float("nan"), "load": [1, 2]})
     {'loss': None, 'load': [1, 2]}
@@ -52,20 +52,20 @@ def finite(value: Any) -> Any:
 
 
 def is_new(folder: Path) -> bool:
-    """Whether ``folder`` is not there, or holds nothing but what a kill left of its very first file."""
-    first = {".config.json.tmp", ".compare.json.tmp", LOCK}
-    return not folder.is_dir() or all(path.name in first for path in folder.iterdir())
+    """Whether ``folder`` is missing or empty. Ignores what a process leaves that is killed before its first file."""
+    ignored = {".config.json.tmp", ".compare.json.tmp", LOCK}
+    return not folder.is_dir() or all(path.name in ignored for path in folder.iterdir())
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes ``value`` so that ``path`` holds either the old text or the new one, whatever happens in between."""
-    aside = path.with_name(f".{path.name}.tmp")
-    with open(aside, "w", encoding="utf-8") as file:
+    """Writes ``value`` atomically: ``path`` has either the old content or the new one, whatever happens."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
         json.dump(finite(value), file, ensure_ascii=False, indent=1, allow_nan=False)
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
-    os.replace(aside, path)
+    os.replace(temporary, path)
 
 
 def read_json(path: Path) -> Any:
@@ -73,32 +73,32 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise EquipoiseError(
-            f"A run folder must hold {path.name}: {path} does not exist. The run was cut short before it began, or "
-            "this is no run folder; train again into a new folder."
+            f"A run folder must contain {path.name}: {path} does not exist. Either the run was stopped before it "
+            "started, or this is no run folder. Train again into a new folder."
         ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise EquipoiseError(
-            f"{path} must be JSON: {error}. The file is damaged; restore it, or make it again (a run: remove its "
-            "folder and train; an audit: the same `equipoise audit`)."
+            f"{path} must be JSON: {error}. The file is damaged. Restore it, or create it again (a run: remove its "
+            "folder and train; an audit: repeat the same `equipoise audit`)."
         ) from None
 
 
 class Run:
-    """One run folder. ``Run.create`` begins one, ``Run(path)`` opens one; reading never changes anything."""
+    """A run folder. ``Run.create`` creates one and ``Run(path)`` opens one. Reading never changes anything."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.config: dict[str, Any] = read_json(self.path / "config.json")
-        found = self.config.get("format") if isinstance(self.config, dict) else None
-        if found is None and isinstance(self.config, dict) and "model_type" in self.config:
+        file_format = self.config.get("format") if isinstance(self.config, dict) else None
+        if file_format is None and isinstance(self.config, dict) and "model_type" in self.config:
             raise EquipoiseError(
-                f"A run folder must hold a run: {self.path} holds a model of Transformers. Give the folder that was "
+                f"A run folder must contain a run: {self.path} contains a Transformers model. Give the folder that was "
                 "passed as --out to `equipoise compare`, `train` or `audit`."
             )
-        if found != FORMAT:
+        if file_format != FORMAT:
             raise EquipoiseError(
-                f"{self.path / 'config.json'} must have format {FORMAT}: got {found!r}. It was written by another "
-                "version of equipoise; read it with that one, or train again."
+                f"{self.path / 'config.json'} must have format {FORMAT}: got {file_format!r}. It was written by "
+                "another version of equipoise. Read it with that version, or train again."
             )
 
     @classmethod
@@ -109,20 +109,20 @@ class Run:
         return cls(path)
 
     def append(self, log: str, row: Mapping[str, Any]) -> None:
-        """Adds one line to ``steps``, ``loads`` or ``evaluations``."""
+        """Appends one line to ``steps``, ``loads`` or ``evaluations``."""
         assert log in LOGS, log
         with open(self.path / f"{log}.jsonl", "ab") as file:
             file.write(_line(row))
 
     def sync(self) -> None:
-        """Brings the logs to the disk: what a checkpoint stands on must not be lost when it is kept."""
+        """Flushes the logs to the disk. A checkpoint must not survive a crash without the records before it."""
         for path in (self.path / f"{log}.jsonl" for log in LOGS):
             if path.exists():
                 with open(path, "rb") as file:
                     os.fsync(file.fileno())
 
     def rows(self, log: str) -> Iterator[dict[str, Any]]:
-        """The lines of a log, oldest first. A torn last line, which a kill leaves, is dropped."""
+        """The lines of a log, oldest first. Drops a torn last line, which a killed process leaves."""
         assert log in LOGS, log
         path = self.path / f"{log}.jsonl"
         if not path.exists():
@@ -139,24 +139,24 @@ class Run:
                 if number == len(lines):
                     return
                 raise EquipoiseError(
-                    f"{path} must hold one JSON object a line: line {number} is damaged ({error}). Restore the file, "
-                    "or cut it before that line and resume the run."
+                    f"{path} must have one JSON object per line: line {number} is damaged ({error}). Restore the file, "
+                    "or remove everything from that line on and resume the run."
                 ) from None
             yield row
 
     def rewind(self, step: int) -> None:
-        """Drops every line after ``step``: what a resumed run does before it goes on from its checkpoint."""
+        """Removes every line after ``step``. A resumed run does so before it continues from its checkpoint."""
         for log in LOGS:
             path = self.path / f"{log}.jsonl"
             if not path.exists():
                 continue
-            kept = [row for row in self.rows(log) if row["step"] <= step]
-            aside = path.with_name(f".{path.name}.tmp")
-            with open(aside, "wb") as file:
-                file.writelines(map(_line, kept))
+            remaining = [row for row in self.rows(log) if row["step"] <= step]
+            temporary = path.with_name(f".{path.name}.tmp")
+            with open(temporary, "wb") as file:
+                file.writelines(map(_line, remaining))
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(aside, path)
+            os.replace(temporary, path)
         for name in ("audit.json", "result.json"):
             (self.path / name).unlink(missing_ok=True)
 
@@ -177,15 +177,15 @@ def _line(row: Mapping[str, Any]) -> bytes:
 
 
 def find_runs(folder: str | Path) -> list[Run]:
-    """The runs in ``folder`` (or the one that it is), in the order in which they began. None at all is an error."""
+    """The runs in ``folder``, in the order of their start. ``folder`` may also be a run. No run at all is an error."""
     folder = Path(folder)
     if not folder.is_dir():
-        what = "is a file" if folder.exists() else "does not exist"
-        raise UsageError(f"A folder of runs must be there: {folder} {what}. Give the folder that was passed as --out.")
-    places = [folder] if (folder / "config.json").exists() else sorted(p.parent for p in folder.glob("*/config.json"))
-    if not places:
+        problem = "is a file" if folder.exists() else "does not exist"
+        raise UsageError(f"Runs are read from a folder: {folder} {problem}. Give the folder that was passed as --out.")
+    paths = [folder] if (folder / "config.json").exists() else sorted(p.parent for p in folder.glob("*/config.json"))
+    if not paths:
         raise UsageError(
-            f"{folder} must hold runs, each a folder with a config.json: it holds none. Give the folder that was "
+            f"{folder} must contain runs, each a folder with a config.json: it contains none. Give the folder that was "
             "passed as --out to `equipoise compare` or `equipoise train`."
         )
-    return sorted(map(Run, places), key=lambda run: (run.config.get("began", ""), run.path.name))
+    return sorted(map(Run, paths), key=lambda run: (run.config.get("began", ""), run.path.name))

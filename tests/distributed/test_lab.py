@@ -1,4 +1,4 @@
-"""Runs of the lab on several ranks: the same numbers as in one process, the same errors on every rank."""
+"""Runs of the lab on several ranks: the same numbers as with one process, and the same errors on every rank."""
 
 import json
 import os
@@ -14,14 +14,14 @@ from ranks import run_on_ranks
 from equipoise_lab.records import Run
 from equipoise_lab.train.batches import Batches
 from equipoise_lab.train.data import load_corpus
-from equipoise_lab.train.ranks import ALONE
+from equipoise_lab.train.ranks import ONE_PROCESS
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ranks")]
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """A folder with a text, and the runs of one process that those of many are compared with."""
+    """A folder for texts and runs."""
     root = tmp_path_factory.mktemp("lab")
     lab_ranks.write_text(root / "text")
     for rank in (0, 1):
@@ -39,13 +39,14 @@ def root(tmp_path_factory):
 
 
 def _alone(root, name, stop_after=None, **options):
-    found = lab_ranks.attempt(tiny(root, name, **options), ALONE, stop_after)
-    assert found["error"] is None or stop_after, found["error"]
-    return found
+    attempt = lab_ranks.attempt(tiny(root, name, **options), ONE_PROCESS, stop_after)
+    assert attempt["error"] is None or stop_after, attempt["error"]
+    return attempt
 
 
 @pytest.fixture(scope="module")
 def one(root):
+    """The runs of one process, which runs on ranks are compared with."""
     loss = "loss-free+lbl:scope=micro_batch"
     return {
         "one": _alone(root, "one", evaluate_every=3, save_model=True),
@@ -61,10 +62,11 @@ def one(root):
 
 @pytest.fixture(scope="module")
 def two(root, one):
-    found = run_on_ranks(2, lab_ranks.two, root)
-    for on_rank in found:
-        assert not isinstance(on_rank, str), on_rank
-    return found
+    """The attempts of two ranks, by rank and name."""
+    by_rank = run_on_ranks(2, lab_ranks.two, root)
+    for attempts in by_rank:
+        assert not isinstance(attempts, str), attempts
+    return by_rank
 
 
 def _rows(folder, log="steps"):
@@ -75,19 +77,19 @@ def _without_times(result):
     return {key: value for key, value in result.items() if key != "tokens_per_second"}
 
 
-WHEN_CALLED = ("balancing_loss", "load_balancing_loss")  # by the counts that a rank knows at each forward
+AT_FORWARD = ("balancing_loss", "load_balancing_loss")  # computed from the counts that a rank knows at each forward
 
 
-def _assert_close(ours, theirs, left_out=()):
-    assert ours.keys() == theirs.keys()
-    for name in ours.keys() - {*left_out, "collectives", "collective_bytes"}:
-        # float32, summed in another order; what is compared has no value near 0 but the counts, which are exact
-        assert ours[name] == pytest.approx(theirs[name], rel=1e-5), name
+def _assert_close(row, expected, left_out=()):
+    assert row.keys() == expected.keys()
+    for name in row.keys() - {*left_out, "collectives", "collective_bytes"}:
+        # float32, summed in another order. Only counts may be near 0, and they are exact.
+        assert row[name] == pytest.approx(expected[name], rel=1e-5), name
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3, 4])
 @pytest.mark.parametrize("shuffled", [False, True])
-def test_ranks_deal_the_window_of_one_process_without_overlap(root, num_ranks, shuffled):
+def test_ranks_share_the_window_of_one_process_without_overlap(root, num_ranks, shuffled):
     corpus = load_corpus(root / "text", vocab_size=300, sequence_length=16)
 
     def windows(num, rank):
@@ -114,20 +116,20 @@ def test_ranks_deal_the_window_of_one_process_without_overlap(root, num_ranks, s
 def test_a_run_on_two_ranks_gives_the_numbers_of_one_process(root, two, wrapper):
     assert two[0][wrapper]["error"] is None, two[0][wrapper]
     assert two[0][wrapper]["result"] == two[1][wrapper]["result"]
-    assert two[1][wrapper]["said"] == [], "only rank 0 speaks"
+    assert two[1][wrapper]["said"] == [], "only rank 0 reports"
     config = Run(root / wrapper).config
     assert (config["wrapper"], config["num_ranks"]) == (wrapper, 2)
     assert (Run(root / "one").config["wrapper"], Run(root / "one").config["num_ranks"]) == ("none", 1)
-    assert _rows(root / wrapper, "loads")[0] == _rows(root / "one", "loads")[0]  # before any weight could part
-    for ours, theirs in zip(_rows(root / wrapper)[:3], _rows(root / "one")[:3], strict=True):
-        _assert_close(ours, theirs, WHEN_CALLED)
+    assert _rows(root / wrapper, "loads")[0] == _rows(root / "one", "loads")[0]  # before any weight can differ
+    for row, expected in zip(_rows(root / wrapper)[:3], _rows(root / "one")[:3], strict=True):
+        _assert_close(row, expected, AT_FORWARD)
     evaluations = [_rows(root / name, "evaluations") for name in (wrapper, "one")]
     assert [row["step"] for row in evaluations[0]] == [3, 6, 8, 8]
-    for ours, theirs in zip(*evaluations, strict=True):
-        assert ours["val_nats"] == pytest.approx(theirs["val_nats"], rel=1e-4)  # one choice of an expert may part
-        for name, domain in theirs["domains"].items():
-            assert ours["domains"][name]["tokens"] == domain["tokens"] == 6 * 16
-            assert sum(ours["domains"][name]["load"][0]) == 6 * 16 * 2, "a batch was counted twice, or not"
+    for row, expected in zip(*evaluations, strict=True):
+        assert row["val_nats"] == pytest.approx(expected["val_nats"], rel=1e-4)  # one choice of an expert may differ
+        for name, domain in expected["domains"].items():
+            assert row["domains"][name]["tokens"] == domain["tokens"] == 6 * 16
+            assert sum(row["domains"][name]["load"][0]) == 6 * 16 * 2, "a batch was counted twice or not at all"
     assert evaluations[0][0]["domains"]["metal"]["load"] == evaluations[1][0]["domains"]["metal"]["load"]
 
 
@@ -135,19 +137,19 @@ def test_a_run_on_two_ranks_gives_the_numbers_of_one_process(root, two, wrapper)
 def test_interleaved_backwards_on_two_ranks_give_the_numbers_of_one_process(root, one, two, wrapper):
     name = f"{wrapper} interleaved"
     assert two[0][name]["error"] is None, two[0][name]
-    for ours, theirs in zip(_rows(root / name), _rows(root / "interleaved"), strict=True):
-        _assert_close(ours, theirs)  # of a micro-batch the counts are known: the balancing loss is the same too
+    for row, expected in zip(_rows(root / name), _rows(root / "interleaved"), strict=True):
+        _assert_close(row, expected)  # counts of a micro-batch are known at its forward, so balancing losses are equal
     assert two[0][name]["result"]["val_nats"] == pytest.approx(one["interleaved"]["result"]["val_nats"], rel=1e-4)
 
 
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
-def test_a_run_that_changes_its_strategy_on_two_ranks(root, two, wrapper):
+def test_a_switch_of_strategy_on_two_ranks_matches_one_process_and_resumes(root, two, wrapper):
     name = f"{wrapper} switched"
     assert two[0][name]["error"] is None, two[0][name]
     rows = _rows(root / name)
     assert [row["strategy"] for row in rows] == ["loss-free:rate=1e-2"] * 4 + ["loss-free:rate=1e-2+lbl"] * 4
-    for ours, theirs in zip(rows[:6], _rows(root / "switched"), strict=False):
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)  # one choice of an expert may part
+    for row, expected in zip(rows[:6], _rows(root / "switched"), strict=False):
+        assert row["loss"] == pytest.approx(expected["loss"], rel=1e-4)  # one choice of an expert may differ
     for stop_after, done in ((5, 3), (8, 6)):
         cut = f"{name}, stopped after {stop_after}"
         assert two[0][cut]["error"] is None, two[0][cut]
@@ -159,47 +161,47 @@ def test_a_run_that_changes_its_strategy_on_two_ranks(root, two, wrapper):
 @pytest.mark.parametrize(("name", "whole"), [("", "one"), (" interleaved", "interleaved")])
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
 def test_scores_of_an_evaluation_are_summed_over_the_ranks(root, two, wrapper, name, whole):
-    """Three batches of a domain on two ranks, or one, so that a rank has none."""
+    """Two ranks share three batches per domain, or one batch, so that one rank has none."""
     assert two[0][f"{wrapper}{name}"]["error"] is None
-    ours, theirs = (_rows(root / folder, "evaluations") for folder in (f"{wrapper}{name}", whole))
-    for row, expected in zip(ours, theirs, strict=True):
+    rows, expected_rows = (_rows(root / folder, "evaluations") for folder in (f"{wrapper}{name}", whole))
+    for row, expected in zip(rows, expected_rows, strict=True):
         assert row["topk_score_sum"] == pytest.approx(expected["topk_score_sum"], rel=1e-3)
         for domain, figures in expected["domains"].items():
-            # a choice of an expert may part, of 6 or 2 sequences of 16
+            # one choice of an expert may differ, in 6 or 2 sequences of 16 tokens
             assert row["domains"][domain]["topk_score_sum"] == pytest.approx(figures["topk_score_sum"], rel=1e-3)
-    assert two[1][f"{wrapper}{name}"]["result"]["topk_score_sum"] == ours[-1]["topk_score_sum"]
+    assert two[1][f"{wrapper}{name}"]["result"]["topk_score_sum"] == rows[-1]["topk_score_sum"]
 
 
-def _same(ours, theirs):
-    """Counts are equal, sums of floats up to their order."""
-    if isinstance(theirs, dict):
-        assert ours.keys() == theirs.keys()
-        for name in theirs:
-            _same(ours[name], theirs[name])
-    elif isinstance(theirs, list):
-        assert len(ours) == len(theirs)
-        for one, other in zip(ours, theirs, strict=True):
-            _same(one, other)
+def _assert_equal(actual, expected):
+    """Compares nested figures. Counts must be equal; floats may be summed in another order."""
+    if isinstance(expected, dict):
+        assert actual.keys() == expected.keys()
+        for name in expected:
+            _assert_equal(actual[name], expected[name])
+    elif isinstance(expected, list):
+        assert len(actual) == len(expected)
+        for actual_item, expected_item in zip(actual, expected, strict=True):
+            _assert_equal(actual_item, expected_item)
     else:
-        assert ours == (pytest.approx(theirs, rel=1e-12) if isinstance(theirs, float) else theirs)
+        assert actual == (pytest.approx(expected, rel=1e-12) if isinstance(expected, float) else expected)
 
 
-def test_what_experts_do_is_the_same_however_many_ranks_count_it(root):
-    """Under FSDP2 a rank without a batch runs one that is not counted."""
-    alone = lab_ranks.evaluated(root, ALONE)
+def test_expert_figures_do_not_depend_on_the_number_of_ranks(root):
+    """Under FSDP2 a rank without a batch runs a forward that is not counted."""
+    alone = lab_ranks.evaluated(root, ONE_PROCESS)
     one, other = run_on_ranks(2, lab_ranks.evaluated_on_ranks, root)
     assert isinstance(one, dict), one
     assert sorted(one) == ["ddp 2", "ddp 6", "fsdp2 2", "fsdp2 6"]
     for name, (row, audit) in one.items():
         expected_row, expected = alone[f"none {name[-1]}"]
-        assert other[name] == (row, audit), "on every rank"
-        _same(audit, expected)
-        _same(row, expected_row)
+        assert other[name] == (row, audit), "the ranks differ"
+        _assert_equal(audit, expected)
+        _assert_equal(row, expected_row)
         for number, layer in enumerate(audit["layers"]):
             assert layer["load_by_domain"] == [domain["load"][number] for domain in row["domains"].values()]
 
 
-def test_every_run_on_ranks_leaves_what_its_experts_did(root, two):
+def test_every_run_on_ranks_writes_an_audit_of_its_experts(root, two):
     for name in ("ddp", "fsdp2", "ddp interleaved", "fsdp2 interleaved"):
         assert two[0][name]["error"] is None, two[0][name]
         audit, row = json.loads((root / name / "audit.json").read_text()), _rows(root / name, "evaluations")[-1]
@@ -212,33 +214,33 @@ def test_every_run_on_ranks_leaves_what_its_experts_did(root, two):
         assert resumed == whole
 
 
-def test_micro_batches_that_are_forwarded_together_are_those_of_one_process(root, two):
+def test_joined_micro_batches_on_ranks_match_one_process(root, two):
     assert two[0]["ddp together"]["error"] is None, two[0]["ddp together"]
-    for ours, theirs in zip(_rows(root / "ddp together"), _rows(root / "together"), strict=True):
-        _assert_close(ours, theirs)
+    for row, expected in zip(_rows(root / "ddp together"), _rows(root / "together"), strict=True):
+        _assert_close(row, expected)
 
 
-def _same_model(ours, theirs, rel):
-    assert sorted(file.name for file in ours.iterdir()) == sorted(file.name for file in theirs.iterdir())
-    assert (ours / "config.json").read_text() == (theirs / "config.json").read_text()
-    left, right = (safetensors.torch.load_file(folder / "model.safetensors") for folder in (ours, theirs))
-    assert left.keys() == right.keys()
-    for name, value in left.items():
-        assert value.dtype == right[name].dtype
-        torch.testing.assert_close(value, right[name], rtol=0, atol=rel)
+def _assert_same_model(folder, expected, atol):
+    assert sorted(file.name for file in folder.iterdir()) == sorted(file.name for file in expected.iterdir())
+    assert (folder / "config.json").read_text() == (expected / "config.json").read_text()
+    weights, expected_weights = (safetensors.torch.load_file(each / "model.safetensors") for each in (folder, expected))
+    assert weights.keys() == expected_weights.keys()
+    for name, value in weights.items():
+        assert value.dtype == expected_weights[name].dtype
+        torch.testing.assert_close(value, expected_weights[name], rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize(
-    ("ours", "theirs"), [("ddp", "one"), ("fsdp2", "one"), ("qwen", "one qwen")], ids=["ddp", "fsdp2", "no slot"]
+    ("name", "expected"), [("ddp", "one"), ("fsdp2", "one"), ("qwen", "one qwen")], ids=["ddp", "fsdp2", "no slot"]
 )
-def test_the_saved_model_is_whole_and_that_of_one_process(root, two, ours, theirs):
-    assert two[0][ours]["error"] is None, two[0][ours]
-    _same_model(root / ours / "model", root / theirs / "model", 1e-3)  # AdamW's first steps magnify a rounding
-    assert not list((root / ours).rglob("*.tmp"))
+def test_the_saved_model_is_complete_and_matches_one_process(root, two, name, expected):
+    assert two[0][name]["error"] is None, two[0][name]
+    _assert_same_model(root / name / "model", root / expected / "model", 1e-3)  # AdamW's first steps amplify rounding
+    assert not list((root / name).rglob("*.tmp"))
 
 
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
-def test_a_run_that_was_stopped_goes_on_bit_for_bit_on_as_many_ranks(root, two, wrapper):
+def test_a_stopped_run_resumes_bit_for_bit_on_the_same_number_of_ranks(root, two, wrapper):
     for rank in (0, 1):
         cut, resumed = two[rank][f"{wrapper} cut"], two[rank][f"{wrapper} cut resumed"]
         assert cut["error"].startswith("KeyboardInterrupt")
@@ -246,38 +248,38 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit_on_as_many_ranks(root, two, 
         assert _without_times(resumed["result"]) == _without_times(two[rank][wrapper]["result"])
     assert resumed["done"] is None
     assert two[0][f"{wrapper} cut resumed"]["done"] == 3
-    assert two[0][f"{wrapper} cut resumed"]["said"][0].startswith("In 8 steps"), "nothing changed"
+    assert two[0][f"{wrapper} cut resumed"]["said"][0].startswith("In 8 steps"), "something else was reported first"
     for log in ("steps", "loads", "evaluations"):
         assert _rows(root / f"{wrapper} cut", log) == _rows(root / wrapper, log)
-    _same_model(root / f"{wrapper} cut" / "model", root / wrapper / "model", 0)
+    _assert_same_model(root / f"{wrapper} cut" / "model", root / wrapper / "model", 0)
 
 
-def _went_on(root, found, name, whole, changed):
-    assert found["error"] is None, found
-    assert found["done"] == 3
-    assert found["said"][0].startswith(f"{changed} changed since")
+def _assert_resumed(root, attempt, name, whole, changed):
+    assert attempt["error"] is None, attempt
+    assert attempt["done"] == 3
+    assert attempt["said"][0].startswith(f"{changed} changed since")
     assert [row["step"] for row in _rows(root / name)] == list(range(1, 9))
-    for ours, theirs in zip(_rows(root / name)[:4], _rows(root / whole)[:4], strict=True):
-        _assert_close(ours, theirs, WHEN_CALLED)
-    assert found["result"]["val_nats"] == pytest.approx(Run(root / whole).result["val_nats"], rel=1e-3)
+    for row, expected in zip(_rows(root / name)[:4], _rows(root / whole)[:4], strict=True):
+        _assert_close(row, expected, AT_FORWARD)
+    assert attempt["result"]["val_nats"] == pytest.approx(Run(root / whole).result["val_nats"], rel=1e-3)
 
 
-def test_a_run_goes_on_with_other_ranks_and_another_wrapper(root, two):
-    _went_on(root, two[0]["fsdp2 to ddp"], "fsdp2 cut, on other ranks", "fsdp2", "wrapper")
-    _went_on(root, two[0]["one to fsdp2"], "one cut", "one", "wrapper and number of ranks")
+def test_a_run_can_be_resumed_with_other_ranks_and_another_wrapper(root, two):
+    _assert_resumed(root, two[0]["fsdp2 to ddp"], "fsdp2 cut, on other ranks", "fsdp2", "wrapper")
+    _assert_resumed(root, two[0]["one to fsdp2"], "one cut", "one", "wrapper and number of ranks")
     options = {"evaluate_every": 3, "save_model": True, "resume": True}
     alone = _alone(root, "ddp cut, on other ranks", **options)
-    _went_on(root, alone, "ddp cut, on other ranks", "ddp", "wrapper and number of ranks")
+    _assert_resumed(root, alone, "ddp cut, on other ranks", "ddp", "wrapper and number of ranks")
 
 
-def test_a_run_on_four_ranks_goes_on_bit_for_bit(root):
-    for found in run_on_ranks(4, lab_ranks.four, root):
-        assert not isinstance(found, str), found
-        assert found["resumed"]["error"] is None
-        assert _without_times(found["resumed"]["result"]) == _without_times(found["whole"]["result"])
+def test_a_run_on_four_ranks_resumes_bit_for_bit(root):
+    for attempts in run_on_ranks(4, lab_ranks.four, root):
+        assert not isinstance(attempts, str), attempts
+        assert attempts["resumed"]["error"] is None
+        assert _without_times(attempts["resumed"]["result"]) == _without_times(attempts["whole"]["result"])
     assert _rows(root / "four cut") == _rows(root / "four")
     alone = _alone(root, "four alone", width=64, layers=2, expert_width=32, steps=1)
-    _assert_close(_rows(root / "four")[0], _rows(root / "four alone")[0] | {"learning_rate": 3e-3}, WHEN_CALLED)
+    _assert_close(_rows(root / "four")[0], _rows(root / "four alone")[0] | {"learning_rate": 3e-3}, AT_FORWARD)
     assert _rows(root / "four", "loads")[0] == _rows(root / "four alone", "loads")[0]
     assert alone["result"]
 
@@ -292,16 +294,16 @@ def test_a_run_on_four_ranks_goes_on_bit_for_bit(root):
         ("micro-batches", "UsageError: --micro-batches must be a multiple of the number of ranks, .*got 3 on 2 ranks"),
         (
             "balance batch",
-            "UsageError: --balance-batch must divide the micro-batches of a rank: got 4 of 2 on each of 2",
+            "UsageError: --balance-batch must divide the number of micro-batches per rank: got 4 and 2 on each of 2",
         ),
-        ("no wrapper", "UsageError: --wrapper none must be one process: got 2 ranks"),
+        ("no wrapper", "UsageError: --wrapper none needs one process: got 2 ranks"),
         ("not new", "EquipoiseError: --out must be new or empty: .*ddp holds"),
         ("other text", "EquipoiseError: every rank must have the same text: rank 0 has the fingerprint"),
-        ("model of one", "UsageError: on rank 1: --model must be a folder with a config.json: model is not"),
-        ("full disk", "EquipoiseError: A checkpoint must be written whole: .*step-00000006"),
+        ("model of one", "UsageError: on rank 1: --model must be a folder with a config.json: model has none"),
+        ("full disk", "EquipoiseError: A checkpoint must be written completely: .*step-00000006"),
     ],
 )
-def test_what_cannot_be_is_the_same_error_on_every_rank(root, two, name, message):
+def test_invalid_options_give_the_same_error_on_every_rank(root, two, name, message):
     assert re.match(message, two[0][name]["error"]), two[0][name]["error"]
     assert two[1][name]["error"] == two[0][name]["error"]
     assert two[0][name]["shared"]
@@ -311,30 +313,30 @@ def test_what_cannot_be_is_the_same_error_on_every_rank(root, two, name, message
     assert not (root / "not new 1").exists()
 
 
-def test_a_full_disk_leaves_a_run_that_goes_on(root, two):
+def test_a_run_can_be_resumed_after_a_full_disk(root, two):
     assert two[0]["room again"]["error"] is None, two[0]["room again"]
     assert two[1]["room again"]["result"]["val_nats"] == two[1]["ddp"]["result"]["val_nats"]
     assert not list((root / "full disk").rglob("*.tmp"))
 
 
-def test_of_a_damaged_newest_checkpoint_the_one_before_it_is_used_on_every_rank(root, two):
+def test_the_previous_checkpoint_replaces_a_damaged_newest_one_on_every_rank(root, two):
     assert any("step-00000006 is damaged" in line for line in two[0]["damaged"]["said"])
     assert two[0]["damaged"]["done"] == 3
     for rank in (0, 1):
         assert two[rank]["damaged"]["result"]["val_nats"] == two[rank]["ddp"]["result"]["val_nats"]
 
 
-def test_a_comparison_on_two_ranks(root, two):
-    found = two[0]["compare"]
-    assert found == two[1]["compare"]
-    assert found["failure"] is None
-    assert [result["strategy"] for result in found["results"]] == ["none", STRATEGY]
-    assert json.loads((root / "compare" / "results.json").read_text()) == found["results"]
+def test_a_comparison_on_two_ranks_writes_results_and_report(root, two):
+    comparison = two[0]["compare"]
+    assert comparison == two[1]["compare"]
+    assert comparison["failure"] is None
+    assert [result["strategy"] for result in comparison["results"]] == ["none", STRATEGY]
+    assert json.loads((root / "compare" / "results.json").read_text()) == comparison["results"]
     assert (root / "compare" / "report.html").exists()
     assert (root / "compare" / "compare.json").exists()
 
 
-def test_one_process_is_not_wrapped(root):
-    found = lab_ranks.attempt(tiny(root, "alone", wrapper="ddp"), ALONE)
-    assert found["error"].startswith("UsageError: --wrapper ddp must have several ranks: got one process. Start them")
+def test_a_wrapper_is_refused_with_one_process(root):
+    attempt = lab_ranks.attempt(tiny(root, "alone", wrapper="ddp"), ONE_PROCESS)
+    assert attempt["error"].startswith("UsageError: --wrapper ddp needs several ranks: got one process. Start them")
     assert not (root / "alone").exists()

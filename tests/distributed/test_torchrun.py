@@ -1,4 +1,4 @@
-"""The command under torchrun: a rank that is killed, a run that is stopped, two nodes without a shared disk."""
+"""`equipoise train` under torchrun: a killed rank, a stopped run, and two nodes without a shared disk."""
 
 import json
 import os
@@ -18,18 +18,20 @@ from ranks import run_on_ranks
 from equipoise_lab.records import Run
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ranks")]
-pytestmark += [pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="ranks are found in /proc")]
+pytestmark += [
+    pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="the processes of the ranks are found in /proc")
+]
 
 LONG = {"steps": 80, "checkpoint_every": 5}
-LONGEST = 60  # seconds from the loss of a rank to the end of all
+MAX_SECONDS_TO_END = 60  # from the loss of a rank until all processes have ended
 
 
 def _start(config, folder, *options, resume=False, **environment):
-    """torchrun with this configuration; what it says goes to ``folder/said``."""
-    given = {**config.shared(), "strategy": config.strategy, "out": config.out, "wrapper": config.wrapper}
+    """Starts torchrun with this configuration. Its stderr goes to ``folder/said``."""
+    values = {**config.shared(), "strategy": config.strategy, "out": config.out, "wrapper": config.wrapper}
     arguments = [
         f"--{name.replace('_', '-')}={value}"
-        for name, value in given.items()
+        for name, value in values.items()
         if value is not None and not isinstance(value, bool)
     ]
     folder.mkdir(exist_ok=True)
@@ -56,13 +58,13 @@ def _wait(process, folder, seconds=120):
 
 
 def _ranks(agent):
-    """The process of each rank, by rank."""
+    """The process id of each rank, by rank."""
     children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
-    found = {}
+    pids = {}
     for child in children:
         environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
-        found |= {int(line[5:]): int(child) for line in environment if line.startswith(b"RANK=")}
-    return found
+        pids |= {int(line[5:]): int(child) for line in environment if line.startswith(b"RANK=")}
+    return pids
 
 
 def _ranks_at_step(agent, out, step, folder):
@@ -83,11 +85,11 @@ def _numbers(folder):
     return rows, {k: v for k, v in Run(folder).result.items() if k != "tokens_per_second"}
 
 
-def test_a_run_that_loses_a_rank_ends_and_goes_on_as_if_it_had_not(tmp_path):
+def test_a_run_that_loses_a_rank_ends_and_can_be_resumed(tmp_path):
     write_text(tmp_path / "text")
     cache, torchrun = {"EQUIPOISE_CACHE": str(tmp_path / "cache")}, ("--nproc-per-node", "2")
-    for found in run_on_ranks(2, lab_ranks.one_run, tmp_path, "whole", LONG):
-        assert found["error"] is None, found
+    for attempt in run_on_ranks(2, lab_ranks.one_run, tmp_path, "whole", LONG):
+        assert attempt["error"] is None, attempt
 
     draw = random.Random()
     step, lost = draw.randrange(6, 40), draw.randrange(2)
@@ -96,26 +98,26 @@ def test_a_run_that_loses_a_rank_ends_and_goes_on_as_if_it_had_not(tmp_path):
     agent = _start(config, folder, *torchrun, **cache)
     ranks = _ranks_at_step(agent, config.out, step, folder)
     os.kill(ranks[lost], signal.SIGKILL)
-    said = drawn + _wait(agent, folder, LONGEST)
+    said = drawn + _wait(agent, folder, MAX_SECONDS_TO_END)
     assert agent.returncode != 0, said
     assert _are_gone([agent.pid, *ranks.values()]), said
-    assert "error: every rank must live to the end: another one was lost at step " in said, said
+    assert "error: every rank must run to the end: another rank was lost at step " in said, said
     assert "start the same command again with --resume." in said, said
     assert not Run(config.out).complete
 
-    agent = _start(config, folder, *torchrun, resume=True, **cache)  # this time it is stopped
+    agent = _start(config, folder, *torchrun, resume=True, **cache)  # now stop it instead of losing a rank
     ranks = _ranks_at_step(agent, config.out, min(step + 10, 60), folder)
     agent.terminate()
-    said = drawn + _wait(agent, folder, LONGEST)
+    said = drawn + _wait(agent, folder, MAX_SECONDS_TO_END)
     assert agent.returncode != 0, said
     assert _are_gone([agent.pid, *ranks.values()]), said
-    assert said.count("equipoise: stopped. Go on with the same command and --resume.") == 1, said
+    assert said.count("equipoise: stopped. To continue, run the same command with --resume.") == 1, said
     assert "lost" not in said, said
 
     agent = _start(config, folder, *torchrun, resume=True, **cache)
     said = drawn + _wait(agent, folder)
     assert agent.returncode == 0, said
-    assert said.count("going on after step") == said.count("evaluating on the selection") == 1, "only rank 0 speaks"
+    assert said.count("continuing after step") == said.count("evaluating on the selection") == 1, "only rank 0 reports"
     assert _numbers(config.out) == _numbers(tmp_path / "whole"), drawn
 
 
@@ -133,7 +135,12 @@ def test_two_nodes_need_no_shared_disk(tmp_path):
         write_text(folder / "text")
         options = ("--nnodes", "2", "--node-rank", str(node), "--nproc-per-node", "1")
         options += ("--master-addr", "127.0.0.1", "--master-port", str(port))
-        options += ("--log-dir", str(folder / "log"), "--redirects", "3")  # the agents may warn of one another's end
+        options += (
+            "--log-dir",
+            str(folder / "log"),
+            "--redirects",
+            "3",
+        )  # each agent may warn that the other has ended
         config = tiny(folder, "out", data="text", steps=4, wrapper="fsdp2")
         cache = {"EQUIPOISE_CACHE": str(folder / "cache"), "LOGLEVEL": "ERROR"}
         agents.append(_start(config, folder, *options, **cache))
@@ -147,5 +154,5 @@ def test_two_nodes_need_no_shared_disk(tmp_path):
     manifests = [json.loads(file.read_text()) for file in sorted(tmp_path.glob("*/cache/tokens/*/manifest.json"))]
     assert len(manifests) == 2
     assert manifests[0]["fingerprint"] == manifests[1]["fingerprint"] == run.config["corpus_fingerprint"]
-    words = ["".join(file.read_text() for file in sorted((tmp_path / node / "log").rglob("std*.log"))) for node in "01"]
-    assert "step" in words[0] and not words[1], words
+    logs = ["".join(file.read_text() for file in sorted((tmp_path / node / "log").rglob("std*.log"))) for node in "01"]
+    assert "step" in logs[0] and not logs[1], logs

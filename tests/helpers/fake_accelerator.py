@@ -1,9 +1,10 @@
-"""The hot path on fake tensors of an accelerator: whatever would make the host wait for it raises.
+"""The hot path on fake tensors of an accelerator: anything that would make the host wait for the device raises.
 
-A fake tensor has a shape, a dtype and a device, no data: ``.item()``, ``.tolist()``, ``bool()``, ``nonzero``, boolean
-indexing and ``bincount`` raise. A torch built without CUDA cannot index or differentiate fake CUDA tensors (it aborts
-for want of a device guard), so there the accelerator is one that exists in Python only; the code that runs is the same.
-Run as a program, since that accelerator stays in the process: prints what each case came to as JSON.
+A fake tensor has a shape, a dtype and a device, but no data: ``.item()``, ``.tolist()``, ``bool()``, ``nonzero``,
+boolean indexing and ``bincount`` raise. A torch built without CUDA cannot index or differentiate fake CUDA tensors: it
+aborts without a device guard. There the accelerator is one that exists in Python only; the same code runs.
+
+This file runs as a program, because such an accelerator stays in the process. It prints the error of each case as JSON.
 """
 
 import json
@@ -19,8 +20,9 @@ from equipoise.alerts import PATIENCE, Alerts
 from equipoise.balance import Balance
 from equipoise.balancers import Balancer, parse_strategy
 from equipoise.counting.pool import Pool
-from equipoise.counting.recorder import Layer
-from equipoise.routers.tap import UNCOUNTED, RouterKind, Slot
+from equipoise.routers import MoELayer
+from equipoise.routers.kind import RouterKind, Slot
+from equipoise.routers.tap import UNCOUNTED, RouterCall
 from equipoise.routing import route
 
 EXPERTS, K, DIM = 8, 2, 4
@@ -54,7 +56,7 @@ class _Router(nn.Module):
         self.register_buffer("bias_slot", torch.zeros(experts, device=DEVICE))
 
     def forward(self, hidden):
-        raise AssertionError("the observer is called by hand here: inside fake tensors the op would not run")
+        raise AssertionError("call the observer by hand: the op does not run on fake tensors")
 
 
 class _Done:
@@ -63,7 +65,7 @@ class _Done:
 
 
 class _TwoRanks(Pool):
-    """As if another rank had counted nothing: the sums are what is here."""
+    """As if there were another rank that counted nothing."""
 
     def __init__(self):
         super().__init__(None)
@@ -88,7 +90,7 @@ def _balance(balancers, pool=None):
     model = nn.ModuleList([_Router(), _Router(EXPERTS + 2)])
     score_functions = ("sigmoid", "softmax")
     layers = [
-        Layer(
+        MoELayer(
             str(i),
             router,
             RouterKind(score_function, "bias_slot"),
@@ -103,42 +105,42 @@ def _balance(balancers, pool=None):
 
 
 def _windows(balance, *, masked, applied=True, dtype=torch.float32):
-    """Two windows of two micro-batches: what the two opaque ops and the public calls do, in their order."""
+    """Two windows of two micro-batches: what the two opaque ops and the public calls do, in the same order."""
     recorder = balance._recorder
     for _ in range(2):
         for _ in range(2):
             mask = torch.ones(2, 5, dtype=torch.int64, device=DEVICE) if masked else None
             sequence_ids = torch.zeros(2, 5, dtype=torch.int64, device=DEVICE) if masked else None
             calls = []
-            for index, layer in enumerate(balance._layers):
+            for index, layer in enumerate(balance.layers):
                 logits = torch.zeros(10, layer.num_experts, device=DEVICE, dtype=dtype)
-                routing = route(logits, K, score_function=layer.kind.score_function, bias=balance._bias_of(index))
-                arguments = (routing.weights, logits, routing.expert_ids, mask, sequence_ids, 2)
-                token = recorder.observe(index, *arguments, True)
+                routing = route(logits, K, score_function=layer.kind.score_function, bias=balance._biases.of(index))
+                arguments = (logits, routing.expert_ids, routing.weights, mask, sequence_ids, 2)
+                token = recorder.observe(RouterCall(index, *arguments))
                 assert token != UNCOUNTED and isinstance(token, int)
-                assert recorder.observe(index, *arguments, False) == UNCOUNTED  # evaluation
+                assert recorder.observe(RouterCall(index, *arguments, is_training=False)) == UNCOUNTED  # evaluation
                 calls.append((index, token, logits, routing))
             ticket = balance.loss()
             assert isinstance(ticket, FakeTensor) and ticket.device == torch.device(DEVICE)
             if ticket.requires_grad:
                 (ticket / 2).backward()
                 for index, token, logits, routing in reversed(calls):
-                    gradient = recorder.gradient(index, token, logits, routing.expert_ids, routing.weights)
+                    gradient = recorder.gradient(RouterCall(index, logits, routing.expert_ids, routing.weights), token)
                     assert gradient.shape == logits.shape and gradient.device == torch.device(DEVICE)
         with balance.measuring() as load:
-            recorder.observe(0, *arguments_of(calls[0]), False)
+            recorder.observe(RouterCall(0, *arguments_of(calls[0]), is_training=False))
         assert set(load) == {"0", "1"}
         balance.step(applied)
 
 
 def arguments_of(call):
     _, _, logits, routing = call
-    return routing.weights, logits, routing.expert_ids, None, None, 2
+    return logits, routing.expert_ids, routing.weights, None, None, 2
 
 
 class _Waits(Balancer):
-    def __init__(self, what):
-        self.what = what
+    def __init__(self, wait):
+        self.wait = wait
 
     def prepare(self, layers):
         self._bias = layers.bias.clone()
@@ -147,11 +149,11 @@ class _Waits(Balancer):
         return self._bias
 
     def update(self, load, statistic=None, window=0):
-        self.what(load)
+        self.wait(load)
 
 
 def _run(case: Callable[[], None]) -> str:
-    """An empty string, or what was raised."""
+    """The traceback of an error, or an empty string."""
     try:
         with FakeTensorMode():
             case()
@@ -172,31 +174,31 @@ def _takes_a_verdict(strategy: str) -> None:
 
 
 def _pools(strategy: str, verdict: bool) -> None:
-    """Two ranks: what they tell beside their counts is on its way to the host, and nobody waits for it."""
+    """Two ranks: the flags that they exchange with their counts travel to the host, and nothing waits for them."""
     balance = _balance(parse_strategy(strategy), _TwoRanks())
     exchange, device = balance._window.exchange, torch.get_device_module(torch.device(DEVICE))
-    device.Event, told, order = _Event, [], []
-    begin, look, step = exchange.pool.all_reduce, exchange._look, balance.step
+    device.Event, flags, order = _Event, [], []
+    begin, look, step = exchange.pool.all_reduce, exchange._check_flags, balance.step
 
     def read():
         order.extend(["read"] if exchange._unread else [])
-        told.extend(exchange._unread)
+        flags.extend(exchange._unread)
         exchange._unread.clear()
 
     exchange.read = read
     exchange.pool.all_reduce = lambda vector: (order.append("begin"), begin(vector))[1]
-    exchange._look = lambda *given, **named: (order.append("look"), look(*given, **named))[1]
-    balance.step = lambda *given: (order.append("step"), step(*given))[1]
+    exchange._check_flags = lambda *args, **kwargs: (order.append("look"), look(*args, **kwargs))[1]
+    balance.step = lambda *args: (order.append("step"), step(*args))[1]
     applied = torch.ones((), dtype=torch.bool, device=DEVICE) if verdict else True
     _windows(balance, masked=False, applied=applied)
     exchange.read()
-    assert told and all(numbers.device.type == "cpu" for numbers, *_ in told)
+    assert flags and all(numbers.device.type == "cpu" for numbers, *_ in flags)
     last_step = order[len(order) - order[::-1].index("step") :]
     assert "look" in last_step and "read" not in last_step[last_step.index("look") : -1], last_step
 
 
 def _alerts() -> None:
-    """A stretch of windows but the last, at whose end they are judged."""
+    """All windows of a period but the last, after which the alerts are evaluated."""
     alerts, names = Alerts(), ("0", "1")
     load = {name: torch.ones(EXPERTS, dtype=torch.int64, device=DEVICE) for name in names}
     for _ in range(PATIENCE - 1):
@@ -209,18 +211,18 @@ def main() -> None:
         from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
         _setup_privateuseone_for_python_backend("fakegpu")
-    found = {}
+    errors = {}
     for strategy in STRATEGIES:
         for masked in (False, True):
-            found[f"{strategy}, {'masked' if masked else 'whole'}"] = _run(lambda s=strategy, m=masked: _trains(s, m))
-        found[f"{strategy}, verdict"] = _run(lambda s=strategy: _takes_a_verdict(s))
+            errors[f"{strategy}, {'masked' if masked else 'whole'}"] = _run(lambda s=strategy, m=masked: _trains(s, m))
+        errors[f"{strategy}, verdict"] = _run(lambda s=strategy: _takes_a_verdict(s))
     for strategy in POOLED:
         for verdict in (False, True):
-            found[f"{strategy}, two ranks, {verdict}"] = _run(lambda s=strategy, v=verdict: _pools(s, v))
-    found["alerts"] = _run(_alerts)
-    for name, what in WAITING.items():
-        found[name] = _run(lambda w=what: _windows(_balance([_Waits(w)]), masked=False))
-    print(json.dumps(found))
+            errors[f"{strategy}, two ranks, {verdict}"] = _run(lambda s=strategy, v=verdict: _pools(s, v))
+    errors["alerts"] = _run(_alerts)
+    for name, wait in WAITING.items():
+        errors[name] = _run(lambda w=wait: _windows(_balance([_Waits(w)]), masked=False))
+    print(json.dumps(errors))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """The table of ways to run a training step, and the exact two-pass gradient that each must give.
 
-The reference shares no code with the library: the gradients of the losses come from the float64 loops of
-``reference.py``, counted in a first pass over all micro-batches of all ranks; a plain copy of the model carries them
-from the logits to the parameters.
+The reference shares no code with the library. A first pass counts all micro-batches of all ranks. The gradients of the
+losses then come from the float64 loops of ``reference.py``. A plain copy of the model carries them from the logits to
+the parameters.
 """
 
 import itertools
@@ -35,14 +35,14 @@ class Cell(NamedTuple):
 
 
 def cells(wrapper: str) -> list[Cell]:
-    found = itertools.product(MODES, ("float32", "bfloat16"), (1, 1024), ("forwards_first", "plain"), (wrapper,))
-    return [cell for cell in map(Cell._make, found) if not impossible(cell)]
+    product = itertools.product(MODES, ("float32", "bfloat16"), (1, 1024), ("forwards_first", "plain"), (wrapper,))
+    return [cell for cell in map(Cell._make, product) if not impossible(cell)]
 
 
 def impossible(cell: Cell) -> str | None:
-    """Why a cell makes no sense, for reasons that have nothing to do with balancing."""
+    """Why torch rules a cell out, with or without balancing; None if it does not."""
     if cell.wrapper != "none" and cell.mode == "reentrant" and cell.order == "forwards_first":
-        # seen with torch 2.13 without equipoise: DDP raises "marked ready twice", FSDP2 leaves gradients unreduced
+        # with torch 2.13, without equipoise: DDP raises "marked ready twice", FSDP2 leaves gradients unreduced
         return (
             "a reentrant checkpoint runs one backward inside another, and the wrapper reduces gradients once for each"
         )
@@ -55,7 +55,7 @@ class Micro(NamedTuple):
 
 
 def micro_batches(rank: int) -> list[Micro]:
-    """Three micro-batches of 2 x 7 tokens: whole, partly padded, and (on rank 1) padding only."""
+    """Three micro-batches of 2 x 7 tokens: one whole, one padded, and one whole or (on rank 1) padding only."""
     generator = torch.Generator().manual_seed(10 + rank)
     ids = [torch.randint(0, VOCAB, (2, 7), generator=generator) for _ in range(NUM_MICRO_BATCHES)]
     masks = [torch.ones(2, 7, dtype=torch.long) for _ in ids]
@@ -69,7 +69,7 @@ def micro_batches(rank: int) -> list[Micro]:
 def plain_forward(
     router: nn.Module, hidden: Tensor, bias: Tensor, score_function: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A router of the tiny model, written again from the families' own lines."""
+    """A router of the tiny model, written again after the code of its family."""
     if score_function == "sigmoid":
         logits = F.linear(hidden.float(), router.weight.float())
         scores = logits.sigmoid()
@@ -85,22 +85,22 @@ def plain_forward(
 def exact(dtype: str, order: str, num_ranks: int) -> tuple[dict[str, Tensor], list[list[int]]]:
     """Parameter gradients, averaged over ranks, and counts by layer."""
     model = tiny_lm()
-    seen: list[tuple[Tensor, Tensor]] = []
+    outputs: list[tuple[Tensor, Tensor]] = []
     for block, score_function, bias in zip(model.blocks, ("sigmoid", "softmax"), BIASES.values(), strict=True):
 
         def forward(hidden, router=block.gate, bias=bias, score_function=score_function):
             logits, weights, ids = plain_forward(router, hidden, bias, score_function)
-            seen.append((logits, ids))
+            outputs.append((logits, ids))
             return logits, weights, ids
 
         block.gate.forward = forward
     passes = []  # (number of the micro-batch, task loss, mask, [(logits, ids) of each layer])
     for rank in range(num_ranks):
         for number, micro in enumerate(micro_batches(rank)):
-            seen.clear()
+            outputs.clear()
             with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
                 loss = model(*micro)
-            passes.append((number, loss, micro.attention_mask.flatten().tolist(), list(seen)))
+            passes.append((number, loss, micro.attention_mask.flatten().tolist(), list(outputs)))
     counts = [
         [reference.load(layers[layer][1].tolist(), EXPERTS, mask) for _, _, mask, layers in passes] for layer in (0, 1)
     ]
@@ -127,8 +127,10 @@ def exact(dtype: str, order: str, num_ranks: int) -> tuple[dict[str, Tensor], li
             roots.append(logits)
             gradients.append((total / NUM_MICRO_BATCHES / num_ranks).to(logits.dtype))
     torch.autograd.backward(roots, gradients)
-    found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-    return found, [[sum(column) for column in zip(*layer, strict=True)] for layer in counts]
+    parameter_gradients = {
+        name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None
+    }
+    return parameter_gradients, [[sum(column) for column in zip(*layer, strict=True)] for layer in counts]
 
 
 class Outcome(NamedTuple):
@@ -138,7 +140,7 @@ class Outcome(NamedTuple):
 
 
 def prepare(cell: Cell) -> tuple[nn.Module, TinyLM, equipoise.Balance]:
-    """The attached model of a cell, wrapped and compiled; cells of one mode, dtype and wrapper may share it."""
+    """The attached model of a cell, wrapped and compiled. Cells with the same mode, dtype and wrapper may share it."""
     checkpointing = {
         "non_reentrant": "non_reentrant",
         "reentrant": "reentrant",
@@ -162,7 +164,7 @@ def prepare(cell: Cell) -> tuple[nn.Module, TinyLM, equipoise.Balance]:
     if cell.wrapper == "ddp":
         model = nn.parallel.DistributedDataParallel(model)
     if cell.mode in ("compile", "compile_over_checkpoint"):
-        if cell.wrapper == "fsdp":  # FSDP's hooks break a graph of the whole: its blocks are compiled
+        if cell.wrapper == "fsdp":  # FSDP's hooks break a graph of the whole model, so its blocks are compiled
             for block in inner.blocks:
                 block.compile(backend="aot_eager", fullgraph=cell.mode == "compile")
         elif cell.wrapper == "ddp":
@@ -173,7 +175,7 @@ def prepare(cell: Cell) -> tuple[nn.Module, TinyLM, equipoise.Balance]:
 
 
 def run(cell: Cell, prepared: tuple[nn.Module, TinyLM, equipoise.Balance], rank: int = 0) -> Outcome:
-    """One window of the cell from the same start."""
+    """One window of the cell, from ``BIASES``."""
     model, inner, balance = prepared
     inner.zero_grad()
     balance.load_state_dict({"num_windows": 0, "biases": BIASES})
@@ -201,16 +203,16 @@ def run(cell: Cell, prepared: tuple[nn.Module, TinyLM, equipoise.Balance], rank:
 
 
 def error(outcome: Outcome, expected: dict[str, Tensor]) -> float:
-    """Distance of all gradients together, relative, by norm."""
+    """The relative distance of all gradients together, by norm."""
     assert outcome.gradients.keys() == expected.keys(), (outcome.gradients.keys(), expected.keys())
     pairs = [(outcome.gradients[name].double(), expected[name].double()) for name in expected]
-    distance = sum(float((ours - theirs).square().sum()) for ours, theirs in pairs)
-    size = sum(float(theirs.square().sum()) for _, theirs in pairs)
+    distance = sum(float((gradient - expected_gradient).square().sum()) for gradient, expected_gradient in pairs)
+    size = sum(float(expected_gradient.square().sum()) for _, expected_gradient in pairs)
     return (distance / size) ** 0.5
 
 
 def run_cells(rank: int, wrapper: str) -> dict[Cell, Outcome]:
-    """All cells of a wrapper on this rank."""
+    """Runs all cells of a wrapper on this rank."""
     results: dict[Cell, Outcome] = {}
     prepared, key = None, None
     for cell in cells(wrapper):

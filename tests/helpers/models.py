@@ -10,7 +10,7 @@ from equipoise import RouterKind
 
 DIM, EXPERTS, K, VOCAB = 8, 6, 2, 32
 BIASED, SOFTMAX = RouterKind("sigmoid", "e_score_correction_bias"), RouterKind("softmax", None)
-FAMILIES = {  # the five that the tests of everything else run on
+FAMILIES = {  # the five that most tests run on
     "deepseek_v3": BIASED,
     "glm4_moe": BIASED,
     "mixtral": SOFTMAX,
@@ -37,7 +37,7 @@ def _router(kind: str) -> nn.Module:
 
 
 class Block(nn.Module):
-    """A router and experts that scale the hidden state; small, but every gradient path of a real layer is there."""
+    """A router, and experts that scale the hidden state. Small, but with every gradient path of a real layer."""
 
     def __init__(self, kind: str):
         super().__init__()
@@ -53,7 +53,8 @@ class Block(nn.Module):
 
 
 class TinyLM(nn.Module):
-    """Embedding, a sigmoid block with a slot (GLM-4.5), a softmax block without (Qwen3), a loss over the unmasked."""
+    """An embedding, a sigmoid block with a slot (GLM-4.5), a softmax block without one (Qwen3), a loss over unmasked
+    tokens."""
 
     def __init__(self, checkpointing: str | None = None):
         super().__init__()
@@ -80,7 +81,7 @@ def tiny_lm(checkpointing: str | None = None, seed: int = 0) -> TinyLM:
 
 
 def family(name: str, *, layers: int = 2, experts: int = 8, k: int = 2, seed: int = 0, **options: Any) -> nn.Module:
-    """A whole Transformers model of a family, tiny, with a gate that is not flat."""
+    """A tiny Transformers model of a family. Its routers prefer some experts to others."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config: dict[str, Any] = dict(

@@ -1,19 +1,19 @@
 """Independent reference for the tests: plain loops over lists of Python floats (float64), `math` only.
 
-Written from the definitions in the design (section 5) and the papers, without reading the library, so that
-a mistake would have to be made twice to stay hidden. Slow on purpose: one loop per sum sign of the formula.
+Written from the definitions in the design (section 5) and the papers, not from the library, so that a mistake
+would have to be made twice to stay hidden. Slow on purpose: one loop per sum in the formula.
 
-Notation, per layer: t a token, e an expert, T tokens, E experts, k experts a token, z logits, s scores,
+Notation, per layer: t a token, e an expert, T tokens, E experts, k experts per token, z logits, s scores,
 c_e the number of assignments to expert e, f_e = c_e / sum(c) its share, N the number of unmasked tokens,
 P_e the mean over the unmasked tokens of s_te / sum_e s_te (or of the raw s_te when normalise is False).
 
 Inputs are nested lists: logits and scores [T][E], expert_ids [T][k], mask [T] (true for a token that counts;
 None: all count), sequence_ids [T], counts [E]. Nothing is changed in place.
 
-What the definitions leave open is decided here so: a loss or gradient over no token is 0; a metric of a layer
-without any assignment has no value and is nan (except dead_experts, which is then E).
+Conventions where the definitions are silent: a loss or gradient over no token is 0; a metric of a layer without
+assignments is nan (except dead_experts, which is E).
 
-Run `python tests/helpers/reference.py` for the self-check against numbers worked out by hand.
+`python tests/helpers/reference.py` runs a self-check against numbers worked out by hand.
 """
 
 import math
@@ -52,7 +52,7 @@ def is_counted(mask, t):
 
 
 def scores(logits, score_function):
-    """Scores of every token, one gate applied to each row of logits.
+    """The scores of every token: the score function applied to each row of logits.
 
     softmax: s = exp(z_e) / sum exp(z) (paper 2, eq. 2); sigmoid: s = 1 / (1 + exp(-z)) (paper 1, eq. 1);
     sqrt_softplus: s = sqrt(ln(1 + exp(z))) (DeepSeek-V4 report).
@@ -157,7 +157,7 @@ def load_balancing_loss(scores, counts, k, mask=None, normalise=True):
     """L = E * sum_e f_e P_e, 1 at perfect balance (design, section 5; paper 2, eq. 2).
 
     f_e = c_e / sum(c); counts may come from a wider scope than the scores (paper 2, eq. 6). For counts of N'
-    tokens sum(c) = k N', so k, which is in the signature for the sake of the reader, does not enter again.
+    tokens sum(c) = k N', so k does not enter again; it is in the signature for clarity only.
     P_e = (1/N) sum_t s_te / sum_j s_tj, or (1/N) sum_t s_te if not normalise. 0 without tokens.
     """
     num_experts = len(counts)
@@ -194,7 +194,7 @@ def sequence_loss(scores, expert_ids, sequence_ids, mask=None, normalise=True):
             continue
         num_experts = len(scores[0])
         assignments = sum(len(expert_ids[t]) for t in members)
-        own = 0.0
+        sequence_sum = 0.0
         for e in range(num_experts):
             used = sum(1 for t in members for chosen in expert_ids[t] if chosen == e)
             share = used / assignments
@@ -204,8 +204,8 @@ def sequence_loss(scores, expert_ids, sequence_ids, mask=None, normalise=True):
                 if normalise:
                     score = score / sum(scores[t])
                 mean_score += score / len(members)
-            own += share * mean_score
-        loss += len(members) / total_tokens * num_experts * own
+            sequence_sum += share * mean_score
+        loss += len(members) / total_tokens * num_experts * sequence_sum
     return loss
 
 
@@ -358,7 +358,7 @@ def global_batch_gradients(micro_batches, k, score_function, coefficient, weight
     Micro-batch m is a dict with "logits", "expert_ids" and (optional) "mask". First pass: c_e pooled over all
     micro-batches, f̄ = c / sum(c). Second pass: the gradient of weights[m] * coefficient * E sum_e f̄_e P^m_e
     with respect to the logits of m, P^m the mean over the unmasked tokens of m (paper 2, eqs. 4-6). k is the
-    number of experts a token and is checked only.
+    number of experts per token and is only checked.
     """
     num_experts = None
     pooled = None
@@ -408,7 +408,7 @@ def sign_rule(bias, counts, rate, center):
     """b_e + rate * (sign(c̄ - c_e) [- mean of the signs if center]); the new bias as a list.
 
     (Paper 1, algorithm 1; centred: Moonlight, appendix C.) sign(c̄ - c_e) = sign(sum(c) - E c_e), in integers.
-    Without any load every sign is 0 and the bias stays.
+    Without any load every sign is 0 and the bias does not move.
     """
     num_experts = len(counts)
     signs = balance_signs(counts)
@@ -444,7 +444,7 @@ def rms_rule(bias, counts, rate, center):
 
 
 def multiplicative_rule(bias, counts, rate, center):
-    """w_e = 1 + b_e, a factor on the scores: w_e + rate * sign(c̄ - c_e) [then over the mean of w if center], less 1.
+    """w_e = 1 + b_e, a factor on the scores: w_e + rate * sign(c̄ - c_e) [then / mean of w if center], minus 1.
 
     (Paper 1, eq. 5 and table 4.) The new bias w - 1 as a list; for the choice see route_multiplied. A common
     factor does not change the choice, so centring divides. Without any load every sign is 0; center still
@@ -515,10 +515,10 @@ def rate_at(rate, window, schedule, zero_from):
 # ---------------------------------------------------------------------------------------------------------
 # quantile balancing (Su, kexue.fm/archives/11619; Kimi K3, 2607.24653, section 2.3.3)
 #
-# The margin d_te = alpha_t - (s_te + b_e), alpha_t the (k+1)-th largest of s_t + b, is what expert e lacks to
-# reach the threshold of token t. The thresholds held, with b_e + x it is above that of the tokens with d_te < x,
-# so x at the k/E quantile of its margins gives it its share of the tokens. Margins of exactly 0 are common: every
-# token has one, that of its (k+1)-th expert.
+# The margin is d_te = alpha_t - (s_te + b_e), where alpha_t is the (k+1)-th largest of s_t + b. It is what expert e
+# lacks to reach the threshold of token t. With fixed thresholds, the bias b_e + x lifts expert e above the threshold
+# of the tokens with d_te < x. So x at the k/E quantile of its margins gives it its share of the tokens. Margins of
+# exactly 0 are common: every token has one, at its (k+1)-th expert.
 
 
 def margins(scores, k, bias, mask=None):
@@ -544,7 +544,7 @@ def quantile_rule(scores, k, bias, mask=None, ema=0.0):
     """The new bias with delta_e the (floor(N k / E) + 1)-th smallest of the margins d_te over the tokens.
 
     So at most floor(N k / E) margins are below delta_e and more than that are not above it. The bias stays,
-    uncentred, without tokens and where every expert is chosen anyway (k = E).
+    uncentred, without tokens and if every expert is chosen anyway (k = E).
     """
     num_experts = len(bias)
     tokens = sum(1 for t in range(len(scores)) if is_counted(mask, t))
@@ -578,7 +578,7 @@ def histogram_edges(bins):
 def find_bin(value, edges):
     """The bin j of a value: edges[j] <= value < edges[j+1] from 0 on, edges[j] < value <= edges[j+1] below 0.
 
-    What lies beyond the edges, or on the last one of either side, falls in the outermost bin.
+    A value beyond the edges, or on the outermost edge, falls in the outermost bin.
     """
     bins = len(edges) - 1
     if value >= 0.0:
@@ -724,7 +724,7 @@ def expected_maximum(num_experts):
 
 
 def sampling_floor(num_tokens, k, num_experts):
-    """m(E) * sqrt((1 - k/E) / (N k/E)): the MaxVio that chance alone gives (design, section 5). nan for N = 0."""
+    """m(E) * sqrt((1 - k/E) / (N k/E)): the MaxVio by chance alone (design, section 5). nan for N = 0."""
     if num_tokens == 0:
         return math.nan
     probability = k / num_experts
@@ -820,12 +820,12 @@ def _flatten(value):
     return [value]
 
 
-def _expect(name, got, wanted, tolerance=1e-12):
-    """Fails unless got and wanted (numbers or nested lists of them) agree to the tolerance."""
-    got, wanted = _flatten(got), _flatten(wanted)
-    same = len(got) == len(wanted) and all(abs(a - b) <= tolerance for a, b in zip(got, wanted, strict=True))
-    if not same:
-        raise AssertionError(f"{name}: got {got}, wanted {wanted}")
+def _expect(name, got, expected, tolerance=1e-12):
+    """Fails unless both (numbers or nested lists of numbers) agree to the tolerance."""
+    got, expected = _flatten(got), _flatten(expected)
+    is_same = len(got) == len(expected) and all(abs(a - b) <= tolerance for a, b in zip(got, expected, strict=True))
+    if not is_same:
+        raise AssertionError(f"{name}: got {got}, expected {expected}")
     _expect.passed += 1
 
 

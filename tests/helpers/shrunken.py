@@ -1,4 +1,4 @@
-"""Tiny models of any family of Transformers: its own config with every known size lowered, a random gate."""
+"""Tiny models of any family of Transformers: its default config with every known size lowered, and random routers."""
 
 import importlib
 import inspect
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-SIZES: dict[str, int] = {  # by the end of an attribute's name; the longest end counts
+SIZES: dict[str, int] = {  # by the suffix of an attribute's name; the longest suffix applies
     "vocab_size": 64,
     "vocab_size_per_layer_input": 64,
     "hidden_size": 32,
@@ -74,7 +74,7 @@ SIZES: dict[str, int] = {  # by the end of an attribute's name; the longest end 
     "eos_token_id": 2,
 }
 FULL, INDEXED = ["full_attention"], ["indexed_attention"]
-OTHERS: dict[str, dict[str, Any]] = {  # what no rule of sizes says, by model type
+EXTRA_OPTIONS: dict[str, dict[str, Any]] = {  # by model type, settings beyond SIZES
     "Qwen3OmniMoeTalkerTextTopKRouter": {"shared_expert_intermediate_size": 16},
     "deepseek_ocr2": {"mlp_layer_types": ["sparse"], "num_experts_per_tok": 2},
     "deepseek_v2": {"num_experts_per_tok": 2},
@@ -98,7 +98,7 @@ OTHERS: dict[str, dict[str, Any]] = {  # what no rule of sizes says, by model ty
     },
     "granitemoehybrid": {"layer_types": FULL},
     "hunyuan_v1_moe": {"head_dim": 16},
-    "jamba": {"expert_layer_bias": 0, "expert_layer_period": 1, "attn_layer_bias": 0, "attn_layer_period": 1},
+    "jamba": {"expert_layer_offset": 0, "expert_layer_period": 1, "attn_layer_offset": 0, "attn_layer_period": 1},
     "kimi_linear": {"layer_types": FULL},
     "lfm2_moe": {"layer_types": FULL},
     "llama4": {"moe_layers": [0], "num_experts_per_tok": 1},
@@ -122,15 +122,15 @@ def _lowered(name: str, value: Any) -> Any:
         or (isinstance(value, list) and "token_id" not in name)
     ):
         return value
-    ends = [end for end in SIZES if name == end or name.endswith(f"_{end}")]
-    return SIZES[max(ends, key=len)] if ends else value
+    suffixes = [suffix for suffix in SIZES if name == suffix or name.endswith(f"_{suffix}")]
+    return SIZES[max(suffixes, key=len)] if suffixes else value
 
 
 def shrink(config: Any) -> Any:
-    """Lowers what is known in a config and in those inside it; lists of one entry a layer keep their last entry."""
+    """Lowers the known sizes in a config and in configs inside it. Lists with one entry per layer keep the last."""
     layers = next((v for n in ("num_hidden_layers", "n_layers") if (v := vars(config).get(n)) is not None), None)
     if (rope := vars(config).get("qk_rope_head_dim")) is not None and vars(config).get("head_dim") == rope:
-        config.head_dim = SIZES["qk_rope_head_dim"]  # one stands for the other
+        config.head_dim = SIZES["qk_rope_head_dim"]  # the two are the same size
     for name, value in list(vars(config).items()):
         if name == "head_dim" and value == SIZES["qk_rope_head_dim"]:
             continue
@@ -150,24 +150,24 @@ def shrink(config: Any) -> Any:
 
 
 class _Hidden(nn.Module):
-    """A model without a head, whose embeddings are its head: of both streams where it has two."""
+    """Adds a head to a model without one: its embeddings, applied to both streams if it has two."""
 
     def __init__(self, inner: nn.Module):
         super().__init__()
         self.inner, self.config = inner, inner.config
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        others = {}
-        if hasattr(self.config, "canvas_length"):  # drawn at random where it is not given
-            others["decoder_input_ids"] = input_ids
-        output = self.inner(input_ids=input_ids, attention_mask=attention_mask, **others)
-        both = (output.last_hidden_state, getattr(output, "encoder_last_hidden_state", None))
-        hidden = torch.cat([one for one in both if one is not None], dim=1)
+        inputs = {}
+        if hasattr(self.config, "canvas_length"):  # by default drawn at random
+            inputs["decoder_input_ids"] = input_ids
+        output = self.inner(input_ids=input_ids, attention_mask=attention_mask, **inputs)
+        streams = (output.last_hidden_state, getattr(output, "encoder_last_hidden_state", None))
+        hidden = torch.cat([hidden_states for hidden_states in streams if hidden_states is not None], dim=1)
         return hidden @ self.inner.get_input_embeddings().weight.T
 
 
 class _Blocks(nn.Module):
-    """Two blocks of a family between an embedding and a square: for what no model of text holds."""
+    """Two blocks of a family after an embedding, for blocks that no text model contains."""
 
     def __init__(self, blocks: list[nn.Module]):
         super().__init__()
@@ -182,7 +182,7 @@ class _Blocks(nn.Module):
 
 
 class _Experts(nn.Module):
-    """A router that no block of its family holds, before experts that are one number a channel."""
+    """A router that no block of its family contains, before experts that are one number per channel."""
 
     def __init__(self, gate: nn.Module, num_experts: int):
         super().__init__()
@@ -195,7 +195,7 @@ class _Experts(nn.Module):
         return (flat * (self.scales[expert_ids] * weights[..., None]).sum(-2)).view_as(x)
 
 
-PARTS = {  # router classes that the model of text does not hold: the class of the block, the config
+PARTS = {  # router classes outside the text model: (package, class of the block, class of the config)
     "Dots3NoteVisionTopKRouter": ("dots3_note", "Dots3NoteVisionMoE", "Dots3NoteVisionConfig"),
     "Qwen3OmniMoeThinkerTextTopKRouter": (
         "qwen3_omni_moe",
@@ -216,11 +216,11 @@ def build_part(router: str) -> nn.Module:
     package, block, config_class = PARTS[router]
     module = importlib.import_module(f"transformers.models.{package}.modeling_{package}")
     config = getattr(importlib.import_module(f"transformers.models.{package}"), config_class)()
-    for known in [config, *getattr(config, "per_layer_config", [])]:
-        shrink(known)
-        for name, value in OTHERS.get(router, {}).items():
-            setattr(known, name, value)
-        known._experts_implementation = "eager"
+    for part_config in [config, *getattr(config, "per_layer_config", [])]:
+        shrink(part_config)
+        for name, value in EXTRA_OPTIONS.get(router, {}).items():
+            setattr(part_config, name, value)
+        part_config._experts_implementation = "eager"
     torch.manual_seed(0)
     if block is None:
         blocks = [_Experts(getattr(module, router)(config), SIZES["num_experts"]) for _ in range(2)]
@@ -233,27 +233,27 @@ def build_part(router: str) -> nn.Module:
 
 
 def build(model_type: str, **options: Any) -> nn.Module:
-    """A tiny model of a family: a causal language model, of a model with images its text part. ``options`` of the
-    config that are given are taken as they are."""
+    """A tiny causal language model of a family; of a multimodal model, its text part. ``options`` set attributes of the
+    config, without lowering."""
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
     config = AutoConfig.for_model(model_type)
-    for known in (config, config.get_text_config()):
-        shrink(known)
-        for name, value in {**OTHERS.get(model_type, {}), **options}.items():
-            if hasattr(known, name):
-                setattr(known, name, value)
+    for shrunk in (config, config.get_text_config()):
+        shrink(shrunk)
+        for name, value in {**EXTRA_OPTIONS.get(model_type, {}), **options}.items():
+            if hasattr(shrunk, name):
+                setattr(shrunk, name, value)
     torch.manual_seed(0)
     text = config.get_text_config()
-    ways = ((AutoModelForCausalLM, config), (AutoModelForCausalLM, text), (AutoModel, text), (AutoModel, config))
-    auto, known = next((auto, known) for auto, known in ways if type(known) in auto._model_mapping)
-    known._attn_implementation = known._experts_implementation = "eager"
-    model = auto.from_config(known)
+    candidates = ((AutoModelForCausalLM, config), (AutoModelForCausalLM, text), (AutoModel, text), (AutoModel, config))
+    auto, shrunk = next((auto, shrunk) for auto, shrunk in candidates if type(shrunk) in auto._model_mapping)
+    shrunk._attn_implementation = shrunk._experts_implementation = "eager"
+    model = auto.from_config(shrunk)
     return _ready(_Hidden(model) if auto is AutoModel else model)
 
 
 def _ready(model: nn.Module) -> nn.Module:
-    """In training mode, with gates that are not flat."""
+    """In training mode, with routers that prefer some experts to others."""
     generator = torch.Generator().manual_seed(1)
     for module in model.modules():
         if type(module).__name__.endswith(("Router", "Gate", "Gating")):

@@ -1,4 +1,4 @@
-"""How many cores there are: bound to, and of a container's time."""
+"""The number of usable cores: CPU affinity and container quota."""
 
 import os
 
@@ -12,13 +12,13 @@ from equipoise_lab.cores import num_cores
     [
         (None, 6),
         ("max 100000", 6),
-        ("250000 100000", 2),  # two and a half cores' time: a third thread would wait for the others
+        ("250000 100000", 2),  # the time of 2.5 cores: a third thread would wait for the others
         ("50000 100000", 1),
         ("1600000 100000", 6),
         ("", 6),
     ],
 )
-def test_cores_are_those_that_the_process_and_its_container_may_use(quota, cores, tmp_path, monkeypatch):
+def test_num_cores_respects_affinity_and_container_quota(quota, cores, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(6)), raising=False)
     file = tmp_path / "cpu.max"
     if quota is not None:

@@ -1,3 +1,5 @@
+"""Run folders: reading, writing, and damage by a kill at any moment."""
+
 import json
 import math
 import os
@@ -41,14 +43,14 @@ def test_a_torn_last_line_is_dropped(tmp_path, cut):
     path = run.path / "steps.jsonl"
     whole = path.read_bytes()
     path.write_bytes(whole[:-cut])
-    kept = [row["step"] for row in run.rows("steps")]
-    # without its newline alone the last line is whole: it may be kept
-    assert kept == [1, 2] or (cut == 1 and kept == [1, 2, 3])
-    assert path.read_bytes() == whole[:-cut], "reading never changes anything"
+    steps = [row["step"] for row in run.rows("steps")]
+    # If only its newline is missing, the last line is complete and may be kept.
+    assert steps == [1, 2] or (cut == 1 and steps == [1, 2, 3])
+    assert path.read_bytes() == whole[:-cut], "reading changed the file"
 
 
 @pytest.mark.parametrize("cut", [1, 2, 5, 12])
-def test_a_resumed_run_goes_on_after_a_torn_line(tmp_path, cut):
+def test_a_run_can_continue_after_a_torn_line(tmp_path, cut):
     run = _run(tmp_path)
     path = run.path / "steps.jsonl"
     path.write_bytes(path.read_bytes()[:-cut])
@@ -64,23 +66,23 @@ def test_every_cut_of_a_log_reads_as_its_first_lines(tmp_path):
     rows = list(run.rows("steps"))
     for end in range(len(whole) + 1):
         path.write_bytes(whole[:end])
-        found = list(run.rows("steps"))
-        assert found == rows[: len(found)]
-        assert len(found) in (whole[:end].count(b"\n"), whole[:end].count(b"\n") + 1)
+        rows_read = list(run.rows("steps"))
+        assert rows_read == rows[: len(rows_read)]
+        assert len(rows_read) in (whole[:end].count(b"\n"), whole[:end].count(b"\n") + 1)
 
 
 @pytest.mark.parametrize("damage", [b'{"step": 2, "lo', b"[1, 2]", b'{"loss": 1}', b"\xff\xfe", b"nonsense"])
-def test_damage_elsewhere_names_file_and_line(tmp_path, damage):
+def test_the_error_for_a_damaged_line_names_file_and_line(tmp_path, damage):
     run = _run(tmp_path)
     path = run.path / "steps.jsonl"
     lines = path.read_bytes().split(b"\n")
     lines[1] = damage
     path.write_bytes(b"\n".join(lines))
-    with pytest.raises(EquipoiseError, match=r"steps\.jsonl must hold one JSON object a line: line 2 is damaged"):
+    with pytest.raises(EquipoiseError, match=r"steps\.jsonl must have one JSON object per line: line 2 is damaged"):
         list(run.rows("steps"))
 
 
-def test_a_damaged_last_line_that_is_whole_is_not_a_torn_one(tmp_path):
+def test_a_damaged_last_line_with_a_newline_is_an_error(tmp_path):
     run = _run(tmp_path)
     with open(run.path / "steps.jsonl", "ab") as file:
         file.write(b"nonsense\n")
@@ -122,15 +124,15 @@ def test_another_format_is_refused(tmp_path, config):
 
 
 def test_a_missing_or_damaged_config_is_refused(tmp_path):
-    with pytest.raises(EquipoiseError, match="A run folder must hold config.json"):
+    with pytest.raises(EquipoiseError, match="A run folder must contain config.json"):
         Run(tmp_path)
     (tmp_path / "config.json").write_text('{"format":')
     with pytest.raises(EquipoiseError, match="config.json must be JSON: .*damaged"):
         Run(tmp_path)
 
 
-def test_a_result_that_is_not_there_is_refused(tmp_path):
-    with pytest.raises(EquipoiseError, match="must hold result.json"):
+def test_a_missing_result_is_an_error(tmp_path):
+    with pytest.raises(EquipoiseError, match="must contain result.json"):
         _run(tmp_path).result  # noqa: B018
 
 
@@ -153,18 +155,18 @@ def test_write_json_leaves_the_old_text_or_the_new(tmp_path, monkeypatch, broken
     assert os.listdir(tmp_path) == ["result.json"]
 
 
-def test_find_runs(tmp_path):
-    with pytest.raises(UsageError, match="A folder of runs must be there"):
+def test_find_runs_lists_runs_and_refuses_folders_without_runs(tmp_path):
+    with pytest.raises(UsageError, match="Runs are read from a folder: .* does not exist"):
         find_runs(tmp_path / "nothing")
-    with pytest.raises(UsageError, match="it holds none"):
+    with pytest.raises(UsageError, match="it contains none"):
         find_runs(tmp_path)
     run = _run(tmp_path)
     shutil.copytree(run.path, tmp_path / "another")
-    assert [found.path.name for found in find_runs(tmp_path)] == ["another", "run"]
-    assert [found.path for found in find_runs(run.path)] == [run.path]
+    assert [each.path.name for each in find_runs(tmp_path)] == ["another", "run"]
+    assert [each.path for each in find_runs(run.path)] == [run.path]
 
 
-def test_what_is_not_finite_is_written_as_null(tmp_path):
+def test_numbers_that_are_not_finite_are_written_as_null(tmp_path):
     run = Run.create(tmp_path / "run", {"rate": math.inf})
     run.append("steps", {"step": 1, "loss": math.nan, "load": [1, -math.inf]})
     assert run.config["rate"] is None

@@ -1,4 +1,4 @@
-"""Alerts: on loads whose answer is known, on chance, and where they are said."""
+"""Alerts: on loads with a known answer, on chance, in the lab and in the Trainer."""
 
 import json
 import logging
@@ -18,47 +18,47 @@ ONE = torch.tensor([700, 0, 0, 0, 0, 0, 50, 50])  # 1.6 effective experts of 8
 BUSIEST = torch.tensor([300] + [100] * 7)  # 2.4 times its share, MaxVio 1.4
 
 
-def told(alerts, loads, **more):
-    """(number of the window from 1, kind, over) of every alert of layer a; b beside it is even."""
-    found = [alert for load in loads for alert in alerts.see({"a": load, "b": EVEN}, **more)]
-    assert all(alert.layers == ("a",) for alert in found)
-    return [(alert.step, alert.kind, alert.over) for alert in found]
+def feed(alerts, loads, **more):
+    """(window from 1, kind, over) of every alert. Layer a gets the loads; layer b beside it is even."""
+    seen = [alert for load in loads for alert in alerts.see({"a": load, "b": EVEN}, **more)]
+    assert all(alert.layers == ("a",) for alert in seen)
+    return [(alert.step, alert.kind, alert.over) for alert in seen]
 
 
-def only(kind, found):
-    return [one for one in found if one[1] == kind]
+def only(kind, alerts):
+    return [alert for alert in alerts if alert[1] == kind]
 
 
 # ---- collapse ----
 
 
-def test_a_collapse_is_said_once_and_its_end_once():
+def test_a_collapse_is_reported_once_when_it_starts_and_once_when_it_ends():
     loads = [EVEN] * PATIENCE + [ONE] * 3 * PATIENCE + [EVEN] * 3 * PATIENCE
-    found = only("collapse", told(Alerts(steers=False), loads))
+    found = only("collapse", feed(Alerts(steers=False), loads))
     assert found == [(2 * PATIENCE, "collapse", False), (5 * PATIENCE, "collapse", True)]
 
 
 def test_the_bound_of_a_collapse_is_half_of_the_experts():
-    """Four of eight experts, used alike, are a collapse; five are none, and six are needed where it holds."""
+    """Four of eight equally used experts are a collapse and five are not. An existing collapse ends above 0.6 of 8."""
     four, five = torch.tensor([8, 8, 8, 8, 0, 0, 0, 0]) * 100, torch.tensor([8, 8, 8, 8, 8, 0, 0, 0]) * 100
     nearly = torch.tensor([80, 80, 80, 80, 21, 0, 0, 0]) * 10
     assert 4 < float(equipoise.metrics.effective_experts(nearly)) < 0.6 * 8 < 5
-    assert only("collapse", told(Alerts(), [four] * PATIENCE)) == [(PATIENCE, "collapse", False)]
-    assert only("collapse", told(Alerts(), [nearly] * PATIENCE)) == []
+    assert only("collapse", feed(Alerts(), [four] * PATIENCE)) == [(PATIENCE, "collapse", False)]
+    assert only("collapse", feed(Alerts(), [nearly] * PATIENCE)) == []
     alerts = Alerts()
-    told(alerts, [four] * PATIENCE)
-    assert only("collapse", told(alerts, [nearly] * PATIENCE)) == []
-    assert only("collapse", told(alerts, [five] * PATIENCE)) == [(3 * PATIENCE, "collapse", True)]
+    feed(alerts, [four] * PATIENCE)
+    assert only("collapse", feed(alerts, [nearly] * PATIENCE)) == []
+    assert only("collapse", feed(alerts, [five] * PATIENCE)) == [(3 * PATIENCE, "collapse", True)]
 
 
-def test_what_does_not_last_is_not_said():
+def test_imbalance_that_does_not_last_is_not_reported():
     alerts = Alerts()
-    assert told(alerts, [ONE] * (PATIENCE // 4) + [EVEN] * (PATIENCE - PATIENCE // 4)) == []
-    assert told(alerts, [ONE] * (PATIENCE - 1)) == [] and alerts.mark == ""
+    assert feed(alerts, [ONE] * (PATIENCE // 4) + [EVEN] * (PATIENCE - PATIENCE // 4)) == []
+    assert feed(alerts, [ONE] * (PATIENCE - 1)) == [] and alerts.mark == ""
 
 
-def test_a_layer_without_tokens_says_nothing():
-    assert told(Alerts(), [torch.zeros(8, dtype=torch.int64)] * 5 * PATIENCE) == []
+def test_a_layer_without_tokens_raises_no_alert():
+    assert feed(Alerts(), [torch.zeros(8, dtype=torch.int64)] * 5 * PATIENCE) == []
 
 
 # ---- dead experts ----
@@ -69,127 +69,140 @@ def test_dead_experts_are_named_where_an_even_share_is_thirty():
     alerts = Alerts()
     load = torch.tensor([1, 1, 1, 0, 0, 0, 0, 0])
     rolled = [torch.cat([load[:7].roll(number), load[7:]]) for number in range(5 * PATIENCE)]
-    found = [alert for load in rolled for alert in alerts.see({"a": load, "b": EVEN})]
-    assert [(alert.kind, alert.step, alert.experts) for alert in found] == [("dead experts", 4 * PATIENCE, ((7,),))]
-    assert "a: 7 (of 8) got no token in 80 windows, where an even share is 30." in str(found[0])
+    (alert,) = [alert for load in rolled for alert in alerts.see({"a": load, "b": EVEN})]
+    assert (alert.kind, alert.step, alert.experts) == ("dead experts", 4 * PATIENCE, ((7,),))
+    assert "a: expert 7 of 8 got no token in 80 windows, where an even share is 30." in str(alert)
     assert alerts.holding == {"dead experts": {"a": (7,)}} and alerts.mark == "1 dead expert"
 
 
-def test_each_expert_is_said_when_it_dies_and_when_it_is_back():
+def test_experts_are_named_by_id_and_counted_after_six():
+    def text(*dead):
+        load = torch.full((32,), 100)
+        load[list(dead)] = 0
+        alerts = Alerts()
+        return str([alert for _ in range(PATIENCE) for alert in alerts.see({"a": load})][-1])
+
+    assert "a: expert 28 of 32 got no token" in text(28)
+    assert "a: experts 0, 6 and 12 of 32 got no token" in text(0, 6, 12)
+    assert "a: experts 0, 1, 2, 3, 4, 5 and 2 more of 32 got no token" in text(*range(8))
+
+
+def test_each_expert_is_reported_when_it_dies_and_when_it_is_back():
     alerts, two, one = Alerts(), torch.tensor([100] * 6 + [0, 0]), torch.tensor([100] * 7 + [0])
-    found = [
-        (alert.step, alert.over, alert.experts)
-        for load in [one] * PATIENCE + [two] * PATIENCE + [one] * PATIENCE + [EVEN] * PATIENCE
-        for alert in alerts.see({"a": load})
-    ]
+    loads = [one] * PATIENCE + [two] * PATIENCE + [one] * PATIENCE + [EVEN] * PATIENCE
+    seen = [alert for load in loads for alert in alerts.see({"a": load})]
     steps = [PATIENCE * stretch for stretch in range(1, 5)]
-    assert found == [
+    assert [(alert.step, alert.over, alert.experts) for alert in seen] == [
         (steps[0], False, ((7,),)),
         (steps[1], False, ((6,),)),
         (steps[2], True, ((6,),)),
         (steps[3], True, ((7,),)),
     ]
-    assert alerts.holding == {}
+    assert str(seen[2]) == "over: dead experts: a: expert 6 of 8" and alerts.holding == {}
 
 
-def test_an_expert_that_gets_a_token_now_and_then_is_not_back():
+def test_an_expert_that_gets_a_token_now_and_then_stays_dead():
     alerts, dead, token = Alerts(), torch.tensor([100] * 7 + [0]), torch.tensor([100] * 7 + [1])
-    assert len(told(alerts, ([dead] * PATIENCE + [token] * PATIENCE) * 5)) == 1
+    assert len(feed(alerts, ([dead] * PATIENCE + [token] * PATIENCE) * 5)) == 1
     assert alerts.mark == "1 dead expert"
 
 
 # ---- slow rate ----
 
 
-def test_a_rate_is_slow_where_the_busiest_expert_is_pushed_down_without_end():
+def test_a_rate_is_slow_if_the_busiest_expert_is_pushed_down_without_end():
     alerts = Alerts(num_steps=10 * PATIENCE)
-    found = [alert for _ in range(5 * PATIENCE) for alert in alerts.see({"a": BUSIEST, "b": EVEN})]
-    (alert,) = found  # a quarter of 200 windows is 50, within the third stretch
+    (alert,) = [alert for _ in range(5 * PATIENCE) for alert in alerts.see({"a": BUSIEST, "b": EVEN})]
+    # a quarter of 200 windows is 50, within the third stretch
     assert (alert.kind, alert.step, alert.layers, alert.experts) == ("slow rate", 3 * PATIENCE, ("a",), ((0,),))
-    assert "a: 0 (of 8) has 2.4 times its share though its bias was moved down in each of the last 60" in str(alert)
-    assert "no end in sight" in str(alert) and "140 steps are left" in str(alert)
-    assert told(alerts, [EVEN] * 2 * PATIENCE) == [(6 * PATIENCE, "slow rate", True)]
+    assert "a: expert 0 of 8 has 2.4 times its share although its bias moved down in each of the last 60" in str(alert)
+    assert "no end in sight" in str(alert) and "140 steps are left. Raise the rate." in str(alert)
+    assert feed(alerts, [EVEN] * 2 * PATIENCE) == [(6 * PATIENCE, "slow rate", True)]
 
 
 def test_without_a_known_end_a_rate_is_slow_after_two_hundred_windows():
-    assert told(Alerts(), [BUSIEST] * 240) == [(200, "slow rate", False)]
+    assert feed(Alerts(), [BUSIEST] * 240) == [(200, "slow rate", False)]
 
 
-def test_a_window_without_a_call_is_no_way_and_ends_none():
-    """As of experts of images, where only some batches have any."""
+def test_windows_without_a_call_neither_count_nor_interrupt():
+    """Such as image experts, if only some batches have images."""
     loads = [load for _ in range(240) for load in (BUSIEST, torch.zeros_like(BUSIEST))]
-    assert told(Alerts(), loads) == [(400, "slow rate", False)]
+    assert feed(Alerts(), loads) == [(400, "slow rate", False)]
 
 
 def test_nothing_is_slow_without_a_rate():
     alerts = Alerts(steers=False)
-    assert told(alerts, [BUSIEST] * 300) == []
+    assert feed(alerts, [BUSIEST] * 300) == []
     alerts.steers = True
-    assert told(alerts, [BUSIEST] * PATIENCE) == [(300 + PATIENCE, "slow rate", False)]
+    assert feed(alerts, [BUSIEST] * PATIENCE) == [(300 + PATIENCE, "slow rate", False)]
     alerts.steers = False  # a schedule took the rate to zero
-    assert told(alerts, [BUSIEST] * PATIENCE) == [(300 + 2 * PATIENCE, "slow rate", True)]
+    assert feed(alerts, [BUSIEST] * PATIENCE) == [(300 + 2 * PATIENCE, "slow rate", True)]
 
 
 def falling(per_window, start=1200):
-    """Loads whose busiest expert loses as many assignments a window; the others have 100."""
+    """Loads with a busiest expert that loses so many assignments per window; the others have 100."""
     return [torch.tensor([start - per_window * number] + [100] * 7) for number in range(5 * PATIENCE)]
 
 
 def test_a_rate_that_is_in_time_is_not_slow():
-    assert told(Alerts(num_steps=300), falling(8)) == []
-    (alert,) = told(Alerts(num_steps=5 * PATIENCE + 1), falling(8))
+    assert feed(Alerts(num_steps=300), falling(8)) == []
+    (alert,) = feed(Alerts(num_steps=5 * PATIENCE + 1), falling(8))
     assert alert == (2 * PATIENCE, "slow rate", False)
 
 
-def test_it_says_how_many_more_steps_a_rate_takes():
-    """MaxVio falls in a line from stretch to stretch: pooled over 20 windows it is that of the middle one."""
+def test_an_alert_estimates_the_steps_that_a_rate_still_needs():
+    """MaxVio falls linearly from stretch to stretch; pooled over 20 windows it is the value in their middle."""
     alerts = Alerts(num_steps=41)
     (text,) = (str(a) for load in falling(8)[: 2 * PATIENCE] for a in alerts.see({"a": load}))
     first, second = (8 * (1200 - 8 * middle) / (1900 - 8 * middle) - 1 for middle in (9.5, 29.5))
     more = (second - 1) / ((first - second) / PATIENCE) - PATIENCE / 2
-    assert f"at this rate about {more:,.0f} more steps. 1 steps are left" in text
+    assert f"at this rate about {more:,.0f} more steps. 1 step is left" in text
 
 
-def test_one_window_below_the_mean_ends_the_way():
+def test_one_window_below_the_mean_starts_the_count_again():
     loads = ([BUSIEST] * (2 * PATIENCE - 1) + [torch.tensor([50] + [150] * 7)]) * 6
-    assert told(Alerts(num_steps=2 * PATIENCE), loads) == []
+    assert feed(Alerts(num_steps=2 * PATIENCE), loads) == []
 
 
-def test_what_chance_gives_is_not_slow():
+def test_chance_imbalance_is_not_slow():
     """Two assignments a window for 64 experts: MaxVio of a stretch is above 1 by chance, and no expert is pushed."""
     generator, alerts = torch.Generator().manual_seed(0), Alerts()
     draws = (torch.randint(64, (2,), generator=generator).bincount(minlength=64) for _ in range(5000))
     assert [alert for load in draws for alert in alerts.see({"a": load})] == []
 
 
-def test_a_busy_expert_is_slow_above_three_times_what_chance_gives():
+def test_a_busy_expert_is_slow_above_three_times_the_chance_level():
     """MaxVio 16/7 - 1 = 1.29; chance gives 256 experts 2.83 sqrt(255 / assignments of 20 windows): three times that is
     1.43 of 448 a window, 0.45 of ten times as many."""
     load = torch.tensor([4] + [2] * 189 + [1] * 66)
-    assert told(Alerts(), [load] * 240) == []
-    assert told(Alerts(), [10 * load] * 240) == [(200, "slow rate", False)]
+    assert feed(Alerts(), [load] * 240) == []
+    assert feed(Alerts(), [10 * load] * 240) == [(200, "slow rate", False)]
 
 
 # ---- nan ----
 
 
-def test_a_loss_that_is_not_finite_is_said_at_once_and_its_end_after_a_stretch():
+def test_a_loss_that_is_not_finite_is_reported_at_once_and_ends_after_a_stretch():
     alerts = Alerts()
-    assert told(alerts, [EVEN] * 3, loss=1.0) == []
+    assert feed(alerts, [EVEN] * 3, loss=1.0) == []
     (alert,) = alerts.see({"a": EVEN}, loss=math.nan)
-    assert (alert.kind, alert.layers, alert.step) == ("nan", ("the loss",), 4) and "the loss" in str(alert)
+    assert (alert.kind, alert.layers, alert.step) == ("nan", ("the loss",), 4) and "the loss is not finite" in str(
+        alert
+    )
     assert [a for _ in range(3) for a in alerts.see({"a": EVEN}, loss=torch.tensor(math.inf))] == []
     assert alerts.mark == "nan"
     ends = [(a.step, a.over) for _ in range(2 * PATIENCE) for a in alerts.see({"a": EVEN}, loss=2.0)]
     assert ends == [(2 * PATIENCE, True)] and alerts.holding == {}
 
 
-def test_an_bias_that_is_not_finite_is_named():
+def test_a_bias_that_is_not_finite_is_named():
     biases = {"a": torch.zeros(8), "b": torch.tensor([0.0] * 7 + [math.inf])}
     alerts = Alerts()
     (alert,) = alerts.see({"a": EVEN, "b": EVEN}, 1.0, biases)
-    assert alert.layers == ("b",) and "a bias of b" in str(alert)
+    assert alert.layers == ("b",) and "a bias of b is not finite" in str(alert)
     assert alerts.see({"a": EVEN, "b": EVEN}, 1.0, biases) == []
+    (alert,) = Alerts().see({}, None, dict.fromkeys("ab", torch.tensor([math.nan])))
+    assert "a bias of a and a bias of b are not finite" in str(alert)
 
 
 # ---- chance, layers, resume ----
@@ -197,7 +210,7 @@ def test_an_bias_that_is_not_finite_is_named():
 
 @pytest.mark.parametrize(("experts", "k", "tokens"), [(64, 4, 256), (64, 4, 8), (128, 1, 64), (16, 16, 4)])
 def test_chance_raises_no_alarm(experts, k, tokens):
-    """2,000 windows of an even router, and as many of one whose experts differ by a half; some of few tokens."""
+    """2,000 windows of an even router and of one with experts that differ by a half; some have few tokens."""
     generator, alerts = torch.Generator().manual_seed(0), Alerts()
     tilt = torch.linspace(0, 0.4, experts).exp()
     for _ in range(2000):
@@ -211,52 +224,52 @@ def test_chance_raises_no_alarm(experts, k, tokens):
 
 def test_layers_of_other_sizes_and_too_few_tokens_stand_side_by_side():
     alerts, dead, idle = Alerts(), torch.tensor([100, 100, 100, 0]), torch.tensor([1, 0, 0, 0])
-    found = [a for _ in range(PATIENCE) for a in alerts.see({"a": EVEN, "b": dead, "c": dead, "d": idle})]
-    assert [alert.layers for alert in found] == [("b", "c")]
+    seen = [a for _ in range(PATIENCE) for a in alerts.see({"a": EVEN, "b": dead, "c": dead, "d": idle})]
+    assert [alert.layers for alert in seen] == [("b", "c")]
     assert alerts.mark == "2 dead experts"
 
 
-def test_what_holds_is_told_in_a_few_words():
+def test_mark_summarises_the_problems_in_a_few_words():
     alerts, load = Alerts(), dict.fromkeys("abcdef", ONE)
     (collapse, dead) = [alert for _ in range(PATIENCE) for alert in alerts.see(load)]
     assert alerts.mark == "collapse of 6 layers, 30 dead experts"
-    assert "d is as uneven as 1.6 of 8 experts; and 2 more layers. Take" in str(collapse)
+    assert "d is as uneven as 1.6 of 8 experts used equally; and 2 more layers. Take" in str(collapse)
     assert len(dead.experts) == 6 and dead.experts[0] == (1, 2, 3, 4, 5)
 
 
 @pytest.mark.parametrize("cut", [7, PATIENCE, 3 * PATIENCE + 3])
-def test_the_state_goes_on_as_if_nothing_had_happened(cut):
+def test_a_loaded_state_continues_as_if_never_interrupted(cut):
     generator = torch.Generator().manual_seed(1)
     kinds = [EVEN, ONE, BUSIEST, torch.tensor([100] * 7 + [0])]
     loads = [load for draw in torch.randint(4, (12,), generator=generator) for load in [kinds[draw]] * PATIENCE]
     losses = [math.nan if 30 < number < 33 else 1.0 for number in range(len(loads))]
 
-    def feed(alerts, start, stop):
+    def replay(alerts, start, stop):
         return [
             a for n in range(start, stop) for a in alerts.see({"a": loads[n], "b": EVEN}, losses[n], {"a": EVEN / 1})
         ]
 
     whole, first, second = Alerts(num_steps=300), Alerts(num_steps=300), Alerts(num_steps=300)
-    said = feed(whole, 0, len(loads))
-    before, state = feed(first, 0, cut), first.state_dict()
-    feed(first, cut, len(loads))  # the state is a copy
+    expected = replay(whole, 0, len(loads))
+    before, state = replay(first, 0, cut), first.state_dict()
+    replay(first, cut, len(loads))  # the state is a copy
     second.load_state_dict(state)
-    assert before + feed(second, cut, len(loads)) == said
-    assert {alert.kind for alert in said} == {"nan", "collapse", "dead experts", "slow rate"}
+    assert before + replay(second, cut, len(loads)) == expected
+    assert {alert.kind for alert in expected} == {"nan", "collapse", "dead experts", "slow rate"}
     assert second.holding == whole.holding
     with pytest.raises(EquipoiseError, match="must be what Alerts.state_dict"):
         second.load_state_dict({"biases": {}})
 
 
-def test_it_is_at_hand_and_takes_what_a_balance_gives():
+def test_alerts_take_the_loads_of_a_balance():
     model = torch.nn.ModuleList([equipoise.nn.Router(4, 8, 2)]).train()
     balance, alerts = equipoise.attach(model, "loss-free"), equipoise.Alerts()
-    said = []
+    seen = []
     for _ in range(PATIENCE):
         model[0](torch.ones(16, 4))  # one token sixteen times: two experts get all
         balance.step(applied=False)
-        said += alerts.see(balance.load, torch.tensor(1.0), balance.biases)
-    assert [alert.kind for alert in said] == ["collapse", "dead experts"] and isinstance(said[0], Alert)
+        seen += alerts.see(balance.load, torch.tensor(1.0), balance.biases)
+    assert [alert.kind for alert in seen] == ["collapse", "dead experts"] and isinstance(seen[0], Alert)
 
 
 # ---- the lab ----
@@ -302,7 +315,7 @@ def config(tmp_path):
     return config
 
 
-def test_a_run_of_the_lab_says_them_once_also_after_it_went_on(config):
+def test_a_run_of_the_lab_reports_each_alert_once_even_after_it_went_on(config):
     watcher, again = Watcher(), Watcher()
     folder = _folder(config, watcher)
     for step in range(1, PATIENCE + 6):
@@ -344,7 +357,7 @@ def test_a_run_of_the_lab_is_slow_by_the_rate_of_the_step(config, strategy, then
     assert [text.split(":")[1] for text in watcher.said] == ([" slow rate"] if says else [])
 
 
-def test_a_line_of_the_lab_shows_what_holds(capsys):
+def test_a_progress_line_of_the_lab_shows_the_problems(capsys):
     from equipoise_lab.train.config import Train
     from equipoise_lab.train.watch import Terminal
 
@@ -359,7 +372,7 @@ def test_a_line_of_the_lab_shows_what_holds(capsys):
 
 
 def _routed_to_few(model):
-    """Every token to the same experts: the gate sees what all tokens share."""
+    """Sends every token to the same experts."""
     for name, parameter in model.named_parameters():
         if name.endswith("gate.weight"):
             parameter.data.zero_()
@@ -381,7 +394,7 @@ def _warnings(caplog):
     return [record.message.split(": ", 2)[:2] for record in caplog.records if ", step " in record.message]
 
 
-def test_the_trainer_warns_once_and_logs_how_many_hold(impatient, caplog, tmp_path):
+def test_the_trainer_warns_once_and_logs_the_number_of_problems(impatient, caplog, tmp_path):
     from equipoise.integrations import EquipoiseCallback
 
     with caplog.at_level(logging.WARNING, "equipoise"):
@@ -392,7 +405,7 @@ def test_the_trainer_warns_once_and_logs_how_many_hold(impatient, caplog, tmp_pa
     assert logged == [0.0] + [4.0] * 5  # two kinds of two layers
 
 
-def test_a_training_that_resumes_says_nothing_twice(impatient, caplog, tmp_path):
+def test_a_training_that_resumes_repeats_no_alert(impatient, caplog, tmp_path):
     from equipoise.integrations import EquipoiseCallback
 
     with caplog.at_level(logging.WARNING, "equipoise"):
@@ -405,7 +418,7 @@ def test_a_training_that_resumes_says_nothing_twice(impatient, caplog, tmp_path)
 
 
 @pytest.mark.parametrize("strategy", ["none", "loss-free", "lbl"])
-def test_the_trainer_says_that_the_loss_is_not_finite(caplog, tmp_path, strategy):
+def test_the_trainer_reports_a_loss_that_is_not_finite(caplog, tmp_path, strategy):
     """Its own log hides it: ``logging_nan_inf_filter``."""
     from equipoise.integrations import EquipoiseCallback
 

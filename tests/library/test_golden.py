@@ -1,10 +1,9 @@
-"""A stored run of 20 steps: any change of what is counted, when, or how a bias moves shows here.
+"""A stored run of 20 steps. A change in what is counted, in when, or in how a bias moves shows here.
 
-A change that is not meant to alter results leaves it alone; one that is stores it anew with
+A change that is not meant to alter results must not change the stored run. A change that is meant to stores it again,
+and shows the difference in its commit:
 
     PYTHONPATH=tests/helpers python tests/library/test_golden.py
-
-and shows the difference in its commit.
 """
 
 import json
@@ -54,11 +53,11 @@ def test_twenty_steps_are_as_stored():
     stored = json.loads(FILE.read_text())
     for number, (step, expected) in enumerate(zip(run(), stored, strict=True), 1):
         assert step["load"] == expected["load"], f"step {number}"
-        # float32 scores within a float64 model: 20 steps of rounding
+        # the scores are float32 in a float64 model, and round in each of 20 steps
         assert step["loss"] == pytest.approx(expected["loss"], rel=1e-5), f"step {number}"
         assert step["balancing_loss"] == pytest.approx(expected["balancing_loss"], rel=1e-5), f"step {number}"
-        for bias, before in zip(step["biases"], expected["biases"], strict=True):
-            assert bias == pytest.approx(before, abs=1e-6), f"step {number}"
+        for bias, stored_bias in zip(step["biases"], expected["biases"], strict=True):
+            assert bias == pytest.approx(stored_bias, abs=1e-6), f"step {number}"
 
 
 if __name__ == "__main__":

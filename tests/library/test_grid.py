@@ -3,8 +3,7 @@
 {eager, checkpoint non-reentrant, reentrant, compile fullgraph, compile over checkpoint, checkpoint over compile}
 x {float32, bfloat16 autocast} x {loss scale 1, 1024} x {forwards first, plain loop}
 x {one process, 2 gloo ranks under DDP, 2 under FSDP2}, with Loss-Free biases and losses of all three scopes at once,
-on micro-batches that are whole, padded and empty. Cells that make no sense for reasons of torch are named in
-``grid.impossible``.
+on micro-batches that are whole, padded and empty. ``grid.impossible`` names the cells that torch itself rules out.
 """
 
 from functools import cache
@@ -15,11 +14,11 @@ import torch
 from ranks import run_on_ranks
 
 import equipoise
-from equipoise.counting.recorder import Recorder
+from equipoise.counting.gradient import Losses
 from equipoise.counting.window import Window
 from equipoise.routers import tap
 
-# by norm over all parameters: float32 rounds to 6e-8; bfloat16 logits carry the same rounded gradient in both
+# of the norm over all parameters; float32 rounds to 6e-8, and in bfloat16 both round the gradient of logits alike
 TOLERANCE = 5e-7
 
 
@@ -35,24 +34,24 @@ def _prepared(mode, dtype):
 
 
 def _expected_biases(counts):
-    """The sign rule by hand on the sigmoid layer, the proportional one on the softmax layer, both at 1e-2, centred."""
-    found = []
+    """By hand: the sign rule for the sigmoid layer, the proportional rule for the softmax layer; rate 1e-2, centred."""
+    biases = []
     for name, layer, rule in zip(grid.BIASES, counts, ("sign", "proportional"), strict=True):
         rule = getattr(grid.reference, f"{rule}_rule")
-        found.append(torch.tensor(rule(grid.BIASES[name].tolist(), layer, 1e-2, True)))
-    return found
+        biases.append(torch.tensor(rule(grid.BIASES[name].tolist(), layer, 1e-2, True)))
+    return biases
 
 
 def _check(cell, outcome, num_ranks):
     gradients, counts = _exact(cell.dtype, cell.order, num_ranks)
-    assert outcome.counts == counts, "a token was counted twice, or not at all, or on the wrong rank"
+    assert outcome.counts == counts, "a token was counted twice, not at all, or on the wrong rank"
     assert grid.error(outcome, gradients) < TOLERANCE
-    for ours, expected in zip(outcome.biases, _expected_biases(counts), strict=True):
-        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6)  # float32 sums of six terms
+    for bias, expected in zip(outcome.biases, _expected_biases(counts), strict=True):
+        torch.testing.assert_close(bias, expected, rtol=0, atol=1e-6)  # float32 sums of six terms
 
 
 def _parameters(*wrappers):
-    """Cells that share a model, or a pair of processes, stay on one worker."""
+    """Cells that share a model or a pair of processes run on one worker."""
     for wrapper in wrappers:
         for cell in grid.cells(wrapper):
             group = wrapper if wrapper != "none" else f"{cell.mode}-{cell.dtype}"
@@ -83,28 +82,28 @@ def _eager_error(mode="eager", order="forwards_first"):
     return grid.error(outcome, gradients), outcome.counts == counts
 
 
-def test_the_table_sees_f_read_early(monkeypatch):
+def test_the_table_sees_a_share_that_is_read_too_early(monkeypatch):
     def first_micro_batch_only(self):
         return self.micro_batches[0].vector
 
-    monkeypatch.setattr(Window, "load_pooled", first_micro_batch_only)
+    monkeypatch.setattr(Window, "pooled_vector", first_micro_batch_only)
     assert _eager_error()[0] > 1e-2
 
 
 def test_the_table_sees_a_factor_that_is_ignored(monkeypatch):
-    original = Recorder._serve
-    monkeypatch.setattr(Recorder, "_serve", lambda self, *args: (original(self, *args)[0], 1.0))
+    original = Losses._serve
+    monkeypatch.setattr(Losses, "_serve", lambda self, *args: (original(self, *args)[0], 1.0))
     assert _eager_error()[0] > 1e-2
 
 
-def test_the_table_sees_an_bias_that_reaches_the_weights(monkeypatch):
+def test_the_table_sees_a_bias_that_reaches_the_weights(monkeypatch):
     def biased(self, func, types, args=(), kwargs=None):
         if func in (torch.topk, torch.Tensor.topk) and args[0].shape[-1] == self.bias.shape[0]:
             return torch.topk(args[0] + self.bias, *args[1:], **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
     cell = grid.Cell("eager", "float32", 1, "plain", "none")
-    prepared = grid.prepare(cell)  # attach itself refuses such a router
+    prepared = grid.prepare(cell)  # before the patch: attach refuses such a router
     monkeypatch.setattr(tap.BiasedTopK, "__torch_function__", biased)
     assert grid.error(grid.run(cell, prepared), _exact("float32", "plain", 1)[0]) > 1e-2
 
@@ -114,12 +113,12 @@ def test_the_table_sees_recomputation_that_counts(monkeypatch, mode):
     cell = grid.Cell(mode, "float32", 1, "plain", "none")
     torch._dynamo.reset()
     prepared = grid.prepare(cell)
-    grid.run(cell, prepared)  # compiled now: the patch below reaches our run-time test only
+    grid.run(cell, prepared)  # compiles now, so that the patch changes the check at run time only
     monkeypatch.setattr(torch._C, "_current_graph_task_id", lambda: -1)
     try:
         outcome = grid.run(cell, prepared)
     except (equipoise.EquipoiseError, ValueError):
-        return  # refused: red as well
+        return  # an error shows the defect too
     assert outcome.counts != _exact("float32", "plain", 1)[1]
 
 

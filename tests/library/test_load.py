@@ -5,7 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from equipoise.balancers import load_balancing_loss
-from equipoise.load import Layout, expert_load, sequence_load
+from equipoise.counting.layout import Layout
+from equipoise.load import expert_load, sequence_load
 from equipoise.routing import route
 
 
@@ -98,8 +99,8 @@ def test_sequence_load_refuses_ids_that_do_not_fit(length, num_sequences):
         sequence_load(_routing(sequence_ids=torch.zeros(length, dtype=torch.int64), num_sequences=num_sequences))
 
 
-def test_a_mask_counts_where_it_is_not_zero():
-    """Everywhere alike: in the counts of a function, in those of a window and in the loss."""
+def test_a_token_counts_if_its_mask_is_not_zero():
+    """The same in expert_load, in the counts of a window and in the loss."""
     ids, mask = torch.tensor([[0], [1], [2], [1]]), torch.tensor([0.5, 0.5, 0.0, 1.0])
     layout = Layout([3])
     vector = layout.zeros(torch.device("cpu"))

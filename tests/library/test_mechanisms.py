@@ -1,4 +1,4 @@
-"""Every mechanism through ``attach``: what it counts in a window, what it moves, what is saved; on one rank and two."""
+"""Every mechanism through ``attach``, on one rank and on two: counts of a window, moves of the bias, saved state."""
 
 import pytest
 import reference
@@ -29,7 +29,7 @@ moving = pytest.mark.parametrize("strategy", MOVING)
 
 
 def _recorded(model):
-    """Logits and choices of every router call, by layer, through hooks of the test's own."""
+    """Logits and choices of every router call, by layer, from the test's own hooks."""
     seen = [[], []]
     for layer, block in enumerate(model.blocks):
         block.gate.register_forward_hook(
@@ -47,7 +47,7 @@ def _window(model, balance, seeds):
 
 
 def _expected(strategy, bias, momentum, calls, masks, score_function, window):
-    """One window of a layer by the float64 loops: the new bias and momentum."""
+    """One window of a layer in the float64 loops of the reference: the new bias and momentum."""
     options = dict(o.split("=") for o in strategy.partition(":")[2].split(",") if o)
     flags = [m.flatten().tolist() for m in masks]
     logits = [call[0].double().tolist() for call in calls]
@@ -71,7 +71,7 @@ def _expected(strategy, bias, momentum, calls, masks, score_function, window):
 
 
 @pytest.mark.parametrize("strategy", MOVING[:-1])
-def test_three_windows_move_the_biases_as_the_reference(strategy):
+def test_three_windows_move_the_biases_as_in_the_reference(strategy):
     model = tiny_lm()
     balance = equipoise.attach(model, strategy, "lbl:coefficient=0.1", "z")
     seen = _recorded(model)
@@ -82,21 +82,21 @@ def test_three_windows_move_the_biases_as_the_reference(strategy):
         seeds = range(3 * window, 3 * window + 3)
         _window(model, balance, seeds)
         for layer, score_function in enumerate(SCORE_FUNCTIONS):
-            found = balance.biases[NAMES[layer]].double()
+            bias = balance.biases[NAMES[layer]].double()
             biases[layer], momenta[layer] = _expected(
                 strategy, biases[layer], momenta[layer], seen[layer], [mask(s) for s in seeds], score_function, window
             )
             # the histogram's reference bins float32 scores in float64: a margin at an edge may change its bin
             tolerance = 2e-4 if strategy == "quantile" else 1e-6
-            assert_close(found, torch.tensor(biases[layer], dtype=torch.float64), rtol=0, atol=tolerance)
-            biases[layer] = found.tolist()
-            assert found.any()
+            assert_close(bias, torch.tensor(biases[layer], dtype=torch.float64), rtol=0, atol=tolerance)
+            biases[layer] = bias.tolist()
+            assert bias.any()
 
 
 @moving
 @pytest.mark.parametrize("checkpointing", ["non_reentrant", "reentrant"])
 def test_recomputation_evaluation_and_pauses_are_not_counted(strategy, checkpointing):
-    found = []
+    biases = []
     for kind in (None, checkpointing):
         model = tiny_lm(kind)
         balance = equipoise.attach(model, strategy, "lbl:coefficient=0.1")
@@ -107,14 +107,14 @@ def test_recomputation_evaluation_and_pauses_are_not_counted(strategy, checkpoin
                 with balance.measuring():
                     model(ids(98))
             _window(model, balance, (2 * window, 2 * window + 1))
-        found.append(balance.biases)
+        biases.append(balance.biases)
     for name in NAMES:
-        assert torch.equal(found[0][name], found[1][name])
+        assert torch.equal(biases[0][name], biases[1][name])
 
 
 @moving
 def test_a_skipped_step_moves_nothing_whatever_says_so(strategy):
-    found = []
+    states = []
     for skipped in (False, torch.tensor(False), None):
         model = tiny_lm()
         balance = equipoise.attach(model, strategy)
@@ -123,13 +123,13 @@ def test_a_skipped_step_moves_nothing_whatever_says_so(strategy):
                 continue
             model(ids(window), mask(window))
             balance.step(applied)
-        found.append(balance.state_dict())
-    for state in found[1:]:
+        states.append(balance.state_dict())
+    for state in states[1:]:
         for part in ("biases", "state"):
-            if part == "biases" and state is found[2] and "schedule" in strategy:
-                continue  # a window that was skipped passes all the same
+            if part == "biases" and state is states[2] and "schedule" in strategy:
+                continue  # a skipped window still counts for the schedule
             values = state[part] if part == "biases" else state[part].get("momentum", {})
-            ours = found[0][part] if part == "biases" else found[0][part].get("momentum", {})
+            ours = states[0][part] if part == "biases" else states[0][part].get("momentum", {})
             for name, value in values.items():
                 assert torch.equal(value, ours[name])
 
@@ -223,10 +223,10 @@ def test_factors_choose_by_the_product_and_leave_the_weights(name):
         expected = torch.tensor(plain_weights)
         expected = expected / expected.sum(-1, keepdim=True)
         assert_close(share.sort().values.float(), expected.sort().values, rtol=1e-4, atol=1e-5)
-    held = balance.biases
-    given_back = balance.detach()
+    before = balance.biases
+    detached = balance.detach()
     for layer in names:
-        assert torch.equal(held[layer], given_back[layer])
+        assert torch.equal(before[layer], detached[layer])
         assert "_equipoise_bias" not in routers[layer]._buffers
 
 
@@ -256,11 +256,11 @@ def test_factors_follow_a_cast():
     balance = equipoise.attach(model, "loss-free:rate=0.1,rule=multiplicative")
     model(ids(0))
     balance.step()
-    held = balance.biases
+    before = balance.biases
     model.to(torch.bfloat16)
     for block, name in zip(model.blocks, NAMES, strict=True):
         assert block.gate._equipoise_bias.dtype == torch.float32
-        assert torch.equal(block.gate._equipoise_bias, held[name])
+        assert torch.equal(block.gate._equipoise_bias, before[name])
 
 
 # ---- composition ----
@@ -273,8 +273,8 @@ def test_losses_are_logged_by_name_and_each_has_its_own_coefficient():
     model(ids(0))
     value = balance.loss().detach()
     balance.step()
-    found = balance.metrics()
-    parts = [found[name] for name in ("load_balancing_loss", "load_balancing_loss_sequence", "z_loss")]
+    metrics = balance.metrics()
+    parts = [metrics[name] for name in ("load_balancing_loss", "load_balancing_loss_sequence", "z_loss")]
     assert_close(float(value), 2 * (0.5 * parts[0] + 0.25 * parts[1] + 0.125 * parts[2]), rtol=1e-6, atol=0)
     assert len(set(parts)) == 3
 
@@ -319,7 +319,7 @@ def test_two_ranks_move_the_biases_as_one():
 
 @moving
 def test_a_training_forward_under_inference_mode_is_counted_with_the_others(strategy):
-    found = []
+    biases = []
     for inference in (False, True):
         model = tiny_lm()
         balance = equipoise.attach(model, strategy)
@@ -330,13 +330,13 @@ def test_a_training_forward_under_inference_mode_is_counted_with_the_others(stra
             model(ids(seed + 2)).backward()
             balance.loss()
             balance.step()
-        found.append(balance.biases)
+        biases.append(balance.biases)
     for name in NAMES:
-        assert torch.equal(found[0][name], found[1][name])
+        assert torch.equal(biases[0][name], biases[1][name])
 
 
 def test_a_factor_on_a_slot_that_is_not_zero_is_refused():
-    """Top-k cannot see a bias that all experts share; a factor on the sum would make the busiest busier."""
+    """Top-k does not see a bias that all experts share, but a factor on the sum would make the busiest busier."""
     model = family("glm4_moe")
     for name, slot in model.named_buffers():
         if name.endswith("e_score_correction_bias"):
@@ -347,7 +347,7 @@ def test_a_factor_on_a_slot_that_is_not_zero_is_refused():
 
 
 class _Counts(equipoise.Balancer):
-    """Gives the same tensor for every call and remembers what comes back."""
+    """Returns the same tensor for every call and records the pooled statistics."""
 
     name = "counts"
 
@@ -371,16 +371,16 @@ def test_a_statistic_stays_the_balancers_own():
         for seed in range(2):
             model(ids(2 * window + seed))
         balance.step()
-    for group in balance._groups:
+    for group in balance._biases.groups:
         assert group.balancers[0].seen == [[[2, 2]]] * 3
         assert group.balancers[0].one.tolist() == [1, 1]
 
 
-def test_a_balancer_that_keeps_its_arguments_elsewhere_still_has_a_name():
+def test_a_balancer_with_arguments_under_other_names_still_has_a_strategy_string():
     assert str(_Counts(amount=3)) == "counts"
 
 
-def test_a_bias_that_is_adopted_brings_no_momentum_along():
+def test_adopting_a_bias_resets_its_momentum():
     model = tiny_lm()
     balance = equipoise.attach(model, "loss-free:rate=0.1,rule=momentum")
     model(ids(0))

@@ -1,4 +1,4 @@
-"""Router and MoE: equal to a loop over tokens and experts, with and without capacity, compiled, and attached."""
+"""Router and MoE equal a loop over tokens and experts: with and without capacity, compiled, and attached."""
 
 import math
 import textwrap
@@ -16,9 +16,9 @@ import equipoise
 from equipoise import EquipoiseError, attach
 from equipoise.nn import MoE, Router, grouped
 from equipoise.nn.grouped import _block_mm
+from equipoise.routers import RouterKind
 from equipoise.routers.find import find_routers
 from equipoise.routers.prove import prove
-from equipoise.routers.tap import RouterKind
 
 SLOT = "e_score_correction_bias"
 
@@ -44,7 +44,7 @@ def _mlp(x, gate_up, down):
 
 
 def _loop(moe, hidden):
-    """The layer, a token and an expert at a time; and the assignments that were dropped, as (token, expert)."""
+    """The layer as a loop over tokens and experts; and the dropped assignments as (token, expert)."""
     router, x = moe.router, hidden.reshape(-1, hidden.shape[-1])
     logits = x @ router.weight.T
     ids, _ = reference.route(
@@ -190,7 +190,7 @@ def products(monkeypatch):
         ((12, 8, 6, 2), torch.bfloat16, 0),
     ],
 )
-def test_torchs_kernel_is_used_where_it_can_be(products, sizes, dtype, calls):
+def test_torchs_kernel_is_used_where_it_exists(products, sizes, dtype, calls):
     moe, hidden = _moe(*sizes, dtype=dtype), _hidden(5, sizes[0], dtype=dtype)
     moe(hidden).sum().backward()
     assert products == [dtype] * calls
@@ -252,7 +252,7 @@ def _routed(choices, num_experts, **options):
     return moe, hidden
 
 
-def test_what_comes_after_the_capacity_is_dropped_and_counted_before():
+def test_assignments_beyond_the_capacity_are_dropped_but_counted():
     """Expert 0 has places for ceil(1.0 * 5 * 1 / 2) = 3 of the 4 tokens that choose it: token 4 gets nothing."""
     moe, hidden = _routed([[0], [0], [1], [0], [0]], 2, capacity_factor=1.0)
     plain = deepcopy(moe)
@@ -266,7 +266,7 @@ def test_what_comes_after_the_capacity_is_dropped_and_counted_before():
     assert not output[4].any()
 
 
-def test_a_dropped_assignment_leaves_the_tokens_other_expert_as_it_is():
+def test_a_dropped_assignment_leaves_the_other_experts_of_its_token_unchanged():
     """C = ceil(0.75 * 4 * 2 / 3) = 2. Expert 1 takes tokens 0 and 1, though token 3 would have it first."""
     choices = [[0, 1], [2, 1], [2, 0], [1, 2]]
     moe, hidden = _routed(choices, 3, capacity_factor=0.75, num_shared=1)
@@ -311,7 +311,7 @@ def test_capacity_for_every_token_drops_nothing():
     assert dropless.capacity(20) == roomy.capacity(20) == 20
 
 
-def test_num_dropped_is_that_of_the_last_forward():
+def test_num_dropped_counts_the_last_forward():
     moe = _moe(16, 8, 6, 2, capacity_factor=0.5)
     first = [moe(_hidden(20, 16, seed=seed)) is not None and int(moe.num_dropped) for seed in (1, 2, 1, 2)]
     assert first[0] > 0 and first[:2] == first[2:] and first[0] != first[1]
@@ -416,30 +416,30 @@ def _sparse(dtype, tokens=70):
 
 def _both(moe, hidden, monkeypatch):
     found = moe(hidden)
-    monkeypatch.setattr(grouped, "_is_compiled_for_its_rows", lambda *_: False)
+    monkeypatch.setattr(grouped, "_needs_padding", lambda *_: False)
     expected = moe(hidden)
     return (found, _gradients(found, moe, hidden)), (expected, _gradients(expected, moe, hidden))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_narrow_products_have_whole_rows_and_give_what_they_gave(dtype, rows, monkeypatch):
+def test_narrow_products_pad_their_rows_and_give_the_same_result(dtype, rows, monkeypatch):
     moe, hidden = _sparse(dtype)
     (found, ours), (expected, theirs) = _both(moe, hidden, monkeypatch)
     loads = rows[-1]
-    assert rows[0] == [-(-load // grouped.ROWS) * grouped.ROWS for load in loads] != loads
+    assert rows[0] == [-(-load // grouped.ROW_MULTIPLE) * grouped.ROW_MULTIPLE for load in loads] != loads
     assert loads[3] == loads[5] == 0 and sum(loads) == 140
     tolerance = 1e-2 if dtype == torch.bfloat16 else 2e-3
     for name, a, b in [("output", found, expected), *((name, ours[name], theirs[name]) for name in theirs)]:
         assert_close(a, b, rtol=0, atol=tolerance * float(b.detach().abs().max()), msg=name)
 
 
-def test_wide_products_have_the_rows_that_there_are(rows):
+def test_wide_products_do_not_pad_rows(rows):
     moe, hidden = _sparse(torch.float32)
     moe(hidden)
     assert sum(rows[0]) == 140
 
 
-def test_a_token_that_is_no_number_reaches_no_expert_but_its_own(monkeypatch):
+def test_a_token_that_is_not_finite_reaches_only_its_own_experts(monkeypatch):
     moe, hidden = _sparse(torch.bfloat16)
     router = tuple(value.detach() for value in moe.router(hidden))
     chosen = router[2][0].tolist()
@@ -451,7 +451,7 @@ def test_a_token_that_is_no_number_reaches_no_expert_but_its_own(monkeypatch):
     assert spoilt == [expert for expert in range(6) if theirs["down"][expert].isnan().any()] == sorted(chosen)
 
 
-def test_no_token_at_all_in_bfloat16():
+def test_bfloat16_layer_takes_zero_tokens():
     moe, hidden = _moe(16, 8, 6, 2, dtype=torch.bfloat16), _hidden(0, 16, dtype=torch.bfloat16)
     assert moe(hidden).shape == (0, 16)
 
@@ -490,7 +490,7 @@ def test_the_router_is_route_on_float32_logits(score_function):
     assert router(hidden.double())[0].dtype == torch.float64
 
 
-def test_top_1_weights_are_scores_so_that_the_task_reaches_the_router():
+def test_top_1_weights_are_scores_so_the_router_gets_a_gradient():
     with pytest.raises(ValueError, match=r"renormalise must be False with k=1.*get no gradient.*Leave renormalise out"):
         Router(16, 6, 1, renormalise=True)
     moe, hidden = _moe(16, 8, 6, 1), _hidden(9, 16)
@@ -536,13 +536,15 @@ def test_sizes_that_do_not_fit_are_refused(options, message):
 
 
 @pytest.mark.parametrize("shape", [(4, 8), (), (16, 4)])
-def test_tokens_of_another_width_are_refused(shape):
-    with pytest.raises(ValueError, match=r"dim last: expected \(\.\.\., 16\), got \(.*\)\. Build the layer with dim="):
+def test_hidden_states_of_another_width_are_refused(shape):
+    with pytest.raises(
+        ValueError, match=r"hidden must have the shape \(\.\.\., 16\): got \(.*\)\. Build the layer with dim="
+    ):
         MoE(16, 8, 6, 2)(torch.zeros(shape))
 
 
 @pytest.mark.parametrize("layer", [Router(16, 4, 2), MoE(16, 32, 4, 2)], ids=["router", "layer"])
-def test_token_ids_are_no_hidden_states(layer):
+def test_token_ids_are_refused_as_hidden_states(layer):
     with pytest.raises(ValueError, match="hidden must hold floating point numbers: got torch.int64"):
         layer(torch.zeros(2, 16, dtype=torch.int64))
 
@@ -550,7 +552,7 @@ def test_token_ids_are_no_hidden_states(layer):
 # ---- as a module ----
 
 
-def test_names_shapes_and_start_of_what_is_saved():
+def test_the_state_dict_has_these_names_shapes_and_initial_values():
     torch.manual_seed(0)
     moe = MoE(64, 32, 8, 2, num_shared=2)
     assert {name: tuple(value.shape) for name, value in moe.state_dict().items()} == {
@@ -566,10 +568,9 @@ def test_names_shapes_and_start_of_what_is_saved():
         assert parameter.mean().abs() < 0.003
     assert not moe.router.e_score_correction_bias.any()
     assert list(MoE(16, 8, 6, 2).state_dict()) == ["gate_up", "down", "router.weight", f"router.{SLOT}"]
-    assert "score_function='sigmoid'" in repr(moe) and "capacity_factor=None" in repr(moe)
 
 
-def test_a_layer_from_the_meta_device_is_the_same_after_reset():
+def test_reset_parameters_initialises_a_layer_from_the_meta_device():
     torch.manual_seed(0)
     plain = MoE(16, 8, 6, 2, num_shared=1)
     with torch.device("meta"):
@@ -587,7 +588,7 @@ def test_a_layer_from_the_meta_device_is_the_same_after_reset():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_shape_depends_on_the_data(dtype):
-    """The meta device has no data: whatever looks at a value, or makes a host wait for one, raises there."""
+    """The meta device has no data, so reading a value, or waiting for one, raises there."""
     with torch.device("meta"):
         moe = MoE(16, 8, 6, 2, num_shared=1, capacity_factor=1.0).to(dtype)
         hidden = torch.zeros(2, 5, 16, dtype=dtype, requires_grad=True)
@@ -632,7 +633,7 @@ class Model(nn.Module):
 
 
 def _step(model, attached, compiled=False):
-    """Output, all gradients, loads and what was dropped, of one step over two micro-batches."""
+    """Outputs and gradients, loads, and dropped assignments of one step over two micro-batches."""
     balance = attach(model, "loss-free:rate=0.1+lbl:coefficient=0.1") if attached else None
     call = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
     outputs, dropped = [], []
@@ -660,7 +661,7 @@ def _step(model, attached, compiled=False):
         (False, True, 0.7, "reentrant"),
     ],
 )
-def test_compiled_and_checkpointed_steps_are_the_plain_one(compiled, attached, capacity_factor, checkpointing):
+def test_compiled_and_checkpointed_steps_equal_the_plain_step(compiled, attached, capacity_factor, checkpointing):
     if compiled:
         torch._dynamo.reset()
     expected, their_loads, their_dropped = _step(Model(capacity_factor=capacity_factor), attached)
@@ -733,7 +734,7 @@ def test_the_example_is_short_and_runs():
     assert names["loss"].item() < 6  # the logarithm of 256 is 5.5
 
 
-# ---- routers that say themselves what they are ----
+# ---- routers that declare their kind ----
 
 
 class OwnRouter(nn.Module):
@@ -749,7 +750,7 @@ class OwnRouter(nn.Module):
         return logits, weights, ids
 
 
-def test_a_router_of_ones_own_is_known_by_what_it_declares():
+def test_a_router_that_declares_its_kind_is_recognised():
     torch.manual_seed(0)
     model = nn.Sequential(OwnRouter(RouterKind("softmax", None)))
     balance = attach(model, "loss-free:rate=0.1,rule=sign+lbl")
@@ -776,7 +777,7 @@ def test_a_declaration_is_proven(kind, message):
         attach(nn.Sequential(OwnRouter(kind)), "loss-free")
 
 
-def test_wrappers_do_not_declare_what_is_inside_them():
+def test_wrappers_are_not_taken_for_the_router_inside_them():
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
     moe = _moe(16, 8, 6, 2)

@@ -96,3 +96,51 @@ def test_errors_have_one_root():
     assert issubclass(equipoise.UsageError, equipoise.EquipoiseError)
     assert issubclass(equipoise.UsageError, ValueError)
     assert not issubclass(equipoise.EquipoiseError, ValueError)
+
+
+def test_the_repr_of_a_public_object_is_one_useful_line():
+    import torch
+
+    from equipoise.balancers import LayerStack
+    from equipoise.recipes import FRAMEWORKS
+    from equipoise.routing import route
+
+    router = "num_experts=8, k=2, score_function='sigmoid', num_groups=1, top_groups=1, renormalise=True, scale=1)"
+    expected = [
+        (
+            equipoise.LossFree(rule="sign"),
+            "LossFree(rate=0.001, rule='sign', center=True, scope='global_batch', schedule='constant')",
+        ),
+        (equipoise.Quantile(ema=0.5), "Quantile(bins=128, ema=0.5, fraction=1.0)"),
+        (equipoise.Frozen(), "Frozen(multiplies=False)"),
+        (
+            equipoise.LoadBalancingLoss(scope="sequence"),
+            "LoadBalancingLoss(coefficient=0.01, scope='sequence', pooling='window', normalise=True)",
+        ),
+        (equipoise.ZLoss(), "ZLoss(coefficient=0.001)"),
+        (equipoise.Alerts(num_seen=3), "Alerts(num_seen=3, holding='none')"),
+        (equipoise.nn.Router(16, 8, 2), f"Router(dim=16, {router}"),
+        (equipoise.nn.MoE(16, 4, 8, 2), f"MoE(hidden=4, shared_hidden=0, capacity_factor=None, dim=16, {router}"),
+        (
+            LayerStack("sigmoid", 2, torch.zeros(3, 8)),
+            "LayerStack('sigmoid', k=2, selection='scores', layers=3, experts=8)",
+        ),
+        (route(torch.zeros(5, 4), 2), "Routing(tokens=5, experts=4, k=2, is_masked=False, num_sequences=0)"),
+        (
+            equipoise.recipe("kimi-k3"),
+            "Recipe(name='kimi-k3', strategy='quantile:ema=0.0,fraction=1.0', score_function='sigmoid')",
+        ),
+        (FRAMEWORKS["olmo-core"], "Framework(name='olmo-core', option='lb_loss_weight', formula='1 / L')"),
+    ]
+    assert [repr(value) for value, _ in expected] == [text for _, text in expected]
+
+
+def test_the_type_aliases_name_every_choice():
+    from typing import get_args
+
+    from equipoise.balancers import base, loss_free
+    from equipoise.routing import SCORE_FUNCTIONS, ScoreFunction
+
+    assert get_args(ScoreFunction) == SCORE_FUNCTIONS
+    assert (get_args(base.Scope), get_args(base.Pooling)) == (base.SCOPES, base.POOLINGS)
+    assert get_args(loss_free.Rule) == tuple(loss_free.RULES)

@@ -1,4 +1,4 @@
-"""Recipes: every value has its source and every string parses. Coefficients: the same gradient, by autograd."""
+"""Recipes: every value has a source and every string parses. Coefficients: the gradients are equal, by autograd."""
 
 import doctest
 import itertools
@@ -52,11 +52,15 @@ def test_every_value_of_a_recipe_has_a_public_source(name):
         assert re.search(r"arXiv:\d{4}\.\d{5}|github\.com/", source), f"{key}: {source}"
 
 
-def test_values_are_the_gate_and_every_option_in_order():
+def test_values_are_the_score_function_and_every_option_in_order():
     assert [(key, value) for key, value, _ in recipe("deepseek-v3").values()] == [
-        ("score_function", "sigmoid"), ("loss-free:rate", "1e-3"), ("loss-free:rule", "sign"), ("loss-free:center", "false"),
-        ("lbl:coefficient", "1e-4"), ("lbl:scope", "sequence"),
-    ]  # fmt: skip
+        ("score_function", "sigmoid"),
+        ("loss-free:rate", "1e-3"),
+        ("loss-free:rule", "sign"),
+        ("loss-free:center", "false"),
+        ("lbl:coefficient", "1e-4"),
+        ("lbl:scope", "sequence"),
+    ]
 
 
 def test_olmoe_is_its_config_in_our_units():
@@ -70,18 +74,18 @@ def test_olmoe_is_its_config_in_our_units():
     [
         ("deepseek_v3", ["must be one of switch", "got 'deepseek_v3'", "Did you mean deepseek-v3"]),
         ("DeepSeek-V4", ["Did you mean deepseek-v4"]),
-        ("nothing like it", ["got 'nothing like it'. `equipoise recipes` says"]),
+        ("nothing like it", ["got 'nothing like it'. `equipoise recipes` describes"]),
         ("qwen3", ["must have a source for every value", "not its weight"]),
     ],
 )
-def test_an_unknown_recipe_names_what_comes_close(name, words):
+def test_an_unknown_recipe_suggests_close_names(name, words):
     with pytest.raises(UsageError) as error:
         recipe(name)
     for word in words:
         assert word in str(error.value)
 
 
-def test_what_is_withheld_is_no_recipe():
+def test_withheld_names_are_not_recipes():
     assert not set(WITHHELD) & set(RECIPES)
 
 
@@ -108,7 +112,7 @@ def test_a_page_without_its_markers_is_an_error():
         update_page("# Recipes")
 
 
-# Coefficients. Each framework's loss as its own source describes it, on logits (layers, tokens, experts) and choices
+# Coefficients. Each framework's loss as its source code describes it, on logits (layers, tokens, experts) and choices
 # (layers, tokens, k). Gradients are at the logits.
 
 
@@ -148,9 +152,9 @@ def megatron_global(c, logits, ids):
 
 def transformers(c, logits, ids):
     """E * sum(tokens_per_expert * router_prob_per_expert), both means over the concatenated layers."""
-    score_functions = logits.flatten(0, 1)
-    tokens_per_expert = _counts(ids).sum(0) / score_functions.shape[0]
-    return c * EXPERTS * (tokens_per_expert * _probabilities(score_functions).mean(0)).sum()
+    all_logits = logits.flatten(0, 1)
+    tokens_per_expert = _counts(ids).sum(0) / all_logits.shape[0]
+    return c * EXPERTS * (tokens_per_expert * _probabilities(all_logits).mean(0)).sum()
 
 
 def olmo_core(c, logits, ids):
@@ -203,8 +207,8 @@ THEIRS = {
     "xtuner": xtuner,
     "paper-raw": paper_raw,
 }
-ONE_FOR_ALL = ("transformers",)  # its layers share their counts
-OUTSIDE = ("paper-raw",)  # no factor is exact
+POOLED_LAYERS = ("transformers",)  # its layers share their counts
+INEXACT = ("paper-raw",)  # no factor is exact
 
 
 def _logits():
@@ -220,11 +224,11 @@ def test_every_framework_is_checked():
     assert set(THEIRS) == set(FRAMEWORKS)
 
 
-@pytest.mark.parametrize("name", [name for name in THEIRS if name not in OUTSIDE])
+@pytest.mark.parametrize("name", [name for name in THEIRS if name not in INEXACT])
 def test_a_converted_coefficient_has_the_same_gradient(name):
     logits = _logits()
     ids = logits.topk(K, dim=-1).indices
-    if name in ONE_FOR_ALL:
+    if name in POOLED_LAYERS:
         ids = ids[:1].expand(LAYERS, -1, -1)
     here = ours_by_sequence if name == "maxtext" else ours
     converted = convert_coefficient(0.3, name, **SETTING)
@@ -233,7 +237,7 @@ def test_a_converted_coefficient_has_the_same_gradient(name):
     assert there.abs().max() > 1e-4
 
 
-def test_with_unequal_layers_no_coefficient_is_that_of_transformers():
+def test_no_coefficient_reproduces_transformers_if_layers_differ():
     logits = _logits()
     ids = logits.topk(K, dim=-1).indices
     there = _gradient(transformers, 1.0, logits, ids)
@@ -243,7 +247,7 @@ def test_with_unequal_layers_no_coefficient_is_that_of_transformers():
 
 
 def test_two_collapsed_layers_look_balanced_to_transformers():
-    """Layer 0 uses the first half of the experts, layer 1 the other: pooled, all are used alike."""
+    """Layer 0 uses the first half of the experts, layer 1 the second: pooled, all are used equally."""
     half = EXPERTS // 2
     logits = torch.zeros(2, TOKENS, EXPERTS, dtype=torch.float64)
     logits[0, :, :half], logits[1, :, half:] = 20, 20
@@ -252,9 +256,9 @@ def test_two_collapsed_layers_look_balanced_to_transformers():
     assert ours(1.0, logits, ids).item() == pytest.approx(2 * 2)  # two layers, each twice its value at balance
 
 
-def test_raw_scores_of_one_half_differ_by_half_the_experts_and_a_common_push():
-    """At the start all sigmoid scores are 1/2. Between experts the gradients are then the same; the raw loss also
-    lowers all of them together, by which no choice changes."""
+def test_raw_scores_of_one_half_differ_by_a_factor_of_half_the_experts_and_a_common_shift():
+    """At the start all sigmoid scores are 1/2. The gradients then differ by a shift that all experts share, because
+    the raw loss also lowers all scores together. That changes no choice."""
     logits = torch.zeros(LAYERS, TOKENS, EXPERTS, dtype=torch.float64)
     ids = _logits().topk(K, dim=-1).indices
 
@@ -271,7 +275,7 @@ def test_raw_scores_of_one_half_differ_by_half_the_experts_and_a_common_push():
 
 
 @pytest.mark.parametrize("name", FRAMEWORKS)
-def test_the_value_at_balance_is_as_the_table_says(name):
+def test_the_value_at_balance_matches_the_table(name):
     logits = torch.zeros(LAYERS, TOKENS, EXPERTS, dtype=torch.float64)
     ids = (torch.arange(LAYERS * TOKENS * K) % EXPERTS).reshape(LAYERS, TOKENS, K)
     says = {"1": 1, "k": K, "1 / D": 1 / RANKS, "mean of sum_j s_j": EXPERTS / 2}[FRAMEWORKS[name].balanced]
@@ -280,7 +284,7 @@ def test_the_value_at_balance_is_as_the_table_says(name):
 
 
 @pytest.mark.slow
-def test_transformers_own_function_is_the_one_described():
+def test_our_loss_of_transformers_equals_its_own_function():
     modeling = pytest.importorskip("transformers.models.mixtral.modeling_mixtral")
 
     def theirs(c, logits, ids):
@@ -315,7 +319,7 @@ def test_coefficients_worked_by_hand(source, target, options, expected):
 
 
 @pytest.mark.parametrize(("source", "target"), list(itertools.product(FRAMEWORKS, FRAMEWORKS)))
-def test_there_and_back_is_the_same(source, target):
+def test_converting_there_and_back_changes_nothing(source, target):
     there = convert_coefficient(7e-3, source, target, **SETTING)
     assert convert_coefficient(there, target, source, **SETTING) == pytest.approx(7e-3, rel=1e-15)
     assert convert_coefficient(0.0, source, target, **SETTING) == 0
@@ -340,6 +344,6 @@ def test_there_and_back_is_the_same(source, target):
         ((1e-3, "transformers"), dict(num_layers=2, k=9, num_experts=8), "k must be at most num_experts: got 9 of 8"),
     ],
 )
-def test_what_cannot_be_converted_says_why(arguments, options, message):
+def test_bad_arguments_are_usage_errors(arguments, options, message):
     with pytest.raises(UsageError, match=message):
         convert_coefficient(*arguments, **options)

@@ -45,7 +45,7 @@ def test_score_is_float32_or_wider(score_function, given_dtype, expected):
     logits = _logits(dtype=given_dtype)
     scores = score(logits, score_function)
     assert scores.dtype == expected
-    # widened before the gate, not after: equal bit for bit to the gate of the widened logits
+    # widened before the score function, not after: equal bit for bit to the scores of the widened logits
     assert torch.equal(scores, score(logits.to(expected), score_function))
 
 
@@ -58,7 +58,7 @@ def test_score_has_a_finite_gradient_at_extreme_logits(score_function):
     assert logits.grad.isfinite().all(), logits.grad
 
 
-def test_score_refuses_an_unknown_gate():
+def test_score_refuses_an_unknown_score_function():
     with pytest.raises(ValueError, match="score_function must be one of softmax, sigmoid, sqrt_softplus: got 'tanh'"):
         score(torch.zeros(1, 2), "tanh")
 

@@ -1,4 +1,4 @@
-"""Biases beside the weights of a family without a slot: written once, found again by whoever loads the model."""
+"""Biases saved beside the weights of a family without a slot, and read again when the model is loaded."""
 
 import json
 import logging
@@ -9,7 +9,7 @@ import torch
 
 import equipoise
 from equipoise import EquipoiseError, UsageError
-from equipoise.saved import BIASES_FILE, model_folder, read_biases
+from equipoise.saved import BIASES_FILE, read_biases
 
 
 def saved(folder, family="qwen3_moe", strategy="loss-free"):
@@ -34,10 +34,10 @@ def test_attach_begins_with_what_lies_beside_the_weights(tmp_path, strategy):
     _, biases, path = saved(tmp_path)
     assert path == tmp_path / BIASES_FILE
     assert json.loads((tmp_path / "config.json").read_text())["equipoise"] == {"biases": BIASES_FILE}
-    found = equipoise.attach(load(tmp_path), strategy).biases
-    assert found.keys() == biases.keys() and all(torch.equal(found[name], biases[name]) for name in biases)
-    given = {name: torch.zeros_like(value) for name, value in biases.items()}
-    assert not any(v.any() for v in equipoise.attach(load(tmp_path), strategy, biases=given).biases.values())
+    loaded = equipoise.attach(load(tmp_path), strategy).biases
+    assert loaded.keys() == biases.keys() and all(torch.equal(loaded[name], biases[name]) for name in biases)
+    zeros = {name: torch.zeros_like(value) for name, value in biases.items()}
+    assert not any(v.any() for v in equipoise.attach(load(tmp_path), strategy, biases=zeros).biases.values())
 
 
 def test_a_copy_of_a_model_that_was_trained_on_begins_with_what_it_holds(tmp_path):
@@ -51,8 +51,8 @@ def test_a_copy_of_a_model_that_was_trained_on_begins_with_what_it_holds(tmp_pat
     for _ in range(2):
         model(input_ids=ids)
         balance.step()
-    found, now = equipoise.attach(deepcopy(model), "frozen").biases, balance.biases
-    assert all(torch.equal(found[name], now[name]) and not torch.equal(now[name], before[name]) for name in now)
+    copied, now = equipoise.attach(deepcopy(model), "frozen").biases, balance.biases
+    assert all(torch.equal(copied[name], now[name]) and not torch.equal(now[name], before[name]) for name in now)
 
 
 def test_a_strategy_without_biases_says_that_it_routes_otherwise(tmp_path, caplog):
@@ -70,8 +70,8 @@ def test_biases_that_are_promised_and_not_there_are_an_error(tmp_path):
         EquipoiseError, match="which is not beside the weights .*Give biases=FOLDER, or begin from zero"
     ):
         equipoise.attach(model, "loss-free")
-    found = equipoise.attach(load(tmp_path), "loss-free", biases=tmp_path / "elsewhere.safetensors").biases
-    assert all(value.any() for value in found.values())
+    biases = equipoise.attach(load(tmp_path), "loss-free", biases=tmp_path / "elsewhere.safetensors").biases
+    assert all(value.any() for value in biases.values())
     del model.config.equipoise
     assert not any(value.any() for value in equipoise.attach(model, "loss-free").biases.values())
 
@@ -105,8 +105,8 @@ def test_factors_come_back_as_factors_or_not_at_all(tmp_path, family):
             with pytest.raises(UsageError, match="these multiply the scores. Attach frozen:multiplies=true"):
                 equipoise.attach(load(tmp_path), refused, biases=given)
     for taken in ("frozen:multiplies=true", strategy):
-        found = equipoise.attach(load(tmp_path), taken).biases
-        assert all(torch.equal(found[name], biases[name]) for name in biases)
+        loaded = equipoise.attach(load(tmp_path), taken).biases
+        assert all(torch.equal(loaded[name], biases[name]) for name in biases)
     model, ids = load(tmp_path).eval(), torch.arange(12).view(1, 12)
     expected = balance_of_its_own(family, biases, strategy, model, ids)
     equipoise.attach(model, "frozen:multiplies=true")
@@ -141,14 +141,6 @@ def test_biases_that_were_written_before_the_model_are_refused_or_told(tmp_path,
         begun = equipoise.attach(load(tmp_path / "early"), "frozen")
     assert "the model's config does not name it: it is not taken" in caplog.text
     assert not any(value.any() for value in begun.biases.values())
-
-
-def test_a_run_of_the_lab_has_its_model_inside(tmp_path):
-    assert model_folder(tmp_path) == tmp_path
-    (tmp_path / "model").mkdir()
-    assert model_folder(tmp_path) == tmp_path
-    (tmp_path / "model" / "config.json").touch()
-    assert model_folder(tmp_path) == tmp_path / "model"
 
 
 def test_a_step_that_is_never_called_is_said_once(caplog):

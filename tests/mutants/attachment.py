@@ -5,9 +5,9 @@ from mutants.mutant import Mutant
 MUTANTS = [
     # biases beside the weights
     Mutant(
-        "biases: what lies beside the weights is passed over",
-        "            biases = _beside_weights(inner, layers, resolved, multiplies)\n",
-        "            pass\n",
+        "biases: those saved beside the weights are passed over",
+        "    source = _beside_weights(model, layers, balancers, multiplies) if biases is None else biases",
+        "    source = biases",
         "test_saved -k begins",
     ),
     Mutant(
@@ -18,14 +18,14 @@ MUTANTS = [
     ),
     Mutant(
         "a copy begins with the biases of the folder",
-        '    if any("_equipoise" in layer.router.__dict__ for layer in layers):\n        return None',
+        "    if any(tap_of(layer.router) is not None for layer in layers):\n        return None",
         "    if False:\n        return None",
         "test_saved -k trained_on",
     ),
     # what is saved and found again
     Mutant(
         "saved: factors come back as numbers that are added",
-        "    if theirs != multiplies:",
+        "    if are_factors != multiplies:",
         "    if False:",
         "test_saved -k factors",
     ),

@@ -7,7 +7,7 @@ MUTANTS = [
         "2: counts are divided by the tokens of this micro-batch",
         "by_count = factor / load.sum(-1, keepdim=True).clamp_min(1).to(scores.dtype)",
         "by_count = torch.as_tensor(factor / (_num_tokens(routing) * routing.expert_ids.shape[-1]))",
-        "test_balance -k uneven",
+        "library/balance -k uneven",
     ),
     Mutant(
         "13: a loss k times as large",
@@ -23,8 +23,8 @@ MUTANTS = [
     ),
     Mutant(
         "closed form: the gradient forgets that scores are normalised",
-        "found = (slope - mean.div_(total)).div_(total)",
-        "found = (slope - mean).div_(total)",
+        "gradient = (slope - mean.div_(total)).div_(total)",
+        "gradient = (slope - mean).div_(total)",
         "test_load_balancing",
     ),
     Mutant(
@@ -41,24 +41,24 @@ MUTANTS = [
     ),
     Mutant(
         "42: padding gets the gradient of the loss",
-        "return found if masked is None else found.masked_fill_(masked, 0)",
-        "return found",
+        "return gradient if masked is None else gradient.masked_fill_(masked, 0)",
+        "return gradient",
         "test_load_balancing",
     ),
     Mutant(
-        "42: padding that overflowed spoils the z-loss",
+        "42: padding that is not finite spoils the z-loss",
         "logits.masked_fill(masked[:, None], 0).logsumexp(-1)",
         "logits.logsumexp(-1)",
         "test_z_loss",
     ),
     Mutant(
-        "49: an empty micro-batch divides by nothing",
+        "49: an empty micro-batch divides by zero",
         "return (routing.mask != 0).sum().clamp_min(1).to(routing.scores.dtype)",
         "return (routing.mask != 0).sum().to(routing.scores.dtype)",
         "test_load_balancing",
     ),
     Mutant(
-        "71: a momentum is not saved",
+        "71: the momentum is not saved",
         'return {} if self._momentum is None else {"momentum": self._momentum}',
         "return {}",
         "test_mechanisms -k never_stopped",
@@ -78,8 +78,8 @@ MUTANTS = [
     ),
     Mutant(
         "the proportional error is in tokens",
-        "relative = error.double() / load.sum(-1, keepdim=True).clamp_min(1)",
-        "relative = error.double() / load.shape[-1]",
+        "return _error(load).double() / load.sum(-1, keepdim=True).clamp_min(1)",
+        "return _error(load).double() / load.shape[-1]",
         "test_loss_free -k 'hand or reference'",
     ),
     Mutant(
@@ -89,25 +89,37 @@ MUTANTS = [
         "test_loss_free -k schedules",
     ),
     Mutant(
+        "the multiplicative rule adds its step",
+        "_Rule(sign_step, is_bounded=True, multiplies=True)",
+        "_Rule(sign_step, is_bounded=True)",
+        "test_loss_free -k multiplicative",
+    ),
+    Mutant(
+        "the default sharpness of the momentum rule is another",
+        "sharpness: float = 2.0",
+        "sharpness: float = 1.0",
+        "test_loss_free -k momentum",
+    ),
+    Mutant(
         "82: signs of micro-batches are summed",
-        "return (pooled[:, :-1].double() / pooled[:, -1:].clamp_min(1)).to(dtype)",
-        "return pooled[:, :-1].to(dtype)",
+        "return (signs[:, :-1].double() / signs[:, -1:].clamp_min(1)).to(self._bias.dtype)",
+        "return signs[:, :-1].to(self._bias.dtype)",
         "test_loss_free -k micro_batch",
     ),
     Mutant(
-        "82: an empty micro-batch has a say",
+        "82: an empty micro-batch takes part in the mean",
         "has_tokens = load.sum(-1, keepdim=True) > 0",
         "has_tokens = load.sum(-1, keepdim=True) >= 0",
         "test_loss_free -k micro_batch",
     ),
     Mutant(
-        "80: the quantile of the other tail",
+        "80: the quantile is taken from the other tail",
         "wanted = (num_tokens * k).double() / histogram.shape[-2]",
         "wanted = (num_tokens * (histogram.shape[-2] - k)).double() / histogram.shape[-2]",
         "test_quantile -k 'reference or even'",
     ),
     Mutant(
-        "80: a prefix instead of a random subset",
+        "80: the first tokens are taken instead of a random subset",
         "            drawn = _draw(routing.logits, self.fraction)",
         "            drawn = torch.arange(margins.shape[0]) < self.fraction * margins.shape[0]",
         "test_quantile -k 'fraction or dealt'",
@@ -118,7 +130,7 @@ MUTANTS = [
         "counted = None",
         "test_quantile -k 'reference or nothing'",
     ),
-    # I, J. frozen, coverage
+    # I, J. frozen
     Mutant(
         "84: a frozen bias moves",
         '    name = "frozen"\n',

@@ -66,7 +66,7 @@ MUTANTS = [
     ),
     Mutant(
         "81: a step that a fused optimizer skipped moves the biases under the Trainer",
-        "        self._applied = was_applied(optimizer)",
+        "        self._applied = step_was_applied(optimizer)",
         "        pass",
         "test_trainer -k fused",
     ),

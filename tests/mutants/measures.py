@@ -5,33 +5,33 @@ from mutants.mutant import Mutant
 MUTANTS = [
     # alerts
     Mutant(
-        "alerts: a window is judged by itself",
-        "if group.num_windows >= PATIENCE:",
-        "if group.num_windows >= 1:",
+        "alerts: every window is judged alone",
+        "if stretch.num_windows >= PATIENCE:",
+        "if stretch.num_windows >= 1:",
         "test_alerts -k does_not_last",
     ),
     Mutant(
         "alerts: small windows have dead experts",
-        "judged = mean >= ENOUGH",
+        "judged = mean >= MIN_SHARE",
         "judged = mean > 0",
         "test_alerts -k chance_raises",
     ),
     Mutant(
-        "alerts: an expert is back with one token",
-        "dead = (counts == 0) | (group.dead & (counts < ALIVE * mean[:, None]))",
+        "alerts: one token revives a dead expert",
+        "dead = (counts == 0) | (stretch.dead & (counts < REVIVED_SHARE * mean[:, None]))",
         "dead = counts == 0",
         "test_alerts -k now_and_then",
     ),
     Mutant(
-        "alerts: of a layer's dead experts the first is said",
+        "alerts: only the first dead expert of a layer is reported",
         'by_expert = kind == "dead experts"',
         "by_expert = False",
         "test_alerts -k each_expert",
     ),
     Mutant(
-        "alerts: a collapse is over and begins at the same bound",
-        "SPREAD * num_experts",
-        "COLLAPSED * num_experts",
+        "alerts: a collapse starts and ends at the same bound",
+        "SPREAD_ABOVE * num_experts",
+        "COLLAPSE_BELOW * num_experts",
         "test_alerts -k bound",
     ),
     Mutant(
@@ -41,19 +41,19 @@ MUTANTS = [
         "test_alerts -k one_window",
     ),
     Mutant(
-        "alerts: a rate that is in time is slow",
-        "(more > (-1 if left is None else left))",
-        "(more > 0)",
+        "alerts: a rate that is in time counts as slow",
+        "steps_needed > (-1 if steps_left is None else steps_left)",
+        "steps_needed > 0",
         "test_alerts -k in_time",
     ),
     Mutant(
-        "alerts: a rate is slow where chance makes an expert busy",
-        "torch.maximum(3 * floor, torch.full_like(floor, BUSY))",
-        "torch.full_like(floor, BUSY)",
+        "alerts: a rate counts as slow where chance makes an expert busy",
+        "torch.maximum(3 * floor, torch.full_like(floor, BUSY_VIOLATION))",
+        "torch.full_like(floor, BUSY_VIOLATION)",
         "test_alerts -k three_times",
     ),
     Mutant(
-        "alerts: a GPU is waited for at every window",
+        "alerts: every window waits for a GPU",
         'if not ends and (bad.device.type != "cpu" or not bool(bad.any())):',
         "if not ends and not bool(bad.any()):",
         "test_no_synchronisation -k alerts",
@@ -82,12 +82,12 @@ MUTANTS = [
         "42, 44: padding is counted",
         "            unmasked = (mask != 0).long()",
         "            unmasked = torch.ones_like(mask).long()",
-        "test_balance -k padding",
+        "library/balance -k padding",
     ),
     Mutant(
-        "93: shares are taken for counts",
-        'if load.is_floating_point():\n        raise ValueError(f"load must hold counts, integers: got {load.dtype}. Shar',
-        'if False:\n        raise ValueError(f"Shar',
+        "93: shares are accepted as counts",
+        'if load.is_floating_point():\n        raise ValueError(f"load must hold counts, integers: got {load.dtype}. A sha',
+        'if False:\n        raise ValueError(f"A sha',
         "test_metrics -k domains",
     ),
     Mutant(
@@ -98,9 +98,9 @@ MUTANTS = [
         "expert_ids.reshape(-1).long(), _ones(expert_ids, mask).float())",
         "test_load",
     ),
-    # K. groups
+    # K. expert groups
     Mutant(
-        "91: masked groups are 0 and win against negative scores",
+        "91: masked expert groups are 0 and win against negative scores",
         'float("-inf")).flatten(-2)',
         "0.0).flatten(-2)",
         "test_routing -k group",
@@ -126,13 +126,13 @@ MUTANTS = [
     ),
     # the lab
     Mutant(
-        "lab: the largest share of a domain is that of all domains together",
+        "lab: the largest share is taken from all domains together",
         "share.amax((0, -1))",
         "share.mean(0).amax(-1)",
         "test_metrics -k domain_share",
     ),
     Mutant(
-        "saved: the file does not say that its biases multiply",
+        "saved: the file does not record that its biases multiply",
         '{MULTIPLIES: "true"} if multiplies else None',
         "None",
         "test_saved -k factors",

@@ -1,16 +1,16 @@
-"""Mutants of the router and the layer of one's own."""
+"""Mutants of ``equipoise.nn``: the router and the MoE layer."""
 
 from mutants.mutant import Mutant
 
 MUTANTS = [
     Mutant(
-        "22: what the capacity drops is added up over recomputations",
+        "22: recomputations add to the number of dropped assignments",
         "self.num_dropped.copy_(dropped.sum())",
         "self.num_dropped.add_(dropped.sum())",
         "test_nn -k 'capacity or drop'",
     ),
     Mutant(
-        "experts: outputs are collected in the order of the sorting",
+        "experts: outputs are collected in sorted order",
         "torch.embedding_bag(y, inverse, starts)",
         "torch.embedding_bag(y, order, starts)",
         "test_nn -k 'loop'",
@@ -28,19 +28,19 @@ MUTANTS = [
         "integrations/test_experts -k 'of_transformers'",
     ),
     Mutant(
-        "experts: what fills rows up weighs something",
-        "    if filled:  # what",
-        "    if False:  # what",
+        "experts: padding rows have a weight",
+        "    if pads:  # padding",
+        "    if False:  # padding",
         "test_nn -k narrow_products",
     ),
     Mutant(
-        "experts: rows are filled up with another expert's tokens",
+        "experts: rows are padded with another expert's tokens",
         "first = order[assignments.begins.clamp_max(order.numel() - 1)]",
         "first = order[assignments.begins * 0]",
-        "test_nn -k no_number",
+        "test_nn -k not_finite",
     ),
     Mutant(
-        "experts: rows are not filled up",
+        "experts: rows are not padded",
         'narrow = x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)',
         "narrow = False",
         "test_nn -k narrow_products",

@@ -4,23 +4,23 @@ from mutants.mutant import Mutant
 
 MUTANTS = [
     Mutant(
-        "groups before a bias are attached",
-        "if (not grouped or in_the_way) and",
-        "if not grouped and",
+        "expert groups that are chosen before the bias is added are attached",
+        "if (not is_grouped or is_blocked) and",
+        "if not is_grouped and",
         "test_every_family -k groups_before",
     ),
     Mutant(
         "a forward that was stopped by hand stays counted",
-        "            if self.outer and not torch.compiler.is_compiling():",
+        "            if self._forwards and not torch.compiler.is_compiling():",
         "            if False:",
-        "test_balance -k stopped_by_hand",
+        "library/balance -k keyboard_interrupt",
     ),
     Mutant(
         "what a tap gives out is kept for its backward",
         "            ctx.save_for_backward(logits, expert_ids, weights)\n        return weights.clone()",
         "            weights = weights.clone()\n"
         "            ctx.save_for_backward(logits, expert_ids, weights)\n        return weights",
-        "test_balance -k may_write",
+        "library/balance -k may_write",
     ),
     Mutant(
         "a router with a forward on the instance is attached",
@@ -30,7 +30,7 @@ MUTANTS = [
     ),
     Mutant(
         "a proof runs what is inside the real router",
-        "        if name not in _OF_INSTANCE\n",
+        "        if name not in _BOUND_TO_INSTANCE\n",
         "",
         "test_find -k forward_of_its_own",
     ),
@@ -38,7 +38,7 @@ MUTANTS = [
         "eager tap: a traced forward goes the plain way",
         "        torch.compiler.is_compiling()\n        or torch",
         "        torch",
-        "test_counting",
+        "library/counting",
     ),
     Mutant(
         "30, 78: the bias reaches the weights",
@@ -50,56 +50,55 @@ MUTANTS = [
         "42: a mask that is added to scores is taken for padding",
         'return "it holds other numbers, as masks that are added to attention scores do"',
         "return None",
-        "test_balance -k 'mask or decoder or wrapper or own'",
+        "library/balance -k mask",
     ),
     Mutant(
         "42: a causal mask is taken for padding",
-        'return "it is that of causal attention, who may attend to whom"',
+        'return "it is a causal attention mask, which says who may attend to whom"',
         "return None",
-        "test_balance -k 'mask or decoder or wrapper or own'",
+        "library/balance -k mask",
     ),
     Mutant(
         "42: a decoder is masked by its encoder's mask",
-        "if module in self.unclear and isinstance(",
+        "if module in self._ambiguous and isinstance(",
         "if False and isinstance(",
-        "test_balance -k 'mask or decoder or wrapper or own'",
+        "library/balance -k mask",
     ),
     Mutant(
         "42: a mask is cut where nothing came before its tokens",
-        "    return any(value is not None and not isinstance(value, bool) for value in found)",
+        "    return any(value is not None and not isinstance(value, bool) for value in caches)",
         "    return True",
-        "test_balance -k 'no_length or cached'",
+        "library/balance -k 'sequence_length or cached'",
     ),
     Mutant(
         "42: a mask that cannot be one is refused where nothing is counted",
-        "                self.no_padding = self._no_padding(mask, rows, module, named)",
-        "                self.no_padding = self._no_padding(mask, rows, module, named)\n"
-        "                assert self.no_padding is None",
-        "test_balance -k 'added_to_attention or wrapper_makes'",
+        "                self.not_padding = self._why_not_padding(mask, rows, module, arguments)",
+        "                self.not_padding = self._why_not_padding(mask, rows, module, arguments)\n                assert self.not_padding is None",
+        "library/balance -k 'added_to_attention or wrapper_does_not'",
     ),
     Mutant(
         "42: what a wrapper wraps is not told its padding",
-        '    while "attention_mask" not in _argument_names(within):\n',
+        '    while "attention_mask" not in _argument_names(inner):\n',
         "    while False:\n",
-        "test_balance -k 'mask or decoder or wrapper or own'",
+        "library/balance -k mask",
     ),
     Mutant(
         "45: the mask that a model with a cached prefix is called with is taken from its beginning",
         "self.mask = mask[:, mask.shape[1] - length :]",
         "self.mask = mask[:, :length]",
-        "test_balance -k cached",
+        "library/balance -k cached",
     ),
     # G. storage and dtype
     Mutant(
         "68: a cast rounds the bias",
-        "        base._apply(self, fn, recurse)\n        self._equipoise.restore()",
-        "        base._apply(self, fn, recurse)",
+        "            tap.observer.restore_bias(tap.layer)",
+        "            pass",
         "test_find -k 'cast or meta'",
     ),
     Mutant(
         "71: a checkpoint that is loaded after attach loses its bias",
-        "        self._equipoise.adopt()",
-        "        self._equipoise.restore()",
+        "            tap.observer.adopt_bias(tap.layer)",
+        "            tap.observer.restore_bias(tap.layer)",
         "test_find -k adopted",
     ),
     Mutant(
@@ -124,14 +123,14 @@ MUTANTS = [
     ),
     Mutant(
         "routers: the best by other scores are good enough",
-        "if (not grouped or in_the_way) and (expert_ids.sort().values != best.sort().values).any():",
+        "if (not is_grouped or is_blocked) and (expert_ids.sort().values != best.sort().values).any():",
         "if False:",
         "test_every_family -k 'gpt_oss or kolibri1'",
     ),
     Mutant(
         "routers: groups are limited before the bias",
-        "in_the_way = grouped and (multiplies or kind.slot is None)",
-        "in_the_way = grouped and multiplies",
+        "is_blocked = is_grouped and (multiplies or kind.slot is None)",
+        "is_blocked = is_grouped and multiplies",
         "test_every_family -k groups",
     ),
     Mutant(
@@ -148,19 +147,19 @@ MUTANTS = [
     ),
     Mutant(
         "routers: the proof of one serves all of its class",
-        "declared, multiplies, _made_of(router), _tensors(parent))",
+        "declared, multiplies, fingerprint(router), tensor_shapes(parent))",
         "declared, multiplies)",
         "test_find -k found_out",
     ),
     Mutant(
         "routers: a proof is taken over where a config says another k",
-        "found.append((path, base, base.forward, _alike(held, seen), _tensors(module)))",
-        "found.append((path, base, base.forward, _tensors(module)))",
+        "parts.append((path, base, base.forward, _value(attributes, seen), tensor_shapes(module)))",
+        "parts.append((path, base, base.forward, tensor_shapes(module)))",
         "test_every_family -k another_k",
     ),
     Mutant(
         "routers: functions are alike",
-        "return value.__code__, _alike([cells, value.__defaults__, value.__kwdefaults__], seen)",
+        "return value.__code__, _value([cells, value.__defaults__, value.__kwdefaults__], seen)",
         "return FunctionType",
         "test_own_routers",
     ),
@@ -172,8 +171,8 @@ MUTANTS = [
     ),
     Mutant(
         "routers: a wrapper is attached beside what it wraps",
-        "return [one for one in found if one.module not in dropped]",
-        "return found",
+        "return [layer for layer in layers if layer.router not in dropped]",
+        "return layers",
         "test_own_routers",
     ),
     Mutant(
@@ -184,14 +183,14 @@ MUTANTS = [
     ),
     Mutant(
         "routers: a stand-in writes into the router's lists",
-        "copy(held) if isinstance(held, list | dict | set | deque) else held",
-        "held",
+        "copy(value) if isinstance(value, list | dict | set | deque) else value",
+        "value",
         "test_own_routers",
     ),
     Mutant(
         "routers: of fully_shard are made by its class",
-        "made = object.__new__(plain_class(router))",
-        "made = plain_class(router).__new__(plain_class(router))",
+        "stand_in = object.__new__(plain_class(router))",
+        "stand_in = plain_class(router).__new__(plain_class(router))",
         "test_own_routers",
     ),
     Mutant(
@@ -202,7 +201,7 @@ MUTANTS = [
     ),
     Mutant(
         "routers: a block without one is left out without a word",
-        "for name, module in _blocks(model)]",
+        "for name, module in _moe_blocks(model)]",
         "for name, module in ()]",
         "test_own_routers -k named_beside",
     ),
@@ -214,13 +213,13 @@ MUTANTS = [
     ),
     Mutant(
         "routers: the inner one is attached, whichever chooses",
-        "dropped.add(inner.module if own or says else outer.module)",
-        "dropped.add(outer.module)",
+        "dropped.add(inner.router if has_own_slot or declares else outer.router)",
+        "dropped.add(outer.router)",
         "test_own_routers",
     ),
     Mutant(
         "routers: k is what an attribute says",
-        "1 if trial.is_raised else int(expert_ids.shape[-1])",
+        "1 if trial.is_top_1 else int(expert_ids.shape[-1])",
         "getattr(router, 'top_k', None) or int(expert_ids.shape[-1])",
         "test_own_routers",
     ),
@@ -238,8 +237,8 @@ MUTANTS = [
     ),
     Mutant(
         "routers: hash layers are called unknown",
-        "yield name, module, None if chooses_by_id(module) else why",
-        "yield name, module, why",
+        "yield name, module, None if chooses_by_id(module) else reason_text",
+        "yield name, module, reason_text",
         "test_every_family -k hash",
     ),
 ]

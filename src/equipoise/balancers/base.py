@@ -1,79 +1,100 @@
-"""The interface of a balancer: one mechanism, and what it may see.
+"""The interface of a balancer: one mechanism, and everything it may see.
 
-A balancer never sees the model, the optimizer or the mesh. It is a specification until ``attach`` copies it and calls
-``prepare`` with the layers it is for; layers with the same number of experts and the same score function share one copy, whose
-state is stacked, ``(layers, experts)``.
+A balancer never sees the model, the optimizer or the device mesh. It is a specification until ``attach`` copies it and
+calls ``prepare`` with a stack of layers. Layers with the same number of experts, the same k and the same way to select
+share one copy. Its state is stacked, ``(layers, experts)``.
 """
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from equipoise.routing import Routing
+from equipoise.routing import Routing, ScoreFunction, Selection
 
-__all__ = ["Balancer", "LayerStack", "check_bool", "check_choice", "check_load", "check_number", "check_whole"]
+__all__ = [
+    "Balancer",
+    "LayerStack",
+    "Pooling",
+    "Scope",
+    "check_bool",
+    "check_choice",
+    "check_load",
+    "check_number",
+    "check_whole",
+]
 
-SCOPES = ("sequence", "micro_batch", "global_batch")
-POOLINGS = ("window", "previous")
+Scope = Literal["sequence", "micro_batch", "global_batch"]
+Pooling = Literal["window", "previous"]
+SCOPES: tuple[Scope, ...] = get_args(Scope)
+POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
+Choice = TypeVar("Choice", bound=str)
 
 
 @dataclass(frozen=True)
 class LayerStack:
-    """The layers that one copy of a balancer is for."""
+    """The layers that share one copy of a balancer.
 
-    score_function: str  # softmax, sigmoid, sqrt_softplus
+    ``bias`` [layers, experts] holds the biases in the model's own slots, in float32; zeros where it has none. The bias
+    is added to ``selection``: the scores or the logits.
+    """
+
+    score_function: ScoreFunction
     k: int
-    bias: Float[Tensor, "layers experts"]  # what the model's own slots hold, float32; zero where it has none
-    selection: str = "scores"  # or logits: what the bias is added to
+    bias: Float[Tensor, "layers experts"]
+    selection: Selection = "scores"
+
+    def __repr__(self) -> str:
+        layers, experts = self.bias.shape
+        options = f"{self.score_function!r}, k={self.k}, selection={self.selection!r}"
+        return f"LayerStack({options}, {layers=}, {experts=})"
 
 
 class Balancer:
-    """One mechanism. Subclasses are final and override what they need; every hook is a no-op here.
+    """One mechanism. Every hook does nothing here; a subclass is final and overrides the hooks it needs.
 
-    ``name`` is what strategy strings call it, ``metric`` what the logs call its loss. ``scope`` says whose counts reach
-    ``loss``: of the ``global_batch``, the ``micro_batch``, or none (``sequence``, ``token``); ``pooling`` is ``window``
-    or ``previous``, as for ``LoadBalancingLoss``. ``coefficient`` weighs the loss. Arguments of the constructor are
-    kept under their own names: the strategy string is made of them. With ``multiplies`` the choice is made by
-    ``score * (1 + bias)`` instead of ``score + bias``.
-    ``gathers`` puts statistics one after another, for small batches, where others are summed.
+    - ``name``: its name in strategy strings. The strategy string is made of the arguments of the constructor, so keep
+      each under its own name.
+    - ``metric``: the name of its loss in the logs.
+    - ``scope``: the counts that reach ``loss``: those of the ``global_batch``, of the ``micro_batch``, or none
+      (``sequence``, ``token``).
+    - ``pooling``: ``window`` or ``previous``, as for ``LoadBalancingLoss``.
+    - ``coefficient``: weight of the loss.
+    - ``multiplies``: the choice is made by ``score * (1 + bias)`` instead of ``score + bias``.
+    - ``gathers``: the statistics of calls and ranks are concatenated instead of summed; for small batches.
     """
 
     name: str = ""
     metric: str = "loss"
-    scope: str = "global_batch"
-    pooling: str = "window"
+    scope: Scope | Literal["token"] = "global_batch"
+    pooling: Pooling = "window"
     coefficient: float = 0.0
     multiplies: bool = False
     gathers: bool = False
 
     def prepare(self, layers: LayerStack) -> None:
-        """Takes up the state for these layers. Called once, on a copy, by ``attach``.
-
-        ``layers`` has ``score_function``, ``k``, ``selection`` and ``bias`` [layers, experts], what the model's slots hold:
-        clone it.
-        """
+        """Sets up the state for these layers. ``attach`` calls it once, on a copy. Clone ``layers.bias``."""
 
     def bias(self) -> Float[Tensor, "layers experts"] | None:
         """Moves the choice only, never the weights. The tensor itself is the state: it is moved, saved and loaded."""
         return None
 
     def state(self) -> dict[str, Float[Tensor, "layers experts"]]:
-        """What ``update`` moves besides the bias, by name: saved, loaded and held back with it. Zero at the start."""
+        """What ``update`` moves besides the bias, by name. It starts at zero and is saved and loaded with the bias."""
         return {}
 
     def statistic(self, routing: Routing, row: int) -> Tensor | None:
-        """What ``update`` must know of one counted router call of layer ``row`` besides its load: int64 of a fixed
-        shape, 0 for masked tokens. It is summed over the calls of the window and over the ranks."""
+        """What ``update`` needs from one counted router call of layer ``row`` besides its load: int64 of a fixed shape,
+        0 for masked tokens. It is summed over the calls of the window and over the ranks."""
         return None
 
     def micro_batch_statistic(self, load: Int[Tensor, "layers experts"]) -> Int[Tensor, "layers numbers"] | None:
-        """The same of one micro-batch on one rank, from its load; always, or never (asked once after ``prepare``)."""
+        """The same for one micro-batch on one rank, from its load. Return it always or never: ``attach`` asks once."""
         return None
 
     def loss(self, routing: Routing, load: Int[Tensor, " experts"] | None) -> Float[Tensor, ""] | None:
@@ -84,8 +105,8 @@ class Balancer:
     def score_gradient(
         self, routing: Routing, load: Int[Tensor, " experts"] | None, factor: float | Float[Tensor, ""] = 1.0
     ) -> Float[Tensor, "tokens experts"] | None:
-        """The gradient of ``factor * loss`` by ``routing.scores``, for a loss that has a short one in closed form and
-        depends on the logits through the scores only; None, and autograd takes it, which is slower."""
+        """The gradient of ``factor * loss`` at ``routing.scores`` in closed form, for a loss that depends on the logits
+        through the scores only. If it is None, autograd computes it, which is slower."""
         return None
 
     def update(
@@ -93,7 +114,7 @@ class Balancer:
     ) -> None:
         """Moves the bias, in place, at the end of a window.
 
-        ``load`` is the window's, over all ranks; ``statistic`` what the hook gave, pooled, by layer; ``window`` the
+        ``load`` is the window's, over all ranks; ``statistic`` the pooled result of the hook, by layer; ``window`` the
         number of windows that ended before.
         """
 
@@ -106,21 +127,31 @@ class Balancer:
         return type(self).loss is not Balancer.loss
 
     def notes(self, num_steps: int) -> list[str]:
-        """What a user should know before a run of this many steps: a rate too small for it, for instance."""
+        """What a user should know before a run of this many steps, such as a rate that is too small for it."""
         return []
+
+    def _options(self) -> Iterator[tuple[str, Any, Any]]:
+        """The constructor's arguments: (name, value, default)."""
+        for key, parameter in inspect.signature(type(self)).parameters.items():
+            if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                yield key, getattr(self, key, parameter.default), parameter.default
 
     def __str__(self) -> str:
         """The strategy string that makes this balancer again; options at their default are left out."""
-        options = []
-        for key, parameter in inspect.signature(type(self)).parameters.items():
-            value = getattr(self, key, parameter.default)
-            if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) and value != parameter.default:
-                options.append(f"{key}={str(value).lower() if isinstance(value, bool) else value}")
+        options = [
+            f"{key}={str(value).lower() if isinstance(value, bool) else value}"
+            for key, value, default in self._options()
+            if value != default
+        ]
         return (self.name or type(self).__name__) + (":" + ",".join(options) if options else "")
+
+    def __repr__(self) -> str:
+        options = ", ".join(f"{key}={value!r}" for key, value, _ in self._options() if value is not None)
+        return f"{type(self).__name__}({options})"
 
 
 def check_number(name: str, value: Any, *, positive: bool) -> float:
-    """A finite number above zero (or not below it), or an error that says so."""
+    """The value as a float, if it is a finite number above 0 (or from 0)."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"{name} must be a finite number: got {value!r}.")
     if value < 0 or (positive and value == 0):
@@ -132,9 +163,9 @@ def check_number(name: str, value: Any, *, positive: bool) -> float:
 
 
 def check_whole(name: str, value: Any, *, least: int) -> int:
-    """A whole number, or an error that says so. Strategy strings bring it as a float."""
-    number = not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value)
-    if not number or value != math.floor(value):
+    """The value as an int, if it is a whole number from ``least``. Strategy strings give it as a float."""
+    is_number = not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value)
+    if not is_number or value != math.floor(value):
         raise ValueError(f"{name} must be a whole number: got {value!r}.")
     if value < least:
         raise ValueError(f"{name} must be at least {least}: got {value!r}.")
@@ -147,7 +178,7 @@ def check_bool(name: str, value: Any) -> bool:
     return value
 
 
-def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
+def check_choice(name: str, value: Any, choices: tuple[Choice, ...]) -> Choice:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}: got {value!r}.")
     return value

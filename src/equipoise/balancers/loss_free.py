@@ -1,7 +1,11 @@
-"""Loss-Free Balancing: a bias for the choice of experts, moved after each step against the load."""
+"""Loss-Free Balancing: a bias for the choice of experts that moves against the load after each step.
 
-from collections.abc import Sequence
-from typing import final
+A rule is one small function and one row of ``RULES``. To add one, write its step, give it a row, and add its name to
+``Rule`` and to the docstring of ``LossFree``.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, NamedTuple, final, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -17,17 +21,63 @@ from equipoise.balancers.base import (
     check_whole,
 )
 
-__all__ = ["Frozen", "LossFree"]
+__all__ = ["RULES", "Frozen", "LossFree", "Rule", "Schedule"]
 
-RULES = ("sign", "proportional", "rms", "multiplicative", "momentum")
-SCHEDULES = ("constant", "linear", "drop")
+Rule = Literal["sign", "proportional", "rms", "multiplicative", "momentum"]
+Schedule = Literal["constant", "linear", "drop"]
+Load = Int[Tensor, "layers experts"]
+Step = Float[Tensor, "layers experts"]
+
 PAPER_RATE = 1e-3
-LARGE_RATE = 0.1  # a step of a tenth of what sigmoid scores may differ by
+LARGE_RATE = 0.1  # a tenth of the range of a sigmoid score
+
+
+def _error(load: Load) -> Int[Tensor, "layers experts"]:
+    """``experts * (mean(c) - c_e)``: in integers, so it is exact."""
+    return torch.sub(load.sum(-1, keepdim=True), load, alpha=load.shape[-1])
+
+
+def sign_step(load: Load) -> Int[Tensor, "layers experts"]:
+    """``sign(v_e)``. Taken from the integer error, so rounding cannot make it wrong."""
+    return _error(load).sign()
+
+
+def proportional_step(load: Load) -> Step:
+    """``v_e = (mean(c) - c_e) / mean(c)``; 0 without tokens."""
+    return _error(load).double() / load.sum(-1, keepdim=True).clamp_min(1)
+
+
+def rms_step(load: Load) -> Step:
+    """``v_e / sqrt(mean(v^2))``; 0 at balance."""
+    error = _error(load).double()
+    size = error.square().mean(-1, keepdim=True).sqrt()
+    return error / size.clamp_min(torch.finfo(size.dtype).tiny)
+
+
+def clamped_step(load: Load, sharpness: float = 2.0) -> Step:
+    """``tanh(sharpness * v_e)``."""
+    return (sharpness * proportional_step(load)).tanh()
+
+
+class _Rule(NamedTuple):
+    step: Callable[..., Tensor]  # of the load; the rate multiplies it
+    is_bounded: bool  # no step is larger than the rate
+    multiplies: bool = False  # the bias is a factor: w = 1 + b
+    has_momentum: bool = False  # the bias moves by a running mean of the steps
+
+
+RULES: Mapping[Rule, _Rule] = {
+    "sign": _Rule(sign_step, is_bounded=True),
+    "proportional": _Rule(proportional_step, is_bounded=False),
+    "rms": _Rule(rms_step, is_bounded=False),
+    "multiplicative": _Rule(sign_step, is_bounded=True, multiplies=True),
+    "momentum": _Rule(clamped_step, is_bounded=True, has_momentum=True),
+}
 
 
 @final
 class LossFree(Balancer):
-    """Auxiliary-loss-free balancing: a bias b, moved once a window by the counts c of all its tokens on all ranks.
+    """Auxiliary-loss-free balancing: a bias b that moves once per window by the counts c of its tokens on all ranks.
 
         error           v_e = (mean(c) - c_e) / mean(c)         1: no token, 0: even, below 0: overloaded
         sign            b_e += rate * sign(v_e)
@@ -36,34 +86,35 @@ class LossFree(Balancer):
         momentum        m_e <- momentum * m_e + (1 - momentum) * rate * tanh(sharpness * v_e);  b_e += m_e
         multiplicative  w_e += rate * sign(v_e), w = 1 at the start, >= 0; chosen by s_e * w_e instead of s_e + b_e
 
-    so that an overloaded expert becomes harder to choose. No gradient; weights never see b.
+    An overloaded expert becomes harder to choose. The bias has no gradient, and the weights never see it.
 
     Args:
-        rate: step of the bias, in the units of the scores; under ``sign`` b moves by at most ``rate * steps``.
-        rule: one of those above; default by the score function: ``sign`` on sigmoid, sqrt_softplus and wherever logits are what
-            a bias is added to, ``proportional`` on softmax scores, where 1e-3 can be more than a tenth of a score
-            (paper, appendix C).
+        rate: step of the bias, in the units of the scores. Under ``sign`` b moves by at most ``rate * steps``.
+        rule: one of those above. The default is ``proportional`` where the bias is added to softmax scores, because
+            there 1e-3 can be more than a tenth of a score (paper, appendix C). Elsewhere it is ``sign``: for sigmoid,
+            for sqrt_softplus, and where the bias is added to logits.
         center: subtract the mean of the step over the experts, so that b cannot drift; under ``multiplicative`` divide
-            w by its mean. The choice does not change by it (what all experts share is invisible to top-k); large
-            drifted biases collapse in bfloat16.
-        scope: ``global_batch``, or ``micro_batch`` (rule ``sign`` only): the mean of the signs of every micro-batch
-            that has tokens, pooled over ranks. The other rules follow the counts smoothly; in equal micro-batches the
-            mean of their errors is the error of the whole.
-        schedule: of the rate, by number of windows: ``constant``; ``linear`` to zero at window ``zero_from``; ``drop``
-            to zero at once there, as DeepSeek-V3 does for its last part.
+            w by its mean. Top-k does not see what all experts share, so the choice stays the same. But large drifted
+            biases lose their differences in bfloat16.
+        scope: ``global_batch``, or with rule ``sign`` also ``micro_batch``: the mean of the signs of all micro-batches
+            that have tokens, over all ranks. The other rules follow the counts smoothly: in micro-batches of equal size
+            the mean of their errors is the error of the whole.
+        schedule: the rate by number of windows: ``constant``; ``linear``, to zero at window ``zero_from``; ``drop``, to
+            zero at once there, as DeepSeek-V3 does for its last part.
         zero_from: the first window in which the rate is zero.
         momentum: share of the last step that is kept, from 0 to below 1; default 0.5.
         sharpness: slope of the clamp ``tanh(sharpness * v)``, no unit; default 2.
 
-    State, saved and loaded with the bias: ``momentum``. What is left in it moves b on in windows in which the rate is
-    zero, and in those without tokens; under the other rules b then stands still.
+    State that is saved and loaded with the bias: ``momentum``. It still moves b in a window without tokens and in one
+    with rate zero. Under the other rules b then stands still.
 
     Sources: Wang et al. 2024, arXiv:2408.15664, Algorithm 1 (sign, 1e-3), Table 3 (proportional), Eq. 5 and Table 4
     (multiplicative); Su 2025, kexue.fm/archives/10757 (rms); Arcee Trinity Large, arXiv:2602.17004 (momentum, there
     SMEBU); Moonlight, arXiv:2502.16982, appendix C (center); DeepSeek-V3, arXiv:2412.19437, section 4.2 (drop).
-    Where we differ: the first paper does not centre (``center=False`` is the paper) and leaves the unit of the
-    proportional error open, ours is the mean load; signs are taken in integers, ``sign(sum(c) - E * c_e)``, so they
-    cannot be wrong by rounding; ``micro_batch`` is our reading of "Balance BSZ" for a bias (paper 2, Table 1).
+
+    Where we differ: the first paper does not centre (``center=False`` is the paper). It leaves the unit of the
+    proportional error open; ours is the mean load. ``micro_batch`` is our reading of "Balance BSZ" for a bias (paper 2,
+    arXiv:2501.11873, Table 1).
 
     >>> balancer = LossFree(rate=0.5, rule="sign", center=False)
     >>> balancer.prepare(LayerStack("sigmoid", k=1, bias=torch.zeros(1, 4)))
@@ -76,22 +127,22 @@ class LossFree(Balancer):
     def __init__(
         self,
         rate: float = 1e-3,
-        rule: str | None = None,
+        rule: Rule | None = None,
         center: bool = True,
-        scope: str = "global_batch",
-        schedule: str = "constant",
+        scope: Literal["micro_batch", "global_batch"] = "global_batch",
+        schedule: Schedule = "constant",
         zero_from: int | None = None,
         momentum: float | None = None,
         sharpness: float | None = None,
     ):
         self.rate = check_number("rate", rate, positive=True)
-        self.rule = rule if rule is None else check_choice("rule", rule, RULES)
-        self.multiplies = rule == "multiplicative"
+        self.rule = rule if rule is None else check_choice("rule", rule, tuple(RULES))
+        self.multiplies = rule is not None and RULES[rule].multiplies
         self.center = check_bool("center", center)
         self.scope = check_choice("scope", scope, ("micro_batch", "global_batch"))
         if scope == "micro_batch" and rule != "sign":
             raise ValueError(f"scope=micro_batch must go with rule=sign: got rule={rule}. Write rule=sign beside it.")
-        self.schedule = check_choice("schedule", schedule, SCHEDULES)
+        self.schedule = check_choice("schedule", schedule, get_args(Schedule))
         self.zero_from = zero_from if zero_from is None else check_whole("zero_from", zero_from, least=1)
         if (schedule == "constant") != (zero_from is None):
             raise ValueError(
@@ -110,7 +161,7 @@ class LossFree(Balancer):
         self._by_softmax = layers.score_function == "softmax" and layers.selection == "scores"
         self.rule = self.rule or ("proportional" if self._by_softmax else "sign")
         self._bias = layers.bias.clone()
-        self._momentum = torch.zeros_like(self._bias) if self.rule == "momentum" else None
+        self._momentum = torch.zeros_like(self._bias) if RULES[self.rule].has_momentum else None
 
     def bias(self) -> Float[Tensor, "layers experts"]:
         return self._bias
@@ -118,51 +169,42 @@ class LossFree(Balancer):
     def state(self) -> dict[str, Float[Tensor, "layers experts"]]:
         return {} if self._momentum is None else {"momentum": self._momentum}
 
-    def micro_batch_statistic(self, load: Int[Tensor, "layers experts"]) -> Int[Tensor, "layers numbers"] | None:
+    def micro_batch_statistic(self, load: Load) -> Int[Tensor, "layers numbers"] | None:
+        """The signs of the micro-batch, and 1 if it has tokens."""
         if self.scope != "micro_batch":
             return None
         has_tokens = load.sum(-1, keepdim=True) > 0
-        return torch.cat([_error(load).sign(), has_tokens.long()], dim=-1)
+        return torch.cat([sign_step(load), has_tokens.long()], dim=-1)
 
     @torch.no_grad()
-    def update(
-        self, load: Int[Tensor, "layers experts"], statistic: Sequence[Tensor] | None = None, window: int = 0
-    ) -> None:
+    def update(self, load: Load, statistic: Sequence[Tensor] | None = None, window: int = 0) -> None:
         check_load(load, self._bias)
         step, rate = self._step(load, statistic), self.rate_at(window)
         if rate == 0 and self._momentum is None:
             return
-        if self.rule == "multiplicative":
+        if self.multiplies:
             factor = (1 + self._bias + rate * step).clamp_min(0)  # below 0 the worst score would win
             self._bias.copy_((factor / factor.mean(-1, keepdim=True) if self.center else factor) - 1)
             return
         if self.center:
             step = step - step.mean(-1, keepdim=True)
         if self._momentum is not None:
-            kept = 0.5 if self.momentum is None else self.momentum
-            self._momentum.mul_(kept).add_(step, alpha=(1 - kept) * rate)
+            decay = 0.5 if self.momentum is None else self.momentum
+            self._momentum.mul_(decay).add_(step, alpha=(1 - decay) * rate)
             self._bias.add_(self._momentum)
         else:
             self._bias.add_(step, alpha=rate)
 
-    def _step(self, load: Tensor, statistic: Sequence[Tensor] | None) -> Float[Tensor, "layers experts"]:
-        """What the rate is multiplied with, in the bias's dtype."""
-        dtype = self._bias.dtype
+    def _step(self, load: Load, statistic: Sequence[Tensor] | None) -> Step:
+        """The step before rate, centring and momentum, in the bias's dtype."""
         if self.scope == "micro_batch":
             if statistic is None:
                 raise ValueError("scope=micro_batch must have the signs of the micro-batches: got no statistic.")
-            pooled = torch.stack(list(statistic))
-            return (pooled[:, :-1].double() / pooled[:, -1:].clamp_min(1)).to(dtype)
-        error = _error(load)
-        if self.rule in ("sign", "multiplicative"):
-            return error.sign_().to(dtype)
-        if self.rule == "rms":
-            size = error.double().square().mean(-1, keepdim=True).sqrt()
-            return (error / size.clamp_min(torch.finfo(size.dtype).tiny)).to(dtype)
-        relative = error.double() / load.sum(-1, keepdim=True).clamp_min(1)
-        if self.rule == "momentum":
-            relative = ((2.0 if self.sharpness is None else self.sharpness) * relative).tanh()
-        return relative.to(dtype)
+            signs = torch.stack(list(statistic))  # the last column counts the micro-batches with tokens
+            return (signs[:, :-1].double() / signs[:, -1:].clamp_min(1)).to(self._bias.dtype)
+        assert self.rule is not None
+        options = {} if self.sharpness is None else {"sharpness": self.sharpness}
+        return RULES[self.rule].step(load, **options).to(self._bias.dtype)
 
     def rate_at(self, window: int) -> float:
         """The rate after ``window`` windows have ended."""
@@ -173,55 +215,47 @@ class LossFree(Balancer):
         return self.rate if window < self.zero_from else 0.0
 
     def notes(self, num_steps: int) -> list[str]:
-        softmax = getattr(self, "_by_softmax", False)
-        if softmax and self.rule in ("sign", "momentum") and self.rate * self._bias.shape[-1] > 0.1:
+        rule, by_softmax = RULES[self.rule or "sign"], getattr(self, "_by_softmax", False)
+        if not rule.is_bounded:
+            return []
+        if by_softmax and not rule.multiplies:
             num_experts = self._bias.shape[-1]
-            part = f"{self.rate * num_experts:.0%}"
-            return [
-                f"On softmax scores with {num_experts} experts a step of {self.rate:g} is {part} of a mean score; "
+            share = self.rate * num_experts
+            text = (
+                f"On softmax scores with {num_experts} experts a step of {self.rate:g} is {share:.0%} of a mean score; "
                 "rule=proportional follows the size of the error (arXiv:2408.15664, appendix C)."
-            ]
-        if self.rule in ("proportional", "rms"):
-            return []
-        moved = [self.rate_at(window) for window in range(num_steps)] if self.zero_from else [self.rate] * num_steps
-        way, share = sum(moved), sum(moved) / self.rate
-        what = "a factor" if self.rule == "multiplicative" else "a bias"
-        reach = f"In {num_steps} steps at rate {self.rate:g} {what} moves by at most {way:.2g}"
-        if self.rule == "multiplicative":
-            return [f"{reach}, from 1: take more steps or a larger rate."] if way < 0.5 else []
-        if softmax:
-            return []
+            )
+            return [text] if share > 0.1 else []
+        rates = [self.rate_at(window) for window in range(num_steps)] if self.zero_from else [self.rate] * num_steps
+        reach, paper_reach = sum(rates), PAPER_RATE * (sum(rates) / self.rate)
+        quantity = "a factor" if rule.multiplies else "a bias"
+        text = f"In {num_steps} steps at rate {self.rate:g} {quantity} moves by at most {reach:.2g}"
+        if rule.multiplies:
+            return [f"{text}, from 1: take more steps or a larger rate."] if reach < 0.5 else []
         if self.rate > LARGE_RATE:
             return [
                 f"At rate {self.rate:g} one step moves a bias by as much, and a sigmoid score lies between 0 and 1: "
                 "the load swings from expert to expert. Take a smaller rate."
             ]
-        if way < 0.5:
-            return [f"{reach}, and a sigmoid score lies between 0 and 1: take more steps or a larger rate."]
-        if PAPER_RATE * share < 0.5 and self.rate > PAPER_RATE:
-            return [f"{reach}; at the paper's {PAPER_RATE:g} it would be {PAPER_RATE * share:.2g}, too short a way."]
+        if reach < 0.5:
+            return [f"{text}, and a sigmoid score lies between 0 and 1: take more steps or a larger rate."]
+        if paper_reach < 0.5 and self.rate > PAPER_RATE:
+            return [f"{text}; at the paper's {PAPER_RATE:g} it would be {paper_reach:.2g}, which is too little."]
         return []
-
-
-def _error(load: Int[Tensor, "layers experts"]) -> Int[Tensor, "layers experts"]:
-    """``experts * (mean - count)``, exact."""
-    return torch.sub(load.sum(-1, keepdim=True), load, alpha=load.shape[-1])
 
 
 @final
 class Frozen(Balancer):
-    """Holds the bias that the model came with, or that ``attach(..., biases=...)`` gave, and never moves it.
+    """Holds the bias that the model came with, or that ``attach(..., biases=...)`` set, and never moves it.
 
     Args:
-        multiplies: the bias is a factor 1 + bias on the scores, as the rule ``multiplicative`` left it.
+        multiplies: the bias is a factor 1 + bias on the scores, as from the rule ``multiplicative``.
     """
 
     name = "frozen"
 
     def __init__(self, multiplies: bool = False):
-        if not isinstance(multiplies, bool):
-            raise ValueError(f"multiplies must be true or false: got {multiplies!r}.")
-        self.multiplies = multiplies
+        self.multiplies = check_bool("multiplies", multiplies)
 
     def prepare(self, layers: LayerStack) -> None:
         self._bias = layers.bias.clone()

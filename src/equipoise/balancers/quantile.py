@@ -10,22 +10,22 @@ from torch import Tensor
 from equipoise.balancers.base import Balancer, LayerStack, check_load, check_number, check_whole
 from equipoise.routing import Routing
 
-__all__ = ["Quantile", "quantile_bias"]
+__all__ = ["Quantile"]
 
-OCTAVES, SMALLEST = 32, -29  # from 2^-29, the grain of a float32 bias, to 2^3
+OCTAVES, SMALLEST = 32, -29  # bins reach from 2^-29, the resolution of a float32 bias, to 2^3
 
 
 def _margins(
     scores: Float[Tensor, "tokens experts"], expert_ids: Int[Tensor, "tokens k"], bias: Float[Tensor, " experts"]
 ) -> Float[Tensor, "tokens experts"]:
-    """How much each expert lacks to be chosen: the best score + bias that was not, minus its own."""
+    """``a_t - s_te - b_e``: what each expert lacks to be chosen. a_t is the best ``s + b`` that was not chosen."""
     biased = scores.detach() + bias
     threshold = biased.scatter(-1, expert_ids, float("-inf")).amax(-1, keepdim=True)
     return threshold - biased
 
 
 def _exact(margins: Float[Tensor, "tokens experts"], k: int) -> tuple[Float[Tensor, " experts"], Int[Tensor, ""]]:
-    """The (N k / E + 1)-th smallest margin of each expert, and N, the number of rows that are not +inf."""
+    """The (N k / E + 1)-th smallest margin of each expert, and N, the number of rows that are finite."""
     margins = margins.masked_fill(~margins.isfinite().all(-1, keepdim=True), float("inf"))  # nan logits do not count
     num_tokens = (margins[:, :1] < float("inf")).sum()
     place = (num_tokens * k // margins.shape[-1]).clamp(max=max(margins.shape[0] - 1, 0))
@@ -35,20 +35,20 @@ def _exact(margins: Float[Tensor, "tokens experts"], k: int) -> tuple[Float[Tens
 
 
 def edges(bins: int, device: torch.device | None = None) -> Float[Tensor, " edges"]:
-    """The bins + 1 edges of the histogram: 0 in the middle, ``bins / 64`` bins an octave from 2^-29 to 2^3."""
+    """The bins + 1 edges of the histogram: 0 in the middle, ``bins / 64`` bins per octave from 2^-29 to 2^3."""
     step = torch.arange(bins // 2 + 1, dtype=torch.float64, device=device)
-    an_octave = bins // (2 * OCTAVES)
-    octave = (step / an_octave).floor()
-    positive = torch.exp2(SMALLEST + octave) * (1 + (step - octave * an_octave) / an_octave)
+    per_octave = bins // (2 * OCTAVES)
+    octave = (step / per_octave).floor()
+    positive = torch.exp2(SMALLEST + octave) * (1 + (step - octave * per_octave) / per_octave)
     positive[0] = 0  # the first bin reaches down to zero
     return torch.cat([-positive.flip(0)[:-1], positive])
 
 
 def _bin(margins: Float[Tensor, "tokens experts"], bins: int) -> Int[Tensor, "tokens experts"]:
-    """The bin of each margin, read off its bits: exponent and first binary places of a float32."""
+    """The bin of each margin, from the exponent and the first mantissa bits of its float32."""
     margins = margins.float()
-    places = (bins // (2 * OCTAVES)).bit_length() - 1
-    index = (margins.abs().view(torch.int32) >> (23 - places)) - ((127 + SMALLEST) << places)
+    mantissa_bits = (bins // (2 * OCTAVES)).bit_length() - 1
+    index = (margins.abs().view(torch.int32) >> (23 - mantissa_bits)) - ((127 + SMALLEST) << mantissa_bits)
     index = index.clamp(0, bins // 2 - 1)
     return torch.where(margins < 0, bins // 2 - 1 - index, bins // 2 + index).long()
 
@@ -56,94 +56,52 @@ def _bin(margins: Float[Tensor, "tokens experts"], bins: int) -> Int[Tensor, "to
 def _from_histogram(
     histogram: Int[Tensor, "*layers experts bins"], k: int
 ) -> tuple[Float[Tensor, "*layers experts"], Int[Tensor, "*layers experts"]]:
-    """Where the cumulated count passes N k / E, interpolated within its bin, and N."""
+    """The margin at which the cumulated count passes N k / E, interpolated within its bin, and N."""
     num_tokens = histogram.sum(-1)
     wanted = (num_tokens * k).double() / histogram.shape[-2]
     cumulated = histogram.cumsum(-1)
     index = (cumulated <= wanted.unsqueeze(-1)).sum(-1, keepdim=True).clamp(max=histogram.shape[-1] - 1)
-    inside = histogram.gather(-1, index).squeeze(-1)
-    before = cumulated.gather(-1, index).squeeze(-1) - inside
+    in_bin = histogram.gather(-1, index).squeeze(-1)
+    below = cumulated.gather(-1, index).squeeze(-1) - in_bin
     edge = edges(histogram.shape[-1], histogram.device)
     lower, upper = edge[index.squeeze(-1)], edge[index.squeeze(-1) + 1]
-    return lower + (upper - lower) * (wanted - before) / inside.clamp_min(1), num_tokens
+    return lower + (upper - lower) * (wanted - below) / in_bin.clamp_min(1), num_tokens
 
 
-def quantile_bias(
-    scores: Float[Tensor, "tokens experts"],
-    k: int,
-    bias: Float[Tensor, " experts"] | None = None,
-    mask: Float[Tensor, " tokens"] | None = None,
-) -> Float[Tensor, " experts"]:
-    """The exact quantile bias of one batch: with it, each expert alone would have got its N k / E tokens.
-
-        a_t   = (k + 1)-th largest of s_t + b                                 what a token asks of an expert
-        b_e  <- (N k / E + 1)-th smallest over t of (a_t - s_te),  minus its mean over e
-
-    N tokens that are unmasked and finite. b is what the tokens were routed by (default zero) and is not changed;
-    without tokens, or with k = E, it comes back as it is. In score units. Deterministic; ties go where the sort puts
-    them.
-
-    Source: Su 2026, kexue.fm/archives/11619; Kimi K3, arXiv:2607.24653, section 2.3.3.
-
-    >>> quantile_bias(torch.tensor([[0.9, 0.2], [0.8, 0.5], [0.7, 0.1], [0.6, 0.4]]), k=1)
-    tensor([-0.1500,  0.1500])
-    """
-    if not scores.is_floating_point():
-        raise ValueError(f"scores must be floating point numbers: got {scores.dtype}.")
-    if scores.dim() != 2 or not 1 <= k <= scores.shape[-1]:
-        raise ValueError(
-            f"scores must have the shape (tokens, experts), 1 <= k <= experts: got {tuple(scores.shape)} and k={k}."
-        )
-    num_experts = scores.shape[-1]
-    before = scores.new_zeros(num_experts) if bias is None else bias
-    if before.shape != (num_experts,):
-        raise ValueError(
-            f"bias must hold one number per expert: expected shape ({num_experts},), got {tuple(before.shape)}."
-        )
-    if mask is not None and mask.shape != scores.shape[:1]:
-        raise ValueError(
-            f"mask must hold one number per token: expected shape ({scores.shape[0]},), got {tuple(mask.shape)}."
-        )
-    if k == num_experts:
-        return before.clone()
-    margins = _margins(scores, (scores.detach() + before).topk(k, dim=-1).indices, before)
-    if mask is not None:
-        margins = margins.masked_fill((mask == 0)[:, None], float("inf"))
-    missing, num_tokens = _exact(margins, k)
-    return _moved(before, missing, num_tokens, 0.0)
-
-
-def _moved(before: Tensor, missing: Tensor, num_tokens: Tensor, ema: float) -> Tensor:
-    target = before.double() + missing
-    target = ema * before + (1 - ema) * (target - target.mean(-1, keepdim=True))
-    return torch.where(num_tokens > 0, target, before.double()).to(before.dtype)
+def _move(bias: Tensor, missing: Tensor, num_tokens: Tensor, ema: float) -> Tensor:
+    """The new bias; without tokens the old one."""
+    target = bias.double() + missing
+    target = ema * bias + (1 - ema) * (target - target.mean(-1, keepdim=True))
+    return torch.where(num_tokens > 0, target, bias.double()).to(bias.dtype)
 
 
 @final
 class Quantile(Balancer):
-    """Quantile balancing: a bias without a step size. Once a window, over its tokens on all ranks,
+    """Quantile balancing: a bias without a step size. Once per window, over its N tokens on all ranks:
 
-        a_t   = (k + 1)-th largest of s_t + b
-        b_e  <- the value with which N k / E of the tokens have  s_te + b_e > a_t;  minus its mean over e
+        a_t   = (k + 1)-th largest of s_t + b                              what a token asks of an expert
+        b_e  <- b with which N k / E of the tokens have s_te + b > a_t;  then minus the mean over e
 
-    which is the exact minimum, expert by expert, of the dual problem on which Loss-Free's sign rule takes small steps.
-    Where a router selects by logits, s are these. It works on scores of any range. The tokens route by the last
-    window's bias, so nothing leaks.
+    This is the exact minimum, expert by expert, of the dual problem on which Loss-Free's sign rule takes small steps.
+    It works on scores of any range. Where a router selects by logits, s are the logits. Tokens are routed with the
+    bias of the window before, so nothing leaks from later tokens. Ties follow the sort.
 
     Args:
-        bins: of the histogram of ``a_t - s_te - b_e`` that is kept for each expert, a power of two from 64; the new
-            bias is interpolated in a bin. Bins are ``bins / 64`` an octave from 2^-29 to 2^3 around the present
-            bias, so the closer the balance the finer they are, whatever the range of the scores; the first, long
-            moves are coarse, by a part of a bin. 0: exact; all values of the window are kept and gathered (4 N E bytes
-            a layer), for small batches.
+        bins: bins of each expert's histogram of ``a_t - s_te - b_e``; a power of two from 64. The new bias is
+            interpolated within a bin. There are ``bins / 64`` bins per octave from 2^-29 to 2^3 around the present
+            bias, so resolution grows as the load evens out, whatever the range of the scores. The first, long moves are
+            coarse, by part of a bin. 0: exact, for small batches: all values of the window are kept and gathered
+            (4 N E bytes per layer).
         ema: share of the old bias that is kept, from 0 to below 1.
-        fraction: share of the tokens that is looked at, above 0 to 1. Which ones is decided by a hash of a token's
-            logits, the same wherever it is dealt; never the first ones.
+        fraction: share of the tokens that is looked at, above 0 to 1. A hash of a token's logits decides, so it is the
+            same on every rank and never just the first tokens.
+
+    Without tokens, and with k = E, the bias stays. Tokens with logits that are not finite do not count if bins = 0.
 
     Source: Su 2026, kexue.fm/archives/11619; Kimi K3, arXiv:2607.24653, section 2.3.3. Where we differ: K3 keeps 1000
-    bins of equal width on [min b - 1, max b + 1]; ours are fewer, and fit the 1e-7 of a peaked softmax router
-    as well. With group-limited routing the best expert that was not chosen may lie in a group that was closed: an
-    approximation.
+    bins of equal width on [min b - 1, max b + 1]. Ours are fewer and also resolve the 1e-7 of a peaked softmax router.
+    With group-limited routing the result is an approximation, because the best expert that was not chosen may lie in a
+    closed expert group.
     """
 
     name = "quantile"
@@ -168,9 +126,9 @@ class Quantile(Balancer):
 
     @torch.no_grad()
     def statistic(self, routing: Routing, row: int) -> Tensor | None:
-        """The margins of a call's tokens: by bin, int64 ``[experts, bins]``; exact, ``[tokens, experts]``."""
+        """The margins of a call's tokens: a histogram, int64 ``[experts, bins]``; exact: ``[tokens, experts]``."""
         num_experts = routing.scores.shape[-1]
-        if self._k == num_experts:  # every expert is chosen whatever the bias
+        if self._k == num_experts:  # every expert is chosen, whatever the bias
             return None
         values = routing.logits if self._by_logits else routing.scores
         margins = _margins(values.to(routing.scores.dtype), routing.expert_ids, self._bias[row])
@@ -196,12 +154,12 @@ class Quantile(Balancer):
         if statistic is None:
             raise ValueError("quantile balancing must have the statistic of its calls: got none.")
         if self.gathers:
-            found = [_exact(margins, self._k) for margins in statistic]
-            missing = torch.stack([layer for layer, _ in found])
-            num_tokens = torch.stack([count for _, count in found])[:, None]
+            results = [_exact(margins, self._k) for margins in statistic]
+            missing = torch.stack([margin for margin, _ in results])
+            num_tokens = torch.stack([count for _, count in results])[:, None]
         else:
             missing, num_tokens = _from_histogram(torch.stack(list(statistic)), self._k)
-        self._bias.copy_(_moved(self._bias, missing, num_tokens, self.ema))
+        self._bias.copy_(_move(self._bias, missing, num_tokens, self.ema))
 
 
 def _draw(logits: Float[Tensor, "tokens experts"], fraction: float) -> Bool[Tensor, " tokens"]:

@@ -1,4 +1,4 @@
-"""Strategy strings: the same in Python, on the command line and in a run's config.
+"""Strategy strings, the same in Python, on the command line and in a run's config:
 
 none | RECIPE | NAME[:option=value,...] [+ NAME[:option=value,...]] ...
 
@@ -21,7 +21,7 @@ from equipoise.recipes import RECIPES, WITHHELD, recipe, split_strategy
 __all__ = ["format_strategy", "parse_strategy"]
 
 BALANCERS: dict[str, type[Balancer]] = {
-    kind.name: kind for kind in (Frozen, LossFree, Quantile, LoadBalancingLoss, ZLoss)
+    balancer.name: balancer for balancer in (Frozen, LossFree, Quantile, LoadBalancingLoss, ZLoss)
 }
 
 
@@ -34,26 +34,23 @@ def _value(text: str) -> object:
         return text
 
 
-def _parse_one(text: str, whole: str, kinds: Mapping[str, type[Balancer]]) -> Balancer:
+def _parse_one(text: str, whole: str, classes: Mapping[str, type[Balancer]]) -> Balancer:
     name, colon, options = text.partition(":")
     if name in RECIPES:
         raise UsageError(
-            f"A recipe must stand alone: got {whole!r}. Copy its string, {RECIPES[name].strategy}, and change that; or "
-            f"give attach several strategies, as in attach(model, {name!r}, 'z')."
+            f"A recipe must stand alone: got {whole!r}. Copy its string, {RECIPES[name].strategy}, and change it; or "
+            f"pass several strategies: attach(model, {name!r}, 'z')."
         )
     if name == "none":
         raise UsageError(f"The strategy none must stand alone: got {whole!r}. Leave it out.")
-    if name not in kinds:
-        near = get_close_matches(name.lower().replace("_", "-"), [*kinds, *RECIPES], n=1)
-        meant = (
-            f"Did you mean {near[0]}?" if near else "Example: loss-free:rate=1e-3+lbl:scope=sequence,coefficient=1e-4"
-        )
+    if name not in classes:
+        close = get_close_matches(name.lower().replace("_", "-"), [*classes, *RECIPES], n=1)
+        example = "Example: loss-free:rate=1e-3+lbl:scope=sequence,coefficient=1e-4"
         raise UsageError(
-            f"A strategy must be none, or made of {', '.join(kinds)}, or a recipe ({', '.join(RECIPES)}): got {name!r}"
-            f"{'' if name == whole else f' in {whole!r}'}. {meant}"
+            f"A strategy must be none, or made of {', '.join(classes)}, or a recipe ({', '.join(RECIPES)}): got "
+            f"{name!r}{'' if name == whole else f' in {whole!r}'}. {f'Did you mean {close[0]}?' if close else example}"
         )
-    kind = kinds[name]
-    known = list(inspect.signature(kind).parameters)
+    known = list(inspect.signature(classes[name]).parameters)
     arguments: dict[str, object] = {}
     for option in options.split(",") if colon else []:
         key, equals, value = option.partition("=")
@@ -63,17 +60,19 @@ def _parse_one(text: str, whole: str, kinds: Mapping[str, type[Balancer]]) -> Ba
                 f"{option!r} in {whole!r}."
             )
         if key in arguments:
-            raise UsageError(f"An option must be given once: got {key} twice in {whole!r}.")
+            raise UsageError(f"An option must be given once: got {key} twice in {whole!r}. Leave one out.")
         arguments[key] = _value(value)
     try:
-        return kind(**arguments)
+        return classes[name](**arguments)
     except ValueError as error:
         raise UsageError(f"{error} (in {whole!r})") from None
 
 
 def parse_strategy(text: str, *, more: Sequence[type[Balancer]] = ()) -> list[Balancer]:
-    """The balancers that a strategy string or a recipe names; ``none`` names no balancer. ``more`` are classes of your
-    own that it may name too.
+    """The balancers of a strategy string or a recipe; ``none`` gives no balancer.
+
+    The string may also name the balancer classes in ``more``. Raises ``UsageError`` for an unknown name or option and
+    for a value that is not allowed.
 
     >>> [str(balancer) for balancer in parse_strategy("loss-free:rate=1e-2+lbl:scope=sequence")]
     ['loss-free:rate=0.01', 'lbl:scope=sequence']
@@ -84,10 +83,10 @@ def parse_strategy(text: str, *, more: Sequence[type[Balancer]] = ()) -> list[Ba
         raise UsageError("A strategy must have a name: got an empty one. Use none for no balancing.")
     if text in RECIPES or text in WITHHELD:
         text = recipe(text).strategy
-    kinds = BALANCERS | {kind.name: kind for kind in more}
-    return [_parse_one(part, text, kinds) for part in split_strategy(text)]
+    classes = BALANCERS | {balancer.name: balancer for balancer in more}
+    return [_parse_one(part, text, classes) for part in split_strategy(text)]
 
 
 def format_strategy(balancers: Sequence[Balancer]) -> str:
-    """The string that ``parse_strategy`` turns into these balancers again."""
+    """The string that ``parse_strategy`` turns back into these balancers."""
     return "+".join(map(str, balancers)) or "none"

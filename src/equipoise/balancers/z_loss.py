@@ -13,10 +13,10 @@ __all__ = ["ZLoss", "z_loss"]
 
 
 def z_loss(logits: Float[Tensor, "tokens experts"], mask: Float[Tensor, " tokens"] | None = None) -> Float[Tensor, ""]:
-    """``mean_t logsumexp_e(z_te)^2`` over the unmasked tokens; 0 without any. In float32 or wider.
+    """``mean_t logsumexp_e(z_te)^2`` over the unmasked tokens, in float32 or wider; 0 without tokens.
 
-    It is log(E)^2 where all logits are 0, and falls further as they become negative together. It does not balance: it
-    keeps logits in the range where low precision still tells them apart.
+    It is log(E)^2 if all logits are 0, and smaller if all are slightly negative. It does not balance: it keeps logits
+    in the range where low precision can still tell them apart.
 
     Source: Zoph et al. 2022, ST-MoE, arXiv:2202.08906, Eq. 5.
 
@@ -35,20 +35,20 @@ def z_loss(logits: Float[Tensor, "tokens experts"], mask: Float[Tensor, " tokens
         raise ValueError(
             f"mask must hold one number per token: expected shape ({logits.shape[0]},), got {tuple(mask.shape)}."
         )
-    masked = mask == 0  # whatever such a token holds, nan too
+    masked = mask == 0  # filled before and after logsumexp, because a masked token may hold nan
     squares = logits.masked_fill(masked[:, None], 0).logsumexp(-1).square()
     return squares.masked_fill(masked, 0).sum() / (~masked).sum().clamp_min(1)
 
 
 @final
 class ZLoss(Balancer):
-    """The router z-loss ``coefficient * sum over layers of mean_t logsumexp(z_t)^2``. Beside a balancer, not for one.
+    """The router z-loss ``coefficient * sum over layers of mean_t logsumexp(z_t)^2``. It complements a balancer.
 
     Args:
         coefficient: weight of the loss; 1e-3 in ST-MoE and OLMoE.
 
     It needs no counts, so it has no scope. Source: Zoph et al. 2022, ST-MoE, arXiv:2202.08906, Eq. 5. Where we differ:
-    padding is left out, and layers are summed, as all our losses are.
+    padding is left out, and layers are summed, as in all our losses.
     """
 
     name = "z"

@@ -1,4 +1,4 @@
-"""The ranks whose counts are pooled: which they are, and the collectives on a process group of our own."""
+"""Which ranks are pooled, and a process group of our own over them."""
 
 import hashlib
 from collections.abc import Mapping
@@ -10,29 +10,31 @@ from torch import Tensor
 
 from equipoise.errors import EquipoiseError
 
-__all__ = ["Pool", "digest"]
+__all__ = ["Pool", "digest_of"]
 
 
 class Pool:
-    """The ranks that hold different tokens, and a process group of our own over them, so that no call of ours pairs
-    with one of DDP, FSDP or the user. It waits as long as the group that it was made for does.
+    """The ranks that hold different tokens, and a process group of our own over them.
+
+    With its own process group no collective of ours pairs with one of DDP, FSDP or the user. Its timeout is that of the
+    process group that it was made for.
 
     ``group`` is a process group, a ``DeviceMesh`` (all of its dimensions are pooled) or None, the world.
     """
 
     def __init__(self, group: Any | None = None):
         self.size, self.group = 1, None
-        self.collectives, self.num_bytes = 0, 0  # begun so far, and what this rank gave to them
+        self.collectives, self.num_bytes = 0, 0  # begun so far, and the bytes that this rank sent
         self._before_others = group is None and not _is_initialised()
         if self._before_others:
             return
-        ranks, theirs = _ranks(group), _process_groups(group)
+        ranks = _ranks(group)
         self.size = len(ranks)
         if self.size > 1:
-            self.group = _new_group(ranks, theirs)
+            self.group = _new_group(ranks, _process_groups(group))
 
     def check_alone(self) -> None:
-        """Raises where there are other ranks by now, of whom this pool knows nothing."""
+        """Raises if torch.distributed was initialised after this pool was made: it would leave the other ranks out."""
         if self._before_others and _is_initialised() and dist.get_world_size() > 1:
             raise EquipoiseError(
                 "attach must come after torch.distributed.init_process_group (with Accelerate, after Accelerator()): "
@@ -41,13 +43,13 @@ class Pool:
             )
 
     def close(self) -> None:
-        """Gives the process group back."""
+        """Destroys the process group."""
         group, self.group = self.group, None
         if group is not None and _is_initialised():
             dist.destroy_process_group(group)
 
     def gather(self, value: Any) -> list[Any]:
-        """Everybody's Python value, in rank order."""
+        """The Python value of every rank, in rank order."""
         values = [value] * self.size
         if self.group is not None:
             dist.all_gather_object(values, value, group=self.group)
@@ -55,19 +57,19 @@ class Pool:
         return values
 
     def agree(self, what: str, value: Any, error: Exception | None) -> list[Any]:
-        """Everybody's value, in rank order; or, if ``what`` failed on any rank, an error on every rank."""
-        told = None if error is None else f"{type(error).__name__}: {error}"
-        everyone = self.gather((value, told))
-        errors = [error for _, error in everyone]
-        if error is not None and set(errors) == {told}:
+        """The value of every rank, in rank order; if ``what`` failed on any rank, an error on every rank."""
+        message = None if error is None else f"{type(error).__name__}: {error}"
+        by_rank = self.gather((value, message))
+        messages = [message for _, message in by_rank]
+        if error is not None and set(messages) == {message}:
             raise error
-        for rank, theirs in enumerate(errors):
-            if theirs is not None:
-                raise EquipoiseError(f"{what} must succeed on every rank: on rank {rank} of the group, {theirs}")
-        return [value for value, _ in everyone]
+        for rank, message in enumerate(messages):
+            if message is not None:
+                raise EquipoiseError(f"{what} must succeed on every rank: on rank {rank} of the group, {message}")
+        return [value for value, _ in by_rank]
 
     def all_reduce(self, vector: Tensor) -> Any:
-        """Begins to sum ``vector`` over the ranks in place; ``wait()`` on what comes back, None on a single rank."""
+        """Begins to sum ``vector`` over the ranks in place. Returns what to ``wait()`` for; None on a single rank."""
         if self.group is None:
             return None
         self.collectives += 1
@@ -75,10 +77,10 @@ class Pool:
         return dist.all_reduce(vector, group=self.group, async_op=True)
 
 
-def digest(value: Any) -> str:
-    """A hash of nested mappings of tensors and plain values."""
+def digest_of(value: Any) -> str:
+    """A hash of nested mappings of tensors and plain values, equal on ranks that hold equal values."""
     if isinstance(value, Mapping):
-        value = [(str(key), digest(value[key])) for key in sorted(value, key=str)]
+        value = [(str(key), digest_of(value[key])) for key in sorted(value, key=str)]
     elif isinstance(value, Tensor):
         value = value.tolist()
     return hashlib.blake2b(repr(value).encode()).hexdigest()
@@ -107,49 +109,50 @@ def _ranks(group: Any) -> list[int]:
 
 
 def _process_groups(group: Any) -> list[Any]:
-    """Those of torch that ``group`` is made of."""
+    """The process groups of torch that ``group`` is made of."""
     if isinstance(group, dist.DeviceMesh):
         return group.get_all_groups()
     return [dist.group.WORLD if group is None else group]
 
 
-_FIRST_NUMBER = 4096  # of the names of our groups: more than others have groups
-_number = _FIRST_NUMBER  # of our next group on this rank; never used again
+_FIRST_NUMBER = 4096  # more than anybody has process groups
+_next_number = _FIRST_NUMBER  # for the name of our next process group on this rank; never used twice
 
 
-def _new_group(ranks: list[int], theirs: list[Any]) -> Any:
-    """A process group that only ``ranks`` make, among whom the groups ``theirs`` reach everybody.
+def _new_group(ranks: list[int], existing: list[Any]) -> Any:
+    """A process group that only ``ranks`` make. The process groups ``existing`` reach all of them.
 
-    torch names such a group by how many groups a rank has. Ranks with unequal numbers would wait for each other under
-    different names, forever, and after a group was destroyed a name comes again, and is refused. So the ranks agree on
-    a number that none of them has used, and for a moment seem to have that many groups.
+    torch names such a process group after the number of process groups that the rank has. Ranks with unequal numbers
+    would wait for each other under different names, forever. After a process group was destroyed a name comes again,
+    and is refused. So the ranks agree on a number that none of them has used, and for a moment pretend to have that
+    many process groups.
     """
-    global _number
-    for group in theirs:
-        everyones = [0] * dist.get_world_size(group)
-        dist.all_gather_object(everyones, _number, group=group)
-        _number = max(everyones)
+    global _next_number
+    for group in existing:
+        numbers = [0] * dist.get_world_size(group)
+        dist.all_gather_object(numbers, _next_number, group=group)
+        _next_number = max(numbers)
     names, world = dist.distributed_c10d._world.pg_names, dist.group.WORLD
-    config = dist.get_backend_config(theirs[0])
-    seeming = {object(): f"equipoise/{place}" for place in range(_number - len(names))}
-    # with a device bound, nccl splits the world's communicator, in which the ranks outside would have to take part
+    config = dist.get_backend_config(existing[0])
+    pretended = {object(): f"equipoise/{place}" for place in range(_next_number - len(names))}
+    # With a device bound, NCCL splits the communicator of the world, and the ranks outside would have to take part.
     bound = getattr(world, "bound_device_id", None)
-    names.update(seeming)  # type: ignore[arg-type]
+    names.update(pretended)  # type: ignore[arg-type]
     try:
         if bound is not None:
             world.bound_device_id = None
         return dist.new_group(
             ranks,
-            timeout=_timeout(theirs[0]),
+            timeout=_timeout(existing[0]),
             backend=None if config == dist.get_backend_config(world) else config,
             use_local_synchronization=True,
         )
     finally:
         if bound is not None:
             world.bound_device_id = bound
-        for place in seeming:
+        for place in pretended:
             names.pop(place, None)  # type: ignore[call-overload]
-        _number += 1
+        _next_number += 1
 
 
 def _is_initialised() -> bool:
@@ -157,7 +160,7 @@ def _is_initialised() -> bool:
 
 
 def _timeout(group: Any) -> Any:
-    """How long the collectives of ``group`` wait; None, torch's own default, where its backend does not say."""
+    """The timeout of the collectives of ``group``; None, torch's default, if its backend does not say."""
     for device in ("cpu", "cuda"):
         try:
             return group._get_backend(torch.device(device)).options._timeout

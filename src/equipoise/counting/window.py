@@ -1,7 +1,7 @@
-"""What has been counted between two optimizer steps: calls, micro-batches, a window, pooled over ranks.
+"""What was counted since the last optimizer step, in micro-batches, and the counts of the last closed window.
 
-What balancers want to know besides the load, their statistics, is added up beside it and pooled with it when the window
-closes. See ``Exchange`` for what travels.
+A window is what is counted between two calls of ``Balance.step``. It owns its micro-batches; each knows its calls.
+``Exchange`` says what travels between the ranks.
 """
 
 import logging
@@ -14,61 +14,24 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from equipoise.counting.exchange import Exchange
+from equipoise.counting.layout import Layout, outside_inference_mode
 from equipoise.counting.pool import Pool
+from equipoise.counting.statistics import Statistics
 from equipoise.errors import EquipoiseError
-from equipoise.load import Layout, outliving
 
-__all__ = ["Call", "Closed", "MicroBatch", "Statistics", "Window", "fit_mask", "number_sequences"]
+__all__ = ["ClosedWindow", "CountedCall", "MicroBatch", "Window"]
 
-MANY = 256  # micro-batches of a window: hardly anybody accumulates as many, so step() is forgotten
+WARN_AFTER_MICRO_BATCHES = 256  # hardly anybody accumulates as many: step() is forgotten
 
 _log = logging.getLogger("equipoise")
 
-
-class Statistics:
-    """What balancers count besides the load, by (layer, number of the balancer): summed, or put one after another."""
-
-    def __init__(self, gathered: Sequence[bool]):
-        self.gathered = gathered
-        self.values: dict[tuple[int, int], Tensor] = {}
-
-    def add(self, layer: int, balancer: int, value: Tensor) -> None:
-        with outliving():
-            self._put(
-                layer, balancer, value.clone(memory_format=torch.contiguous_format)
-            )  # what came is the balancer's
-
-    def merge(self, other: "Statistics") -> None:
-        """Takes over what ``other`` holds."""
-        for (layer, balancer), value in other.values.items():
-            self._put(layer, balancer, value)
-
-    def _put(self, layer: int, balancer: int, value: Tensor) -> None:
-        there = self.values.get((layer, balancer))
-        if there is None:
-            self.values[layer, balancer] = value
-        elif self.gathered[balancer]:
-            self.values[layer, balancer] = torch.cat([there, value])
-        else:
-            there.add_(value)
-
-    @property
-    def summed(self) -> list[Tensor]:
-        """Those that are summed, in the same order on every rank."""
-        return [self.values[key] for key in sorted(self.values) if not self.gathered[key[1]]]
-
-    def gather(self, exchange: Exchange) -> None:
-        """Puts the ranks' values one after another where they are not summed."""
-        keys = [key for key in sorted(self.values) if self.gathered[key[1]]]
-        if keys:
-            everyone = exchange.gather([self.values[key].cpu() for key in keys])
-            for index, key in enumerate(keys):
-                rows = torch.cat([values[index] for values in everyone])
-                self.values[key] = rows.to(self.values[key].device)
+_TOO_LATE = (
+    "a backward must run before step() closes its window: it ran after. Call balance.step() after the optimizer's step."
+)
 
 
-class Call(NamedTuple):
-    """One counted router call of ``layer``."""
+class CountedCall(NamedTuple):
+    """One router call that was counted."""
 
     layer: int
     micro_batch: "MicroBatch"
@@ -76,61 +39,125 @@ class Call(NamedTuple):
     sequence_ids: Int[Tensor, " tokens"] | None
     num_sequences: int
     num_tokens: Tensor | int
-    wants_gradient: bool = False  # its logits are differentiated
+    needs_gradient: bool = False  # its logits are differentiated
 
 
 class MicroBatch:
-    """What was counted between two calls of ``loss()``, on this rank. Calls are known by their number in the window."""
+    """What was counted between two calls of ``Balance.loss``, on this rank.
 
-    def __init__(self, vector: Tensor, num_layers: int, num_losses: int, statistics: Statistics):
-        self.vector = vector
-        self.statistics = statistics  # handed to the window when this micro-batch closes
-        self.calls: dict[int, list[int]] = {}  # by layer that was called
-        self.unserved: dict[int, list[int]] = {}  # those of them whose backward has not run yet
-        self.choices: dict[int, Tensor] = {}  # expert ids of unserved calls
+    Calls are known by their number in the window. A call is *served* when its backward has got its gradient.
+
+    Attributes:
+        vector: the counts of all layers; see ``Layout``.
+        statistics: handed to the window when the micro-batch closes.
+        losses: by balancer with a loss, and layer: the loss, summed over the tokens.
+        dtype: of the losses, or wider.
+        factor: what the caller multiplied the loss with; None before the backward of its ticket.
+    """
+
+    def __init__(self, layout: Layout, num_losses: int, statistics: Statistics, device: torch.device):
+        self.layout = layout
+        self.vector = vector = layout.zeros(device)
+        self.statistics = statistics
+        self.losses = vector[:0]
+        if num_losses:
+            self.losses = vector.new_zeros(num_losses, layout.num_layers, dtype=torch.float64)
+        self.dtype = torch.float32
+        self.factor: Tensor | None = None
         self.first_layer: int | None = None
-        self.factor: Tensor | None = None  # what the caller multiplied the loss with, known in the backward
-        self.dtype = torch.float32  # of the losses, or wider
-        # by loss and layer, its sum over the tokens
-        self.losses = vector.new_zeros(num_losses, num_layers, dtype=torch.float64) if num_losses else vector[:0]
+        self._calls: dict[int, list[int]] = {}  # by layer
+        self._unserved: dict[int, list[int]] = {}
+        self._choices: dict[int, Tensor] = {}  # expert ids of unserved calls
 
-    def find(self, layer: int, expert_ids: Tensor) -> int:
-        """Which unserved call of ``layer`` was made again: of several, the one that chose most alike, or the last.
+    @property
+    def called_layers(self) -> set[int]:
+        return set(self._calls)
 
-        Backwards run from the last call to the first, but not every call has one.
-        """
-        calls = self.unserved[layer]
-        return calls[0] if len(calls) == 1 else max((self._alike(call, expert_ids), call) for call in calls)[1]
+    @property
+    def num_tokens(self) -> Int[Tensor, " layers"]:
+        return self.layout.num_tokens(self.vector)
 
-    def alike(self, layer: int, expert_ids: Tensor) -> int:
-        """How many choices the unserved call of ``layer`` that is most alike has in common with these."""
-        return max(self._alike(call, expert_ids) for call in self.unserved[layer])
+    def has_several_calls(self, layer: int) -> bool:
+        return len(self._calls[layer]) > 1
 
-    def _alike(self, call: int, expert_ids: Tensor) -> int:
-        chosen = self.choices.get(call)
-        return -1 if chosen is None or chosen.shape != expert_ids.shape else int((chosen == expert_ids).sum())
+    def load(self, layer: int) -> Int[Tensor, " experts"]:
+        return self.layout.load(self.vector, layer)
 
-    def serve(self, factor: Tensor) -> None:
-        """A ticket's backward has run: the backwards of this micro-batch's routers follow."""
+    def count(self, layer: int, expert_ids: Tensor, mask: Tensor | None) -> None:
+        self.layout.count(self.vector, layer, expert_ids, mask)
+
+    def add_loss(self, index: int, layer: int, value: Tensor, num_tokens: Tensor | int) -> None:
+        """Adds a loss that is a mean over the tokens of one call."""
+        self.losses[index, layer].add_(value * num_tokens)
+        self.dtype = torch.promote_types(self.dtype, value.dtype)
+
+    def add_call(self, number: int, layer: int, choice: Tensor | None) -> None:
+        self._calls.setdefault(layer, []).append(number)
+        self._unserved.setdefault(layer, []).append(number)
+        if choice is not None:
+            self._choices[number] = choice
+        if self.first_layer is None:
+            self.first_layer = layer
+
+    # ---- backward ----
+
+    def begin_backward(self, factor: Tensor) -> None:
+        """The backward of its ticket has run: those of its routers follow."""
         self.factor = factor
-        self.unserved = {layer: list(calls) for layer, calls in self.calls.items()}
+        self._unserved = {layer: list(calls) for layer, calls in self._calls.items()}
+
+    def is_unserved(self, layer: int, number: int) -> bool:
+        return number in self._unserved[layer]
+
+    def unserved_calls(self, layer: int) -> list[int]:
+        return self._unserved.get(layer, [])
+
+    def mark_served(self, layer: int, number: int) -> None:
+        if number in self._unserved[layer]:
+            self._unserved[layer].remove(number)
+            self._choices.pop(number, None)
+
+    def most_similar_call(self, layer: int, expert_ids: Tensor) -> tuple[int, int]:
+        """Of the unserved calls of ``layer`` the one whose choice is most like this one, or the last of several.
+
+        Backwards run from the last call to the first, but not every call has one. Returns how many choices agree, and
+        the number of the call.
+        """
+        return max((self._num_equal_choices(number, expert_ids), number) for number in self._unserved[layer])
+
+    def _num_equal_choices(self, number: int, expert_ids: Tensor) -> int:
+        choice = self._choices.get(number)
+        return -1 if choice is None or choice.shape != expert_ids.shape else int((choice == expert_ids).sum())
+
+    def forget_choices(self) -> None:
+        self._choices.clear()
 
 
-class Closed(NamedTuple):
-    """What a window ends with, over all ranks."""
+class ClosedWindow(NamedTuple):
+    """What a window ended with, over all ranks."""
 
-    vector: Int[Tensor, " numbers"]
-    statistics: Statistics
-    applied: bool | Tensor  # whether the optimizer's step was applied on every rank
-    collectives: int
-    num_bytes: int  # that this rank gave to them
+    vector: Int[Tensor, " numbers"]  # see Layout
+    micro_batches: list[MicroBatch]  # of this rank; empty after a resume
+    collectives: int = 0
+    num_bytes: int = 0  # that this rank sent
 
 
 class Window:
-    """The open window: its micro-batches and their pooled counts.
+    """The open window, and the last closed one.
 
-    ``gathered`` says of each balancer whether its statistics are put one after another; ``close_statistics(vector,
-    statistics)`` is called with the counts of every micro-batch that closes and adds what depends on them.
+    Args:
+        num_losses: how many balancers have a loss.
+        pools_each: whether a loss needs the pooled counts of every micro-batch.
+        gathered: by balancer, whether its statistics are concatenated; see ``Statistics``.
+        close_statistics: called with the vector and the statistics of every micro-batch that closes; adds what depends
+            on its counts.
+
+    Attributes:
+        micro_batches: those of the open window.
+        current: the open micro-batch; None between two.
+        last: the last closed window; None before the first.
+        num_closed: windows that were closed.
+        exchange: the collectives.
     """
 
     def __init__(
@@ -143,69 +170,151 @@ class Window:
         close_statistics: Callable[[Tensor, Statistics], None],
     ):
         self.layout = layout
-        self.pool = pool
-        self.num_losses = num_losses
         self.exchange = Exchange(layout, pool, pools_each)
-        self.gathered = gathered
-        self.close_statistics = close_statistics
-        self.number = -1
+        self.num_closed = 0
+        self.last: ClosedWindow | None = None
+        self._num_losses = num_losses
+        self._gathered = gathered
+        self._close_statistics = close_statistics
+        self._number = -1
         self._open()
 
     def _open(self) -> None:
-        self.number += 1
+        self._number += 1
         self.micro_batches: list[MicroBatch] = []
         self.current: MicroBatch | None = None
-        self.serving: MicroBatch | None = None  # the one whose ticket's backward ran last
-        self.calls: list[Call] = []
-        self._statistics = Statistics(self.gathered)  # of the closed micro-batches, on this rank
+        self.serving: MicroBatch | None = None  # whose ticket's backward ran last
+        self._calls: list[CountedCall] = []
+        self._statistics = Statistics(self._gathered)  # of the closed micro-batches, on this rank
         self._closed: Tensor | None = None  # sum of the closed micro-batches, over the ranks if pools_each
         self._pending: list[tuple[Any, Tensor]] = []
         self.exchange.reset()
 
+    def new_statistics(self) -> Statistics:
+        return Statistics(self._gathered)
+
+    def restore(self, num_closed: int, vector: Tensor | None) -> None:
+        """Continues after ``num_closed`` windows, the last of which had these counts."""
+        self.num_closed = num_closed
+        self.last = None if vector is None else ClosedWindow(vector, [])
+
+    # ---- counting ----
+
+    @property
+    def is_first(self) -> bool:
+        """Whether no window was open before this one."""
+        return self._number == 0
+
+    @property
+    def num_calls(self) -> int:
+        return len(self._calls)
+
+    @property
+    def called_layers(self) -> set[int]:
+        return set().union(*(micro_batch.called_layers for micro_batch in self.micro_batches))
+
     def micro_batch(self, device: torch.device) -> MicroBatch:
+        """The open micro-batch; begins one if there is none."""
         if self.current is None:
-            with outliving():
-                vector, statistics = self.layout.zeros(device), Statistics(self.gathered)
-                self.current = MicroBatch(vector, self.layout.num_layers, self.num_losses, statistics)
+            with outside_inference_mode():
+                self.current = MicroBatch(self.layout, self._num_losses, self.new_statistics(), device)
             self.micro_batches.append(self.current)
-            if len(self.micro_batches) == MANY:
+            if len(self.micro_batches) == WARN_AFTER_MICRO_BATCHES:
                 _log.warning(
-                    f"{MANY} micro-batches were counted since step() was called last, and nothing was moved. Call "
-                    "balance.step() after every optimizer step, or once balance.follow(optimizer); run a model that is "
-                    "not trained in eval() or inside balance.paused()."
+                    f"{WARN_AFTER_MICRO_BATCHES} micro-batches were counted since the last step(), and no bias was "
+                    "moved. Call balance.step() after every optimizer step, or once balance.follow(optimizer). Run a "
+                    "model that is not trained in eval() or inside balance.paused()."
                 )
         return self.current
 
-    def record(self, call: Call, expert_ids: Tensor) -> int:
-        """Keeps a call and returns its token, which its backward brings back."""
-        number, micro_batch = len(self.calls), call.micro_batch
-        self.calls.append(call)
-        micro_batch.calls.setdefault(call.layer, []).append(number)
-        micro_batch.unserved.setdefault(call.layer, []).append(number)
-        if self.num_losses:
-            micro_batch.choices[number] = expert_ids.to(torch.int16)  # a copy: a compiled graph reuses its buffers
-        if micro_batch.first_layer is None:
-            micro_batch.first_layer = call.layer
-        return self.number << 32 | number
+    def record(self, call: CountedCall, expert_ids: Tensor) -> int:
+        """Keeps a call. Returns its token, which its backward brings back."""
+        number = len(self._calls)
+        self._calls.append(call)
+        # A copy: a compiled graph reuses its buffers.
+        choice = expert_ids.to(torch.int16) if self._num_losses else None
+        call.micro_batch.add_call(number, call.layer, choice)
+        return self._number << 32 | number
 
-    def call(self, token: int) -> tuple[int, Call]:
-        """The number and the call of a token; one of another window is an error."""
-        if token >> 32 != self.number:
-            raise EquipoiseError(
-                "a backward must run before step() closes its window: it ran after. Call balance.step() after the "
-                "optimizer's step."
-            )
+    def drop_current(self, num_calls: int) -> None:
+        """Drops the open micro-batch if it counted calls after the first ``num_calls``: its forward failed."""
+        if self.current is not None and len(self._calls) > num_calls:
+            self.micro_batches.remove(self.current)
+            self.current = None
+
+    # ---- backward ----
+
+    def begin_backward(self, micro_batch: MicroBatch, factor: Tensor) -> None:
+        """The backward of a ticket runs."""
+        if micro_batch not in self.micro_batches:
+            raise EquipoiseError(_TOO_LATE)
+        micro_batch.begin_backward(factor)
+        self.serving = micro_batch
+
+    def call(self, token: int) -> tuple[int, CountedCall]:
+        """The number and the call of a token. Raises for a token of another window."""
+        if token >> 32 != self._number:
+            raise EquipoiseError(_TOO_LATE)
         number = token & 0xFFFFFFFF
-        return number, self.calls[number]
+        return number, self._calls[number]
+
+    def recomputed_call(
+        self, layer: int, expert_ids: Tensor, has_factor: bool
+    ) -> tuple[int, CountedCall] | tuple[None, None]:
+        """The number and the call that a backward makes again.
+
+        A recomputed call does not know its micro-batch. It belongs to the one whose ticket's backward ran last. Without
+        tickets (``has_factor``: the factor is known otherwise) to the one with the most similar choice.
+        """
+        micro_batch = self.serving
+        if micro_batch is None and has_factor:
+            candidates = [m for m in self.micro_batches if m.unserved_calls(layer)]
+            micro_batch = max(candidates, key=lambda m: m.most_similar_call(layer, expert_ids)[0], default=None)
+        calls = [] if micro_batch is None else micro_batch.unserved_calls(layer)
+        if micro_batch is None or not calls:
+            return None, None
+        number = calls[0] if len(calls) == 1 else micro_batch.most_similar_call(layer, expert_ids)[1]
+        return number, self._calls[number]
+
+    def unreached_layers(self) -> list[int]:
+        """Layers whose loss had a backward that did not reach them, though their logits are differentiated.
+
+        A compiled graph gives no such information.
+        """
+        unreached = set()
+        for micro_batch in self.micro_batches:
+            if micro_batch.factor is not None:
+                for layer in micro_batch.called_layers:
+                    numbers = micro_batch.unserved_calls(layer)
+                    if any(self._calls[number].needs_gradient for number in numbers):
+                        unreached.add(layer)
+        return sorted(unreached)
+
+    # ---- counts known so far ----
+
+    def load_so_far(self, layer: int) -> Int[Tensor, " experts"]:
+        """The load of a layer by the counts of the open micro-batch and those that have arrived. Does not wait."""
+        assert self.current is not None
+        load = self.current.load(layer)
+        return load if self._closed is None else self.layout.load(self._closed, layer) + load
+
+    def pooled_vector(self) -> Tensor:
+        """The counts of all closed micro-batches, over all ranks. Waits for collectives that are under way."""
+        with self._dropped_on_error():
+            self._receive()
+        assert self._closed is not None
+        return self._closed
+
+    # ---- closing ----
 
     def close_micro_batch(self) -> MicroBatch | None:
-        """Ends the current micro-batch and begins to pool it where a loss needs the pooled counts."""
+        """Ends the open micro-batch, and begins to pool it if a loss needs the pooled counts."""
         closed, self.current = self.current, None
         if closed is not None:
-            with outliving():
-                self.close_statistics(closed.vector, closed.statistics)
+            with outside_inference_mode():
+                self._close_statistics(closed.vector, closed.statistics)
                 self._statistics.merge(closed.statistics)
-                closed.statistics = Statistics(self.gathered)
+                closed.statistics = self.new_statistics()
                 vector = closed.vector[: self.exchange.width]
                 if self.exchange.pools_each:
                     vector = vector.clone()
@@ -215,7 +324,7 @@ class Window:
         return closed
 
     def _add(self, vector: Tensor) -> None:
-        """Never in place: the first is a micro-batch's own."""
+        # Never in place: the first vector belongs to a micro-batch.
         self._closed = vector if self._closed is None else self._closed + vector
 
     def _receive(self) -> None:
@@ -226,93 +335,42 @@ class Window:
 
     @contextmanager
     def _dropped_on_error(self) -> Iterator[None]:
-        """A window in which a rank failed cannot be closed on any: all of them begin the next."""
+        """If any rank fails, every rank drops this window."""
         try:
             yield
         except EquipoiseError:
             self._open()
             raise
 
-    def load_now(self, layer: int) -> Int[Tensor, " experts"]:
-        """The counts of a layer of the open micro-batch, with those known at this moment without waiting."""
-        assert self.current is not None
-        load = self.layout.load(self.current.vector, layer)
-        return load if self._closed is None else self.layout.load(self._closed, layer) + load
-
-    def load_pooled(self) -> Tensor:
-        """The counts of all closed micro-batches, over all ranks; waits for what is under way."""
-        with self._dropped_on_error():
-            self._receive()
-        assert self._closed is not None
-        return self._closed
+    def close_empty(self) -> None:
+        """Ends a window of a model without layers."""
+        self.num_closed += 1
 
     def fail(self, device: torch.device, statistics: Statistics) -> None:
-        """This rank cannot close the window. Where others wait for it they are told, and all drop it."""
-        if self.pool.size > 1:
+        """This rank cannot close the window. If others wait for it, they raise too, and all drop the window."""
+        if self.exchange.pool.size > 1:
             self.exchange.fail(device, statistics.summed)
             self._open()
 
-    def close(self, applied: bool | Tensor = True, absent: Statistics | None = None) -> Closed:
-        """Ends the window: its counts, its statistics and whether its step was applied, over all ranks, in one
-        collective; where every micro-batch is pooled, in one for the closing and one for statistics, if there are any.
+    def close(self, applied: bool | Tensor, absent: Statistics | None) -> tuple[Statistics, bool | Tensor]:
+        """Ends the window over all ranks. Returns its statistics, and whether every rank's optimizer step was applied.
 
-        ``absent`` stands in for the statistics of layers that were not called here: every rank gives as many.
+        One collective; if every micro-batch is pooled, one for the closing and one for statistics, if there are any.
+        ``absent`` fills in for the statistics of layers that were not called here: every rank exchanges as many.
         """
         with self._dropped_on_error():
             self.close_micro_batch()
-            for key, value in ({} if absent is None else absent.values).items():
-                self._statistics.values.setdefault(key, value)
+            if absent is not None:
+                self._statistics.fill_in(absent)
             self._receive()
             assert self._closed is not None
             vector, statistics = self._closed, self._statistics
-            if self.pool.size > 1:
+            if self.exchange.pool.size > 1:
                 vector, applied = self.exchange.close(vector, statistics.summed, applied, len(self.micro_batches))
                 statistics.gather(self.exchange)
         for micro_batch in self.micro_batches:
-            micro_batch.choices.clear()
-        closed = Closed(vector, statistics, applied, self.exchange.collectives, self.exchange.num_bytes)
+            micro_batch.forget_choices()
+        self.last = ClosedWindow(vector, self.micro_batches, self.exchange.collectives, self.exchange.num_bytes)
+        self.num_closed += 1
         self._open()
-        return closed
-
-
-def fit_mask(
-    mask: Tensor | None, num_tokens: int, rows: int, name: str, device: torch.device
-) -> Float[Tensor, " tokens"] | None:
-    """The mask of these tokens, 0 or 1, a copy. Of a 2-D mask that covers a cached prefix too the end counts."""
-    if mask is None:
-        return None
-    has_rows = mask.dim() == 2 and rows in (0, mask.shape[0])
-    if has_rows and mask.numel() > num_tokens and num_tokens % mask.shape[0] == 0:
-        mask = mask[:, -(num_tokens // mask.shape[0]) :]
-    if mask.numel() != num_tokens:
-        raise EquipoiseError(
-            f"the mask must hold one number per token that {name} routes: got shape {tuple(mask.shape)} for "
-            f"{num_tokens} tokens. Pass the mask of these tokens with balance.token_mask(mask)."
-        )
-    if mask.dim() == 2 and 1 < rows == mask.shape[1] != mask.shape[0] > 1:
-        raise EquipoiseError(
-            f"the mask must have a row for each of the {rows} rows of the batch: got shape {tuple(mask.shape)}, which "
-            "has them as columns. Pass mask.T, in the order in which the tokens are routed."
-        )
-    return (mask.to(device).reshape(-1) != 0).float()
-
-
-def number_sequences(
-    sequence_ids: Tensor | None, rows: int, num_tokens: int, device: torch.device
-) -> tuple[Int[Tensor, " tokens"] | None, int]:
-    """Numbers the sequences 0, 1, ...: rows of the batch, or wherever the given ids change."""
-    if sequence_ids is not None:
-        ids = sequence_ids.reshape(1, -1) if sequence_ids.dim() == 1 else sequence_ids
-        starts = torch.ones_like(ids, dtype=torch.bool)
-        starts[:, 1:] = ids[:, 1:] != ids[:, :-1]
-        if starts.numel() != num_tokens:
-            raise EquipoiseError(
-                f"sequence_ids must hold one number per token: got shape {tuple(sequence_ids.shape)} for {num_tokens} "
-                "tokens. Pass those of these tokens with balance.token_mask(mask, sequence_ids)."
-            )
-        return starts.reshape(-1).cumsum(0).sub_(1).to(device), num_tokens
-    if num_tokens == 0:
-        return torch.zeros(0, dtype=torch.int64, device=device), 0
-    if rows <= 0 or num_tokens % rows:
-        return None, 0
-    return torch.arange(num_tokens, device=device) // (num_tokens // rows), rows
+        return statistics, applied

@@ -20,10 +20,11 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from equipoise.alerts import Alerts
 from equipoise.attachment import attach, base_model, resolve, unwrap
-from equipoise.balance import Balance, was_applied
-from equipoise.balancers import Balancer, Frozen, LossFree
+from equipoise.balance import Balance
+from equipoise.balancers import Balancer, Frozen
 from equipoise.errors import EquipoiseError, UsageError
 from equipoise.saved import write_biases
+from equipoise.torch_internals import step_was_applied
 
 __all__ = ["EquipoiseCallback", "STATE_FILE"]
 
@@ -137,7 +138,7 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         self.balance = self._attach(inner, arguments)
         self._alerts, self._loss = Alerts(num_steps=state.max_steps, num_seen=state.global_step), None
         self._model, self._saved, self._training = inner, saved, True
-        without_slot = any(layer.kind.slot is None for layer in self.balance._layers)
+        without_slot = any(layer.kind.slot is None for layer in self.balance.layers)
         multiplies = any(balancer.multiplies for balancer in self._balancers)
         self._beside_weights = self._steers and (without_slot or multiplies or saved is not inner)
         self._shifts = _shifts_labels(inner)
@@ -172,7 +173,7 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
             self._watch(state)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        self._applied = was_applied(optimizer)
+        self._applied = step_was_applied(optimizer)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.balance is not None and self._has_open_window():  # left over: an iterable dataset that ended early
@@ -190,14 +191,9 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     def _watch(self, state: Any) -> None:
         """Says what began or is over with the window that was closed."""
         assert self.balance is not None
-        groups, windows = self.balance._groups, self.balance._num_windows
-        steering = [group.steering for group in groups if isinstance(group.steering, LossFree)]
-        self._alerts.steers = any(balancer.rate_at(windows - 1) > 0 for balancer in steering)
+        self._alerts.steers = self.balance.rate > 0
         loss, self._loss = self._loss, None
-        load = (
-            self.balance._recorder.last
-        )  # as Balance.load, which waits for a GPU where ranks told each other something
-        for alert in self._alerts.see({} if load is None else self.balance._by_name(load), loss):
+        for alert in self._alerts.see(self.balance.peek_load(), loss):
             if state.is_world_process_zero:
                 _log.warning(f"EquipoiseCallback, step {alert.step}: {alert}")
 
@@ -280,7 +276,7 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     def _attach(self, model: nn.Module, arguments: dict[str, Any]) -> Balance:
         """Attaches the strategy; with biases that stay where no router is trained."""
         balance = attach(model, *self._strategy, **arguments)
-        routers = [layer.router for layer in balance._layers]
+        routers = [layer.router for layer in balance.layers]
         moves = any(balancer.has_bias and not isinstance(balancer, Frozen) for balancer in self._balancers)
         if self._move_frozen or not moves or not routers or any(_is_trained(router, model) for router in routers):
             return balance
@@ -347,14 +343,14 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     # ---- checkpoints ----
 
     def _has_open_window(self) -> bool:
-        return self.balance is not None and bool(self.balance._window.micro_batches)
+        return self.balance is not None and self.balance.has_open_window
 
     def _save(self, folder: Path) -> None:
         """Writes into a folder what the weights in it do not hold."""
         if self.balance is None:
             return
         if self._beside_weights:
-            write_biases(folder, self.balance.biases, self.balance._multiplies)
+            write_biases(folder, self.balance.biases, self.balance.multiplies)
         if self._training and not self._has_open_window():
             torch.save(self.balance.state_dict() | {"alerts": self._alerts.state_dict()}, folder / STATE_FILE)
 
@@ -372,16 +368,16 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
                 )
         except Exception as caught:
             error = caught
-        there = self.balance._pool.agree("loading a checkpoint", state is not None, error)
-        if all(there):
+        has_state = self.balance.agree("loading a checkpoint", state is not None, error)
+        if all(has_state):
             assert state is not None
             alerts = state.pop("alerts", None)  # none in checkpoints of before there were any
             self.balance.load_state_dict(state)
             if alerts is not None:
                 self._alerts.load_state_dict(alerts)
-        elif any(there):
+        elif any(has_state):
             raise EquipoiseError(
-                f"every rank must find {path}: some do, rank {there.index(False)} does not. Copy it there."
+                f"every rank must find {path}: some do, rank {has_state.index(False)} does not. Copy it there."
             )
 
 

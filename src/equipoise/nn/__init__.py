@@ -1,6 +1,6 @@
-"""A router and a mixture-of-experts layer for those who write their own model; ``attach`` knows them.
+"""A router and a mixture-of-experts layer for models of your own; ``attach`` recognises them.
 
-A model and its training in one's own loop:
+A model and its training loop:
 
     import torch
     from torch import nn

@@ -1,12 +1,12 @@
-"""The arithmetic of routed SwiGLU experts: assignments sorted by expert, grouped products, outputs summed by token.
+"""The arithmetic of routed SwiGLU experts: sort assignments by expert, multiply in groups, sum outputs by token.
 
-Two movements, each the backward of the other, so neither gradient is added up in an order that may vary and none
-begins as zeros of full size:
+Two movements of rows, each the backward of the other:
 
-    dispatch [tokens, n] -> [assignments, n]    row a is that of assignment a's token, assignments sorted by expert
+    dispatch [tokens, n] -> [assignments, n]    the row of each assignment's token, assignments sorted by expert
     collect  [assignments, n] -> [tokens, n]    the sum over a token's k assignments, in float32 or wider
 
-No shape depends on the data, except on a CPU, and the host never waits for a GPU.
+So no gradient is accumulated in an order that may vary, and none starts as zeros of full size. No shape depends on the
+data, except on a CPU, and the host never waits for a GPU.
 """
 
 from typing import Any, NamedTuple
@@ -20,16 +20,15 @@ from equipoise.routing import without_autocast
 
 __all__ = ["Assignments", "sort_by_expert", "swiglu", "swiglu_experts"]
 
-
-ROWS = 32  # of a product on a CPU in less than float32, a multiple; see _filled_up
+ROW_MULTIPLE = 32  # on a CPU, for dtypes narrower than float32; see _pad_rows
 
 
 class Assignments(NamedTuple):
-    """Assignment ``t * k + i`` is token t's i-th choice; sorted, those of an expert lie together, in token order."""
+    """Assignment ``t * k + i`` is token t's i-th choice. Sorted by expert, each expert's are in token order."""
 
-    order: Int[Tensor, " assignments"]  # at each sorted place the assignment
-    inverse: Int[Tensor, " assignments"]  # of each assignment its sorted place
-    ends: Int[Tensor, " experts"]  # int32: where each expert's places end; the cumulative load
+    order: Int[Tensor, " assignments"]  # the assignment at each sorted place
+    inverse: Int[Tensor, " assignments"]  # the sorted place of each assignment
+    ends: Int[Tensor, " experts"]  # int32: the end of each expert's places, which is the cumulative load
     k: int
 
     @property
@@ -40,7 +39,7 @@ class Assignments(NamedTuple):
 def sort_by_expert(expert_ids: Int[Tensor, "tokens k"], num_experts: int) -> Assignments:
     sorted_ids, order = expert_ids.flatten().sort(stable=True)
     if torch.compiler.is_compiling():
-        inverse = order.argsort()  # Inductor of torch 2.13 may read what is scattered before it is written
+        inverse = order.argsort()  # Inductor of torch 2.13 may read a scatter's result before it is written
     else:
         inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
     experts = torch.arange(num_experts, device=order.device)
@@ -55,40 +54,40 @@ def swiglu_experts(
     gate_up: Float[Tensor, "experts dim twice_hidden"],
     down: Float[Tensor, "experts hidden dim"],
 ) -> Float[Tensor, "tokens dim"]:
-    """sum_i weights[t, i] * expert_i(x_t),  expert(x) = (silu(g) * u) @ down,  g, u = halves of x @ gate_up
+    """``sum_i weights[t, i] * expert_i(x_t)``,  expert(x) = (silu(g) * u) @ down,  g, u = halves of x @ gate_up
 
-    All products are in ``x``'s dtype. The weights multiply the inner activations: that is the same sum, and neither
-    they nor their gradient need the experts' outputs again.
+    All products are in ``x``'s dtype. The weights multiply the inner activations. The sum is the same, and the weights
+    and their gradient do not need the experts' outputs.
     """
-    filled = _is_compiled_for_its_rows(x, assignments)
-    order, inverse, ends, k = _filled_up(assignments) if filled else assignments
+    pads = _needs_padding(x, assignments)
+    order, inverse, ends, k = _pad_rows(assignments) if pads else assignments
     by_assignment = _Dispatch.apply(weights.reshape(-1, 1), order, inverse, 1)
-    if filled:  # what fills up weighs nothing, so neither does it reach a gradient
+    if pads:  # padding has weight 0, so it reaches no gradient
         by_assignment = by_assignment * torch.zeros_like(order, dtype=weights.dtype).index_fill_(0, inverse, 1)[:, None]
     inner = _grouped_mm(_Dispatch.apply(x, order, inverse, k), gate_up.to(x.dtype), ends)
     y = _grouped_mm(_weighted_swiglu(inner, by_assignment), down.to(x.dtype), ends)
     return _Collect.apply(y, order, inverse, k)
 
 
-def _is_compiled_for_its_rows(x: Tensor, assignments: Assignments) -> bool:
-    """Whether a product of this dtype is made anew for every number of rows, as oneDNN does; and loads are other ones
-    at every call. Not where somebody compiles: how many rows fill up depends on the data."""
+def _needs_padding(x: Tensor, assignments: Assignments) -> bool:
+    """Whether oneDNN would build a new kernel for every number of rows; loads differ in every call. Never under a
+    compiler, because the number of padding rows depends on the data."""
     narrow = x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)
-    real = type(assignments.order) is Tensor and not torch.compiler.is_compiling()
-    return narrow and real and assignments.order.numel() > 0
+    is_eager = type(assignments.order) is Tensor and not torch.compiler.is_compiling()
+    return narrow and is_eager and assignments.order.numel() > 0
 
 
-def _filled_up(assignments: Assignments) -> Assignments:
-    """Each expert's places filled up to a multiple of ``ROWS``, with its first assignment; ``order`` is longer by
-    them, and ``inverse`` leads to none of them."""
+def _pad_rows(assignments: Assignments) -> Assignments:
+    """Pads each expert's rows to a multiple of ``ROW_MULTIPLE`` by repeating its first assignment. ``order`` includes
+    the padding; ``inverse`` points to none of it."""
     order, inverse, ends, k = assignments
     load = ends - assignments.begins
-    whole = (load + ROWS - 1) // ROWS * ROWS
-    whole_ends = whole.cumsum(0, dtype=torch.int32)
-    place = torch.arange(order.numel()) + (whole_ends - whole - assignments.begins).repeat_interleave(load)
+    padded_load = (load + ROW_MULTIPLE - 1) // ROW_MULTIPLE * ROW_MULTIPLE
+    padded_ends = padded_load.cumsum(0, dtype=torch.int32)
+    place = torch.arange(order.numel()) + (padded_ends - padded_load - assignments.begins).repeat_interleave(load)
     first = order[assignments.begins.clamp_max(order.numel() - 1)]
-    filled = first.repeat_interleave(whole).index_copy_(0, place, order)
-    return Assignments(filled, place[inverse], whole_ends, k)
+    padded = first.repeat_interleave(padded_load).index_copy_(0, place, order)
+    return Assignments(padded, place[inverse], padded_ends, k)
 
 
 def swiglu(gate_up: Float[Tensor, "tokens twice_hidden"]) -> Float[Tensor, "tokens hidden"]:
@@ -128,12 +127,12 @@ def _weighted_swiglu(
 ) -> Float[Tensor, "assignments hidden"]:
     """``swiglu(gate_up) * weights``, the weights rounded to the activations' dtype."""
     if torch.compiler.is_compiling():
-        return swiglu(gate_up) * weights.to(gate_up.dtype)  # the compiler makes one pass of it
+        return swiglu(gate_up) * weights.to(gate_up.dtype)  # the compiler fuses it
     return _WeightedSwiglu.apply(gate_up, weights)
 
 
 class _WeightedSwiglu(torch.autograd.Function):
-    """Keeps its inputs only, and writes both halves of their gradient where they belong."""
+    """Saves its inputs only, and writes both halves of ``gate_up``'s gradient in place."""
 
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor, weights: Tensor) -> Tensor:
@@ -146,24 +145,24 @@ class _WeightedSwiglu(torch.autograd.Function):
         gate_up, weights = ctx.saved_tensors
         if torch.is_grad_enabled():  # this gradient will be differentiated
             y = swiglu(gate_up) * weights.to(gate_up.dtype)
-            of_gate_up, of_weights = torch.autograd.grad(y, (gate_up, weights), gradient, create_graph=True)
-            return of_gate_up, of_weights
+            grad_gate_up, grad_weights = torch.autograd.grad(y, (gate_up, weights), gradient, create_graph=True)
+            return grad_gate_up, grad_weights
         gate, up = gate_up.chunk(2, dim=-1)
-        of_gate_up = torch.empty_like(gate_up)
-        of_gate, of_up = of_gate_up.chunk(2, dim=-1)
+        grad_gate_up = torch.empty_like(gate_up)
+        grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
         activated = F.silu(gate)
         wide = torch.promote_types(weights.dtype, gate_up.dtype)
-        of_weights = (activated * up).mul_(gradient).sum(1, keepdim=True, dtype=wide).to(weights.dtype)
+        grad_weights = (activated * up).mul_(gradient).sum(1, keepdim=True, dtype=wide).to(weights.dtype)
         gradient = gradient * weights.to(gate_up.dtype)
-        torch.mul(gradient, activated, out=of_up)
-        torch.ops.aten.silu_backward.grad_input(gradient.mul_(up), gate, grad_input=of_gate)
-        return of_gate_up, of_weights
+        torch.mul(gradient, activated, out=grad_up)
+        torch.ops.aten.silu_backward.grad_input(gradient.mul_(up), gate, grad_input=grad_gate)
+        return grad_gate_up, grad_weights
 
 
 def _grouped_mm(
     x: Float[Tensor, "assignments n"], weight: Float[Tensor, "experts n m"], ends: Int[Tensor, " experts"]
 ) -> Float[Tensor, "assignments m"]:
-    """``x[i] @ weight[e]``: rows are sorted by expert, those of expert e end before ``ends[e]``."""
+    """``x[i] @ weight[e]`` for the rows i of expert e. Rows are sorted by expert; those of e end before ``ends[e]``."""
     dtypes = {torch.bfloat16}
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
         dtypes |= {torch.float32, torch.float16}
@@ -174,22 +173,22 @@ def _grouped_mm(
 
 
 def _block_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """Each expert's rows in whole blocks of ``size``, the last one filled up with rows that nobody reads; one product
-    a block."""
+    """Cuts each expert's rows into blocks of ``size`` and multiplies block by block. The last block of an expert also
+    holds rows of others, which nobody reads."""
     num_rows, num_experts = x.shape[0], weight.shape[0]
     if num_rows == 0:
         return x @ weight[0]
     size = -(-num_rows // num_experts)
     num_blocks = 2 * num_experts  # sum_e ceil(load_e / size) < sum_e (load_e / size + 1) <= 2 * experts
     begins = F.pad(ends[:-1], (1, 0))
-    last_block = ((ends - begins + size - 1) // size).cumsum(0)  # the first one that is not the expert's
+    last_block = ((ends - begins + size - 1) // size).cumsum(0)  # the first block after the expert's
     first_block = F.pad(last_block[:-1], (1, 0))
     block = torch.arange(num_blocks, device=x.device)
     expert = torch.searchsorted(last_block, block, right=True).clamp_max(num_experts - 1)
     start = begins[expert] + (block - first_block[expert]) * size
     row = start.unsqueeze(1) + torch.arange(size, device=x.device)  # (blocks, size)
     blocks = x.index_select(0, row.clamp_max(num_rows - 1).flatten()).view(num_blocks, size, -1)
-    with without_autocast(x.device):  # as grouped_mm
+    with without_autocast(x.device):  # like grouped_mm
         product = blocks @ weight.index_select(0, expert)
     place = torch.arange(num_rows, device=x.device)
     expert = torch.searchsorted(ends, place, right=True)

@@ -9,28 +9,29 @@ from torch import Tensor, nn
 from equipoise.nn._checks import check_positive, check_sizes, is_int
 from equipoise.nn.grouped import sort_by_expert, swiglu, swiglu_experts
 from equipoise.nn.router import INIT_STD, Router
+from equipoise.routing import ScoreFunction
 
 __all__ = ["MoE"]
 
 
 class MoE(nn.Module):
-    """Routed SwiGLU experts, and shared ones that see every token; hidden [..., dim] -> the same shape and dtype.
+    """Routed SwiGLU experts and shared experts that see every token: hidden [..., dim] -> the same shape and dtype.
 
         y_t = sum_{e chosen for t} weight_te * expert_e(x_t) + shared(x_t)
         expert(x) = (silu(g) * u) @ down,  g, u = halves of x @ gate_up
 
     Parameters: ``router.weight`` [experts, dim]; ``gate_up`` [experts, dim, 2 * hidden] and ``down`` [experts, hidden,
-    dim]; ``shared_gate_up`` [dim, 2 * shared_hidden] and ``shared_down`` [shared_hidden, dim] where there are shared
-    experts: one MLP, without a gate.
+    dim]. With shared experts also ``shared_gate_up`` [dim, 2 * shared_hidden] and ``shared_down`` [shared_hidden, dim]:
+    together they are one MLP without a router.
 
-    The experts compute in autocast's dtype, else in their parameters'. The router's weights, rounded to that dtype,
-    multiply the inner activations; the outputs of a token's experts are summed in float32 (float64 with float64
-    parameters).
+    The experts compute in autocast's dtype, or else in the dtype of their parameters. The router's weights are rounded
+    to that dtype and multiply the inner activations. The outputs of a token's experts are summed in float32 (in float64
+    with float64 parameters). The caller adds the residual.
 
-    Dropless by default: every assignment is computed, whatever the load. With ``capacity_factor`` c an expert takes at
-    most ``C = ceil(c * tokens * k / experts)`` assignments of a call, the first ones in token order; a later one adds
-    nothing to its token, whose other experts serve it with unchanged weights. Padding takes places too, and so it is in
-    evaluation. What a ``Balance`` counts is the router's choice, before anything is dropped.
+    Dropless by default: every assignment is computed, whatever the load. With ``capacity_factor`` c, an expert takes at
+    most ``C = ceil(c * tokens * k / experts)`` assignments of a call, the first ones in token order. A dropped
+    assignment adds nothing to its token; the token's other experts keep their weights. Padding takes places too.
+    Evaluation drops as training does. A ``Balance`` counts the router's choice, before anything is dropped.
 
     Args:
         dim: width of a token.
@@ -38,20 +39,20 @@ class MoE(nn.Module):
         num_experts, k, score_function, num_groups, top_groups, renormalise, scale: see ``Router``.
         num_shared: shared experts, 0 or more.
         shared_hidden: inner width of all shared experts together; default ``num_shared * hidden``.
-        capacity_factor: finite and positive; None drops nothing. With c >= experts / k nothing is dropped either.
+        capacity_factor: finite and positive. Nothing is dropped with None or with c >= experts / k.
 
     Attributes:
         num_dropped: assignments that the last forward dropped, int64 scalar, not saved. A recomputation under
-            activation checkpointing is a forward too: it sets the same number anew, and adds nothing.
+            activation checkpointing sets the same number again and adds nothing.
 
-    No shape depends on the data and the host never waits for a GPU. ``grouped_mm`` does the products where torch has a
-    kernel for them: bfloat16; on a CPU also float32 and float16 unless compiled; sizes in multiples of 16 bytes.
-    Elsewhere (float64) tokens are laid out in blocks of one expert each, with the same result and at most twice the
-    arithmetic.
+    No shape depends on the data, and the host never waits for a GPU. torch's ``grouped_mm`` computes the products where
+    it has a kernel: in bfloat16, and on a CPU also in float32 and float16 unless compiled, for sizes in multiples of 16
+    bytes. Elsewhere, as in float64, tokens are laid out in blocks of one expert each: the same result, at most twice
+    the arithmetic.
 
     Source: shared experts as in DeepSeekMoE, arXiv:2401.06066, Eq. 9; capacity as in Switch, arXiv:2101.03961, Eq. 3.
-    Where we differ: with k > 1, GShard (arXiv:2006.16668) serves all first choices before any second one; here only the
-    order of tokens counts. The residual is the caller's.
+    Where we differ: with k > 1, GShard (arXiv:2006.16668) serves all first choices before any second choice. Here only
+    the order of tokens counts.
     """
 
     num_dropped: Tensor
@@ -65,7 +66,7 @@ class MoE(nn.Module):
         *,
         num_shared: int = 0,
         shared_hidden: int | None = None,
-        score_function: str = "sigmoid",
+        score_function: ScoreFunction = "sigmoid",
         num_groups: int = 1,
         top_groups: int = 1,
         renormalise: bool | None = None,
@@ -96,7 +97,7 @@ class MoE(nn.Module):
         self.capacity_factor = capacity_factor
         if capacity_factor is not None:
             check_positive("capacity_factor", capacity_factor)
-            # a ratio of integers: 1.1 * 100 / 10 is a little over 11 in binary, and would be rounded up to 12
+            # a ratio of integers: in floating point 1.1 * 100 / 10 is slightly above 11 and would round up to 12
             self._capacity_ratio = Fraction(capacity_factor).limit_denominator(10**6).as_integer_ratio()
         self.dim, self.hidden = dim, hidden
         self.gate_up = nn.Parameter(torch.empty(num_experts, dim, 2 * hidden))
@@ -109,7 +110,7 @@ class MoE(nn.Module):
         self._reset()
 
     def reset_parameters(self) -> None:
-        """Every weight: normal, mean 0, standard deviation 0.02; the router's too. Bias and ``num_dropped``: 0."""
+        """All weights, the router's too: normal, mean 0, standard deviation 0.02. Bias and ``num_dropped``: 0."""
         self.router.reset_parameters()
         self._reset()
 
@@ -131,27 +132,24 @@ class MoE(nn.Module):
         output = swiglu_experts(x, weights, assignments, self.gate_up, self.down)
         if self.shared_hidden:
             output = output + swiglu(x @ self.shared_gate_up.to(x.dtype)) @ self.shared_down.to(x.dtype)
-        # of the input's shape without being a view, of which FSDP2 warns
+        # not a view: FSDP2 warns if a module returns one
         return torch.ops.aten._unsafe_view(output.to(hidden.dtype), hidden.shape)
 
     def capacity(self, num_tokens: int) -> int:
-        """The most assignments that an expert takes of a call with this many tokens; an expert cannot get more than
-        ``num_tokens``."""
+        """The most assignments that an expert takes in a call with this many tokens."""
         if self.capacity_factor is None:
             return num_tokens
         numerator, denominator = self._capacity_ratio
         return -(-numerator * num_tokens * self.router.k // (denominator * self.router.num_experts))
 
-    def extra_repr(self) -> str:
-        return (
-            f"dim={self.dim}, hidden={self.hidden}, shared_hidden={self.shared_hidden}, "
-            f"capacity_factor={self.capacity_factor}"
-        )
+    def __repr__(self) -> str:
+        options = f"hidden={self.hidden}, shared_hidden={self.shared_hidden}, capacity_factor={self.capacity_factor}"
+        return f"MoE({options}, {self.router.extra_repr()})"
 
 
 def _compute_dtype(parameter: Tensor) -> torch.dtype:
-    """Autocast's dtype where it is on, else the parameter's."""
+    """Autocast's dtype if it is on, else the parameter's."""
     device, dtype = parameter.device.type, parameter.dtype
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and dtype != torch.float64:
         return torch.get_autocast_dtype(device)
-    return dtype  # autocast leaves float64 alone
+    return dtype  # autocast does not change float64

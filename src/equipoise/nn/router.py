@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from equipoise.nn._checks import check_positive, check_sizes
 from equipoise.routers.tap import RouterKind
-from equipoise.routing import route
+from equipoise.routing import ScoreFunction, route
 
 __all__ = ["Router"]
 
@@ -17,28 +17,29 @@ INIT_STD = 0.02  # the initializer range of Transformers' MoE families
 
 
 class Router(nn.Module):
-    """Chooses k experts a token: ``route`` on the logits of a linear gate without bias.
+    """Chooses k experts per token: ``route`` on the logits of a linear gate.
 
-        logits                = hidden @ weight.T                   float32, whatever autocast says; float64 stays
+        logits                = hidden @ weight.T                   float32 even under autocast; float64 stays
         weights, expert_ids   = route(logits, k, bias=e_score_correction_bias, ...)
 
-    ``e_score_correction_bias`` [experts] is the slot of a balancer's bias, by the name that DeepSeek-V3, GLM and Kimi
-    give it: zeros, saved with the model, float32 also when the model is cast. It moves the choice, never the weights,
-    and has no gradient.
+    ``hidden`` [..., dim] is flattened to tokens; ``weight`` is [experts, dim]. ``e_score_correction_bias`` [experts] is
+    the slot for a balancer's bias, under the name that it has in DeepSeek-V3, GLM and Kimi. It starts at zero, is saved
+    with the model, and stays float32 when the model is cast. It moves the choice, never the weights, and has no
+    gradient.
 
     Args:
         dim: width of a token.
-        num_experts, k: experts to choose from, and how many a token gets.
+        num_experts, k: experts to choose from, and experts per token.
         score_function: ``softmax``, ``sigmoid`` or ``sqrt_softplus``; see ``score``.
         num_groups, top_groups: group-limited routing; 1 and 1 switch it off.
-        renormalise: divide the weights by their sum over the chosen experts. None: where k > 1.
+        renormalise: divide the weights by their sum over the chosen experts. None: if k > 1.
         scale: factor on the weights, finite and positive.
 
     Raises ``ValueError`` for sizes that do not fit, and for ``renormalise=True`` with k = 1: the only weight would be
     the constant ``scale``, and the router would get no gradient from the task.
 
     Source: gate and slot as in DeepSeek-V3, arXiv:2412.19437, Eqs. 13-16. Where we differ: float32 logits for every
-    gate, no 1e-20 beside the sum of the weights.
+    score function, and no 1e-20 added to the sum of the weights.
     """
 
     e_score_correction_bias: Tensor
@@ -49,7 +50,7 @@ class Router(nn.Module):
         num_experts: int,
         k: int,
         *,
-        score_function: str = "sigmoid",
+        score_function: ScoreFunction = "sigmoid",
         num_groups: int = 1,
         top_groups: int = 1,
         renormalise: bool | None = None,
@@ -57,7 +58,7 @@ class Router(nn.Module):
     ):
         super().__init__()
         check_sizes(dim=dim, num_experts=num_experts, k=k, num_groups=num_groups, top_groups=top_groups)
-        route(  # its own checks of gate, groups and k
+        route(  # checks the score function, the expert groups and k
             torch.zeros(1, num_experts, device="cpu"),
             k,
             score_function=score_function,
@@ -71,7 +72,8 @@ class Router(nn.Module):
             )
         check_positive("scale", scale)
         self.dim, self.num_experts, self.k = dim, num_experts, k
-        self.score_function, self.num_groups, self.top_groups = score_function, num_groups, top_groups
+        self.score_function: ScoreFunction = score_function
+        self.num_groups, self.top_groups = num_groups, top_groups
         self.renormalise = k > 1 if renormalise is None else bool(renormalise)
         self.scale = float(scale)
         self.weight = nn.Parameter(torch.empty(num_experts, dim))
@@ -94,8 +96,8 @@ class Router(nn.Module):
         """(logits, weights, expert_ids) of the flattened tokens."""
         if hidden.shape[-1:] != (self.dim,):
             raise ValueError(
-                f"hidden must have the router's dim last: expected (..., {self.dim}), got {tuple(hidden.shape)}. Build "
-                "the layer with dim=hidden.shape[-1]."
+                f"hidden must have the shape (..., {self.dim}): got {tuple(hidden.shape)}. Build the layer with "
+                "dim=hidden.shape[-1]."
             )
         if not hidden.is_floating_point():
             raise ValueError(f"hidden must hold floating point numbers: got {hidden.dtype}.")
@@ -126,6 +128,6 @@ class Router(nn.Module):
         before = self.e_score_correction_bias
         super()._apply(fn, recurse)
         after = self.e_score_correction_bias
-        if after.dtype != before.dtype and before.dtype == torch.float32:  # a cast: the choice keeps its bias
+        if after.dtype != before.dtype and before.dtype == torch.float32:  # a cast: the bias stays float32
             self._buffers["e_score_correction_bias"] = before.to(after.device)
         return self

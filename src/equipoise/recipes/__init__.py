@@ -1,4 +1,4 @@
-"""Published settings by name, and what a coefficient of another framework is worth here. Imports no torch."""
+"""Published settings by name, and coefficients of other frameworks in our units. Imports no torch."""
 
 from equipoise.recipes.convert import FRAMEWORKS, Framework, convert_coefficient
 from equipoise.recipes.published import RECIPES, WITHHELD, Recipe, recipe, split_strategy

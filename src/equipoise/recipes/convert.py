@@ -1,8 +1,8 @@
-"""What a coefficient of another framework is worth here. Imports no torch."""
+"""Converts coefficients of other frameworks to our units. Imports no torch."""
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from equipoise.errors import UsageError, suggest
 from equipoise.recipes.published import LOSS_FREE
@@ -12,7 +12,7 @@ __all__ = ["FRAMEWORKS", "Framework", "convert_coefficient"]
 
 @dataclass(frozen=True)
 class _Model:
-    """What a factor may depend on."""
+    """The sizes that a factor may depend on."""
 
     num_layers: int | None
     k: int | None
@@ -22,17 +22,17 @@ class _Model:
 
 @dataclass(frozen=True)
 class Framework:
-    """What the load-balancing loss of a framework is, beside ``c * sum over layers of E * sum_e f_e P_e``."""
+    """How a framework's load-balancing loss differs from ours, ``c * sum over layers of E * sum_e f_e P_e``."""
 
     name: str
-    option: str  # what it calls the coefficient
-    balanced: str  # value at perfect balance, for a coefficient of 1
-    layers: str
-    formula: str  # c here / c there
-    factor: Callable[[_Model], float]
-    needs: tuple[str, ...]  # arguments that the factor needs
-    inexact: str  # what the factor leaves out
-    source: str
+    option: str  # its name for the coefficient
+    balanced: str = field(repr=False)  # value at perfect balance, for a coefficient of 1
+    layers: str = field(repr=False)  # how layers are combined
+    formula: str  # of the factor, our c / its c
+    factor: Callable[[_Model], float] = field(repr=False)
+    needs: tuple[str, ...] = field(repr=False)  # arguments that the factor needs
+    inexact: str = field(repr=False)  # what the factor leaves out
+    source: str = field(repr=False)
 
 
 _FRAMEWORKS = (
@@ -55,7 +55,7 @@ _FRAMEWORKS = (
         formula="1",
         factor=lambda model: 1.0,
         needs=(),
-        inexact="f is of a new top-k without groups and bias (issue 2767).",
+        inexact="f counts a new top-k without expert groups and bias (issue 2767).",
         source="megatron/core/transformer/moe/moe_utils.py, switch_load_balancing_loss_func",
     ),
     Framework(
@@ -66,7 +66,7 @@ _FRAMEWORKS = (
         formula="1 / D",
         factor=lambda model: 1 / model.data_parallel,
         needs=("data_parallel",),
-        inexact="f is of the micro-batches so far, each with the same weight (issue 7213).",
+        inexact="f counts the micro-batches so far, each with the same weight (issue 7213).",
         source="megatron/core/transformer/moe/router.py, _apply_global_aux_loss; NVIDIA/Megatron-LM issue 3672",
     ),
     Framework(
@@ -77,8 +77,8 @@ _FRAMEWORKS = (
         formula="k / L",
         factor=lambda model: model.k / model.num_layers,
         needs=("num_layers", "k"),
-        inexact="Exact where all layers have the same loads; else each layer is pushed by the mean load of all. f is "
-        "of a softmax top-k of the logits. Trainer may multiply the loss by the number of ranks (issue 48690).",
+        inexact="Exact if all layers have the same loads; otherwise each layer is pushed by the mean load of all. f "
+        "counts a softmax top-k of the logits. Trainer may multiply the loss by the number of ranks (issue 48690).",
         source="load_balancing_loss_func in modeling_mixtral.py of Transformers 5.23; issue 31464",
     ),
     Framework(
@@ -89,7 +89,7 @@ _FRAMEWORKS = (
         formula="1 / L",
         factor=lambda model: 1 / model.num_layers,
         needs=("num_layers",),
-        inexact="L is the number of all layers, dense ones too. With scale_loss_by_num_layers off the factor is 1.",
+        inexact="L counts all layers, dense ones too. With scale_loss_by_num_layers off the factor is 1.",
         source="src/olmo_core/nn/moe/loss.py and moe.py of allenai/OLMo-core",
     ),
     Framework(
@@ -111,7 +111,7 @@ _FRAMEWORKS = (
         formula="1",
         factor=lambda model: 1.0,
         needs=(),
-        inexact="With k = 2 f is of each token's first choice only.",
+        inexact="With k = 2, f counts each token's first choice only.",
         source="deepspeed/moe/sharded_moe.py of deepspeedai/DeepSpeed",
     ),
     Framework(
@@ -122,8 +122,8 @@ _FRAMEWORKS = (
         formula="k / L",
         factor=lambda model: model.k / model.num_layers,
         needs=("num_layers", "k"),
-        inexact="Its scope is the sequence. P is of a softmax, whatever the score function. Without gradient accumulation only: "
-        "with it the gradient of the loss is divided by the number of tokens.",
+        inexact="Its scope is the sequence. P is the mean of softmax scores, whatever the score function. Only without "
+        "gradient accumulation: with it the gradient of the loss is divided by the number of tokens.",
         source="src/maxtext/layers/moe.py, load_balance_loss, and trainers/pre_train/train.py",
     ),
     Framework(
@@ -134,19 +134,19 @@ _FRAMEWORKS = (
         formula="1",
         factor=lambda model: 1.0,
         needs=(),
-        inexact="With a bias in the router P is of the biased scores.",
+        inexact="With a bias in the router, P is the mean of the biased scores.",
         source="xtuner/v1/loss/moe_loss.py of InternLM/xtuner",
     ),
     Framework(
         name="paper-raw",
-        option="alpha, on sigmoid scores that are not divided by their sum",
+        option="alpha, on raw sigmoid scores",
         balanced="mean of sum_j s_j",
         layers="sum",
         formula="E / 2",
         factor=lambda model: model.num_experts / 2,
         needs=("num_experts",),
-        inexact="The mean of sum_j s_j is E / 2 when all scores are 1/2, as at the start, and moves in training. The "
-        "raw loss also lowers the scores of all experts together.",
+        inexact="Its scores are not divided by their sum. The mean of sum_j s_j is E / 2 when all scores are 1/2, as "
+        "at the start, and changes in training. The raw loss also lowers the scores of all experts together.",
         source=f"{LOSS_FREE}, Eq. 2",
     ),
 )
@@ -164,23 +164,23 @@ def convert_coefficient(
     num_experts: int | None = None,
     data_parallel: int | None = None,
 ) -> float:
-    """The coefficient with which ``target`` has the same gradient at the router's logits as ``source``.
+    """The coefficient that gives ``target`` the same gradient at the router's logits as ``source``.
 
         c_equipoise = factor(source) * c_source         factors: ``FRAMEWORKS``
 
-    For the same counts, a loss that is a mean over tokens and micro-batches, and gradients averaged over ranks.
+    This holds for equal counts, a loss that is a mean over tokens and micro-batches, and gradients averaged over ranks.
     ``Framework.inexact`` says what no factor can convert.
 
     Args:
         coefficient: weight of the load-balancing loss in ``source``, at least 0.
         source, target: equipoise, megatron, megatron-global, transformers, olmo-core, megablocks, deepspeed, maxtext,
-            xtuner or paper-raw; what each means stands in ``equipoise.recipes.FRAMEWORKS`` and docs/recipes.md.
-        num_layers: MoE layers of the model; olmo-core divides by all layers, so give it those.
-        k: experts a token.
-        num_experts: routed experts of a layer.
+            xtuner or paper-raw; ``equipoise.recipes.FRAMEWORKS`` and docs/recipes.md describe each.
+        num_layers: MoE layers of the model; for olmo-core all layers.
+        k: experts per token.
+        num_experts: routed experts per layer.
         data_parallel: data-parallel ranks; megatron-global divides by them.
 
-    Errors: UsageError for an unknown name, a coefficient that is no finite number from 0, and an argument that is
+    Raises ``UsageError`` for an unknown name, a coefficient that is not finite or below 0, and an argument that is
     missing or below 1.
 
     >>> convert_coefficient(1e-3, "transformers", num_layers=16, k=8)
@@ -190,13 +190,13 @@ def convert_coefficient(
         raise UsageError(f"coefficient must be a finite number: got {coefficient!r}.")
     if coefficient < 0:
         raise UsageError(f"coefficient must be at least 0: got {coefficient!r}.")
-    given = {"num_layers": num_layers, "k": k, "num_experts": num_experts, "data_parallel": data_parallel}
-    for name, value in given.items():
+    sizes = {"num_layers": num_layers, "k": k, "num_experts": num_experts, "data_parallel": data_parallel}
+    for name, value in sizes.items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise UsageError(f"{name} must be a whole number from 1: got {value!r}.")
     if k is not None and num_experts is not None and k > num_experts:
         raise UsageError(f"k must be at most num_experts: got {k} of {num_experts}.")
-    model = _Model(**given)
+    model = _Model(**sizes)
     return coefficient * _factor(source, model) / _factor(target, model)
 
 
@@ -204,7 +204,7 @@ def _factor(name: str, model: _Model) -> float:
     if name not in FRAMEWORKS:
         raise UsageError(
             f"A framework must be one of {', '.join(FRAMEWORKS)}: got {name!r}.{suggest(name, FRAMEWORKS)} If its loss "
-            "is 1 at perfect balance and summed over layers, its coefficient is the same as here."
+            "is 1 at perfect balance and summed over layers, keep its coefficient."
         )
     framework = FRAMEWORKS[name]
     missing = [need for need in framework.needs if getattr(model, need) is None]

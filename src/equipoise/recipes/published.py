@@ -1,12 +1,11 @@
 """Published settings by name, with the source of every value. Imports no torch.
 
-A recipe ships only when every value in it has a public source; ``WITHHELD`` says what is missing for others. The file
-is long because it is data.
+A recipe ships only if every value in it has a public source. ``WITHHELD`` says what is missing for others.
 """
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from equipoise.errors import UsageError, suggest
 
@@ -15,21 +14,21 @@ __all__ = ["RECIPES", "WITHHELD", "Recipe", "recipe", "split_strategy"]
 
 @dataclass(frozen=True)
 class Recipe:
-    """A published setting: a strategy string, and where each value in it stands.
+    """A published setting: a strategy string, and the source of each value in it.
 
-    ``sources`` cites, for the gate and for every option as ``mechanism:option``, a paper (with equation, table or
-    section) or an official config. ``notes`` says what the string cannot.
+    ``sources`` cites a paper (with equation, table or section) or an official config, for the score function and for
+    every option, as ``mechanism:option``. ``notes`` says what the string cannot.
     """
 
     name: str
     strategy: str
     score_function: str
-    summary: str
-    sources: Mapping[str, str]
-    notes: tuple[str, ...] = ()
+    summary: str = field(repr=False)
+    sources: Mapping[str, str] = field(repr=False)
+    notes: tuple[str, ...] = field(default=(), repr=False)
 
     def values(self) -> list[tuple[str, str, str]]:
-        """Every setting as (key, value, source), the gate first."""
+        """Every setting as (key, value, source), the score function first."""
         rows = [("score_function", self.score_function, self.sources["score_function"])]
         for part in split_strategy(self.strategy):
             mechanism, _, options = part.partition(":")
@@ -61,34 +60,34 @@ MOONLIGHT = "Moonlight, arXiv:2502.16982"
 MOONLIGHT_21 = "its authors in github.com/MoonshotAI/Moonlight/issues/21"
 K3 = "Kimi K3, arXiv:2607.24653"
 
+SUMMED = "The source does not say how layers are combined; here they are summed."
 GLOBAL_COEFFICIENT = f"{GLOBAL}, Table 4"
 GLOBAL_Z = f"{GLOBAL}, section 4.1: weights as in {ST_MOE}, section 3.3"
 GLOBAL_NOTES = (
-    "Equation 2 calls f the fraction of tokens that are routed to an expert; it is read as the share of the "
+    "Equation 2 calls f the fraction of tokens that are routed to an expert. We read it as the share of the "
     "assignments, which sums to 1. If it sums to k = 4 instead, the coefficient here would be four times as large.",
-    "How layers are combined is not said; here they are summed.",
+    SUMMED,
 )
-SUMMED = "How layers are combined is not said; here they are summed."
 
 _RECIPES = (
     Recipe(
         name="switch",
         strategy="lbl:coefficient=1e-2,scope=micro_batch",
         score_function="softmax",
-        summary="The load-balancing loss of Switch Transformers, by micro-batch.",
+        summary="The load-balancing loss of Switch Transformers, per micro-batch.",
         sources={
             "score_function": f"{SWITCH}, section 2.1, Eq. 1",
             "lbl:coefficient": f"{SWITCH}, section 2.2: alpha = 1e-2, added to the loss for each layer",
             "lbl:scope": f"{SWITCH}, Eq. 4 to 6; groups of local tokens in mesh_tensorflow/transformer/moe.py "
             "of github.com/tensorflow/mesh",
         },
-        notes=("Published with one expert a token (k = 1) and a capacity that drops tokens.",),
+        notes=("Published with one expert per token (k = 1) and a capacity that drops tokens.",),
     ),
     Recipe(
         name="st-moe",
         strategy="lbl:coefficient=1e-2,scope=micro_batch+z:coefficient=1e-3",
         score_function="softmax",
-        summary="Switch's loss and a z-loss that keeps the router's logits small.",
+        summary="Switch's loss, and a z-loss that keeps the router's logits small.",
         sources={
             "score_function": f"{ST_MOE}, section 2",
             "lbl:coefficient": f"{ST_MOE}, Appendix A: alpha = 1e-2",
@@ -96,7 +95,7 @@ _RECIPES = (
             "of github.com/tensorflow/mesh",
             "z:coefficient": f"{ST_MOE}, section 3.3, Eq. 5 and 6: c_z = 0.001",
         },
-        notes=("Published with k = 2; f counts each token's first choice only (Eq. 8), here both.",),
+        notes=("Published with k = 2. There f counts each token's first choice only (Eq. 8), here both choices.",),
     ),
     Recipe(
         name="loss-controlled-paper",
@@ -110,7 +109,7 @@ _RECIPES = (
             "lbl:normalise": f"{LOSS_FREE}, Eq. 2: P is the mean of the scores, which are not divided by their sum",
         },
         notes=(
-            "On normalised scores a coefficient of about 1e-3 E / 2 is as strong at the start: "
+            "On normalised scores, about 1e-3 E / 2 is as strong at the start: "
             'convert_coefficient(1e-3, "paper-raw", num_experts=E).',
             SUMMED,
         ),
@@ -156,7 +155,7 @@ _RECIPES = (
         name="micro-batch-paper",
         strategy="lbl:coefficient=8e-3,scope=micro_batch+z:coefficient=1e-3",
         score_function="softmax",
-        summary="The baseline of the global-batch paper: the loss by micro-batch.",
+        summary="The baseline of the global-batch paper: the loss per micro-batch.",
         sources={
             "score_function": f"{GLOBAL}, section 4.1",
             "lbl:coefficient": GLOBAL_COEFFICIENT,
@@ -182,7 +181,7 @@ _RECIPES = (
         name="global-batch-paper-43b",
         strategy="lbl:coefficient=8e-3,scope=global_batch+lbl:coefficient=8e-5,scope=micro_batch+z:coefficient=1e-3",
         score_function="softmax",
-        summary="The global-batch loss and a hundredth of it by micro-batch: faster steps under expert parallelism.",
+        summary="The global-batch loss and a hundredth of it per micro-batch: faster steps with expert parallelism.",
         sources={
             "score_function": f"{GLOBAL}, section 4.1",
             "lbl:coefficient": f"{GLOBAL}, Table 4, and 1 % of it (section 5, Table 5)",
@@ -199,7 +198,7 @@ _RECIPES = (
         name="olmoe",
         strategy="lbl:coefficient=6.25e-4,scope=micro_batch+z:coefficient=7.8125e-6",
         score_function="softmax",
-        summary="OLMoE-1B-7B: megablocks' losses with weights 0.01 and 0.001, in the units used here.",
+        summary="OLMoE-1B-7B: megablocks' losses with weights 0.01 and 0.001, in our units.",
         sources={
             "score_function": "OLMoE, arXiv:2409.02060, section 2",
             "lbl:coefficient": f"moe_loss_weight 0.01 over 16 layers: {OLMOE}; mean over layers: {OLMOE_LOSS}",
@@ -207,8 +206,8 @@ _RECIPES = (
             "z:coefficient": f"moe_zloss_weight 0.001 over 16 layers and k = 8: {OLMOE}; both divide: {OLMOE_LOSS}",
         },
         notes=(
-            "For 16 layers and k = 8. With L layers and k experts a token: lbl 0.01 / L, z 0.001 / (L k).",
-            "That the z-loss is divided by k as well is noticed in github.com/allenai/OLMoE/issues/39.",
+            "For 16 layers and k = 8. With L layers and k experts per token: lbl 0.01 / L, z 0.001 / (L k).",
+            "github.com/allenai/OLMoE/issues/39 notices that the z-loss is divided by k as well.",
         ),
     ),
     Recipe(
@@ -227,7 +226,7 @@ _RECIPES = (
         notes=(
             "For the last 500B of 14.8T tokens the rate is 0. Add schedule=drop,zero_from=N to loss-free, with N at "
             "96.6 % of your steps.",
-            "Eq. 18 counts the top k of the scores without the bias; here f counts the experts really used.",
+            "Eq. 18 counts the top k of the scores without the bias. Here f counts the experts really chosen.",
             SUMMED,
         ),
     ),
@@ -235,7 +234,7 @@ _RECIPES = (
         name="deepseek-v4",
         strategy="loss-free:rate=1e-3,rule=sign,center=false+lbl:coefficient=1e-4,scope=sequence",
         score_function="sqrt_softplus",
-        summary="DeepSeek-V3's setting on the gate sqrt(softplus(x)).",
+        summary="DeepSeek-V3's setting with the score function sqrt(softplus(x)).",
         sources={
             "score_function": f"{V4}, section 2.1",
             "loss-free:rate": f"{V4}, section 4.2.2: 0.001",
@@ -261,7 +260,7 @@ _RECIPES = (
         },
         notes=(
             "After 15T tokens the rate is 0. Add schedule=drop,zero_from=N to loss-free.",
-            "The report does not write the loss down; it is read as DeepSeek-V3's.",
+            "The report does not write the loss out; we read it as DeepSeek-V3's.",
             SUMMED,
         ),
     ),
@@ -281,7 +280,7 @@ _RECIPES = (
         notes=(
             "In the last stage, 5.2T to 5.7T tokens, the rate is 0. Add schedule=drop,zero_from=N to loss-free, with N "
             "at 91 % of your steps.",
-            "The issue first says 'micro batch level', then that it is DeepSeek-V3's loss.",
+            "The issue first says 'micro batch level', later that it is DeepSeek-V3's loss.",
             SUMMED,
         ),
     ),
@@ -296,8 +295,8 @@ _RECIPES = (
             "quantile:fraction": f"{K3}, Appendix D: every token of the global batch is counted",
         },
         notes=(
-            "The report estimates the quantile with 1000 equal bins (Appendix D), equipoise with bins that are finer "
-            "around the present bias; bins is left at its default.",
+            "The report estimates the quantile with 1000 equal bins (Appendix D), equipoise with bins that get finer "
+            "towards the present bias. The option bins is left at its default.",
         ),
     ),
 )
@@ -306,14 +305,14 @@ RECIPES: Mapping[str, Recipe] = {recipe.name: recipe for recipe in _RECIPES}
 
 WITHHELD: Mapping[str, str] = {
     "qwen3": "The report (arXiv:2505.09388, section 2) names the global-batch loss, not its weight. "
-    "router_aux_loss_coef = 0.001 in the checkpoints' config is for the loss of Transformers, which is another.",
-    "nemotron-3-nano": "The report (arXiv:2512.20848, section 2.4) gives a rate of 1e-3 and a loss of 1e-4, not the "
-    "tokens over which that loss counts.",
+    "router_aux_loss_coef = 0.001 in the checkpoints' config belongs to another loss, that of Transformers.",
+    "nemotron-3-nano": "The report (arXiv:2512.20848, section 2.4) gives a rate of 1e-3 and a loss of 1e-4, but not "
+    "the scope of that loss.",
 }
 
 
 def recipe(name: str) -> Recipe:
-    """The recipe of this name; raises UsageError with what comes close.
+    """The recipe of this name. Raises ``UsageError`` for an unknown name, with the names that are close.
 
     >>> recipe("switch").strategy
     'lbl:coefficient=1e-2,scope=micro_batch'
@@ -323,6 +322,6 @@ def recipe(name: str) -> Recipe:
     if name in WITHHELD:
         raise UsageError(f"A recipe must have a source for every value: {name} is left out. {WITHHELD[name]}")
     raise UsageError(
-        f"A recipe must be one of {', '.join(RECIPES)}: got {name!r}.{suggest(name, RECIPES)} `equipoise recipes` says "
-        "what each is."
+        f"A recipe must be one of {', '.join(RECIPES)}: got {name!r}.{suggest(name, RECIPES)} `equipoise recipes` "
+        "describes them."
     )

@@ -1,9 +1,13 @@
-"""Somebody's routers: find them, prove how they choose, observe and steer them.
+"""The routers of a model: found, proven, observed and steered.
 
-``tap`` is where one router is observed and steered; ``find`` looks for the routers of a model; ``prove`` finds out by
-experiment how a router chooses; ``forward`` keeps what the model's forward was called with (padding, rows).
+kind          how a router selects (``RouterKind``), and where its bias is kept (``Slot``)
+find          the routers of a model
+prove         how a router selects, found out by experiment on a stand-in
+fingerprint   whether two routers are alike, so that one proof serves both
+tap           where one router is observed and steered
+forward       what the model's forward was called with: padding, rows
 """
 
-from equipoise.routers.tap import RouterKind
+from equipoise.routers.kind import MoELayer, RouterKind, Slot
 
-__all__ = ["RouterKind"]
+__all__ = ["MoELayer", "RouterKind", "Slot"]

@@ -1,7 +1,7 @@
-"""How a router selects, found out by what it does: its own forward on a stand-in with random weights.
+"""Finds out by experiment how a router selects: its own forward, on a stand-in with random weights.
 
-Every way in which a router may select is tried on the stand-in until one is proven; a router that proves none is
-refused with the reason. So a family is known by its behaviour, and one that changes it is refused, never miscounted.
+Every way in which a router may select is tried on the stand-in until one is proven. A router that proves none is refused
+with the reason. So a family is known by its behaviour, and one that changes its behaviour is refused, never miscounted.
 """
 
 import inspect
@@ -9,24 +9,30 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import nullcontext
 from copy import copy
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from equipoise.errors import EquipoiseError
-from equipoise.routers.tap import OWN_SLOT, BiasedTopK, RouterKind, Slot, is_choice, plain_class
+from equipoise.routers.kind import OWN_SLOT, RouterKind, Slot
+from equipoise.routers.tap import BiasedTopK, plain_class
 from equipoise.routing import SCORE_FUNCTIONS, score
 
 __all__ = ["Proof", "Refused", "chooses_by_id", "discover", "find_slot", "prove"]
 
 TOKENS = 64
-GROUPS = ("num_group", "num_groups", "n_group", "n_groups")  # what routers call their number of groups
+GROUP_ATTRIBUTES = (
+    "num_group",
+    "num_groups",
+    "n_group",
+    "n_groups",
+)  # where routers keep their number of expert groups
 
 
 class Refused(EquipoiseError):
-    """A router that selects in no way that equipoise knows; the message is the reason."""
+    """A router selects in no way that equipoise knows. The message is the reason."""
 
 
 class Proof(NamedTuple):
@@ -41,7 +47,7 @@ class _CountingTopK(BiasedTopK):
     calls = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.calls += is_choice(func, args, self.bias)
+        self.calls += self.is_choice(func, args)
         return super().__torch_function__(func, types, args, kwargs)
 
 
@@ -59,117 +65,125 @@ def find_slot(router: nn.Module, parent: nn.Module | None, kind: RouterKind) -> 
     return Slot(parent, name)
 
 
-def _find_slots(router: nn.Module, parent: nn.Module | None) -> Iterator[str]:
-    """Names of the tensors that may be the slot: called a bias, of one number an expert, never trained."""
+def _slot_candidates(router: nn.Module, parent: nn.Module | None) -> Iterator[str]:
+    """Names of the tensors that may be the slot: those called a bias."""
     for path, module in router.named_modules():
         for name in (*module._buffers, *module._parameters):
             if "bias" in name and name != "bias" and name != OWN_SLOT:
                 yield f"{path}.{name}" if path else name
     argument = None if parent is None else _slot_argument(router)
-    if argument is not None and argument in (*parent._buffers, *parent._parameters):
+    if argument is not None and parent is not None and argument in (*parent._buffers, *parent._parameters):
         yield argument
 
 
 def _slot_argument(router: nn.Module) -> str | None:
-    """The argument by which the module around it passes the slot to its forward."""
-    _, *others = inspect.signature(plain_class(router).forward).parameters.values()
-    return next((p.name for p in others[1:] if "bias" in p.name), None)
+    """The argument of the router's forward by which the module around it passes the slot."""
+    _, *parameters = inspect.signature(plain_class(router).forward).parameters.values()
+    return next((p.name for p in parameters[1:] if "bias" in p.name), None)
 
 
 # ---- the stand-in ----
 
 
-class _Draws:
-    """Random tensors for the stand-ins of one router: drawn once, the same for each of them, in order."""
+class _RandomTensors:
+    """Random tensors for the stand-ins of one router: drawn once, then the same for each stand-in, in order."""
 
     def __init__(self) -> None:
-        self.kept: list[Tensor] = []
+        self.drawn: list[Tensor] = []
         self.next = 0
         self.generator = torch.Generator().manual_seed(0)
 
+    def rewind(self) -> None:
+        self.next = 0
+
     def normal(self, *shape: int) -> Tensor:
-        if self.next == len(self.kept):
-            self.kept.append(torch.randn(shape, generator=self.generator, dtype=torch.float32, device="cpu"))
+        if self.next == len(self.drawn):
+            self.drawn.append(torch.randn(shape, generator=self.generator, dtype=torch.float32, device="cpu"))
         self.next += 1
-        return self.kept[self.next - 1].view(shape)
+        return self.drawn[self.next - 1].view(shape)
 
 
-_OF_INSTANCE = ("forward", "_old_forward", "_hf_hook")  # bound to the module itself, as the hooks of accelerate are
+_BOUND_TO_INSTANCE = ("forward", "_old_forward", "_hf_hook")  # by the hooks of accelerate
 
 
-def _stand_in(router: nn.Module, draws: _Draws) -> nn.Module:
-    """The router and what is inside it with weights of our own, so that sharded, meta and GPU weights need not be
-    touched: random matrices, vectors of ones, biases of zeros."""
-    made = object.__new__(plain_class(router))  # a class of fully_shard makes another one by its own __new__
-    made.__dict__ = {
-        name: copy(held) if isinstance(held, list | dict | set | deque) else held  # some keep what they see
-        for name, held in router.__dict__.items()
-        if name not in _OF_INSTANCE
+def _stand_in(router: nn.Module, random: _RandomTensors) -> nn.Module:
+    """The router and what is inside it, with weights of our own: random matrices, vectors of ones, biases of zeros.
+
+    So sharded, meta and GPU weights need not be touched.
+    """
+    stand_in = object.__new__(plain_class(router))  # fully_shard's classes make another one in their __new__
+    stand_in.__dict__ = {
+        name: copy(value) if isinstance(value, list | dict | set | deque) else value  # some routers log their calls
+        for name, value in router.__dict__.items()
+        if name not in _BOUND_TO_INSTANCE
     }
-    made._parameters = {
-        name: value if value is None else nn.Parameter(_made_up(name, value, draws), requires_grad=False)
+    stand_in._parameters = {
+        name: value if value is None else nn.Parameter(_stand_in_tensor(name, value, random), requires_grad=False)
         for name, value in router._parameters.items()
     }
-    made._buffers = {
-        name: value if value is None else _made_up(name, value, draws)
+    stand_in._buffers = {
+        name: value if value is None else _stand_in_tensor(name, value, random)
         for name, value in router._buffers.items()
         if name != OWN_SLOT
     }
-    made._modules = {
-        name: None if module is None else _stand_in(module, draws) for name, module in router._modules.items()
+    stand_in._modules = {
+        name: None if module is None else _stand_in(module, random) for name, module in router._modules.items()
     }
-    return made
+    return stand_in
 
 
-def _made_up(name: str, value: Tensor, draws: _Draws) -> Tensor:
+def _stand_in_tensor(name: str, value: Tensor, random: _RandomTensors) -> Tensor:
     if not value.is_floating_point():
         return torch.zeros(value.shape, dtype=value.dtype, device="cpu")
     if "bias" in name:
         return torch.zeros(value.shape, device="cpu", dtype=torch.float32)
     if value.dim() < 2:
         return torch.ones(value.shape, device="cpu", dtype=torch.float32)
-    return draws.normal(*value.shape)
+    return random.normal(*value.shape)
 
 
 class _Trial:
-    """One stand-in, run with a bias on the same random tokens."""
+    """A stand-in that is run with several biases on the same random tokens."""
 
-    def __init__(self, router: nn.Module, kind: RouterKind, parent: nn.Module | None, draws: _Draws):
-        draws.next = 0
+    def __init__(self, router: nn.Module, kind: RouterKind, parent: nn.Module | None, random: _RandomTensors):
+        random.rewind()
         self.kind = kind
-        self.router = _stand_in(router, draws)
+        self.router = _stand_in(router, random)
         dims = list(dict.fromkeys(p.shape[-1] for p in self.router.parameters() if p.dim() == 2))
         if not dims:
             raise Refused("it has no matrix of weights")
-        self.hidden = [draws.normal(TOKENS, dim) / dim**0.5 for dim in dims]  # the width is one of them
-        self.argument = _slot_argument(self.router)
+        self.inputs = [random.normal(TOKENS, dim) / dim**0.5 for dim in dims]  # one of them has the width of a token
+        self.slot_argument = _slot_argument(self.router)
         self.slot = find_slot(self.router, None, kind)
-        self.passed = False  # the slot is given as an argument
+        self.passes_slot = False
         self.counting: _CountingTopK | None = None
         if self.slot is not None and self.slot.tensor is None:
-            if parent is None or kind.slot not in (*parent._buffers, *parent._parameters) or self.argument is None:
+            in_parent = parent is not None and kind.slot in (*parent._buffers, *parent._parameters)
+            if not in_parent or self.slot_argument is None:
                 raise Refused(f"there is no buffer {kind.slot}")
-            self.passed = True
-        self.is_raised = getattr(router, "top_k", None) == 1
-        if self.is_raised:  # the weight of one expert may be 1 whatever the score function; that of two tells it
+            self.passes_slot = True
+        # The weight of one expert may be 1 whatever the score function. Those of two tell it.
+        self.is_top_1 = getattr(router, "top_k", None) == 1
+        if self.is_top_1:
             self.router.__dict__["top_k"] = 2
         self.k = getattr(self.router, "top_k", None)
 
     def forward(self, **arguments: Tensor) -> Any:
-        """Of the tokens in a row, or, where the router does not take that, of a batch of one sequence."""
+        """On tokens [tokens, dim]; if the router does not take that, on [1, tokens, dim]."""
         error: Exception | None = None
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            for hidden in self.hidden:
-                for shaped in (hidden.clone(), hidden[None].clone()):  # some add noise in place
+            for tokens in self.inputs:
+                for hidden in (tokens.clone(), tokens[None].clone()):  # some routers add noise in place
                     if self.counting is not None:
                         self.counting.calls = 0
                     try:
-                        output = self.router.forward(shaped, **arguments)
+                        output = self.router.forward(hidden, **arguments)
                     except (ValueError, IndexError, RuntimeError) as caught:
                         error = error or caught
                         continue
                     _check_output(output, self.kind)
-                    if len(output[0]) == TOKENS or hidden is self.hidden[-1]:  # else they were cut in another way
+                    has_all_tokens = len(output[0]) == TOKENS  # else it took another width, and cut them up
+                    if has_all_tokens or tokens is self.inputs[-1]:
                         return output
         assert error is not None
         raise error
@@ -177,12 +191,12 @@ class _Trial:
     def run(self, bias: Float[Tensor, " experts"], multiplies: bool) -> tuple[tuple[Tensor, Tensor, Tensor], int]:
         """(logits, weights, expert_ids), and the number of top-k calls over the experts."""
         arguments: dict[str, Tensor] = {}
-        held = torch.zeros_like(bias) if multiplies else bias
-        if self.passed:
-            assert self.argument is not None
-            arguments[self.argument] = held
+        slot_value = torch.zeros_like(bias) if multiplies else bias
+        if self.passes_slot:
+            assert self.slot_argument is not None
+            arguments[self.slot_argument] = slot_value
         elif self.slot is not None:
-            self.slot.replace(held)
+            self.slot.replace(slot_value)
         steers_by_mode = self.slot is None or multiplies
         self.counting = _CountingTopK(bias, multiplies) if steers_by_mode else None
         with self.counting or nullcontext():
@@ -193,21 +207,21 @@ class _Trial:
 
 def _check_output(output: Any, kind: RouterKind) -> None:
     length = 2 if kind.gives == "dense" else 3
-    whole = isinstance(output, tuple) and (len(output) == 2 if length == 2 else len(output) >= 3)
-    if not whole or not all(isinstance(value, Tensor) and value.dim() == 2 for value in output[:length]):
+    has_length = isinstance(output, tuple) and (len(output) == 2 if length == 2 else len(output) >= 3)
+    if not has_length or not all(isinstance(value, Tensor) and value.dim() == 2 for value in output[:length]):
         raise Refused("forward does not return (logits, weights, expert_ids)")
 
 
-def _num_experts(router: nn.Module, parent: nn.Module | None, kind: RouterKind, draws: _Draws) -> int:
+def _num_experts(router: nn.Module, parent: nn.Module | None, kind: RouterKind, random: _RandomTensors) -> int:
     """From the slot; without one from the logits of a run."""
     slot = find_slot(router, parent, kind)
     if slot is not None:
-        held = slot.holder._buffers.get(slot.name)
-        held = slot.holder._parameters.get(slot.name) if held is None else held
-        if held is None:
+        tensor = slot.holder._buffers.get(slot.name)
+        tensor = slot.holder._parameters.get(slot.name) if tensor is None else tensor
+        if tensor is None:
             raise Refused(f"there is no buffer {kind.slot}")
-        return held.numel()
-    output = _Trial(router, kind, parent, draws).forward()
+        return tensor.numel()
+    output = _Trial(router, kind, parent, random).forward()
     return int(output[1 if kind.gives == "dense" else 0].shape[-1])
 
 
@@ -219,29 +233,26 @@ def prove(
     kind: RouterKind,
     parent: nn.Module | None = None,
     multiplies: bool = False,
-    draws: _Draws | None = None,
+    random: _RandomTensors | None = None,
 ) -> Proof:
-    """Proves on random inputs that the router selects as ``kind`` says. Touches nothing of the model's.
+    """Proves on random inputs that the router selects as ``kind`` says. Touches nothing of the model.
 
-    Proven: the outputs are what ``kind.gives`` says; the weights are the router's scores of the chosen experts up to one
-    factor a token; a bias moves the choice and leaves the scores alone; without a slot, exactly one top-k is taken
-    over the experts. With ``multiplies`` the bias is a factor 1 + bias, for which no family has a slot. Raises
+    Proven: the outputs are what ``kind.gives`` says. The weights are the scores of the chosen experts, up to one factor
+    a token. A bias moves the choice and leaves the scores alone. Without a slot, exactly one top-k is taken over the
+    experts. With ``multiplies`` the bias is w - 1 of a factor w on the scores, for which no family has a slot. Raises
     ``Refused`` with the reason.
     """
     if multiplies and kind.selection == "logits":
         raise Refused("the choice is made by logits, which a factor turns upside down where they are below zero")
-    draws = _Draws() if draws is None else draws
-    num_experts = _num_experts(router, parent, kind, draws)
-    trial = _Trial(router, kind, parent, draws)
-    generator = torch.Generator().manual_seed(1)
-    favourite = torch.zeros(num_experts, device="cpu", dtype=torch.float32)
-    favourite[num_experts // 2] = 1e30 if multiplies else 100.0  # a softmax score may be very small
-    noise = torch.randn(1, num_experts, generator=generator, dtype=torch.float32, device="cpu")
-    moderate = 0.3 * kind.values(noise)[0]
-    grouped = any((getattr(trial.router, name, 1) or 1) > 1 for name in GROUPS)
-    in_the_way = grouped and (multiplies or kind.slot is None)  # they would be chosen before the bias is added
+    random = _RandomTensors() if random is None else random
+    num_experts = _num_experts(router, parent, kind, random)
+    trial = _Trial(router, kind, parent, random)
+    favourite = num_experts // 2
+    is_grouped = any((getattr(trial.router, name, 1) or 1) > 1 for name in GROUP_ATTRIBUTES)
+    # Without a slot for it, a bias is added after the expert groups have been chosen.
+    is_blocked = is_grouped and (multiplies or kind.slot is None)
     first: tuple[Tensor, Tensor, Tensor] | None = None
-    for bias in (torch.zeros_like(favourite), moderate, favourite):
+    for bias in _trial_biases(num_experts, favourite, kind, multiplies):
         (logits, weights, expert_ids), calls = trial.run(bias, multiplies)
         if calls != 1:
             raise Refused(
@@ -258,38 +269,50 @@ def prove(
         if weights.shape != expert_ids.shape:
             raise Refused("forward does not return (logits, weights, expert_ids)")
         first = first or (logits, weights, expert_ids)
-        same = (expert_ids == first[2]).all(-1)
-        if not torch.allclose(weights[same], first[1][same], rtol=1e-4):
+        same_choice = (expert_ids == first[2]).all(-1)
+        if not torch.allclose(weights[same_choice], first[1][same_choice], rtol=1e-4):
             raise Refused("the bias changes the weights of the same choice")
-        values = kind.values(logits.float())
-        choice = values * (1 + bias) if multiplies else values + bias
+        ranked = kind.ranked(logits.float())
+        choice = ranked * (1 + bias) if multiplies else ranked + bias
         best = choice.topk(expert_ids.shape[-1]).indices
-        if (not grouped or in_the_way) and (expert_ids.sort().values != best.sort().values).any():
-            if in_the_way:
+        if (not is_grouped or is_blocked) and (expert_ids.sort().values != best.sort().values).any():
+            if is_blocked:
                 raise Refused("there are groups, which are chosen before the bias is added")
             raise Refused("the chosen experts are not the best by these scores and the bias")
         factor = weights / score(logits.float(), kind.score_function).gather(-1, expert_ids)
         if not torch.allclose(factor, factor[:, :1].expand_as(factor), rtol=1e-4):
             raise Refused("the weights are not in proportion to these scores")
-    if not (expert_ids == num_experts // 2).any(-1).all():
+    if not (expert_ids == favourite).any(-1).all():  # under the last bias
         raise Refused("a large bias does not move the choice")
-    return Proof(kind, num_experts, 1 if trial.is_raised else int(expert_ids.shape[-1]))
+    return Proof(kind, num_experts, 1 if trial.is_top_1 else int(expert_ids.shape[-1]))
+
+
+def _trial_biases(
+    num_experts: int, favourite: int, kind: RouterKind, multiplies: bool
+) -> tuple[Float[Tensor, " experts"], Float[Tensor, " experts"], Float[Tensor, " experts"]]:
+    """None, a moderate one, and a large one for one expert."""
+    zero = torch.zeros(num_experts, device="cpu", dtype=torch.float32)
+    generator = torch.Generator().manual_seed(1)
+    noise = torch.randn(1, num_experts, generator=generator, dtype=torch.float32, device="cpu")
+    large = zero.clone()
+    large[favourite] = 1e30 if multiplies else 100.0  # a softmax score may be very small
+    return zero, 0.3 * kind.ranked(noise)[0], large
 
 
 def discover(router: nn.Module, parent: nn.Module | None = None) -> Proof:
-    """The first kind that can be proven of the router, which ``parent`` holds; ``Refused``, with a reason, if none."""
+    """The first kind that can be proven of the router, which ``parent`` holds. Raises ``Refused`` if there is none."""
     if chooses_by_id(router):
         raise Refused("it chooses by the id of the token (a hash router), which no bias moves")
     reasons: list[str] = []
-    draws = _Draws()
-    slots: list[str | None] = [*_find_slots(router, parent)]
+    random = _RandomTensors()
+    slots: list[str | None] = [*_slot_candidates(router, parent)]
     for slot in slots or [None]:
         for kind in _kinds(slot):
             try:
-                return prove(router, kind, parent, draws=draws)
+                return prove(router, kind, parent, random=random)
             except Refused as refused:
                 reasons.append(str(refused))
-            except Exception as error:  # whatever a forward makes of tokens that are not its own
+            except Exception as error:  # a forward may raise anything on random tokens
                 reasons.append(f"its forward needs more than tokens ({type(error).__name__}: {error})")
     raise Refused(reasons[0])
 
@@ -300,7 +323,7 @@ def chooses_by_id(router: nn.Module) -> bool:
 
 
 def _kinds(slot: str | None) -> Iterator[RouterKind]:
-    for gives in ("logits", "probabilities", "dense"):
+    for gives in get_args(RouterKind.__annotations__["gives"]):
         for score_function in SCORE_FUNCTIONS:
-            for selection in ("scores", "logits"):
+            for selection in get_args(RouterKind.__annotations__["selection"]):
                 yield RouterKind(score_function, slot, selection, gives)

@@ -1,15 +1,18 @@
-"""A tap: the place in somebody's model where one router is observed and steered.
+"""A tap: the place in a model where one router is observed and steered.
 
-A router's class is swapped for a subclass of the same name whose forward runs the family's own forward, steered by the
-bias, and passes the weights through one opaque op:
+``attach`` swaps the class of a router for a subclass of the same name. Its forward runs the router's own forward,
+steered by the bias, and reports the call. If a loss has a gradient at the router, it also passes the weights through
+one opaque operator:
 
     equipoise::tap            identity on the weights; counts the call, unless it runs inside a backward (recomputation)
-    equipoise::tap_backward   reads the pooled load when the backward runs, returns the losses' gradient of the logits
+    equipoise::tap_backward   when the backward runs: returns the gradient of the losses at the logits
 
-Both find their state by a key at run time, so nothing differentiable leaves the layer and a compiled graph reads no
-stale state. The key is a tensor: an integer would be a constant of the graph, and where layers are compiled one by one
-every layer would need a graph of its own (the ninth is refused). The backward op takes the incoming gradient as an
-argument: without it the compiler may move it into the forward, where the load is not known yet.
+Both find their tap by a key at run time, so nothing differentiable leaves the layer and a compiled graph reads no stale
+state. The key is a tensor. An integer would be a constant of the graph: layers compiled one by one would each need a
+graph of their own, and Dynamo refuses the ninth. The backward operator takes the incoming gradient as an argument.
+Without it the compiler may move the operator into the forward, where the pooled load is not known yet.
+
+An eager forward does the same through a plain ``autograd.Function``: an operator's dispatch takes as long as counting.
 """
 
 import itertools
@@ -23,161 +26,97 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from equipoise.errors import EquipoiseError
-from equipoise.routers.forward import ForwardContext, is_traced
-from equipoise.routing import score
+from equipoise.routers.forward import ForwardContext
+from equipoise.routers.kind import OWN_SLOT, MoELayer, RouterKind, Slot
+from equipoise.torch_internals import is_traced
 
-__all__ = ["RECOMPUTED", "RouterKind", "Slot", "Tap", "UNCOUNTED", "tap_router", "untap_router"]
+__all__ = [
+    "RECOMPUTED",
+    "UNCOUNTED",
+    "BiasedTopK",
+    "Observer",
+    "RouterCall",
+    "Tap",
+    "has_live_tap",
+    "plain_class",
+    "tap_of",
+    "tap_router",
+    "untap_router",
+]
 
-OWN_SLOT = "_equipoise_bias"  # the buffer of a router whose family has no slot of its own
 UNCOUNTED = -1  # token of a call that does not count: evaluation, paused
-RECOMPUTED = -2  # token of a call that was made again inside a backward
+RECOMPUTED = -2  # token of a call that a backward makes again
 
 
-class RouterKind(NamedTuple):
-    """How a router selects. ``attach`` finds it out, and proves it, by a probing forward.
+class RouterCall(NamedTuple):
+    """One call of a router, as its tap saw it."""
 
-    score_function: ``softmax``, ``sigmoid`` or ``sqrt_softplus``, which turns logits into scores.
-    slot: the name of the float tensor that it adds for the choice, or None: a buffer or a frozen parameter of the
-        router, of a module inside it (``"moe_statics.e_score_correction_bias"``), or of the module that holds the
-        router and passes the tensor to it.
-    selection: whether the choice is made by ``scores`` or by ``logits``, to which a bias is then added.
-    gives: what its forward returns: ``logits``, which is (logits [tokens, experts], weights [tokens, k], expert_ids
-        [tokens, k]) and perhaps more; the same with ``probabilities`` in place of the logits; or ``dense``, which is
-        (scores [tokens, experts], 0 where not chosen; logits).
-
-    A module of yours that has it as ``router_kind`` is known to ``attach``, whatever its class is called. It must have
-    a ``weight`` [experts, dim] and return what ``gives`` says.
-    """
-
-    score_function: str
-    slot: str | None = None
-    selection: str = "scores"
-    gives: str = "logits"
-
-    def read(self, output: Any, k: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """(logits, weights, expert_ids) of what the router's forward returned; ``dense`` needs k."""
-        if self.gives == "dense":
-            dense, logits = output
-            expert_ids = dense.detach().topk(k, dim=-1).indices
-            return logits, dense.gather(-1, expert_ids), expert_ids
-        first, weights, expert_ids = output[:3]
-        if self.gives == "probabilities":
-            first = first.clamp_min(torch.finfo(first.dtype).tiny).log()
-        return first, weights, expert_ids
-
-    def write(self, output: Any, weights: Tensor, expert_ids: Tensor) -> Any:
-        """``output`` with other weights of the same choice."""
-        if self.gives == "dense":
-            dense, logits = output
-            return torch.zeros_like(dense).scatter(-1, expert_ids, weights), logits
-        return (output[0], weights, *output[2:])
-
-    def values(self, logits: Tensor) -> Tensor:
-        """What a bias is added to."""
-        return logits if self.selection == "logits" else score(logits, self.score_function)
-
-
-class Slot(NamedTuple):
-    """The tensor that steers a router, by the module that holds it and its name there."""
-
-    holder: nn.Module
-    name: str
-
-    @property
-    def tensor(self) -> Tensor | None:
-        """As it is held; None where it is not there."""
-        held = self.holder._buffers.get(self.name)
-        held = self.holder._parameters.get(self.name) if held is None else held
-        if type(held).__name__ == "DTensor":
-            raise EquipoiseError(
-                f"the bias of a router must be a plain tensor: {self.name} of a {type(self.holder).__name__} is a "
-                "DTensor. It is a parameter of this family; leave it out of fully_shard with ignored_params."
-            )
-        return None if held is None else held.detach()
-
-    @property
-    def bias(self) -> Float[Tensor, " experts"] | None:
-        """The same, flat. Not a copy."""
-        held = self.holder._buffers.get(self.name)
-        if type(held) is Tensor and held.dim() == 1 and not held.requires_grad:
-            return held  # by far the most frequent, and asked for at every step
-        held = self.tensor
-        return None if held is None else held.view(-1)
-
-    def replace(self, bias: Float[Tensor, " experts"]) -> None:
-        """Holds a copy of another dtype or on another device than the tensor that was there."""
-        there = self.tensor
-        copy = bias.detach().clone()
-        copy = copy if there is None else copy.view(there.shape)
-        if self.name in self.holder._parameters:
-            self.holder._parameters[self.name].data = copy
-        else:
-            self.holder._buffers[self.name] = copy
+    layer: int
+    logits: Float[Tensor, "tokens experts"]
+    expert_ids: Int[Tensor, "tokens k"]
+    weights: Float[Tensor, "tokens k"]
+    mask: Tensor | None = None  # of the model's forward, not yet fitted to these tokens
+    sequence_ids: Tensor | None = None
+    rows: int = 0  # of the batch; 0 if unknown
+    is_training: bool = True
 
 
 class Observer(Protocol):
-    """What a tap reports to. ``Balance`` is the only one."""
+    """What a tap reports to."""
 
-    def observe(
-        self,
-        layer: int,
-        weights: Float[Tensor, "tokens k"],
-        logits: Float[Tensor, "tokens experts"],
-        expert_ids: Int[Tensor, "tokens k"],
-        mask: Tensor | None,
-        sequence_ids: Tensor | None,
-        rows: int,
-        training: bool,
-    ) -> int: ...
+    def observe(self, call: RouterCall) -> int:
+        """Counts a call, and returns the token that its backward brings back."""
 
-    def gradient(
-        self,
-        layer: int,
-        token: int,
-        logits: Float[Tensor, "tokens experts"],
-        expert_ids: Int[Tensor, "tokens k"],
-        weights: Float[Tensor, "tokens k"],
-    ) -> Float[Tensor, "tokens experts"]: ...
+    def gradient(self, call: RouterCall, token: int) -> Float[Tensor, "tokens experts"]:
+        """The gradient of the losses at the logits of a call."""
 
-    def restore_bias(self, layer: int) -> None: ...
+    def restore_bias(self, layer: int) -> None:
+        """The slot was cast or moved: write the bias into it again."""
 
-    def adopt_bias(self, layer: int) -> None: ...
+    def adopt_bias(self, layer: int) -> None:
+        """A checkpoint was loaded into the slot: take over what it holds."""
 
 
 class Tap:
-    """Ties one router to its observer. A copy of a router carries an inert tap: steered as it was, never counted."""
+    """Ties one router to its observer. A copy of the router carries an inert tap: steered as it was, never counted."""
 
     def __init__(
-        self, observer: Observer, context: ForwardContext, layer: int, kind: RouterKind, k: int, has_loss: bool
+        self,
+        kind: RouterKind,
+        k: int,
+        layer: int = -1,
+        observer: Observer | None = None,
+        context: ForwardContext | None = None,
+        has_loss: bool = False,
     ):
-        number = next(_KEYS)
-        self.key = torch.tensor(number, device="cpu")
-        self.observer: Observer | None = observer
-        self.context: ForwardContext | None = context
-        self.layer = layer
-        self.has_loss = has_loss
-        self.steers = False  # by a slot of our own
-        self.multiplies = False  # that slot is a factor 1 + bias
         self.kind = kind
         self.k = k
-        _TAPS[number] = self
+        self.layer = layer
+        self.observer = observer
+        self.context = context
+        self.has_loss = has_loss
+        self.steers = False  # through a slot of ours, by the top-k mode
+        self.multiplies = False  # and that slot holds w - 1 of a factor w on the scores
+        if observer is not None:
+            number = next(_KEYS)
+            self.key = torch.tensor(number, device="cpu")
+            _TAPS[number] = self
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _inert_tap, (self.kind, self.k, self.steers, self.multiplies)
 
-    def restore(self) -> None:
-        if self.observer is not None:
-            self.observer.restore_bias(self.layer)
+    def observe(self, call: RouterCall) -> int:
+        return UNCOUNTED if self.observer is None else self.observer.observe(call)
 
-    def adopt(self) -> None:
-        if self.observer is not None:
-            self.observer.adopt_bias(self.layer)
+    def gradient(self, call: RouterCall, token: int) -> Tensor:
+        if self.observer is None:  # detached between forward and backward
+            return torch.zeros_like(call.logits)
+        return self.observer.gradient(call, token)
 
 
 def _inert_tap(kind: RouterKind, k: int, steers: bool, multiplies: bool) -> Tap:
-    tap = Tap.__new__(Tap)
-    tap.observer, tap.context, tap.layer, tap.has_loss = None, None, -1, False
-    tap.kind, tap.k, tap.steers, tap.multiplies = kind, k, steers, multiplies
+    tap = Tap(kind, k)
+    tap.steers, tap.multiplies = steers, multiplies
     return tap
 
 
@@ -186,15 +125,17 @@ _TAPS: "weakref.WeakValueDictionary[int, Tap]" = weakref.WeakValueDictionary()
 
 
 class BiasedTopK(TorchFunctionMode):
-    """Steers a top-k over the experts: by argument + bias, or argument * (1 + bias). The values that come back are
-    those of the argument as it was."""
+    """Steers a top-k over the experts: by argument + bias, or argument * (1 + bias).
+
+    The values that come back are those of the argument as it was.
+    """
 
     def __init__(self, bias: Float[Tensor, " experts"], multiplies: bool = False):
         super().__init__()
         self.bias, self.multiplies = bias, multiplies
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if is_choice(func, args, self.bias):
+        if self.is_choice(func, args):
             scores = args[0]
             plain = scores.detach()
             choice = plain * (1 + self.bias) if self.multiplies else plain + self.bias
@@ -202,16 +143,18 @@ class BiasedTopK(TorchFunctionMode):
             return torch.return_types.topk((scores.gather(-1, ids), ids))
         return func(*args, **(kwargs or {}))
 
+    def is_choice(self, func: Any, args: Any) -> bool:
+        """Whether a call is a top-k of tokens over the experts, and not one over expert groups."""
+        if func not in (torch.topk, Tensor.topk) or not args:
+            return False
+        return args[0].dim() == 2 and args[0].shape[-1] == self.bias.shape[0]
 
-def is_choice(func: Any, args: Any, bias: Float[Tensor, " experts"]) -> bool:
-    """Whether a call is a top-k of tokens over the experts, and not one over groups of them."""
-    if func not in (torch.topk, Tensor.topk) or not args:
-        return False
-    return args[0].dim() == 2 and args[0].shape[-1] == bias.shape[0]
+
+# ---- the class of a router with a tap ----
 
 
 @cache
-def _tapped(base: Any) -> Any:
+def _tapped_class(base: Any) -> Any:
     def forward(self, *args, **kwargs):
         tap = self._equipoise
         if tap.steers:
@@ -233,9 +176,9 @@ def _tapped(base: Any) -> Any:
             rows = args[0].shape[0]
         if not tap.has_loss:
             logits = logits.detach()
-        if is_traced():  # then it must be one opaque op
-            # a compiler merges two calls with the same arguments; it takes no two empty tensors for the same
-            call = torch.empty(0, device=weights.device) if torch.compiler.is_compiling() else None
+        if is_traced():
+            # A compiler merges two calls with the same arguments. It takes no two empty tensors for the same.
+            unique = torch.empty(0, device=weights.device) if torch.compiler.is_compiling() else None
             weights, _ = torch.ops.equipoise.tap(
                 weights,
                 logits,
@@ -245,13 +188,14 @@ def _tapped(base: Any) -> Any:
                 rows,
                 tap.key,
                 self.training,
-                call,
+                unique,
             )
         elif tap.has_loss:
             weights = _EagerTap.apply(weights, logits, expert_ids, context, rows, tap, self.training)
         else:
             with torch.no_grad():
-                _observe(tap, weights, logits, expert_ids, context.mask, context.sequence_ids, rows, self.training)
+                mask, sequence_ids = context.mask, context.sequence_ids
+                tap.observe(RouterCall(tap.layer, logits, expert_ids, weights, mask, sequence_ids, rows, self.training))
             return output
         return tap.kind.write(output, weights, expert_ids)
 
@@ -259,22 +203,26 @@ def _tapped(base: Any) -> Any:
 
 
 @cache
-def _holding(base: Any) -> Any:
-    """A subclass of a module that holds the slot of a router, where that is not the router itself."""
+def _holding_class(base: Any) -> Any:
+    """A subclass of a module that holds the slot of a router, if that is not the router itself."""
     return _subclass(base, {**_follows_its_slot(base), "_equipoise_held": base}, _new_holding)
 
 
 def _follows_its_slot(base: Any) -> dict[str, Any]:
-    """What a module with a slot does besides: a cast leaves it in float32, and a checkpoint is taken up."""
+    """Methods of a module with a slot: the bias survives a cast in float32, and a loaded checkpoint is adopted."""
 
     def _apply(self, fn, recurse=True):
         base._apply(self, fn, recurse)
-        self._equipoise.restore()
+        tap = self._equipoise
+        if tap.observer is not None:
+            tap.observer.restore_bias(tap.layer)
         return self
 
     def _load_from_state_dict(self, *args, **kwargs):
         base._load_from_state_dict(self, *args, **kwargs)
-        self._equipoise.adopt()
+        tap = self._equipoise
+        if tap.observer is not None:
+            tap.observer.adopt_bias(tap.layer)
 
     return {"_apply": _apply, "_load_from_state_dict": _load_from_state_dict}
 
@@ -288,37 +236,40 @@ def _subclass(base: Any, namespace: dict[str, Any], new: Any) -> Any:
 
 
 def _new_tapped(base: Any) -> nn.Module:
-    cls = _tapped(base)
+    cls = _tapped_class(base)
     return cls.__new__(cls)
 
 
 def _new_holding(base: Any) -> nn.Module:
-    cls = _holding(base)
+    cls = _holding_class(base)
     return cls.__new__(cls)
 
 
 def plain_class(module: nn.Module) -> Any:
-    """The class of a router as it was before it was tapped."""
+    """The class that a router had before it was tapped."""
     return getattr(type(module), "_equipoise_base", type(module))
 
 
-def tap_router(router: nn.Module, tap: Tap, slot: Slot | None, own: Float[Tensor, " experts"] | None) -> None:
-    """Swaps the class of ``router`` and of who holds its slot; with ``own`` it is steered by a buffer of ours, which no
-    checkpoint sees."""
-    if own is not None:
-        router.register_buffer(OWN_SLOT, own, persistent=False)
+def tap_router(layer: MoELayer, tap: Tap, own_slot: Float[Tensor, " experts"] | None) -> None:
+    """Swaps the class of the router, and of the module that holds its slot.
+
+    With ``own_slot`` the router is steered by a buffer of ours, which no checkpoint sees.
+    """
+    router, slot = layer.router, layer.slot
+    if own_slot is not None:
+        router.register_buffer(OWN_SLOT, own_slot, persistent=False)
         tap.steers = True
     router.__dict__["_equipoise"] = tap
     base: Any = type(router)
-    router.__class__ = _tapped(base)
+    router.__class__ = _tapped_class(base)
     if slot is not None and slot.holder is not router:
         slot.holder.__dict__["_equipoise"] = tap
         holder: Any = type(slot.holder)
-        slot.holder.__class__ = _holding(holder)
+        slot.holder.__class__ = _holding_class(holder)
 
 
 def untap_router(router: nn.Module, slot: Slot | None) -> None:
-    """Undoes ``tap_router``; a slot of the family's own keeps what it holds."""
+    """Undoes ``tap_router``. The model's own slot keeps what it holds."""
     router.__class__ = type(router)._equipoise_base  # type: ignore[attr-defined]
     del router.__dict__["_equipoise"]
     if OWN_SLOT in router._buffers:
@@ -328,24 +279,29 @@ def untap_router(router: nn.Module, slot: Slot | None) -> None:
         del slot.holder.__dict__["_equipoise"]
 
 
-def is_tapped(module: nn.Module) -> bool:
-    """Whether ``module`` has a live tap. An inert one, on a copy of an attached model, is no tap."""
-    tap = module.__dict__.get("_equipoise")
+def tap_of(router: nn.Module) -> Tap | None:
+    """The tap of a router, live or inert."""
+    return router.__dict__.get("_equipoise")
+
+
+def has_live_tap(router: nn.Module) -> bool:
+    """Whether a router is attached. A copy of an attached router has an inert tap, and is not."""
+    tap = tap_of(router)
     return tap is not None and tap.observer is not None
 
 
-# ---- the tap of a forward that runs as it is written ----
+# ---- the tap of an eager forward ----
 
 
 class _EagerTap(torch.autograd.Function):
-    """What the ops below do, without their dispatch, which takes as long as counting."""
+    """What the operators below do, without their dispatch."""
 
     @staticmethod
     def forward(ctx, weights, logits, expert_ids, context, rows, tap, training):
         ctx.tap, ctx.has_loss = tap, logits.requires_grad
         mask, sequence_ids = context.mask, context.sequence_ids
-        ctx.token = _observe(tap, weights, logits, expert_ids, mask, sequence_ids, rows, training)
-        if ctx.has_loss:  # what goes out is not kept: a model may write into that
+        ctx.token = tap.observe(RouterCall(tap.layer, logits, expert_ids, weights, mask, sequence_ids, rows, training))
+        if ctx.has_loss:  # the returned clone is not saved: the model may write into it
             ctx.save_for_backward(logits, expert_ids, weights)
         return weights.clone()
 
@@ -353,24 +309,11 @@ class _EagerTap(torch.autograd.Function):
     def backward(ctx, grad_weights):
         grad_logits = None
         if ctx.has_loss:
-            grad_logits = _gradient(ctx.tap, ctx.token, *ctx.saved_tensors)
+            grad_logits = ctx.tap.gradient(RouterCall(ctx.tap.layer, *ctx.saved_tensors), ctx.token)
         return grad_weights, grad_logits, None, None, None, None, None
 
 
-def _observe(tap, weights, logits, expert_ids, mask, sequence_ids, rows, training):
-    """The call's token."""
-    if tap is None or tap.observer is None:  # detached
-        return UNCOUNTED
-    return tap.observer.observe(tap.layer, weights, logits, expert_ids, mask, sequence_ids, rows, training)
-
-
-def _gradient(tap, token, logits, expert_ids, weights):
-    if tap is None or tap.observer is None:  # detached between forward and backward
-        return torch.zeros_like(logits)
-    return tap.observer.gradient(tap.layer, token, logits, expert_ids, weights)
-
-
-# ---- the two opaque ops ----
+# ---- the two opaque operators ----
 
 torch.library.define(
     "equipoise::tap",
@@ -385,7 +328,9 @@ torch.library.define(
 
 @torch.library.impl("equipoise::tap", "CompositeExplicitAutograd")
 def _tap(weights, logits, expert_ids, mask, sequence_ids, rows, key, training, call):
-    token = _observe(_TAPS.get(int(key)), weights, logits, expert_ids, mask, sequence_ids, int(rows), training)
+    tap, token = _TAPS.get(int(key)), UNCOUNTED
+    if tap is not None:
+        token = tap.observe(RouterCall(tap.layer, logits, expert_ids, weights, mask, sequence_ids, int(rows), training))
     return weights.clone(), torch.tensor(token)
 
 
@@ -396,7 +341,10 @@ def _(weights, logits, expert_ids, mask, sequence_ids, rows, key, training, call
 
 @torch.library.impl("equipoise::tap_backward", "CompositeExplicitAutograd")
 def _tap_backward(grad_weights, logits, expert_ids, weights, token, key):
-    return _gradient(_TAPS.get(int(key)), token.item(), logits, expert_ids, weights)
+    tap = _TAPS.get(int(key))
+    if tap is None:  # its Balance is gone
+        return torch.zeros_like(logits)
+    return tap.gradient(RouterCall(tap.layer, logits, expert_ids, weights), token.item())
 
 
 @torch.library.register_fake("equipoise::tap_backward")

@@ -1,4 +1,4 @@
-"""A conformance suite for your own balancers and models, with any test runner; needs torch only.
+"""A conformance suite for your own balancers and models. It needs torch only and works with any test runner.
 
     import pytest
     from equipoise.testing import BALANCER_INVARIANTS, check_balancer
@@ -7,12 +7,12 @@
     def test_my_balancer(invariant):
         check_balancer(lambda: MyBalancer(rate=1e-2), only=invariant)
 
-``check_balancer`` tries one mechanism, ``check_tap`` the routers of one model under ``equipoise.attach``. An invariant
-that breaks raises ``ConformanceError``: its name, what must hold, what came, with which input.
+``check_balancer`` checks one mechanism, ``check_routers`` the routers of one model under ``equipoise.attach``. If an
+invariant does not hold they raise ``ConformanceError`` with its name, what must hold, what came, and the input.
 """
 
 from equipoise.testing._common import ConformanceError
 from equipoise.testing.balancers import BALANCER_INVARIANTS, check_balancer
-from equipoise.testing.taps import TAP_INVARIANTS, check_tap
+from equipoise.testing.routers import ROUTER_INVARIANTS, check_routers
 
-__all__ = ["BALANCER_INVARIANTS", "ConformanceError", "TAP_INVARIANTS", "check_balancer", "check_tap"]
+__all__ = ["BALANCER_INVARIANTS", "ConformanceError", "ROUTER_INVARIANTS", "check_balancer", "check_routers"]

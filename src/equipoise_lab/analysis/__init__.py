@@ -1,13 +1,13 @@
-"""What runs and models show: verdicts from numbers of runs, specialisation from counts, tables, figures. No torch.
+"""Analysis of recorded runs and audits: tables, figures, expert specialisation, verdicts over seeds. No torch.
 
     folder ── read_records ──> Records ── runs(), steps(), experts(), ... ──> pyarrow tables ── figures ──> plotly
-    counts by domain and token ── domain_information, coactivation, typical_tokens, ... ──> what experts serve
+    counts by domain and token ── domain_information, coactivation, typical_tokens, ... ──> specialisation
 
     values by seed ── paired_differences, trend ──> Estimate ── judge ──> Judgement ── judge_family ──> Judgement
-                                                       └── noise, power, seeds_needed: what more seeds would decide
+                                                       └── noise, power, seeds_needed: how many seeds would decide
 
-``level`` is the level of a two-sided interval, everywhere. A p of a ``Judgement`` is on its scale: the verdict is
-decided where ``p < 1 - level``.
+``level`` is always the level of a two-sided interval. ``Judgement.p`` is two-sided too: the verdict is decided if
+``p < 1 - level``.
 
 >>> wide = {0: 5.41, 1: 5.37, 2: 5.44, 3: 5.40}  # validation loss by seed, global-batch scope
 >>> narrow = {0: 5.45, 1: 5.43, 2: 5.49, 3: 5.43}  # micro-batch scope
@@ -86,7 +86,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:  # pyarrow and plotly are loaded for those who ask for them
+def __getattr__(name: str) -> Any:  # pyarrow and plotly are imported on first use
     if name in ("figures", "tables"):
         return importlib.import_module(f"equipoise_lab.analysis.{name}")
     if name in ("Records", "read_records"):

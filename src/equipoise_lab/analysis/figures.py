@@ -1,4 +1,4 @@
-"""tables -> plotly figures. Strategies have their colours, the theme has none: the report adds light or dark.
+"""Plotly figures of the tables. Each strategy has a fixed colour. The report adds the theme, light or dark.
 
 >>> records = read_records("runs/demo")  # doctest: +SKIP
 >>> quality_against_balance(records.runs()).show()  # doctest: +SKIP
@@ -34,55 +34,58 @@ __all__ = [
     "strategy_styles",
 ]
 
-CAP = 4.0  # relative load at and above which the colour stays the same, on every page
+CAP = 4.0  # relative loads from here on share one colour, on every page
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
 GREY = "#808080"
 DASHES = ("solid", "dash", "dot", "dashdot")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up")
-MOST_POINTS = 400
+MAX_POINTS = 400  # per line
 
 
 def strategy_styles(strategies: Iterable[str]) -> dict[str, dict[str, str]]:
-    """A fixed colour (Okabe and Ito's, which the colour-blind tell apart), dash and symbol for each strategy, by order;
-    ``none`` is grey."""
-    known = list(dict.fromkeys(strategies))
-    styles = {"none": {"color": GREY, "dash": "solid", "symbol": "x"}} if "none" in known else {}
-    for i, strategy in enumerate(name for name in known if name != "none"):
+    """A colour, dash and symbol for each strategy, in order of first appearance. ``none`` is grey.
+
+    The colours are those of Okabe and Ito, chosen for colour-blind readers.
+    """
+    names = list(dict.fromkeys(strategies))
+    styles = {"none": {"color": GREY, "dash": "solid", "symbol": "x"}} if "none" in names else {}
+    for i, strategy in enumerate(name for name in names if name != "none"):
         styles[strategy] = {"color": OKABE_ITO[i % 7], "dash": DASHES[i // 7 % 4], "symbol": SYMBOLS[i // 7 % 4]}
     return styles
 
 
 def plain(text: str) -> str:
-    """Text for plotly, which reads a small HTML in its strings."""
+    """Escapes text for plotly, which interprets some HTML tags in its strings."""
     return html.escape(text, quote=False)
 
 
 def quality_against_balance(
     runs: pa.Table, *, quality: str = "val_nats", balance: str = "maxvio_global", level: float = 0.95
 ) -> go.Figure:
-    """A mark a strategy, means over seeds with t intervals in both directions, and a small one for each run: the lower
-    left is best. Runs that are not finished, or diverged, are left out.
+    """Quality against balance: a large mark per strategy (mean over seeds, t intervals), a small mark per run.
 
-    Where strategies share at least two seeds, those are drawn, and what a seed does to all strategies alike is taken
-    out, as it is of paired differences: from each value the seed's mean over strategies, less the mean over all. The
-    spread that is left is widened by ``sqrt(S / (S - 1))`` for S strategies, since taking out means takes out some of
-    it. ``figure.layout.meta["paired"]`` says whether that was done. Source: Cousineau 2005, Tutorials in Quantitative
-    Methods for Psychology 1, 42-45; Morey 2008, same journal 4, 61-64.
+    The lower left is best. Unfinished and diverged runs are left out.
+
+    If the strategies share at least two seeds, only shared seeds are drawn, and the effect of the seed is removed, as
+    pairing does: each value loses its seed's mean over strategies and gains the mean over all seeds. This also removes
+    a part of the true spread, so intervals are widened by ``sqrt(S / (S - 1))`` for S strategies.
+    ``figure.layout.meta["paired"]`` is true in this case. Source: Cousineau 2005, Tutorials in Quantitative Methods for
+    Psychology 1, 42-45; Morey 2008, same journal 4, 61-64.
     """
     styles = strategy_styles(runs["strategy"].to_pylist())
-    values: dict[str, dict[int, np.ndarray]] = {}  # by strategy and seed, (balance, quality)
+    values: dict[str, dict[int, np.ndarray]] = {}  # by strategy and seed: (balance, quality)
     for row in runs.select(["strategy", "seed", balance, quality]).to_pylist():
         if row[balance] is not None and row[quality] is not None:
             values.setdefault(row["strategy"], {})[row["seed"]] = np.array([row[balance], row[quality]])
-    values, widen = _without_seeds(values)
+    values, widen = _without_seed_effects(values)
     figure = go.Figure()
-    for strategy, of_seed in values.items():
-        x, y = np.stack(list(of_seed.values())).T
-        across, up = estimate(x.tolist(), level=level), estimate(y.tolist(), level=level)
-        reach = [widen * (e.interval[1] - e.mean) if e.n > 1 else 0.0 for e in (across, up)]
+    for strategy, by_seed in values.items():
+        x, y = np.stack(list(by_seed.values())).T
+        x_mean, y_mean = estimate(x.tolist(), level=level), estimate(y.tolist(), level=level)
+        half_widths = [widen * (e.interval[1] - e.mean) if e.n > 1 else 0.0 for e in (x_mean, y_mean)]
         color = styles[strategy]["color"]
         mark = {"color": color, "symbol": styles[strategy]["symbol"]}
-        if len(of_seed) > 1:
+        if len(by_seed) > 1:
             figure.add_scatter(
                 x=x.tolist(),
                 y=y.tolist(),
@@ -91,18 +94,19 @@ def quality_against_balance(
                 name=plain(strategy),
                 legendgroup=strategy,
                 showlegend=False,
-                customdata=list(of_seed),
+                customdata=list(by_seed),
                 hovertemplate="seed %{customdata}: MaxVio %{x:.3f}, %{y:.4f} nats<extra>%{fullData.name}</extra>",
             )
         figure.add_scatter(
-            x=[across.mean],
-            y=[up.mean],
+            x=[x_mean.mean],
+            y=[y_mean.mean],
             mode="markers",
             marker={**mark, "size": 13},
             name=plain(strategy),
             legendgroup=strategy,
-            error_x=_bar(reach[0], color, len(of_seed) > 1) | {"arrayminus": [min(reach[0], max(across.mean, 0.0))]},
-            error_y=_bar(reach[1], color, len(of_seed) > 1),
+            error_x=_error_bar(half_widths[0], color, len(by_seed) > 1)
+            | {"arrayminus": [min(half_widths[0], max(x_mean.mean, 0.0))]},  # MaxVio is never below 0
+            error_y=_error_bar(half_widths[1], color, len(by_seed) > 1),
             hovertemplate="MaxVio %{x:.3f}, %{y:.4f} nats<extra>%{fullData.name}</extra>",
         )
     figure.update_layout(
@@ -116,48 +120,53 @@ def quality_against_balance(
             "zeroline": False,
             "rangemode": "nonnegative",
         },
-        yaxis={"title": {"text": "loss, nats a token", "standoff": 8}, "zeroline": False, "nticks": 6},
+        yaxis={"title": {"text": "loss, nats per token", "standoff": 8}, "zeroline": False, "nticks": 6},
         meta={"paired": widen > 1},
     )
     return figure
 
 
-def _without_seeds(
+def _without_seed_effects(
     values: Mapping[str, Mapping[int, np.ndarray]],
 ) -> tuple[dict[str, dict[int, np.ndarray]], float]:
-    """Values without what seeds have in common, and the factor that spreads are to be widened by; as they are, and 1,
-    where fewer than two seeds are shared."""
+    """Values on shared seeds without the effect of the seed, and the factor by which to widen intervals.
+
+    If fewer than two seeds are shared, the values are unchanged and the factor is 1.
+    """
     seeds = set.intersection(*map(set, values.values())) if values else set()
     if len(values) < 2 or len(seeds) < 2:
-        return {strategy: dict(of_seed) for strategy, of_seed in values.items()}, 1.0
-    effect = {seed: np.mean([of_seed[seed] for of_seed in values.values()], axis=0) for seed in seeds}
-    middle = np.mean(list(effect.values()), axis=0)
-    kept = {
-        strategy: {seed: of_seed[seed] - effect[seed] + middle for seed in sorted(seeds)}
-        for strategy, of_seed in values.items()
+        return {strategy: dict(by_seed) for strategy, by_seed in values.items()}, 1.0
+    seed_means = {seed: np.mean([by_seed[seed] for by_seed in values.values()], axis=0) for seed in seeds}
+    grand_mean = np.mean(list(seed_means.values()), axis=0)
+    centred = {
+        strategy: {seed: by_seed[seed] - seed_means[seed] + grand_mean for seed in sorted(seeds)}
+        for strategy, by_seed in values.items()
     }
-    return kept, math.sqrt(len(values) / (len(values) - 1))
+    return centred, math.sqrt(len(values) / (len(values) - 1))
 
 
-def _bar(reach: float, color: str, visible: bool) -> dict[str, Any]:
-    return {"type": "data", "array": [reach], "visible": visible, "color": color, "thickness": 1.3, "width": 4}
+def _error_bar(half_width: float, color: str, visible: bool) -> dict[str, Any]:
+    return {"type": "data", "array": [half_width], "visible": visible, "color": color, "thickness": 1.3, "width": 4}
 
 
-def curve(steps: pa.Table, key: str, *, title: str = "", log: bool = False, most: int = MOST_POINTS) -> go.Figure:
-    """One line a run of ``key`` over steps. Runs of more than ``most`` steps are drawn as means of equal windows; their
-    length is ``figure.layout.meta["window"]`` (1: every step is a point)."""
+def curve(steps: pa.Table, key: str, *, title: str = "", log: bool = False, most: int = MAX_POINTS) -> go.Figure:
+    """Column ``key`` over steps, one line per run.
+
+    Runs of more than ``most`` steps are drawn as means over equal numbers of steps. ``figure.layout.meta["window"]`` is
+    that number (1: every step is a point).
+    """
     if key not in steps.column_names or not pa.types.is_floating(steps[key].type):
-        known = [f.name for f in steps.schema if pa.types.is_floating(f.type)]
-        raise ValueError(f"key must be a figure of the table: got {key!r}, it has {', '.join(known)}.")
+        numeric = [f.name for f in steps.schema if pa.types.is_floating(f.type)]
+        raise ValueError(f"key must be a numeric column of the table: got {key!r}. Use one of {', '.join(numeric)}.")
     runs = pc.unique(steps["run"]).to_pylist()
     strategies = pc.unique(steps["strategy"]).to_pylist()
     styles = strategy_styles(strategies)
-    parts = {run: steps.filter(pc.equal(steps["run"], run)) for run in runs}
-    window = max(1, math.ceil(max((part.num_rows for part in parts.values()), default=0) / most))
+    by_run = {run: steps.filter(pc.equal(steps["run"], run)) for run in runs}
+    window = max(1, math.ceil(max((rows.num_rows for rows in by_run.values()), default=0) / most))
     figure = go.Figure()
-    for run, part in parts.items():
-        strategy, seed = part["strategy"][0].as_py(), part["seed"][0].as_py()
-        x, y = _points(part["step"].to_numpy(), part[key].to_numpy().astype(float), window, positive=log)
+    for run, rows in by_run.items():
+        strategy, seed = rows["strategy"][0].as_py(), rows["seed"][0].as_py()
+        x, y = _points(rows["step"].to_numpy(), rows[key].to_numpy().astype(float), window, positive=log)
         if all(value is None for value in y):
             continue
         style = styles[strategy]
@@ -190,6 +199,8 @@ def curve(steps: pa.Table, key: str, *, title: str = "", log: bool = False, most
 
 
 def _points(steps: np.ndarray, values: np.ndarray, window: int, positive: bool) -> tuple[list, list]:
+    """The last step and the mean of the finite values of each window. ``positive`` drops means that a log axis cannot
+    show."""
     x, y = [], []
     for start in range(0, len(steps), window):
         part = values[start : start + window]
@@ -201,7 +212,8 @@ def _points(steps: np.ndarray, values: np.ndarray, window: int, positive: bool) 
 
 
 def relative_load(load: Sequence[int]) -> list[float | None]:
-    """Load of each expert over the mean load, ``E c_e / sum(c)``: 1 everywhere when even; None without assignments.
+    """Load of each expert over the mean load, ``E c_e / sum(c)``. An even load is 1 everywhere. None if nothing was
+    assigned.
 
     >>> relative_load([6, 1, 1, 0])
     [3.0, 0.5, 0.5, 0.0]
@@ -211,13 +223,13 @@ def relative_load(load: Sequence[int]) -> list[float | None]:
 
 
 def expert_map(experts: pa.Table, *, run: str | None = None, layer: str | None = None, most: float = CAP) -> go.Figure:
-    """Domain x expert of one layer (default: of the first run, its last layer): relative load, 1 where even.
+    """Relative load by domain and expert in one layer (default: the last layer of the first run). 1 is even.
 
-    Experts are sorted by the domain that uses them most, then by how much it does. The colour stays the same from
-    ``most`` on.
+    Experts are sorted by the domain that uses them most, then by that domain's relative load. Loads of ``most`` and
+    above share one colour.
     """
     rows, domains, load = _one_layer(experts, run, layer)
-    z = [relative_load(of_domain) for of_domain in load.tolist()]
+    z = [relative_load(counts) for counts in load.tolist()]
     by_expert = [[value or 0.0 for value in column] for column in zip(*z, strict=True)]
     order = sorted(range(len(by_expert)), key=lambda e: (_arg_max(by_expert[e]), -max(by_expert[e]), e))
     figure = go.Figure(
@@ -257,16 +269,17 @@ def expert_map(experts: pa.Table, *, run: str | None = None, layer: str | None =
     return figure
 
 
-DIVERGING = [[0, "#2f7fb8"], [0.25, "#f3f0e9"], [0.55, "#e8954a"], [1, "#7f2a00"]]  # 1, even, is at 1 / CAP
+DIVERGING = [[0, "#2f7fb8"], [0.25, "#f3f0e9"], [0.55, "#e8954a"], [1, "#7f2a00"]]  # an even load, 1, is at 1 / CAP
 
 
 def _one_layer(experts: pa.Table, run: str | None, layer: str | None) -> tuple[pa.Table, list[str], np.ndarray]:
-    """Rows, domains and load (domains, experts) of one layer; in a table of ``loads``, steps for domains."""
+    """Rows, domains and load (domains, experts) of one layer. A table of ``Records.loads`` has steps in place of
+    domains."""
     for name, value in (("run", run), ("layer", layer)):
-        known = pc.unique(experts[name]).to_pylist()
-        if value is not None and value not in known:
-            raise ValueError(f"{name} must be one of the table: got {value!r}, it has {', '.join(known)}.")
-        value = value or (known[0] if name == "run" else known[-1])
+        names = pc.unique(experts[name]).to_pylist()
+        if value is not None and value not in names:
+            raise ValueError(f"{name} must be in the table: got {value!r}. Use one of {', '.join(names)}.")
+        value = value or (names[0] if name == "run" else names[-1])
         experts = experts.filter(pc.equal(experts[name], value))
     key = "domain" if "domain" in experts.column_names else "step"
     names = pc.unique(experts[key]).to_pylist()
@@ -276,13 +289,13 @@ def _one_layer(experts: pa.Table, run: str | None, layer: str | None) -> tuple[p
 def load_over_time(
     loads: pa.Table, *, run: str | None = None, layer: str | None = None, most: float = CAP
 ) -> go.Figure:
-    """Expert x step of one layer (default: of the first run, its last layer): relative load of the training batches.
+    """Relative load of the training batches by expert and step in one layer (default: the last layer of the first run).
 
-    Experts keep their numbers: a row that stays blue is an expert that starves, one that turns orange takes over. Give
-    ``Records.loads(most)`` for a long run.
+    Rows are experts by id. A row that stays blue is a starved expert; a row that turns orange is overloaded. For a long
+    run, pass ``Records.loads(most)``.
     """
     rows, steps, load = _one_layer(loads, run, layer)
-    z = np.array([relative_load(of_step) for of_step in load.tolist()], float).T
+    z = np.array([relative_load(counts) for counts in load.tolist()], float).T
     figure = go.Figure(
         go.Heatmap(
             x=steps,
@@ -304,20 +317,22 @@ def load_over_time(
 
 
 def rank_loads(experts: pa.Table) -> pa.Table:
-    """A row a model and size of expert parallelism, 2 to 64: ``rank_load`` of the pooled text, the ``mean`` over layers
-    and the ``worst`` layer. Sizes that do not divide the experts of every layer are left out."""
+    """``rank_load`` with all domains pooled: one row per model and number of expert-parallel ranks, 2 to 64.
+
+    ``mean`` is over layers, ``worst`` is the largest of them. A number of ranks is left out unless it divides the
+    number of experts in every layer.
+    """
     keys = ["run", "strategy", "seed", "layer", "expert"]
     pooled = experts.group_by(keys, use_threads=False).aggregate([("load", "sum")])
-    loads: dict[tuple[Any, ...], dict[str, list[int]]] = {}  # by run and layer, in the order of experts
+    loads: dict[tuple[Any, ...], dict[str, list[int]]] = {}  # by model and layer, in order of expert id
     columns = [pooled[name].to_pylist() for name in ("run", "strategy", "seed", "layer", "load_sum")]
     for *model, layer, load in zip(*columns, strict=True):
         loads.setdefault(tuple(model), {}).setdefault(layer, []).append(load)
     rows = []
-    for (run, strategy, seed), of_layer in loads.items():
+    for (run, strategy, seed), by_layer in loads.items():
         for ranks in RANKS:
-            found = [rank_load(load, ranks) for load in of_layer.values()]
-            values = [value for value in found if value is not None]
-            if len(values) == len(found):
+            values = [value for load in by_layer.values() if (value := rank_load(load, ranks)) is not None]
+            if len(values) == len(by_layer):
                 row = {"run": run, "strategy": strategy, "seed": seed, "ranks": ranks}
                 rows.append(row | {"mean": float(np.mean(values)), "worst": max(values)})
     schema = [("run", pa.string()), ("strategy", pa.string()), ("seed", pa.int64()), ("ranks", pa.int64())]
@@ -325,8 +340,10 @@ def rank_loads(experts: pa.Table) -> pa.Table:
 
 
 def cost(ranks: pa.Table) -> go.Figure:
-    """The busiest rank's load over the mean against the number of ranks of expert parallelism, from ``rank_loads``: a
-    line a strategy, the mean over layers and seeds. 1 is even."""
+    """The busiest rank's load over the mean load, by number of expert-parallel ranks: one line per strategy.
+
+    ``ranks`` is the table of ``rank_loads``. Values are means over layers and seeds; 1 is even.
+    """
     figure = go.Figure()
     for strategy, style in strategy_styles(ranks["strategy"].to_pylist()).items():
         rows = ranks.filter(pc.equal(ranks["strategy"], strategy))
@@ -348,7 +365,7 @@ def cost(ranks: pa.Table) -> go.Figure:
         hovermode="x unified",
         xaxis={
             "type": "category",
-            "title": {"text": "ranks of expert parallelism", "standoff": 8},
+            "title": {"text": "expert-parallel ranks", "standoff": 8},
             "unifiedhovertitle": {"text": "%{x} ranks"},
         },
         yaxis={"title": {"text": "busiest rank / mean", "standoff": 8}, "zeroline": False, "nticks": 6},
@@ -357,12 +374,15 @@ def cost(ranks: pa.Table) -> go.Figure:
 
 
 def layers(layer_rows: Sequence[Mapping[str, Any]]) -> go.Figure:
-    """By layer of an audit (``audit["layers"]``): MaxVio and its floor, domain information and what chance gives."""
+    """MaxVio with its floor, and domain information with its bound at chance, by layer of an audit.
+
+    ``layer_rows`` is ``audit["layers"]``.
+    """
     names = layer_labels([row["layer"] for row in layer_rows])
     figure = go.Figure()
     for name, values, dash in (
         ("MaxVio", [row["maxvio"] for row in layer_rows], "solid"),
-        ("its floor", [row["maxvio_floor"] for row in layer_rows], "dot"),
+        ("MaxVio floor (sampling alone)", [row["maxvio_floor"] for row in layer_rows], "dot"),
     ):
         figure.add_scatter(
             x=names,
@@ -374,8 +394,8 @@ def layers(layer_rows: Sequence[Mapping[str, Any]]) -> go.Figure:
         )
     information = [row["domain_information_bits"] for row in layer_rows]
     for name, values, dash in (
-        ("domain information, bits", [found["value"] for found in information], "solid"),
-        ("95 % of chance lies below", [found["bound"] for found in information], "dot"),
+        ("domain information, bits", [bits["value"] for bits in information], "solid"),
+        ("bound at chance (95 %)", [bits["bound"] for bits in information], "dot"),
     ):
         figure.add_scatter(
             x=names,
@@ -408,7 +428,7 @@ def _short(text: str, length: int) -> str:
 
 
 def layer_labels(names: Sequence[str]) -> list[str]:
-    """The first number in each module name where that tells the layers apart, else the whole name.
+    """The first number in each module name if these numbers are distinct, otherwise the whole names.
 
     >>> layer_labels(["model.layers.1.mlp.gate", "model.layers.2.mlp.gate"])
     ['1', '2']

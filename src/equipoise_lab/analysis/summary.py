@@ -1,4 +1,4 @@
-"""results of runs -> the table that page and terminal share: what each figure of a run is called and means."""
+"""The results table that the page and the terminal share: title, meaning and format of each column."""
 
 import math
 import statistics
@@ -13,7 +13,7 @@ __all__ = ["COLUMNS", "Column", "mean_and_sd", "number", "summary_rows", "unequa
 
 @dataclass(frozen=True)
 class Column:
-    """One column of the table: ``key`` is the key in ``result.json`` and in ``summary_rows``."""
+    """One column of the table. ``key`` is its key in ``result.json`` and in ``summary_rows``."""
 
     key: str
     title: str
@@ -22,7 +22,7 @@ class Column:
     definition: str
 
     def text(self, row: Mapping[str, Any]) -> str:
-        """The cell: the mean over seeds, and ± their standard deviation where there are several."""
+        """The cell: the mean over seeds, ± their standard deviation if there are several."""
         mean, sd = row[self.key], row[f"{self.key}_sd"]
         return number(mean, self.digits) + ("" if sd is None else f" ± {number(sd, self.digits)}")
 
@@ -33,66 +33,66 @@ COLUMNS = (
         "Loss, nats",
         "loss nats",
         3,
-        "Cross-entropy of the next token on test text, in nats a token, without any balancing loss. Lower is better.",
+        "Cross-entropy of the next token on test text, in nats per token, without balancing losses. Lower is better.",
     ),
     Column(
         "val_perplexity",
         "Perplexity",
         "ppl",
         2,
-        "exp(loss): as unsure as an even choice among that many tokens. Lower is better.",
+        "exp(loss): the model is as uncertain as if it chose evenly among this many tokens. Lower is better.",
     ),
     Column(
         "val_bits_per_byte",
         "Bits per byte",
         "bits/byte",
         3,
-        "The same loss in bits, per byte of text instead of per token: comparable across tokenizers. Lower is better.",
+        "The same loss in bits per byte of text: comparable across tokenizers. Lower is better.",
     ),
     Column(
         "maxvio_global",
         "MaxVio, test",
         "maxvio global",
         3,
-        "(busiest expert's load − mean load) / mean load, per layer, then the mean over layers, on test text "
-        "with all domains pooled. 0 is even; 1 means that the busiest expert carries twice the mean.",
+        "(load of the busiest expert − mean load) / mean load, on test text with all domains pooled; mean over layers. "
+        "0 is even. At 1 the busiest expert carries twice the mean load.",
     ),
     Column(
         "maxvio_floor",
-        "Its floor",
+        "MaxVio floor",
         "floor",
         3,
-        "The MaxVio that perfect routing with independent choices would show on as many tokens from sampling alone: "
-        "a lower bound to read the column before it against.",
+        "MaxVio from sampling alone: what a perfectly even router with independent choices would show on this many "
+        "tokens. Read the MaxVio on test text against it.",
     ),
     Column(
         "maxvio_batch",
         "MaxVio, batch",
         "maxvio batch",
         3,
-        "The same quantity on the load of one training step; mean over the last tenth of the steps.",
+        "MaxVio of the load of one training step, mean over the last tenth of the steps.",
     ),
     Column(
         "domain_information_bits",
         "Domain information, bits",
         "domain bits",
         3,
-        "I(domain; expert): how many bits the choice of an expert tells about the domain of its token, "
-        "mean over layers. 0: experts ignore the domain; at most log2(number of domains).",
+        "I(domain; expert): how many bits the choice of experts reveals about a token's domain, mean over layers. "
+        "0 if experts ignore the domain; at most log2(number of domains).",
     ),
     Column(
         "dead_experts",
         "Dead experts",
         "dead, test text",
         1,
-        "Experts that got no token of the test text, all layers together.",
+        "Experts that got no token of the test text, total over all layers.",
     ),
     Column(
         "tokens_per_second",
         "Tokens/s",
         "tokens/s",
         0,
-        "Training speed of this run on its machine. Comparable only if the runs had the machine to themselves.",
+        "Training speed of the run. Comparable only if each run had the same machine to itself.",
     ),
 )
 
@@ -105,32 +105,33 @@ def number(value: float, digits: int) -> str:
 
 
 def summary_rows(runs: Iterable[Run]) -> list[dict[str, Any]]:
-    """The table: one row a strategy, in order of first appearance. Runs that are not finished are left out.
+    """The table, one row per strategy in order of first appearance. Unfinished runs are left out.
 
-    A row holds ``strategy``, ``seeds`` (list), and for each of ``COLUMNS`` its ``key`` (mean over seeds) and
-    ``key_sd`` (their standard deviation with n - 1, or None with one seed).
+    A row holds ``strategy``, ``seeds`` (a list), and for each of ``COLUMNS`` its ``key`` (mean over seeds) and
+    ``key_sd`` (standard deviation with n - 1, None with one seed).
     """
     results: dict[str, list[tuple[int, dict[str, Any]]]] = {}
     for run in runs:
         if run.complete:
             results.setdefault(run.config["strategy"], []).append((run.config["seed"], run.result))
     rows = []
-    for strategy, found in results.items():
-        row: dict[str, Any] = {"strategy": strategy, "seeds": [seed for seed, _ in found]}
+    for strategy, by_seed in results.items():
+        row: dict[str, Any] = {"strategy": strategy, "seeds": [seed for seed, _ in by_seed]}
         for column in COLUMNS:
-            row[column.key], row[f"{column.key}_sd"] = mean_and_sd([result[column.key] for _, result in found])
+            row[column.key], row[f"{column.key}_sd"] = mean_and_sd([result[column.key] for _, result in by_seed])
         rows.append(row)
     return rows
 
 
 def mean_and_sd(values: Sequence[float]) -> tuple[float, float | None]:
+    """(nan, None) if a value is None or not finite."""
     values = [math.nan if value is None else float(value) for value in values]
     if not all(math.isfinite(value) for value in values):
         return math.nan, None
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
-EQUAL = (
+COMPARED_SETTINGS = (
     "arch",
     "num_parameters",
     "num_experts",
@@ -151,13 +152,15 @@ EQUAL = (
     "corpus_fingerprint",
     "vocab_size",
 )
-EQUAL_OPTIONS = ("model", "warmup", "weight_decay", "clip", "evaluation_sequences")  # of the command line, the rest
+# Further settings that a run stores only among its command-line options.
+COMPARED_OPTIONS = ("model", "warmup", "weight_decay", "clip", "evaluation_sequences")
 
 
 def unequal_terms(configs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The settings that must be the same for runs to be comparable, and are not."""
-    terms = [
-        {key: config.get(key) for key in EQUAL} | {key: config.get("options", {}).get(key) for key in EQUAL_OPTIONS}
+    """The settings that differ between runs although comparable runs must share them."""
+    settings = [
+        {key: config.get(key) for key in COMPARED_SETTINGS}
+        | {key: config.get("options", {}).get(key) for key in COMPARED_OPTIONS}
         for config in configs
     ]
-    return [key for key in terms[0] if any(other[key] != terms[0][key] for other in terms[1:])]
+    return [key for key in settings[0] if any(other[key] != settings[0][key] for other in settings[1:])]

@@ -1,4 +1,4 @@
-"""an Estimate and what was claimed of it -> supported, not supported or undecided; alone, and in a family of claims."""
+"""Verdicts: whether an estimate supports a claim, alone or in a family of claims."""
 
 import math
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ Verdict = Literal["supported", "not supported", "undecided"]
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """What is claimed of a true mean: ``"lower"`` or ``"higher"`` than 0, or ``"equal"`` to 0 within ``±margin``.
+    """A claim about a true mean: ``"lower"`` or ``"higher"`` than 0, or ``"equal"`` to 0 within ``±margin``.
 
     >>> Hypothesis("equal", margin=0.02)
     Hypothesis(direction='equal', margin=0.02)
@@ -29,22 +29,22 @@ class Hypothesis:
         if self.direction != "equal":
             if self.margin is not None:
                 raise ValueError(
-                    f"Only a claim of equality has a margin: got margin={self.margin!r} with {self.direction!r}. Leave "
-                    "it out."
+                    f"Only a claim of equality has a margin: got margin={self.margin!r} with {self.direction!r}. "
+                    "Leave it out."
                 )
         elif self.margin is None or not 0 < self.margin < math.inf:
             raise ValueError(
                 f"A claim of equality must have a finite margin above 0: got margin={self.margin!r}. Give the largest "
-                "difference, in the value's unit, that still counts as none."
+                "difference, in the unit of the value, that still counts as equal."
             )
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """A verdict and what it stands on.
+    """A verdict, its estimate and its p values.
 
-    ``p`` is two-sided, so that the verdict is decided where ``p < 1 - estimate.level``; ``p_adjusted`` is the same in
-    the family that it was judged in. ``p_one_sided`` is the p for the claim alone, in the direction that it claims.
+    ``p`` is two-sided: the verdict is decided if ``p < 1 - estimate.level``. ``p_adjusted`` is ``p`` adjusted for the
+    family of claims. ``p_one_sided`` is the p of the claim itself, in the claimed direction.
     """
 
     hypothesis: Hypothesis
@@ -56,8 +56,7 @@ class Judgement:
 
 
 def judge(estimate: Estimate, hypothesis: Hypothesis) -> Judgement:
-    """Where the interval lies: *supported* wholly inside what is claimed, *not supported* wholly outside, else
-    *undecided*.
+    """*Supported* if the interval lies wholly inside the claim, *not supported* if wholly outside, else *undecided*.
 
     | claim  | supported                        | not supported                  | p                                  |
     |--------|----------------------------------|--------------------------------|------------------------------------|
@@ -68,9 +67,9 @@ def judge(estimate: Estimate, hypothesis: Hypothesis) -> Judgement:
 
     with ``tost = max(p_lower(margin), p_higher(-margin))``, ``apart = min(p_higher(margin), p_lower(-margin))``.
 
-    Level: *supported* is a one-sided test at ``(1 - level) / 2``, 2.5 % with the default. For equality that is two
-    one-sided tests (TOST) at 2.5 % each. The usual TOST at 5 % asks only that the 90 % interval lies inside; for that
-    one, make the estimate with ``level=0.9``. *Not supported* is wrong with at most ``(1 - level) / 2`` for a
+    Level: *supported* is a one-sided test at ``(1 - level) / 2``, 2.5 % by default. For equality it is two one-sided
+    tests (TOST) at 2.5 % each. The usual TOST at 5 % only needs the 90 % interval to lie inside; for that test, make
+    the estimate with ``level=0.9``. *Not supported* is wrong with probability at most ``(1 - level) / 2`` for a
     difference, ``1 - level`` for equality. Source: Schuirmann 1987, DOI 10.1007/BF01068419.
 
     One seed is always undecided.
@@ -99,33 +98,35 @@ def judge(estimate: Estimate, hypothesis: Hypothesis) -> Judgement:
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     """Holm's adjusted p: ``max over j <= i of min(1, (m - j + 1) p_(j))`` for the i-th smallest of m.
 
-    To call "decided" what is below alpha is wrong anywhere in the family with a probability of at most alpha, however
-    the tests depend on each other. Source: Holm 1979, Scandinavian Journal of Statistics 6, 65-70.
+    If every claim with an adjusted p below alpha is called decided, the probability of any error in the family is at
+    most alpha, however the tests depend on each other. Source: Holm 1979, Scandinavian Journal of Statistics 6, 65-70.
 
     >>> holm({"a": 0.5, "b": 0.125, "c": 0.25})
     {'a': 0.5, 'b': 0.375, 'c': 0.5}
     """
     if not p_values:
-        raise ValueError("A family must hold at least one p value: got none. Give the primary p of every claim.")
+        raise ValueError("A family must have at least one p value: got none. Pass the primary p of every claim.")
     for name, p in p_values.items():
         if not 0 <= p <= 1:
-            raise ValueError(f"A p value must lie between 0 and 1: got {p!r} for {name!r}. A claim without data has 1.")
-    adjusted, least = dict(p_values), 0.0
+            raise ValueError(
+                f"A p value must lie between 0 and 1: got {p!r} for {name!r}. Pass 1 for a claim without data."
+            )
+    adjusted, largest = dict(p_values), 0.0
     for rank, name in enumerate(sorted(p_values, key=lambda name: p_values[name])):
-        adjusted[name] = least = max(least, min(1.0, (len(p_values) - rank) * p_values[name]))
+        adjusted[name] = largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[name]))
     return adjusted
 
 
 def judge_family(judgements: Mapping[str, Judgement]) -> dict[str, Judgement]:
-    """The primary judgements of a family of claims, with Holm's p: a verdict that does not survive becomes *undecided*.
+    """The primary judgements of a family of claims with Holm's p. Verdicts that do not survive become *undecided*.
 
-    Decided stays what has ``p_adjusted < 1 - level``. Holm bounds the probability of any verdict on a true mean that
-    lies where the claim changes from true to false (0, or ``±margin``). That none takes the wrong side of another mean
-    is proven for independent claims only, under conditions (Shaffer 1980, Annals of Statistics 8, 1342-1347); where m
-    claims need it whatever their dependence, make the estimates with ``level = 1 - (1 - level) / m`` (Bonferroni).
+    A verdict survives if ``p_adjusted < 1 - level``. Holm bounds the probability of any verdict on a claim if its true
+    mean is exactly on the boundary (0, or ``±margin``). For other means, it is proven only for independent claims,
+    under conditions, that no verdict takes the wrong side (Shaffer 1980, Annals of Statistics 8, 1342-1347). If m
+    dependent claims need this guarantee, make the estimates with ``level = 1 - (1 - level) / m`` (Bonferroni).
 
-    Claims that could not be run belong to the family: judge an estimate of one seed, whose p is 1. All must have one
-    level. The order of names is kept, and judging twice changes nothing.
+    Claims that could not be run belong to the family: judge an estimate of one seed, which has p = 1. All judgements
+    must have the same level. Names keep their order. To judge a family twice changes nothing.
 
     >>> one = judge(Estimate(n=5, mean=-1.0, sd=0.7), Hypothesis("lower"))  # p = 0.033
     >>> family = judge_family({"one": one, "two": one})
@@ -134,7 +135,7 @@ def judge_family(judgements: Mapping[str, Judgement]) -> dict[str, Judgement]:
     """
     levels = {judgement.estimate.level for judgement in judgements.values()}
     if len(levels) > 1:
-        raise ValueError(f"A family must have one level: got {sorted(levels)}. Make every estimate with the same.")
+        raise ValueError(f"A family must have one level: got {sorted(levels)}. Make all estimates with the same level.")
     alone = {name: judge(judgement.estimate, judgement.hypothesis) for name, judgement in judgements.items()}
     adjusted = holm({name: judgement.p for name, judgement in alone.items()})
     return {

@@ -1,4 +1,4 @@
 """`equipoise audit`: what the experts of a model do on text.
 
-text by domain -> tokens -> forwards, watched at the routers -> Watched, counts whose size no text changes
+text by domain -> tokens -> forwards, watched at the routers -> RouterCounts, independent of the amount of text
 """

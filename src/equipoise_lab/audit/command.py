@@ -1,4 +1,4 @@
-"""The command: a model and a text -> a folder with what its experts do there."""
+"""`equipoise audit`: a model and a text -> a folder that says what the model's experts do on the text."""
 
 import json
 from pathlib import Path
@@ -6,165 +6,168 @@ from typing import Any
 
 from equipoise.attachment import attach
 from equipoise.errors import EquipoiseError, UsageError
-from equipoise.saved import BIASES_FILE, frozen_strategy, model_folder, read_biases
+from equipoise.saved import BIASES_FILE, frozen_strategy, read_biases
 from equipoise_lab.audit.config import Audit
-from equipoise_lab.audit.run import CutShort, Progress, audit_model
-from equipoise_lab.experts.result import RESULT, Audited, summarise
-from equipoise_lab.models.one_model import open_model
+from equipoise_lab.audit.run import IncompleteAudit, Progress, audit_model
+from equipoise_lab.experts.result import RESULT, AuditData, summarise
+from equipoise_lab.models.folders import model_folder
+from equipoise_lab.models.load import load_model
 from equipoise_lab.records import write_json
 from equipoise_lab.train.levels import levels_of
 from equipoise_lab.train.text import HELD_OUT_TOKENS
 
 __all__ = ["RESULT", "audit", "load_tokenizer", "table_rows"]
 
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
-LENGTH = 512  # of a row, where nothing else is said and the model takes it
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
+DEFAULT_LENGTH = 512  # of a row, or the model's maximum if that is less
 COLUMNS = (
     "layer", "experts", "k", "MaxVio", "floor", "dead", "starved", "domain information, bits", "of its most",
     "top-k score sum", "router entropy", "busiest of 8 ranks",
 )  # fmt: skip
 
 
-def audit(asked: Audit, progress: Progress, command: str = "") -> dict[str, Any]:
-    """Runs the model on the text, writes ``audit.json`` into the folder and returns what is in it. ``command`` is what
-    was typed, for the record.
+def audit(options: Audit, progress: Progress, command: str = "") -> dict[str, Any]:
+    """Runs the model on the text, writes ``audit.json`` into the folder ``options.out`` and returns its content.
 
-    Where the text is cut short, by an error or by Ctrl-C, what was counted until then is written, marked as not
-    complete, before that is raised.
+    ``command`` is the command line, for the record. If an error or Ctrl-C ends the audit early, the counts so far are
+    written, marked as incomplete, and the error is raised. They never replace a complete audit.
     """
-    asked.check()
-    _refuse_run_without_model(asked.model)
-    there = _earlier(asked)
-    is_new = not asked.out.exists()
-    asked.out.mkdir(parents=True, exist_ok=True)  # what cannot be written is known before the work
+    options.check()
+    _refuse_run_without_model(options.model)
+    earlier = _read_earlier_audit(options)
+    is_new_folder = not options.out.exists()
+    options.out.mkdir(parents=True, exist_ok=True)  # fail before the work if this cannot be written
     try:
-        return _audit(asked, progress, command, there)
+        return _audit(options, progress, command, has_complete_audit=bool(earlier.get("complete")))
     finally:
-        if is_new and not any(asked.out.iterdir()):
-            asked.out.rmdir()
+        if is_new_folder and not any(options.out.iterdir()):
+            options.out.rmdir()
 
 
-def _audit(asked: Audit, progress: Progress, command: str, there: dict[str, Any]) -> dict[str, Any]:
-    folder = model_folder(asked.model)
+def _audit(options: Audit, progress: Progress, command: str, *, has_complete_audit: bool) -> dict[str, Any]:
+    folder = model_folder(options.model)
     progress.say(f"loading {folder}")
-    opened = open_model(folder, dtype="auto", whole=True)
-    if opened.weights != "loaded":
+    loaded = load_model(folder, dtype="auto", require_all_weights=True)
+    if loaded.weights != "loaded":
         raise UsageError(f"MODEL must have weights: {folder} has none. Give the folder of a saved model.")
-    notes = list(opened.notes)
-    longest = getattr(opened.config.get_text_config(), "max_position_embeddings", None) or LENGTH
-    length = min(LENGTH, longest) if asked.sequence_length is None else asked.sequence_length
-    if length > longest:
+    notes = list(loaded.notes)
+    max_length = getattr(loaded.config.get_text_config(), "max_position_embeddings", None) or DEFAULT_LENGTH
+    length = min(DEFAULT_LENGTH, max_length) if options.sequence_length is None else options.sequence_length
+    if length > max_length:
         notes.append(
-            f"rows of {length} tokens are longer than the {longest} that the model was made for: its choices at the "
-            f"positions beyond say little. Take --sequence-length {longest}"
+            f"rows of {length} tokens are longer than the {max_length} for which the model was made: its choices at "
+            f"later positions mean little. Use --sequence-length {max_length}"
         )
     if (folder / BIASES_FILE).exists():
-        attach(opened.model, frozen_strategy(read_biases(folder)[1]), biases=folder)
-        notes.append(f"routed with the biases of {BIASES_FILE}, as it was trained")
+        attach(loaded.model, frozen_strategy(read_biases(folder)[1]), biases=folder)
+        notes.append(f"routed with the biases of {BIASES_FILE}, as in training")
     tokenizer = load_tokenizer(folder)
 
-    def write(audited: Audited) -> dict[str, Any]:
-        samples = {domain: audited.samples.get(domain, "") for domain in audited.watched.domains}
-        found = summarise(audited, lambda token_id: tokenizer.decode([token_id]), levels_of(asked.data, samples))
-        found |= {
-            "model": str(asked.model),
-            "model_type": opened.config.model_type,
-            "num_parameters": opened.num_parameters,
-            "data": asked.data,
+    def write(data: AuditData) -> dict[str, Any]:
+        samples = {domain: data.samples.get(domain, "") for domain in data.counts.domains}
+        result = summarise(data, lambda token_id: tokenizer.decode([token_id]), levels_of(options.data, samples))
+        result |= {
+            "model": str(options.model),
+            "model_type": loaded.config.model_type,
+            "num_parameters": loaded.num_parameters,
+            "data": options.data,
             "command": command,
-            "notes": [*notes, *_trained_on(asked, found["tokens"], length), *found["notes"]],
+            "notes": [*notes, *_training_text_notes(options, result["tokens"], length), *result["notes"]],
         }
-        write_json(asked.out / RESULT, found)
-        return found
+        write_json(options.out / RESULT, result)
+        return result
 
     try:
         return write(
             audit_model(
-                opened.model,
+                loaded.model,
                 lambda text: tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"],
-                None if asked.data == "corpus" else asked.data,
+                None if options.data == "corpus" else options.data,
                 progress,
-                tokens=asked.tokens,
+                tokens=options.tokens,
                 length=length,
-                batch=asked.batch,
+                batch=options.batch,
                 end=tokenizer.eos_token_id,
             )
         )
-    except CutShort as cut:
-        kept = f"{asked.out / RESULT} is still the whole audit that was there before."
-        if not there.get("complete"):
-            write(cut.audited)
-            kept = f"What was counted until then is in {asked.out / RESULT}, marked as not complete."
-        if isinstance(cut.reason, KeyboardInterrupt):
-            raise KeyboardInterrupt(kept) from None
-        if isinstance(cut.reason, EquipoiseError):
-            raise type(cut.reason)(f"{cut.reason} {kept}") from None
-        progress.say(kept)
-        raise cut.reason from None
+    except IncompleteAudit as incomplete:
+        outcome = f"{options.out / RESULT} still holds the earlier, complete audit."
+        if not has_complete_audit:
+            write(incomplete.data)
+            outcome = f"The counts so far are in {options.out / RESULT}, marked as incomplete."
+        if isinstance(incomplete.reason, KeyboardInterrupt):
+            raise KeyboardInterrupt(outcome) from None
+        if isinstance(incomplete.reason, EquipoiseError):
+            raise type(incomplete.reason)(f"{incomplete.reason} {outcome}") from None
+        progress.say(outcome)
+        raise incomplete.reason from None
     except KeyboardInterrupt:
-        raise KeyboardInterrupt("Nothing was counted yet, and nothing is written.") from None
+        raise KeyboardInterrupt("Nothing was counted yet, so nothing was written.") from None
 
 
 def _refuse_run_without_model(folder: Path) -> None:
-    """Of a run only the model is read, whatever version wrote its records."""
+    """Only the model of a run is read, so any version of the lab may have written its records."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return
     if not (folder / "model").is_dir() and isinstance(config, dict) and {"format", "strategy"} <= config.keys():
-        there = f" What its experts did on its test text is in {folder / RESULT}." if (folder / RESULT).exists() else ""
+        path = folder / RESULT
+        hint = f" What its experts did on its test text is in {path}." if path.exists() else ""
         raise UsageError(
-            f"MODEL must be a saved model, or a run that has one: {folder} is a run without the folder model. It was "
-            f"trained with --no-save-model, or is not finished.{there}"
+            f"MODEL must be a saved model, or a run that saved one: {folder} is a run without a model. It was trained "
+            f"with --no-save-model, or has not finished.{hint}"
         )
 
 
-def _trained_on(asked: Audit, tokens: dict[str, int], length: int) -> list[str]:
-    """What to know of the text of a run that was trained on the same."""
+def _training_text_notes(options: Audit, tokens: dict[str, int], length: int) -> list[str]:
+    """A note if the audit read further than the part of a run's own text that the run held out."""
     try:
-        trained_on = json.loads((asked.model / "config.json").read_text(encoding="utf-8")).get("data")
+        training_data = json.loads((options.model / "config.json").read_text(encoding="utf-8")).get("data")
     except (OSError, ValueError, AttributeError):
         return []
-    share = min(HELD_OUT_TOKENS, asked.tokens // len(tokens) // length * length)
-    if trained_on != asked.data or all(share <= number <= HELD_OUT_TOKENS for number in tokens.values()):
+    share = min(HELD_OUT_TOKENS, options.tokens // len(tokens) // length * length)
+    if training_data != options.data or all(share <= number <= HELD_OUT_TOKENS for number in tokens.values()):
         return []
     return [
-        f"the run was trained on this text but for what comes first: of a domain 5 % or {HELD_OUT_TOKENS:,} tokens, at "
-        "most a quarter; what was read beyond that it has seen"
+        "the run was trained on this text, except for the beginning of each domain (5 % or "
+        f"{HELD_OUT_TOKENS:,} tokens, at most a quarter): the model has seen what was read beyond that"
     ]
 
 
-def _earlier(asked: Audit) -> dict[str, Any]:
-    """What is in the folder, empty if nothing is. The same audit made anew replaces the old one; no other does, nor
-    does one replace what a run has of its test text."""
-    path = asked.out / RESULT
+def _read_earlier_audit(options: Audit) -> dict[str, Any]:
+    """The audit that lies in the folder, or {}. Only an audit of the same model and text may be replaced.
+
+    An ``audit.json`` without a command is part of a run, and is never replaced.
+    """
+    path = options.out / RESULT
     try:
-        there: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        earlier: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    is_run = "command" not in there
-    if is_run or (there["model"], there["data"]) != (str(asked.model), asked.data):
-        of = "a run" if is_run else f"the audit of {there['model']} on {there['data']}"
+    is_run = "command" not in earlier
+    if is_run or (earlier["model"], earlier["data"]) != (str(options.model), options.data):
+        content = "a run" if is_run else f"the audit of {earlier['model']} on {earlier['data']}"
         remedy = "Choose another with --out" + ("." if is_run else f", or delete {path}.")
-        raise UsageError(f"--out must be a folder of this audit: {asked.out} has {of}. {remedy}")
-    return there
+        raise UsageError(f"--out must be a folder of this audit: {options.out} holds {content}. {remedy}")
+    return earlier
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer that lies beside a model."""
+    """The tokenizer beside a model."""
     from transformers import AutoTokenizer
 
     reason = "there is none."
-    if any((folder / name).is_file() for name in TOKENIZERS):  # without a file Transformers makes an empty one
+    if any((folder / name).is_file() for name in TOKENIZER_FILES):  # without a file Transformers makes an empty one
         try:
             return AutoTokenizer.from_pretrained(folder)
-        except Exception as error:  # whatever a foreign folder makes of Transformers
+        except Exception as error:  # Transformers raises anything on files that it does not understand
             reason = " ".join(str(error).split())[:300]
     raise EquipoiseError(f"MODEL must have its tokenizer beside it: {folder}: {reason} Copy tokenizer.json there.")
 
 
-def table_rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
-    """What a terminal shows, a row a layer."""
+def table_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
+    """The table for the terminal, one row per layer."""
     return [
         (
             layer["layer"],
@@ -180,5 +183,5 @@ def table_rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
             f"{layer['router_entropy']:.3f}",
             f"{layer['rank_load']['8']:.2f}" if "8" in layer["rank_load"] else "-",
         )
-        for layer in found["layers"]
+        for layer in result["layers"]
     ]

@@ -1,4 +1,4 @@
-"""What `equipoise audit` is asked. Imports little: the command line needs it for every call."""
+"""The options of `equipoise audit`. Imports little, because every call of the command line loads this."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,19 +10,19 @@ __all__ = ["Audit"]
 
 @dataclass(frozen=True)
 class Audit:
-    """What is asked of `equipoise audit`."""
+    """The options of `equipoise audit`."""
 
     model: Path
     data: str = "corpus"
     tokens: int = 100_000
     out: Path = Path("runs/audit")
-    sequence_length: int | None = None  # None: 512, or what the model was made for where that is less
+    sequence_length: int | None = None  # None: 512, or the model's maximum if that is less
     batch: int = 8
     json: bool = False
 
     def check(self) -> None:
-        for name, least in (("tokens", 1), ("sequence_length", 2), ("batch", 1)):
-            if getattr(self, name) is not None and getattr(self, name) < least:
-                raise UsageError(f"--{name.replace('_', '-')} must be at least {least}: got {getattr(self, name)}.")
+        for name, minimum in (("tokens", 1), ("sequence_length", 2), ("batch", 1)):
+            if getattr(self, name) is not None and getattr(self, name) < minimum:
+                raise UsageError(f"--{name.replace('_', '-')} must be at least {minimum}: got {getattr(self, name)}.")
         if self.out.exists() and not self.out.is_dir():
             raise UsageError(f"--out must be a folder: {self.out} is a file. Choose another.")

@@ -1,4 +1,4 @@
-"""What the experts of a model do on text, whoever runs the model: the lab's evaluations and `equipoise audit`.
+"""What a model's experts do on text. Shared by the lab's evaluations and `equipoise audit`.
 
-forwards, watched at the routers -> Watched, counts whose size no text changes -> plain numbers and words (audit.json)
+forwards, watched at the routers -> RouterCounts, independent of the amount of text -> numbers and words (audit.json)
 """

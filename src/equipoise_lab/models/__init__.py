@@ -1,1 +1,1 @@
-"""Which mixture-of-experts models can be attached: those of the installed Transformers, and one on this disk."""
+"""Which mixture-of-experts models ``attach`` can balance: Transformers' families, and one model on this disk."""

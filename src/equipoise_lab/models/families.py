@@ -1,8 +1,8 @@
-"""The families of the installed Transformers, found in its own files: no list of ours can go out of date.
+"""The families of the installed Transformers, read from its own files, so that no list of ours can go out of date.
 
-Every modeling file that defines a class called a router or a gate is imported, the router is built from the family's
-own config on the meta device (within the block that holds it, where there is one, because some blocks pass the slot
-in), and what it does is found out as ``attach`` would.
+Every modeling file that defines a router or gate class is imported. Its router is built on the meta device from the
+family's own config, inside the block that holds it if there is one: some blocks pass the slot to the router. Then
+its selection is proven exactly as ``attach`` does.
 """
 
 import contextlib
@@ -22,16 +22,17 @@ from torch import nn
 from equipoise.routers.find import proof_of
 from equipoise.routers.prove import Refused, find_slot
 
-__all__ = ["Family", "families", "tested_routers"]
+__all__ = ["Family", "families", "load_tested_routers"]
 
 TESTED = Path(__file__).with_name("tested.json")
 
 _ROUTER = re.compile(r"^class (\w*(?:Router|Gating|Gate))\(", re.MULTILINE)
 _EXPERTS = re.compile(r"^class (\w*(?:MoE|Moe|MoEBlock|MoeBlock|Experts))\(", re.MULTILINE)
 _GROUPS = ("num_group", "num_groups", "n_group", "num_expert_group")
-_DIM = 32  # of the hidden state: how a router selects does not depend on it
+_HIDDEN_SIZE = 32  # small: how a router selects does not depend on it
 
-OWN: dict[str, dict[str, Any]] = {  # by config: what its defaults leave out of a model with experts
+# by config class: values for a model with experts that the config's defaults leave out
+CONFIG_OVERRIDES: dict[str, dict[str, Any]] = {
     "DbrxConfig": {"moe_jitter_eps": None, "moe_num_experts": 16},
     "DeepseekOcr2TextConfig": {"num_experts_per_tok": 6},
     "DeepseekV2Config": {"num_experts_per_tok": 6},
@@ -45,7 +46,7 @@ OWN: dict[str, dict[str, Any]] = {  # by config: what its defaults leave out of 
 
 @dataclass(frozen=True)
 class Family:
-    """One router class of one family, and whether ``attach`` takes it. What was not found out is None."""
+    """One router class of one family, and whether ``attach`` supports it. None means not known."""
 
     model_type: str
     router: str | None
@@ -55,55 +56,56 @@ class Family:
     slot: str | None
     slot_held_by: str | None  # "router", "part" (a module inside it) or "block" (the module around it)
     group_limits: bool
-    hash_layers: bool  # of the family: layers that choose by the id of the token
+    hash_layers: bool  # the family has layers that choose by token id
     supported: bool
     tested: bool
     reason: str | None  # why it is not supported
 
 
-def families(told: Callable[[int, int, str], None] = lambda done, total, name: None) -> list[Family]:
-    """All of them, by model type. ``told(done, total, package)`` is called before each import."""
+def families(on_progress: Callable[[int, int, str], None] = lambda done, total, package: None) -> list[Family]:
+    """All families by model type. Calls ``on_progress(done, total, package)`` before each import."""
     num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the tensors are tiny; threads that wait for each other take most of the time
+    torch.set_num_threads(1)  # the tensors are tiny: with more threads most of the time goes into waiting
     try:
-        return _families(told)
+        return _families(on_progress)
     finally:
         torch.set_num_threads(num_threads)
 
 
-def _families(told: Callable[[int, int, str], None]) -> list[Family]:
+def _families(on_progress: Callable[[int, int, str], None]) -> list[Family]:
     packages = list(_packages())
-    tested = tested_routers()
-    found: list[Family] = []
+    tested = load_tested_routers()
+    rows: list[Family] = []
     for done, (package, stem, routers, blocks) in enumerate(packages):
-        told(done, len(packages), package)
+        on_progress(done, len(packages), package)
         model_type = _model_type(package)
         if not routers:
-            reason = (
-                f"its router is no module of its own: {' and '.join(blocks)} {'hold' if blocks[1:] else 'holds'} it"
-            )
-            found.append(_unsupported(model_type, None, False, reason))
+            holds = "hold" if len(blocks) > 1 else "holds"
+            reason = f"its router is not a module of its own: {' and '.join(blocks)} {holds} it"
+            rows.append(_unsupported(model_type, None, False, reason))
             continue
         module = importlib.import_module(f"transformers.models.{package}.{stem}")
         classes = [getattr(module, name) for name in routers if hasattr(module, name)]
-        hashed = any("input_ids" in inspect.signature(cls.forward).parameters for cls in classes)
-        known = tested.get(model_type, [])
-        rows = (_family(module, cls, model_type, hashed, cls.__name__ in known) for cls in classes)
-        found += [row for row in rows if row is not None]
-    return found
+        has_hash_layers = any("input_ids" in inspect.signature(cls.forward).parameters for cls in classes)
+        tested_names = tested.get(model_type, [])
+        for cls in classes:
+            row = _family(module, cls, model_type, has_hash_layers, cls.__name__ in tested_names)
+            if row is not None:
+                rows.append(row)
+    return rows
 
 
-def tested_routers() -> dict[str, list[str]]:
-    """By model type, the router classes that our tests passed; none of another Transformers than theirs."""
+def load_tested_routers() -> dict[str, list[str]]:
+    """By model type, the router classes that pass our tests; empty if another Transformers version is installed."""
     import transformers
 
     content = json.loads(TESTED.read_text(encoding="utf-8"))
-    same = transformers.__version__.split(".")[:2] == content["transformers"].split(".")[:2]
-    return content["routers"] if same else {}
+    is_same_version = transformers.__version__.split(".")[:2] == content["transformers"].split(".")[:2]
+    return content["routers"] if is_same_version else {}
 
 
 def _packages() -> Iterator[tuple[str, str, list[str], list[str]]]:
-    """Package, module, router classes and, where there is none, classes of experts."""
+    """Package, module and router classes; if there are none, the classes of experts."""
     import transformers
 
     for path in sorted((Path(transformers.__file__).parent / "models").glob("*/modeling_*.py")):
@@ -115,21 +117,21 @@ def _packages() -> Iterator[tuple[str, str, list[str], list[str]]]:
 
 
 def _model_type(package: str) -> str:
-    """The name of a package's models in a config: mostly that of the package."""
+    """The ``model_type`` of a package's models: usually the package's own name."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, model_type_to_module_name
 
     types = [name for name in CONFIG_MAPPING_NAMES if model_type_to_module_name(name) == package]
-    whole = [name for name in types if not re.search(r"_(text|vision|audio|encoder)(_model)?$", name)]
-    return package if package in types or not types else (whole or types)[0]
+    whole_models = [name for name in types if not re.search(r"_(text|vision|audio|encoder)(_model)?$", name)]
+    return package if package in types or not types else (whole_models or types)[0]
 
 
-def _unsupported(model_type: str, router: str | None, hashed: bool, reason: str) -> Family:
-    return Family(model_type, router, None, None, None, None, None, False, hashed, False, False, reason)
+def _unsupported(model_type: str, router: str | None, has_hash_layers: bool, reason: str) -> Family:
+    return Family(model_type, router, None, None, None, None, None, False, has_hash_layers, False, False, reason)
 
 
-def _family(module: Any, cls: type[nn.Module], model_type: str, hashed: bool, tested: bool) -> Family | None:
-    """None for a gate of something else: it says nothing of experts, and selects none."""
-    built = next(_built(module, cls), None)
+def _family(module: Any, cls: type[nn.Module], model_type: str, has_hash_layers: bool, tested: bool) -> Family | None:
+    """None for a gate that selects no experts: it cannot be proven, and its source does not mention experts."""
+    built = next(_built_routers(module, cls), None)
     try:
         if built is None:
             raise Refused("it cannot be built from the default config")
@@ -138,79 +140,84 @@ def _family(module: Any, cls: type[nn.Module], model_type: str, hashed: bool, te
     except Refused as reason:
         if "expert" not in inspect.getsource(cls):
             return None
-        return _unsupported(model_type, cls.__name__, hashed, str(reason))
+        return _unsupported(model_type, cls.__name__, has_hash_layers, str(reason))
     slot = find_slot(router, parent, kind)
     held_by = None if slot is None else "router" if slot.holder is router else "part"
     if slot is not None and slot.holder is parent:
         held_by = "block"
-    grouped = any(hasattr(router, name) for name in _GROUPS)
     return Family(
-        model_type,
-        cls.__name__,
-        kind.score_function,
-        kind.selection,
-        kind.gives,
-        kind.slot,
-        held_by,
-        grouped,
-        hashed,
-        True,
-        tested,
-        None,
+        model_type=model_type,
+        router=cls.__name__,
+        score_function=kind.score_function,
+        selection=kind.selection,
+        gives=kind.gives,
+        slot=kind.slot,
+        slot_held_by=held_by,
+        group_limits=any(hasattr(router, name) for name in _GROUPS),
+        hash_layers=has_hash_layers,
+        supported=True,
+        tested=tested,
+        reason=None,
     )
 
 
-def _built(module: Any, cls: type[nn.Module]) -> Iterator[tuple[nn.Module, nn.Module | None]]:
-    """The router on the meta device and the block that holds it, from each config that it can be built from."""
-    holders = [holder for holder in _holders(module, cls.__name__) if holder is not None]
-    for config_class in _configs(module, [*holders, cls]):
+def _built_routers(module: Any, cls: type[nn.Module]) -> Iterator[tuple[nn.Module, nn.Module | None]]:
+    """Router and the block that holds it, on the meta device, for every way of building them that works.
+
+    Tries each config of the module, small and at its own size, with and without the block, for the last and the first
+    layer.
+    """
+    block_classes = list(_block_classes(module, cls.__name__))
+    for config_class in _config_classes(module, [*block_classes, cls]):
         for small in (True, False):
-            for outer in (*holders, cls):
-                for layer in (-1, 0):
-                    with contextlib.suppress(Exception):  # another config, another layer, by itself
-                        block = _build(outer, config_class, small, layer)
-                        for part in block.modules():
+            for outer_class in (*block_classes, cls):
+                for is_last_layer in (True, False):
+                    with contextlib.suppress(Exception):  # many of these do not fit together
+                        outer = _build(outer_class, config_class, small, is_last_layer)
+                        for part in outer.modules():
                             if type(part) is cls:
-                                yield part, None if part is block else _parent(block, part)
+                                yield part, None if part is outer else _parent(outer, part)
 
 
 def _parent(block: nn.Module, router: nn.Module) -> nn.Module:
     return next(module for module in block.modules() if router in module.children())
 
 
-def _holders(module: Any, name: str) -> Iterator[type[nn.Module] | None]:
-    """Classes whose ``__init__`` makes the router."""
+def _block_classes(module: Any, router_name: str) -> Iterator[type[nn.Module]]:
+    """Classes that create the router in their ``__init__``."""
     source = inspect.getsource(module)
-    for block in re.split(r"^(?=class )", source, flags=re.MULTILINE):
-        if re.search(rf"self\.\w+ = [^\n]*\b{name}\(", block) and (found := re.match(r"class (\w+)", block)):
-            holder = getattr(module, found.group(1), None)
-            yield holder if inspect.isclass(holder) and issubclass(holder, nn.Module) else None
+    for class_source in re.split(r"^(?=class )", source, flags=re.MULTILINE):
+        name = re.match(r"class (\w+)", class_source)
+        if name and re.search(rf"self\.\w+ = [^\n]*\b{router_name}\(", class_source):
+            cls = getattr(module, name.group(1), None)
+            if inspect.isclass(cls) and issubclass(cls, nn.Module):
+                yield cls
 
 
-def _configs(module: Any, classes: list[type[nn.Module]]) -> list[type]:
-    """The configs that a module knows: first what a class asks for, then those of text."""
+def _config_classes(module: Any, classes: list[type[nn.Module]]) -> list[type]:
+    """The config classes of a module: first those that ``classes`` are annotated with, then configs of text models."""
     from transformers import PretrainedConfig
 
-    known = [value for value in vars(module).values() if inspect.isclass(value) and issubclass(value, PretrainedConfig)]
-    known = [value for value in known if value.__module__ != PretrainedConfig.__module__]
-    asked = [p.annotation for cls in classes for p in inspect.signature(cls.__init__).parameters.values()]
-    names = {getattr(annotation, "__name__", str(annotation)) for annotation in asked}
-    return sorted(known, key=lambda cls: (cls.__name__ not in names, "Text" not in cls.__name__))
+    configs = [cls for cls in vars(module).values() if inspect.isclass(cls) and issubclass(cls, PretrainedConfig)]
+    configs = [cls for cls in configs if cls.__module__ != PretrainedConfig.__module__]
+    annotations = [p.annotation for cls in classes for p in inspect.signature(cls.__init__).parameters.values()]
+    names = {getattr(annotation, "__name__", str(annotation)) for annotation in annotations}
+    return sorted(configs, key=lambda cls: (cls.__name__ not in names, "Text" not in cls.__name__))
 
 
-def _build(cls: type[nn.Module], config_class: type, small: bool, layer: int) -> nn.Module:
-    config = config_class(**OWN.get(config_class.__name__, {}))
+def _build(cls: type[nn.Module], config_class: type, small: bool, is_last_layer: bool) -> nn.Module:
+    config = config_class(**CONFIG_OVERRIDES.get(config_class.__name__, {}))
     num_layers = getattr(config, "num_hidden_layers", 1)
     for name in ("hidden_size", "d_model") if small else ():
         if isinstance(getattr(config, name, None), int):
-            setattr(config, name, _DIM)
+            setattr(config, name, _HIDDEN_SIZE)
     _, *parameters = inspect.signature(cls.__init__).parameters.values()
-    given: dict[str, Any] = {}
+    arguments: dict[str, Any] = {}
     for parameter in parameters:
         if parameter.name == "config":
-            given["config"] = config
+            arguments["config"] = config
         elif "layer" in parameter.name and parameter.default in (parameter.empty, None):
-            given[parameter.name] = num_layers - 1 if layer else 0
+            arguments[parameter.name] = num_layers - 1 if is_last_layer else 0
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return cls(**given)
+        return cls(**arguments)

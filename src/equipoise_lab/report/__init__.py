@@ -1,8 +1,6 @@
-"""The report: run folders or an audit in, one page out. Imports no torch.
+"""The report: one self-contained page, ``report.html``, from run folders or from an audit. Imports no torch.
 
-    read_records -> figures, words (who won) -> page
-
-``write_report(folder)`` writes ``report.html``.
+read_records -> figures, findings (who won) -> page
 """
 
 from equipoise_lab.report.page import write_report

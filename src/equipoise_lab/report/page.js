@@ -1,13 +1,13 @@
 "use strict";
 (async () => {
-  // The page's data and plotly lie compressed in it.
+  // The page contains its data and plotly in compressed form.
   async function unpack(id) {
     const bytes = Uint8Array.from(atob(document.getElementById(id).textContent.trim()), (c) => c.charCodeAt(0));
     return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
   }
   if (typeof DecompressionStream === "undefined") {
     document.querySelectorAll(".plot").forEach((plot) => {
-      plot.textContent = "This figure needs a browser of 2023 or later. The tables do not.";
+      plot.textContent = "This figure needs a browser from 2023 or later. The tables do not.";
     });
     return;
   }
@@ -30,7 +30,7 @@
   const state = { layer: 0, sort: "domain", text: "", model: data.models.length - 1 };
   let printing = false;
 
-  // ---- theme: the system's, or the one that was chosen
+  // ---- theme: the system's, or the one that the reader selected
   const prefersDark = matchMedia("(prefers-color-scheme: dark)");
   const remembered = (() => { try { return localStorage.getItem("equipoise-theme"); } catch { return null; } })();
   let theme = ["light", "dark"].includes(remembered) ? remembered : "auto";
@@ -42,7 +42,7 @@
   }
   byId("theme").addEventListener("click", () => {
     theme = { auto: "light", light: "dark", dark: "auto" }[theme];
-    try { localStorage.setItem("equipoise-theme", theme); } catch { /* a page from the disk may not */ }
+    try { localStorage.setItem("equipoise-theme", theme); } catch { /* not allowed on some pages opened from disk */ }
     showTheme();
     draw();
   });
@@ -67,14 +67,14 @@
     return result;
   }
 
-  const drawn = new Map(); // id -> [traces, layout], for files
+  const drawn = new Map(); // id -> [traces, layout], for saving to files
   function plot(id, traces, layout) {
     if (!byId(id)) return;
     drawn.set(id, [traces, layout]);
     Plotly.react(id, traces, themed(layout, isDark() ? dark : light), options);
   }
 
-  // ---- figures as they come
+  // ---- figures that Python prepared
   function drawFigures() {
     for (const [name, figure] of Object.entries(data.figures)) {
       const traces = figure.data.map((trace) =>
@@ -103,8 +103,8 @@
   }
 
   function tokensOf(model, layer, expert, most) {
-    const found = (model.typical[layer] || [])[expert] || [];
-    return found.slice(0, most).map(([text, share]) => `“${visible(text)}” (${Math.round(100 * share)} %)`).join(", ");
+    const tokens = (model.typical[layer] || [])[expert] || [];
+    return tokens.slice(0, most).map(([text, share]) => `“${visible(text)}” (${Math.round(100 * share)} %)`).join(", ");
   }
 
   function drawHeat(index) {
@@ -127,7 +127,7 @@
       coloraxis: { cmin: 0, cmax: data.cap },
       xaxis: {
         type: "category", showticklabels: state.sort === "number" && experts.length <= 32, ticks: "", showgrid: false,
-        fixedrange: true, title: { text: state.sort === "number" ? "experts" : "experts, sorted", standoff: 4, font: { size: 12 } },
+        fixedrange: true, title: { text: state.sort === "number" ? "experts, by id" : "experts, sorted", standoff: 4, font: { size: 12 } },
       },
       yaxis: {
         autorange: "reversed", showgrid: false, zeroline: false, ticks: "", fixedrange: true, tickmode: "array",
@@ -177,7 +177,7 @@
     const share = relative(total);
     const byDomain = load.map(relative);
     const hasPartners = (model.partners[layer] || []).length > 0;
-    const head = ["Expert", "Load", "Most in", "× even there", ...(hasPartners ? ["Often with"] : []), "Typical tokens"];
+    const head = ["Expert", "Load, × even", "Top domain", "× even in it", ...(hasPartners ? ["Often with"] : []), "Typical tokens"];
     const rows = order(load).map((e) => {
       const best = byDomain.reduce((most, row, d) => ((row[e] || 0) > (byDomain[most][e] || 0) ? d : most), 0);
       const partners = hasPartners ? [model.partners[layer][e].map(([o, s]) => `${o} (${Math.round(100 * s)} %)`).join(", ") || "–"] : [];
@@ -226,7 +226,7 @@
   function timeChoice() {
     const model = Number(byId("time-model").value);
     const strategy = data.models[model].strategy;
-    const time = data.times.find((one) => one.strategy === strategy);
+    const time = data.times.find((candidate) => candidate.strategy === strategy);
     return [time, time ? Math.min(Number(byId("time-layer").value), time.shape[1] - 1) : 0];
   }
   function drawTime() {
@@ -246,7 +246,7 @@
     });
   }
 
-  // ---- tables that sort
+  // ---- sortable tables
   function valueOf(cell) {
     const text = cell.firstChild && cell.firstChild.nodeType === Node.TEXT_NODE && cell.firstChild.textContent.trim()
       ? cell.firstChild.textContent.trim() : cell.textContent.trim();
@@ -263,7 +263,7 @@
         title.setAttribute("aria-sort", upwards ? "ascending" : "descending");
         const rows = [...table.tBodies[0].rows].map((row) => [valueOf(row.cells[column]), row]);
         rows.sort(([a], [b]) => {
-          if (typeof a !== typeof b) return typeof a === "number" ? -1 : 1; // what is no number comes last
+          if (typeof a !== typeof b) return typeof a === "number" ? -1 : 1; // numbers first
           const before = typeof a === "number" ? a - b : a.localeCompare(b);
           return upwards ? before : -before;
         });
@@ -272,7 +272,7 @@
     });
   }
 
-  // ---- files
+  // ---- saving to files
   function save(name, blob) {
     const link = Object.assign(document.createElement("a"), { href: URL.createObjectURL(blob), download: name });
     link.click();
@@ -286,9 +286,9 @@
     return rows.map((row) => row.map(cell).join(",")).join("\r\n") + "\r\n";
   }
   const unplain = (text) => text.replace(/&lt;/g, "<").replace(/&gt;/g, ">").replace(/&amp;/g, "&");
-  function rowsOf(what) {
-    const [kind, index] = what.split("-");
-    if (what === "runs") return [data.table.columns, ...data.table.rows];
+  function rowsOf(source) {
+    const [kind, index] = source.split("-");
+    if (source === "runs") return [data.table.columns, ...data.table.rows];
     if (kind === "heat") {
       const model = data.models[index];
       const rows = [["strategy", "seed", "layer", "domain", "expert", "load", "tokens"]];
@@ -305,7 +305,7 @@
         rows.push([model.strategy, model.seed, model.layers[layer], e, value, state.text || "all"])));
       return rows;
     }
-    if (what === "time") {
+    if (source === "time") {
       const [time, layer] = timeChoice();
       const rows = [["strategy", "seed", "step", "layer", "expert", "relative_load"]];
       if (time) time.steps.forEach((step, t) => {
@@ -313,19 +313,19 @@
       });
       return rows;
     }
-    const table = byId(what);
+    const table = byId(source);
     if (table && table.tagName === "TABLE") return [...table.rows].map((row) => [...row.cells].map((c) => c.textContent.trim()));
     const rows = [["name", "x", "y"]];
-    for (const trace of data.figures[what.replace("plot-", "")].data) {
+    for (const trace of data.figures[source.replace("plot-", "")].data) {
       const [x, y] = [values(trace.x), values(trace.y)];
       x.forEach((at, i) => rows.push([unplain(trace.name), at, y[i]]));
     }
     return rows;
   }
   const ARRAYS = { f8: Float64Array, f4: Float32Array, i1: Int8Array, u1: Uint8Array, i2: Int16Array, u2: Uint16Array, i4: Int32Array, u4: Uint32Array };
-  function values(given) { // plotly's own packing of numbers
-    if (Array.isArray(given) || !given || !given.bdata) return given || [];
-    return [...new ARRAYS[given.dtype](Uint8Array.from(atob(given.bdata), (c) => c.charCodeAt(0)).buffer)];
+  function values(array) { // plotly may pack numbers as {dtype, bdata}
+    if (Array.isArray(array) || !array || !array.bdata) return array || [];
+    return [...new ARRAYS[array.dtype](Uint8Array.from(atob(array.bdata), (c) => c.charCodeAt(0)).buffer)];
   }
   async function picture(id, format) {
     const [traces, layout] = drawn.get(id);
@@ -344,12 +344,12 @@
       button.addEventListener("click", action);
       place.append(button);
     };
-    const { plot: id, csv: what } = place.dataset;
+    const { plot: id, csv: source } = place.dataset;
     if (id) for (const format of ["svg", "png"]) add(format.toUpperCase(), `Save the figure as ${format.toUpperCase()}`, () => picture(id, format));
-    if (what) add("CSV", "Save the data as CSV", () => save(`${what}.csv`, new Blob([csv(rowsOf(what === "cost" ? "plot-cost" : what))], { type: "text/csv" })));
+    if (source) add("CSV", "Save the data as CSV", () => save(`${source}.csv`, new Blob([csv(rowsOf(source === "cost" ? "plot-cost" : source))], { type: "text/csv" })));
   });
 
-  // ---- what is pressed
+  // ---- controls
   document.querySelectorAll("button[data-strategy]").forEach((button) => {
     button.addEventListener("click", () => {
       const strategy = Number(button.dataset.strategy);

@@ -1,4 +1,4 @@
-"""`equipoise reproduce`: what the papers claim, tested with paired seeds at the size of a laptop. Imports no torch.
+"""`equipoise reproduce`: tests the claims of the papers with paired seeds, at the size of a laptop. Imports no torch.
 
-claims/*.toml -> claim.py -> runs.py -> verdict.py -> page.py, in the order of command.py
+claims/*.toml -> claim.py -> runs.py -> verdict.py -> page.py; command.py calls them in this order.
 """

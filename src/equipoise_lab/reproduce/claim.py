@@ -1,32 +1,32 @@
-"""Claims: small files that say, before anything is run, what is compared and what would support it. Imports no torch.
+"""Claims: what is compared and what would support it, written down before anything is run. Imports no torch.
 
 A claim is a TOML file in ``claims/``:
 
     title = "..."                  one sentence that can be true or false
-    source = "..."                 where it is claimed
-    paper = "..."                  what is reported there
-    size = "small" | "standard"    see ``sizes.toml``: everything that all arms of all claims have in common
+    source = "..."                 the paper and the place in it
+    paper = "..."                  the figures that it reports
+    size = "small" | "standard"    of ``sizes.toml``: the options that all arms share
     seeds = 8                      0, 1, ..., paired between arms
-    note = "..."                   what a reader must know besides
+    note = "..."                   what else a reader must know (optional)
 
-    first_seed = 0                 of the seeds, if they are not 0, 1, ...
-    dtype = "float32"              of all arms, if it is not that of the size
+    first_seed = 0                 if the seeds do not start at 0 (optional)
+    dtype = "float32"              for all arms, in place of the precision of the size (optional)
 
-    [arms.NAME]                    options of ``equipoise train`` that this arm has besides those of its size
-    strategy = "..."               "{NAME}" in it is the coefficient or rate chosen on a frontier, see ``frontier.py``,
-                                   "{NAME/100}" a hundredth of it
-    seeds = 3                      of an arm that no verdict on a loss needs: fewer than the claim's, its first ones
+    [arms.NAME]                    the options of ``equipoise train`` that this arm adds to those of its size
+    strategy = "..."               "{NAME}" stands for the coefficient or rate chosen on a frontier (``frontier.py``),
+                                   "{NAME/100}" for a hundredth of it
+    seeds = 3                      only the first so many seeds, for an arm without a verdict on a loss (optional)
 
-    [primary]                      the one comparison that decides; [[also]] are further ones, for information
-    statistic = "val_nats"         a key of a run's result.json, or a difference of two, "val_nats - train_nats"
-    of = "NAME"                    the difference is of this arm
-    against = "NAME"               to that one
+    [primary]                      the one comparison that decides; [[also]] adds others, for information
+    statistic = "val_nats"         a key of a run's result.json, or a difference of two: "val_nats - train_nats"
+    of = "NAME"                    the difference is the statistic of this arm
+    against = "NAME"               minus that of this arm
     claim = "lower" | "higher" | "equal"
-    margin = 0.01                  of "equal" only: how much of a difference is none; without it, of a loss, a third of
-                                   what claim 1-scope finds between its arms
+    margin = 0.01                  for "equal" only: smaller differences count as none. By default, for a loss, a third
+                                   of the difference between the arms of claim 1-scope
 
-A trend has ``over = {NAME = 1, NAME = 2, ...}`` in place of ``of`` and ``against``: by seed, the slope of the statistic
-over log2 of these numbers.
+A trend has ``over = {NAME = 1, NAME = 2, ...}`` instead of ``of`` and ``against``. Its statistic is a slope, seed by
+seed, over log2 of these numbers.
 """
 
 import re
@@ -55,7 +55,7 @@ __all__ = [
 _FOLDER = files("equipoise_lab.reproduce") / "claims"
 DTYPES = ("bfloat16", "float32")
 _LOSSES = ("val_nats", "train_nats")
-_CHOSEN = re.compile(r"\{([\w-]+)(?:/(\d+))?\}")
+_PLACEHOLDER = re.compile(r"\{([\w-]+)(?:/(\d+))?\}")
 
 
 def read_toml(file: Traversable) -> dict[str, Any]:
@@ -70,7 +70,7 @@ SIZES: dict[str, dict[str, Any]] = read_toml(files("equipoise_lab.reproduce") / 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One statistic of two arms, or of several over a factor, and what is claimed of it."""
+    """A statistic of two arms, or of several arms over a factor, and the direction that is claimed."""
 
     statistic: str
     claim: str  # lower, higher, equal
@@ -100,20 +100,20 @@ class Job:
 
     @property
     def arguments(self) -> list[str]:
-        """As the command line takes them."""
-        found = []
+        """The options as command line arguments."""
+        arguments = []
         for name, value in self.options:
             flag = f"--{name.replace('_', '-')}"
             if isinstance(value, bool):
-                found += [flag] if value else []
+                arguments += [flag] if value else []
             else:
-                found += [flag, str(value)]
-        return found
+                arguments += [flag, str(value)]
+        return arguments
 
 
 @dataclass(frozen=True)
 class Claim:
-    """What is claimed, where, and which runs decide it."""
+    """What a paper claims, and the runs that decide it."""
 
     name: str
     title: str
@@ -127,26 +127,28 @@ class Claim:
     note: str = ""
     first_seed: int = 0
     dtype: str | None = None
-    seeds_of: Mapping[str, int] = field(default_factory=dict)  # of the arms that have fewer than the claim
+    seeds_of: Mapping[str, int] = field(default_factory=dict)  # by arm, for those with fewer than the claim
 
     @property
     def frontiers(self) -> list[str]:
-        """The frontiers on which a coefficient or rate of its arms has yet to be chosen, each once."""
+        """The frontiers that its arms still need a coefficient or rate from, each once."""
         options = (str(value) for arm in self.arms.values() for value in arm.values())
-        return list(dict.fromkeys(name for option in options for name, _ in _CHOSEN.findall(option)))
+        return list(dict.fromkeys(name for option in options for name, _ in _PLACEHOLDER.findall(option)))
 
     def with_values(self, chosen: Mapping[str, str | None]) -> "Claim":
-        """The claim with what was chosen in place; what was not stays open."""
+        """The claim with the chosen values filled in; a placeholder without a value (None) stays."""
 
-        def value(match: re.Match[str]) -> str:
-            name, divisor = match.groups()
-            there = chosen.get(name)
-            return match[0] if there is None else there if divisor is None else f"{float(there) / int(divisor):g}"
+        def fill(placeholder: re.Match[str]) -> str:
+            name, divisor = placeholder.groups()
+            value = chosen.get(name)
+            if value is None:
+                return placeholder[0]
+            return value if divisor is None else f"{float(value) / int(divisor):g}"
 
-        def option(given: Any) -> Any:
-            return _CHOSEN.sub(value, given) if isinstance(given, str) else given
+        def filled(option: Any) -> Any:
+            return _PLACEHOLDER.sub(fill, option) if isinstance(option, str) else option
 
-        arms = {name: {key: option(given) for key, given in arm.items()} for name, arm in self.arms.items()}
+        arms = {name: {key: filled(option) for key, option in arm.items()} for name, arm in self.arms.items()}
         return replace(self, arms=arms)
 
     @property
@@ -154,20 +156,19 @@ class Claim:
         return range(self.first_seed, self.first_seed + self.seeds)
 
     def seeds_for(self, comparison: Comparison) -> int:
-        """How many are planned for all of its arms."""
+        """How many seeds all arms of the comparison are planned to have."""
         return min(self.seeds_of.get(arm, self.seeds) for arm in comparison.arms)
 
     def job(self, arm: str, seed: int) -> Job:
-        own = {} if self.dtype is None else {"dtype": self.dtype}
-        return job_of(self.size, own | dict(self.arms[arm]), seed)
+        precision = {} if self.dtype is None else {"dtype": self.dtype}
+        return job_of(self.size, precision | dict(self.arms[arm]), seed)
 
     def jobs(self) -> list[Job]:
-        """All of them, a seed's before the next one's, so that what is there is always paired; none while a value of
-        one of its arms is open."""
+        """All runs, seed by seed, so that finished runs are always paired; none while an arm still needs a value."""
         return [] if self.frontiers else self.planned()
 
     def planned(self) -> list[Job]:
-        """The same, those whose value is open too: they cannot be run yet."""
+        """All runs, even those that cannot start yet because an arm still needs a value."""
         return [
             self.job(arm, seed)
             for number, seed in enumerate(self.all_seeds)
@@ -181,7 +182,6 @@ def job_of(size: str, arm: Mapping[str, Any], seed: int) -> Job:
 
 
 def claim_names() -> list[str]:
-    """The claims, main ones first."""
     names = (file.name for file in _FOLDER.iterdir())
     return sorted(name.removesuffix(".toml") for name in names if name.endswith(".toml"))
 
@@ -193,25 +193,27 @@ def load_claim(name: str) -> Claim:
 
 
 def parse_claim(name: str, content: Mapping[str, Any]) -> Claim:
-    """The claim that a file's content says; an error names what is missing or cannot be."""
-    wanted = {"title", "source", "paper", "size", "seeds", "arms", "primary"}
-    _keys(name, content, wanted, wanted | {"also", "note", "first_seed", "dtype"})
+    """The claim in a file's content. Raises ``EquipoiseError``, which names what is missing or wrong."""
+    required = {"title", "source", "paper", "size", "seeds", "arms", "primary"}
+    _check_keys(name, content, required, required | {"also", "note", "first_seed", "dtype"})
     if content["size"] not in SIZES:
         raise EquipoiseError(f"claim {name}: size must be one of {', '.join(SIZES)}: got {content['size']!r}.")
     if content.get("dtype", DTYPES[0]) not in DTYPES:
         raise EquipoiseError(f"claim {name}: dtype must be one of {', '.join(DTYPES)}: got {content['dtype']!r}.")
     if not isinstance(content["seeds"], int) or content["seeds"] < 2:
-        raise EquipoiseError(f"claim {name}: seeds must be a whole number from 2: got {content['seeds']!r}.")
+        raise EquipoiseError(f"claim {name}: seeds must be a whole number of at least 2: got {content['seeds']!r}.")
     arms = {arm: dict(options) for arm, options in content["arms"].items()}
     seeds_of = {arm: options.pop("seeds") for arm, options in arms.items() if "seeds" in options}
     for arm, options in arms.items():
         if "strategy" not in options:
-            raise EquipoiseError(f"claim {name}: arm {arm} must have a strategy: it has {', '.join(options)}.")
+            raise EquipoiseError(
+                f"claim {name}: arm {arm} must have a strategy: it has {', '.join(options) or 'no option'}."
+            )
     for arm, seeds in seeds_of.items():
         if not isinstance(seeds, int) or not 2 <= seeds < content["seeds"]:
             raise EquipoiseError(
-                f"claim {name}: seeds of arm {arm} must be a whole number from 2, less than the {content['seeds']} of "
-                f"the claim: got {seeds!r}."
+                f"claim {name}: seeds of arm {arm} must be a whole number of at least 2 and below the "
+                f"{content['seeds']} of the claim: got {seeds!r}."
             )
     return Claim(
         name=name,
@@ -233,20 +235,22 @@ def parse_claim(name: str, content: Mapping[str, Any]) -> Claim:
 def _comparison(name: str, content: Mapping[str, Any], arms: Mapping[str, Any]) -> Comparison:
     ends = {"over"} if "over" in content else {"of", "against"}
     margin = {"margin"} if content.get("claim") == "equal" else set()
-    _keys(name, content, {"statistic", "claim"} | ends, {"statistic", "claim"} | ends | margin)
-    found = Comparison(**content)
-    if found.claim not in ("lower", "higher", "equal"):
-        raise EquipoiseError(f"claim {name}: claim must be lower, higher or equal: got {found.claim!r}.")
-    if found.claim == "equal" and found.margin is None and found.statistic not in _LOSSES:
-        raise EquipoiseError(f"claim {name}: {found} must have a margin: only losses have one by default.")
-    for arm in found.arms:
+    _check_keys(name, content, {"statistic", "claim"} | ends, {"statistic", "claim"} | ends | margin)
+    comparison = Comparison(**content)
+    if comparison.claim not in ("lower", "higher", "equal"):
+        raise EquipoiseError(f"claim {name}: claim must be lower, higher or equal: got {comparison.claim!r}.")
+    if comparison.claim == "equal" and comparison.margin is None and comparison.statistic not in _LOSSES:
+        raise EquipoiseError(f"claim {name}: {comparison} must have a margin: only losses have one by default.")
+    for arm in comparison.arms:
         if arm not in arms:
-            raise EquipoiseError(f"claim {name}: {found} must be of its arms {', '.join(arms)}: got {arm!r}.")
-    return found
+            raise EquipoiseError(
+                f"claim {name}: {comparison} must name arms of the claim ({', '.join(arms)}): got {arm!r}."
+            )
+    return comparison
 
 
-def _keys(name: str, content: Mapping[str, Any], wanted: set[str], known: set[str]) -> None:
-    if missing := wanted - set(content):
-        raise EquipoiseError(f"claim {name}: {', '.join(sorted(missing))} must be there: it is not.")
+def _check_keys(name: str, content: Mapping[str, Any], required: set[str], known: set[str]) -> None:
+    if missing := required - set(content):
+        raise EquipoiseError(f"claim {name}: required keys are missing: {', '.join(sorted(missing))}.")
     if unknown := set(content) - known:
-        raise EquipoiseError(f"claim {name}: {', '.join(sorted(unknown))} is nothing that a claim has.")
+        raise EquipoiseError(f"claim {name}: unknown keys: {', '.join(sorted(unknown))}. Remove them.")

@@ -1,4 +1,4 @@
-"""The command: runs what is missing within a budget, then says what the runs say."""
+"""The command: runs what is missing within a budget, then judges the claims by the stored results."""
 
 import time
 from collections.abc import Iterable, Sequence
@@ -9,67 +9,70 @@ from equipoise_lab.records import finite
 from equipoise_lab.reproduce.claim import Claim, Job, claim_names, load_claim
 from equipoise_lab.reproduce.config import Reproduce
 from equipoise_lab.reproduce.frontier import FRONTIERS
-from equipoise_lab.reproduce.page import claimed, concludes, named, number, says, write
+from equipoise_lab.reproduce.page import claimed, comparison_text, number, result_text, verdict_text, write
 from equipoise_lab.reproduce.runs import Progress, Results, execute
 from equipoise_lab.reproduce.verdict import Finding, findings
 
 __all__ = ["as_json", "reproduce", "table_rows"]
 
 
-def reproduce(asked: Reproduce, progress: Progress) -> list[Finding]:
-    """Gets the runs of the claims done, as far as the budget goes, and returns what they say, primary ones first in
-    each claim."""
-    asked.check()
-    names = claim_names() if asked.claim == "all" else [asked.claim]
-    if not asked.results.is_dir():
+def reproduce(options: Reproduce, progress: Progress) -> list[Finding]:
+    """Does the missing runs of the claims as far as the budget goes, and returns the findings, claim by claim, the
+    primary one first."""
+    options.check()
+    names = claim_names() if options.claim == "all" else [options.claim]
+    if not options.results.is_dir():
         progress.say(
-            f"{asked.results} is no folder: no results are there yet. Ours are in the repository, in "
-            "benchmarks/results/claims: run it there, or give that folder with --results."
+            f"{options.results} is not a folder, so there are no stored results yet. Ours are in the repository, in "
+            "benchmarks/results/claims. Run the command there, or pass that folder as --results."
         )
-    results = Results(asked.results, dtype=asked.dtype)
-    if asked.budget != 0:
-        _run([load_claim(name) for name in names], asked.claim == "all", results, asked, progress)
+    results = Results(options.results, dtype=options.dtype)
+    if options.budget != 0:
+        _run([load_claim(name) for name in names], options.claim == "all", results, options, progress)
     chosen = {name: frontier.chosen(results) for name, frontier in FRONTIERS.items()}
-    everything = [load_claim(name).with_values(chosen) for name in claim_names()]  # whoever is asked, the family is all
-    found = [finding for finding in findings(everything, results) if finding.claim.name in names]
-    if asked.page is not None:
-        write(asked.page, everything, found, results)
-    return found
+    # Verdicts are corrected for the number of all claims, even if only one is reported.
+    all_claims = [load_claim(name).with_values(chosen) for name in claim_names()]
+    reported = [finding for finding in findings(all_claims, results) if finding.claim.name in names]
+    if options.page is not None:
+        write(options.page, all_claims, reported, results)
+    return reported
 
 
-def _run(claims: Sequence[Claim], is_all: bool, results: Results, asked: Reproduce, progress: Progress) -> None:
-    """Claim by claim: first the frontiers that its arms take values from, as long as they grow; then its runs. With all
-    claims the remaining frontiers too, last."""
+def _run(claims: Sequence[Claim], is_all: bool, results: Results, options: Reproduce, progress: Progress) -> None:
+    """Does the missing runs, claim by claim: first the frontiers that its arms take values from, until their grids no
+    longer grow, then its own runs. With all claims, the remaining frontiers come last."""
     began = time.monotonic()
-    workers = asked.workers or num_cores()
+    workers = options.workers or num_cores()
 
-    def done(jobs: Sequence[Job]) -> bool:
-        left = None if asked.budget is None else max(0.0, asked.budget - (time.monotonic() - began) / 60)
-        return not results.missing(jobs) or execute(jobs, results, asked.out, progress, workers=workers, minutes=left)
+    def finish(jobs: Sequence[Job]) -> bool:
+        minutes = None if options.budget is None else max(0.0, options.budget - (time.monotonic() - began) / 60)
+        return not results.missing(jobs) or execute(
+            jobs, results, options.out, progress, workers=workers, minutes=minutes
+        )
 
-    def explored(names: Iterable[str]) -> bool:
+    def finish_frontiers(names: Iterable[str]) -> bool:
         while results.missing(jobs := [job for name in names for job in FRONTIERS[name].jobs(results)]):
-            if not done(jobs):
+            if not finish(jobs):
                 return False
         return True
 
-    left = []
+    unfinished = []
     for claim in claims:
         progress.say(f"{claim.name}: {claim.title}")
         chosen = {}
-        if explored(claim.frontiers):
+        if finish_frontiers(claim.frontiers):
             chosen = {name: FRONTIERS[name].chosen(results) for name in claim.frontiers}
-        if not (claim := claim.with_values(chosen)).jobs() or not done(claim.jobs()):
-            left.append(claim.name)
-    if is_all and not explored(FRONTIERS):
-        left.append("frontiers")
-    if left:
-        progress.say(f"runs are left of {', '.join(left)}; the same command goes on with them")
+        if not (claim := claim.with_values(chosen)).jobs() or not finish(claim.jobs()):
+            unfinished.append(claim.name)
+    if is_all and not finish_frontiers(FRONTIERS):
+        unfinished.append("frontiers")
+    if unfinished:
+        progress.say(f"runs are missing for {', '.join(unfinished)}; run the same command again to continue")
 
 
-def as_json(found: list[Finding]) -> list[dict[str, Any]]:
+def as_json(findings: list[Finding]) -> list[dict[str, Any]]:
     rows = []
-    for finding in found:
+    for finding in findings:
         estimate = finding.estimate
         rows.append(
             {
@@ -91,16 +94,15 @@ def as_json(found: list[Finding]) -> list[dict[str, Any]]:
     return finite(rows)
 
 
-def table_rows(found: list[Finding]) -> list[tuple[str, ...]]:
-    """What a terminal shows of a claim, in the words of the page, the row that decides first: comparison, what is
-    claimed of it, figures, verdict."""
+def table_rows(findings: list[Finding]) -> list[tuple[str, ...]]:
+    """A row a finding, in the words of the page: comparison, claim, means of the arms, difference, verdict."""
     return [
         (
-            named(finding),
+            comparison_text(finding),
             claimed(finding),
             ", ".join(f"{arm} {number(mean, finding.comparison.statistic)}" for arm, mean in finding.means.items()),
-            says(finding),
-            concludes(finding),
+            result_text(finding),
+            verdict_text(finding),
         )
-        for finding in found
+        for finding in findings
     ]

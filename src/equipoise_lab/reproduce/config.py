@@ -1,4 +1,4 @@
-"""What `equipoise reproduce` is asked. Imports little: the command line needs it for every call."""
+"""The options of `equipoise reproduce`. Imports little: every call of the command line imports it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,14 +11,14 @@ __all__ = ["Reproduce"]
 
 @dataclass(frozen=True)
 class Reproduce:
-    """What is asked of `equipoise reproduce`."""
+    """The options of `equipoise reproduce`; its help says what they mean."""
 
     claim: str = "all"
     budget: float | None = None  # minutes
     out: Path = Path("runs/reproduce")
     results: Path = Path("benchmarks/results/claims")
     workers: int = 0  # 0: one for each core
-    dtype: str | None = None  # None: as claims say
+    dtype: str | None = None  # None: as the claims say
     page: Path | None = None
     json: bool = False
 
@@ -32,4 +32,6 @@ class Reproduce:
         if self.dtype is not None and self.dtype not in DTYPES:
             raise UsageError(f"--dtype must be one of {', '.join(DTYPES)}: got {self.dtype}.")
         if self.page is not None and self.claim != "all":
-            raise UsageError(f"--page must have all claims on it: got the claim {self.claim}. Leave one of them out.")
+            raise UsageError(
+                f"--page must go with all claims: got only {self.claim}. Leave out --page or {self.claim}."
+            )

@@ -1,8 +1,8 @@
-"""The runs that claims need: which are there, which are missing, and getting those done. Imports no torch.
+"""The runs that claims need: which are stored, which are missing, and how to do the missing ones. Imports no torch.
 
-A run is a process of `equipoise train` with one thread, as many side by side as there are cores: small models are
-faster so than one after another with all cores. Its result is one JSON file, named after a hash of its options, so that
-claims that need the same run share it, and a result is found again wherever it was made.
+A run is a process of `equipoise train` with one thread; as many run side by side as there are cores. For small models
+this is faster than one run at a time on all cores. The result of a run is one JSON file, named by a hash of its
+options. So claims that need the same run share it, and a result counts wherever it was made.
 """
 
 import hashlib
@@ -34,30 +34,31 @@ STORED: dict[str, type | tuple[type, ...]] = {
     "hardware": str,
     "versions": dict,
 }
-BESIDES = 15.0  # seconds of a run besides its steps (start, evaluations), until one has been seen
+OVERHEAD = 15.0  # seconds of a run outside its steps (start, evaluations); a guess until one is measured
 
 
 def key_of(job: Job) -> str:
-    """A name for the options of a run: equal options, equal name."""
+    """A hash of the options of a run: equal options, equal key."""
     return hashlib.blake2b(json.dumps(job.options).encode(), digest_size=8).hexdigest()
 
 
 class Results:
-    """Results by run, read from any number of folders; new ones go into the first.
+    """The stored results of runs, read from any number of folders; new ones go into the first.
 
-    With ``dtype`` they are those of the same runs in this precision, whatever the jobs name.
+    ``dtype`` replaces the precision that the jobs name.
     """
 
     def __init__(self, folder: Path, *others: Path, dtype: str | None = None):
         self.folder, self.others, self.dtype = folder, others, dtype
 
-    def asked(self, job: Job) -> Job:
-        """The run as it is asked for here."""
+    def in_precision(self, job: Job) -> Job:
+        """The job in the precision of these results."""
         return job if self.dtype is None else job.with_option("dtype", self.dtype)
 
     def get(self, job: Job) -> dict[str, Any] | None:
-        """What is stored of a run: ``result`` as in its result.json, ``options``, ``seconds``, machine and versions."""
-        job = self.asked(job)
+        """The stored content of a run: ``result`` as in its result.json, ``options``, ``seconds``, machine, versions;
+        None if the run is missing."""
+        job = self.in_precision(job)
         for folder in (self.folder, *self.others):
             path = folder / f"{key_of(job)}.json"
             if path.exists():
@@ -65,8 +66,8 @@ class Results:
         return None
 
     def put(self, job: Job, run: Run) -> float:
-        """Stores a complete run, or where it diverged; the seconds that its steps took."""
-        job = self.asked(job)
+        """Stores a complete run, or the step at which it diverged. Returns the seconds that its steps took."""
+        job = self.in_precision(job)
         self.folder.mkdir(parents=True, exist_ok=True)
         config, seconds = run.config, sum(row["seconds"] for row in run.rows("steps"))
         step = _diverged(run)
@@ -87,34 +88,34 @@ class Results:
         return seconds
 
     def missing(self, jobs: Iterable[Job]) -> list[Job]:
-        """The jobs without a result, each once, in their order."""
+        """The jobs without a stored result, each once, in their order."""
         return [job for job in dict.fromkeys(jobs) if self.get(job) is None]
 
 
 def _checked(path: Path, job: Job) -> dict[str, Any]:
-    """What the file of a result holds; an error says what is wrong with it."""
+    """The content of a result file. Raises ``EquipoiseError`` if it is damaged or belongs to another run."""
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise EquipoiseError(f"{path} must be JSON: {error}. Remove it, and its run is made again.") from None
+        raise EquipoiseError(f"{path} must be JSON: {error}. Remove it to run it again.") from None
     for name, kind in STORED.items():
         if not isinstance(stored, dict) or not isinstance(stored.get(name), kind):
-            raise EquipoiseError(
-                f"{path} must hold the {name} of a run: it does not. Remove it, and its run is made again."
-            )
+            raise EquipoiseError(f"{path} must hold the {name} of a run: it does not. Remove it to run it again.")
     if stored["options"] != dict(job.options):
-        raise EquipoiseError(f"{path} must be the result of the options in its name: it is of others. Remove it.")
+        raise EquipoiseError(
+            f"{path} must hold the result of the options that its name stands for: it holds another. Remove it."
+        )
     return stored
 
 
 def _diverged(run: Run) -> int | None:
-    """The step at which the loss was not finite any more, which ends a run; None where it stayed finite."""
-    last = deque(run.rows("steps"), maxlen=1)
-    return last[0]["step"] if last and last[0].get("loss", 0.0) is None else None
+    """The step at which the loss became infinite or NaN, which ends a run; None if it stayed finite."""
+    last_rows = deque(run.rows("steps"), maxlen=1)
+    return last_rows[0]["step"] if last_rows and last_rows[0].get("loss", 0.0) is None else None
 
 
 class Progress(Protocol):
-    """Who is told how the runs go on."""
+    """Shows how the runs progress."""
 
     def say(self, text: str) -> None: ...
 
@@ -122,14 +123,14 @@ class Progress(Protocol):
 
 
 def _kind(job: Job) -> Any:
-    """Runs of one kind take about as long."""
+    """What decides how long a run takes: its steps and its precision."""
     options = dict(job.options)
     return options.get("steps"), options.get("dtype")
 
 
-def _expected_seconds(job: Job, took: Mapping[Any, list[float]]) -> float | None:
-    """The median of what runs of its kind took; None if there was none yet."""
-    known = took.get(_kind(job))
+def _expected_seconds(job: Job, seconds_by_kind: Mapping[Any, list[float]]) -> float | None:
+    """The median time of runs of the same kind; None before the first one."""
+    known = seconds_by_kind.get(_kind(job))
     return statistics.median(known) if known else None
 
 
@@ -143,90 +144,90 @@ def execute(
     minutes: float | None = None,
     start: Callable[..., Any] = subprocess.Popen,
 ) -> bool:
-    """Gets the missing runs done, in their order, and says whether all are there.
+    """Does the missing runs, in their order. Returns whether all of them are stored now.
 
-    ``work`` holds the folders of runs under way; each is resumed where it was stopped and removed when its result is
-    stored. With ``minutes``, no run is begun that is not expected to end within them. Ctrl-C stops the runs; what they
-    checkpointed is kept. A run that diverges has a result that says so. One that fails stops the others from beginning,
-    and is an error that names its folder.
+    ``work`` holds the folders of runs in progress. A run continues from its last checkpoint, and its folder is removed
+    once its result is stored. With ``minutes``, a run starts only if it should end within them. Ctrl-C stops the runs
+    and keeps their checkpoints. A run that diverges gets a result that says so. A run that fails raises
+    ``EquipoiseError`` with its folder, and no further run starts.
     """
     todo, total = results.missing(jobs), len(list(dict.fromkeys(jobs)))
     began, lock = time.monotonic(), threading.Lock()
-    took: dict[Any, list[float]] = {}  # by kind, seconds of the steps of the runs done here or stored
-    besides: list[float] = []  # seconds that runs took here besides
+    seconds_by_kind: dict[Any, list[float]] = {}  # of the steps of a run, done here or stored before
+    overheads: list[float] = []  # seconds outside the steps, of runs done here
     for job in dict.fromkeys(jobs):
         if (stored := results.get(job)) is not None:
-            took.setdefault(_kind(results.asked(job)), []).append(stored["seconds"])
+            seconds_by_kind.setdefault(_kind(results.in_precision(job)), []).append(stored["seconds"])
     failures: list[Exception] = []
-    running: dict[Any, tuple[Job, float]] = {}  # by process, since when
+    running: dict[Any, tuple[Job, float]] = {}  # by process: the job and when it started
     stopped = threading.Event()
 
     def expected(job: Job) -> float | None:
-        of_steps = _expected_seconds(results.asked(job), took)
-        return None if of_steps is None else of_steps + (statistics.median(besides) if besides else BESIDES)
+        seconds = _expected_seconds(results.in_precision(job), seconds_by_kind)
+        return None if seconds is None else seconds + (statistics.median(overheads) if overheads else OVERHEAD)
 
-    def left() -> float | None:
-        """Until the last run has ended, when each begins as soon as a worker is free."""
-        now, free = time.monotonic(), [0.0] * workers
-        for since, each in [(now - since, expected(job)) for job, since in list(running.values())] + [
-            (0.0, expected(job)) for job in todo
-        ]:
-            if each is None:
+    def seconds_left() -> float | None:
+        """Until the last run ends, if each starts as soon as a worker is free."""
+        now, busy = time.monotonic(), [0.0] * workers  # seconds that each worker still needs
+        elapsed_and_expected = [(now - start_time, expected(job)) for job, start_time in list(running.values())]
+        for elapsed, seconds in elapsed_and_expected + [(0.0, expected(job)) for job in todo]:
+            if seconds is None:
                 return None
-            free.sort()
-            free[0] += max(0.0, each - since)
-        return max(free)
+            busy.sort()
+            busy[0] += max(0.0, seconds - elapsed)
+        return max(busy)
 
     def next_job() -> Job | None:
         with lock:
-            while todo and results.get(todo[0]) is not None:  # made elsewhere meanwhile
+            while todo and results.get(todo[0]) is not None:  # another process has done it meanwhile
                 todo.pop(0)
             if not todo or failures or stopped.is_set():
                 return None
             if minutes is not None and time.monotonic() - began + (expected(todo[0]) or 0.0) > 60 * minutes:
                 return None
-            return results.asked(todo.pop(0))
+            return results.in_precision(todo.pop(0))
 
     def worker() -> None:
         try:
-            work_off()
-        except Exception as error:  # of a thread: it must reach who waits
+            do_jobs()
+        except Exception as error:  # an exception of a thread does not reach the main thread by itself
             failures.append(error)
 
-    def work_off() -> None:
+    def do_jobs() -> None:
         while (job := next_job()) is not None:
             folder = work / key_of(job)
             command = [sys.executable, "-m", "equipoise", "train", "--out", str(folder), "--no-save-model", "--resume"]
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            is_new, since = not folder.exists(), time.monotonic()
+            is_new, start_time = not folder.exists(), time.monotonic()
             with open(work / f"{key_of(job)}.log", "wb") as log:
                 process = start([*command, *job.arguments], stdout=log, stderr=log, env=environment)
-                running[process] = job, since
+                running[process] = job, start_time
                 code = process.wait()
                 del running[process]
             if stopped.is_set():
                 return
             with lock:
                 if code != 0 and not ((folder / "config.json").exists() and _diverged(Run(folder)) is not None):
-                    said = (work / f"{key_of(job)}.log").read_text(errors="replace").strip().splitlines() or ["nothing"]
+                    log_text = (work / f"{key_of(job)}.log").read_text(errors="replace")
+                    last_line = (log_text.strip().splitlines() or ["nothing"])[-1]
                     failures.append(
                         EquipoiseError(
-                            f"every run must end: `equipoise train {' '.join(job.arguments)}` ended with {code} and "
-                            f"said: {said[-1]}. Its folder is {folder}. Mend that and start again: what is done is "
-                            "kept."
+                            f"every run must succeed: `equipoise train {' '.join(job.arguments)}` exited with {code}. "
+                            f"Its last line was: {last_line}. Its folder is {folder}. Fix that and run the same "
+                            "command again; finished runs are kept."
                         )
                     )
                     return
                 seconds = results.put(job, Run(folder))
                 shutil.rmtree(folder, ignore_errors=True)
                 (work / f"{key_of(job)}.log").unlink(missing_ok=True)
-                took.setdefault(_kind(job), []).append(seconds)
+                seconds_by_kind.setdefault(_kind(job), []).append(seconds)
                 if is_new:
-                    besides.append(max(0.0, time.monotonic() - since - seconds))
-                progress.done(total - len(results.missing(jobs)), total, left())
+                    overheads.append(max(0.0, time.monotonic() - start_time - seconds))
+                progress.done(total - len(results.missing(jobs)), total, seconds_left())
 
     work.mkdir(parents=True, exist_ok=True)
-    progress.done(total - len(todo), total, left())
+    progress.done(total - len(todo), total, seconds_left())
     threads = [threading.Thread(target=worker) for _ in range(max(1, min(workers, len(todo))))]
     try:
         for thread in threads:

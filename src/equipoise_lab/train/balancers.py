@@ -1,8 +1,8 @@
-"""Mechanisms of other papers, for comparison: in strategy strings of the lab only, not in the core.
+"""Balancers of other papers, for comparison. Strategy strings of the lab know them; the library does not.
 
 shuffle:coefficient=1e-2   the global load-balancing loss with the noise of a micro-batch
 phi:coefficient=1e-2       negative entropy of mean scores
-shinka:coefficient=1e-2    a load-balancing loss that looks after experts with almost no load
+shinka:coefficient=1e-2    a load-balancing loss with a term for experts that get almost no load
 """
 
 import hashlib
@@ -35,11 +35,11 @@ __all__ = [
     "shinka_loss",
 ]
 
-UNIT = 2**24  # of a score in a sum of integers
+UNIT = 2**24  # integer that stands for a score of 1 in integer sums
 
 
 class _Rows:
-    """Which layer a router call of the open window was of: a loss is asked for without being told."""
+    """Finds the layer of a router call in the open window. ``Balancer.loss`` is not told the layer."""
 
     def __init__(self) -> None:
         self._row_of: dict[bytes, int] = {}
@@ -51,8 +51,8 @@ class _Rows:
         row = self._row_of.get(self._key(routing))
         if row is None:
             raise EquipoiseError(
-                "a loss of the lab must be asked for a router call that the open window has counted: this one is of "
-                "another. Use it in the lab's loop, where a window is closed after its backward."
+                "the lab's losses need a router call that the open window has counted: this call belongs to another "
+                "window. Use them in the lab's training loop, which closes a window after its backward."
             )
         return row
 
@@ -65,20 +65,20 @@ class _Rows:
 
 
 def _hash(*values: Tensor | int, size: int = 16) -> bytes:
-    found = hashlib.blake2b(digest_size=size)
+    digest = hashlib.blake2b(digest_size=size)
     for value in values:
-        found.update(value.cpu().contiguous().numpy().tobytes() if isinstance(value, Tensor) else b"%d" % value)
-    return found.digest()
+        digest.update(value.cpu().contiguous().numpy().tobytes() if isinstance(value, Tensor) else b"%d" % value)
+    return digest.digest()
 
 
 def _normalised(routing: Routing) -> Float[Tensor, "tokens experts"]:
-    """Scores of a token divided by their sum; 0 for masked tokens."""
+    """The scores of each token divided by their sum; 0 for masked tokens."""
     p = routing.scores / routing.scores.sum(-1, keepdim=True).clamp_min(torch.finfo(routing.scores.dtype).tiny)
     return p if routing.mask is None else p * routing.mask.to(p.dtype)[:, None]
 
 
 def _mean_normalised(routing: Routing) -> Float[Tensor, " experts"]:
-    """P_e: the mean over the unmasked tokens; 0 without any."""
+    """P_e: the mean normalised score over the unmasked tokens; 0 if there are none."""
     p = _normalised(routing)
     if routing.mask is None:
         return p.sum(0) / max(p.shape[0], 1)
@@ -87,17 +87,20 @@ def _mean_normalised(routing: Routing) -> Float[Tensor, " experts"]:
 
 @final
 class ShuffleControl(Balancer):
-    """``coefficient * sum over layers of E * sum_e f_e P_e``, f counted over tokens drawn from the global batch.
+    """``coefficient * sum over layers of E * sum_e f_e P_e``, with f counted over tokens drawn from the global batch.
 
-    As many tokens as the micro-batch has, drawn without replacement from all micro-batches of the window: the scope is
-    global, the noise of f that of a micro-batch. P is the micro-batch's, as ever. Masked tokens are not drawn.
+    For each micro-batch it draws as many tokens as the micro-batch has, without replacement, from all micro-batches of
+    the window. So f has the scope of the global batch and the noise of a micro-batch. P comes from the micro-batch, as
+    in every load-balancing loss. Masked tokens are not drawn.
 
-    The draw is seeded by a hash of the micro-batch's own choices and the number of tokens to draw from, so it is the
-    same in every run and nothing has to be saved. The window must be complete when the backward runs (order
-    forwards_first) and on one process; the value in the logs is by the tokens that were there at the forward. A step
-    that is skipped leaves its tokens to the next window: not for loops that skip steps.
+    The draw is seeded by a hash of the micro-batch's choices and the number of tokens to draw from. It is the same in
+    every run, and nothing has to be saved.
 
-    Source: Qiu et al. 2025, arXiv:2501.11873, the shuffled batches of Table 2.
+    Limits: the window must be complete when the backward runs (order forwards_first), and it must be on one process.
+    The logged value uses the tokens that were known at the forward. A skipped step leaves its tokens to the next
+    window, so do not use it in a loop that skips steps.
+
+    Source: Qiu et al. 2025, arXiv:2501.11873, the control with shuffled batches in Table 2.
     """
 
     name = "shuffle"
@@ -108,7 +111,7 @@ class ShuffleControl(Balancer):
 
     def prepare(self, layers: LayerStack) -> None:
         self._rows = _Rows()
-        self._choices: list[list[Tensor]] = [[] for _ in layers.bias]  # of the unmasked tokens, by layer and call
+        self._choices: list[list[Tensor]] = [[] for _ in layers.bias]  # choices of unmasked tokens, by layer and call
 
     def statistic(self, routing: Routing, row: int) -> None:
         if routing.expert_ids.shape[0]:
@@ -119,7 +122,7 @@ class ShuffleControl(Balancer):
         return load_balancing_loss(routing, expert_load(self.draw(routing), routing.scores.shape[-1]))
 
     def draw(self, routing: Routing) -> Int[Tensor, "tokens k"]:
-        """The choices of the drawn tokens, for a call that the window has counted."""
+        """The choices of the drawn tokens. The open window must have counted the call."""
         pooled = torch.cat(self._choices[self._rows.find(routing)])
         seed = int.from_bytes(_hash(routing.expert_ids, pooled.shape[0], size=7), "big")
         order = torch.randperm(pooled.shape[0], generator=torch.Generator().manual_seed(seed))
@@ -140,18 +143,20 @@ def _unmasked(routing: Routing) -> Int[Tensor, "tokens k"]:
 class PhiBalancing(Balancer):
     """phi-balancing with the negative entropy: ``coefficient * sum over layers of sum_e (log m_e + 1) P_e``.
 
-        m <- memory * m + (1 - memory) * p,     p the mean normalised scores of the global batch; no gradient
+        m <- memory * m + (1 - memory) * p
+
+    p is the mean of the normalised scores over the global batch, without gradient. P is the same mean over the
+    micro-batch and carries the gradient.
 
     Args:
         coefficient: weight of the loss.
-        memory: what is kept of m from window to window, from 0 to below 1; 0.4 is the paper's step of 0.6.
+        memory: share of m that stays from window to window, from 0 to below 1; 0.4 is the paper's step of 0.6.
 
-    It balances scores, not counts. P is the micro-batch's and carries the gradient. The value is 1 - log(E) at an even
-    m. p is summed in integers, 2^24 to a score of 1, so that it is the same however the batch is cut; an m below 2^-24
-    is taken for 2^-24.
+    It balances scores, not counts. Where all m_e are equal the value is 1 - log(E). p is summed in integers (2^24
+    stands for a score of 1), so it does not depend on how the batch is split. An m below 2^-24 counts as 2^-24.
 
-    Source: arXiv:2605.15403. Where we differ: m is that of the windows before, one step stale, an even share at first;
-    layers are summed, as all our losses are.
+    Source: arXiv:2605.15403. Where we differ: m comes from the earlier windows, so it is one step old, and it starts
+    with equal shares. Layers are summed, as in all our losses.
     """
 
     name = "phi"
@@ -200,10 +205,10 @@ def shinka_loss(routing: Routing, load: Int[Tensor, " experts"]) -> Float[Tensor
         s(P) = 0.5 + (1 - H(P) / log E)     H(P) = -sum_e P_e log P_e
         tau  = 0.064 / E
 
-    f: share of the assignments in ``load``, without gradient; P: mean normalised scores of the unmasked tokens. So the
-    second term acts through s(P) only: while any expert has less than 6.4 % of an even share, P is made more even as a
-    whole; nothing pulls at that expert itself. 1 at perfect balance; 0 without tokens. The second term is no mean over
-    tokens: it depends on how they are cut into calls.
+    f is the share of the assignments in ``load``, without gradient. P is the mean of the normalised scores over the
+    unmasked tokens. The second term therefore acts through s(P) only. While any expert has less than 6.4 % of an even
+    share, it makes P more even as a whole; it does not favour that expert. The loss is 1 at perfect balance and 0
+    without tokens. The second term is not a mean over tokens: it depends on how the tokens are split into calls.
 
     Source: ShinkaEvolve, arXiv:2509.19349.
     """
@@ -212,19 +217,19 @@ def shinka_loss(routing: Routing, load: Int[Tensor, " experts"]) -> Float[Tensor
     share = load.to(p.dtype) / load.sum().clamp_min(1).to(p.dtype)
     entropy = -(p * p.clamp_min(torch.finfo(p.dtype).tiny).log()).sum()
     strength = 1.5 - entropy / math.log(num_experts)
-    lacking = (0.064 / num_experts - share).clamp_min(0).sum()
-    anything = (p.detach().sum() > 0).to(p.dtype)
-    return num_experts * (share * p).sum() + 0.1 * strength * lacking * anything
+    deficit = (0.064 / num_experts - share).clamp_min(0).sum()
+    has_tokens = (p.detach().sum() > 0).to(p.dtype)
+    return num_experts * (share * p).sum() + 0.1 * strength * deficit * has_tokens
 
 
 @final
 class ShinkaLoss(Balancer):
-    """``coefficient * sum over layers of shinka_loss``, f over the global batch.
+    """``coefficient * sum over layers of shinka_loss``, with f counted over the global batch.
 
     Args:
         coefficient: weight of the loss.
 
-    Source: see ``shinka_loss``. Where we differ: layers are summed, as all our losses are.
+    Source: see ``shinka_loss``. Where we differ: layers are summed, as in all our losses.
     """
 
     name = "shinka"
@@ -240,32 +245,32 @@ class ShinkaLoss(Balancer):
 
 # ---- strategies of the lab ----
 
-COMPARED: tuple[type[Balancer], ...] = (ShuffleControl, PhiBalancing, ShinkaLoss)
+LAB_BALANCERS: tuple[type[Balancer], ...] = (ShuffleControl, PhiBalancing, ShinkaLoss)
 
 
 def parse_lab_strategy(text: str) -> list[Balancer]:
-    """As ``parse_strategy``, with the balancers of this file."""
-    return parse_strategy(text, more=COMPARED)
+    """Like ``parse_strategy``, but it also knows the balancers of this file."""
+    return parse_strategy(text, more=LAB_BALANCERS)
 
 
 def attach_strategy(model: nn.Module, strategy: str, biases: Mapping[str, Tensor] | Path | None = None) -> Balance:
-    """``attach`` for a strategy of the lab."""
+    """Like ``attach``, for a strategy string of the lab."""
     balancers: Sequence[Any] = [strategy] if strategy in RECIPES else parse_lab_strategy(strategy)
     return attach(model, *balancers, biases=biases)
 
 
 def check_strategy(config: Train, num_ranks: int) -> None:
-    """Raises UsageError where a strategy of the run does not exist, or cannot be in such a run."""
+    """Raises UsageError if a strategy of the run does not exist or does not work with the run's options."""
     for strategy in filter(None, (config.strategy, config.then)):
         if not any(isinstance(balancer, ShuffleControl) for balancer in parse_lab_strategy(strategy)):
             continue
         if num_ranks > 1:
             raise UsageError(
-                f"{strategy} must run in one process, which sees every token of a step: got {num_ranks} ranks. Start "
-                "it without torchrun."
+                f"{strategy} must run in one process, because it needs every token of a step: got {num_ranks} ranks. "
+                "Start it without torchrun."
             )
         if config.order != "forwards_first":
             raise UsageError(
-                f"{strategy} must know every token of a step before its backward: got --order {config.order}. Take "
-                "forwards_first."
+                f"{strategy} must know every token of a step before the backward: got --order {config.order}. Use "
+                "--order forwards_first."
             )

@@ -1,9 +1,9 @@
-"""The data of the lab: text in, memory-mapped token ids out.
+"""Turns text into memory-mapped token ids.
 
     text -> tokenizer -> split -> cache (memory-mapped tokens) -> Corpus -> batches.py
 
-Everything here is a function of the text, the options and the seed: there is no state to save in a checkpoint, and
-two machines with the same text see the same micro-batches.
+Everything here is a function of the text, the options and the seed. So a checkpoint holds no state of the data, and two
+machines with the same text see the same micro-batches.
 """
 
 import hashlib
@@ -23,27 +23,26 @@ from jaxtyping import UInt
 
 from equipoise.errors import EquipoiseError, UsageError
 from equipoise_lab.train.text import (
-    FEWEST_DOCUMENTS,
+    MIN_DOCUMENTS,
     Text,
     count_held_out,
     find_text,
     in_hash_order,
-    most_held_out,
+    max_held_out,
     without_copies,
 )
 
-if TYPE_CHECKING:  # imported where it is used: reading from the cache does not need it
+if TYPE_CHECKING:  # imported lazily: reading from the cache does not need it
     from tokenizers import Tokenizer
 
 __all__ = ["SPLITS", "Corpus", "end_of_text", "load_corpus"]
 
 SPLITS = ("train", "selection", "test")
-FORMAT = 2  # of the cache: count up when the same input gives other files
+FORMAT = 2  # of the cache: increase it when the same input gives different files
 ENDS = ("<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "<eos>", "</s>", "<|eot_id|>", "<|im_end|>")
-SMALLEST_VOCAB = 300  # 256 bytes, the end of a document, and some merges
-TOKENIZER_BYTES = 8_000_000  # of training text for the tokenizer, shared evenly by the domains
-MOST_TOKENIZER_BYTES = 1_000_000  # of one domain
-
+MIN_VOCAB_SIZE = 300  # 256 bytes, the end-of-text token and some merges
+TOKENIZER_BYTES = 8_000_000  # training text of the tokenizer, with equal shares of the domains
+MAX_TOKENIZER_BYTES_PER_DOMAIN = 1_000_000
 
 Progress = Callable[[str], None]
 
@@ -53,10 +52,10 @@ Progress = Callable[[str], None]
 class Corpus:
     """Tokenised text by split and domain, memory-mapped and read-only. Made by :func:`load_corpus`.
 
-    ``tokens[split][domain]`` are the documents in hash order, each followed by the end-of-text token.
-    ``num_bytes[split][domain]`` are the bytes of the text as UTF-8, without those tokens.
-    ``vocab_size`` is one more than the largest token id, so the least size of the embedding. ``fingerprint`` is a hash
-    of the tokenizer and all tokens: equal fingerprints mean equal data.
+    ``tokens[split][domain]`` holds the documents in hash order, each followed by the end-of-text token.
+    ``num_bytes[split][domain]`` is the size of the text as UTF-8, without those tokens.
+    ``vocab_size`` is one more than the largest token id, which is the minimum size of the embedding. ``fingerprint`` is
+    a hash of the tokenizer and all tokens: equal fingerprints mean equal data.
     """
 
     domains: tuple[str, ...]
@@ -67,40 +66,40 @@ class Corpus:
     fingerprint: str
 
     def sequences(self, split: str, domain: str, length: int) -> UInt[np.ndarray, "sequences length"]:
-        """The tokens cut into rows of ``length``, without overlap; the remainder is dropped. A view, not a copy."""
+        """The tokens in rows of ``length``, without overlap. The remainder is dropped. A view, not a copy."""
         if length < 1:
             raise ValueError(f"length must be at least 1 token: got {length}.")
-        tokens = self._of(self.tokens, split, domain)
+        tokens = self._get(self.tokens, split, domain)
         num = len(tokens) // length
         return tokens[: num * length].reshape(num, length)
 
     def bytes_per_token(self, split: str, domain: str, num_tokens: int | None = None) -> float:
-        """Bytes of text per token, counting end-of-text tokens too: of the whole split, or of its first tokens.
+        """Bytes of text per token, of the whole split or of its first ``num_tokens``. Counts end-of-text tokens too.
 
-        nats per token / bytes_per_token / ln(2) is bits per byte, which compares across tokenizers. Where unknown words
-        are among the first tokens, it is that of the whole split.
+        nats per token / bytes_per_token / ln(2) is bits per byte, which can be compared across tokenizers. If there are
+        unknown words among the first tokens, the value of the whole split is returned.
         """
-        tokens = self._of(self.tokens, split, domain)
+        tokens = self._get(self.tokens, split, domain)
         if num_tokens is None:
-            return self._of(self.num_bytes, split, domain) / len(tokens)
+            return self._get(self.num_bytes, split, domain) / len(tokens)
         tokenizer = _read_tokenizer(self.tokenizer_file)
         unknown = getattr(tokenizer.model, "unk_token", None)
         if unknown is not None and tokenizer.token_to_id(unknown) in tokens[:num_tokens]:
-            return self.bytes_per_token(split, domain)  # what it stands for cannot be had back
+            return self.bytes_per_token(split, domain)  # the text of an unknown word is lost
         text = tokenizer.decode(tokens[:num_tokens].tolist(), skip_special_tokens=True)
         return len(text.encode()) / num_tokens
 
     def sample(self, domain: str, num_tokens: int = 2000) -> str:
-        """The beginning of a domain's test text."""
+        """The start of a domain's test text."""
         tokens = self.tokens["test"][domain][:num_tokens]
         return _read_tokenizer(self.tokenizer_file).decode(tokens.tolist(), skip_special_tokens=True)
 
     def decoder(self) -> Callable[[int], str]:
-        """What gives the text of a token id; a part of a character is U+FFFD."""
+        """A function from a token id to its text. A token that is part of a character gives U+FFFD."""
         tokenizer = _read_tokenizer(self.tokenizer_file)
         return lambda token_id: tokenizer.decode([token_id], skip_special_tokens=False)
 
-    def _of(self, table: dict[str, dict[str, Any]], split: str, domain: str) -> Any:
+    def _get(self, table: dict[str, dict[str, Any]], split: str, domain: str) -> Any:
         if split not in SPLITS:
             raise ValueError(f"split must be one of {', '.join(SPLITS)}: got {split!r}.")
         if domain not in self.domains:
@@ -117,15 +116,20 @@ def load_corpus(
     progress: Progress | None = None,
     sequence_length: int = 128,
 ) -> Corpus:
-    """Reads, splits and tokenises text, or takes it from the cache.
+    """Reads, splits and tokenises text, or loads it from the cache.
 
-    ``data`` is a folder with one file or one sub-folder a domain, one file, the name of a data set, or None for the
-    packaged corpus (``text.find_text``). Of each domain, documents in hash order are held out until
-    they are 5 % of the bytes and 20,000 tokens, at most a quarter; they alternate between ``selection`` and ``test``.
-    ``tokenizer`` is a ``tokenizer.json`` or a folder with one; without it, a byte-level BPE of ``vocab_size`` tokens
-    is trained on text that can never be held out (it comes out smaller when there is too little text).
-    ``cache`` is a folder, by default ``$EQUIPOISE_CACHE`` or ``~/.cache/equipoise``. ``progress`` is called with a line
-    at each stage. Every split of every domain must hold ``sequence_length`` tokens.
+    Args:
+        data: a folder with one file or one sub-folder per domain, a file, the name of a data set, or None for the
+            packaged corpus (see ``text.find_text``).
+        tokenizer: a ``tokenizer.json`` or a folder with one. Without it a byte-level BPE is trained, only on text that
+            can never be held out.
+        vocab_size: tokens of that BPE. It gets fewer if there is too little text.
+        cache: a folder; default ``$EQUIPOISE_CACHE`` or ``~/.cache/equipoise``.
+        progress: called with a line of text at each stage.
+        sequence_length: tokens that every split of every domain must have at least.
+
+    In each domain, the first documents in hash order are held out: until they reach 5 % of the bytes and 20,000 tokens,
+    but at most a quarter of the bytes. They alternate between ``selection`` and ``test``.
 
     >>> corpus = load_corpus()  # doctest: +SKIP
     >>> corpus.sequences("train", "law_fr", length=128).shape  # doctest: +SKIP
@@ -134,9 +138,9 @@ def load_corpus(
     progress = progress or (lambda line: None)
     text = find_text(data, progress)
     tokenizer_file = None if tokenizer is None else _find_tokenizer(Path(tokenizer).expanduser())
-    if tokenizer_file is None and vocab_size < SMALLEST_VOCAB:
+    if tokenizer_file is None and vocab_size < MIN_VOCAB_SIZE:
         raise UsageError(
-            f"vocab_size must be at least {SMALLEST_VOCAB} (256 of them are the bytes): got {vocab_size}. Raise it."
+            f"vocab_size must be at least {MIN_VOCAB_SIZE}, of which 256 are single bytes: got {vocab_size}. Raise it."
         )
     kind = ["bpe", vocab_size] if tokenizer_file is None else ["file", _digest(tokenizer_file.read_bytes())]
     key = _digest(json.dumps([FORMAT, kind, text.identity]).encode())[:32]
@@ -159,63 +163,67 @@ def _check_length(corpus: Corpus, sequence_length: int, where: str) -> None:
     for split, domain in itertools.product(SPLITS, corpus.domains):
         if not len(corpus.sequences(split, domain, sequence_length)):
             raise EquipoiseError(
-                f"Each split of a domain must hold a sequence of {sequence_length} tokens: {split} of {domain!r} in "
-                f"{where} has {len(corpus.tokens[split][domain])}. Add text, or take shorter sequences."
+                f"Each split of a domain must hold a sequence of {sequence_length} tokens: the {split} text of "
+                f"{domain!r} in {where} has {len(corpus.tokens[split][domain])} tokens. Add text, or use shorter "
+                "sequences."
             )
 
 
 def _build(folder: Path, text: Text, tokenizer_file: Path | None, vocab_size: int, progress: Progress) -> Corpus:
-    """Writes aside and renames to ``folder``; when another process was quicker, its folder is used."""
+    """Writes to a temporary folder and renames it to ``folder``. If another process was faster, uses its folder."""
     texts, seen, num_copies = {}, set[bytes](), 0
-    for domain, documents in text.read(progress).items():  # a text of two domains could be trained on and held out
+    # A document in two domains is kept in the first only: else it could be trained on in one and held out in the other.
+    for domain, documents in text.read(progress).items():
         ordered = in_hash_order(documents)
         texts[domain] = without_copies(ordered, seen)
         num_copies += len(ordered) - len(texts[domain])
     if num_copies:
-        progress(f"{num_copies} documents that an earlier domain has too are left out")
+        progress(f"left out {num_copies} documents that an earlier domain has too")
     for domain, documents in texts.items():
-        if len(documents) < FEWEST_DOCUMENTS:
+        if len(documents) < MIN_DOCUMENTS:
             raise EquipoiseError(
-                f"A domain must have at least {FEWEST_DOCUMENTS} different documents, to be split in train, selection "
-                f"and test: {domain!r} in {text.where} has {len(documents)}. Cut its text into more documents, as with "
-                "blank lines in a .txt."
+                f"A domain must have at least {MIN_DOCUMENTS} different documents, to be split into train, selection "
+                f"and test: {domain!r} in {text.where} has {len(documents)}. Split its text into more documents, for "
+                "example with blank lines in a .txt."
             )
-    aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     try:
-        aside.mkdir(parents=True)
+        temporary.mkdir(parents=True)
         if tokenizer_file is None:
             progress("training the tokenizer")
         tokenizer = _read_tokenizer(tokenizer_file) if tokenizer_file else _train_tokenizer(texts, vocab_size)
-        _write(aside, texts, tokenizer, progress)
-        return _publish(aside, folder)
+        _write(temporary, texts, tokenizer, progress)
+        return _publish(temporary, folder)
     except OSError as error:
         raise EquipoiseError(
-            f"The cache must be a folder that can be written: {folder.parent}: {error.strerror or error}. Set another "
-            "one with EQUIPOISE_CACHE."
+            f"The cache must be a writable folder: {folder.parent}: {error.strerror or error}. Set another one with "
+            "EQUIPOISE_CACHE."
         ) from None
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _publish(aside: Path, folder: Path) -> Corpus:
+def _publish(temporary: Path, folder: Path) -> Corpus:
     for _ in range(3):
         try:
-            aside.rename(folder)
+            temporary.rename(folder)
         except OSError:
             if not folder.exists():
                 raise
         corpus = _open(folder)
         if corpus is not None:
             return corpus
-        damaged = aside.with_name(f"{aside.name}.damaged")
-        with suppress(FileNotFoundError):  # another process moved it out of the way first
+        damaged = temporary.with_name(f"{temporary.name}.damaged")
+        with suppress(FileNotFoundError):  # another process moved it away first
             folder.rename(damaged)
         shutil.rmtree(damaged, ignore_errors=True)
-    raise EquipoiseError(f"The cache must hold what was written: {folder} does not. Remove it and try again.")
+    raise EquipoiseError(
+        f"The cache must return what was written to it: {folder} cannot be read back. Remove it and try again."
+    )
 
 
 def _train_tokenizer(texts: dict[str, list[str]], vocab_size: int) -> "Tokenizer":
-    """Byte-level BPE of the documents that can never be held out, with an even share of each domain."""
+    """Trains a byte-level BPE on documents that can never be held out, with an equal share of each domain."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -227,15 +235,16 @@ def _train_tokenizer(texts: dict[str, list[str]], vocab_size: int) -> "Tokenizer
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    share = min(MOST_TOKENIZER_BYTES, TOKENIZER_BYTES // len(texts))
+    share = min(MAX_TOKENIZER_BYTES_PER_DOMAIN, TOKENIZER_BYTES // len(texts))
     sample = [document for documents in texts.values() for document in _sample(documents, share)]
     tokenizer.train_from_iterator(sample, trainer)
     return tokenizer
 
 
 def _sample(documents: list[str], share: int) -> list[str]:
+    """The start of the training text, ``share`` bytes at most, cut between characters."""
     sample, room = [], share
-    for document in documents[most_held_out([len(document.encode()) for document in documents]) :]:
+    for document in documents[max_held_out([len(document.encode()) for document in documents]) :]:
         sample.append(document.encode()[: max(room, 0)].decode(errors="ignore"))
         room -= len(document.encode())
     return sample
@@ -246,7 +255,7 @@ def _find_tokenizer(path: Path) -> Path:
     if not file.is_file():
         raise UsageError(
             f"The tokenizer must be a tokenizer.json or a folder with one: {file} does not exist. Check the path, or "
-            "leave it out to train one on the text."
+            "leave the option out to train a tokenizer on the text."
         )
     return file
 
@@ -260,30 +269,30 @@ def _read_tokenizer(path: Path) -> "Tokenizer":
         raise EquipoiseError(
             f"The tokenizer must be a tokenizer.json of the library tokenizers: {path}: {error}. Restore the file."
         ) from None
-    tokenizer.no_truncation()  # some files come with both switched on, and would cut documents without a word
+    tokenizer.no_truncation()  # some files enable both, which would silently cut documents
     tokenizer.no_padding()
     return tokenizer
 
 
 def end_of_text(tokenizer_file: Path) -> str:
-    """The token of this tokenizer that ends a document."""
+    """The token of this tokenizer that marks the end of a document."""
     return _end_of_text(_read_tokenizer(tokenizer_file))
 
 
 def _end_of_text(tokenizer: "Tokenizer") -> str:
-    found = [end for end in ENDS if tokenizer.token_to_id(end) is not None]
-    if not found:
+    known = [end for end in ENDS if tokenizer.token_to_id(end) is not None]
+    if not known:
         raise EquipoiseError(
             f"The tokenizer must have a token for the end of a document: it has none of {', '.join(ENDS)}. Add one to "
             "its tokenizer.json."
         )
-    return found[0]
+    return known[0]
 
 
 def _encode(tokenizer: "Tokenizer", documents: list[str], dtype: np.dtype) -> list[np.ndarray]:
     end = tokenizer.token_to_id(_end_of_text(tokenizer))
     encoded = []
-    for first in range(0, len(documents), 256):  # in parts: an encoding is many times larger than its tokens
+    for first in range(0, len(documents), 256):  # in parts: encodings need many times the memory of their tokens
         part = tokenizer.encode_batch_fast(documents[first : first + 256], add_special_tokens=False)
         encoded += [np.array([*document.ids, end], dtype) for document in part]
     return encoded
@@ -291,7 +300,7 @@ def _encode(tokenizer: "Tokenizer", documents: list[str], dtype: np.dtype) -> li
 
 def _write(folder: Path, texts: dict[str, list[str]], tokenizer: "Tokenizer", progress: Progress) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
-    tokenizer.encode_special_tokens = True  # not saved: here "<|endoftext|>" within a document is plain text
+    tokenizer.encode_special_tokens = True  # set after saving: "<|endoftext|>" inside a document is plain text
     vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
     dtype = np.dtype("<u2" if vocab_size < 2**16 else "<u4")
     fingerprint = hashlib.blake2b((folder / "tokenizer.json").read_bytes(), digest_size=16)
@@ -322,7 +331,7 @@ def _write(folder: Path, texts: dict[str, list[str]], tokenizer: "Tokenizer", pr
 
 
 def _open(folder: Path) -> Corpus | None:
-    """The corpus in this folder of the cache; None if there is none or it is damaged."""
+    """The corpus in this folder of the cache; None if there is none, or if it is damaged."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         dtype, entries = np.dtype(manifest["dtype"]), manifest["domains"]

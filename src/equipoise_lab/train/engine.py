@@ -1,4 +1,4 @@
-"""How the lab uses a machine: device, precision, reproducibility, memory."""
+"""How the lab uses a machine: device, precision, reproducibility and memory."""
 
 import ctypes
 import math
@@ -13,7 +13,7 @@ __all__ = ["keep_freed_memory", "learning_rate_at", "machine", "reproducible"]
 
 
 def machine(dtype: str) -> tuple[torch.device, bool]:
-    """The device, and whether forwards run under bfloat16 autocast."""
+    """The device, and whether forwards run under bfloat16 autocast. ``dtype`` is that option of ``train``."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if dtype != "auto":
         return device, dtype == "bfloat16"
@@ -25,10 +25,13 @@ def machine(dtype: str) -> tuple[torch.device, bool]:
 
 @contextmanager
 def reproducible() -> Iterator[None]:
-    """The same command gives the same numbers, bit for bit: no atomic additions in an order of their own."""
+    """Makes runs reproducible: the same command gives the same numbers, bit for bit.
+
+    Deterministic algorithms use no atomic additions, whose order changes from run to run.
+    """
     deterministic: Any = torch.utils.deterministic
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    filled = deterministic.fill_uninitialized_memory
+    modes_before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fills_before = deterministic.fill_uninitialized_memory
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     keep_freed_memory()
     torch.use_deterministic_algorithms(True)
@@ -36,14 +39,17 @@ def reproducible() -> Iterator[None]:
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        deterministic.fill_uninitialized_memory = filled
+        torch.use_deterministic_algorithms(modes_before[0], warn_only=modes_before[1])
+        deterministic.fill_uninitialized_memory = fills_before
 
 
 def keep_freed_memory() -> None:
-    """Tells glibc to keep what is freed: a training step allocates the same large blocks again and again, and fresh
-    pages from the kernel cost more than the arithmetic in them. Elsewhere it does nothing."""
-    trim_threshold, mmap_threshold = -1, -3  # names of mallopt(3)
+    """Tells glibc to keep freed memory; does nothing with another C library.
+
+    A training step allocates the same large blocks again and again. Fresh pages from the kernel cost more than the
+    arithmetic on them.
+    """
+    trim_threshold, mmap_threshold = -1, -3  # parameters of mallopt(3)
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError):
@@ -53,13 +59,15 @@ def keep_freed_memory() -> None:
 
 
 def learning_rate_at(step: int, *, steps: int, peak: float, warmup: float) -> float:
-    """Linear warm-up over ``warmup * steps`` steps, then a cosine to a tenth of the peak at the last. ``step`` from 0.
+    """Linear warm-up over ``warmup * steps`` steps, then a cosine down to a tenth of the peak at the last step.
+
+    ``step`` counts from 0.
 
     >>> [round(learning_rate_at(s, steps=5, peak=1.0, warmup=0.4), 3) for s in range(5)]
     [0.5, 1.0, 1.0, 0.55, 0.1]
     """
-    rising = int(warmup * steps)
-    if step < rising:
-        return peak * (step + 1) / rising
-    progress = (step - rising) / max(steps - 1 - rising, 1)
+    warmup_steps = int(warmup * steps)
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(steps - 1 - warmup_steps, 1)
     return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))

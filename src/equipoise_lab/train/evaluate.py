@@ -1,4 +1,4 @@
-"""Quality, balance and specialisation of a model on held-out text, domain by domain."""
+"""Measures quality, balance and specialisation of a model on held-out text, domain by domain."""
 
 import math
 from typing import Any
@@ -11,17 +11,17 @@ from torch import Tensor, nn
 
 from equipoise import metrics
 from equipoise.balance import Balance
-from equipoise_lab.experts.result import Audited
+from equipoise_lab.experts.result import AuditData
 from equipoise_lab.experts.watch import choose_vocabulary, watching
 from equipoise_lab.train.data import Corpus
-from equipoise_lab.train.ranks import ALONE, Ranks
+from equipoise_lab.train.ranks import ONE_PROCESS, Ranks
 from equipoise_lab.train.wrappers import is_sharded
 
 __all__ = ["evaluate", "language_model_loss"]
 
 
 def language_model_loss(model: nn.Module, input_ids: Int[Tensor, "sequences length"]) -> Float[Tensor, ""]:
-    """Mean cross-entropy of the next token, in nats, in float32. No balancing loss is in it."""
+    """Mean cross-entropy of the next token, in nats, computed in float32. Contains no balancing loss."""
     logits = model(input_ids=input_ids, use_cache=False).logits[:, :-1]
     return F.cross_entropy(logits.flatten(0, 1).float(), input_ids[:, 1:].flatten())
 
@@ -39,28 +39,33 @@ def evaluate(
     k: int,
     device: torch.device,
     autocast: bool,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = ONE_PROCESS,
     by_token: bool = False,
-) -> tuple[dict[str, Any], Audited]:
-    """Figures of the model on ``split``; every domain gives the same number of sequences, dealt to the ranks.
+) -> tuple[dict[str, Any], AuditData]:
+    """Evaluates the model on ``split``. Every domain gives the same number of sequences; the ranks share them.
 
-    Returns the figures and what the routers did, counted by domain and, ``by_token``, by token id too. The figures are
-    ``val_nats`` (mean over tokens), ``val_perplexity``, ``val_bits_per_byte``, ``maxvio_global`` (all domains
-    pooled), ``maxvio_floor``, ``domain_information_bits`` and ``max_domain_share`` (means over layers),
-    ``topk_score_sum`` (mean over layers and domains), ``dead_experts`` (sum over layers), and by domain ``nats``,
-    ``bits_per_byte``, ``tokens``, ``load`` (layers x experts), ``topk_score_sum`` (layers).
+    Returns the figures, and what the routers did. The latter is counted by domain and, with ``by_token``, also by token
+    id. The figures are:
+
+    - ``val_nats`` (mean over tokens), ``val_perplexity``, ``val_bits_per_byte``;
+    - ``maxvio_global`` (all domains pooled), ``maxvio_floor``;
+    - ``domain_information_bits`` and ``max_domain_share`` (means over layers);
+    - ``topk_score_sum`` (mean over layers and domains), ``dead_experts`` (sum over layers);
+    - ``domains``: for each domain ``nats``, ``bits_per_byte``, ``tokens``, ``load`` (layers x experts) and
+      ``topk_score_sum`` (by layer).
     """
     rows = {domain: corpus.sequences(split, domain, sequence_length) for domain in corpus.domains}
     num = min([most_sequences, *map(len, rows.values())])
     vocabulary, notes = choose_vocabulary(model, (rows[d][:num] for d in corpus.domains)) if by_token else ([], [])
     was_training = model.training
     model.eval()
-    firsts = range(0, num, sequences)  # the first sequence of each batch of a domain
-    mine = firsts[ranks.rank :: ranks.size]
-    idle = is_sharded(model) and len(mine) < len(firsts[:: ranks.size])  # no batch left, and the others need our shards
+    starts = range(0, num, sequences)  # index of the first sequence in each batch of a domain
+    rank_starts = starts[ranks.rank :: ranks.size]
+    # A rank without a batch in the last round must still run a forward: the others need its shards.
+    runs_empty_forward = is_sharded(model) and len(rank_starts) < len(starts[:: ranks.size])
 
-    def total_nats(domain: str, first: int) -> float:
-        batch = torch.from_numpy(rows[domain][first : min(first + sequences, num)].astype(np.int64))
+    def total_nats(domain: str, start: int) -> float:
+        batch = torch.from_numpy(rows[domain][start : min(start + sequences, num)].astype(np.int64))
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             return float(language_model_loss(model, batch.to(device))) * len(batch)
 
@@ -71,9 +76,9 @@ def evaluate(
             for number, domain in enumerate(corpus.domains):
                 with balance.measuring() as loads[domain]:
                     totals[domain], watched.domain = 0.0, number
-                    for first in mine:
-                        totals[domain] += total_nats(domain, first)
-                    if idle:
+                    for start in rank_starts:
+                        totals[domain] += total_nats(domain, start)
+                    if runs_empty_forward:
                         watched.domain = None
                         with balance.paused():
                             total_nats(domain, 0)
@@ -93,12 +98,12 @@ def evaluate(
             "topk_score_sum": [float(layer.score_sum[number]) / (num * sequence_length) for layer in watched.layers],
         }
     by_domain = [[torch.tensor(layer) for layer in row["load"]] for row in domains.values()]
-    layers = [torch.stack(layer) for layer in zip(*by_domain, strict=True)]  # of each layer (domains, experts)
+    layers = [torch.stack(layer) for layer in zip(*by_domain, strict=True)]  # one (domains, experts) tensor a layer
     pooled = {str(index): layer.sum(0) for index, layer in enumerate(layers)}
     tokens = num * sequence_length * len(domains)
     floors = [metrics.sampling_floor(tokens, k, layer.shape[-1]) for layer in layers]
     nats = nats_sum / len(domains)
-    by_layer = [value for row in domains.values() for value in row["topk_score_sum"]]
+    score_sums = [value for row in domains.values() for value in row["topk_score_sum"]]
     figures = {
         "split": split,
         "val_nats": nats,
@@ -108,8 +113,8 @@ def evaluate(
         "maxvio_floor": sum(floors) / len(floors),
         "domain_information_bits": float(torch.stack([metrics.domain_information(x) for x in layers]).mean()),
         "max_domain_share": float(torch.stack([metrics.max_domain_share(x) for x in layers]).mean()),
-        "topk_score_sum": sum(by_layer) / len(by_layer),
+        "topk_score_sum": sum(score_sums) / len(score_sums),
         "dead_experts": float(metrics.dead_experts(pooled)),
         "domains": domains,
     }
-    return figures, Audited(watched, {domain: row["nats"] for domain, row in domains.items()}, tuple(notes))
+    return figures, AuditData(watched, {domain: row["nats"] for domain, row in domains.items()}, tuple(notes))

@@ -1,6 +1,7 @@
-"""What domains have in common, by level: their script, seen in the text; language and more where a file says so.
+"""Groups of domains at several levels: by script, detected in the text, and by language or more, read from a file.
 
-Experts that split Chinese from Latin letters have learnt a script, not a subject: so the two are reported apart.
+Experts that separate Chinese from Latin letters have learnt a script, not a subject. So the levels are reported
+separately.
 """
 
 import json
@@ -14,43 +15,43 @@ from equipoise_lab.train.text import CORPUS, LEVELS_FILE
 
 __all__ = ["levels_of", "script_of"]
 
-LOOKED_AT = 20_000  # characters of a domain
+SAMPLE_LENGTH = 20_000  # characters of a domain in which the script is detected
 NAMES = {"CJK": "Han", "HIRAGANA": "Japanese", "KATAKANA": "Japanese", "HANGUL": "Korean"}
 
 
 def script_of(text: str) -> str:
-    """The script that most letters of a text are of.
+    """The script of most letters in a text, or "none".
 
     >>> script_of("Marseille, le 3 mai"), script_of("床前明月光"), script_of("12 + 3"), script_of("москва")
     ('Latin', 'Han', 'none', 'Cyrillic')
     """
-    names = (unicodedata.name(c, "?").split()[0] for c in text[:LOOKED_AT] if c.isalpha())
+    names = (unicodedata.name(c, "?").split()[0] for c in text[:SAMPLE_LENGTH] if c.isalpha())
     scripts = Counter(NAMES.get(name, name.capitalize()) for name in names)
     return scripts.most_common(1)[0][0] if scripts else "none"
 
 
 def levels_of(data: str | Path | None, texts: Mapping[str, str]) -> dict[str, list[str]]:
-    """Labels of domains by level, coarse ones first, in the order of ``texts``, which has some text of each.
+    """Labels of the domains by level, coarse levels first. ``texts`` holds a sample of each domain and sets the order.
 
-    The first level is ``script``. Others come from ``levels.json`` in the folder of the text, as the packaged corpus
-    has one: ``{"language": {"law_fr": "French", ...}}``, each level with a label for every domain, coarse ones first.
-    A level at which all domains are alike, or all are different, says nothing and is left out.
+    The first level is ``script``. Further levels come from ``levels.json`` in the text's folder; the packaged corpus
+    has one. Its form is ``{"language": {"law_fr": "French", ...}}``: coarse levels first, each with a label for every
+    domain. A level that gives all domains the same label, or all different ones, is left out: it groups nothing.
     """
-    found = {"script": [script_of(text) for text in texts.values()]}
+    levels = {"script": [script_of(text) for text in texts.values()]}
     path = (CORPUS if data is None or data == "corpus" else Path(data).expanduser()) / LEVELS_FILE
     if path.is_file():
-        found |= _read(path, list(texts))
-    return {level: labels for level, labels in found.items() if 1 < len(set(labels)) < len(labels)}
+        levels |= _read(path, list(texts))
+    return {level: labels for level, labels in levels.items() if 1 < len(set(labels)) < len(labels)}
 
 
 def _read(path: Path, domains: list[str]) -> dict[str, list[str]]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if "domain" in content:
-            raise ValueError("no level may be called domain, which is the last of all")
+            raise ValueError('no level may be called "domain": the domains themselves are the last level')
         return {str(level): [str(labels[domain]) for domain in domains] for level, labels in content.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(
-            f'{path} must be JSON such as {{"language": {{"law_fr": "French"}}}} with a label for every domain at '
-            f"every level: {type(error).__name__}: {error}. Mend it, or remove it."
+            f'{path} must be JSON like {{"language": {{"law_fr": "French"}}}}, with a label for every domain at every '
+            f"level: {type(error).__name__}: {error}. Correct the file, or remove it."
         ) from None

@@ -1,8 +1,8 @@
-"""One run: trains one model under one strategy and writes its run folder.
+"""Trains one model under one strategy and writes its run folder.
 
 corpus -> micro-batches -> forwards of a window -> one backward -> optimizer -> balance.step() -> records
 
-All that has to do with the run folder is done by rank 0, in ``ranks.first``: on another node it need not be there.
+Only rank 0 touches the run folder, inside ``ranks.run_on_first``: other nodes may not have the folder.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from equipoise.balance import Balance
 from equipoise.errors import EquipoiseError, UsageError
 from equipoise.routers.find import find_routers
 from equipoise.saved import BIASES_FILE
-from equipoise_lab.experts.result import Audited
+from equipoise_lab.experts.result import AuditData
 from equipoise_lab.records import is_new
 from equipoise_lab.train import checkpoint
 from equipoise_lab.train.balancers import attach_strategy, check_strategy
@@ -32,20 +32,28 @@ from equipoise_lab.train.engine import learning_rate_at, machine, reproducible
 from equipoise_lab.train.evaluate import evaluate, language_model_loss
 from equipoise_lab.train.levels import levels_of
 from equipoise_lab.train.models import build_model, num_active_parameters
-from equipoise_lab.train.ranks import ALONE, Ranks, meet
-from equipoise_lab.train.run_folder import Nobody, RunFolder, Watcher, asked, complete_result
+from equipoise_lab.train.ranks import ONE_PROCESS, Ranks, join_ranks
+from equipoise_lab.train.run_folder import RunFolder, SilentWatcher, Watcher, complete_result, resume_options
 from equipoise_lab.train.selection import check_selection, install_selection
-from equipoise_lab.train.stop import told
-from equipoise_lab.train.switch import check_switch, holds_biases, switch
-from equipoise_lab.train.wrappers import check_wrapper, copy_to_ranks, digest, find_wrapper, full, shard, synchronising
+from equipoise_lab.train.stop import stop_requested
+from equipoise_lab.train.switch import check_switch, has_biases, switch
+from equipoise_lab.train.wrappers import (
+    check_wrapper,
+    copy_to_ranks,
+    find_wrapper,
+    full_tensor,
+    shard,
+    synchronising,
+    weights_digest,
+)
 
-__all__ = ["same_options", "train"]
+__all__ = ["check_same_options", "train"]
 
 
-def check(config: Train, ranks: Ranks = ALONE) -> None:
-    """Everything about a run that can be wrong before a model is built."""
-    ranks.together(_check_options, config, ranks.size)
-    ranks.first(_check_out, config)
+def check(config: Train, ranks: Ranks = ONE_PROCESS) -> None:
+    """Checks everything that can be checked before a model is built."""
+    ranks.run_on_all(_check_options, config, ranks.size)
+    ranks.run_on_first(_check_out, config)
 
 
 def _check_options(config: Train, num_ranks: int) -> None:
@@ -59,12 +67,12 @@ def _check_options(config: Train, num_ranks: int) -> None:
         next_multiple = -(-config.micro_batches // num_ranks) * num_ranks
         raise UsageError(
             "--micro-batches must be a multiple of the number of ranks, which share the micro-batches of a step: got "
-            f"{config.micro_batches} on {num_ranks} ranks. Take {next_multiple}, or another number of ranks."
+            f"{config.micro_batches} on {num_ranks} ranks. Use {next_multiple}, or another number of ranks."
         )
     if config.micro_batches // num_ranks % config.balance_batch:
         raise UsageError(
-            "--balance-batch must divide the micro-batches of a rank: got "
-            f"{config.balance_batch} of {config.micro_batches // num_ranks} on each of {num_ranks} ranks."
+            "--balance-batch must divide the number of micro-batches per rank: got "
+            f"{config.balance_batch} and {config.micro_batches // num_ranks} on each of {num_ranks} ranks."
         )
 
 
@@ -74,12 +82,12 @@ def _check_out(config: Train) -> None:
         raise EquipoiseError(f"--out must be a folder: {out} is a file. Choose another.")
     if not is_new(out) and not config.resume:
         raise EquipoiseError(
-            f"--out must be new or empty: {out} holds {_some(out)}. Nothing was touched. Choose another folder, or "
-            "go on with a run that was stopped with --resume."
+            f"--out must be new or empty: {out} holds {_some_names(out)}. Nothing was changed. Choose another folder, "
+            "or continue a stopped run with --resume."
         )
 
 
-def _some(folder: Any) -> str:
+def _some_names(folder: Path) -> str:
     names = sorted(path.name for path in folder.iterdir())
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
@@ -87,17 +95,17 @@ def _some(folder: Any) -> str:
 def train(config: Train, watcher: Watcher, command: str = "", ranks: Ranks | None = None) -> dict[str, Any]:
     """Trains one run and returns its result (the content of ``result.json``), on every rank.
 
-    ``ranks`` are, by default, those that torchrun started (:func:`equipoise_lab.train.ranks.meet`).
+    The default of ``ranks`` is the ranks that torchrun started (:func:`equipoise_lab.train.ranks.join_ranks`).
     """
-    ranks = meet() if ranks is None else ranks
-    watcher = watcher if ranks.rank == 0 else Nobody()
-    same_options(config, ranks)
+    ranks = join_ranks() if ranks is None else ranks
+    watcher = watcher if ranks.rank == 0 else SilentWatcher()
+    check_same_options(config, ranks)
     check(config, ranks)
-    result = ranks.first(complete_result, config, watcher)
+    result = ranks.run_on_first(complete_result, config, watcher)
     if result is not None:
         return result
     with reproducible():
-        with ranks.alive(lambda: "before the first step", lambda: "Start the same command again."):
+        with ranks.report_lost_rank(lambda: "before the first step", lambda: "Start the same command again."):
             training = _Training(config, watcher, command, ranks)
         try:
             return training.run()
@@ -105,41 +113,42 @@ def train(config: Train, watcher: Watcher, command: str = "", ranks: Ranks | Non
             training.folder.release()
 
 
-def same_options(config: Any, ranks: Ranks) -> None:
-    """Refuses ranks that were started with different options; ``out`` is the first rank's business alone."""
+def check_same_options(config: Any, ranks: Ranks) -> None:
+    """Raises EquipoiseError if ranks were started with different options. ``out`` may differ: only rank 0 uses it."""
     options = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     del options["out"]
-    ranks.agree(
+    ranks.check_equal(
         {"command": type(config).__name__.lower(), **options},
-        lambda name, value, rank, theirs: (
-            f"every rank must be started with the same options: {name} is {value!r} on rank 0, {theirs!r} on rank "
-            f"{rank}. Start every node with the same command; only --out may differ."
+        lambda name, value, rank, other_value: (
+            f"every rank must be started with the same options: {name} is {value!r} on rank 0, but {other_value!r} on "
+            f"rank {rank}. Start every node with the same command; only --out may differ."
         ),
     )
 
 
-def _another_text(name: str, value: Any, rank: int, theirs: Any) -> str:
+def _different_text(name: str, value: Any, rank: int, other_value: Any) -> str:
     return (
-        f"every rank must have the same text: rank 0 has the {name} {value}, rank {rank} has {theirs}. Copy the text "
-        "and the tokenizer of --data and --tokenizer to every node."
+        f"every rank must have the same text: rank 0 has the {name} {value}, rank {rank} has {other_value}. Copy the "
+        "text and the tokenizer of --data and --tokenizer to every node."
     )
 
 
-def _other_weights(name: str, value: Any, rank: int, theirs: Any) -> str:
+def _different_weights(name: str, value: Any, rank: int, other_value: Any) -> str:
     return (
-        f"every rank must begin with the same {name}: those of rank {rank} are not those of rank 0. Copy --model to "
-        "every node, and install the same versions there."
+        f"every rank must start with the same {name}: rank {rank} and rank 0 differ. Copy --model to every node, and "
+        "install the same versions there."
     )
 
 
 class _Training:
-    def __init__(self, config: Train, watcher: Watcher, command: str, ranks: Ranks = ALONE):
+    def __init__(self, config: Train, watcher: Watcher, command: str, ranks: Ranks = ONE_PROCESS):
         self.config, self.watcher, self.ranks = config, watcher, ranks
         self.device, autocast = machine(config.dtype)
         self.autocast = all(ranks.gather(autocast))
-        self.corpus: Corpus = ranks.by_node(self._load_corpus)
-        ranks.agree({"fingerprint": self.corpus.fingerprint}, _another_text)
-        ranks.first(levels_of, config.data, dict.fromkeys(self.corpus.domains, ""))  # an error now, not at the end
+        self.corpus: Corpus = ranks.run_by_node(self._load_corpus)
+        ranks.check_equal({"fingerprint": self.corpus.fingerprint}, _different_text)
+        # A bad levels.json must fail now, not at the end of the run.
+        ranks.run_on_first(levels_of, config.data, dict.fromkeys(self.corpus.domains, ""))
         self.batches = Batches(
             self.corpus,
             sequence_length=config.sequence_length,
@@ -151,19 +160,19 @@ class _Training:
             rank=ranks.rank,
             num_ranks=ranks.size,
         )
-        self.inner: nn.Module = ranks.together(build_model, config, self.corpus.vocab_size)
+        self.inner: nn.Module = ranks.run_on_all(build_model, config, self.corpus.vocab_size)
         if ranks.size > 1:
-            ranks.agree({"weights": digest(self.inner)}, _other_weights)
-        ranks.together(install_selection, self.inner, config.selection)
+            ranks.check_equal({"weights": weights_digest(self.inner)}, _different_weights)
+        ranks.run_on_all(install_selection, self.inner, config.selection)
         self.inner = self.inner.to(self.device).train()
         wrapper = check_wrapper(config.wrapper, ranks.size)
         if wrapper == "fsdp2":
             shard(self.inner, ranks.size, self.device)
-        self.notes: list[str] = [] if config.then is None else ranks.together(self._try_then)
-        self.strategy = config.strategy  # of the step that comes next
-        self.balance: Balance = ranks.together(self._attach)
+        self.notes: list[str] = [] if config.then is None else ranks.run_on_all(self._try_then)
+        self.strategy = config.strategy  # the strategy of the next step
+        self.balance: Balance = ranks.run_on_all(self._attach)
         self.model = copy_to_ranks(self.inner) if wrapper == "ddp" else self.inner
-        self.k, self.num_experts = ranks.together(self._sizes)
+        self.k, self.num_experts = ranks.run_on_all(self._sizes)
         decayed = [p for p in self.inner.parameters() if p.requires_grad and p.dim() >= 2]
         other = [p for p in self.inner.parameters() if p.requires_grad and p.dim() < 2]
         self.optimizer = torch.optim.AdamW(
@@ -172,9 +181,9 @@ class _Training:
             betas=(0.9, 0.95),
             fused=True,
         )
-        self.done, self.saved = 0, 0  # steps: trained, in the newest checkpoint
-        self.folder = RunFolder(config, watcher)  # rank 0 alone writes into it
-        self.autocast = ranks.first(self.folder.open, self._facts(command), self._machine())
+        self.done, self.saved = 0, 0  # number of steps: trained, and in the newest checkpoint
+        self.folder = RunFolder(config, watcher)  # only rank 0 writes into it
+        self.autocast = ranks.run_on_first(self.folder.open, self._facts(command), self._machine())
 
     def _load_corpus(self) -> Corpus:
         return load_corpus(
@@ -189,7 +198,7 @@ class _Training:
         return attach_strategy(self.inner, self.strategy, biases=self._saved_biases())
 
     def _try_then(self) -> list[str]:
-        """Finds out before the first step whether the strategy that takes over can be attached; its notes."""
+        """Tests before the first step that the second strategy can be attached. Returns its notes."""
         config = self.config
         assert config.then is not None and config.switch_at is not None
         balance = attach_strategy(self.inner, config.then)
@@ -197,32 +206,32 @@ class _Training:
         return balance.notes(config.steps - config.switch_at)
 
     def _balance_of(self, step: int) -> Balance:
-        """What balances ``step``, before its state is loaded."""
+        """The Balance of ``step``, without its saved state. Attaches it if the strategy changes."""
         strategy = self.config.strategy_of(step)
         if strategy != self.strategy:
             self.balance.detach()
             self.strategy = strategy
-            self.balance = self.ranks.together(self._attach)
+            self.balance = self.ranks.run_on_all(self._attach)
         return self.balance
 
     def _sizes(self) -> tuple[int, int]:
-        """k and the number of experts, of every layer."""
+        """k and the number of experts, which must be the same in every layer."""
         sizes = {(router.k, router.num_experts) for router in find_routers(self.inner)}
         if len(sizes) > 1:
-            found = ", ".join(f"{k} of {num_experts}" for k, num_experts in sorted(sizes))
+            different = " and ".join(f"{k} of {num_experts}" for k, num_experts in sorted(sizes))
             raise UsageError(
-                f"--model must choose as many of as many experts in every layer: it has layers with {found}. Train it "
-                "in a loop of your own, with attach."
+                "--model must have the same k and number of experts in every layer: it has layers that choose "
+                f"{different} experts. Train it in a loop of your own, with attach."
             )
         return sizes.pop()
 
     def _saved_biases(self) -> Path | None:
-        """The biases that lie beside the weights of --model, where its family has no slot for them."""
+        """The folder of --model if it has a bias file beside its weights, which families without a slot need."""
         if self.config.model is None or not (self.config.model / BIASES_FILE).exists():
             return None
-        if holds_biases(self.strategy):
+        if has_biases(self.strategy):
             return self.config.model
-        self.watcher.say(f"{self.strategy} holds no biases: those beside {self.config.model} are left out")
+        self.watcher.say(f"the strategy {self.strategy} has no biases: the bias file in {self.config.model} is ignored")
         return None
 
     def _facts(self, command: str) -> dict[str, Any]:
@@ -232,7 +241,7 @@ class _Training:
             "seed": config.seed,
             "arch": config.arch if config.model is None else self.inner.config.model_type,
             "steps": config.steps,
-            "options": asked(config),
+            "options": resume_options(config),
             "num_parameters": sum(p.numel() for p in self.inner.parameters()),
             "num_active_parameters": num_active_parameters(self.inner, self.k, self.num_experts),
             "score_function": find_routers(self.inner)[0][2].score_function,
@@ -271,7 +280,7 @@ class _Training:
         }
 
     def run(self) -> dict[str, Any]:
-        with self.ranks.alive(lambda: f"at step {self.done + 1}", self._what_then):
+        with self.ranks.report_lost_rank(lambda: f"at step {self.done + 1}", self._resume_hint):
             return self._run()
 
     def _run(self) -> dict[str, Any]:
@@ -281,34 +290,37 @@ class _Training:
         )
         self.done = self.saved = 0 if facts is None else facts["step"]
         if self.model is not self.inner:
-            self._settle()
-        ranks.first(self.folder.begin, self.done)
+            self._warm_up_ddp()
+        ranks.run_on_first(self.folder.begin, self.done)
         for step in range(self.done, config.steps):
             if config.strategy_of(step + 1) != self.strategy:
                 self.strategy = config.strategy_of(step + 1)
-                self.balance = ranks.together(switch, self.inner, self.balance, self.strategy)
+                self.balance = ranks.run_on_all(switch, self.inner, self.balance, self.strategy)
             row, load = self._step(step), [load.tolist() for load in self.balance.load.values()]
-            ranks.first(self.folder.step, row, load, patient=False)
+            ranks.run_on_first(self.folder.step, row, load, patient=False)
             self.done, last = step + 1, step + 1 == config.steps
             if config.evaluate_every and self.done % config.evaluate_every == 0 and not last:
-                ranks.first(self.folder.evaluation, self.done, self._evaluate("selection")[0])
+                ranks.run_on_first(self.folder.evaluation, self.done, self._evaluate("selection")[0])
             if self.done % config.checkpoint_every == 0 and not last:
-                ranks.first(self.folder.sync)
+                ranks.run_on_first(self.folder.sync)
                 checkpoint.save(self.folder.checkpoints, self.done, self.inner, self.optimizer, self.balance, ranks)
                 self.saved = self.done
         return self._finish()
 
-    def _what_then(self) -> str:
+    def _resume_hint(self) -> str:
         newest = f"The newest checkpoint is of step {self.saved}" if self.saved else "There is no checkpoint yet"
         return f"{newest}; start the same command again with --resume."
 
-    def _settle(self) -> None:
-        """A backward before the first step. DDP lays gradients out anew after the first one, and where more than two
-        ranks are summed the layout decides the rounding: so a run that goes on rounds as one that never stopped."""
+    def _warm_up_ddp(self) -> None:
+        """Runs one backward before the first step.
+
+        DDP changes its layout of the gradients after the first backward. With more than two ranks, the layout decides
+        how sums are rounded. After this warm-up a resumed run rounds like a run that never stopped.
+        """
         ids = self.batches.window(0)[0].input_ids.to(self.device)
         autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast)
         devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), self.balance.paused(), autocast:  # no number that a step would have taken
+        with torch.random.fork_rng(devices), self.balance.paused(), autocast:  # uses no random number of a later step
             loss = language_model_loss(self.model, ids)
         loss.backward()
         self.optimizer.zero_grad(set_to_none=True)
@@ -316,36 +328,37 @@ class _Training:
     def _step(self, step: int) -> dict[str, Any]:
         config, started = self.config, time.perf_counter()
         rate = learning_rate_at(step, steps=config.steps, peak=config.learning_rate, warmup=config.warmup)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        for parameter_group in self.optimizer.param_groups:
+            parameter_group["lr"] = rate
         window = self.batches.window(step)
         losses, task, balancing = [], torch.zeros((), device=self.device), torch.zeros((), device=self.device)
         interleaved = config.order == "interleaved"
-        for number, micro_batch in enumerate(window, start=1):
+        for number, batch in enumerate(window, start=1):
             with synchronising(self.model, not interleaved or number == len(window)):
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-                    loss = language_model_loss(self.model, micro_batch.input_ids.to(self.device))
-                ticket = self.balance.loss()
-                task, balancing = task + loss.detach(), balancing + ticket.detach()
-                loss = (loss + ticket) / len(window)  # equally many tokens in each; ranks average their gradients
+                    loss = language_model_loss(self.model, batch.input_ids.to(self.device))
+                balancing_loss = self.balance.loss()
+                task, balancing = task + loss.detach(), balancing + balancing_loss.detach()
+                # All batches have equally many tokens, and the ranks average their gradients.
+                loss = (loss + balancing_loss) / len(window)
                 if interleaved:
                     loss.backward()
                 else:
                     losses.append(loss)
         if losses:
             torch.stack(losses).sum().backward()
-        norm = full(nn.utils.clip_grad_norm_(self.inner.parameters(), config.clip))
+        norm = full_tensor(nn.utils.clip_grad_norm_(self.inner.parameters(), config.clip))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.balance.step()
         figures = {
             "loss": float(task) / len(window),
             "balancing_loss": float(balancing) / len(window),
-            "told": 0.0 if told() is None else 1.0,
+            "stop_requested": 0.0 if stop_requested() is None else 1.0,
             **{name: value for name, value in self.balance.metrics().items() if name != "tokens"},
         }
-        figures = self.ranks.mean(figures)  # some are of this rank's micro-batches
-        if figures.pop("told") == 1:
+        figures = self.ranks.mean(figures)  # some only cover the micro-batches of this rank
+        if figures.pop("stop_requested") == 1:
             raise KeyboardInterrupt  # on every rank, after the same step
         return {
             "step": step + 1,
@@ -359,7 +372,7 @@ class _Training:
             "seconds": time.perf_counter() - started,
         }
 
-    def _evaluate(self, split: str, by_token: bool = False) -> tuple[dict[str, Any], Audited]:
+    def _evaluate(self, split: str, by_token: bool = False) -> tuple[dict[str, Any], AuditData]:
         return evaluate(
             self.inner,
             self.balance,
@@ -380,15 +393,15 @@ class _Training:
         self.watcher.say("evaluating on the selection text and on the test text")
         selection, _ = self._evaluate("selection")
         row, audited = self._evaluate("test", by_token=True)
-        ranks.first(self.folder.evaluation, config.steps, selection)
-        ranks.first(self.folder.evaluation, config.steps, row)
-        ranks.first(self.folder.audit, audited, self.corpus, self.inner.config.model_type)
+        ranks.run_on_first(self.folder.evaluation, config.steps, selection)
+        ranks.run_on_first(self.folder.evaluation, config.steps, row)
+        ranks.run_on_first(self.folder.audit, audited, self.corpus, self.inner.config.model_type)
         if config.save_model:
             note = checkpoint.save_model(
                 config.out / "model", self.inner, self.balance, self.corpus.tokenizer_file, ranks
             )
             if note:
                 self.watcher.say(note)
-        result = ranks.first(self.folder.finish, selection, row)
+        result = ranks.run_on_first(self.folder.finish, selection, row)
         self.watcher.end()
         return result

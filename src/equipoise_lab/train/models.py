@@ -1,4 +1,4 @@
-"""Models of the lab: real architectures of Transformers, built small from a config."""
+"""Builds the models of the lab: real architectures of Transformers, small."""
 
 from typing import Any
 
@@ -53,16 +53,16 @@ def _small_config(config: Train, vocab_size: int) -> dict[str, Any]:
 
 
 def attention_for(length: int) -> str:
-    """Transformers' name for the attention of sequences of this many tokens.
+    """Transformers' name of the attention implementation for sequences of ``length`` tokens.
 
-    With short sequences on a CPU the plain one is quicker than torch's fused one: a step of the lab's default model
-    takes 0.83 of the time (``benchmarks/attention.py``). Long sequences need the memory that the fused one saves.
+    For short sequences on a CPU, plain attention is faster than torch's fused attention: a step of the lab's default
+    model takes 0.83 of the time (docs/speed.md). Long sequences need the memory that fused attention saves.
     """
     return "eager" if length <= 256 and not torch.cuda.is_available() else "sdpa"
 
 
 def build_model(config: Train, vocab_size: int) -> nn.Module:
-    """The model of a run, its fresh weights drawn from the seed. The same seed gives the same weights, bit for bit."""
+    """Builds the model of a run. The same seed gives the same fresh weights, bit for bit."""
     from equipoise.integrations.experts import use_quick_experts
 
     model = _fresh_or_saved(config, vocab_size)
@@ -81,18 +81,18 @@ def _fresh_or_saved(config: Train, vocab_size: int) -> Any:
         small = AutoConfig.for_model(config.arch, **_small_config(config, vocab_size))
         model = AutoModelForCausalLM.from_config(small, attn_implementation=attention_for(config.sequence_length))
         if config.score_function not in ("auto", SCORE_FUNCTIONS[config.arch]):
-            _change_gate(model, config.score_function)
+            _change_score_function(model, config.score_function)
         return model
     files = [*config.model.glob("*.safetensors"), *config.model.glob("pytorch_model*.bin")]
     has_weights = any(file.name != BIASES_FILE for file in files)
     auto, missing = AutoModelForCausalLM, set()
-    try:  # the weights that AdamW moves are float32, whatever they were saved in
+    try:  # AdamW trains float32 weights, whatever dtype they were saved in
         if has_weights:
             model, info = auto.from_pretrained(config.model, dtype=torch.float32, output_loading_info=True)
             missing = info["missing_keys"]
         else:
             model = auto.from_config(AutoConfig.from_pretrained(config.model), dtype=torch.float32)
-    except Exception as error:  # whatever a damaged or foreign folder makes of Transformers
+    except Exception as error:  # Transformers fails in many ways on a damaged or foreign folder
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise EquipoiseError(
             f"--model must be a causal language model of Transformers: {config.model}: {reason} Restore the folder, or "
@@ -100,32 +100,44 @@ def _fresh_or_saved(config: Train, vocab_size: int) -> Any:
         ) from None
     if missing:
         raise EquipoiseError(
-            f"--model must hold all of its weights: {config.model} lacks {len(missing)}, as {min(missing)}. Restore "
-            "them, or remove all weights to begin from fresh ones."
+            f"--model must contain all of its weights: {config.model} lacks {len(missing)}, for example "
+            f"{min(missing)}. Restore them, or remove all weight files to start from fresh weights."
         )
     rows = model.get_input_embeddings().num_embeddings
     if rows < vocab_size:
         raise EquipoiseError(
-            f"--model must have an embedding for every token: it has {rows}, the tokenizer {vocab_size} tokens. Pass "
-            "the model's own tokenizer with --tokenizer."
+            f"--model must have an embedding for every token: it has {rows} embeddings, and the tokenizer has "
+            f"{vocab_size} tokens. Give the model's own tokenizer with --tokenizer."
         )
     return model
 
 
-def _change_gate(model: nn.Module, score_function: str) -> None:
-    """Gives every layer a router of ``score_function``, with the weight that its own had. No random number is used up, so runs of
-    a seed differ by the score function only; under bfloat16 autocast also by the logits, which this router takes in float32."""
+def _change_score_function(model: nn.Module, score_function: str) -> None:
+    """Replaces every router by one with ``score_function`` and the same weight.
+
+    It uses no random numbers, so runs with the same seed only differ in the score function. Under bfloat16 autocast
+    they also differ in the logits: this router computes them in float32.
+    """
     for name, old, _, *_ in find_routers(model):
         assert isinstance(old.weight, nn.Parameter)
         num_experts, dim = old.weight.shape
         with torch.random.fork_rng(devices=[]):
-            router = Router(dim, num_experts, old.top_k, score_function=score_function, renormalise=True)  # type: ignore[arg-type]
+            router = Router(
+                dim,
+                num_experts,
+                old.top_k,  # type: ignore[arg-type]
+                score_function=score_function,  # type: ignore[arg-type]
+                renormalise=True,
+            )
         router.weight = old.weight
         model.set_submodule(name, router)
 
 
 def num_active_parameters(model: nn.Module, k: int, num_experts: int) -> int:
-    """Parameters that one token uses: all but the experts that it was not sent to, whose weights are stored as one."""
+    """Number of parameters that one token uses: everything but the experts that it is not sent to.
+
+    The weights of a layer's experts are stored in one tensor.
+    """
     total = 0
     for name, parameter in model.named_parameters():
         is_expert = ".experts." in name and parameter.dim() > 1 and parameter.shape[0] == num_experts

@@ -1,7 +1,7 @@
-"""The processes of a run, one a rank: who they are, and how they act and fail as one.
+"""The ranks of a run, one process each: how they join, act together and fail together.
 
-Collectives of a training step wait for a minute, so that a rank which hangs is noticed. What a rank may rightly wait
-for longer (text that is tokenised, a checkpoint that is written) goes over a group of its own that has hours.
+Collectives of a training step time out after a minute, so that a hanging rank is noticed. Some waits are legitimately
+longer: text is tokenised, a checkpoint is written. They use a second process group with a timeout of hours.
 """
 
 import os
@@ -17,35 +17,38 @@ import torch.distributed as dist
 
 from equipoise.errors import EquipoiseError
 
-__all__ = ["ALONE", "LostRank", "Ranks", "is_shared", "meet", "part"]
+__all__ = ["ONE_PROCESS", "LostRank", "Ranks", "is_shared", "join_ranks", "leave_ranks"]
 
-STEP = timedelta(seconds=60)  # what a rank may be late within a training step
-PATIENCE = timedelta(hours=2)  # what all may wait for one, outside of it
-MEETING = timedelta(minutes=10)  # from the first rank's start to the last's
+STEP_TIMEOUT = timedelta(seconds=60)  # how long a rank may be late within a training step
+PATIENT_TIMEOUT = timedelta(hours=2)  # how long all ranks may wait for one outside of a step
+START_TIMEOUT = timedelta(minutes=10)  # from the start of the first rank to the start of the last
 
 T = TypeVar("T")
 Outcome = tuple[T | None, BaseException | None]
 
 
 class LostRank(EquipoiseError):
-    """Another rank died, hung or stopped with an error of its own; nothing can go on without it."""
+    """Another rank died, hung or stopped with an error. The run cannot continue without it."""
 
 
 @final
 class Ranks:
-    """The ranks of a run, all of which call the same methods in the same order.
+    """The ranks of a run. All of them must call the same methods in the same order.
 
     Attributes:
-        rank, size: the number of this process, and how many there are.
-        local_rank: its number on this node.
+        rank, size: the rank of this process, and the number of ranks.
+        local_rank: its rank on this node.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0, patient: Any = None):
         self.rank, self.size, self.local_rank = rank, size, local_rank
         self._patient = patient
 
-    def first(self, function: Callable[..., T], *args: Any, patient: bool = True) -> T:
-        """What ``function(*args)`` returns on rank 0, on every rank; what it raises there is raised on every rank."""
+    def run_on_first(self, function: Callable[..., T], *args: Any, patient: bool = True) -> T:
+        """Calls ``function(*args)`` on rank 0 only. Every rank returns its value or raises its error.
+
+        With ``patient`` the other ranks may wait for hours, else for the time of a step.
+        """
         if self.size == 1:
             return function(*args)
         value: Any = None
@@ -53,17 +56,17 @@ class Ranks:
         if self.rank == 0:
             value, error = _outcome(function, *args)
         try:
-            value, told = self._hand_out((value, error and _portable(error)), patient)
+            value, error_of_first = self._broadcast((value, error and _picklable(error)), patient)
         except RuntimeError:
             if error is None:
                 raise
-        if error is not None or told is not None:
-            raise error or told
+        if error is not None or error_of_first is not None:
+            raise error or error_of_first
         return value
 
-    def _hand_out(self, value: Any, patient: bool) -> Any:
-        """Rank 0's value, on every rank. They may wait long for rank 0, which never waits long for them."""
-        limit = PATIENCE if patient and self.rank else STEP
+    def _broadcast(self, value: Any, patient: bool) -> Any:
+        """Rank 0's value, on every rank. The others may wait long for rank 0, but rank 0 never waits long for them."""
+        limit = PATIENT_TIMEOUT if patient and self.rank else STEP_TIMEOUT
         packed = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
         size = torch.tensor([packed.numel()])
         dist.broadcast(size, 0, group=self._patient, async_op=True).wait(limit)
@@ -71,42 +74,48 @@ class Ranks:
         dist.broadcast(packed, 0, group=self._patient, async_op=True).wait(limit)
         return value if self.rank == 0 else pickle.loads(packed.numpy().tobytes())
 
-    def together(self, function: Callable[..., T], *args: Any) -> T:
-        """``function(*args)`` on every rank; where it fails on any, the first of these errors is raised on all."""
+    def run_on_all(self, function: Callable[..., T], *args: Any) -> T:
+        """Calls ``function(*args)`` on every rank. If it fails on any, all raise the error of the lowest such rank."""
         if self.size == 1:
             return function(*args)
         value, error = _outcome(function, *args)
-        for rank, theirs in enumerate(self.gather(error and _portable(error, self.rank))):
-            if theirs is not None:
-                raise (error if error is not None and rank == self.rank == 0 else theirs)
+        for rank, error_of_rank in enumerate(self.gather(error and _picklable(error, self.rank))):
+            if error_of_rank is not None:
+                raise (error if error is not None and rank == self.rank == 0 else error_of_rank)
         return value  # type: ignore[return-value]
 
-    def by_node(self, function: Callable[..., T], *args: Any) -> T:
-        """``function(*args)`` on the first rank of every node, then on the others of the node: what the first leaves
-        on the disk, the others find there."""
+    def run_by_node(self, function: Callable[..., T], *args: Any) -> T:
+        """Calls ``function(*args)`` on the first rank of every node, then on the other ranks of the node.
+
+        The others can use what the first one wrote to the disk of the node.
+        """
         is_first = self.local_rank == 0
-        built = self.together(lambda: function(*args) if is_first else None)
-        opened = self.together(lambda: built if is_first else function(*args)) if self.size > 1 else built
-        return opened  # type: ignore[return-value]
+        value = self.run_on_all(lambda: function(*args) if is_first else None)
+        if self.size > 1:
+            value = self.run_on_all(lambda: value if is_first else function(*args))
+        return value  # type: ignore[return-value]
 
     def gather(self, value: T) -> list[T]:
-        """Everybody's Python value, in rank order."""
+        """The Python values of all ranks, in rank order."""
         values = [value] * self.size
         if self.size > 1:
             dist.all_gather_object(values, value, group=self._patient)
         return values
 
-    def agree(self, values: Mapping[str, Any], say: Callable[[str, Any, int, Any], str]) -> None:
-        """Raises the same error on every rank unless all have equal ``values``: ``say(name, on rank 0, rank, there)``
-        makes its message."""
-        everyone = self.gather(dict(values))
-        for rank, theirs in enumerate(everyone):
-            for name, value in everyone[0].items():
-                if repr(theirs.get(name)) != repr(value):  # nan is nan
-                    raise _share(EquipoiseError(say(name, value, rank, theirs.get(name))))
+    def check_equal(self, values: Mapping[str, Any], message: Callable[[str, Any, int, Any], str]) -> None:
+        """Raises the same error on every rank unless all ranks have equal ``values``.
+
+        ``message(name, value on rank 0, other rank, its value)`` returns the text of the error.
+        """
+        by_rank = self.gather(dict(values))
+        for rank, other_values in enumerate(by_rank):
+            for name, value in by_rank[0].items():
+                other_value = other_values.get(name)
+                if repr(other_value) != repr(value):  # repr, because nan != nan
+                    raise _mark_shared(EquipoiseError(message(name, value, rank, other_value)))
 
     def sum(self, figures: Mapping[str, float]) -> dict[str, float]:
-        """Every figure summed over the ranks, in float64."""
+        """The sum of every figure over the ranks, in float64."""
         if self.size == 1:
             return dict(figures)
         vector = torch.tensor(list(figures.values()), dtype=torch.float64)
@@ -114,7 +123,7 @@ class Ranks:
         return dict(zip(figures, vector.tolist(), strict=True))
 
     def add_up(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Sums every tensor over the ranks, in place: one collective a dtype."""
+        """Sums every tensor over the ranks, in place, with one collective per dtype."""
         if self.size == 1:
             return
         for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
@@ -129,70 +138,70 @@ class Ranks:
         return {name: value / self.size for name, value in self.sum(figures).items()}
 
     @contextmanager
-    def alive(self, when: Callable[[], str], what_then: Callable[[], str]) -> Iterator[None]:
-        """Says in one line, as ``LostRank``, what torch makes of a rank that is no longer there."""
+    def report_lost_rank(self, when: Callable[[], str], advice: Callable[[], str]) -> Iterator[None]:
+        """Turns torch's error for a lost rank into ``LostRank``, with a message of one line."""
         try:
             yield
         except RuntimeError as error:
-            reason = None if self.size == 1 else _lost(error)
+            reason = None if self.size == 1 else _lost_rank_reason(error)
             if reason is None:
                 raise
             raise LostRank(
-                f"every rank must live to the end: another one was lost {when()} ({reason}). {what_then()}"
+                f"every rank must run to the end: another rank was lost {when()} ({reason}). {advice()}"
             ) from None
 
 
-ALONE = Ranks()
+ONE_PROCESS = Ranks()
 
 
-def meet() -> Ranks:
-    """The ranks that torchrun started, or those of the default process group where one is there; else one process.
+def join_ranks() -> Ranks:
+    """Joins the ranks that torchrun started, or uses the default process group if there is one. Else one process.
 
-    CPU tensors go over gloo; where CUDA is available its tensors go over nccl, each rank on the GPU of its number on
-    the node.
+    CPU tensors use gloo. If CUDA is available, its tensors use nccl, and each rank uses the GPU with its local rank.
     """
     if not (dist.is_available() and dist.is_initialized()):
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            return ALONE
-        _join()
+            return ONE_PROCESS
+        _init_process_group()
     if dist.get_world_size() == 1:
-        return ALONE
+        return ONE_PROCESS
     rank = dist.get_rank()
     local_rank = int(os.environ.get("LOCAL_RANK", rank))
-    return Ranks(rank, dist.get_world_size(), local_rank, dist.new_group(backend="gloo", timeout=PATIENCE))
+    return Ranks(rank, dist.get_world_size(), local_rank, dist.new_group(backend="gloo", timeout=PATIENT_TIMEOUT))
 
 
-def part() -> None:
-    """Leaves the process group that ``meet`` joined, if there is one."""
+def leave_ranks() -> None:
+    """Leaves the process group that ``join_ranks`` joined, if there is one."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
 
 def is_shared(error: BaseException) -> bool:
-    """Whether every rank raised this very error."""
+    """Whether every rank raised this same error."""
     return getattr(error, "of_all_ranks", False)
 
 
-def _join() -> None:
+def _init_process_group() -> None:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     backend = "gloo"
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
             raise EquipoiseError(
-                f"every rank must have a GPU of its own: this node has {torch.cuda.device_count()}, this is its rank "
-                f"{local_rank}, counted from 0. Start it with --nproc-per-node {torch.cuda.device_count()}."
+                f"every rank must have a GPU of its own: this node has {torch.cuda.device_count()} GPUs, and this is "
+                f"local rank {local_rank}, counted from 0. Use --nproc-per-node {torch.cuda.device_count()}."
             )
         torch.cuda.set_device(local_rank)
         backend = "cpu:gloo,cuda:nccl"
     try:
-        store, rank, size = next(dist.rendezvous("env://", timeout=MEETING))
+        store, rank, size = next(dist.rendezvous("env://", timeout=START_TIMEOUT))
         store.set(f"equipoise/here/{rank}", "1")
-        store.wait([f"equipoise/here/{other}" for other in range(size)], MEETING)  # they load at their own pace
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=STEP)
+        # Ranks start up at different speeds: wait for all before the shorter timeout applies.
+        store.wait([f"equipoise/here/{other}" for other in range(size)], START_TIMEOUT)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=STEP_TIMEOUT)
     except (RuntimeError, ValueError) as error:
         raise EquipoiseError(
-            f"the {os.environ['WORLD_SIZE']} ranks of WORLD_SIZE must find each other: {_first_line(error)}. Start "
-            "them with torchrun, as in: torchrun --nproc-per-node 4 -m equipoise train --out runs/one"
+            f"all {os.environ['WORLD_SIZE']} ranks (WORLD_SIZE) must be able to connect: {_first_line(error)}. Start "
+            "them with torchrun, for example: torchrun --nproc-per-node 4 -m equipoise train --out runs/one"
         ) from None
 
 
@@ -200,30 +209,31 @@ def _outcome(function: Callable[..., T], *args: Any) -> Outcome[T]:
     try:
         return function(*args), None
     except (Exception, KeyboardInterrupt) as error:
-        return None, _share(error)
+        return None, _mark_shared(error)
 
 
 E = TypeVar("E", bound=BaseException)
 
 
-def _share(error: E) -> E:
+def _mark_shared(error: E) -> E:
+    """Marks an error that every rank raises."""
     error.of_all_ranks = True  # type: ignore[attr-defined]
     return error
 
 
-def _portable(error: BaseException, rank: int = 0) -> BaseException:
-    """The error as another process can read it; one of another rank than 0 says whose it is."""
+def _picklable(error: BaseException, rank: int = 0) -> BaseException:
+    """The error in a form that another process can unpickle. Its message names the rank if that is not 0."""
     if rank and isinstance(error, EquipoiseError):
-        return _share(type(error)(f"on rank {rank}: {error}"))
+        return _mark_shared(type(error)(f"on rank {rank}: {error}"))
     try:
         pickle.loads(pickle.dumps(error))
         return error
-    except Exception:  # whatever an error of another library holds
-        return _share(EquipoiseError(f"on rank {rank}: {type(error).__name__}: {_first_line(error)}"))
+    except Exception:  # errors of other libraries may contain anything
+        return _mark_shared(EquipoiseError(f"on rank {rank}: {type(error).__name__}: {_first_line(error)}"))
 
 
-def _lost(error: RuntimeError) -> str | None:
-    """Why a collective failed, if it is that a rank is gone; else None."""
+def _lost_rank_reason(error: RuntimeError) -> str | None:
+    """Why a collective failed if a rank was lost; None for other errors."""
     text = _first_line(error)
     signs = r"gloo|nccl|connection (closed|reset|refused)|broken pipe|timed? ?out|socket|peer"
     if not isinstance(error, dist.DistError) and not re.search(signs, text, re.IGNORECASE):

@@ -1,7 +1,8 @@
-"""What a run leaves in its folder. Of many ranks the first alone has it: every method here is for that one to call.
+"""Writes the folder of a run. Only rank 0 has the folder, so only rank 0 may call what is here.
 
-corpus, model and balance -> facts -> config.json; steps and evaluations -> rows; the last evaluation -> audit.json and
-result.json
+corpus, model and balance  ->  facts  ->  config.json
+steps and evaluations      ->  rows   ->  *.jsonl
+the last evaluation        ->  audit.json and result.json
 """
 
 import math
@@ -17,19 +18,19 @@ import torch
 
 from equipoise.alerts import Alerts
 from equipoise.errors import EquipoiseError
-from equipoise_lab.experts.result import RESULT, Audited, summarise
+from equipoise_lab.experts.result import RESULT, AuditData, summarise
 from equipoise_lab.records import LOCK, Run, is_new, write_json
 from equipoise_lab.train.config import Train
 from equipoise_lab.train.data import Corpus
 from equipoise_lab.train.levels import levels_of
 from equipoise_lab.train.selection import evaluates_by_token, evaluation_note
-from equipoise_lab.train.switch import moves_by_rate
+from equipoise_lab.train.switch import has_positive_rate
 
-__all__ = ["Nobody", "RunFolder", "Watcher", "asked", "complete_result"]
+__all__ = ["RunFolder", "SilentWatcher", "Watcher", "complete_result", "resume_options"]
 
 
 class Watcher(Protocol):
-    """Who is told how a run goes on."""
+    """Receives the progress of a run."""
 
     def say(self, text: str) -> None: ...
 
@@ -40,8 +41,8 @@ class Watcher(Protocol):
     def end(self) -> None: ...
 
 
-class Nobody:
-    """The watcher of a rank other than the first."""
+class SilentWatcher:
+    """Ignores the progress of a run. Every rank but rank 0 has this watcher."""
 
     def say(self, text: str) -> None: ...
 
@@ -51,66 +52,71 @@ class Nobody:
 
     def end(self) -> None: ...
 
-    def another(self) -> "Nobody":
+    def add_run(self) -> "SilentWatcher":
         return self
 
 
 def complete_result(config: Train, watcher: Watcher) -> dict[str, Any] | None:
-    """The result of a run that is complete already."""
+    """The result of a run that is already complete, else None."""
     if is_new(config.out) or not Run(config.out).complete:
         return None
-    _same_options(Run(config.out), config)
+    _check_same_options(Run(config.out), config)
     watcher.begin(config, config.steps)
     if config.save_model and not (config.out / "model").is_dir():
-        watcher.say(f"{config.out} is complete, and was trained with --no-save-model: no model is there to be saved")
+        watcher.say(f"{config.out} is complete, but was trained with --no-save-model: there is no model to save")
     watcher.end()
-    shutil.rmtree(config.out / "checkpoints", ignore_errors=True)  # killed before it could
+    # Checkpoints remain if the run was killed after its result was written.
+    shutil.rmtree(config.out / "checkpoints", ignore_errors=True)
     return Run(config.out).result
 
 
-class _Hold:
-    """Refuses a folder in which another process trains, and keeps others out until it is released or gone."""
+class _FolderLock:
+    """Locks a folder against other training processes, until it is released or the process ends.
 
-    handle: int | None = None
+    Raises EquipoiseError if another process holds the lock.
+    """
+
+    descriptor: int | None = None
 
     def __init__(self, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / LOCK
-        self.handle = os.open(self.path, os.O_RDWR | os.O_CREAT)
+        self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT)
         try:
             import fcntl
 
-            fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            os.close(self.handle)
+            os.close(self.descriptor)
             raise EquipoiseError(
-                f"one process may train in a folder: {folder} is held by {self.path.read_text(encoding='utf-8')}. Wait "
-                "for it, stop it, or choose another folder."
+                "only one process may train in a folder: "
+                f"{folder} is in use by {self.path.read_text(encoding='utf-8')}. Wait for it, stop it, or choose "
+                "another folder."
             ) from None
-        except (ImportError, OSError):  # Windows, a file system without locks
+        except (ImportError, OSError):  # Windows, or a file system without locks
             return
-        os.truncate(self.handle, 0)
-        os.write(self.handle, f"process {os.getpid()} on {platform.node()}".encode())
+        os.truncate(self.descriptor, 0)
+        os.write(self.descriptor, f"process {os.getpid()} on {platform.node()}".encode())
 
     def release(self) -> None:
-        if self.handle is not None:
+        if self.descriptor is not None:
             self.path.unlink(missing_ok=True)
-            os.close(self.handle)
-            self.handle = None
+            os.close(self.descriptor)
+            self.descriptor = None
 
 
-def asked(config: Train) -> dict[str, Any]:
-    """The options that a run must keep when it goes on."""
+def resume_options(config: Train) -> dict[str, Any]:
+    """The options that must stay the same when a run is resumed."""
     return {**config.shared(), "strategy": config.strategy, "seed": config.seed}
 
 
-def _same_options(records: Run, config: Train) -> None:
-    there = config.recorded(records.config.get("options", {}))
-    for name, value in asked(config).items():
-        if there.get(name) != value:
+def _check_same_options(records: Run, config: Train) -> None:
+    recorded = config.recorded(records.config.get("options", {}))
+    for name, value in resume_options(config).items():
+        if recorded.get(name) != value:
             raise EquipoiseError(
-                f"a run goes on with the options that it began with: {config.out} has "
-                f"{name}={there.get(name)!r}, got {value!r}. Give the same options, or choose another folder."
+                f"a resumed run must keep its options: {config.out} has {name}={recorded.get(name)!r}, got {value!r}. "
+                "Give the same options, or choose another folder."
             )
 
 
@@ -123,23 +129,23 @@ class RunFolder:
     def __init__(self, config: Train, watcher: Watcher):
         self.config, self.watcher = config, watcher
         self.tokens_per_step = config.micro_batches * config.sequences * config.sequence_length
-        self.seconds: list[float] = []  # of every step
+        self.seconds: list[float] = []  # duration of every step
         self.alerts = Alerts(num_steps=config.steps)
-        self._hold: _Hold | None = None
+        self._lock: _FolderLock | None = None
 
     @property
     def checkpoints(self) -> Path:
         return self.config.out / "checkpoints"
 
     def open(self, facts: Mapping[str, Any], machine: Mapping[str, Any]) -> bool:
-        """Begins a folder with these facts, or opens the one that is there; whether its run is one in bfloat16.
+        """Creates the folder with these facts, or opens an existing one. Returns whether the run uses bfloat16.
 
-        ``facts`` do not change when a run goes on, ``machine`` may: then the watcher says so.
+        ``facts`` stay the same when a run is resumed. ``machine`` may change; the watcher then reports it.
         """
-        self._hold = _Hold(self.config.out)
+        self._lock = _FolderLock(self.config.out)
         try:
             return self._open(facts, machine)
-        except BaseException:  # not by __del__: what is raised there, as by a signal, is lost
+        except BaseException:  # not in __del__: exceptions there, for example from a signal handler, are lost
             self.release()
             raise
 
@@ -149,35 +155,38 @@ class RunFolder:
             self.records = Run.create(config.out, {**facts, **machine})
         else:
             if not config.resume:
-                raise EquipoiseError(f"--out must be new or empty: {config.out} was begun meanwhile. Choose another.")
+                raise EquipoiseError(
+                    f"--out must be new or empty: another run has started in {config.out}. Choose another folder."
+                )
             self.records = Run(config.out)
-            _same_options(self.records, config)
+            _check_same_options(self.records, config)
             if self.records.config["corpus_fingerprint"] != facts["corpus_fingerprint"]:
                 raise EquipoiseError(
-                    f"a run goes on with the text that it began with: the text of {config.out} changed."
+                    f"a resumed run must keep its text: the text of {config.out} has changed. Restore the text, or "
+                    "choose another folder."
                 )
-            there = {"wrapper": "none", "num_ranks": 1, **self.records.config}
+            recorded = {"wrapper": "none", "num_ranks": 1, **self.records.config}
             changed = [
-                name.replace("num_ranks", "number of ranks") for name in machine if there.get(name) != machine[name]
+                name.replace("num_ranks", "number of ranks") for name in machine if recorded.get(name) != machine[name]
             ]
             if changed:
-                self.watcher.say(f"{' and '.join(changed)} changed since {config.out} began: numbers may differ")
-        return self.records.config["dtype"] == "bfloat16"  # "auto" may mean another on this machine
+                self.watcher.say(f"{' and '.join(changed)} changed since {config.out} was created: numbers may differ")
+        return self.records.config["dtype"] == "bfloat16"  # not this machine's choice: "auto" may differ
 
     def release(self) -> None:
-        """Lets others train here."""
-        if self._hold is not None:
-            self._hold.release()
+        """Unlocks the folder for other processes."""
+        if self._lock is not None:
+            self._lock.release()
 
     def begin(self, done: int) -> None:
-        """Takes up the records of the steps before the checkpoint."""
+        """Continues the records after step ``done``, the step of the checkpoint."""
         records = self.records
         for log in ("steps", "loads"):
-            there = [row["step"] for row in records.rows(log) if row["step"] <= done]
-            if there != list(range(1, done + 1)):
+            steps = [row["step"] for row in records.rows(log) if row["step"] <= done]
+            if steps != list(range(1, done + 1)):
                 raise EquipoiseError(
-                    f"A run goes on with the records of every step before its checkpoint: {records.path / log}.jsonl "
-                    f"holds {len(there)} of {done}. Restore it, or remove the newest of {self.checkpoints}."
+                    f"a resumed run needs the records of all {done} steps before its checkpoint: {records.path / log}"
+                    f".jsonl has {len(steps)}. Restore the file, or remove the newest checkpoint in {self.checkpoints}."
                 )
         records.rewind(done)
         self.watcher.begin(self.config, done)
@@ -185,19 +194,19 @@ class RunFolder:
             self.watcher.say(note)
         self.seconds = [row["seconds"] for row in records.rows("steps")]
         for row in records.rows("loads"):
-            self._see(row["step"], row["load"])
+            self._new_alerts(row["step"], row["load"])
 
-    def _see(self, step: int, load: list[list[int]]) -> list[str]:
-        """What begins or is over with this step."""
-        self.alerts.steers = moves_by_rate(self.config.strategy_of(step), step - 1)
+    def _new_alerts(self, step: int, load: list[list[int]]) -> list[str]:
+        """Messages of the alerts that start or end with this step."""
+        self.alerts.steers = has_positive_rate(self.config.strategy_of(step), step - 1)
         layers = self.records.config["layers"]
         return [str(alert) for alert in self.alerts.see(dict(zip(layers, map(torch.tensor, load), strict=True)))]
 
     def step(self, row: dict[str, Any], load: list[list[int]]) -> None:
-        """Writes a step; one whose loss is not finite is an error, after it is written."""
+        """Records a step. Then raises EquipoiseError if its loss is not finite."""
         config, records = self.config, self.records
         self.seconds.append(row["seconds"])
-        alerts = self._see(row["step"], load)
+        alerts = self._new_alerts(row["step"], load)
         if alerts:
             row = {**row, "alerts": alerts}
         records.append("steps", row)
@@ -209,38 +218,41 @@ class RunFolder:
         if not math.isfinite(row["loss"]):
             raise EquipoiseError(
                 f"training must not diverge: the loss of {config.label}, seed {config.seed}, is {row['loss']} "
-                f"at step {row['step']}. Its records are kept in {records.path}; take a lower --learning-rate."
+                f"at step {row['step']}. The records are in {records.path}. Use a lower --learning-rate."
             )
 
     def evaluation(self, step: int, row: dict[str, Any]) -> None:
         self.records.append("evaluations", {"step": step, **row})
 
-    def audit(self, audited: Audited, corpus: Corpus, model_type: str) -> None:
+    def audit(self, audited: AuditData, corpus: Corpus, model_type: str) -> None:
         """Writes what the experts did in the last evaluation, in the format of `equipoise audit`."""
-        config, there = self.config, self.records.config
+        config = self.config
         if not evaluates_by_token(config.selection):
-            self.watcher.say(f"no {RESULT}: --selection {config.selection} gives experts tokens, not tokens experts")
+            self.watcher.say(f"no {RESULT}: with --selection {config.selection} experts choose tokens")
             return
         levels = levels_of(config.data, {domain: corpus.sample(domain) for domain in corpus.domains})
-        found = summarise(audited, corpus.decoder(), levels)
-        about = f"counted in the run's last evaluation, on {sum(found['tokens'].values()):,} tokens of its test text"
+        audit = summarise(audited, corpus.decoder(), levels)
+        source = f"counted in the run's last evaluation, on {sum(audit['tokens'].values()):,} tokens of its test text"
         selection = evaluation_note(config.selection)
-        found |= {
+        audit |= {
             "model": str(config.out),
             "model_type": model_type,
-            "num_parameters": there["num_parameters"],
+            "num_parameters": self.records.config["num_parameters"],
             "data": config.data,
-            "notes": [about, *([selection] if selection else []), *found["notes"]],
+            "notes": [source, *([selection] if selection else []), *audit["notes"]],
         }
-        write_json(self.records.path / RESULT, found)
+        write_json(self.records.path / RESULT, audit)
 
     def sync(self) -> None:
         self.records.sync()
 
     def finish(self, selection: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
-        """Writes the result of the run, whose last evaluations these are on the selection and the test text, and
-        returns it. ``train_nats``, ``maxvio_batch`` and ``maxvio_micro`` are means over the last tenth of the steps;
-        ``alerts`` are those that still hold, by kind and layer the experts."""
+        """Writes the result of the run and returns it.
+
+        ``selection`` and ``row`` are the last evaluations, on the selection text and the test text. ``train_nats``,
+        ``maxvio_batch`` and ``maxvio_micro`` are means over the last tenth of the steps. ``alerts`` holds the alerts
+        that are still active: the experts, by kind and layer.
+        """
         config, records = self.config, self.records
         last = list(records.rows("steps"))[-max(1, config.steps // 10) :]
         result = {
@@ -267,5 +279,5 @@ class RunFolder:
         if self.alerts.holding:
             result["alerts"] = self.alerts.holding
         records.finish(result)
-        shutil.rmtree(self.checkpoints, ignore_errors=True)  # the model is saved, the run is whole
+        shutil.rmtree(self.checkpoints, ignore_errors=True)  # the run is complete and its model saved
         return records.result

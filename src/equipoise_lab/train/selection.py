@@ -1,9 +1,9 @@
-"""Other ways to choose experts than top-k of the scores, for comparison: they balance by construction, or need no gate.
+"""Selections: ways to choose experts other than top-k, for comparison. They balance by construction or ignore scores.
 
-logits of a router call, all of its tokens at once -> which token goes to which expert, with what weight
+    logits of all tokens of a router call  ->  which token goes to which expert, with what weight
 
-A selection is installed under the routers of a model before anything is attached. It acts inside a forward of the model
-only. A router that is called by itself, as ``attach`` calls it to prove how it selects, is the family's own.
+A selection is installed in the routers of a model before ``attach``. It only acts inside a forward of the model. A
+router that is called by itself behaves as in its family. ``attach`` calls routers in this way to test how they select.
 """
 
 from collections.abc import Mapping
@@ -36,33 +36,36 @@ __all__ = [
     "sinkhorn",
 ]
 
-SEED = 2106  # of permutations and hash tables: the same in every run, so that nothing has to be saved
+SEED = 2106  # of permutations and hash tables; the same in every run, so nothing has to be saved
 
 
 class Choice(NamedTuple):
-    """What a selection made of one router call. Without ``token_ids`` row t is of token t; with them the slots are in
-    any order, and slot by slot they say whose it is."""
+    """The assignments of one router call.
+
+    Without ``token_ids``, row t belongs to token t. With them, assignments may be in any order, and ``token_ids`` holds
+    the token of each.
+    """
 
     expert_ids: Int[Tensor, "tokens k"]
     weights: Float[Tensor, "tokens k"]
-    token_ids: Int[Tensor, " slots"] | None = None
+    token_ids: Int[Tensor, " assignments"] | None = None
 
 
 class Selection(Protocol):
-    """How experts are chosen. ``name`` and the arguments of the constructor are what its string is made of."""
+    """A way to choose experts. Its string consists of ``name`` and the arguments of its constructor."""
 
     name: str
 
     def check(self, num_tokens: int, k: int, num_experts: int) -> None:
-        """Raises UsageError where it cannot be, for router calls of this many tokens."""
+        """Raises UsageError if the selection does not work for router calls with this many tokens."""
 
     def choose(
         self, logits: Float[Tensor, "tokens experts"], k: int, layer: int, input_ids: Int[Tensor, " tokens"], vocab: int
     ) -> Choice:
-        """The choice of a router call in training; weights are scores, normalised over a token's experts."""
+        """The choice of a router call in training. Weights are scores, normalised over the experts of a token."""
 
-    in_evaluation: bool  # whether it chooses there too; else top-k of the scores does
-    by_token: bool  # whether row t of its choice is of token t
+    in_evaluation: bool  # whether it also acts in evaluation; otherwise top-k of the scores does
+    by_token: bool  # whether row t of its choice belongs to token t
 
 
 # ---- expert choice ----
@@ -72,29 +75,31 @@ def _capacity(num_tokens: int, k: int, num_experts: int, chunk: int | None) -> i
     size = num_tokens if chunk is None else chunk
     if num_tokens % size:
         raise UsageError(
-            f"chunk must divide the tokens of a router call: got {size} of {num_tokens} (sequences x sequence length x "
-            "balance batch). Take a divisor, or leave it out for one chunk."
+            f"chunk must divide the number of tokens in a router call: got {size} and {num_tokens} (sequences x "
+            "sequence length x balance batch). Use a divisor, or leave it out for a single chunk."
         )
     if size * k % num_experts:
         raise UsageError(
-            "every expert must take equally many tokens of a chunk, a whole number tokens * k / experts: got "
-            f"{size} * {k} / {num_experts}. Take another chunk, or another number of sequences or experts."
+            "every expert must take the same number of tokens from a chunk, so tokens * k / experts must be a whole "
+            f"number: got {size} * {k} / {num_experts}. Use another chunk, or another number of sequences or experts."
         )
     return size * k // num_experts
 
 
 def expert_choice(
     scores: Float[Tensor, "tokens experts"], k: int, chunk: int | None = None, shuffled: bool = False
-) -> tuple[Int[Tensor, " slots"], Int[Tensor, " slots"]]:
-    """Each expert takes the ``C = N * k / E`` tokens of a chunk of N tokens with the highest score for it.
+) -> tuple[Int[Tensor, " assignments"], Int[Tensor, " assignments"]]:
+    """Expert choice: each expert takes the ``C = N * k / E`` tokens of a chunk that have the highest scores for it.
 
-    Returns (token ids, expert ids) of the ``tokens * k`` slots, sorted by chunk, then expert, then score. Tokens are
-    cut into chunks in their order, or, ``shuffled``, in the order of one permutation, the same for every call with that
-    many tokens. A token may be taken by 0 to E experts. Raises ``UsageError`` where ``chunk`` does not divide the
-    tokens or C is not whole.
+    N is the number of tokens in a chunk, E the number of experts.
 
-    The choice leaks: whether a token is taken depends on the later tokens of its chunk. How much leaks depends on the
-    size of the chunks and on whose tokens are in one.
+    Returns (token ids, expert ids) of the ``tokens * k`` assignments, sorted by chunk, then expert, then score. Tokens
+    are split into chunks in their order. With ``shuffled`` they are permuted first; the permutation is the same for all
+    calls with this number of tokens. Between 0 and E experts may take a token. Raises ``UsageError`` if ``chunk`` does
+    not divide the number of tokens, or if C is not a whole number.
+
+    The choice leaks: whether a token is taken depends on later tokens of its chunk. How much leaks depends on the size
+    of the chunks and on which tokens share one.
 
     Source: Zhou et al. 2022, arXiv:2202.09368; chunks, shuffling and the leak: Wang et al. 2024,
     arXiv:2408.15664, Section 5.2 and Appendix D.
@@ -109,10 +114,10 @@ def expert_choice(
     if shuffled:
         order = torch.randperm(num_tokens, generator=_generator(num_tokens)).to(scores.device)
     by_expert = scores.detach()[order].view(-1, size, num_experts).transpose(1, 2)  # (chunks, experts, tokens)
-    places = by_expert.topk(capacity, dim=-1).indices
-    begins = torch.arange(0, num_tokens, size, device=scores.device)[:, None, None]
-    experts = torch.arange(num_experts, device=scores.device)[None, :, None].expand_as(places)
-    return order[(places + begins).reshape(-1)], experts.reshape(-1)
+    positions = by_expert.topk(capacity, dim=-1).indices  # within the chunk
+    chunk_starts = torch.arange(0, num_tokens, size, device=scores.device)[:, None, None]
+    experts = torch.arange(num_experts, device=scores.device)[None, :, None].expand_as(positions)
+    return order[(positions + chunk_starts).reshape(-1)], experts.reshape(-1)
 
 
 @final
@@ -120,15 +125,16 @@ class ExpertChoice:
     """Expert choice in training, top-k of the scores in evaluation.
 
     Args:
-        chunk: tokens that compete with each other; default all of a router call.
-        shuffled: put tokens into chunks by a fixed permutation instead of in their order.
+        chunk: number of tokens that compete with each other; default: all tokens of a router call.
+        shuffled: assign tokens to chunks by a fixed permutation instead of in their order.
 
-    In training the choice looks at later tokens. In evaluation every token takes its k best experts, which is causal:
-    the test text's loss is that of the model as it could be used, with the gap that the leak left, not of the leak.
+    In training the choice depends on later tokens. In evaluation every token takes its k best experts, which is causal.
+    So the loss on the test text is what the model reaches in use. It includes the harm done by training with a leak,
+    but not the advantage of the leak itself.
 
-    Weights are the plain scores of a token's experts, divided by their sum, as the model does with
-    ``norm_topk_prob``; a token that one expert took has weight 1, one that none took gets the shared expert alone.
-    Where we differ from the paper: sigmoid scores, and it does not divide.
+    Weights are the scores of a token's experts, divided by their sum, as the model does with ``norm_topk_prob``. A
+    token that one expert takes has weight 1. A token that no expert takes only gets the shared expert. Where we differ
+    from the paper: we use sigmoid scores, and the paper does not divide by the sum.
     """
 
     name = "expert-choice"
@@ -156,8 +162,8 @@ class ExpertChoice:
 def _shares(
     scores: Float[Tensor, "tokens experts"], chosen: Bool[Tensor, "tokens experts"]
 ) -> Float[Tensor, "tokens experts"]:
-    kept = scores * chosen
-    return kept / kept.sum(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
+    chosen_scores = scores * chosen
+    return chosen_scores / chosen_scores.sum(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
 
 
 # ---- Sinkhorn ----
@@ -165,18 +171,18 @@ def _shares(
 
 @torch.no_grad()
 def sinkhorn(logits: Float[Tensor, "tokens experts"], iterations: int = 20) -> Float[Tensor, "tokens experts"]:
-    """``exp(logits)`` with rows and columns scaled in turn, rows first, so that rows sum to 1 and columns to T/E.
+    """``exp(logits)`` with rows and columns scaled in turn, rows first, until rows sum to 1 and columns to T/E.
 
-    float64, without gradient. Columns are exact, rows as far as ``iterations`` go. What is chosen depends on all tokens
-    of the call, later ones too: it leaks.
+    T is the number of tokens, E the number of experts. Computed in float64, without gradient. Column sums are exact;
+    row sums converge with ``iterations``. The choice leaks: it depends on all tokens of the call, later ones included.
 
-    Source: S-BASE of Clark et al. 2022, arXiv:2202.01169, Section 3, as in Megatron-Core's ``sinkhorn``. Where we
-    differ: a number of iterations instead of a tolerance.
+    Source: S-BASE of Clark et al. 2022, arXiv:2202.01169, Section 3, as in ``sinkhorn`` of Megatron-Core. Where we
+    differ: a fixed number of iterations instead of a tolerance.
     """
     num_tokens, num_experts = logits.shape
     logits = logits.double()
-    matrix = (logits - logits.amax(-1, keepdim=True)).exp()  # a factor of the row, which rows are free of
-    tiny = 1e-150  # its inverse times that of another is finite
+    matrix = (logits - logits.amax(-1, keepdim=True)).exp()  # a factor per row changes nothing: rows are scaled anyway
+    tiny = 1e-150  # the product of two of its inverses is finite
     columns = matrix.new_ones(num_experts)
     rows = matrix.new_ones(num_tokens)
     for _ in range(iterations):
@@ -190,11 +196,11 @@ class Sinkhorn:
     """Top-k of the Sinkhorn-normalised matrix in training, top-k of the scores in evaluation.
 
     Args:
-        iterations: scalings of rows and of columns.
+        iterations: how often rows and columns are scaled.
 
-    Weights are the plain scores of the chosen experts, divided by their sum. The choice depends on the batch, so in
-    training it leaks; the test text's loss is that of the causal choice. Source: see ``sinkhorn``. Where we differ:
-    sigmoid scores and k > 1.
+    Weights are the scores of the chosen experts, divided by their sum. In training the choice depends on the batch, so
+    it leaks; the loss on the test text uses the causal choice. Source: see ``sinkhorn``. Where we differ: sigmoid
+    scores and k > 1.
     """
 
     name = "sinkhorn"
@@ -222,9 +228,9 @@ def _weighted(logits: Float[Tensor, "tokens experts"], expert_ids: Int[Tensor, "
 
 @cache
 def hash_table(vocab: int, k: int, num_experts: int, layer: int) -> Int[Tensor, "vocab k"]:
-    """The k experts of every token id in ``layer``: distinct, drawn uniformly from a fixed seed, by layer another draw.
+    """The k experts of every token id: distinct, drawn uniformly from a fixed seed, differently for each ``layer``.
 
-    Source: Roller et al. 2021, arXiv:2106.04426, random hashing. Where we differ: k experts a token, not one.
+    Source: Roller et al. 2021, arXiv:2106.04426, random hashing. Where we differ: k experts per token instead of one.
     """
     draws = torch.rand(vocab, num_experts, generator=_generator(layer), dtype=torch.float64, device="cpu")
     return draws.topk(k, dim=-1).indices
@@ -234,8 +240,8 @@ def hash_table(vocab: int, k: int, num_experts: int, layer: int) -> Int[Tensor, 
 class Hash:
     """The experts of a token are a fixed random function of its token id, in training and in evaluation.
 
-    The gate only weighs them: plain scores of these experts, divided by their sum. Source: see ``hash_table``. Where we
-    differ: the paper has no weights.
+    The router only gives their weights: the scores of these experts, divided by their sum. Source: see ``hash_table``.
+    Where we differ: the paper has no weights.
     """
 
     name = "hash"
@@ -262,7 +268,7 @@ OPTIONS: Mapping[str, tuple[str, ...]] = {"expert-choice": ("chunk", "shuffled")
 
 
 def parse_selection(text: str) -> Selection | None:
-    """What ``--selection`` names; None for ``top-k``, the model's own.
+    """The selection of an option ``--selection``; None for ``top-k``, which is the model's own.
 
     >>> parse_selection("expert-choice:chunk=256,shuffled=true").chunk
     256
@@ -282,10 +288,10 @@ def parse_selection(text: str) -> Selection | None:
         if not equals or key not in known or key in arguments:
             raise UsageError(
                 f"An option of {name} must be {' or '.join(f'{k}=...' for k in known) or 'left out: it has none'}, "
-                f"once: got {option!r} in {text!r}."
+                f"given once: got {option!r} in {text!r}."
             )
-        whole = value.isascii() and value.isdigit()
-        arguments[key] = value == "true" if value in ("true", "false") else int(value) if whole else value
+        is_whole = value.isascii() and value.isdigit()
+        arguments[key] = value == "true" if value in ("true", "false") else int(value) if is_whole else value
     try:
         return SELECTIONS[name](**arguments)
     except ValueError as error:
@@ -293,56 +299,56 @@ def parse_selection(text: str) -> Selection | None:
 
 
 def evaluates_by_token(text: str) -> bool:
-    """Whether an evaluation under ``--selection text`` gives every token its own k experts."""
+    """Whether tokens choose experts in an evaluation with this ``--selection`` (not experts tokens)."""
     selection = parse_selection(text)
     return selection is None or selection.by_token or not selection.in_evaluation
 
 
 def evaluation_note(text: str) -> str | None:
-    """What to know of the choice in an evaluation where training chooses otherwise than by the scores."""
+    """A note on how an evaluation chooses experts, if training does not use top-k of the scores."""
     selection = parse_selection(text)
     if selection is None:
         return None
     if selection.in_evaluation:
-        return f"chosen by --selection {text}, as in training"
-    return f"chosen by top-k of the scores, as in every evaluation; trained with --selection {text}"
+        return f"experts are chosen by --selection {text}, as in training"
+    return f"experts are chosen by top-k of the scores, as in every evaluation; trained with --selection {text}"
 
 
 def check_selection(config: Train) -> None:
-    """Raises UsageError where the run's selection cannot be."""
+    """Raises UsageError if the run's selection does not work with its other options."""
     selection = parse_selection(config.selection)
     if selection is None:
         return
     if config.model is not None or config.arch != "glm4_moe":
         raise UsageError(
-            f"--selection {config.selection} must go with --arch glm4_moe: got "
+            f"--selection {config.selection} needs --arch glm4_moe: got "
             f"{config.arch if config.model is None else '--model'}. Leave one of them out."
         )
     if config.score_function == "softmax":
         raise UsageError(
-            f"--selection {config.selection} must go with sigmoid scores: got --score-function softmax. Leave one of them out."
+            f"--selection {config.selection} needs sigmoid scores: got --score-function softmax. Leave one of them out."
         )
     for strategy in filter(None, (config.strategy, config.then)):
         if not all(isinstance(balancer, ZLoss) for balancer in parse_lab_strategy(strategy)):
             raise UsageError(
-                f"--selection {config.selection} must go with the strategy none or z: got {strategy}. No bias moves "
-                "its choice, and a load-balancing loss would be about choices that it does not make. Give --strategy "
+                f"--selection {config.selection} needs the strategy none or z: got {strategy}. A bias does not affect "
+                "its choice, and a load-balancing loss would describe choices that it does not make. Use --strategy "
                 "none."
             )
     if isinstance(selection, Hash) and config.save_model:
         raise UsageError(
-            "--selection hash must go with --no-save-model: plain Transformers would route the saved model by top-k of "
-            "its scores, which were not trained for that."
+            "--selection hash needs --no-save-model: plain Transformers would route the saved model by top-k of its "
+            "scores, which were not trained for that."
         )
     num_tokens = config.sequences * config.balance_batch * config.sequence_length
     selection.check(num_tokens, config.experts_per_token, config.experts)
 
 
-# ---- under the routers of a model ----
+# ---- installing a selection in a model ----
 
 
 class _Forward:
-    """The token ids of the model's forward under way; None outside of one."""
+    """Holds the token ids of the model's current forward; None outside of a forward."""
 
     def __init__(self) -> None:
         self.input_ids: Tensor | None = None
@@ -355,16 +361,16 @@ class _Forward:
 
 
 class _Layer:
-    """What the router and the experts of one layer share."""
+    """State that the router and the experts of one layer share."""
 
     def __init__(self, selection: Selection, forward: _Forward, number: int, vocab: int):
         self.selection, self.forward, self.number, self.vocab = selection, forward, number, vocab
-        self.token_ids: Tensor | None = None  # of the slots that the router gave and the experts have not taken yet
+        self.token_ids: Tensor | None = None  # from the router, until the experts use them
 
 
 @cache
 def _selecting(base: Any) -> Any:
-    """A subclass of a router's class, of the same name, that selects otherwise inside a forward of the model."""
+    """A subclass of a router's class, with the same name, that uses the selection inside a forward of the model."""
 
     def forward(self, hidden):
         layer = self._selection
@@ -380,8 +386,8 @@ def _selecting(base: Any) -> Any:
 
 
 @cache
-def _taking_slots(base: Any) -> Any:
-    """A subclass of an experts' class that computes slot by slot, each an expert and whatever token it took."""
+def _by_assignment(base: Any) -> Any:
+    """A subclass of an experts' class that computes one assignment per row: an expert and a token that it took."""
 
     def forward(self, hidden, expert_ids, weights):
         layer = self._selection
@@ -396,7 +402,7 @@ def _taking_slots(base: Any) -> Any:
 
 
 def install_selection(model: nn.Module, text: str) -> None:
-    """Puts a selection under the routers of a fresh ``glm4_moe`` model, once, before it is sharded and attached."""
+    """Installs a selection in the routers of a fresh ``glm4_moe`` model. Call it once, before sharding and attach."""
     selection = parse_selection(text)
     if selection is None:
         return
@@ -407,11 +413,11 @@ def install_selection(model: nn.Module, text: str) -> None:
         experts = getattr(model.get_submodule(name.rpartition(".")[0]), "experts", None)
         if experts is None or not hasattr(router, "top_k"):
             raise EquipoiseError(
-                f"a selection must find experts beside {name}, and its k: {type(router).__name__} is of another "
-                "version of Transformers. Take a version that constraints.txt names."
+                f"a selection needs the k of {name} and the experts beside it: {type(router).__name__} has another "
+                "layout. Use a version of Transformers that constraints.txt names."
             )
         layer = _Layer(selection, forward, number, model.config.vocab_size)  # type: ignore[arg-type]
-        for module, changed in ((router, _selecting), (experts, _taking_slots)):
+        for module, subclass in ((router, _selecting), (experts, _by_assignment)):
             module.__dict__["_selection"] = layer
             base: Any = type(module)
-            module.__class__ = changed(base)
+            module.__class__ = subclass(base)

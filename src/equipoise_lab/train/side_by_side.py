@@ -1,11 +1,11 @@
-"""Runs side by side, each in a process of its own.
+"""Trains several runs in parallel, each in a process of its own.
 
-    side_by_side   starts `python -m equipoise_lab.train.side_by_side PIPE`, and sends the run
-    the process    trains, and sends what its watcher is told, then its result or its error
-    side_by_side   tells a watcher here, and gives the result
+    parent   starts `python -m equipoise_lab.train.side_by_side PIPE` and sends the run
+    child    trains; sends every call of its watcher, then its result or its error
+    parent   repeats the calls on a watcher of its own, and yields the result
 
-A process stops, as a run alone does, when it gets SIGTERM, or when nobody holds the other end of its pipe any more.
-Ctrl-C on a terminal reaches every process there: those of runs do not see it, the one that began them stops them.
+A child stops when it gets SIGTERM, like a single run, or when the other end of its pipe is closed. Ctrl-C on a terminal
+reaches every process there. The children block it; the parent stops them.
 """
 
 import os
@@ -31,48 +31,49 @@ from equipoise_lab.train.run_folder import Watcher, complete_result
 
 __all__ = ["Display", "Outcome", "side_by_side"]
 
-STOPPED = 130  # how a process ends that was told to
+STOPPED = 130  # exit code of a process that was stopped
 
-Outcome = dict[str, Any] | EquipoiseError  # a result, or why there is none
+Outcome = dict[str, Any] | EquipoiseError  # the result of a run, or its error
 
 
 class Display(Watcher, Protocol):
-    """Who is told how several runs go on."""
+    """Receives the progress of several runs."""
 
-    def another(self) -> Watcher:
-        """The watcher of one of several runs side by side."""
+    def add_run(self) -> Watcher:
+        """A watcher for one of several parallel runs."""
 
 
 def side_by_side(
     runs: Sequence[Train], display: Display, command: str, *, workers: int, threads: int
 ) -> Generator[tuple[Train, Outcome]]:
-    """Trains ``runs``, ``workers`` at a time with ``threads`` each, and gives each with its outcome when it ends.
+    """Trains ``runs``, ``workers`` at a time with ``threads`` each. Yields each run with its outcome when it ends.
 
-    The others begin when the first has begun: an error that does not depend on the run comes once, and the text is in
-    the cache. A process that dies is an error of its run; one that was told to stop is a KeyboardInterrupt. However
-    this ends, by ``close()`` too, no process is left: they are told to stop, and killed on a second Ctrl-C.
+    The other runs start training after the first has started. So an error that does not depend on the run is reported
+    once, and the text is in the cache. A process that dies gives an error for its run. A process that was stopped
+    raises KeyboardInterrupt. However this generator ends (``close()`` included), no process remains: all get SIGTERM,
+    and a second Ctrl-C kills them.
     """
-    waiting, under_way, begun = list(runs), dict[Any, _Process](), False
+    waiting, active, has_begun = list(runs), dict[Any, _Process](), False
     try:
-        while waiting or under_way:
-            while waiting and len(under_way) < workers:
-                run, watcher = waiting.pop(0), display.another()
+        while waiting or active:
+            while waiting and len(active) < workers:
+                run, watcher = waiting.pop(0), display.add_run()
                 if (outcome := _complete(run, watcher)) is not None:
                     yield run, outcome
                     continue
-                process = _Process(run, watcher)  # it loads torch while the first begins
-                under_way[process.pipe] = process
-            for process in list(under_way.values())[: None if begun else 1]:
+                process = _Process(run, watcher)  # loads torch while the first run starts
+                active[process.pipe] = process
+            for process in list(active.values())[: None if has_begun else 1]:
                 process.begin(command, threads)
-            for pipe in wait(under_way) if under_way else ():  # of nothing it would wait for ever
-                process = under_way[pipe]
-                outcome = process.listen()
-                begun = begun or process.began or outcome is not None
+            for pipe in wait(active) if active else ():  # wait() of an empty list would block for ever
+                process = active[pipe]
+                outcome = process.receive()
+                has_begun = has_begun or process.has_begun or outcome is not None
                 if outcome is not None:
-                    del under_way[pipe]
+                    del active[pipe]
                     yield process.run, outcome
     finally:
-        _stop(under_way.values())
+        _stop(active.values())
 
 
 def _complete(run: Train, watcher: Watcher) -> Outcome | None:
@@ -83,42 +84,43 @@ def _complete(run: Train, watcher: Watcher) -> Outcome | None:
 
 
 class _Process:
-    """The process of one run, as the one that began it sees it."""
+    """The child process of one run, as its parent sees it."""
 
     def __init__(self, run: Train, watcher: Watcher):
-        self.run, self.watcher, self.asked, self.began = run, watcher, False, False
+        self.run, self.watcher = run, watcher
+        self.was_sent, self.has_begun = False, False  # whether the run was sent, and whether it has started
         self.outcome: Outcome | None = None
-        self.pipe, theirs = Pipe()
-        with theirs, _interrupts_wait():
+        self.pipe, child_pipe = Pipe()
+        with child_pipe, _block_interrupts():
             self.process = subprocess.Popen(
-                [sys.executable, "-P", "-m", __spec__.name, str(theirs.fileno())],
+                [sys.executable, "-P", "-m", __spec__.name, str(child_pipe.fileno())],
                 stdin=subprocess.DEVNULL,
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-                pass_fds=[theirs.fileno()],
+                pass_fds=[child_pipe.fileno()],
             )
 
     def begin(self, command: str, threads: int) -> None:
-        """Has it train, unless it was asked to before."""
-        if not self.asked:
-            self.asked = True
-            with suppress(OSError):  # it died already: see listen
+        """Sends the run to the child, once."""
+        if not self.was_sent:
+            self.was_sent = True
+            with suppress(OSError):  # the child has died: receive() handles it
                 self.pipe.send((self.run, command, threads))
 
-    def listen(self) -> Outcome | None:
-        """Takes one message; the outcome if it was the last."""
+    def receive(self) -> Outcome | None:
+        """Handles one message. Returns the outcome when the child has ended, else None."""
         try:
-            name, *given = self.pipe.recv()
-        except (EOFError, OSError):  # OSError: it died within a message
+            name, *arguments = self.pipe.recv()
+        except (EOFError, OSError):  # OSError: the child died within a message
             return self._end()
         if name == "result":
-            self.outcome = given[0]
+            self.outcome = arguments[0]
         elif name == "error":
-            if not isinstance(given[0], EquipoiseError):
-                raise given[0]
-            self.outcome = given[0]
+            if not isinstance(arguments[0], EquipoiseError):
+                raise arguments[0]
+            self.outcome = arguments[0]
         else:
-            self.began = self.began or name == "begin"
-            getattr(self.watcher, name)(*given)
+            self.has_begun = self.has_begun or name == "begin"
+            getattr(self.watcher, name)(*arguments)
         return None
 
     def _end(self) -> Outcome:
@@ -129,43 +131,43 @@ class _Process:
         if self.outcome is not None:
             return self.outcome
         return EquipoiseError(
-            f"the process of a run must end by itself: that of {self.run.label}, seed {self.run.seed}, did not, its "
-            f"exit code is {code}. If memory ran out, as -9 (SIGKILL) often means, --workers 1 needs less. Start the "
-            "command again with --resume: it goes on after the newest checkpoint."
+            f"the process of a run must end by itself: the process of {self.run.label}, seed {self.run.seed}, died "
+            f"with exit code {code}. Exit code -9 (SIGKILL) often means that memory ran out; --workers 1 needs less. "
+            "Start the command again with --resume: it continues after the newest checkpoint."
         )
 
 
 @contextmanager
-def _interrupts_wait() -> Iterator[None]:
-    """Ctrl-C waits until this is over, and a process begun within never sees it."""
+def _block_interrupts() -> Iterator[None]:
+    """Delays Ctrl-C until the block ends. A process started inside the block never gets it."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    mask_before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask_before)
 
 
 def _stop(processes: Iterable[_Process]) -> None:
     try:
-        for one in processes:
-            one.process.terminate()
-            one.pipe.close()
-        for one in processes:
-            one.process.wait()
-    finally:  # a second Ctrl-C: at once
-        for one in processes:
-            one.process.kill()
-            one.process.wait()
+        for child in processes:
+            child.process.terminate()
+            child.pipe.close()
+        for child in processes:
+            child.process.wait()
+    finally:  # on a second Ctrl-C
+        for child in processes:
+            child.process.kill()
+            child.process.wait()
 
 
-# ---- in the process of a run ----
+# ---- in the child process ----
 
 
 class _Sender:
-    """A watcher that sends on what it is told."""
+    """A watcher that sends every call through a pipe."""
 
     def __init__(self, pipe: Connection):
         self.pipe = pipe
@@ -173,8 +175,8 @@ class _Sender:
     def send(self, *message: Any) -> None:
         try:
             self.pipe.send(message)
-        except OSError:  # nobody is there any more
-            _told()
+        except OSError:  # the parent is gone
+            _interrupt()
 
     def say(self, text: str) -> None:
         self.send("say", text)
@@ -191,41 +193,41 @@ class _Sender:
 
 def _main(pipe: Connection) -> None:
     try:
-        signal.signal(signal.SIGTERM, _told)
+        signal.signal(signal.SIGTERM, _interrupt)
         run, command, threads = pipe.recv()
-        threading.Thread(target=_stop_when_alone, args=[pipe], daemon=True).start()
+        threading.Thread(target=_stop_without_parent, args=[pipe], daemon=True).start()
         torch.set_num_threads(threads)
         sender = _Sender(pipe)
         try:
             sender.send("result", train(run, sender, command))
         except Exception as error:
-            sender.send("error", _portable(error))
+            sender.send("error", _picklable(error))
     except (KeyboardInterrupt, EOFError):
         sys.exit(STOPPED)
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends: nothing is left to stop
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the process is ending anyway
 
 
-def _told(number: int = signal.SIGTERM, frame: FrameType | None = None) -> NoReturn:
-    signal.signal(number, signal.SIG_IGN)  # once is enough
+def _interrupt(number: int = signal.SIGTERM, frame: FrameType | None = None) -> NoReturn:
+    signal.signal(number, signal.SIG_IGN)  # one interrupt is enough
     raise KeyboardInterrupt from None
 
 
-def _stop_when_alone(pipe: Connection) -> None:
-    pipe.poll(None)  # nothing comes any more: it can only end
+def _stop_without_parent(pipe: Connection) -> None:
+    pipe.poll(None)  # the parent sends nothing more, so this returns when the pipe is closed
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _portable(error: Exception) -> Exception:
-    """The error as another process can read it; one that is no EquipoiseError says where it was raised."""
+def _picklable(error: Exception) -> Exception:
+    """The error in a form that another process can unpickle. An unexpected error gets its traceback as a note."""
     try:
         pickle.loads(pickle.dumps(error))
-        portable = error
-    except Exception:  # whatever an error of another library holds
-        portable = RuntimeError(f"{type(error).__name__}: {error}")
+        picklable = error
+    except Exception:  # errors of other libraries may contain anything
+        picklable = RuntimeError(f"{type(error).__name__}: {error}")
     if not isinstance(error, EquipoiseError):
-        portable.add_note("".join(traceback.format_exception(error)))
-    return portable
+        picklable.add_note("".join(traceback.format_exception(error)))
+    return picklable
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""How several ranks stop together. Imports no torch.
+"""How the ranks of a run stop together. Imports no torch.
 
-SIGTERM does not tell a rank whether the user stops the run or torchrun ends what another rank's loss left. So a rank
-that is told goes on for a moment: if all were told they stop after the same step, and if one was lost, the next
-collective finds out and says so.
+A rank that gets SIGTERM cannot know why. Either the user stops the run, or torchrun ends the remaining ranks after one
+was lost. So the rank continues for a short grace period. If every rank got the signal, all ranks stop after the same
+step. If a rank was lost, the next collective fails and its error says so.
 """
 
 import signal
@@ -10,35 +10,36 @@ import time
 from types import FrameType
 from typing import final
 
-__all__ = ["Told", "told"]
+__all__ = ["StopHandler", "stop_requested"]
 
-GRACE = 2.0  # seconds from being told to stopping wherever it is
+GRACE = 2.0  # seconds from the signal until the rank stops wherever it is
 
 
 @final
-class Told:
-    """The handler of SIGTERM and Ctrl-C on one of several ranks; ``Told(rank).listen()`` puts it in place."""
+class StopHandler:
+    """Handles SIGTERM and Ctrl-C on one of several ranks. ``StopHandler(rank).install()`` puts it in place."""
 
     def __init__(self, rank: int):
         self.rank = rank
-        self.at: float | None = None  # when it was told
+        self.requested_at: float | None = None  # time.monotonic() of the first signal
 
-    def listen(self) -> None:
+    def install(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self)
         signal.signal(signal.SIGALRM, signal.default_int_handler)
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        if self.at is None:
-            self.at = time.monotonic()
-            signal.setitimer(signal.ITIMER_REAL, GRACE + (1 if self.rank else 0))  # rank 0 first: it says so
+        if self.requested_at is None:
+            self.requested_at = time.monotonic()
+            # Rank 0 stops a second before the others: it is the one that prints the message.
+            signal.setitimer(signal.ITIMER_REAL, GRACE + (1 if self.rank else 0))
 
-    def follows_the_first(self) -> bool:
-        """Whether rank 0 has stopped by now, so that whoever misses it need not say so."""
-        return self.rank > 0 and self.at is not None and time.monotonic() - self.at > GRACE - 0.5
+    def has_rank_0_stopped(self) -> bool:
+        """Whether rank 0 has stopped by now. Another rank that then loses its connection need not report it."""
+        return self.rank > 0 and self.requested_at is not None and time.monotonic() - self.requested_at > GRACE - 0.5
 
 
-def told() -> Told | None:
-    """The handler, if this process was told to stop."""
+def stop_requested() -> StopHandler | None:
+    """The stop handler if this process was asked to stop, else None."""
     handler = signal.getsignal(signal.SIGTERM)
-    return handler if isinstance(handler, Told) and handler.at is not None else None
+    return handler if isinstance(handler, StopHandler) and handler.requested_at is not None else None

@@ -1,9 +1,9 @@
-"""The text of the lab: where documents come from, and which of them are held out.
+"""Reads the text of the lab and decides which documents are held out.
 
     corpus, folder, file or data set name  ->  documents by domain  ->  hash order  ->  (held out | training text)
 
-The split looks at the text alone, never at file order or a seed: whoever reads the same documents holds out the same
-ones. It needs token counts, so :mod:`equipoise_lab.train.data` tokenises between :func:`in_hash_order` and
+The split depends on the text alone, not on the file order or a seed. So everyone who reads the same documents holds out
+the same ones. It needs token counts: :mod:`equipoise_lab.train.data` tokenises between :func:`in_hash_order` and
 :func:`count_held_out`.
 """
 
@@ -25,44 +25,44 @@ __all__ = [
     "count_held_out",
     "find_text",
     "in_hash_order",
-    "most_held_out",
+    "max_held_out",
     "stream_text",
     "without_copies",
 ]
 
-CORPUS = Path(__file__).parent / "corpus"
-LEVELS_FILE = "levels.json"  # what domains have in common: see equipoise_lab.train.levels
+CORPUS = Path(__file__).parents[1] / "corpus"
+LEVELS_FILE = "levels.json"  # groups of domains: see equipoise_lab.train.levels
 KINDS = (".txt", ".jsonl", ".parquet")
-FORMS = "one file or one sub-folder a domain: .txt, .jsonl or .parquet, each optionally .xz"
-HELD_OUT_SHARE = 20  # one byte in so many is held out,
-HELD_OUT_TOKENS = 20_000  # and at least so many tokens, selection and test together,
-MOST_HELD_OUT_SHARE = 4  # but never more than one byte in so many
-FEWEST_DOCUMENTS = 4  # one for selection, one for test, and more than one to train on
+FORMS = "one file or one sub-folder per domain: .txt, .jsonl or .parquet, each optionally .xz"
+HELD_OUT_SHARE = 20  # one byte in 20 is held out,
+HELD_OUT_TOKENS = 20_000  # and at least this many tokens (selection and test together),
+MAX_HELD_OUT_SHARE = 4  # but at most one byte in 4
+MIN_DOCUMENTS = 4  # one for selection, one for test, and more than one to train on
 
 Documents = dict[str, list[str]]
 Progress = Callable[[str], None]
 
 
 class Text(NamedTuple):
-    """Text that was found and not yet read."""
+    """Text that was located but not read yet."""
 
     where: str
-    identity: tuple[tuple[str, int, str], ...]  # of each source: name, size in bytes, blake2b of the content
+    identity: tuple[tuple[str, int, str], ...]  # for each source: name, size in bytes, blake2b of the content
     read: Callable[[Progress], Documents]  # documents by domain, domains sorted
 
 
 class _File(NamedTuple):
     path: Path
-    name: str  # relative to the folder that was asked for
-    one_document: bool  # a .txt in the sub-folder of a domain
+    name: str  # path relative to the data folder
+    is_one_document: bool  # a .txt in the sub-folder of a domain
 
 
 def find_text(data: str | Path | None, progress: Progress) -> Text:
-    """Finds the text that ``data`` names: None or ``"corpus"`` (the packaged one), a folder, a file, or a data set.
+    """Finds the text of ``data``: None or ``"corpus"`` (the packaged corpus), a folder, a file, or a data set.
 
-    A folder holds one file or one sub-folder a domain. A ``.txt`` directly in the folder holds documents separated by
-    blank lines; in a sub-folder it is one document. ``.jsonl`` and ``.parquet`` hold one document a row, in the field
-    ``text``. A name without a file behind it is asked of the library ``datasets``.
+    A folder holds one file or one sub-folder per domain. A ``.txt`` directly in the folder holds documents separated by
+    blank lines; in a sub-folder it is one document. ``.jsonl`` and ``.parquet`` hold one document per row, in the field
+    ``text``. A name that is neither file nor folder is loaded with the library ``datasets``.
     """
     path = CORPUS if data is None or data == "corpus" else Path(data).expanduser()
     if path.exists():
@@ -71,29 +71,32 @@ def find_text(data: str | Path | None, progress: Progress) -> Text:
         identity = tuple((file.name, *_size_and_digest(file.path)) for file in files)
         return Text(str(path), identity, lambda progress: _read_domains(domains, progress))
     if isinstance(data, str) and _looks_like_dataset(data):
-        progress(f"{data} is no file or folder here: asking the library datasets for it")  # offline for half a minute
+        # Say so first: offline, the library tries for half a minute.
+        progress(f"{data} is no file or folder here: loading it with the library datasets")
         documents = _load_dataset(data)
         identity = tuple((name, *_digest_of_documents(texts)) for name, texts in documents.items())
         return Text(data, identity, lambda _: documents)
     raise UsageError(
         f"The text must be a folder, a file, or a data set's name (owner/name): {path} does not exist. Check the path, "
-        "or leave it out for the packaged corpus."
+        "or leave the option out to use the packaged corpus."
     )
 
 
 def stream_text(data: str | Path | None, progress: Progress) -> Iterator[tuple[str, Callable[[], list[str]]]]:
-    """As ``find_text``, domain by domain: its name, and a function that reads its documents, in hash order. Only what
-    is asked for is read, so no more than one domain need be in memory; that every file can be opened is checked at
-    once."""
+    """Like ``find_text``, but yields each domain's name and a function that reads its documents, in hash order.
+
+    A domain is read when its function is called, so only one domain needs to be in memory. Whether every file can be
+    opened is checked at the start.
+    """
     path = CORPUS if data is None or data == "corpus" else Path(data).expanduser()
     if not path.exists():
         for domain, documents in find_text(data, progress).read(progress).items():
             yield domain, partial(in_hash_order, documents)
         return
-    found = _find_domains(path)
-    for file in (file for files in found.values() for file in files):
+    domains = _find_domains(path)
+    for file in (file for files in domains.values() for file in files):
         _check_opens(file.path)
-    for domain, files in found.items():
+    for domain, files in domains.items():
         yield domain, partial(_read_in_hash_order, files)
 
 
@@ -112,53 +115,55 @@ def _read_in_hash_order(files: Sequence[_File]) -> list[str]:
 
 
 def in_hash_order(documents: Iterable[str]) -> list[str]:
-    """The distinct documents ordered by the blake2b of their text; documents without any text are left out.
+    """The distinct documents, ordered by the blake2b of their text. Documents without text are left out.
 
-    A document that occurs twice is kept once, with other white space at its ends too: otherwise one copy could be
-    trained on and the other held out.
+    Copies are removed, even if they differ in white space at their ends. Otherwise one copy could be trained on and
+    another one held out.
     """
     ordered = sorted(set(documents), key=lambda document: hashlib.blake2b(document.encode()).digest())
     return without_copies(ordered, {text_key("")})
 
 
 def text_key(document: str) -> bytes:
-    """Equal for documents that differ in the white space at their ends only."""
+    """A key that is equal for documents that only differ in white space at their ends."""
     return hashlib.blake2b(document.strip().encode(), digest_size=16).digest()
 
 
 def without_copies(documents: Iterable[str], seen: set[bytes]) -> list[str]:
-    """Those whose key is not in ``seen``, in order; it is then."""
-    kept = []
+    """The documents with a key that is not in ``seen`` yet, in order. Adds their keys to ``seen``."""
+    distinct = []
     for document in documents:
         if (key := text_key(document)) not in seen:
             seen.add(key)
-            kept.append(document)
-    return kept
+            distinct.append(document)
+    return distinct
 
 
-def most_held_out(num_bytes: Sequence[int]) -> int:
-    """How many of the documents (bytes of each, in hash order) can be held out: a quarter of the bytes, at least two.
+def max_held_out(num_bytes: Sequence[int]) -> int:
+    """How many documents can be held out at most: a quarter of the bytes, but at least two documents.
 
-    >>> most_held_out([10] * 20)
+    ``num_bytes`` are the sizes of the documents in hash order.
+
+    >>> max_held_out([10] * 20)
     5
-    >>> most_held_out([10] * 4)
+    >>> max_held_out([10] * 4)
     2
     """
-    return max(2, _count_until(num_bytes, sum(num_bytes) // MOST_HELD_OUT_SHARE + 1) - 1)
+    return max(2, _count_until(num_bytes, sum(num_bytes) // MAX_HELD_OUT_SHARE + 1) - 1)
 
 
 def count_held_out(num_bytes: Sequence[int], num_tokens: Sequence[int]) -> int:
-    """How many of the documents (bytes and tokens of each, in hash order) are held out.
+    """How many documents are held out. Arguments: bytes and tokens of each document, in hash order.
 
-    Documents from the front until they are 5 % of the bytes and at least 20,000 tokens, but not more than
-    :func:`most_held_out`. They then alternate: selection, test, selection, ...
+    Documents are taken from the front until they reach 5 % of the bytes and 20,000 tokens, but at most
+    :func:`max_held_out`. They then alternate: selection, test, selection, ...
 
     >>> count_held_out([10] * 100, [5000] * 100)
     5
     """
     share = -(-sum(num_bytes) // HELD_OUT_SHARE)  # rounded up
     enough = max(2, _count_until(num_bytes, share), _count_until(num_tokens, HELD_OUT_TOKENS))
-    return min(enough, most_held_out(num_bytes))
+    return min(enough, max_held_out(num_bytes))
 
 
 def _count_until(sizes: Sequence[int], goal: int) -> int:
@@ -173,13 +178,15 @@ def _count_until(sizes: Sequence[int], goal: int) -> int:
 def _find_domains(path: Path) -> dict[str, list[_File]]:
     if path.is_file():
         _check_kind(path)
-        return {_stem(path): [_File(path, path.name, one_document=False)]}
+        return {_stem(path): [_File(path, path.name, is_one_document=False)]}
     domains: dict[str, list[_File]] = {}
     for entry in _visible(path):
         if entry.is_dir():
             domain, files = entry.name, [_File(file, file.relative_to(path).as_posix(), True) for file in _walk(entry)]
             if not files:
-                raise EquipoiseError(f"A domain's folder must hold text: {entry} holds none. Fill it or remove it.")
+                raise EquipoiseError(
+                    f"A domain's folder must contain text: {entry} contains none. Add text, or remove it."
+                )
         else:
             domain, files = _stem(entry), [_File(entry, entry.name, False)]
             _check_kind(entry)
@@ -190,11 +197,11 @@ def _find_domains(path: Path) -> dict[str, list[_File]]:
         if domain in domains:
             raise UsageError(
                 f"A domain must be one file or one sub-folder: {domain!r} is both {domains[domain][0].name} and "
-                f"{files[0].name} in {path}. Put them into one sub-folder, or rename one."
+                f"{files[0].name} in {path}. Put both into one sub-folder, or rename one."
             )
         domains[domain] = files
     if not domains:
-        raise UsageError(f"A folder of text must hold {FORMS}: {path} holds none of these. Check the path.")
+        raise UsageError(f"A folder of text must contain {FORMS}: {path} contains none of these. Check the path.")
     return dict(sorted(domains.items()))
 
 
@@ -211,7 +218,7 @@ def _visible(folder: Path) -> list[Path]:
 
 
 def _is_readme(path: Path) -> bool:
-    """README and README.txt, and README-fr.md; a domain may be readmes.txt."""
+    """True for README, README.txt and README-fr.md. False for readmes.txt, which may be a domain."""
     name = path.name.upper()
     return _stem(path).upper() == "README" or (
         name.startswith("README") and path.is_file() and _kind(path) not in KINDS
@@ -220,7 +227,7 @@ def _is_readme(path: Path) -> bool:
 
 def _walk(folder: Path) -> Iterator[Path]:
     for entry in _visible(folder):
-        if entry.is_dir() and not entry.is_symlink():  # a linked folder could lead in circles
+        if entry.is_dir() and not entry.is_symlink():  # a link to a parent folder would loop for ever
             yield from _walk(entry)
         else:
             _check_kind(entry)
@@ -237,9 +244,7 @@ def _kind(path: Path) -> str:
 
 def _check_kind(path: Path) -> None:
     if _kind(path) not in KINDS or not path.is_file():
-        raise UsageError(
-            f"Text must come as {', '.join(KINDS)}, each optionally .xz: got {path}. Convert or remove it."
-        )
+        raise UsageError(f"Text must be {', '.join(KINDS)}, each optionally .xz: got {path}. Convert or remove it.")
 
 
 def _size_and_digest(path: Path) -> tuple[int, str]:
@@ -256,7 +261,7 @@ def _unreadable(path: Path, error: OSError) -> EquipoiseError:
 
 
 def _empty(path: Path) -> EquipoiseError:
-    return EquipoiseError(f"A file of text must hold text: {path} is empty. Fill it or remove it.")
+    return EquipoiseError(f"A text file must contain text: {path} is empty. Add text, or remove it.")
 
 
 def _digest_of_documents(documents: Sequence[str]) -> tuple[int, str]:
@@ -285,7 +290,7 @@ def _read(file: _File) -> list[str]:
         try:
             content = lzma.decompress(content)
         except lzma.LZMAError as error:
-            raise EquipoiseError(f"{file.path} must be xz: {error}. The file is damaged; restore it.") from None
+            raise EquipoiseError(f"{file.path} must be an xz file: {error}. The file is damaged; restore it.") from None
     if not content:
         raise _empty(file.path)
     if _kind(file.path) == ".parquet":
@@ -294,19 +299,19 @@ def _read(file: _File) -> list[str]:
         text = content.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise EquipoiseError(
-            f"Text must be UTF-8: {file.path} is not at byte {error.start} (byte value 0x{content[error.start]:02x}). "
-            "Convert the file, as with iconv."
+            f"Text must be UTF-8: {file.path} is invalid at byte {error.start} (value 0x{content[error.start]:02x}). "
+            "Convert the file, for example with iconv."
         ) from None
     if _kind(file.path) == ".jsonl":
         return _read_jsonl(text, file.path)
-    if file.one_document:
+    if file.is_one_document:
         return [text]
     return [document.strip("\r\n") for document in re.split(r"\n[ \t\r]*\n", text)]
 
 
 def _read_jsonl(text: str, path: Path) -> list[str]:
     documents = []
-    for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: JSON may hold U+2028 as it is
+    for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: JSON strings may contain U+2028
         if not line.strip():
             continue
         try:
@@ -333,21 +338,25 @@ def _read_parquet(content: bytes, path: Path) -> list[str]:
         rows = file.read(columns=["text"]).column("text").to_pylist() if "text" in columns else None
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise EquipoiseError(
-            f"{path} must be parquet: {_first_line(error)}. The file is damaged; restore it."
+            f"{path} must be a parquet file: {_first_line(error)}. The file is damaged; restore it."
         ) from None
     if rows is None:
-        raise EquipoiseError(f'A parquet file must have the column "text": {path} has {columns}. Rename the column.')
+        raise EquipoiseError(
+            f'A parquet file must have the column "text": {path} has the columns {columns}. Rename one.'
+        )
     return [_text_of(row, f"{path}, row {number}") for number, row in enumerate(rows, start=1)]
 
 
 def _text_of(value: Any, where: str) -> str:
     if not isinstance(value, str):
-        raise EquipoiseError(f'A document must be a row with a string in "text": {where} has none. Add or rename it.')
+        raise EquipoiseError(
+            f'A row must have a string in its field "text": {where} has none. Add or rename the field.'
+        )
     try:
         value.encode()
     except UnicodeEncodeError as error:
         raise EquipoiseError(
-            f"A document must be Unicode text: {where} holds half a surrogate pair at character {error.start}. "
+            f"A document must be valid Unicode: {where} has half a surrogate pair at character {error.start}. "
             "Remove the character."
         ) from None
     return value
@@ -359,17 +368,19 @@ def _looks_like_dataset(name: str) -> bool:
 
 def _load_dataset(name: str) -> Documents:
     try:
-        import datasets  # slow, and a need of these names only
+        import datasets  # slow to import, and only needed here
 
         rows = datasets.load_dataset(name, split="train")
-    except Exception as error:  # offline, unknown, gated, several configurations: the library has no common error
+    except Exception as error:  # offline, unknown, gated, ...: the library has no common error class
         raise UsageError(
             f"The text must be a folder, a file, or a data set's name: {name} does not exist here, and the library "
             f"datasets cannot load it ({type(error).__name__}: {_first_line(error)}). Check the path, or save the data "
-            "set as a folder of .parquet files while online."
+            "set as a folder of .parquet files while you are online."
         ) from None
     if "text" not in rows.column_names:
-        raise EquipoiseError(f'A data set must have the column "text": {name} has {rows.column_names}. Rename it.')
+        raise EquipoiseError(
+            f'A data set must have the column "text": {name} has the columns {rows.column_names}. Rename one.'
+        )
     texts = [_text_of(text, f"{name}, row {number}") for number, text in enumerate(rows["text"], start=1)]
     if "domain" in rows.column_names:
         labels = [str(label) for label in rows["domain"]]
@@ -380,7 +391,7 @@ def _load_dataset(name: str) -> Documents:
     for label, text in zip(labels, texts, strict=True):
         documents[label].append(text)
     if not documents:
-        raise EquipoiseError(f"A data set must have rows: the split train of {name} has none. Choose another one.")
+        raise EquipoiseError(f"A data set must have rows: the split train of {name} has none. Choose another data set.")
     return documents
 
 

@@ -1,4 +1,4 @@
-"""What a person sees while runs go on: a live line on a terminal, a plain line now and then elsewhere. To stderr."""
+"""Shows the progress of runs on stderr: a live line on a terminal, otherwise a plain line now and then."""
 
 import copy
 import itertools
@@ -19,13 +19,15 @@ from equipoise_lab.train.config import Train
 
 __all__ = ["Runs", "Terminal", "Tokens", "print_rows", "print_table"]
 
-GAP, INDENT = 2, 2  # between the columns of a table; before what stands below its first column
-SILENCE = 10.0  # seconds between lines where there is no terminal to redraw
+GAP, INDENT = 2, 2  # spaces between the columns of a table; spaces before the cells below a first column
+LINE_INTERVAL = 10.0  # seconds between lines if stderr is not a terminal
 
 
 class Terminal:
-    """Shows strategy, step, loss, maxvio, tokens a second and time left: of runs one after another, or side by side,
-    each told to ``another()``. Use it as a context manager."""
+    """Shows strategy, step, loss, maxvio, tokens per second and time left. Use it as a context manager.
+
+    Runs may go one after another. Parallel runs each use a watcher from ``add_run()``.
+    """
 
     def __init__(self, num_runs: int = 1):
         self.console = Console(stderr=True, highlight=False)
@@ -40,13 +42,13 @@ class Terminal:
         )
         self.task: TaskID | None = None
         self.last_line = 0.0
-        self.is_beside, self.prefix = False, ""  # of what is said
+        self.is_parallel, self.prefix = False, ""  # prefix of messages
 
-    def another(self) -> "Terminal":
-        """For a run beside others, on the same screen: what it says once it has begun names it."""
-        other = copy.copy(self)
-        other.is_beside = True
-        return other
+    def add_run(self) -> "Terminal":
+        """A watcher for a parallel run, on the same screen. After its start, its messages name the run."""
+        watcher = copy.copy(self)
+        watcher.is_parallel = True
+        return watcher
 
     def __enter__(self) -> "Terminal":
         if self.console.is_terminal:
@@ -65,15 +67,15 @@ class Terminal:
         self.num_steps, self.started, self.first = config.steps, time.monotonic(), done
         count = f"[{next(self.numbers)}/{self.num_runs}] " if self.num_runs > 1 else ""
         self.label = count + self.name
-        figures = "complete already" if done == config.steps else "first step ..."
+        figures = "already complete" if done == config.steps else "first step ..."
         self.task = self.progress.add_task(
             self.label.replace("[", "\\["), total=config.steps, completed=done, figures=figures
         )
         if done == config.steps:
-            self.say(f"{self.label}: complete already")
+            self.say(f"{self.label}: already complete")
         elif done:
-            self.say(f"{self.label}: going on after step {done}")
-        if self.is_beside:
+            self.say(f"{self.label}: continuing after step {done}")
+        if self.is_parallel:
             self.prefix = f"{self.label}: "
 
     def step(self, row: dict[str, Any], tokens_per_second: float) -> None:
@@ -85,8 +87,8 @@ class Terminal:
             self.progress.update(self.task, completed=row["step"], figures=figures)
             return
         now = time.monotonic()
-        first, last = row["step"] == self.first + 1, row["step"] == self.num_steps
-        if first or last or now - self.last_line >= SILENCE:
+        is_first, is_last = row["step"] == self.first + 1, row["step"] == self.num_steps
+        if is_first or is_last or now - self.last_line >= LINE_INTERVAL:
             self.last_line = now
             left = (now - self.started) / (row["step"] - self.first) * (self.num_steps - row["step"])
             self.console.print(
@@ -101,17 +103,17 @@ class Terminal:
 
 
 def print_table(folder: Any) -> None:
-    """One row a strategy, with the figures and formats of the report page. To stderr."""
-    found = summary_rows(find_runs(folder))
-    rows = [(row["strategy"], *(column.text(row).replace("± ", "±") for column in COLUMNS)) for row in found]
-    several = any("±" in cell for row in rows for cell in row)
+    """Prints one row per strategy to stderr, with the figures and formats of the report page."""
+    summary = summary_rows(find_runs(folder))
+    rows = [(row["strategy"], *(column.text(row).replace("± ", "±") for column in COLUMNS)) for row in summary]
+    has_deviations = any("±" in cell for row in rows for cell in row)
     print_rows(("strategy", *(column.short for column in COLUMNS)), rows, justify="right")
-    if several:
+    if has_deviations:
         Console(stderr=True, highlight=False).print("±: standard deviation over seeds", style="dim")
 
 
 class _Bar:
-    """One bar and lines of talk. Use it as a context manager."""
+    """A progress bar and messages. Use it as a context manager."""
 
     def __init__(self, *columns: Any):
         self.console = Console(stderr=True, highlight=False)
@@ -136,7 +138,7 @@ class _Bar:
 
 
 class Runs(_Bar):
-    """Shows how many runs are done and the time left."""
+    """Shows how many runs are done, and the time left."""
 
     def __init__(self) -> None:
         bar = BarColumn(bar_width=20)
@@ -157,12 +159,12 @@ class Tokens(_Bar):
         super().__init__(TextColumn("tokens"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn())
         self.last_line = time.monotonic()
 
-    def done(self, tokens: int, of: int) -> None:
+    def done(self, tokens: int, total: int) -> None:
         if self.console.is_terminal:
-            self._update(tokens, of)
-        elif time.monotonic() - self.last_line >= SILENCE:
+            self._update(tokens, total)
+        elif time.monotonic() - self.last_line >= LINE_INTERVAL:
             self.last_line = time.monotonic()
-            self.say(f"{tokens:,} of {of:,} tokens")
+            self.say(f"{tokens:,} of {total:,} tokens")
 
 
 def print_rows(
@@ -172,11 +174,13 @@ def print_rows(
     stderr: bool = True,
     justify: Literal["left", "right"] = "left",
 ) -> None:
-    """A table: its first column says what a row is of, ``justify`` is for the others. No word is broken: where a
-    terminal is too narrow for the longest ones, what a row is of stands on a line above the rest."""
+    """Prints a table. The first column names the rows and is left-justified; ``justify`` applies to the others.
+
+    Words are not broken. If a terminal is too narrow for the longest words, the name of a row gets a line of its own.
+    """
     console, rows = Console(stderr=stderr, highlight=False, markup=False, emoji=False), [tuple(row) for row in rows]
     if not console.is_terminal:
-        console.width = max(console.width, 160) if stderr else 10_000  # into a file, one line a row
+        console.width = max(console.width, 160) if stderr else 10_000  # in a file, one line per row
     widths = _widths([titles, *rows], console.width, must=len(titles) < 2)
     stacked = widths is None
     if widths is None:
@@ -188,8 +192,8 @@ def print_rows(
     with console.capture() as shown:
         for number, row in enumerate((titles, *rows)):
             for column, width in enumerate(widths):
-                way = "left" if column == 0 and not stacked else justify
-                grid[number].add_column(width=width, justify=way, overflow="fold", style="" if number else "bold")
+                side = "left" if column == 0 and not stacked else justify
+                grid[number].add_column(width=width, justify=side, overflow="fold", style="" if number else "bold")
             grid[number].add_row(*row)
             if stacked:
                 console.print(above[number], style="" if number else "bold")
@@ -198,8 +202,11 @@ def print_rows(
 
 
 def _widths(rows: Sequence[Sequence[str]], room: int, must: bool = False) -> list[int] | None:
-    """Of the columns: as wide as their cells; where there is no room for that, as wide as their longest words, and what
-    is left goes to those with the most to fold. None where not even the words have room, unless they ``must``.
+    """The widths of the columns in ``room`` characters.
+
+    A column is as wide as its widest cell. If there is no room for that, it is as wide as its longest word, and the
+    remaining room goes to the columns with the most text to fold. If not even the words fit, the result is None, or the
+    widths of the words with ``must``.
 
     >>> _widths([["one", "two words"], ["a", "b"]], 14), _widths([["one", "two words"]], 11), _widths([["one", "b"]], 3)
     ([3, 9], [3, 6], None)

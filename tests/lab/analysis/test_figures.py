@@ -1,4 +1,4 @@
-"""Figures hold the numbers of the tables that they are drawn from."""
+"""Figures show the numbers of their tables."""
 
 import math
 
@@ -19,30 +19,32 @@ def runs(**by_strategy):
 
 
 def marks(figure):
-    """(x, y, reach in x, reach in y) of each strategy."""
+    """(x, y, half width in x, half width in y) of each strategy."""
     return {
         t.name: (t.x[0], t.y[0], t.error_x.array[0], t.error_y.array[0]) for t in figure.data if t.marker.size == 13
     }
 
 
-def test_one_seed_has_marks_without_bars():
+def test_one_seed_has_marks_without_error_bars():
     figure = figures.quality_against_balance(runs(a=[(2.0, 0.5)], b=[(3.0, 0.1)]))
     assert marks(figure) == {"a": (0.5, 2.0, 0.0, 0.0), "b": (0.1, 3.0, 0.0, 0.0)}
     assert not figure.layout.meta["paired"] and len(figure.data) == 2
 
 
-def test_bars_are_those_of_what_seeds_do_not_share():
-    """Two strategies, whose differences are 1.0, 1.2 and 1.4 on seeds far apart: half of each is left, sd 0.1,
-    widened by sqrt(2), t(2) = 4.3027: as wide as the interval of the paired difference, over sqrt(2)."""
+def test_error_bars_exclude_the_common_effect_of_a_seed():
+    """The differences are 1.0, 1.2 and 1.4, on seeds that are far apart. Half of each is left, with sd 0.1, widened by
+    sqrt(2), t(2) = 4.3027. The result is the interval of the paired difference over sqrt(2)."""
     table = runs(a=[(2.0, 0.5), (5.0, 0.5), (9.0, 0.5)], b=[(3.0, 0.1), (6.2, 0.1), (10.4, 0.1)])
     figure = figures.quality_against_balance(table)
-    found = marks(figure)
+    marks_by_strategy = marks(figure)
     assert figure.layout.meta["paired"]
-    assert found["a"][1] == pytest.approx(16 / 3) and found["b"][1] - found["a"][1] == pytest.approx(1.2)
-    assert found["a"][3] == pytest.approx(4.302653 * math.sqrt(2) * 0.1 / math.sqrt(3), rel=1e-5)
-    assert found["a"][2] == pytest.approx(0, abs=1e-9)
+    assert marks_by_strategy["a"][1] == pytest.approx(16 / 3) and marks_by_strategy["b"][1] - marks_by_strategy["a"][
+        1
+    ] == pytest.approx(1.2)
+    assert marks_by_strategy["a"][3] == pytest.approx(4.302653 * math.sqrt(2) * 0.1 / math.sqrt(3), rel=1e-5)
+    assert marks_by_strategy["a"][2] == pytest.approx(0, abs=1e-9)
     small = next(trace for trace in figure.data if trace.marker.size == 5)
-    assert small.y[0] - found["a"][1] == pytest.approx(0.1)  # -0.5 against a mean of -0.6
+    assert small.y[0] - marks_by_strategy["a"][1] == pytest.approx(0.1)  # -0.5 against a mean of -0.6
 
 
 def test_seeds_that_are_not_shared_are_left_out_and_unfinished_runs_too():
@@ -53,7 +55,7 @@ def test_seeds_that_are_not_shared_are_left_out_and_unfinished_runs_too():
 
 
 def experts(load, run="r", strategy="lbl"):
-    """``load`` by layer and domain."""
+    """``load``: by layer and domain."""
     rows = [
         {"run": run, "strategy": strategy, "seed": 0, "layer": layer, "domain": domain, "expert": e, "load": count}
         for layer, of_domain in load.items()
@@ -72,14 +74,14 @@ def test_the_map_of_experts_is_relative_load_sorted_by_domain():
         [2, 2, 0, 0],
         [0, 0, 2, 2],
     ]
-    # prose 6,0,2,0 of 8 and code 0,3,0,1 of 4: experts 0, 2 are prose's, 1, 3 are code's, each by how much
+    # prose 6,0,2,0 of 8 and code 0,3,0,1 of 4: experts 0 and 2 belong to prose, 1 and 3 to code
     figure = figures.expert_map(experts(SPLIT))
     assert list(figure.data[0].x) == ["0", "2", "1", "3"] and list(map(list, figure.data[0].z)) == [
         [3, 1, 0, 0],
         [0, 0, 3, 1],
     ]
     assert figure.layout.meta == {"run": "r", "layer": "m.2"}
-    with pytest.raises(ValueError, match="layer must be one of the table: got 'x', it has m.1, m.2"):
+    with pytest.raises(ValueError, match="layer must be in the table: got 'x'. Use one of m.1, m.2"):
         figures.expert_map(experts(SPLIT), layer="x")
 
 
@@ -108,7 +110,7 @@ def test_cost_is_the_mean_over_seeds():
     assert list(figures.cost(figures.rank_loads(both)).data[0].y) == [(1.25 + 1) / 2, (1.5 + 1) / 2]
 
 
-def test_layers_of_an_audit():
+def test_layers_of_an_audit_show_values_and_bounds():
     measured = {"value": 0.25, "bound": 0.01}
     rows = [{"layer": f"m.{i}", "maxvio": i, "maxvio_floor": 0.1, "domain_information_bits": measured} for i in (1, 2)]
     figure = figures.layers(rows)
@@ -122,7 +124,7 @@ def test_relative_load_by_hand():
     assert relative_load([0, 0]) == [None, None]
 
 
-def test_curves_of_unlike_runs_hold_gaps_and_no_line_without_a_value():
+def test_curves_have_gaps_and_no_line_without_values():
     rows = [
         {"run": run, "strategy": run, "seed": 0, "step": step, "loss": loss}
         for run, losses in (("a", [1.0, None, 0.0]), ("b", [None, None, None]))
@@ -133,13 +135,13 @@ def test_curves_of_unlike_runs_hold_gaps_and_no_line_without_a_value():
     assert list(figure.data[0].y) == [1.0, None, None]  # nothing at 0 on a log scale
 
 
-def test_strategies_keep_a_colour_of_their_own():
+def test_strategies_have_distinct_styles():
     styles = strategy_styles(["none", *(f"s{i}" for i in range(14))])
     assert styles["none"]["color"] == "#808080"
     assert len({tuple(style.values()) for style in styles.values()}) == 15
 
 
-def test_layer_labels_are_numbers_where_these_differ():
+def test_layer_labels_are_numbers_if_these_differ():
     assert layer_labels(["model.layers.1.gate", "model.layers.12.gate"]) == ["1", "12"]
     assert layer_labels(["a.1.x", "a.1.y"]) == ["a.1.x", "a.1.y"]
-    assert layer_labels(["score_function"]) == ["score_function"]
+    assert layer_labels(["gate"]) == ["gate"]

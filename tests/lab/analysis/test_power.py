@@ -77,7 +77,7 @@ def test_power_equals_the_reference(hypothesis, mean, n):
 
 
 def test_power_by_hand():
-    """At a true difference of 0 it is the one-sided level; without noise it is all or nothing."""
+    """At a true difference of 0, power is the one-sided level. Without noise it is 0 or 1."""
     for n in (2, 5, 50):
         assert power(LOWER, 0.0, 1.0, n) == pytest.approx(0.025)
         assert power(HIGHER, 0.0, 1.0, n, level=0.9) == pytest.approx(0.05)
@@ -91,10 +91,10 @@ def test_power_by_hand():
 @given(st.floats(-3, 3), st.floats(0.1, 3), st.integers(2, 40), st.floats(0.05, 3))
 def test_invariants_of_power(mean, sd, n, margin):
     for hypothesis, mirror, scaled in ((LOWER, HIGHER, LOWER), (_equal(margin), _equal(margin), _equal(4 * margin))):
-        found = power(hypothesis, mean, sd, n)
-        assert 0 <= found <= 1
-        assert power(mirror, -mean, sd, n) == pytest.approx(found, abs=1e-9)
-        assert power(scaled, 4 * mean, 4 * sd, n) == pytest.approx(found, abs=1e-9)
+        result = power(hypothesis, mean, sd, n)
+        assert 0 <= result <= 1
+        assert power(mirror, -mean, sd, n) == pytest.approx(result, abs=1e-9)
+        assert power(scaled, 4 * mean, 4 * sd, n) == pytest.approx(result, abs=1e-9)
     assert power(_equal(margin), mean, sd, n) <= power(_equal(1.5 * margin), mean, sd, n) + 1e-9
     assert power(LOWER, mean, sd, n) >= power(LOWER, mean + 0.1, sd, n) - 1e-9
 
@@ -108,9 +108,9 @@ def test_power_is_how_often_a_claim_is_supported(hypothesis, mean, n):
     repetitions = 1500
     samples = numpy.random.default_rng(6).normal(mean, 1.0, (repetitions, n)).tolist()
     supported = sum(judge(estimate(sample), hypothesis).verdict == "supported" for sample in samples) / repetitions
-    found = power(hypothesis, mean, 1.0, n)
-    assert 0.2 < found < 0.9
-    assert abs(supported - found) < 4 * math.sqrt(found * (1 - found) / repetitions)
+    result = power(hypothesis, mean, 1.0, n)
+    assert 0.2 < result < 0.9
+    assert abs(supported - result) < 4 * math.sqrt(result * (1 - result) / repetitions)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -133,30 +133,30 @@ def test_seeds_needed_are_those_of_the_tables(effect, level, wanted, n):
     ids=str,
 )
 def test_seeds_needed_are_the_first_that_have_the_power(hypothesis, mean, sd):
-    found = seeds_needed(hypothesis, mean, sd)
+    result = seeds_needed(hypothesis, mean, sd)
     first = next(n for n in range(2, 100) if power(hypothesis, mean, sd, n) >= 0.8)
-    assert found == first
+    assert result == first
 
 
 @pytest.mark.parametrize("wanted", [0.01, 0.0115, 0.0121, 0.03])
-def test_power_that_falls_before_it_rises_is_no_trap(wanted):
-    """Few seeds may show too little noise by chance: within half a standard deviation 2 seeds have 0.0120, 4 have
-    0.0078, 8 have 0.0122."""
-    found = [power(_equal(0.5), 0.0, 1.0, n) for n in range(2, 20)]
-    assert found[0] > found[2] < found[6]
-    first = next(n for n, each in enumerate(found, 2) if each >= wanted)
+def test_seeds_needed_are_right_even_if_power_falls_before_it_rises(wanted):
+    """A few seeds may show too little noise by chance. For a margin of half a standard deviation the power is 0.0120
+    with 2 seeds, 0.0078 with 4 and 0.0122 with 8."""
+    powers = [power(_equal(0.5), 0.0, 1.0, n) for n in range(2, 20)]
+    assert powers[0] > powers[2] < powers[6]
+    first = next(n for n, each in enumerate(powers, 2) if each >= wanted)
     assert seeds_needed(_equal(0.5), 0.0, 1.0, power=wanted) == first
 
 
 def test_seeds_needed_reach_the_power_by_the_reference():
-    """n = 10 for an effect of one standard deviation, and 9 is too few; the same for equality within 1.2."""
+    """An effect of one standard deviation needs 10 seeds; 9 are too few. The same holds for equality within 1.2."""
     assert seeds_needed(LOWER, -1.0, 1.0) == 10
     assert _power(LOWER, -1.0, 1.0, 10, T95[9]) >= 0.8 > _power(LOWER, -1.0, 1.0, 9, 2.306004135)
     assert seeds_needed(_equal(1.2), 0.0, 1.0) == 10
     assert _power(_equal(1.2), 0.0, 1.0, 10, T95[9]) >= 0.8 > _power(_equal(1.2), 0.0, 1.0, 9, 2.306004135)
 
 
-def test_more_is_needed_for_less():
+def test_weaker_evidence_needs_more_seeds():
     def needed(**changed):
         return seeds_needed(**({"hypothesis": LOWER, "mean": -0.5, "sd": 1.0, "power": 0.8, "level": 0.95} | changed))
 
@@ -171,7 +171,7 @@ def test_more_is_needed_for_less():
     assert seeds_needed(_equal(1.0), 0.0, 1.0, level=0.9) < seeds_needed(_equal(1.0), 0.0, 1.0)
 
 
-def test_on_the_wrong_side_no_number_is_enough():
+def test_on_the_wrong_side_no_number_of_seeds_is_enough():
     assert seeds_needed(LOWER, 0.1, 1.0) is None
     assert seeds_needed(LOWER, 0.0, 1.0) is None
     assert seeds_needed(HIGHER, -0.1, 1.0) is None
@@ -206,45 +206,45 @@ def test_the_detectable_effect_by_hand():
     assert detectable_effect(1.0, 10_000) == pytest.approx(0.0280158, rel=1e-3)
     assert detectable_effect(1.0, 1) == math.inf
     assert detectable_effect(0.0, 5) == 0.0
-    assert detectable_effect(1.0, 5, power=0.01) == 0.0  # chance alone has more
+    assert detectable_effect(1.0, 5, power=0.01) == 0.0  # chance alone has more power
 
 
 def test_noise_by_hand():
-    found = noise({0: 1.0, 1: 2.0, 2: 3.0}, {0: 2.0, 1: 4.0, 2: 6.0})
-    assert (found.n, found.sd_arm, found.sd_baseline, found.sd_difference) == (3, 1.0, 2.0, 1.0)
-    assert found.detectable == detectable_effect(1.0, 3)
-    assert (found.power, found.level) == (0.8, 0.95)
+    result = noise({0: 1.0, 1: 2.0, 2: 3.0}, {0: 2.0, 1: 4.0, 2: 6.0})
+    assert (result.n, result.sd_arm, result.sd_baseline, result.sd_difference) == (3, 1.0, 2.0, 1.0)
+    assert result.detectable == detectable_effect(1.0, 3)
+    assert (result.power, result.level) == (0.8, 0.95)
 
 
-def test_noise_is_that_of_the_paired_differences_and_takes_no_side():
+def test_noise_is_of_the_paired_differences_and_symmetric():
     generator = numpy.random.default_rng(7)
     first, second = (dict(enumerate(generator.normal(0, 1, 7).tolist())) for _ in range(2))
-    found, swapped = noise(first, second, power=0.9, level=0.9), noise(second, first, power=0.9, level=0.9)
-    assert found.sd_difference == paired_differences(first, second).sd == swapped.sd_difference
-    assert (found.sd_arm, found.sd_baseline) == (swapped.sd_baseline, swapped.sd_arm)
-    assert found.sd_arm == estimate(first.values()).sd
-    assert found.detectable == swapped.detectable == detectable_effect(found.sd_difference, 7, power=0.9, level=0.9)
+    result, swapped = noise(first, second, power=0.9, level=0.9), noise(second, first, power=0.9, level=0.9)
+    assert result.sd_difference == paired_differences(first, second).sd == swapped.sd_difference
+    assert (result.sd_arm, result.sd_baseline) == (swapped.sd_baseline, swapped.sd_arm)
+    assert result.sd_arm == estimate(first.values()).sd
+    assert result.detectable == swapped.detectable == detectable_effect(result.sd_difference, 7, power=0.9, level=0.9)
 
 
-def test_noise_of_independent_arms_is_as_large_as_it_must_be():
+def test_the_noise_of_independent_arms_adds_in_squares():
     generator = numpy.random.default_rng(8)
     common = generator.normal(0, 10, 2000)
     first, second = (dict(enumerate((common + generator.normal(0, sd, 2000)).tolist())) for sd in (3.0, 4.0))
-    found = noise(first, second)
-    assert found.sd_difference == pytest.approx(5.0, rel=0.07)  # four standard errors
-    assert found.sd_arm == pytest.approx(math.sqrt(109), rel=0.07)
+    result = noise(first, second)
+    assert result.sd_difference == pytest.approx(5.0, rel=0.07)  # four standard errors
+    assert result.sd_arm == pytest.approx(math.sqrt(109), rel=0.07)
 
 
-def test_noise_of_one_seed_is_not_known():
-    found = noise({0: 1.0, 1: 5.0}, {0: 2.0, 2: 3.0}, intersect=True)
-    assert found.n == 1 and math.isnan(found.sd_arm) and math.isnan(found.sd_difference)
-    assert found.detectable == math.inf
+def test_the_noise_of_one_seed_is_unknown():
+    result = noise({0: 1.0, 1: 5.0}, {0: 2.0, 2: 3.0}, intersect=True)
+    assert result.n == 1 and math.isnan(result.sd_arm) and math.isnan(result.sd_difference)
+    assert result.detectable == math.inf
     with pytest.raises(ValueError, match=r"the arm lacks \[2\], the baseline lacks \[1\]"):
         noise({0: 1.0, 1: 5.0}, {0: 2.0, 2: 3.0})
 
 
 @pytest.mark.parametrize(
-    ("call", "says"),
+    ("call", "message"),
     [
         (lambda: power(LOWER, math.nan, 1.0, 3), "mean must be a finite number: got mean=nan"),
         (lambda: power(LOWER, 0.0, math.nan, 3), "sd must be a finite number, at least 0: got sd=nan"),
@@ -258,11 +258,11 @@ def test_noise_of_one_seed_is_not_known():
         (lambda: detectable_effect(math.inf, 3), "sd must be a finite number"),
         (lambda: detectable_effect(1.0, 3, power=math.nan), "power must lie between 0 and 1"),
         (lambda: detectable_effect(1.0, 0), "n must be a whole number"),
-        (lambda: noise({}, {}), "the arm holds none"),
+        (lambda: noise({}, {}), "the arm has none"),
         (lambda: noise({0: 1.0}, {0: 1.0}, power=80), "power must lie between 0 and 1"),
         (lambda: noise({0: 1.0}, {0: 1.0}, level=80), "level must lie between 0 and 1"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_is_refused(call, says):
-    with pytest.raises(ValueError, match=says):
+def test_invalid_arguments_raise(call, message):
+    with pytest.raises(ValueError, match=message):
         call()

@@ -31,8 +31,8 @@ def _t_quantile(tail, df):
     return low
 
 
-def _close(found, expected, tolerance=1e-9):
-    assert found == pytest.approx(expected, rel=tolerance, abs=tolerance)
+def _close(result, expected, tolerance=1e-9):
+    assert result == pytest.approx(expected, rel=tolerance, abs=tolerance)
 
 
 def _arms(n, seed=0, shift=0.0):
@@ -56,25 +56,25 @@ values = st.dictionaries(
 
 def test_differences_by_hand():
     """Differences 1, 2, 3: t = 2 sqrt(3), and with two degrees P(T > t) = (1 - t / sqrt(2 + t^2)) / 2."""
-    found = paired_differences({3: 5.0, 4: 7.0, 9: 9.0}, {9: 6.0, 4: 5.0, 3: 4.0})
-    assert (found.n, found.mean, found.sd) == (3, 2.0, 1.0)
-    _close(found.standard_error, 1 / math.sqrt(3))
+    result = paired_differences({3: 5.0, 4: 7.0, 9: 9.0}, {9: 6.0, 4: 5.0, 3: 4.0})
+    assert (result.n, result.mean, result.sd) == (3, 2.0, 1.0)
+    _close(result.standard_error, 1 / math.sqrt(3))
     t = 4.302652729911275  # sqrt(2) q / sqrt(1 - q^2), q = 0.95
     _close(t, math.sqrt(2) * 0.95 / math.sqrt(1 - 0.95**2), 1e-6)
-    _close(found.interval[0], 2 - t / math.sqrt(3))
-    _close(found.interval[1], 2 + t / math.sqrt(3))
+    _close(result.interval[0], 2 - t / math.sqrt(3))
+    _close(result.interval[1], 2 + t / math.sqrt(3))
     p = (1 - math.sqrt(12 / 14)) / 2
-    _close(found.p_higher(), p)
-    _close(found.p_lower(), 1 - p)
-    _close(found.p_two_sided, 2 * p)
+    _close(result.p_higher(), p)
+    _close(result.p_lower(), 1 - p)
+    _close(result.p_two_sided, 2 * p)
 
 
 def test_two_seeds_by_hand():
-    """One degree: P(T > t) = 1/2 - atan(t) / pi, so that a half of 0.05 is beyond tan(0.475 pi) = 12.706."""
-    found = estimate([1.0, 3.0])
-    _close(found.standard_error, 1.0)
-    _close(found.interval[1], 2 + math.tan(0.475 * math.pi))
-    _close(found.p_two_sided, 1 - 2 * math.atan(2) / math.pi)
+    """With one degree P(T > t) = 1/2 - atan(t) / pi, so P(T > tan(0.475 pi) = 12.706) is 0.025."""
+    result = estimate([1.0, 3.0])
+    _close(result.standard_error, 1.0)
+    _close(result.interval[1], 2 + math.tan(0.475 * math.pi))
+    _close(result.p_two_sided, 1 - 2 * math.atan(2) / math.pi)
 
 
 @pytest.mark.parametrize("n", [2, 3, 5, 9])
@@ -84,29 +84,31 @@ def test_interval_and_p_equal_the_reference(n, level):
     differences = [first[seed] - second[seed] for seed in first]
     mean = sum(differences) / n
     error = math.sqrt(sum((value - mean) ** 2 for value in differences) / (n - 1) / n)
-    found = paired_differences(first, second, level=level)
-    _close(found.mean, mean)
-    _close(found.standard_error, error)
-    reach = _t_quantile((1 - level) / 2, n - 1) * error
-    _close(found.interval, (mean - reach, mean + reach), 1e-7)  # Simpson's rule, over as much as 12 units of t
-    _close(found.p_two_sided, 2 * _t_beyond(abs(mean) / error, n - 1), 1e-7)
+    result = paired_differences(first, second, level=level)
+    _close(result.mean, mean)
+    _close(result.standard_error, error)
+    half_width = _t_quantile((1 - level) / 2, n - 1) * error
+    _close(
+        result.interval, (mean - half_width, mean + half_width), 1e-7
+    )  # Simpson's rule, over as much as 12 units of t
+    _close(result.p_two_sided, 2 * _t_beyond(abs(mean) / error, n - 1), 1e-7)
     for bound in (-0.02, 0.0, 0.1):
-        _close(found.p_lower(bound), _t_beyond((bound - mean) / error, n - 1), 1e-7)
-        _close(found.p_higher(bound), _t_beyond((mean - bound) / error, n - 1), 1e-7)
+        _close(result.p_lower(bound), _t_beyond((bound - mean) / error, n - 1), 1e-7)
+        _close(result.p_higher(bound), _t_beyond((mean - bound) / error, n - 1), 1e-7)
 
 
 @settings(max_examples=50, deadline=None)
 @given(values)
 def test_swapping_the_arms_flips_the_sign(pairs):
     first, second = ({seed: pair[side] for seed, pair in pairs.items()} for side in (0, 1))
-    there, back = paired_differences(first, second), paired_differences(second, first)
-    assert (there.mean, there.sd) == (-back.mean, back.sd)
-    assert there.interval == (-back.interval[1], -back.interval[0])
-    assert there.p_two_sided == back.p_two_sided
-    assert there.p_lower(0.5) == back.p_higher(-0.5)
+    forward, backward = paired_differences(first, second), paired_differences(second, first)
+    assert (forward.mean, forward.sd) == (-backward.mean, backward.sd)
+    assert forward.interval == (-backward.interval[1], -backward.interval[0])
+    assert forward.p_two_sided == backward.p_two_sided
+    assert forward.p_lower(0.5) == backward.p_higher(-0.5)
 
 
-def test_what_a_seed_adds_to_both_arms_changes_nothing_and_a_scale_scales():
+def test_a_common_effect_of_a_seed_cancels_and_a_scale_scales():
     first, second = _arms(6, shift=0.02)
     plain = paired_differences(first, second)
     moved = paired_differences(
@@ -142,23 +144,23 @@ def test_the_interval_covers_the_truth_as_often_as_it_says(level):
     assert abs(covered / repetitions - level) < tolerance
 
 
-def test_pairing_takes_out_what_seeds_have_in_common():
+def test_pairing_removes_the_common_effect_of_seeds():
     first, second = _arms(50)
     assert paired_differences(first, second).sd < 0.1 < estimate(first.values()).sd
 
 
-def test_one_seed_says_nothing():
-    found = paired_differences({0: 1.0}, {0: 2.0})
-    assert (found.n, found.mean) == (1, -1.0) and math.isnan(found.sd)
-    assert found.interval == (-math.inf, math.inf)
-    assert found.p_two_sided == found.p_lower() == found.p_higher() == 1.0
+def test_one_seed_has_no_finite_interval():
+    result = paired_differences({0: 1.0}, {0: 2.0})
+    assert (result.n, result.mean) == (1, -1.0) and math.isnan(result.sd)
+    assert result.interval == (-math.inf, math.inf)
+    assert result.p_two_sided == result.p_lower() == result.p_higher() == 1.0
 
 
-def test_arms_that_are_equal_bit_for_bit():
+def test_arms_that_are_equal_bit_for_bit_have_a_point_interval():
     arm = {0: 5.1, 1: 5.3, 2: 5.2}
-    found = paired_differences(arm, dict(arm))
-    assert (found.mean, found.sd, found.interval, found.p_two_sided) == (0.0, 0.0, (0.0, 0.0), 1.0)
-    assert found.p_lower(0.1) == found.p_higher(-0.1) == 0.0
+    result = paired_differences(arm, dict(arm))
+    assert (result.mean, result.sd, result.interval, result.p_two_sided) == (0.0, 0.0, (0.0, 0.0), 1.0)
+    assert result.p_lower(0.1) == result.p_higher(-0.1) == 0.0
 
 
 def test_a_large_difference_keeps_its_p():
@@ -170,11 +172,11 @@ def test_an_estimate_is_printed_with_its_level_and_number():
 
 
 def test_seeds_of_one_arm_only_are_named():
-    with pytest.raises(ValueError, match=r"the arm lacks \[5\], the baseline lacks \[1, 2\]\. Run what is lacking"):
+    with pytest.raises(ValueError, match=r"the arm lacks \[5\], the baseline lacks \[1, 2\]\. Run the missing seeds"):
         paired_differences({1: 1.0, 2: 1.0, 3: 1.0, 4: 1.5}, {3: 0.0, 4: 0.0, 5: 0.0})
-    found = paired_differences({1: 1.0, 2: 1.0, 3: 1.0, 4: 1.5}, {3: 0.0, 4: 0.0, 5: 0.0}, intersect=True)
-    assert (found.n, found.mean) == (2, 1.25)
-    with pytest.raises(ValueError, match=r"a seed in common: the arm holds \[1\]; the baseline holds \[2\]"):
+    result = paired_differences({1: 1.0, 2: 1.0, 3: 1.0, 4: 1.5}, {3: 0.0, 4: 0.0, 5: 0.0}, intersect=True)
+    assert (result.n, result.mean) == (2, 1.25)
+    with pytest.raises(ValueError, match=r"a seed in common: the arm has \[1\]; the baseline has \[2\]"):
         paired_differences({1: 1.0}, {2: 1.0}, intersect=True)
 
 
@@ -183,26 +185,26 @@ def test_a_value_that_is_nan_in_a_seed_left_out_does_not_matter():
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, None])
-def test_a_value_that_is_not_finite_is_refused(value):
+def test_a_value_that_is_not_finite_raises(value):
     with pytest.raises(ValueError, match=r"must be a finite number: got .* at seed 1 of the arm\. A run that diverged"):
         paired_differences({0: 1.0, 1: value}, {0: 1.0, 1: 1.0})
     with pytest.raises(ValueError, match="at seed 1 of the baseline"):
         paired_differences({0: 1.0, 1: 1.0}, {0: 1.0, 1: value})
-    with pytest.raises(ValueError, match="at place 1"):
+    with pytest.raises(ValueError, match="at index 1"):
         estimate([1.0, value])
     with pytest.raises(ValueError, match="at seed 7 of factor 2"):
         trend({1: {7: 1.0}, 2: {7: value}})
 
 
-def test_nothing_is_refused():
+def test_empty_input_raises():
     with pytest.raises(ValueError, match="at least one value: got none"):
         estimate([])
-    with pytest.raises(ValueError, match="at least one seed: the baseline holds none"):
+    with pytest.raises(ValueError, match="at least one seed: the baseline has none"):
         paired_differences({0: 1.0}, {})
 
 
 @pytest.mark.parametrize("level", [0, 1, 95, -0.5, math.nan])
-def test_a_level_outside_is_refused(level):
+def test_a_level_outside_0_and_1_raises(level):
     for make in (
         lambda: estimate([1.0, 2.0], level=level),
         lambda: paired_differences({0: 1.0}, {0: 1.0}, level=level),
@@ -213,7 +215,7 @@ def test_a_level_outside_is_refused(level):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         ({"n": 0, "mean": 0.0, "sd": 1.0}, "n must be a whole number"),
         ({"n": 2.5, "mean": 0.0, "sd": 1.0}, "n must be a whole number"),
@@ -222,8 +224,8 @@ def test_a_level_outside_is_refused(level):
         ({"n": 3, "mean": 0.0, "sd": math.nan}, "run a second"),
     ],
 )
-def test_an_estimate_that_cannot_be_is_refused(arguments, says):
-    with pytest.raises(ValueError, match=says):
+def test_an_invalid_estimate_raises(arguments, message):
+    with pytest.raises(ValueError, match=message):
         Estimate(**arguments)
 
 
@@ -234,10 +236,10 @@ def test_an_estimate_that_cannot_be_is_refused(arguments, says):
 def test_slope_by_hand():
     """x = 0, 1, 2, 3 is -1.5 ... 1.5 about its mean, 5 in squares; y = 4, 4, 2, 0: (-6 - 2 + 1 + 0 ...) by the sum."""
     arms = {1: {0: 4.0, 1: 3.0}, 2: {0: 4.0, 1: 2.0}, 4: {0: 2.0, 1: 1.0}, 8: {0: 0.0, 1: 0.0}}
-    found = trend(arms)
+    result = trend(arms)
     slopes = (-1.5 * 4 - 0.5 * 4 + 0.5 * 2 + 1.5 * 0) / 5, -1.0  # -1.4 and -1
-    _close((found.mean, found.sd), (-1.2, 0.4 / math.sqrt(2)))
-    assert found == estimate(slopes)
+    _close((result.mean, result.sd), (-1.2, 0.4 / math.sqrt(2)))
+    assert result == estimate(slopes)
 
 
 def test_slopes_equal_the_reference():
@@ -251,8 +253,8 @@ def test_slopes_equal_the_reference():
         top = len(x) * sum(a * b for a, b in zip(x, y, strict=True)) - sum(x) * sum(y)
         slopes.append(top / (len(x) * sum(a * a for a in x) - sum(x) ** 2))
     expected = estimate(slopes, level=0.9)
-    found = trend(arms, level=0.9)
-    _close((found.n, found.mean, found.sd, found.level), (5, expected.mean, expected.sd, 0.9))
+    result = trend(arms, level=0.9)
+    _close((result.n, result.mean, result.sd, result.level), (5, expected.mean, expected.sd, 0.9))
 
 
 def test_invariants_of_a_trend():
@@ -261,8 +263,8 @@ def test_invariants_of_a_trend():
     plain = trend(arms)
 
     def same(changed, sign=1.0):
-        found = trend(changed)
-        _close((found.mean, found.sd), (sign * plain.mean, plain.sd))
+        result = trend(changed)
+        _close((result.mean, result.sd), (sign * plain.mean, plain.sd))
 
     same({factor: {seed: value + 10 * seed for seed, value in arm.items()} for factor, arm in arms.items()})
     same({16 * factor: arm for factor, arm in arms.items()})  # the unit of the factor
@@ -273,7 +275,7 @@ def test_invariants_of_a_trend():
     assert two.sd == pytest.approx(paired_differences(arms[2], arms[1]).sd)
 
 
-def test_the_slope_is_found_under_what_seeds_have_in_common():
+def test_the_slope_is_found_despite_the_common_effect_of_seeds():
     generator = numpy.random.default_rng(3)
     common = generator.normal(0, 5.0, 30)
     arms = {
@@ -289,8 +291,8 @@ def test_a_trend_needs_factors_and_the_same_seeds():
         trend({1: {0: 1.0}})
     with pytest.raises(ValueError, match="finite and above 0: got 0"):
         trend({0: {0: 1.0}, 1: {0: 1.0}})
-    with pytest.raises(ValueError, match=r"factor 2 lacks \[1\]\. Run what is lacking"):
+    with pytest.raises(ValueError, match=r"factor 2 lacks \[1\]\. Run the missing seeds"):
         trend({1: {0: 1.0, 1: 1.0}, 2: {0: 1.0}})
     assert trend({1: {0: 1.0, 1: 1.0}, 2: {0: 2.0}}, intersect=True).n == 1
-    with pytest.raises(ValueError, match="factor 2 holds none"):
+    with pytest.raises(ValueError, match="factor 2 has none"):
         trend({1: {0: 1.0}, 2: {}})

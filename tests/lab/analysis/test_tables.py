@@ -1,4 +1,4 @@
-"""Tables of runs and audits, against what their files hold."""
+"""Tables of runs and audits against the content of their files."""
 
 import json
 
@@ -8,7 +8,7 @@ import pytest
 
 from equipoise.errors import EquipoiseError
 from equipoise_lab import analysis
-from equipoise_lab.analysis.reading import Experts
+from equipoise_lab.analysis.reader import Experts
 from equipoise_lab.analysis.summary import COLUMNS
 from equipoise_lab.analysis.tables import Records, read_records
 from equipoise_lab.records import Run, write_json
@@ -62,7 +62,7 @@ def test_experts_hold_counts_frequency_and_relative_load(tmp_path):
     assert sum(table["load"].to_pylist()) == sum(sum(map(sum, load)) for load in LOAD.values())
 
 
-def test_a_frequency_is_of_tokens_where_layers_choose_unlike_many(monkeypatch):
+def test_a_frequency_divides_by_tokens_even_if_k_differs_between_layers(monkeypatch):
     load = [np.array([[75, 25]]), np.array([[100, 100]])]  # 100 tokens, k = 1 and 2
     model = Experts("m", "m", None, None, ["a", "b"], ["prose"], 1, load, [], [])
     monkeypatch.setattr(Records, "models", [model])
@@ -77,7 +77,7 @@ def test_domains_have_their_loss(tmp_path):
     }  # fmt: skip
 
 
-def test_loads_are_those_of_each_step_or_sums_of_neighbours(tmp_path):
+def test_loads_are_of_single_steps_or_sums_of_neighbouring_steps(tmp_path):
     make_run(tmp_path / "a")
     records = read_records(tmp_path)
     assert records.loads().num_rows == 5 * 2 * 2
@@ -117,17 +117,17 @@ def test_the_audit_of_a_run_is_part_of_the_run(tmp_path):
     assert records.typical_tokens()["seed"].to_pylist() == [0, 0] and not records.audits
 
 
-def test_what_cannot_be_read_is_named_and_the_rest_is_there(tmp_path):
+def test_a_damaged_audit_is_named_and_the_rest_is_read(tmp_path):
     make_run(tmp_path / "a")
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "audit.json").write_text("{")
     records = read_records(tmp_path)
-    assert [reading.name for reading in records.readings] == ["a"]
+    assert [run.name for run in records.recorded_runs] == ["a"]
     assert [(p.name, p.kind) for p in records.problems] == [("b", "damaged")]
 
 
-def test_nothing_at_all_is_an_error(tmp_path):
-    with pytest.raises(EquipoiseError, match="must hold runs"):
+def test_a_folder_without_runs_and_audits_raises(tmp_path):
+    with pytest.raises(EquipoiseError, match="must contain runs"):
         read_records(tmp_path)
     (tmp_path / "audit.json").write_text("{")
     with pytest.raises(EquipoiseError, match="a run or an audit that can be read: .* must be JSON"):

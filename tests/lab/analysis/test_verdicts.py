@@ -34,7 +34,7 @@ def _equal(margin):
         (_equal(3.0), 5.30, "undecided"),
         (_equal(3.0), 5.31, "not supported"),
         (_equal(3.0), -5.31, "not supported"),
-        (_equal(1.0), 0.0, "undecided"),  # the interval holds the margins: too little is known
+        (_equal(1.0), 0.0, "undecided"),  # the interval contains both margins
     ],
 )
 def test_verdict_by_hand(hypothesis, mean, verdict):
@@ -47,12 +47,12 @@ def test_p_by_hand():
     def beyond(t):
         return (1 - t / math.sqrt(2 + t * t)) / 2
 
-    found = judge(Estimate(n=3, mean=-2.0, sd=math.sqrt(3)), LOWER)
-    assert found.p == found.p_adjusted == pytest.approx(2 * beyond(2))
-    assert found.p_one_sided == pytest.approx(beyond(2))
-    against = judge(Estimate(n=3, mean=-2.0, sd=math.sqrt(3)), HIGHER)
-    assert (against.p, against.p_one_sided) == (pytest.approx(2 * beyond(2)), pytest.approx(1 - beyond(2)))
-    equal = judge(Estimate(n=3, mean=1.0, sd=math.sqrt(3)), _equal(4.0))  # 3 from the one margin, 5 from the other
+    lower = judge(Estimate(n=3, mean=-2.0, sd=math.sqrt(3)), LOWER)
+    assert lower.p == lower.p_adjusted == pytest.approx(2 * beyond(2))
+    assert lower.p_one_sided == pytest.approx(beyond(2))
+    higher = judge(Estimate(n=3, mean=-2.0, sd=math.sqrt(3)), HIGHER)
+    assert (higher.p, higher.p_one_sided) == (pytest.approx(2 * beyond(2)), pytest.approx(1 - beyond(2)))
+    equal = judge(Estimate(n=3, mean=1.0, sd=math.sqrt(3)), _equal(4.0))  # 3 from one margin, 5 from the other
     assert (equal.p, equal.p_one_sided) == (pytest.approx(2 * beyond(3)), pytest.approx(beyond(3)))
     apart = judge(Estimate(n=3, mean=7.0, sd=math.sqrt(3)), _equal(4.0))
     assert (apart.p, apart.p_one_sided) == (pytest.approx(2 * beyond(3)), pytest.approx(1 - beyond(3)))
@@ -70,22 +70,22 @@ hypotheses = st.sampled_from([LOWER, HIGHER]) | st.floats(0.01, 3).map(_equal)
 
 @settings(max_examples=150, deadline=None)
 @given(estimates, hypotheses)
-def test_the_interval_and_the_p_decide_alike(found, hypothesis):
-    judgement = judge(found, hypothesis)
-    if abs(judgement.p - (1 - found.level)) > 1e-9:
-        assert (judgement.verdict != "undecided") == (judgement.p < 1 - found.level)
-    if abs(judgement.p_one_sided - (1 - found.level) / 2) > 1e-9:
-        assert (judgement.verdict == "supported") == (judgement.p_one_sided < (1 - found.level) / 2)
+def test_the_interval_and_the_p_decide_alike(mean, hypothesis):
+    judgement = judge(mean, hypothesis)
+    if abs(judgement.p - (1 - mean.level)) > 1e-9:
+        assert (judgement.verdict != "undecided") == (judgement.p < 1 - mean.level)
+    if abs(judgement.p_one_sided - (1 - mean.level) / 2) > 1e-9:
+        assert (judgement.verdict == "supported") == (judgement.p_one_sided < (1 - mean.level) / 2)
 
 
 @settings(max_examples=100, deadline=None)
 @given(estimates, hypotheses, st.sampled_from([0.25, 4.0]))
-def test_the_mirror_image_and_the_unit_change_nothing(found, hypothesis, scale):
+def test_the_mirror_image_and_the_unit_change_nothing(mean, hypothesis, scale):
     mirror = {"lower": HIGHER, "higher": LOWER, "equal": hypothesis}[hypothesis.direction]
-    mirrored = judge(Estimate(found.n, -found.mean, found.sd, found.level), mirror)
+    mirrored = judge(Estimate(mean.n, -mean.mean, mean.sd, mean.level), mirror)
     other = hypothesis if hypothesis.margin is None else _equal(hypothesis.margin * scale)
-    scaled = judge(Estimate(found.n, found.mean * scale, found.sd * scale, found.level), other)
-    plain = judge(found, hypothesis)
+    scaled = judge(Estimate(mean.n, mean.mean * scale, mean.sd * scale, mean.level), other)
+    plain = judge(mean, hypothesis)
     assert plain.verdict == mirrored.verdict == scaled.verdict
     assert plain.p == pytest.approx(mirrored.p) == pytest.approx(scaled.p)
 
@@ -96,7 +96,7 @@ def test_one_seed_is_undecided():
         assert (judgement.verdict, judgement.p, judgement.p_one_sided) == ("undecided", 1.0, 1.0)
 
 
-def test_arms_that_are_equal_bit_for_bit_are_equal():
+def test_arms_that_are_equal_bit_for_bit_are_judged_equal():
     same = estimate([0.0, 0.0, 0.0])
     assert judge(same, _equal(1e-9)).verdict == "supported"
     assert judge(same, LOWER).verdict == "undecided"
@@ -117,14 +117,14 @@ def test_a_claim_that_is_just_false_is_supported_as_often_as_the_level_says(hypo
 
 
 @pytest.mark.parametrize("margin", [None, 0, 0.0, -0.1, math.nan, math.inf])
-def test_a_margin_that_cannot_be_is_refused(margin):
+def test_an_invalid_margin_raises(margin):
     with pytest.raises(
         ValueError, match=r"must have a finite margin above 0: got margin=.*Give the largest difference"
     ):
         Hypothesis("equal", margin=margin)
 
 
-def test_a_claim_that_cannot_be_is_refused():
+def test_an_invalid_claim_raises():
     with pytest.raises(ValueError, match="must be 'lower', 'higher' or 'equal': got 'less'"):
         Hypothesis("less")
     with pytest.raises(ValueError, match="Only a claim of equality has a margin: got margin=0.1"):
@@ -136,15 +136,15 @@ def test_a_claim_that_cannot_be_is_refused():
 
 
 def test_holm_by_hand():
-    found = holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005})
-    assert list(found) == ["a", "b", "c", "d"]
-    assert found == pytest.approx({"d": 0.02, "a": 0.03, "c": 0.06, "b": 0.06})  # 4 p, 3 p, 2 p, and b not below c
+    adjusted = holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005})
+    assert list(adjusted) == ["a", "b", "c", "d"]
+    assert adjusted == pytest.approx({"d": 0.02, "a": 0.03, "c": 0.06, "b": 0.06})  # 4 p, 3 p, 2 p, and b not below c
     assert holm({"a": 0.9, "b": 0.8}) == {"a": 1.0, "b": 1.0}
     assert holm({"a": 0.03}) == {"a": 0.03}
 
 
 def _closed(p_values):
-    """Holm by the closure principle: the largest Bonferroni p, over all sets of hypotheses that the one is in."""
+    """Holm by the closure principle: the largest Bonferroni p over all sets of hypotheses that contain the one."""
     names = list(p_values)
     return {
         name: max(
@@ -179,8 +179,8 @@ def test_holm_keeps_the_order_and_lies_between_the_p_and_bonferroni(p_values):
 
 
 def test_holm_bounds_the_error_of_a_family():
-    """Three claims that are false and one that is true, dependent through a common baseline: at most 5 % of families
-    have an error with Holm, and far more without."""
+    """Three false claims and a true one, dependent through a common baseline. With Holm at most 5 % of families have an
+    error; without Holm, far more."""
     generator = numpy.random.default_rng(5)
     repetitions, without, within = 400, 0, 0
     for _ in range(repetitions):
@@ -198,7 +198,7 @@ def test_holm_bounds_the_error_of_a_family():
 
 
 def test_a_verdict_that_does_not_survive_is_undecided():
-    """n = 9, standard error 1. p is 0.0085, 0.022, 0.022 and 0.35, and 0.034, 0.065, 0.065 and 0.35 with Holm."""
+    """n = 9, standard error 1. p is 0.0085, 0.022, 0.022 and 0.35; with Holm 0.034, 0.065, 0.065 and 0.35."""
     alone = {
         "weak": judge(Estimate(n=9, mean=2.84, sd=3.0), LOWER),
         "strong": judge(Estimate(n=9, mean=-3.45, sd=3.0), LOWER),
@@ -223,7 +223,7 @@ def test_a_claim_without_data_counts():
     assert (strong.verdict, family["strong"].verdict) == ("supported", "undecided")
 
 
-def test_a_family_that_cannot_be_is_refused():
+def test_an_invalid_family_raises():
     one, other = (judge(Estimate(n=3, mean=1.0, sd=1.0, level=level), LOWER) for level in (0.9, 0.95))
     with pytest.raises(ValueError, match=r"one level: got \[0\.9, 0\.95\]"):
         judge_family({"a": one, "b": other})

@@ -1,4 +1,4 @@
-"""``equipoise families`` as a person meets it: the list, one's own model, and every refusal in words."""
+"""``equipoise families`` from the command line: the list of families, one model of your own, and every refusal."""
 
 import json
 import re
@@ -11,28 +11,29 @@ import torch
 import transformers
 
 from equipoise_lab.cli import main
-from equipoise_lab.models.one_model import LARGE
+from equipoise_lab.models.examine import MAX_PARAMETERS
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:transformers.*")
 
 
-def _folder(tmp_path, weights=False, **content):
+def _save_model(tmp_path, weights=False, **config):
+    """A folder with a small model, or only its config, with some entries of the config replaced."""
     model = shrunken.build("glm4_moe")
     if weights:
         model.save_pretrained(tmp_path)
     else:
         model.config.save_pretrained(tmp_path)
     file = tmp_path / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | content))
+    file.write_text(json.dumps(json.loads(file.read_text()) | config))
     return tmp_path
 
 
-def _examined(path, capsys):
+def _examine(path, capsys):
     main(["families", str(path), "--json"])
     return json.loads(capsys.readouterr().out)
 
 
-def _refused(path, capsys):
+def _error_line(path, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["families", str(path)])
     out, err = capsys.readouterr()
@@ -41,13 +42,13 @@ def _refused(path, capsys):
     return line
 
 
-def test_a_config_alone_is_built_attached_and_counted(tmp_path, capsys):
-    folder = _folder(tmp_path)
+def test_a_model_is_built_from_its_config_alone_with_random_weights(tmp_path, capsys):
+    folder = _save_model(tmp_path)
     for path in (folder, folder / "config.json"):
-        found = _examined(path, capsys)
-        assert found["model"] == "Glm4MoeForCausalLM" and found["model_type"] == "glm4_moe"
-        assert found["weights"] == "random" and "the counts say nothing" in found["notes"][0]
-        (layer,) = found["layers"]
+        examined = _examine(path, capsys)
+        assert examined["model"] == "Glm4MoeForCausalLM" and examined["model_type"] == "glm4_moe"
+        assert examined["weights"] == "random" and "the counts say nothing" in examined["notes"][0]
+        (layer,) = examined["layers"]
         assert layer["name"] == "model.layers.0.mlp.gate" and layer["score_function"] == "sigmoid"
         assert (layer["num_experts"], layer["k"], layer["selection"]) == (8, 2, "scores")
         assert layer["slot"] == "e_score_correction_bias"
@@ -56,86 +57,86 @@ def test_a_config_alone_is_built_attached_and_counted(tmp_path, capsys):
         assert layer["maxvio"] == pytest.approx(max(layer["load"]) / mean - 1)
 
 
-def test_saved_weights_are_those_that_are_counted(tmp_path, capsys):
-    folder = _folder(tmp_path, weights=True)
+def test_saved_weights_are_used_for_the_counts(tmp_path, capsys):
+    folder = _save_model(tmp_path, weights=True)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():
         model.model.layers[0].mlp.gate.e_score_correction_bias.copy_(torch.arange(8) * 100.0)
     model.save_pretrained(folder)
-    found = _examined(folder, capsys)
-    assert found["weights"] == "loaded" and found["notes"] == []
-    assert found["layers"][0]["load"] == [0] * 6 + [256, 256]
-    assert found["layers"][0]["maxvio"] == pytest.approx(3)
+    examined = _examine(folder, capsys)
+    assert examined["weights"] == "loaded" and examined["notes"] == []
+    assert examined["layers"][0]["load"] == [0] * 6 + [256, 256]
+    assert examined["layers"][0]["maxvio"] == pytest.approx(3)
 
 
-def test_the_table_of_a_model_is_on_stdout_and_what_to_know_on_stderr(tmp_path, capsys):
-    main(["families", str(_folder(tmp_path))])
+def test_the_table_of_a_model_goes_to_stdout_and_notes_to_stderr(tmp_path, capsys):
+    main(["families", str(_save_model(tmp_path))])
     out, err = capsys.readouterr()
     first, titles, row = out.splitlines()
     assert first.startswith("Glm4MoeForCausalLM (glm4_moe), ") and first.endswith(" parameters, 1 MoE layers")
     assert titles.split()[:3] == ["layer", "experts", "k"] and titles.endswith("MaxVio")
     assert row.startswith("model.layers.0.mlp.gate") and "e_score_correction_bias" in row
-    assert err == "note: there are no weights, so they are random: the counts say nothing of a trained model\n"
+    assert err == "note: there are no weights, so random ones are used: the counts say nothing about a trained model\n"
 
 
 def test_a_large_model_is_attached_without_a_batch(tmp_path, capsys):
     transformers.AutoConfig.for_model("deepseek_v3", num_hidden_layers=5).save_pretrained(tmp_path)
-    found = _examined(tmp_path, capsys)
-    assert found["num_parameters"] > LARGE and found["weights"] == "none"
-    assert "no batch was run" in found["notes"][0]
-    assert [layer["name"] for layer in found["layers"]] == [f"model.layers.{i}.mlp.gate" for i in (3, 4)]
-    assert all(layer["load"] is None and layer["maxvio"] is None for layer in found["layers"])
-    assert found["layers"][0]["num_experts"] == 256 and found["layers"][0]["k"] == 8
+    examined = _examine(tmp_path, capsys)
+    assert examined["num_parameters"] > MAX_PARAMETERS and examined["weights"] == "none"
+    assert "no batch was run" in examined["notes"][0]
+    assert [layer["name"] for layer in examined["layers"]] == [f"model.layers.{i}.mlp.gate" for i in (3, 4)]
+    assert all(layer["load"] is None and layer["maxvio"] is None for layer in examined["layers"])
+    assert examined["layers"][0]["num_experts"] == 256 and examined["layers"][0]["k"] == 8
 
 
-def test_hash_layers_are_told_of(tmp_path, capsys):
+def test_hash_layers_are_noted(tmp_path, capsys):
     config = shrunken.build("deepseek_v4").config
     config.num_hidden_layers, config.layer_types = 2, config.layer_types * 2
     config.mlp_layer_types = ["hash_moe", "moe"]
     config.save_pretrained(tmp_path)
-    found = _examined(tmp_path, capsys)
-    assert [layer["name"] for layer in found["layers"]] == ["model.layers.1.mlp.gate"]
-    assert "model.layers.0.mlp.gate is a hash layer: neither counted nor balanced" in found["notes"]
+    examined = _examine(tmp_path, capsys)
+    assert [layer["name"] for layer in examined["layers"]] == ["model.layers.1.mlp.gate"]
+    assert "model.layers.0.mlp.gate is a hash layer: neither counted nor balanced" in examined["notes"]
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("config", "message"),
     [
         ({"model_type": "qwen99_moe"}, r"config.json says qwen99_moe. `equipoise families` lists"),
-        ({"auto_map": {"AutoModelForCausalLM": "modeling.Own"}}, "has an auto_map, so glm4_moe is code of its own"),
+        ({"auto_map": {"AutoModelForCausalLM": "modeling.Own"}}, "has an auto_map, so glm4_moe brings its own code"),
         ({"quantization_config": {"quant_method": "fp8"}}, r"says that they are quantised \(fp8\)"),
         ({"model_type": None}, "has no model_type"),
-        ({"hidden_size": -3}, "must be a config that"),
+        ({"hidden_size": -3}, "must have a config from which"),
     ],
 )
-def test_what_cannot_be_attached_is_refused_in_words(tmp_path, capsys, content, message):
-    line = _refused(_folder(tmp_path, **content), capsys)
+def test_a_model_that_cannot_be_attached_is_refused_with_the_reason(tmp_path, capsys, config, message):
+    line = _error_line(_save_model(tmp_path, **config), capsys)
     assert re.search(message, line), line
 
 
-def test_a_model_without_experts_or_with_others_is_refused(tmp_path, capsys):
+def test_a_model_without_a_supported_router_is_refused(tmp_path, capsys):
     transformers.AutoConfig.for_model(
         "llama", num_hidden_layers=1, hidden_size=32, intermediate_size=32, vocab_size=64, num_attention_heads=2
     ).save_pretrained(tmp_path)
-    assert "LlamaForCausalLM holds none and no other mixture-of-experts layer" in _refused(tmp_path, capsys)
+    assert "LlamaForCausalLM holds none and no other mixture-of-experts layer" in _error_line(tmp_path, capsys)
     config = transformers.AutoConfig.for_model("phimoe")
     shrunken.shrink(config).save_pretrained(tmp_path)
-    assert "PhimoeTopKRouter: it chooses without torch.topk" in _refused(tmp_path, capsys)
+    assert "PhimoeTopKRouter: it chooses without torch.topk" in _error_line(tmp_path, capsys)
 
 
-def test_router_weights_that_are_saved_as_integers_are_refused(tmp_path, capsys):
+def test_router_weights_saved_as_integers_are_refused(tmp_path, capsys):
     from safetensors.torch import load_file, save_file
 
-    folder = _folder(tmp_path, weights=True)
+    folder = _save_model(tmp_path, weights=True)
     (file,) = folder.glob("*.safetensors")
     tensors = load_file(file)
     tensors["model.layers.0.mlp.gate.weight"] = tensors["model.layers.0.mlp.gate.weight"].to(torch.int8)
     save_file(tensors, file, metadata={"format": "pt"})
-    line = _refused(folder, capsys)
+    line = _error_line(folder, capsys)
     assert "model.layers.0.mlp.gate.weight is saved as I8" in line
 
 
-def test_an_integer_table_of_a_router_is_no_quantised_weight(tmp_path, capsys):
+def test_the_integer_table_of_a_hash_router_is_not_taken_for_a_quantised_weight(tmp_path, capsys):
     model = shrunken.build(
         "deepseek_v4",
         num_hidden_layers=2,
@@ -143,19 +144,21 @@ def test_an_integer_table_of_a_router_is_no_quantised_weight(tmp_path, capsys):
         layer_types=["compressed_sparse_attention"] * 2,
     )
     model.save_pretrained(tmp_path)
-    found = _examined(tmp_path, capsys)
-    assert found["weights"] == "loaded" and [layer["name"] for layer in found["layers"]] == ["model.layers.1.mlp.gate"]
+    examined = _examine(tmp_path, capsys)
+    assert examined["weights"] == "loaded" and [layer["name"] for layer in examined["layers"]] == [
+        "model.layers.1.mlp.gate"
+    ]
 
 
-def test_what_is_not_there_is_refused(tmp_path, capsys):
-    assert "hf download NAME --local-dir FOLDER" in _refused(tmp_path / "none", capsys)
-    assert "config.json is not there" in _refused(tmp_path, capsys)
+def test_a_missing_or_damaged_config_is_refused(tmp_path, capsys):
+    assert "hf download NAME --local-dir FOLDER" in _error_line(tmp_path / "none", capsys)
+    assert "config.json does not exist" in _error_line(tmp_path, capsys)
     (tmp_path / "config.json").write_text("{")
-    assert "config.json cannot be read" in _refused(tmp_path, capsys)
+    assert "config.json cannot be read" in _error_line(tmp_path, capsys)
 
 
 @pytest.mark.slow
-def test_the_list_is_a_table_on_stdout_and_nothing_else():
+def test_the_list_of_families_is_a_table_on_stdout():
     done = subprocess.run([sys.executable, "-m", "equipoise", "families"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     titles, *rows = done.stdout.splitlines()

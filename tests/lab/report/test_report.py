@@ -20,8 +20,8 @@ from equipoise_lab.analysis.summary import COLUMNS, summary_rows, unequal_terms
 from equipoise_lab.analysis.tables import read_records
 from equipoise_lab.records import Run, find_runs, write_json
 from equipoise_lab.report import write_report
-from equipoise_lab.report.page import count, unpacked
-from equipoise_lab.report.words import outcome
+from equipoise_lab.report.findings import compare_runs
+from equipoise_lab.report.page import abbreviate, unpack
 
 EVEN = {"prose": [[5, 5, 5, 5], [10, 10, 10, 10]], "code": [[5, 5, 5, 5], [10, 10, 10, 10]]}
 SPLIT = {"prose": [[10, 10, 0, 0], [6, 0, 2, 0]], "code": [[0, 0, 10, 10], [0, 3, 0, 1]]}
@@ -96,20 +96,21 @@ def make_run(
 
 
 def own_text(path):
-    """The page without plotly.js and the data."""
+    """The page without plotly and the data."""
     text = path.read_text(encoding="utf-8")
     return re.sub(r'<script id="(data|plotly)"[^>]*>[^<]*</script>', "", text)
 
 
 def data_of(path):
-    """What page.js draws from."""
+    """The data from which page.js draws."""
     packed = re.search(r'<script id="data"[^>]*>([^<]*)</script>', path.read_text(encoding="utf-8")).group(1)
-    return json.loads(unpacked(packed))
+    return json.loads(unpack(packed))
 
 
-def said_of(found):
+def sentences_of(findings):
     return [
-        re.sub(r"\s+", " ", re.sub("<[^>]*>", "", s)).replace("&nbsp;", " ") for s in (found.headline, *found.findings)
+        re.sub(r"\s+", " ", re.sub("<[^>]*>", "", s)).replace("&nbsp;", " ")
+        for s in (findings.headline, *findings.details)
     ]
 
 
@@ -133,7 +134,7 @@ def test_page_shows_the_known_numbers_in_its_tables(tmp_path):
     ]
     assert cells(text, "h-domains") == [["none", "2.000", "3.000"], ["lbl", "2.100", "3.100"]]
     assert all(column.definition.split(".")[0][:20] in text.replace("&#39;", "'") for column in COLUMNS)
-    assert list(tmp_path.glob(".*")) == []  # nothing is left aside
+    assert list(tmp_path.glob(".*")) == []  # no temporary file is left
 
 
 def test_summary_rows_are_mean_and_standard_deviation_over_seeds(tmp_path):
@@ -152,7 +153,7 @@ def test_summary_rows_are_mean_and_standard_deviation_over_seeds(tmp_path):
 
 
 def make_audit(load):
-    """As `equipoise audit` writes it."""
+    """An audit as `equipoise audit` writes it."""
     domains = list(load)
     layers = []
     for index in range(2):
@@ -205,111 +206,124 @@ def make_audit(load):
 
 
 def runs_of(folder, **by_strategy):
-    """Runs with these losses by strategy, one a seed."""
+    """Runs with these losses by strategy, one per seed."""
     for strategy, nats in by_strategy.items():
         for seed, value in enumerate(nats):
             make_run(folder / f"{strategy}{seed}", strategy, seed, nats=value, maxvio=0.1 * len(strategy))
     return find_runs(folder)
 
 
-def test_a_lead_that_seeds_agree_on_wins_and_is_said_with_its_interval(tmp_path):
-    found = outcome(runs_of(tmp_path, best=[2.0, 3.0, 2.5], worse=[2.1, 3.12, 2.59]))
-    headline, quality, *_ = said_of(found)
-    assert headline.startswith("best won: its loss is lower than that of worse, and not by chance.")
-    assert "Its load is the most even too." in headline
+def test_a_consistent_lead_wins_and_shows_its_interval(tmp_path):
+    findings = compare_runs(runs_of(tmp_path, best=[2.0, 3.0, 2.5], worse=[2.1, 3.12, 2.59]))
+    headline, quality, *_ = sentences_of(findings)
+    assert headline.startswith("best won: its loss is significantly lower than with worse.")
+    assert "Its load is also the most even." in headline
     # 0.10, 0.12, 0.09: mean 0.10333, sd 0.015275, t(2) 4.3027, so 0.0654 to 0.1413; exp(0.10333) is 10.9 % more
     assert (
-        "Next is worse, 0.103 nats above, 10.9 % in perplexity (95 % interval of the difference: 0.065 to 0.141"
+        "Next is worse: 0.103 nats higher, 10.9 % in perplexity (95 % interval of the difference: 0.065 to 0.141"
         in quality
     )
-    [against] = found.against
-    assert against.strategy == "worse" and against.says == "significant"
-    assert against.nats.estimate.mean == pytest.approx(0.31 / 3)
+    [comparison] = findings.comparisons
+    assert comparison.strategy == "worse" and comparison.verdict == "significant"
+    assert comparison.nats.estimate.mean == pytest.approx(0.31 / 3)
 
 
-def test_a_lead_within_the_noise_is_no_win_and_its_price_is_named(tmp_path):
-    found = outcome(runs_of(tmp_path, best=[2.0, 3.0, 2.5], other=[2.3, 2.9, 2.6]))
-    headline, quality, *_ = said_of(found)
+def test_a_lead_within_the_noise_does_not_win_and_names_the_seeds_needed(tmp_path):
+    findings = compare_runs(runs_of(tmp_path, best=[2.0, 3.0, 2.5], other=[2.3, 2.9, 2.6]))
+    headline, quality, *_ = sentences_of(findings)
     assert headline.startswith("No strategy won: best has the lowest loss, but its lead may be chance.")
-    assert re.search(r"To decide a difference of this size would take about \d+ seeds", quality)
-    assert found.against[0].says == "undecided"
+    assert re.search(r"Confirming a difference of this size would take about \d+ seeds\.", quality)
+    assert findings.comparisons[0].verdict == "undecided"
 
 
-def test_the_price_of_a_lead_is_that_of_the_family(tmp_path):
-    """The lead on the next is half its standard deviation, of five comparisons: 51 seeds as tabled for 1 %, two-sided;
-    of a single comparison it would be 34, for 5 %."""
+def test_the_seeds_needed_account_for_the_family(tmp_path):
+    """The lead over the next is half its standard deviation. With five comparisons this takes 51 seeds (tables for 1 %,
+    two-sided); with a single comparison it would take 34 (5 %)."""
     far = {f"far{number}": [4.0, 4.1, 4.2] for number in range(4)}
-    found = outcome(runs_of(tmp_path, best=[2.0, 2.0, 2.0], next=[1.9, 2.1, 2.3], **far))
-    assert len(found.against) == 5
-    assert "To decide a difference of this size would take about 51 seeds." in said_of(found)[1]
+    findings = compare_runs(runs_of(tmp_path, best=[2.0, 2.0, 2.0], next=[1.9, 2.1, 2.3], **far))
+    assert len(findings.comparisons) == 5
+    assert "Confirming a difference of this size would take about 51 seeds." in sentences_of(findings)[1]
 
 
-def test_some_are_beaten_and_some_not(tmp_path):
-    found = outcome(runs_of(tmp_path, b=[2.0, 3.0, 2.5], far=[3.0, 4.0, 3.51], near=[2.1, 2.97, 2.6]))
-    assert "b has the lowest loss: lower than that of far; its lead on near may be chance." in said_of(found)[0]
+def test_the_headline_separates_beaten_from_unbeaten_strategies(tmp_path):
+    findings = compare_runs(runs_of(tmp_path, b=[2.0, 3.0, 2.5], far=[3.0, 4.0, 3.51], near=[2.1, 2.97, 2.6]))
+    assert (
+        "b has the lowest loss. It is significantly lower than with far; the lead over near may be chance."
+        in sentences_of(findings)[0]
+    )
 
 
-def test_significance_is_that_of_the_family(tmp_path):
-    """p of one comparison is 0.04: alone significant, not among two others that are not."""
-    alone = outcome(runs_of(tmp_path / "a", b=[2.0, 2.0, 2.0], one=[2.1, 2.2, 2.3]))
-    assert alone.against[0].nats.p == pytest.approx(0.0742, abs=1e-4)
+def test_significance_is_adjusted_for_the_family(tmp_path):
+    """A comparison that is significant alone is not significant together with two others that are not."""
+    alone = compare_runs(runs_of(tmp_path / "a", b=[2.0, 2.0, 2.0], one=[2.1, 2.2, 2.3]))
+    assert alone.comparisons[0].nats.p == pytest.approx(0.0742, abs=1e-4)
     pair = dict(b=[2.0, 2.0, 2.0], one=[2.15, 2.2, 2.28])
-    assert outcome(runs_of(tmp_path / "b", **pair)).against[0].is_beaten
-    family = outcome(runs_of(tmp_path / "c", **pair, x=[1.9, 2.8, 2.0], y=[1.8, 2.9, 2.1]))
-    assert not next(one for one in family.against if one.strategy == "one").is_beaten
+    assert compare_runs(runs_of(tmp_path / "b", **pair)).comparisons[0].is_beaten
+    family = compare_runs(runs_of(tmp_path / "c", **pair, x=[1.9, 2.8, 2.0], y=[1.8, 2.9, 2.1]))
+    assert not next(comparison for comparison in family.comparisons if comparison.strategy == "one").is_beaten
 
 
 def test_one_seed_decides_nothing(tmp_path):
-    found = outcome(runs_of(tmp_path, best=[2.0], worse=[4.0]))
-    headline, quality, *_ = said_of(found)
-    assert "best has the lowest loss of one seed, which decides nothing about quality." in headline
-    assert "from one seed. Run at least three (--seeds 3)" in quality and found.against[0].says == "one seed: undecided"
+    findings = compare_runs(runs_of(tmp_path, best=[2.0], worse=[4.0]))
+    headline, quality, *_ = sentences_of(findings)
+    assert "best has the lowest loss, but one seed decides nothing about quality." in headline
+    assert (
+        "This is one seed. Run at least three (--seeds 3)" in quality
+        and findings.comparisons[0].verdict == "one seed: undecided"
+    )
 
 
-def test_seeds_that_not_all_have_are_left_out_of_the_comparison(tmp_path):
-    """Of its own seeds the first has the lower mean, of those that both have the second."""
-    found = outcome(runs_of(tmp_path, a=[2.0, 3.0, 0.1], b=[1.9, 2.8]))
-    assert found.best == "b" and found.against[0].nats.estimate.n == 2
-    assert "of those that all share: 0, 1." in said_of(found)[1]
+def test_only_shared_seeds_are_compared(tmp_path):
+    """Over all its seeds, a has the lower mean. Over the shared seeds, b has."""
+    findings = compare_runs(runs_of(tmp_path, a=[2.0, 3.0, 0.1], b=[1.9, 2.8]))
+    assert findings.best == "b" and findings.comparisons[0].nats.estimate.n == 2
+    assert "The comparison uses the seeds that all share: 0, 1." in sentences_of(findings)[1]
 
 
 def test_a_strategy_without_a_common_seed_is_left_out_and_named(tmp_path):
     runs_of(tmp_path, b=[2.0, 3.0, 2.5], one=[3.0, 4.0, 3.5], two=[3.1, 4.1, 3.61])
     make_run(tmp_path / "apart", "apart", nats=0.1, seed=9)
-    found = outcome(find_runs(tmp_path))
-    headline, apart, *_ = said_of(found)
-    assert headline.startswith("b won: its loss is lower than that of one and two, and not by chance.")
-    assert apart == "Left out of what follows: apart, without a seed that the others have."
-    assert {one.strategy for one in found.against} == {"one", "two"}
+    findings = compare_runs(find_runs(tmp_path))
+    headline, left_out, *_ = sentences_of(findings)
+    assert headline.startswith("b won: its loss is significantly lower than with one and two.")
+    assert left_out == "Left out of the comparison: apart. No seed is shared with the others."
+    assert {comparison.strategy for comparison in findings.comparisons} == {"one", "two"}
 
 
-def test_nothing_is_won_over_seeds_that_nobody_shares(tmp_path):
-    """No seed is of all three: a and b share one, b and c another. The first of them counts."""
+def test_without_a_seed_of_all_strategies_the_most_frequent_one_decides(tmp_path):
+    """a and b share seed 1, b and c share seed 2. The lower of these equally frequent seeds decides."""
     for name, seed, nats in (("a", 0, 3.0), ("a", 1, 3.0), ("b", 1, 2.9), ("b", 2, 3.4), ("c", 2, 3.2)):
         make_run(tmp_path / f"{name}{seed}", name, nats=nats, seed=seed)
-    found = outcome(find_runs(tmp_path))
-    assert found.best == "b" and [one.strategy for one in found.against] == ["a"]
-    assert "c, without a seed that the others have" in said_of(found)[1]
-    assert "Next is a, 0.100 nats above" in " ".join(said_of(found))
+    findings = compare_runs(find_runs(tmp_path))
+    assert findings.best == "b" and [comparison.strategy for comparison in findings.comparisons] == ["a"]
+    assert "c. No seed is shared with the others" in sentences_of(findings)[1]
+    assert "Next is a: 0.100 nats higher" in " ".join(sentences_of(findings))
 
 
-def test_balance_specialisation_and_dead_experts_are_told(tmp_path):
+def test_balance_specialisation_and_dead_experts_are_reported(tmp_path):
     make_run(tmp_path / "a", "none", nats=2.0, maxvio=2.5, bits=0.9)
     make_run(tmp_path / "b", "lbl", nats=2.1, maxvio=0.2, bits=0.1)
     make_run(tmp_path / "c", "loss-free", nats=2.4, maxvio=0.3, bits=0.5)
-    headline, quality, balance, information, dead = said_of(outcome(find_runs(tmp_path)))
-    assert "The most even load is that of lbl: MaxVio 0.200, against 2.500." in headline
-    assert "none has 2.000 nats a token, perplexity 7.39" in quality
-    assert "lbl spreads" in balance and "1.20 times the mean" in balance and "none, with 3.50 times" in balance
-    assert "under none: 0.900 bits of at most 1.00" in information and "under lbl: 0.100 bits" in information
-    assert "out of 8 in all layers: none 3, lbl 3" in dead
+    headline, quality, balance, information, dead = sentences_of(compare_runs(find_runs(tmp_path)))
+    assert "lbl has the most even load: MaxVio 0.200, against 2.500 with none." in headline
+    assert "none reaches a loss of 2.000 nats per token (perplexity 7.39)" in quality
+    assert (
+        "lbl spreads" in balance
+        and "1.20 times the mean" in balance
+        and "The least even is none: 3.50 times" in balance
+    )
+    assert "under none: 0.900 of at most 1.00 bits" in information and "under lbl: 0.100 bits" in information
+    assert "of 8 in all layers together: none 3, lbl 3" in dead
 
 
-def test_what_diverged_is_said_and_left_out(tmp_path):
+def test_a_diverged_run_is_named_and_left_out(tmp_path):
     make_run(tmp_path / "a", "none", nats=math.nan)
     make_run(tmp_path / "b", "lbl")
-    found = outcome(find_runs(tmp_path))
-    assert "Only lbl is finished" in said_of(found)[0] and "none diverged" in said_of(found)[1]
+    findings = compare_runs(find_runs(tmp_path))
+    assert (
+        "Only one strategy, lbl, has results" in sentences_of(findings)[0]
+        and "none diverged" in sentences_of(findings)[1]
+    )
     path = write_report(tmp_path)
     assert cells(own_text(path), "h-table")[0][1] == "not finite"
     assert data_of(path)["table"]["rows"][0][data_of(path)["table"]["columns"].index("val_nats")] is None
@@ -319,9 +333,9 @@ def test_the_page_of_one_strategy_compares_nothing(tmp_path):
     make_run(tmp_path / "a", "lbl", maxvio=0.5)
     make_run(tmp_path / "b", "lbl", seed=1, maxvio=0.5)
     text = own_text(path := write_report(tmp_path))
-    assert "<title>Training under one strategy · equipoise</title>" in text and "Who won" not in text
+    assert "<title>Training with one strategy · equipoise</title>" in text and "Who won" not in text
     assert "plot-outcome" not in text and "outcome" not in data_of(path)["figures"]
-    assert "On the test text the busiest expert carries 1.50 times the mean load" in " ".join(text.split())
+    assert "On the test text, the busiest expert carries 1.50 times the mean load" in " ".join(text.split())
     make_run(tmp_path / "c", "none", maxvio=0.7)
     text = own_text(path := write_report(tmp_path))
     assert "Who won" in text and "plot-outcome" in text and "outcome" in data_of(path)["figures"]
@@ -380,11 +394,11 @@ def test_alerts_of_a_run_are_among_its_notes(tmp_path):
     assert "step 2: expert 3 of layer 1 is dead" in own_text(write_report(tmp_path))
 
 
-def test_an_audit_has_a_page_of_its_own(tmp_path):
+def test_an_audit_has_its_own_page(tmp_path):
     write_json(tmp_path / "audit.json", make_audit(SPLIT) | {"words": ["layer 1: collapsed"], "notes": ["few tokens"]})
     path = write_report(tmp_path)
     text = own_text(path)
-    assert "1 of 2 layers has a balance that is worth a look" in text and "few tokens" in text
+    assert "1 of 2 layers has a balance problem" in text and "few tokens" in text
     assert cells(text, "h-layers")[1][:3] == ["2", "1.000", "0.020"]
     assert cells(text, "h-domains") == [["prose", "20", "2.000"], ["code", "20", "3.000"]]
     data = data_of(path)
@@ -392,11 +406,11 @@ def test_an_audit_has_a_page_of_its_own(tmp_path):
     assert set(data["figures"]) == {"layers", "cost"}
 
 
-def test_several_audits_are_no_one_report(tmp_path):
+def test_a_report_of_several_audits_is_refused(tmp_path):
     for name in "ab":
         (tmp_path / name).mkdir()
         write_json(tmp_path / name / "audit.json", make_audit(SPLIT))
-    with pytest.raises(EquipoiseError, match="of one audit: .* holds a, b"):
+    with pytest.raises(EquipoiseError, match="shows one audit: .* contains a, b"):
         write_report(tmp_path)
 
 
@@ -404,12 +418,12 @@ def test_several_audits_are_no_one_report(tmp_path):
     "change, reason",
     [
         (lambda audit: audit.update(format=7), "must have format 1: got 7"),
-        (lambda audit: audit.pop("layers"), "must hold layers"),
-        (lambda audit: audit.update(layers=[]), "must hold a layer"),
-        (lambda audit: audit["layers"][0]["load_by_domain"][0].pop(), "4 experts of 2 domains"),
+        (lambda audit: audit.pop("layers"), "must contain layers"),
+        (lambda audit: audit.update(layers=[]), "must contain at least one layer"),
+        (lambda audit: audit["layers"][0]["load_by_domain"][0].pop(), "4 experts in 2 domains"),
     ],
 )
-def test_damaged_audit_is_an_error_that_says_so(tmp_path, change, reason):
+def test_a_damaged_audit_raises(tmp_path, change, reason):
     audit = make_audit(SPLIT)
     change(audit)
     write_json(tmp_path / "audit.json", audit)
@@ -463,18 +477,18 @@ def test_run_without_result_is_marked_and_left_out_of_the_table(tmp_path):
 def test_page_is_drawn_when_no_run_is_finished(tmp_path):
     make_run(tmp_path / "b", "lbl", last=8, finish=False)
     text = own_text(write_report(tmp_path / "b"))
-    assert "No run is finished" in text and "not finished: 8 of 20 steps" in text
+    assert "No run has finished yet" in text and "not finished: 8 of 20 steps" in text
 
 
 @pytest.mark.parametrize(
     "name, content, reason",
     [
         ("config.json", "{", "config.json must be JSON"),
-        ("config.json", '{"format": 1}', "must hold strategy"),
+        ("config.json", '{"format": 1}', "must contain strategy"),
         ("config.json", '{"format": 99}', "must have format 1"),
         ("steps.jsonl", "{oops\n{}\n", "line 1 is damaged"),
         ("evaluations.jsonl", '{"step":1,"domains":{"prose":{"load":[[1,2]]}}}\n', "2 layers of 4 experts"),
-        ("result.json", '{"val_nats": 1}', "must hold val_perplexity"),
+        ("result.json", '{"val_nats": 1}', "must contain val_perplexity"),
         ("result.json", "nothing", "result.json must be JSON"),
     ],
 )
@@ -492,17 +506,17 @@ def test_second_run_of_the_same_strategy_and_seed_is_left_out(tmp_path):
     make_run(tmp_path / "a", nats=2.0)
     make_run(tmp_path / "b", nats=3.0)
     text = own_text(write_report(tmp_path))
-    assert "<code>b</code>: <strong>left out</strong>, the same strategy and seed as a" in text
+    assert "<code>b</code>: <strong>left out</strong>, it has the same strategy and seed as a" in text
 
 
-def test_runs_on_unequal_terms_are_said_to_be(tmp_path):
+def test_differing_settings_are_named(tmp_path):
     make_run(tmp_path / "a", "none", learning_rate=1e-3)
     make_run(tmp_path / "b", "lbl", learning_rate=2e-3)
     assert unequal_terms([run.config for run in find_runs(tmp_path)]) == ["learning_rate"]
     assert "The runs differ in <strong>learning_rate</strong>" in own_text(write_report(tmp_path))
 
 
-def test_options_that_only_the_command_line_knows_are_terms_too(tmp_path):
+def test_command_line_options_are_compared_too(tmp_path):
     make_run(tmp_path / "a", "none", options={"weight_decay": 0.1, "strategy": "none"}, corpus_fingerprint="1")
     make_run(tmp_path / "b", "lbl", options={"weight_decay": 0.2, "strategy": "lbl"}, corpus_fingerprint="2")
     assert unequal_terms([run.config for run in find_runs(tmp_path)]) == ["corpus_fingerprint", "weight_decay"]
@@ -514,17 +528,17 @@ def test_notes_command_and_versions_are_shown(tmp_path):
     assert "the rate is too short" in text and "equipoise compare --out runs" in text and "0.1.0" in text
 
 
-def test_no_evaluation_at_all_is_an_error_and_keeps_the_old_page(tmp_path):
+def test_runs_without_an_evaluation_raise_and_keep_the_old_page(tmp_path):
     run = make_run(tmp_path / "a", last=3, finish=False)
     (run.path / "evaluations.jsonl").unlink()
     (tmp_path / "report.html").write_text("old")
     with pytest.raises(
-        EquipoiseError, match="needs one run with an evaluation: .* not finished: 3 of 20 steps"
+        EquipoiseError, match="needs at least one run with an evaluation: .* not finished: 3 of 20 steps"
     ) as caught:
         write_report(tmp_path)
     assert "\n" not in str(caught.value)
     assert (tmp_path / "report.html").read_text() == "old"
-    with pytest.raises(EquipoiseError, match="must hold runs"):
+    with pytest.raises(EquipoiseError, match="must contain runs"):
         (tmp_path / "empty").mkdir()
         write_report(tmp_path / "empty")
 
@@ -559,13 +573,13 @@ def test_report_imports_no_torch(tmp_path):
     assert subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout == "False\n"
 
 
-def test_count_is_short():
-    assert [count(x) for x in (13_107_200, 999_950, 8192, 90, None)] == ["13.1 M", "1 M", "8.19 k", "90", "?"]
+def test_large_numbers_are_abbreviated():
+    assert [abbreviate(x) for x in (13_107_200, 999_950, 8192, 90, None)] == ["13.1 M", "1 M", "8.19 k", "90", "?"]
 
 
 @contextmanager
 def browser_page(path, **options):
-    """The page in a browser, drawn; errors and requests that it should not make fail the test."""
+    """The drawn page in a browser. Errors, and requests to anything but the page, fail the test."""
     api = pytest.importorskip("playwright.sync_api")
     errors, requests = [], []
     with api.sync_playwright() as playwright:
@@ -594,7 +608,7 @@ class TestInABrowser:
     pytestmark = in_browser
 
     @pytest.mark.parametrize("width, scheme", [(1280, "light"), (390, "dark")])
-    def test_it_draws_and_layers_sort_and_strategies_are_chosen(self, tmp_path, width, scheme):
+    def test_it_draws_and_its_controls_work(self, tmp_path, width, scheme):
         make_run(tmp_path / "a", "none")
         make_run(tmp_path / "b", "<i>lbl</i>", load=SPLIT)
         with browser_page(
@@ -626,13 +640,13 @@ class TestInABrowser:
             table.get_by_role("button", name="Loss, nats").click()
             assert names() == ["a", "b", "c"]
             table.get_by_role("button", name="Loss, nats").click()
-            assert names() == ["b", "a", "c"]  # what is no number stays last
+            assert names() == ["b", "a", "c"]  # cells without a number stay last
             table.get_by_role("button", name="Strategy").focus()
             page.keyboard.press("Enter")
             assert names() == ["a", "b", "c"]
             assert table.locator("th[aria-sort=ascending]").inner_text().startswith("Strategy")
 
-    def test_hovering_tells_the_number_and_the_typical_tokens(self, tmp_path):
+    def test_hovering_shows_the_number_and_the_typical_tokens(self, tmp_path):
         run = make_run(tmp_path / "a", "lbl", load=SPLIT)
         write_json(run.path / "audit.json", make_audit(SPLIT))
         with browser_page(write_report(tmp_path), viewport={"width": 1280, "height": 900}) as page:
@@ -669,19 +683,19 @@ class TestInABrowser:
             assert [(r["strategy"], float(r["val_nats"])) for r in rows] == [("none", 2.0), ('l,"b"l', 2.5)]
             for index, run in enumerate(runs):
                 text = downloaded(page, tools(f"heat-{index}").get_by_text("CSV")).decode()
-                found = list(csv.DictReader(io.StringIO(text)))
+                csv_rows = list(csv.DictReader(io.StringIO(text)))
                 evaluation = list(run.rows("evaluations"))[-1]["domains"]
-                assert [(r["domain"], int(r["expert"]), int(r["load"])) for r in found] == [
+                assert [(r["domain"], int(r["expert"]), int(r["load"])) for r in csv_rows] == [
                     (domain, e, load) for domain in evaluation for e, load in enumerate(evaluation[domain]["load"][1])
                 ]
-                assert {r["strategy"] for r in found} == {run.config["strategy"]}
+                assert {r["strategy"] for r in csv_rows} == {run.config["strategy"]}
             text = downloaded(page, tools("all-1").get_by_text("CSV")).decode()
             loads = [int(r["load"]) for r in csv.DictReader(io.StringIO(text))]
             assert loads == [10, 10, 10, 10, 6, 3, 2, 1]
             text = downloaded(page, tools("plot-loss").get_by_text("CSV")).decode()
-            found = list(csv.DictReader(io.StringIO(text)))
+            csv_rows = list(csv.DictReader(io.StringIO(text)))
             steps = list(runs[0].rows("steps"))
-            assert [(int(r["x"]), float(r["y"])) for r in found[:20]] == [
+            assert [(int(r["x"]), float(r["y"])) for r in csv_rows[:20]] == [
                 (row["step"], pytest.approx(row["loss"], rel=1e-4)) for row in steps
             ]
             text = downloaded(page, tools("time").get_by_text("CSV")).decode()
@@ -695,7 +709,7 @@ class TestInABrowser:
         write_json(tmp_path / "audit.json", make_audit(SPLIT))
         with browser_page(write_report(tmp_path), viewport={"width": 390, "height": 900}) as page:
             assert page.locator("#experts-table thead th").all_inner_texts() == [
-                "Expert", "Load", "Most in", "× even there", "Often with", "Typical tokens",
+                "Expert", "Load, × even", "Top domain", "× even in it", "Often with", "Typical tokens",
             ]  # fmt: skip
             assert page.locator("#plot-layers .scatterlayer path.js-line").count() == 4
             page.locator("#text").select_option("code")
@@ -704,8 +718,8 @@ class TestInABrowser:
 
 
 @pytest.mark.slow
-def test_a_large_model_fits_into_eight_megabytes(tmp_path):
-    """64 layers of 256 experts under two strategies, eight domains, ten typical tokens each (three of them shown)."""
+def test_the_page_of_a_large_model_fits_into_eight_megabytes(tmp_path):
+    """64 layers of 256 experts under two strategies, eight domains, ten typical tokens per expert (three shown)."""
     layers, experts, domains = 64, 256, [f"domain{i}" for i in range(8)]
     random = np.random.default_rng(0)
     for strategy in ("none", "loss-free"):

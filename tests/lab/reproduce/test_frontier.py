@@ -1,10 +1,10 @@
-"""What is chosen on a frontier, when its grid grows, and how claims take it up."""
+"""Which value a frontier chooses, when its grid is widened, and how claims use the value."""
 
 import dataclasses
 
 import pytest
 
-from equipoise_lab.cli import _parse
+from equipoise_lab.cli.parser import parse
 from equipoise_lab.records import write_json
 from equipoise_lab.reproduce.claim import claim_names, load_claim, parse_claim
 from equipoise_lab.reproduce.command import reproduce
@@ -34,11 +34,11 @@ def _store(results, job, **result):
 
 
 def _fill(results, nats, maxvio=1.0, frontier=FRONTIER):
-    """By value: the selection loss, a bit more and less by seed."""
+    """Stores the runs of each value; ``nats`` are mean selection losses, and seeds differ by 0.5 either way."""
     for value, mean in nats.items():
-        for seed, more in zip(frontier.seeds, (-0.5, 0.5), strict=True):
+        for seed, deviation in zip(frontier.seeds, (-0.5, 0.5), strict=True):
             balance = maxvio[value] if isinstance(maxvio, dict) else maxvio
-            _store(results, frontier.job(value, seed), selection_nats=mean + more, selection_maxvio=balance)
+            _store(results, frontier.job(value, seed), selection_nats=mean + deviation, selection_maxvio=balance)
 
 
 def test_the_value_with_the_lowest_loss_is_chosen(tmp_path):
@@ -49,7 +49,7 @@ def test_the_value_with_the_lowest_loss_is_chosen(tmp_path):
     assert FRONTIER.point("0.03", results).mean("selection_nats") == pytest.approx(5.0)
 
 
-def test_one_at_which_a_run_diverges_is_not_chosen_and_said(tmp_path):
+def test_a_value_at_which_a_run_diverges_is_not_chosen_and_is_marked(tmp_path):
     results = Results(tmp_path)
     _fill(results, {"0.01": 5.2, "0.03": 5.0, "0.1": 4.9})
     _store(results, FRONTIER.job("0.1", 101), diverged=12)
@@ -57,7 +57,7 @@ def test_one_at_which_a_run_diverges_is_not_chosen_and_said(tmp_path):
     assert list(_cells(FRONTIER, results)) == ["0.01: 5.200 / 1.000", "**0.03: 5.000 / 1.000**", "0.1: diverged"]
 
 
-def test_one_that_is_out_of_balance_is_chosen_only_where_all_are(tmp_path):
+def test_a_value_out_of_balance_is_chosen_only_if_all_are(tmp_path):
     results = Results(tmp_path)
     _fill(results, {"0.01": 4.0, "0.03": 5.0, "0.1": 5.1}, {"0.01": 1.6, "0.03": 1.5, "0.1": 0.2})
     assert FRONTIER.chosen(results) == "0.03"
@@ -74,7 +74,7 @@ def test_nothing_is_chosen_while_a_run_is_missing(tmp_path):
     assert FRONTIER.grid(results) == ["0.01", "0.03", "0.1"]
 
 
-def test_a_grid_grows_where_the_best_lies_at_its_edge_and_stops_growing(tmp_path):
+def test_a_grid_grows_at_the_edge_that_holds_the_best_value_up_to_a_limit(tmp_path):
     results = Results(tmp_path)
     _fill(results, {"0.01": 5.2, "0.03": 5.0, "0.1": 4.9})
     assert FRONTIER.grid(results)[-1] == "0.3" and FRONTIER.chosen(results) is None
@@ -84,7 +84,7 @@ def test_a_grid_grows_where_the_best_lies_at_its_edge_and_stops_growing(tmp_path
     _fill(results, {"0.3": 4.8})
     assert FRONTIER.grid(results)[-1] == "1"
     _fill(results, {"1": 4.7})
-    assert FRONTIER.grid(results)[-1] == "1"  # two widenings at most
+    assert FRONTIER.grid(results)[-1] == "1"  # at most two widenings
     assert FRONTIER.chosen(results) == "1" and FRONTIER.at_edge(results)
     down = Results(tmp_path / "down")
     _fill(down, {"0.01": 4.9, "0.03": 5.0, "0.1": 5.1, "0.003": 5.0})
@@ -101,20 +101,20 @@ def test_a_mechanism_without_a_number_has_one_point(tmp_path):
 
 
 @pytest.mark.parametrize("name", FRONTIERS)
-def test_every_point_of_a_frontier_is_a_run_that_can_be_asked_for(name, tmp_path):
+def test_every_point_of_a_frontier_is_a_valid_run(name, tmp_path):
     frontier = FRONTIERS[name]
     jobs = frontier.jobs(Results(tmp_path))
     assert len(set(jobs)) == 2 * max(1, len(frontier.values))
     for job in jobs[: len(jobs) // 2]:
-        check(_parse(["train", "--out", str(tmp_path / "run"), "--no-save-model", *job.arguments]))
+        check(parse(["train", "--out", str(tmp_path / "run"), "--no-save-model", *job.arguments]))
 
 
-def test_all_frontiers_are_tried_alike_and_with_seeds_that_no_verdict_uses():
+def test_all_frontiers_are_tuned_alike_with_seeds_that_no_verdict_uses():
     for frontier in FRONTIERS.values():
         assert (frontier.size, frontier.seeds, frontier.most_maxvio) == ("small", (100, 101), 1.5)
     for kind in ("lbl:", "loss-free:"):
         grids = {frontier.values for frontier in FRONTIERS.values() if frontier.arm["strategy"].startswith(kind)}
-        assert len(grids) == 1, "a mechanism gets a grid that others of its kind do not get"
+        assert len(grids) == 1, "all mechanisms of a kind must have the same grid"
     for name in claim_names():
         claim = load_claim(name)
         assert set(claim.frontiers) <= set(FRONTIERS), name
@@ -122,7 +122,7 @@ def test_all_frontiers_are_tried_alike_and_with_seeds_that_no_verdict_uses():
             assert not set(claim.all_seeds) & {100, 101}, name
 
 
-def test_a_claim_takes_what_was_chosen_and_has_no_runs_before(tmp_path):
+def test_a_claim_takes_the_chosen_values_and_has_no_runs_before(tmp_path):
     content = {
         "title": "t", "source": "s", "paper": "p", "size": "small", "seeds": 2,
         "arms": {
@@ -144,7 +144,7 @@ def test_a_claim_takes_what_was_chosen_and_has_no_runs_before(tmp_path):
     assert whole.arms["b"]["then"] == "lbl:coefficient=0.1"
 
 
-class _Said:
+class _ProgressLines:
     def __init__(self):
         self.lines = []
 
@@ -155,42 +155,42 @@ class _Said:
         pass
 
 
-def test_a_claim_is_run_after_its_frontiers_and_with_what_they_chose(tmp_path, monkeypatch):
-    """The runs are stood in for: the loss of a coefficient is lowest at 0.3, beyond the grid."""
-    asked = []
+def test_a_claim_runs_after_its_frontiers_with_the_values_that_they_chose(tmp_path, monkeypatch):
+    """With a stand-in for the runs: the loss is lowest at coefficient 0.3, beyond the grid."""
+    executed = []
 
     def execute(jobs, results, work, progress, *, workers, minutes):
         for job in results.missing(jobs):
             strategy = dict(job.options)["strategy"]
-            asked.append((strategy, dict(job.options)["seed"]))
+            executed.append((strategy, dict(job.options)["seed"]))
             coefficient = float(strategy.split("coefficient=")[1].split(",")[0])
             nats = 5 + abs(coefficient - 0.3)
             _store(results, job, selection_nats=nats, selection_maxvio=1.0, val_nats=nats, maxvio_global=1.0)
         return True
 
     monkeypatch.setattr("equipoise_lab.reproduce.command.execute", execute)
-    found = reproduce(Reproduce("1-scope", out=tmp_path / "w", results=tmp_path / "r"), _Said())
-    claimed = [(strategy, seed) for strategy, seed in asked if seed < 100]
-    assert {strategy for strategy, _ in claimed} == {
+    findings = reproduce(Reproduce("1-scope", out=tmp_path / "w", results=tmp_path / "r"), _ProgressLines())
+    of_claim = [(strategy, seed) for strategy, seed in executed if seed < 100]
+    assert {strategy for strategy, _ in of_claim} == {
         "lbl:scope=micro_batch,coefficient=0.3",
         "lbl:scope=global_batch,coefficient=0.3",
     }
-    assert len(claimed) == 16 and claimed == asked[-16:]
-    assert found[0].estimate.n == 8 and found[0].estimate.mean == 0
+    assert len(of_claim) == 16 and of_claim == executed[-16:]
+    assert findings[0].estimate.n == 8 and findings[0].estimate.mean == 0
 
 
-def test_without_time_a_claim_says_that_runs_are_left(tmp_path, monkeypatch):
+def test_a_claim_out_of_time_says_that_runs_are_missing(tmp_path, monkeypatch):
     monkeypatch.setattr("equipoise_lab.reproduce.command.execute", lambda *a, **b: False)
-    said = _Said()
-    reproduce(Reproduce("1-scope", budget=1, out=tmp_path / "w", results=tmp_path / "r"), said)
-    assert said.lines[-1] == "runs are left of 1-scope; the same command goes on with them"
+    progress = _ProgressLines()
+    reproduce(Reproduce("1-scope", budget=1, out=tmp_path / "w", results=tmp_path / "r"), progress)
+    assert progress.lines[-1] == "runs are missing for 1-scope; run the same command again to continue"
 
 
-def _claim(name, claim, **more):
+def _claim(name, claim, **extra):
     content = {
         "title": "t", "source": "s", "paper": "p", "size": "small", "seeds": 4,
         "arms": {"a": {"strategy": "none"}, "b": {"strategy": name if name != "1-scope" else "quantile"}},
-        "primary": {"statistic": "val_nats", "of": "b", "against": "a", "claim": claim, **more},
+        "primary": {"statistic": "val_nats", "of": "b", "against": "a", "claim": claim, **extra},
     }  # fmt: skip
     return parse_claim(name, content)
 
@@ -199,7 +199,7 @@ def _claim(name, claim, **more):
     ("first", "margin", "verdict"),
     [(-0.3, 0.1, "supported"), (-0.03, 0.01, "undecided"), (0.3, None, "undecided"), (None, None, "undecided")],
 )
-def test_equality_is_within_a_third_of_what_the_scopes_differ_by(tmp_path, first, margin, verdict):
+def test_the_margin_of_equality_is_a_third_of_the_difference_between_scopes(tmp_path, first, margin, verdict):
     scope, same = _claim("1-scope", "lower"), _claim("loss-free", "equal")
     results = Results(tmp_path)
     for seed in range(4):
@@ -208,10 +208,10 @@ def test_equality_is_within_a_third_of_what_the_scopes_differ_by(tmp_path, first
         _store(results, same.job("b", seed), val_nats=5.01 + noise)
         if first is not None:
             _store(results, scope.job("b", seed), val_nats=5.0 + first + noise)
-    found = findings([scope, same], results)[1]
-    assert found.margin == (None if margin is None else pytest.approx(margin))
-    assert found.verdict == verdict
-    assert found.estimate.n == 4  # what there is is shown, whatever the margin
+    finding = findings([scope, same], results)[1]
+    assert finding.margin == (None if margin is None else pytest.approx(margin))
+    assert finding.verdict == verdict
+    assert finding.estimate.n == 4  # results are shown even without a margin
     text = page([scope, same], findings([scope, same], results), results)
     assert f"equal, ± {margin:.4f}" in text if margin else "not known yet" in text
 
@@ -224,6 +224,6 @@ def test_a_statistic_may_be_a_difference_of_two(tmp_path):
         _store(results, claim.job("a", seed), val_nats=5.0, train_nats=4.0)
         _store(results, claim.job("b", seed), val_nats=5.0, train_nats=3.0 + seed / 10)
     _store(results, claim.job("b", 3), val_nats=5.0)
-    (found,) = findings([claim], results)
-    assert found.means["a"] == pytest.approx(1.0) and found.means["b"] == pytest.approx(1.9)
-    assert found.estimate.n == 3
+    (finding,) = findings([claim], results)
+    assert finding.means["a"] == pytest.approx(1.0) and finding.means["b"] == pytest.approx(1.9)
+    assert finding.estimate.n == 3

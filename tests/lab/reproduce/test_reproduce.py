@@ -1,4 +1,4 @@
-"""Runs are done once, within the budget, resumed and shared; what they say is computed from stored results alone."""
+"""Runs are done once, within the budget, resumed and shared; verdicts come from stored results alone."""
 
 import json
 import threading
@@ -18,7 +18,7 @@ from equipoise_lab.reproduce.claim import SIZES, Job, claim_names, load_claim, p
 from equipoise_lab.reproduce.command import as_json, reproduce, table_rows
 from equipoise_lab.reproduce.config import Reproduce
 from equipoise_lab.reproduce.frontier import FRONTIERS
-from equipoise_lab.reproduce.page import FIGURE, HEAD, LEADERBOARD, concludes, page, write
+from equipoise_lab.reproduce.page import FIGURE, HEAD, LEADERBOARD, page, verdict_text, write
 from equipoise_lab.reproduce.runs import Results, execute, key_of
 from equipoise_lab.reproduce.verdict import MARGIN_OF, findings
 from equipoise_lab.train import engine
@@ -40,14 +40,16 @@ CLAIM = parse_claim(
 
 
 class Quiet:
+    """Progress that prints nothing and keeps what it was shown."""
+
     def __init__(self):
-        self.said, self.seen = [], []
+        self.lines, self.shown = [], []
 
     def say(self, text):
-        self.said.append(text)
+        self.lines.append(text)
 
     def done(self, number, total, seconds_left):
-        self.seen.append((number, total, seconds_left))
+        self.shown.append((number, total, seconds_left))
 
 
 def _store(results, job, value, seconds=10.0):
@@ -64,9 +66,9 @@ def _fill(results, differences):
 
 
 class Process:
-    """Stands in for `equipoise train`: writes the run folder that it would have left."""
+    """A stand-in for `equipoise train` that writes the folder of a run."""
 
-    started, running, most = [], 0, 0
+    started, running, most_running = [], 0, 0
     lock = threading.Lock()
 
     def __init__(self, command, stdout, stderr, env, code=0):
@@ -77,13 +79,13 @@ class Process:
     def wait(self):
         with Process.lock:
             Process.running += 1
-            Process.most = max(Process.most, Process.running)
+            Process.most_running = max(Process.most_running, Process.running)
         time.sleep(0.05)
         with Process.lock:
             Process.running -= 1
         folder = self.arguments[self.arguments.index("--out") + 1]
         if self.code:
-            self.stdout.write(b"something before\nequipoise: error: no text\n")
+            self.stdout.write(b"an earlier line\nequipoise: error: no text\n")
             return self.code
         _write_run(folder)
         return 0
@@ -93,8 +95,6 @@ class Process:
 
 
 def _write_run(folder):
-    from pathlib import Path
-
     folder = Path(folder)
     folder.mkdir(parents=True)
     write_json(
@@ -106,29 +106,29 @@ def _write_run(folder):
 
 
 @pytest.fixture(autouse=True)
-def _nothing_started():
-    Process.started, Process.running, Process.most = [], 0, 0
+def _no_process_started():
+    Process.started, Process.running, Process.most_running = [], 0, 0
 
 
-def test_missing_runs_are_done_once_side_by_side_and_their_folders_go(tmp_path):
+def test_missing_runs_are_done_once_side_by_side_and_their_folders_removed(tmp_path):
     results, quiet = Results(tmp_path / "results"), Quiet()
     jobs = [*CLAIM.jobs(), *CLAIM.jobs()]  # claims share runs
     assert execute(jobs, results, tmp_path / "work", quiet, workers=2, start=Process)
-    assert len(Process.started) == 8 and Process.most == 2
+    assert len(Process.started) == 8 and Process.most_running == 2
     assert list((tmp_path / "work").iterdir()) == []
-    assert quiet.seen[0] == (0, 8, None) and quiet.seen[-1] == (8, 8, 0.0)
-    lefts = [left for _, _, left in quiet.seen[1:-1]]
-    assert all(0 <= left <= 4 * 20 for left in lefts) and lefts[0] > 5, (
-        "five seconds of steps, at most fifteen besides, two at a time"
+    assert quiet.shown[0] == (0, 8, None) and quiet.shown[-1] == (8, 8, 0.0)
+    seconds_left = [seconds for _, _, seconds in quiet.shown[1:-1]]
+    assert all(0 <= seconds <= 4 * 20 for seconds in seconds_left) and seconds_left[0] > 5, (
+        "five seconds of steps, at most fifteen outside them, two runs at a time"
     )
     stored = results.get(CLAIM.job("a", 0))
     assert stored["result"]["val_nats"] == 5.0 and stored["seconds"] == 5.0 and stored["domains"] == {"law": 4.0}
     assert sum(file.stat().st_size for file in results.folder.iterdir()) < 8 * 5000
     assert execute(jobs, results, tmp_path / "work", Quiet(), workers=2, start=Process)
-    assert len(Process.started) == 8  # nothing is run again
+    assert len(Process.started) == 8  # no run is done again
 
 
-def test_no_run_is_begun_that_would_not_end_within_the_budget(tmp_path):
+def test_no_run_starts_that_would_not_end_within_the_budget(tmp_path):
     results, quiet = Results(tmp_path / "results"), Quiet()
     _store(results, CLAIM.job("a", 0), 5.0, seconds=50.0)
     assert not execute(CLAIM.jobs(), results, tmp_path / "work", quiet, workers=1, minutes=0.5, start=Process)
@@ -143,8 +143,8 @@ def test_a_run_in_another_precision_is_another_run(tmp_path):
     assert named.missing(jobs) == jobs[1:] and other.missing(jobs) == jobs
     quiet = Quiet()
     assert execute(jobs, other, tmp_path / "work", quiet, workers=1, minutes=0.5, start=Process)
-    assert quiet.seen[0] == (0, 8, None), "how long it takes in bfloat16 says nothing"
-    assert all(given[given.index("--dtype") + 1] == "float32" for given in Process.started)
+    assert quiet.shown[0] == (0, 8, None), "times in bfloat16 must not be used for float32"
+    assert all(arguments[arguments.index("--dtype") + 1] == "float32" for arguments in Process.started)
     assert len(Process.started) == 8 and len(list(folder.iterdir())) == 9
     assert other.get(jobs[0])["options"]["dtype"] == "float32" and other.missing(jobs) == []
     assert named.get(jobs[0])["result"]["val_nats"] == 5.0 and named.missing(jobs) == jobs[1:]
@@ -155,37 +155,37 @@ def test_a_run_in_another_precision_is_another_run(tmp_path):
     assert means == {"b": 5.0, "a": 5.0} and findings([CLAIM], named)[0].estimate is None
 
 
-def test_no_stored_result_is_of_another_precision_than_its_options_say():
+def test_every_stored_result_has_the_precision_of_its_options():
     for file in (Path(__file__).parents[3] / "benchmarks" / "results" / "claims").iterdir():
         stored = read_json(file)
         assert stored["hardware"].endswith(f", {stored['options']['dtype']}"), file
 
 
 @pytest.mark.parametrize(
-    ("options", "has", "told"),
+    ("options", "has_bfloat16", "is_warned"),
     [((), False, True), ((), True, False), (("--budget", "0"), False, False), (("--dtype", "float32"), False, False)],
 )
-def test_who_has_no_bfloat16_is_told_before_runs_begin(monkeypatch, capsys, options, has, told):
-    asked = []
-    monkeypatch.setattr(engine, "machine", lambda dtype: ("cpu", has))
-    monkeypatch.setattr(command, "reproduce", lambda given, progress: asked.append(given) or [])
+def test_a_machine_without_bfloat16_warns_before_runs_start(monkeypatch, capsys, options, has_bfloat16, is_warned):
+    calls = []
+    monkeypatch.setattr(engine, "machine", lambda dtype: ("cpu", has_bfloat16))
+    monkeypatch.setattr(command, "reproduce", lambda options, progress: calls.append(options) or [])
     main(["reproduce", "1-scope", *options])
-    assert ("--dtype float32" in capsys.readouterr().err.replace("\n", " ")) == told
-    assert asked[0].dtype == ("float32" if "--dtype" in options else None)
+    assert ("--dtype float32" in capsys.readouterr().err.replace("\n", " ")) == is_warned
+    assert calls[0].dtype == ("float32" if "--dtype" in options else None)
 
 
-def test_a_run_that_fails_is_named_with_what_it_said_and_what_is_done_is_kept(tmp_path):
+def test_a_failed_run_is_reported_with_its_last_line_and_finished_runs_are_kept(tmp_path):
     results = Results(tmp_path / "results")
 
-    def second_fails(command, **given):
-        return Process(command, **given, code=int(len(Process.started) == 1))
+    def second_fails(command, **options):
+        return Process(command, **options, code=int(len(Process.started) == 1))
 
-    with pytest.raises(EquipoiseError, match="ended with 1 and said: equipoise: error: no text"):
+    with pytest.raises(EquipoiseError, match="exited with 1. Its last line was: equipoise: error: no text"):
         execute(CLAIM.jobs(), results, tmp_path / "work", Quiet(), workers=1, start=second_fails)
     assert len(results.missing(CLAIM.jobs())) == 7
 
 
-def test_an_error_of_ours_in_a_run_reaches_who_waits(tmp_path):
+def test_an_exception_in_a_worker_reaches_the_caller(tmp_path):
     class Full(Results):
         def put(self, job, run):
             raise OSError("no space left")
@@ -194,25 +194,25 @@ def test_an_error_of_ours_in_a_run_reaches_who_waits(tmp_path):
         execute(CLAIM.jobs(), Full(tmp_path / "results"), tmp_path / "work", Quiet(), workers=2, start=Process)
 
 
-def test_a_run_that_another_process_has_made_meanwhile_is_not_made_again(tmp_path):
+def test_a_run_that_another_process_does_meanwhile_is_not_done_again(tmp_path):
     results = Results(tmp_path / "results")
     jobs = CLAIM.jobs()
 
-    def start(command, **given):
+    def start(command, **options):
         if not Process.started:
             _store(results, jobs[1], 5.0)
-        return Process(command, **given)
+        return Process(command, **options)
 
     assert execute(jobs, results, tmp_path / "work", Quiet(), workers=1, start=start)
     assert len(Process.started) == len(jobs) - 1
 
 
-def test_a_run_that_diverges_is_a_result_and_its_seed_is_left_out(tmp_path):
+def test_a_run_that_diverges_is_stored_and_its_seed_left_out(tmp_path):
     results = Results(tmp_path / "results")
 
-    def third_diverges(command, **given):
+    def third_diverges(command, **options):
         number = len(Process.started)
-        process = Process(command, **given)
+        process = Process(command, **options)
         if number == 2:
             folder = Path(process.arguments[process.arguments.index("--out") + 1])
             _write_run(folder)
@@ -232,16 +232,16 @@ def test_a_run_that_diverges_is_a_result_and_its_seed_is_left_out(tmp_path):
     assert as_json([first])[0]["diverged"] == 1
 
 
-def test_a_result_without_a_number_is_left_out_too(tmp_path):
+def test_a_result_without_a_loss_is_left_out_too(tmp_path):
     claim, results = replace(CLAIM, name=LEADERBOARD), Results(tmp_path)
     _fill(results, [-0.1, -0.1, -0.1, -0.1])
     _store(results, CLAIM.job("a", 1), None)
     (first, _) = findings([CLAIM], results)
     assert first.estimate.n == 3 and first.diverged == 0
-    assert "not there yet" in page([claim], findings([claim], results), results)
+    assert "This comparison has no results yet" in page([claim], findings([claim], results), results)
 
 
-def test_an_evaluation_that_gave_no_number_is_stored(tmp_path):
+def test_an_evaluation_without_a_number_is_stored(tmp_path):
     _write_run(tmp_path / "run")
     write_json(tmp_path / "run" / "result.json", {"val_nats": None, "domains": {"law": {"nats": None}}})
     results = Results(tmp_path / "results")
@@ -251,19 +251,19 @@ def test_an_evaluation_that_gave_no_number_is_stored(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "message"),
     [
-        ("{", "must be JSON: .* Remove it, and its run is made again"),
+        ("{", "must be JSON: .* Remove it to run it again"),
         ("[]", "must hold the options of a run"),
         ("{}", "must hold the options of a run"),
         ('{"options": {}, "result": null}', "must hold the result of a run"),
         ('{"options": {}, "result": {}, "seconds": null}', "must hold the seconds of a run"),
     ],
 )
-def test_a_result_that_is_damaged_is_named(tmp_path, text, words):
+def test_a_damaged_result_is_named(tmp_path, text, message):
     path = tmp_path / f"{key_of(CLAIM.job('a', 0))}.json"
     path.write_text(text)
-    with pytest.raises(EquipoiseError, match=f"{path.name} {words}"):
+    with pytest.raises(EquipoiseError, match=f"{path.name} {message}"):
         Results(tmp_path).get(CLAIM.job("a", 0))
 
 
@@ -271,40 +271,40 @@ def test_a_verdict_before_the_last_seed_says_so(tmp_path):
     results = Results(tmp_path)
     _fill(results, [-0.1, -0.11, -0.09])
     (first, _) = findings([CLAIM], results)
-    assert concludes(first) == "supported so far"
+    assert verdict_text(first) == "supported so far"
     _fill(results, [-0.1, -0.11, -0.09, -0.1])
-    assert concludes(findings([CLAIM], results)[0]) == "supported"
-    apart = replace(CLAIM, primary=replace(CLAIM.primary, claim="equal", margin=0.01))
-    assert concludes(findings([apart], results)[0]) == "not supported: a is lower"
+    assert verdict_text(findings([CLAIM], results)[0]) == "supported"
+    far = replace(CLAIM, primary=replace(CLAIM.primary, claim="equal", margin=0.01))
+    assert verdict_text(findings([far], results)[0]) == "not supported: a is lower"
     near = replace(CLAIM, primary=replace(CLAIM.primary, claim="equal", margin=0.099))
-    assert concludes(findings([near], results)[0]) == "undecided; the mean is beyond the margin"
+    assert verdict_text(findings([near], results)[0]) == "undecided; the mean is beyond the margin"
 
 
-def test_two_seeds_say_nothing_of_how_many_would_do(tmp_path):
+def test_two_seeds_give_no_estimate_of_how_many_are_needed(tmp_path):
     results = Results(tmp_path)
     _fill(results, [-0.1, 0.09])
-    assert concludes(findings([CLAIM], results)[0]) == "undecided"
+    assert verdict_text(findings([CLAIM], results)[0]) == "undecided"
 
 
 @pytest.mark.parametrize(("differences", "is_known"), [((-0.3, -0.31, -0.29), True), ((-0.3, 0.2, 0.01), False)])
-def test_the_margin_of_equality_is_of_a_difference_that_is_seen(tmp_path, differences, is_known):
+def test_the_margin_of_equality_needs_an_interval_that_excludes_zero(tmp_path, differences, is_known):
     results, scope = Results(tmp_path), replace(CLAIM, name=MARGIN_OF)
     _fill(results, differences)
     equal = replace(CLAIM, primary=replace(CLAIM.primary, claim="equal"))
-    found = findings([scope, equal], results)[2]
-    assert found.claim is equal and found.margin == (pytest.approx(0.1) if is_known else None)
-    assert (found.judgement is None) != is_known
+    finding = findings([scope, equal], results)[2]
+    assert finding.claim is equal and finding.margin == (pytest.approx(0.1) if is_known else None)
+    assert (finding.judgement is None) != is_known
 
 
 def test_a_result_of_other_options_is_refused(tmp_path):
     results = Results(tmp_path)
     _store(results, CLAIM.job("a", 0), 5.0)
     (tmp_path / f"{key_of(CLAIM.job('a', 0))}.json").rename(tmp_path / f"{key_of(CLAIM.job('b', 0))}.json")
-    with pytest.raises(EquipoiseError, match="must be the result of the options in its name"):
+    with pytest.raises(EquipoiseError, match="must hold the result of the options that its name stands for"):
         results.get(CLAIM.job("b", 0))
 
 
-def test_the_name_of_a_run_is_its_options_whatever_their_order():
+def test_the_key_of_a_run_depends_on_its_options_alone():
     assert key_of(Job((("a", 1), ("b", 2)))) != key_of(Job((("a", 1), ("b", 3))))
     assert CLAIM.job("a", 0) == CLAIM.job("a", 0) and key_of(CLAIM.job("a", 0)) != key_of(CLAIM.job("a", 1))
 
@@ -319,7 +319,7 @@ def test_the_name_of_a_run_is_its_options_whatever_their_order():
         ([-0.1, 0.09, -0.05, 0.04], "undecided"),
     ],
 )
-def test_verdicts_are_of_paired_differences(tmp_path, differences, verdict):
+def test_verdicts_come_from_paired_differences(tmp_path, differences, verdict):
     results = Results(tmp_path)
     _fill(results, differences)
     first, trend = findings([CLAIM], results)
@@ -330,13 +330,13 @@ def test_verdicts_are_of_paired_differences(tmp_path, differences, verdict):
         assert trend.estimate.mean == pytest.approx(-sum(differences) / len(differences))  # from a to b, one doubling
 
 
-def test_a_claim_is_judged_in_the_family_of_all_whichever_is_asked(tmp_path):
+def test_one_claim_is_judged_in_the_family_of_all_claims(tmp_path):
     claim, results = load_claim("2-specialisation"), Results(tmp_path)
     for seed, difference in enumerate((0.28, 0.3, 0.32)):
-        for arm, more in (("micro", 0.0), ("global", difference), ("loss-free", 0.0)):
+        for arm, gain in (("micro", 0.0), ("global", difference), ("loss-free", 0.0)):
             _store(results, claim.job(arm, seed), 5.0)
             stored = results.get(claim.job(arm, seed))
-            stored["result"] = {"domain_information_bits": 1.0 + more}
+            stored["result"] = {"domain_information_bits": 1.0 + gain}
             write_json(tmp_path / f"{key_of(claim.job(arm, seed))}.json", stored)
     (first, *_) = reproduce(Reproduce(claim.name, budget=0, results=tmp_path), Quiet())
     assert first.judgement.p_adjusted == pytest.approx(first.judgement.p * len(claim_names()))
@@ -351,7 +351,7 @@ def test_a_seed_that_only_one_arm_has_is_left_out(tmp_path):
     assert first.estimate.n == 3 and first.means["a"] == pytest.approx(5.9)
 
 
-def test_an_undecided_claim_says_how_many_seeds_would_decide_it(tmp_path):
+def test_an_undecided_claim_says_how_many_seeds_would_support_it(tmp_path):
     results = Results(tmp_path)
     _fill(results, [-0.1, 0.02, -0.05, 0.01])
     (first, _) = findings([CLAIM], results)
@@ -359,7 +359,7 @@ def test_an_undecided_claim_says_how_many_seeds_would_decide_it(tmp_path):
     assert f"undecided; about {first.seeds_needed} seeds would support it" in page([CLAIM], [first], results)
 
 
-def test_the_page_has_the_figures_and_how_they_came_about(tmp_path):
+def test_the_page_shows_the_figures_and_the_runs_behind_them(tmp_path):
     results = Results(tmp_path)
     _fill(results, [-0.1, -0.11, -0.09, -0.1])
     text = page([CLAIM], findings([CLAIM], results), results)
@@ -378,12 +378,12 @@ def test_the_page_has_the_figures_and_how_they_came_about(tmp_path):
         write_json(tmp_path / f"{key_of(job)}.json", results.get(job) | {"seconds": seconds})
     still_open = replace(CLAIM, name="y", arms={"a": CLAIM.arms["a"], "b": {"strategy": "loss-free:rate={loss-free}"}})
     text = page([CLAIM, still_open], findings([CLAIM], results), results)
-    total += 4  # of the arm whose rate is not chosen yet; the other has its runs
+    total += 4  # of the arm without a rate yet; the other arm has its runs
     (line,) = (line for line in text.splitlines() if line.startswith("All claims and frontiers:"))
-    assert f" 8 of {total} runs, whose steps took 1.9 hours of one core; 1.0 at " in line
+    assert f" 8 of {total} runs. Their steps took 1.9 hours of one core; 1.0 if " in line
 
 
-def test_the_page_says_how_large_the_runs_are():
+def test_the_page_states_the_size_of_the_runs():
     default = Train(out=Path("x"))
     tokens = default.sequences * default.sequence_length
     for words in (
@@ -393,22 +393,24 @@ def test_the_page_says_how_large_the_runs_are():
         f"small has {SIZES['small']['steps']} steps, standard {SIZES['standard']['steps']}.",
     ):
         assert words in HEAD
-    own = {"steps", "qk_norm", "checkpoint_every", "dtype"}
-    assert all(set(size) == own for size in SIZES.values()), "else the page must say what differs from the default"
+    options = {"steps", "qk_norm", "checkpoint_every", "dtype"}
+    assert all(set(size) == options for size in SIZES.values()), (
+        "the page must state any other option that differs from its default"
+    )
     assert {size["dtype"] for size in SIZES.values()} == {"bfloat16"}
 
 
-def test_the_page_has_its_picture_where_one_lies_beside_it(tmp_path):
-    results, found = Results(tmp_path), []
-    write(tmp_path / "page.md", [CLAIM], found, results)
+def test_the_page_has_its_figure_if_the_file_exists(tmp_path):
+    results = Results(tmp_path)
+    write(tmp_path / "page.md", [CLAIM], [], results)
     assert "![" not in (tmp_path / "page.md").read_text()
     (tmp_path / FIGURE).parent.mkdir()
     (tmp_path / FIGURE).touch()
-    write(tmp_path / "page.md", [CLAIM], found, results)
+    write(tmp_path / "page.md", [CLAIM], [], results)
     assert "(figures/claims.png)" in (tmp_path / "page.md").read_text()
 
 
-def test_the_leaderboard_is_over_the_seeds_that_all_arms_have(tmp_path):
+def test_the_leaderboard_uses_the_seeds_that_all_arms_have(tmp_path):
     claim, results = replace(CLAIM, name=LEADERBOARD), Results(tmp_path)
     _fill(results, [-0.1, -0.3])
     _store(results, CLAIM.job("a", 2), 100.0)
@@ -422,30 +424,30 @@ def test_the_leaderboard_is_over_the_seeds_that_all_arms_have(tmp_path):
     assert f"claim {LEADERBOARD} over the 2 seeds" in text
 
 
-def test_a_budget_of_nothing_runs_nothing_and_says_what_is_there(tmp_path):
-    asked = Reproduce("1-scope", budget=0, out=tmp_path / "work", results=tmp_path / "results", json=True)
-    found = reproduce(asked, Quiet())
-    assert [finding.verdict for finding in found] == ["undecided"] * len(found)
-    assert json.loads(json.dumps(as_json(found)))[0]["seeds"] == 0
-    assert table_rows(found)[0][:2] == ("loss, global − micro", "lower")
+def test_a_budget_of_zero_runs_nothing_and_reports_stored_results(tmp_path):
+    options = Reproduce("1-scope", budget=0, out=tmp_path / "work", results=tmp_path / "results", json=True)
+    reported = reproduce(options, Quiet())
+    assert [finding.verdict for finding in reported] == ["undecided"] * len(reported)
+    assert json.loads(json.dumps(as_json(reported)))[0]["seeds"] == 0
+    assert table_rows(reported)[0][:2] == ("loss, global − micro", "lower")
     assert not (tmp_path / "work").exists()
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "message"),
     [
         ({"claim": "9"}, "CLAIM must be all or one of"),
         ({"budget": -1.0}, "--budget must be a number of minutes"),
         ({"workers": -1}, "--workers must be at least 0"),
-        ({"claim": "1-scope", "page": SimpleNamespace()}, "--page must have all claims on it"),
+        ({"claim": "1-scope", "page": SimpleNamespace()}, "--page must go with all claims"),
     ],
 )
-def test_what_cannot_be_asked_is_refused(options, words):
-    with pytest.raises(UsageError, match=words):
+def test_wrong_options_are_refused(options, message):
+    with pytest.raises(UsageError, match=message):
         Reproduce(**options).check()
 
 
-def test_the_claims_that_there_are_share_runs():
+def test_claims_share_runs():
     chosen = dict.fromkeys(FRONTIERS, "0.01")
     scope, special, same = (
         set(load_claim(name).with_values(chosen).jobs())
@@ -456,7 +458,7 @@ def test_the_claims_that_there_are_share_runs():
 
 
 def test_all_claims_fit_into_seven_hours_of_two_cores():
-    """By what runs of each size took: a minute and two and a half, on one of two cores that are both busy."""
+    """At a minute a small run and two and a half a standard run, each on one of two busy cores."""
     chosen = dict.fromkeys(FRONTIERS, "0.01")
     jobs = {job for name in claim_names() for job in load_claim(name).with_values(chosen).jobs()}
     jobs |= {job for frontier in FRONTIERS.values() for job in frontier.jobs(Results(Path("nowhere")))}

@@ -1,4 +1,4 @@
-"""A tiny text of three domains and a run of seconds on it."""
+"""A tiny text with three domains, a run on it that takes seconds, and a watcher that records."""
 
 import random
 from dataclasses import replace
@@ -16,7 +16,7 @@ WORDS = {
 
 @pytest.fixture(scope="session")
 def text(tmp_path_factory):
-    """A folder with one .txt a domain, 60 documents each."""
+    """A folder with one .txt per domain, 60 documents each."""
     folder = tmp_path_factory.mktemp("text")
     for name, words in WORDS.items():
         draw = random.Random(name)
@@ -53,8 +53,8 @@ def tiny(text, tmp_path):
     return lambda **options: replace(config, **options)
 
 
-class Silent:
-    """A watcher that remembers, and may stop a run after a step."""
+class RecordingWatcher:
+    """Records the progress of a run. Stops the run after the step ``stop_after``."""
 
     def __init__(self, stop_after=None):
         self.said, self.rows, self.speeds, self.stop_after = [], [], [], stop_after
@@ -74,10 +74,10 @@ class Silent:
     def end(self):
         pass
 
-    def another(self):
+    def add_run(self):
         return self
 
 
 @pytest.fixture
-def silent():
-    return Silent
+def new_watcher():
+    return RecordingWatcher

@@ -1,4 +1,4 @@
-"""Mechanisms of other papers: their formulas, what they keep, and where the lab refuses them."""
+"""Balancers of other papers: their formulas, their state, and where the lab refuses them."""
 
 import json
 import math
@@ -53,18 +53,18 @@ def _prepared(balancer, layers=1, experts=4):
 
 
 def _p(routing):
-    """P_e by a loop."""
+    """P_e, computed by a loop."""
     rows = routing.scores.tolist()
     flags = [1.0] * len(rows) if routing.mask is None else routing.mask.tolist()
-    kept = [[s / sum(row) for s in row] for row, flag in zip(rows, flags, strict=True) if flag]
-    return [sum(column) / len(kept) for column in zip(*kept, strict=True)]
+    normalised = [[s / sum(row) for s in row] for row, flag in zip(rows, flags, strict=True) if flag]
+    return [sum(column) / len(normalised) for column in zip(*normalised, strict=True)]
 
 
 # ---- shuffle ----
 
 
-def test_the_shuffle_control_of_one_micro_batch_is_the_plain_loss():
-    """All of its own tokens are drawn. f by hand: three of four tokens to expert 0."""
+def test_shuffle_control_of_a_single_micro_batch_equals_the_plain_loss():
+    """All tokens of the micro-batch are drawn. f by hand: three of four tokens go to expert 0."""
     balancer = _prepared(ShuffleControl(), experts=2)
     routing = route(torch.tensor([[2.0, 0.0], [1.0, 0.0], [0.5, 0.0], [0.0, 1.0]], dtype=torch.float64), 1)
     assert balancer.statistic(routing, 0) is None
@@ -77,11 +77,11 @@ def _pool(balancer, routings, row=0):
         balancer.statistic(routing, row)
 
 
-def test_as_many_tokens_are_drawn_as_the_micro_batch_has_and_none_twice():
-    """Every token of the window has choices of its own."""
-    names = torch.arange(40)[:, None]
+def test_shuffle_control_draws_as_many_tokens_as_the_micro_batch_has_and_none_twice():
+    """Every token of the window chooses another expert, so the choices show which tokens were drawn."""
+    choices = torch.arange(40)[:, None]
     whole = [
-        Routing(torch.randn(10, 40), torch.full((10, 40), 0.5), part, torch.ones(10, 1)) for part in names.split(10)
+        Routing(torch.randn(10, 40), torch.full((10, 40), 0.5), part, torch.ones(10, 1)) for part in choices.split(10)
     ]
     balancer = _prepared(ShuffleControl(), experts=40)
     _pool(balancer, whole)
@@ -93,7 +93,7 @@ def test_as_many_tokens_are_drawn_as_the_micro_batch_has_and_none_twice():
     again = _prepared(ShuffleControl(), experts=40)
     torch.manual_seed(99)
     _pool(again, whole)
-    assert [again.draw(routing).flatten().tolist() for routing in whole] == seen, "drawn again, they are the same"
+    assert [again.draw(routing).flatten().tolist() for routing in whole] == seen, "another draw gives other tokens"
 
 
 def test_masked_tokens_are_neither_drawn_nor_counted():
@@ -102,17 +102,17 @@ def test_masked_tokens_are_neither_drawn_nor_counted():
     other = _routing(8, seed=2)._replace(expert_ids=torch.ones(8, 1, dtype=torch.int64))
     balancer = _prepared(ShuffleControl())
     _pool(balancer, [masked, other])
-    assert balancer.draw(masked).shape == (3, 1), "the unmasked"
+    assert balancer.draw(masked).shape == (3, 1), "as many as are not masked"
     assert balancer.draw(other).shape == (8, 1)
     for routing in (masked, other):
         assert not (balancer.draw(routing) == 3).any()
-    nobody = _routing(4, seed=3, mask=torch.zeros(4))
-    balancer.statistic(nobody, 0)
-    assert float(balancer.loss(nobody, None).detach()) == 0
+    all_masked = _routing(4, seed=3, mask=torch.zeros(4))
+    balancer.statistic(all_masked, 0)
+    assert float(balancer.loss(all_masked, None).detach()) == 0
 
 
-def test_the_share_has_the_mean_of_the_window_and_the_variance_of_a_draw_without_replacement():
-    """n of N tokens with one choice each: var f_e = q (1 - q) / n * (N - n) / (N - 1)."""
+def test_drawn_shares_have_the_mean_of_the_window_and_the_variance_without_replacement():
+    """n of N tokens are drawn, with one choice each: var f_e = q (1 - q) / n * (N - n) / (N - 1)."""
     size, parts, draws = 20, 4, 2000
     ids = torch.arange(size * parts) % 4
     ids[ids == 3] = 0  # shares 1/2, 1/4, 1/4, 0
@@ -120,7 +120,7 @@ def test_the_share_has_the_mean_of_the_window_and_the_variance_of_a_draw_without
     shares = []
     for draw in range(draws):
         balancer = _prepared(ShuffleControl())
-        order = torch.randperm(len(ids), generator=_generator(draw))  # other micro-batches, the same window
+        order = torch.randperm(len(ids), generator=_generator(draw))  # the same window, split into other micro-batches
         routings = [
             Routing(
                 torch.full((size, 4), float(part)), torch.full((size, 4), 0.25), part_ids[:, None], torch.ones(1, 1)
@@ -129,15 +129,15 @@ def test_the_share_has_the_mean_of_the_window_and_the_variance_of_a_draw_without
         ]
         _pool(balancer, routings)
         shares.append(balancer.draw(routings[0]).flatten().bincount(minlength=4) / size)
-    found = torch.stack(shares).double()
+    drawn = torch.stack(shares).double()
     q = torch.tensor([0.5, 0.25, 0.25, 0.0], dtype=torch.float64)
     n, total = size, size * parts
     variance = q * (1 - q) / n * (total - n) / (total - 1)
-    assert (found.mean(0) - q).abs().max() < 4 * (variance.max() / draws) ** 0.5
-    torch.testing.assert_close(found.var(0), variance, rtol=0.15, atol=1e-12)
+    assert (drawn.mean(0) - q).abs().max() < 4 * (variance.max() / draws) ** 0.5
+    torch.testing.assert_close(drawn.var(0), variance, rtol=0.15, atol=1e-12)
 
 
-def test_layers_are_told_apart_and_a_window_ends():
+def test_draws_are_kept_apart_by_layer_and_window():
     balancer = _prepared(ShuffleControl(), layers=2)
     first, second = _routing(6, seed=1), _routing(6, seed=2)
     one, two = torch.zeros(6, 1, dtype=torch.int64), torch.ones(6, 1, dtype=torch.int64)
@@ -146,23 +146,24 @@ def test_layers_are_told_apart_and_a_window_ends():
     balancer.statistic(second, 1)
     assert balancer.draw(first).equal(one) and balancer.draw(second).equal(two)
     balancer.update(torch.ones(2, 4, dtype=torch.int64))
-    with pytest.raises(EquipoiseError, match="that the open window has counted: this one is of another"):
+    with pytest.raises(EquipoiseError, match="that the open window has counted: this call belongs to another"):
         balancer.loss(first, None)
 
 
-def test_in_a_backward_it_draws_from_the_whole_window():
-    """The gradient of a window by autograd through the losses of the same draws, written out."""
+def test_the_gradient_uses_draws_from_the_whole_window():
+    """The expected gradient comes from autograd through explicit losses of the same draws."""
     model = tiny_lm()
     balance = attach_strategy(model, "shuffle:coefficient=0.7")
     calls = [[], []]
     for block, seen in zip(model.blocks, calls, strict=True):
-        block.gate.register_forward_pre_hook(lambda m, a: (a[0].detach(),))  # a loss reaches its own gate only
+        # Detached inputs: a loss only reaches the gate of its own layer.
+        block.gate.register_forward_pre_hook(lambda m, a: (a[0].detach(),))
         block.gate.register_forward_hook(lambda m, a, out, seen=seen: seen.append((a[0], out[0], out[2])))
     inputs = [torch.randint(0, VOCAB, (2, 7), generator=_generator(seed)) for seed in range(3)]
     total = sum((0 * model(ids) + balance.loss()) / 3 for ids in inputs)
     total.backward()
     for layer, score_function in enumerate(("sigmoid", "softmax")):
-        balancer = balance._recorder.group_of[layer][0].balancers[0]
+        balancer = balance._biases.group_of[layer][0].balancers[0]
         weight = model.blocks[layer].gate.weight.detach().clone().requires_grad_()
         expected = torch.zeros(())
         for hidden, logits, expert_ids in calls[layer]:
@@ -185,7 +186,7 @@ def test_in_a_backward_it_draws_from_the_whole_window():
 # ---- phi ----
 
 
-def test_phi_by_hand():
+def test_phi_matches_a_hand_calculation():
     """Two tokens, two experts: p = (0.6, 0.4), m = 0.4 * 0.5 + 0.6 * p = (0.56, 0.44)."""
     scores = torch.tensor([[0.8, 0.2], [0.4, 0.6]], dtype=torch.float64)
     routing = Routing(scores.log(), scores, torch.tensor([[0], [1]]), torch.ones(2, 1))
@@ -193,7 +194,7 @@ def test_phi_by_hand():
     statistic = balancer.statistic(routing, 0)
     assert statistic.dtype == torch.int64
     assert statistic.tolist() == [round(0.8 * UNIT) + round(0.4 * UNIT), round(0.2 * UNIT) + round(0.6 * UNIT), 2]
-    assert float(balancer.loss(routing, None).detach()) == pytest.approx(1 - math.log(2)), "an even share at first"
+    assert float(balancer.loss(routing, None).detach()) == pytest.approx(1 - math.log(2)), "equal shares at first"
     balancer.update(torch.ones(1, 2, dtype=torch.int64), [statistic])
     m = balancer.state()["excess"][0] + 0.5
     torch.testing.assert_close(m, torch.tensor([0.56, 0.44], dtype=torch.float64), atol=1e-6, rtol=0)
@@ -203,7 +204,7 @@ def test_phi_by_hand():
 
 
 @pytest.mark.parametrize("memory", [0.4, 0.0, 0.9])
-def test_phi_is_the_reference_over_windows(memory):
+def test_phi_matches_the_reference_over_windows(memory):
     balancer = _prepared(PhiBalancing(memory=memory), layers=2)
     m = [[0.25] * 4 for _ in range(2)]
     for window in range(4):
@@ -222,21 +223,21 @@ def test_phi_is_the_reference_over_windows(memory):
                 means[row] = [a + count * b for a, b in zip(means[row], p, strict=True)]
         balancer.update(torch.ones(2, 4, dtype=torch.int64), sums)
         m = [[memory * m[r][e] + (1 - memory) * means[r][e] / tokens for e in range(4)] for r in range(2)]
-        found = balancer.state()["excess"] + 0.25
-        torch.testing.assert_close(found, torch.tensor(m, dtype=torch.float64), rtol=0, atol=1e-6)
-        torch.testing.assert_close(found.sum(-1), torch.ones(2, dtype=torch.float64), rtol=0, atol=1e-6)
+        average = balancer.state()["excess"] + 0.25
+        torch.testing.assert_close(average, torch.tensor(m, dtype=torch.float64), rtol=0, atol=1e-6)
+        torch.testing.assert_close(average.sum(-1), torch.ones(2, dtype=torch.float64), rtol=0, atol=1e-6)
 
 
-def test_phi_pulls_scores_away_from_what_has_much_and_a_window_without_tokens_moves_nothing():
+def test_phi_lowers_scores_of_overloaded_experts_and_ignores_windows_without_tokens():
     balancer = _prepared(PhiBalancing())
     routing = _routing(8, seed=3)
     balancer.update(torch.ones(1, 4, dtype=torch.int64), [balancer.statistic(routing, 0)])
-    held = balancer.state()["excess"].clone()
+    excess = balancer.state()["excess"].clone()
     balancer.statistic(routing, 0)
     (gradient,) = torch.autograd.grad(balancer.loss(routing, None), routing.logits)
-    assert gradient.sum(0)[held.argmax()] > 0 > gradient.sum(0)[held.argmin()]
+    assert gradient.sum(0)[excess.argmax()] > 0 > gradient.sum(0)[excess.argmin()]
     balancer.update(torch.zeros(1, 4, dtype=torch.int64), [torch.zeros(5, dtype=torch.int64)])
-    assert balancer.state()["excess"].equal(held)
+    assert balancer.state()["excess"].equal(excess)
     balancer.state()["excess"].fill_(-0.25)  # m = 0
     balancer.statistic(routing, 0)
     assert float(balancer.loss(routing, None).detach()) == pytest.approx(1 - 24 * math.log(2)), "m is at least 2^-24"
@@ -245,7 +246,7 @@ def test_phi_pulls_scores_away_from_what_has_much_and_a_window_without_tokens_mo
 # ---- Shinka ----
 
 
-def test_shinka_by_hand():
+def test_shinka_matches_a_hand_calculation():
     """Two tokens, P = (0.6, 0.4), f = (0.99, 0.01), tau = 0.032."""
     scores = torch.tensor([[0.8, 0.2], [0.4, 0.6]], dtype=torch.float64)
     routing = Routing(scores.log(), scores, torch.tensor([[0], [1]]), torch.ones(2, 1))
@@ -256,14 +257,14 @@ def test_shinka_by_hand():
     assert float(shinka_loss(even, torch.tensor([5, 5]))) == pytest.approx(1)
 
 
-def test_shinka_is_the_reference_with_a_mask():
+def test_shinka_matches_the_reference_with_a_mask():
     mask = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0, 1.0])
     routing, load = _routing(6, seed=4, mask=mask, score_function="sigmoid"), torch.tensor([50, 0, 1, 49])
     p, f = _p(routing), [c / 100 for c in load.tolist()]
     entropy = -sum(x * math.log(x) for x in p)
-    lacking = sum(max(0.0, 0.064 / 4 - x) for x in f)
-    assert lacking == pytest.approx(0.016 + 0.006)
-    expected = 4 * sum(a * b for a, b in zip(f, p, strict=True)) + 0.1 * (1.5 - entropy / math.log(4)) * lacking
+    deficit = sum(max(0.0, 0.064 / 4 - x) for x in f)
+    assert deficit == pytest.approx(0.016 + 0.006)
+    expected = 4 * sum(a * b for a, b in zip(f, p, strict=True)) + 0.1 * (1.5 - entropy / math.log(4)) * deficit
     assert float(shinka_loss(routing, load).detach()) == pytest.approx(expected, rel=1e-12)
     plain = equipoise.balancers.load_balancing_loss(routing, load)
     gradients = [
@@ -277,17 +278,17 @@ def test_shinka_is_the_reference_with_a_mask():
 
 
 @pytest.mark.parametrize("invariant", [i for i in BALANCER_INVARIANTS if i != "loss is a mean over tokens"])
-def test_shinka_keeps_what_every_balancer_must(invariant):
+def test_shinka_satisfies_the_balancer_invariants(invariant):
     check_balancer(ShinkaLoss, only=invariant)
 
 
 @pytest.mark.parametrize("kind", [ShuffleControl, PhiBalancing])
 @pytest.mark.parametrize("invariant", ["specification", "copies", "strategy string"])
-def test_the_others_keep_what_can_be_asked_of_a_call_by_itself(kind, invariant):
+def test_shuffle_and_phi_satisfy_the_invariants_of_a_single_call(kind, invariant):
     check_balancer(kind, only=invariant)
 
 
-def test_the_statistic_of_phi_keeps_what_every_statistic_must():
+def test_phi_satisfies_the_statistic_invariant():
     assert check_balancer(PhiBalancing, only="statistic") == ("statistic",)
 
 
@@ -302,14 +303,14 @@ def test_the_statistic_of_phi_keeps_what_every_statistic_must():
         ("loss-free+shinka:coefficient=1", "loss-free+shinka:coefficient=1.0"),
     ],
 )
-def test_strategies_of_the_lab_round_trip(text, written):
+def test_lab_strategy_strings_round_trip(text, written):
     assert format_strategy(parse_lab_strategy(text)) == written
     assert format_strategy(parse_lab_strategy(written)) == written
     balance = attach_strategy(tiny_lm(), text)
     assert balance.state_dict()["strategy"] == written
 
 
-def test_the_core_does_not_know_them_and_the_lab_names_them():
+def test_lab_strategies_are_unknown_to_the_library_and_listed_by_the_lab():
     with pytest.raises(UsageError, match="none, or made of frozen, loss-free, quantile, lbl, z, or a recipe"):
         equipoise.parse_strategy("phi")
     with pytest.raises(UsageError, match="none, or made of .* z, shuffle, phi, shinka, or a recipe .* got 'magic'"):
@@ -330,7 +331,7 @@ def _windows(model, balance, seeds):
 STATES = "loss-free:rule=momentum,rate=0.05+phi+phi:memory=0.9"
 
 
-def test_the_states_of_all_balancers_are_saved_and_loaded_apart():
+def test_states_of_several_balancers_are_saved_and_loaded_apart():
     model = tiny_lm()
     balance = attach_strategy(model, STATES)
     _windows(model, balance, range(3))
@@ -346,11 +347,11 @@ def test_the_states_of_all_balancers_are_saved_and_loaded_apart():
     resumed = attach_strategy(other, STATES)
     resumed.load_state_dict(saved)
     _windows(other, resumed, range(3, 5))
-    found = resumed.state_dict()
+    actual = resumed.state_dict()
     for name, part in expected["state"].items():
-        assert all(value.equal(found["state"][name][layer]) for layer, value in part.items()), name
-    before = {**saved, "state": {"momentum": saved["state"]["momentum"]}}  # saved when only biases had states
-    resumed.load_state_dict(before)
+        assert all(value.equal(actual["state"][name][layer]) for layer, value in part.items()), name
+    old_format = {**saved, "state": {"momentum": saved["state"]["momentum"]}}  # from when only biases had state
+    resumed.load_state_dict(old_format)
     state = resumed.state_dict()["state"]
     assert not any(value.any() for name in ("phi.excess", "phi.2.excess") for value in state[name].values())
     broken = {**saved, "state": {**saved["state"], "phi.excess": {"blocks.0.gate": torch.zeros(EXPERTS)}}}
@@ -358,8 +359,8 @@ def test_the_states_of_all_balancers_are_saved_and_loaded_apart():
         resumed.load_state_dict(broken)
 
 
-def test_a_skipped_step_moves_no_state():
-    found = []
+def test_a_skipped_step_changes_no_state():
+    excesses = []
     for skipped in (False, torch.tensor(False), None):
         model = tiny_lm()
         balance = attach_strategy(model, "phi")
@@ -367,45 +368,45 @@ def test_a_skipped_step_moves_no_state():
         if skipped is not None:
             (model(torch.randint(0, VOCAB, (2, 7), generator=_generator(9))) + balance.loss()).backward()
             balance.step(applied=skipped)
-        found.append(balance.state_dict()["state"]["phi.excess"]["blocks.0.gate"])
-    assert found[0].any() and found[0].equal(found[2]) and found[1].equal(found[2])
+        excesses.append(balance.state_dict()["state"]["phi.excess"]["blocks.0.gate"])
+    assert excesses[0].any() and excesses[0].equal(excesses[2]) and excesses[1].equal(excesses[2])
 
 
 # ---- runs ----
 
 
 @pytest.mark.parametrize("strategy", ["shuffle:coefficient=1", "phi:coefficient=0.1", "shinka:coefficient=1"])
-def test_each_trains_balances_and_goes_on_bit_for_bit(tiny, silent, tmp_path, strategy):
+def test_lab_balancers_train_and_resume_bit_for_bit(tiny, new_watcher, tmp_path, strategy):
     options = {"strategy": strategy, "steps": 8, "checkpoint_every": 3, "save_model": False}
-    whole = train(tiny(out=tmp_path / "whole", **options), silent())
-    plain = train(tiny(out=tmp_path / "plain", **{**options, "strategy": "none"}), silent())
+    whole = train(tiny(out=tmp_path / "whole", **options), new_watcher())
+    plain = train(tiny(out=tmp_path / "plain", **{**options, "strategy": "none"}), new_watcher())
     assert whole["val_nats"] != plain["val_nats"]
     for stop_after in (4, 7):
         cut = tmp_path / str(stop_after)
         with pytest.raises(KeyboardInterrupt):
-            train(tiny(out=cut, **options), silent(stop_after))
-        resumed = train(tiny(out=cut, **options, resume=True), silent())
+            train(tiny(out=cut, **options), new_watcher(stop_after))
+        resumed = train(tiny(out=cut, **options, resume=True), new_watcher())
         assert _without_times(resumed) == _without_times(whole)
         for log in ("steps", "loads", "evaluations"):
             assert _rows(cut, log) == _rows(tmp_path / "whole", log)
 
 
-def test_the_average_is_handed_over_at_a_switch(tiny, silent, tmp_path):
-    """phi goes on as if nothing had happened where only a z-loss of nothing comes on top."""
+def test_the_average_of_phi_continues_after_a_switch(tiny, new_watcher, tmp_path):
+    """A switch that only adds a z-loss with coefficient 0 does not change phi."""
     options = {"steps": 7, "save_model": False}
-    train(tiny(out=tmp_path / "one", strategy="phi:coefficient=0.1", **options), silent())
+    train(tiny(out=tmp_path / "one", strategy="phi:coefficient=0.1", **options), new_watcher())
     then = {"then": "phi:coefficient=0.1+z:coefficient=0", "switch_at": 3}
-    train(tiny(out=tmp_path / "two", strategy="phi:coefficient=0.1", **then, **options), silent())
+    train(tiny(out=tmp_path / "two", strategy="phi:coefficient=0.1", **then, **options), new_watcher())
     left_out = ("seconds", "strategy", "z_loss")
     assert _rows(tmp_path / "two", left_out=left_out) == _rows(tmp_path / "one", left_out=left_out)
     config = tiny(out=tmp_path / "three", strategy="loss-free:rate=0.01+phi", then="shinka", switch_at=3, **options)
-    assert train(config, silent())["strategy"].endswith("after step 3 shinka")
+    assert train(config, new_watcher())["strategy"].endswith("after step 3 shinka")
 
 
-def test_they_are_compared_beside_those_of_the_core(tiny, silent, tmp_path):
+def test_lab_and_library_strategies_can_be_compared(tiny, new_watcher, tmp_path):
     options = {k: v for k, v in vars(tiny(steps=2, save_model=False)).items() if k not in ("strategy", "seed", "out")}
     strategies = ("none", "shuffle", "phi", "shinka", "deepseek-v3")
-    results, failure = compare(Compare(out=tmp_path / "c", strategies=strategies, workers=1, **options), silent())
+    results, failure = compare(Compare(out=tmp_path / "c", strategies=strategies, workers=1, **options), new_watcher())
     assert failure is None
     assert [row["strategy"] for row in results] == list(strategies)
     assert json.loads((Path(tmp_path) / "c" / "results.json").read_text()) == results
@@ -414,19 +415,19 @@ def test_they_are_compared_beside_those_of_the_core(tiny, silent, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"strategy": "shuffle", "order": "interleaved"}, "before its backward: got --order interleaved"),
+        ({"strategy": "shuffle", "order": "interleaved"}, "before the backward: got --order interleaved"),
         ({"then": "shuffle", "switch_at": 3, "order": "interleaved"}, "shuffle must know every token of a step"),
         ({"strategy": "phi:eta=1"}, r"An option of phi must be coefficient=\.\.\. or memory=\.\.\."),
-        ({"strategy": "phi", "selection": "sinkhorn"}, "must go with the strategy none or z: got phi"),
+        ({"strategy": "phi", "selection": "sinkhorn"}, "needs the strategy none or z: got phi"),
     ],
 )
-def test_what_cannot_be_is_refused_before_anything_is_written(tiny, silent, options, message):
+def test_invalid_options_are_refused_before_anything_is_written(tiny, new_watcher, options, message):
     with pytest.raises(UsageError, match=message):
-        train(tiny(**options), silent())
+        train(tiny(**options), new_watcher())
     assert not tiny().out.exists()
 
 
-def test_the_shuffle_control_is_refused_on_many_ranks(tiny):
+def test_shuffle_control_is_refused_on_several_ranks(tiny):
     check_strategy(tiny(strategy="shuffle"), 1)
     check_strategy(tiny(strategy="phi+shinka"), 2)
     with pytest.raises(UsageError, match="shuffle must run in one process, .* got 2 ranks"):

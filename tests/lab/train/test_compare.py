@@ -1,17 +1,19 @@
+"""Comparisons: results, resuming, failed runs and refused options."""
+
 import dataclasses
 import json
 
 import pytest
 
 from equipoise.errors import EquipoiseError, UsageError
-from equipoise_lab.train import train as training
+from equipoise_lab.train import loop as training
 from equipoise_lab.train.compare import compare
 from equipoise_lab.train.config import Compare, _Run, folder_name
 from equipoise_lab.train.watch import Terminal
 
 
 @pytest.fixture
-def two(tiny, tmp_path):
+def make_comparison(tiny, tmp_path):
     common = {field.name: getattr(tiny(steps=3), field.name) for field in dataclasses.fields(_Run)}
     common |= {"out": tmp_path / "out", "workers": 1}
 
@@ -25,9 +27,9 @@ def _without_times(results):
     return [{key: value for key, value in result.items() if key != "tokens_per_second"} for result in results]
 
 
-def test_compare_writes_results_runs_and_the_page(two, silent):
-    config = two(seeds=2)
-    results, _ = compare(config, silent(), "equipoise compare ...")
+def test_compare_writes_results_runs_and_the_report_page(make_comparison, new_watcher):
+    config = make_comparison(seeds=2)
+    results, _ = compare(config, new_watcher(), "equipoise compare ...")
     assert json.loads((config.out / "results.json").read_text()) == results
     assert [(r["strategy"], r["seed"]) for r in results] == [
         ("none", 0), ("lbl:scope=micro_batch", 0), ("none", 1), ("lbl:scope=micro_batch", 1)
@@ -38,23 +40,23 @@ def test_compare_writes_results_runs_and_the_page(two, silent):
         assert (config.out / folder_name(result["strategy"], result["seed"]) / "result.json").exists()
 
 
-def test_two_comparisons_give_the_same_results(two, silent, tmp_path):
-    first, _ = compare(two(), silent())
-    second, _ = compare(two(out=tmp_path / "again"), silent())
+def test_two_comparisons_give_the_same_results(make_comparison, new_watcher, tmp_path):
+    first, _ = compare(make_comparison(), new_watcher())
+    second, _ = compare(make_comparison(out=tmp_path / "again"), new_watcher())
     assert _without_times(first) == _without_times(second)
 
 
-def test_a_comparison_that_was_stopped_goes_on(two, silent, tmp_path):
-    whole, _ = compare(two(out=tmp_path / "whole"), silent())
+def test_a_stopped_comparison_can_be_resumed(make_comparison, new_watcher, tmp_path):
+    whole, _ = compare(make_comparison(out=tmp_path / "whole"), new_watcher())
     with pytest.raises(KeyboardInterrupt):
-        compare(two(), silent(stop_after=2))
+        compare(make_comparison(), new_watcher(stop_after=2))
     with pytest.raises(EquipoiseError, match="must be new or empty"):
-        compare(two(), silent())
-    resumed, _ = compare(two(resume=True), silent())
+        compare(make_comparison(), new_watcher())
+    resumed, _ = compare(make_comparison(resume=True), new_watcher())
     assert _without_times(resumed) == _without_times(whole)
 
 
-def test_a_run_that_fails_does_not_stop_the_others(two, silent, monkeypatch):
+def test_a_failed_run_does_not_stop_the_others(make_comparison, new_watcher, monkeypatch):
     original = training.language_model_loss
     monkeypatch.setattr(
         training,
@@ -62,7 +64,7 @@ def test_a_run_that_fails_does_not_stop_the_others(two, silent, monkeypatch):
         lambda model, ids: original(model, ids) * (1 if calls.append(1) or len(calls) > 1 else float("nan")),
     )
     calls = []
-    config, watcher = two(), silent()
+    config, watcher = make_comparison(), new_watcher()
     results, failure = compare(config, watcher)
     assert len(results) == 1
     assert "none, seed 0, is nan" in str(failure)
@@ -70,78 +72,80 @@ def test_a_run_that_fails_does_not_stop_the_others(two, silent, monkeypatch):
     assert "not finished" in (config.out / "report.html").read_text()
 
 
-def test_a_folder_that_holds_something_else_is_left_alone(two, silent):
-    config = two()
+def test_a_folder_with_other_files_is_left_unchanged(make_comparison, new_watcher):
+    config = make_comparison()
     config.out.mkdir()
     (config.out / "thesis.tex").write_text("years of work")
     with pytest.raises(EquipoiseError, match=r"holds thesis.tex"):
-        compare(config, silent())
+        compare(config, new_watcher())
     with pytest.raises(EquipoiseError, match=r"has no compare.json"):
-        compare(two(resume=True), silent())
+        compare(make_comparison(resume=True), new_watcher())
     assert [path.name for path in config.out.iterdir()] == ["thesis.tex"]
 
 
-def test_strategies_must_differ_and_exist(two, silent):
+def test_strategies_must_differ_and_exist(make_comparison, new_watcher):
     with pytest.raises(UsageError, match="must be different: got none, none"):
-        compare(two(strategies=("none", "none")), silent())
+        compare(make_comparison(strategies=("none", "none")), new_watcher())
     with pytest.raises(UsageError, match="must be different: got lbl, lbl:coefficient=1e-2"):
-        compare(two(strategies=("lbl", "lbl:coefficient=1e-2")), silent())
+        compare(make_comparison(strategies=("lbl", "lbl:coefficient=1e-2")), new_watcher())
     with pytest.raises(UsageError, match="made of"):
-        compare(two(strategies=("none", "magic")), silent())
+        compare(make_comparison(strategies=("none", "magic")), new_watcher())
     with pytest.raises(UsageError, match="at least 1"):
-        compare(two(seeds=0), silent())
+        compare(make_comparison(seeds=0), new_watcher())
 
 
-def test_a_bad_data_folder_is_one_error_not_one_a_strategy(two, silent, tmp_path):
-    watcher = silent()
+def test_a_bad_data_folder_is_reported_once_and_not_per_strategy(make_comparison, new_watcher, tmp_path):
+    watcher = new_watcher()
     with pytest.raises(UsageError):
-        compare(two(data=str(tmp_path / "nowhere")), watcher)
+        compare(make_comparison(data=str(tmp_path / "nowhere")), watcher)
     assert not any("nowhere" in line for line in watcher.said[1:])
 
 
-def test_a_comparison_goes_on_with_the_same_options_only_and_keeps_its_results(two, silent):
-    config = two(steps=1)
-    compare(config, silent())
+def test_a_resumed_comparison_must_keep_its_options_and_keeps_its_results(make_comparison, new_watcher):
+    config = make_comparison(steps=1)
+    compare(config, new_watcher())
     before = {name: (config.out / name).read_bytes() for name in ("compare.json", "results.json", "report.html")}
     with pytest.raises(EquipoiseError, match="has steps=1, got 2"):
-        compare(two(steps=2, resume=True), silent())
-    with pytest.raises(EquipoiseError, match="may be added, not left out"):
-        compare(two(steps=1, resume=True, strategies=("none",)), silent())
+        compare(make_comparison(steps=2, resume=True), new_watcher())
+    with pytest.raises(EquipoiseError, match="may be added, but not removed"):
+        compare(make_comparison(steps=1, resume=True, strategies=("none",)), new_watcher())
     assert before == {name: (config.out / name).read_bytes() for name in before}
-    more, _ = compare(two(steps=1, resume=True, strategies=("none", "lbl:scope=micro_batch", "loss-free")), silent())
+    more, _ = compare(
+        make_comparison(steps=1, resume=True, strategies=("none", "lbl:scope=micro_batch", "loss-free")), new_watcher()
+    )
     assert len(more) == 3
 
 
-def test_every_strategy_of_a_comparison_may_hand_over_to_another(two, silent):
-    results, _ = compare(two(then="z", switch_at=1), silent())
+def test_every_strategy_of_a_comparison_can_switch_to_a_second_one(make_comparison, new_watcher):
+    results, _ = compare(make_comparison(then="z", switch_at=1), new_watcher())
     assert [r["strategy"] for r in results] == ["none, after step 1 z", "lbl:scope=micro_batch, after step 1 z"]
     with pytest.raises(UsageError, match="--then must be another strategy than --strategy: got none after none"):
-        compare(two(out=two().out / "new", then="none", switch_at=1), silent())
+        compare(make_comparison(out=make_comparison().out / "new", then="none", switch_at=1), new_watcher())
 
 
-def test_when_every_run_diverges_the_divergence_is_the_error(two, silent, monkeypatch):
+def test_if_every_run_diverges_the_error_reports_divergence(make_comparison, new_watcher, monkeypatch):
     original = training.language_model_loss
-    monkeypatch.setattr(training, "language_model_loss", lambda *given: original(*given) * float("nan"))
-    results, failure = compare(two(), silent())
+    monkeypatch.setattr(training, "language_model_loss", lambda *args: original(*args) * float("nan"))
+    results, failure = compare(make_comparison(), new_watcher())
     assert results == []
     assert "must not diverge" in str(failure)
 
 
-def test_a_comparison_that_was_killed_in_its_first_write_goes_on(two, silent):
-    config = two(steps=1)
+def test_a_comparison_killed_during_its_first_write_can_be_resumed(make_comparison, new_watcher):
+    config = make_comparison(steps=1)
     run = config.runs()[1].out
     config.out.mkdir()
     (config.out / ".compare.json.tmp").write_text("{")
-    compare(two(steps=1, resume=True, strategies=("none",)), silent())
+    compare(make_comparison(steps=1, resume=True, strategies=("none",)), new_watcher())
     run.mkdir()
     (run / ".config.json.tmp").write_text("{")
-    results, _ = compare(two(steps=1, resume=True), silent())
+    results, _ = compare(make_comparison(steps=1, resume=True), new_watcher())
     assert len(results) == 2
 
 
-def test_the_terminal_counts_complete_runs_too(two, capsys):
-    compare(two(steps=1, strategies=("none",)), Terminal())
-    compare(two(steps=1, resume=True), Terminal(num_runs=2))
-    said = capsys.readouterr().err
-    assert "[1/2] none: complete already" in said
-    assert "[2/2] lbl:scope=micro_batch  step 1/1" in said
+def test_the_terminal_counts_complete_runs_too(make_comparison, capsys):
+    compare(make_comparison(steps=1, strategies=("none",)), Terminal())
+    compare(make_comparison(steps=1, resume=True), Terminal(num_runs=2))
+    output = capsys.readouterr().err
+    assert "[1/2] none: already complete" in output
+    assert "[2/2] lbl:scope=micro_batch  step 1/1" in output

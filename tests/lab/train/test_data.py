@@ -1,4 +1,4 @@
-"""The text pipeline of the lab: reading, split, tokenizer, cache, micro-batches, and each bad input."""
+"""The text pipeline of the lab: reading, split, tokenizer, cache, micro-batches, and every kind of bad input."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ from equipoise.errors import EquipoiseError, UsageError
 from equipoise_lab.train import data, text
 from equipoise_lab.train.batches import Batches
 from equipoise_lab.train.data import SPLITS, Corpus, load_corpus
-from equipoise_lab.train.text import count_held_out, most_held_out
+from equipoise_lab.train.text import count_held_out, max_held_out
 
 END = "<|endoftext|>"
 
@@ -51,7 +51,7 @@ def load(source, cache, **options) -> Corpus:
 
 
 def documents_of(corpus: Corpus, split: str, domain: str) -> list[str]:
-    """The documents back from the tokens, cut at token 0: the end of a document in a tokenizer of ours."""
+    """The documents decoded from the tokens, which are split at the end-of-text token."""
     tokenizer = Tokenizer.from_file(str(corpus.tokenizer_file))
     tokens = corpus.tokens[split][domain]
     ends = np.flatnonzero(tokens == tokenizer.token_to_id(END))
@@ -66,7 +66,8 @@ def test_split_is_disjoint_and_exhaustive_and_decodes_to_the_text(folder, tmp_pa
     assert corpus.domains == ("ask", "book", "code")
     for domain in corpus.domains:
         parts = {split: documents_of(corpus, split, domain) for split in SPLITS}
-        assert sorted(sum(parts.values(), [])) == sorted(make_documents(domain))  # 40 distinct: none twice, none lost
+        # 40 distinct documents: none twice, none lost
+        assert sorted(sum(parts.values(), [])) == sorted(make_documents(domain))
         assert all(parts.values())
 
 
@@ -82,7 +83,7 @@ def test_held_out_documents_are_the_first_in_hash_order_and_alternate(folder, tm
 
 
 def test_at_most_a_quarter_of_the_bytes_is_held_out(folder, tmp_path):
-    corpus = load(folder, tmp_path / "cache")  # far fewer than 20,000 tokens a domain: the quarter decides
+    corpus = load(folder, tmp_path / "cache")  # far fewer than 20,000 tokens per domain: the limit of a quarter applies
     for domain in corpus.domains:
         held_out = corpus.num_bytes["selection"][domain] + corpus.num_bytes["test"][domain]
         total = held_out + corpus.num_bytes["train"][domain]
@@ -96,16 +97,16 @@ def test_at_most_a_quarter_of_the_bytes_is_held_out(folder, tmp_path):
         ([10] * 100, [5000] * 100, 5),  # 5 % of the bytes, 25,000 tokens
         ([10] * 100, [2001] * 100, 10),  # 20,000 tokens need ten documents
         ([10] * 100, [1000] * 100, 20),
-        ([10] * 100, [100] * 100, 25),  # the quarter wins
+        ([10] * 100, [100] * 100, 25),  # the limit of a quarter applies
         ([10] * 4, [10**6] * 4, 2),  # at least two, though that is half
         ([1000, 1000, 1, 1], [10, 10, 1, 1], 2),
         ([26] + [10] * 10, [1] * 11, 2),  # 36 of 126 is more than a quarter, and two are needed
         ([10] * 101, [20_000] * 101, 6),  # 5 % of 1010 is 50.5: five documents are not enough
     ],
 )
-def test_count_held_out_by_hand(num_bytes, num_tokens, expected):
+def test_count_held_out_matches_a_hand_calculation(num_bytes, num_tokens, expected):
     assert count_held_out(num_bytes, num_tokens) == expected
-    assert expected <= most_held_out(num_bytes)
+    assert expected <= max_held_out(num_bytes)
 
 
 def test_split_and_fingerprint_do_not_depend_on_file_order_or_packing(folder, tmp_path):
@@ -121,26 +122,26 @@ def test_split_and_fingerprint_do_not_depend_on_file_order_or_packing(folder, tm
             assert np.array_equal(first.tokens[split][domain], second.tokens[split][domain])
 
 
-def test_a_document_that_occurs_twice_is_kept_once_and_an_empty_one_never(tmp_path):
+def test_duplicate_documents_are_kept_once_and_empty_ones_dropped(tmp_path):
     write_jsonl(tmp_path / "web.jsonl", make_documents("web") * 3 + ["", " \n"])
     corpus = load(tmp_path / "web.jsonl", tmp_path / "cache")
     everything = sum((documents_of(corpus, split, "web") for split in SPLITS), [])
     assert sorted(everything) == sorted(make_documents("web"))
 
 
-def test_no_text_is_trained_on_in_one_place_and_held_out_in_another(tmp_path):
-    """Copies in another domain, and copies that differ in white space at their ends."""
+def test_no_document_is_trained_on_in_one_domain_and_held_out_in_another(tmp_path):
+    """Removes copies in another domain, and copies that only differ in white space at their ends."""
     shared = make_documents("shared", 30)
     write_jsonl(tmp_path / "a.jsonl", make_documents("a") + shared + [document + "\n" for document in shared])
     write_jsonl(tmp_path / "b.jsonl", make_documents("bb") + [" " + document for document in shared])
-    said = []
-    corpus = load(tmp_path, tmp_path / "cache", progress=said.append)
+    lines = []
+    corpus = load(tmp_path, tmp_path / "cache", progress=lines.append)
     everything = [d.strip() for split in SPLITS for domain in "ab" for d in documents_of(corpus, split, domain)]
     assert sorted(everything) == sorted(make_documents("a") + shared + make_documents("bb"))
-    assert "30 documents that an earlier domain has too are left out" in said
+    assert "left out 30 documents that an earlier domain has too" in lines
 
 
-def test_no_document_is_lost_where_tokenising_goes_in_parts(tmp_path):
+def test_tokenising_in_parts_loses_no_document(tmp_path):
     documents = [f"{i} {'word ' * 8}" for i in range(600)]
     write_jsonl(tmp_path / "web.jsonl", documents)
     corpus = load(tmp_path / "web.jsonl", tmp_path / "cache")
@@ -166,7 +167,7 @@ def test_tokenizer_takes_an_even_share_of_each_domain():
     assert sum(len(d.encode()) for d in data._sample(short, share=2001)) == 2001
 
 
-def test_bytes_per_token_by_hand(folder, tmp_path):
+def test_bytes_per_token_matches_a_hand_calculation(folder, tmp_path):
     corpus = load(folder, tmp_path / "cache")
     documents = documents_of(corpus, "test", "book")
     tokenizer = Tokenizer.from_file(str(corpus.tokenizer_file))
@@ -185,7 +186,7 @@ def test_bytes_of_unknown_words_are_not_lost(folder, tmp_path):
     words.save(str(tmp_path / "words.json"))
     corpus = load(folder, tmp_path / "cache", tokenizer=tmp_path / "words.json")
     whole = corpus.num_bytes["test"]["book"] / len(corpus.tokens["test"]["book"])
-    assert corpus.bytes_per_token("test", "book", 20) == whole > 2  # of "<unk>" nothing is decoded
+    assert corpus.bytes_per_token("test", "book", 20) == whole > 2  # "<unk>" decodes to nothing
 
 
 def test_sequences_are_the_tokens_in_order_without_the_remainder(folder, tmp_path):
@@ -205,18 +206,18 @@ def test_saved_tokenizer_loads_in_transformers(folder, tmp_path):
     assert tokenizer.decode(tokenizer("天地 é")["input_ids"]) == "天地 é"
 
 
-def test_given_tokenizer_is_used_whole_and_its_truncation_is_not(folder, tmp_path):
-    own = load(folder, tmp_path / "cache")
-    tokenizer = Tokenizer.from_file(str(own.tokenizer_file))
+def test_a_given_tokenizer_is_used_without_its_truncation(folder, tmp_path):
+    trained = load(folder, tmp_path / "cache")
+    tokenizer = Tokenizer.from_file(str(trained.tokenizer_file))
     tokenizer.enable_truncation(5)
     tokenizer.enable_padding(length=50)
     (tmp_path / "tok").mkdir()
     tokenizer.save(str(tmp_path / "tok" / "tokenizer.json"))
     for path in (tmp_path / "tok", tmp_path / "tok" / "tokenizer.json"):
-        given = load(folder, tmp_path / "cache", tokenizer=path, vocab_size=7)
-        assert given.tokenizer_file != own.tokenizer_file and given.vocab_size == 400
-        for domain in own.domains:
-            assert np.array_equal(given.tokens["test"][domain], own.tokens["test"][domain])
+        corpus = load(folder, tmp_path / "cache", tokenizer=path, vocab_size=7)
+        assert corpus.tokenizer_file != trained.tokenizer_file and corpus.vocab_size == 400
+        for domain in trained.domains:
+            assert np.array_equal(corpus.tokens["test"][domain], trained.tokens["test"][domain])
 
 
 def test_a_large_vocabulary_takes_four_bytes_a_token(folder, tmp_path):
@@ -251,13 +252,13 @@ def test_every_kind_of_file_gives_the_same_documents(tmp_path):
     write_jsonl(root / "mixed" / "deep" / "a.jsonl.xz", documents[:5])
     parquet.write_table(table.slice(5), root / "mixed" / "b.parquet")
 
-    found = text.find_text(root, print).read(print)
-    assert list(found) == ["blank", "dos", "lines", "many", "mixed", "packed", "table"]
-    for domain, texts in found.items():
+    texts_by_domain = text.find_text(root, print).read(print)
+    assert list(texts_by_domain) == ["blank", "dos", "lines", "many", "mixed", "packed", "table"]
+    for domain, texts in texts_by_domain.items():
         assert sorted(filter(str.strip, texts)) == sorted(documents), domain
 
 
-def test_a_readme_is_no_text_and_a_domain_may_be_called_like_one(tmp_path):
+def test_readmes_are_skipped_but_a_domain_may_have_a_similar_name(tmp_path):
     for name in ("README", "readme.txt", "README-fr.md", "READMEs_of_repositories.txt"):
         (tmp_path / name).write_text("words")
     assert list(text.find_text(tmp_path, print).read(print)) == ["READMEs_of_repositories"]
@@ -275,7 +276,7 @@ def test_jsonl_lines_end_at_newlines_only(tmp_path):
     assert text.find_text(tmp_path, print).read(print) == {"a": documents}
 
 
-def test_byte_order_mark_is_no_text(tmp_path):
+def test_a_byte_order_mark_is_removed(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\n\ntwo")
     assert text.find_text(tmp_path, print).read(print) == {"a": ["one", "two"]}
 
@@ -321,14 +322,16 @@ def test_data_set_gives_domains_by_column_by_configuration_or_by_name(monkeypatc
     assert load("owner/name", tmp_path / "cache").domains == ("name",)
 
 
-def test_data_set_that_cannot_be_loaded_says_why(monkeypatch, tmp_path):
+def test_the_error_says_why_a_data_set_cannot_be_loaded(monkeypatch, tmp_path):
     fake_datasets(monkeypatch, ConnectionError("no route\nto the hub"))
     with pytest.raises(
         UsageError, match=r"owner/name does not exist here.*ConnectionError: no route\).*Check the path"
     ):
         load("owner/name", tmp_path)
     fake_datasets(monkeypatch, FakeRows({"content": ["a"]}))
-    with pytest.raises(EquipoiseError, match=r'must have the column "text": owner/name has \[\'content\'\]'):
+    with pytest.raises(
+        EquipoiseError, match=r'must have the column "text": owner/name has the columns \[\'content\'\]'
+    ):
         load("owner/name", tmp_path)
 
 
@@ -343,7 +346,7 @@ def test_reading_a_folder_does_not_import_datasets(folder, tmp_path):
         subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
         for _ in range(2)
     ]
-    assert outputs == ["['tokenizers']", "[]"]  # the second one from the cache
+    assert outputs == ["['tokenizers']", "[]"]  # the second call reads from the cache
 
 
 # ---- cache ----------------------------------------------------------------------------------------------------------
@@ -381,7 +384,7 @@ def test_cache_hit_is_identical_and_does_not_train(folder, tmp_path, monkeypatch
         load(folder, tmp_path / "cache")
 
 
-def test_cache_folder_by_default(folder, tmp_path, monkeypatch):
+def test_the_default_cache_folder_comes_from_the_environment(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("EQUIPOISE_CACHE", str(tmp_path / "mine"))
     assert load(folder, None).tokenizer_file.is_relative_to(tmp_path / "mine")
     monkeypatch.delenv("EQUIPOISE_CACHE")
@@ -425,7 +428,7 @@ def test_damaged_cache_is_rebuilt(folder, tmp_path, damage):
     again = load(folder, tmp_path / "cache")
     assert np.array_equal(again.tokens["train"]["ask"], expected)
     assert again.fingerprint == first.fingerprint
-    assert len(list((tmp_path / "cache" / "tokens").iterdir())) == 1  # nothing is left aside
+    assert len(list((tmp_path / "cache" / "tokens").iterdir())) == 1  # no temporary folder remains
 
 
 def test_half_written_cache_is_ignored_and_leaves_nothing(folder, tmp_path, monkeypatch):
@@ -445,7 +448,8 @@ def test_loser_of_a_race_uses_the_folder_of_the_winner(folder, tmp_path, monkeyp
 
     def write_second(*arguments):
         monkeypatch.setattr(data, "_write", write)
-        winner.append(load(folder, tmp_path / "cache"))  # another process, start to end, while this one writes
+        # Stands for another process that runs from start to end meanwhile.
+        winner.append(load(folder, tmp_path / "cache"))
         write(*arguments)
 
     monkeypatch.setattr(data, "_write", write_second)
@@ -455,9 +459,9 @@ def test_loser_of_a_race_uses_the_folder_of_the_winner(folder, tmp_path, monkeyp
     assert inodes[0] == inodes[1] and len(list((tmp_path / "cache" / "tokens").iterdir())) == 1
 
 
-def test_cache_that_cannot_be_written_says_so(folder, tmp_path):
+def test_an_unwritable_cache_is_an_error(folder, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(EquipoiseError, match=r"cache must be a folder that can be written: .*EQUIPOISE_CACHE"):
+    with pytest.raises(EquipoiseError, match=r"cache must be a writable folder: .*EQUIPOISE_CACHE"):
         load(folder, tmp_path / "file")
 
 
@@ -465,7 +469,7 @@ def test_cache_that_cannot_be_written_says_so(folder, tmp_path):
 
 
 def toy(nums=(7, 12, 30, 16), length=4) -> Corpus:
-    """Row i of domain d is [1000 d + i] * length, so a sequence says where it comes from."""
+    """Row i of domain d is [1000 d + i] * length, so a sequence shows its origin."""
     names = tuple("abcdefgh"[: len(nums)])
     tokens = {
         name: np.repeat(np.arange(num, dtype=np.uint16) + 1000 * d, length)
@@ -495,7 +499,7 @@ def test_micro_batches_are_whole_sequences_of_the_domain_they_name():
 def test_window_is_a_pure_function_of_seed_and_step(shuffled):
     forward = batches(shuffled=shuffled)
     windows = [forward.window(step) for step in range(20)]
-    for step in (19, 3, 0, 11):  # any order, a fresh object or a used one
+    for step in (19, 3, 0, 11):  # in any order, with a new or a used object
         for other in (forward, batches(shuffled=shuffled)):
             for first, second in zip(windows[step], other.window(step), strict=True):
                 assert first.domain == second.domain and torch.equal(first.input_ids, second.input_ids)
@@ -510,7 +514,7 @@ def test_window_does_not_touch_the_global_generators():
 
 
 def test_window_is_the_same_on_every_machine():
-    # Worked out once; a change here changes every run of the lab, so it needs a reason.
+    # Recorded once. A change here changes every run of the lab, so it needs a reason.
     assert origins(batches().window(0)) == [3003, 3014, 2022, 2017, 6, 1]
 
 
@@ -521,16 +525,16 @@ def test_ranks_share_the_one_rank_window_without_overlap(shuffled):
     for step in range(12):
         parts = [ranks[r].window(step)[m] for m in range(2) for r in range(3)]
         assert [len(ranks[r].window(step)) for r in range(3)] == [2, 2, 2]
-        for mine, expected in zip(parts, alone.window(step), strict=True):
-            assert mine.domain == expected.domain and torch.equal(mine.input_ids, expected.input_ids)
+        for batch, expected in zip(parts, alone.window(step), strict=True):
+            assert batch.domain == expected.domain and torch.equal(batch.input_ids, expected.input_ids)
 
 
-def test_every_domain_occurs_once_a_round_in_an_order_drawn_anew():
+def test_every_domain_occurs_once_a_round_in_a_newly_drawn_order():
     names = [batch.domain for step in range(80) for batch in batches().window(step)]  # 240 = 60 rounds of 4
     rounds = [tuple(names[i : i + 4]) for i in range(0, 240, 4)]
     assert all(sorted(order) == ["a", "b", "c", "d"] for order in rounds)
-    assert len(set(rounds)) > 15  # of 24 orders
-    assert max(Counter(order[0] for order in rounds).values()) < 30  # 15 expected of each
+    assert len(set(rounds)) > 15  # of 24 possible orders
+    assert max(Counter(order[0] for order in rounds).values()) < 30  # 15 expected for each
 
 
 def test_each_sequence_occurs_once_an_epoch_and_epochs_differ():
@@ -553,7 +557,7 @@ def test_shuffled_has_the_same_sequences_in_each_step_and_mixes_domains():
         assert Counter(origins(ordered)) == Counter(origins(shuffled)) and origins(ordered) != origins(shuffled)
         assert {batch.domain for batch in shuffled} == {"mixed"}
         mixing += [len(set((batch.input_ids[:, 0] // 1000).tolist())) for batch in shuffled]
-    assert sum(mixing) / len(mixing) > 1.6  # 1 + 12/15 expected: the other one of 16 is of another domain
+    assert sum(mixing) / len(mixing) > 1.6  # 1 + 12/15 expected: 12 of the other 15 sequences are of another domain
 
 
 def test_shuffled_draws_another_permutation_each_step():
@@ -567,7 +571,7 @@ def test_shuffled_draws_another_permutation_each_step():
 
 @pytest.mark.parametrize("shuffled", [False, True])
 @pytest.mark.parametrize("together", [2, 3, 6])
-def test_micro_batches_that_are_forwarded_together_are_those_of_one_by_one(together, shuffled):
+def test_joined_micro_batches_have_the_sequences_of_single_ones(together, shuffled):
     alone = batches(micro_batches_per_step=6, shuffled=shuffled)
     joined = batches(micro_batches_per_step=6, shuffled=shuffled, balance_batch=together)
     for step in range(5):
@@ -579,11 +583,11 @@ def test_micro_batches_that_are_forwarded_together_are_those_of_one_by_one(toget
             assert batch.domain == (parts.pop() if len(parts) == 1 else "mixed")
 
 
-def test_micro_batches_of_one_domain_keep_its_name_together():
+def test_joined_micro_batches_of_one_domain_keep_its_name():
     assert {batch.domain for batch in batches(toy((30,)), balance_batch=3).window(0)} == {"a"}
 
 
-def test_what_is_forwarded_together_is_the_same_on_any_number_of_ranks():
+def test_joined_micro_batches_are_the_same_on_any_number_of_ranks():
     alone = batches(micro_batches_per_step=12, balance_batch=2).window(3)
     for num in (2, 3):
         ranks = [
@@ -594,7 +598,7 @@ def test_what_is_forwarded_together_is_the_same_on_any_number_of_ranks():
         assert [origins([batch]) for batch in dealt] == [origins([batch]) for batch in alone]
 
 
-def test_batches_of_another_split(folder, tmp_path):
+def test_batches_can_use_another_split(folder, tmp_path):
     corpus = load(folder, tmp_path / "cache")
     window = batches(corpus, sequence_length=16, split="test").window(0)
     rows = {tuple(row) for row in corpus.sequences("test", window[0].domain, 16).tolist()}
@@ -616,36 +620,36 @@ GOOD = b'{"text": "good"}\n'
 @pytest.mark.parametrize(
     ("name", "content", "match"),
     [
-        ("a.csv", b"text\n", r"must come as \.txt, \.jsonl, \.parquet, each optionally \.xz: got .*a\.csv\. Convert"),
+        ("a.csv", b"text\n", r"must be \.txt, \.jsonl, \.parquet, each optionally \.xz: got .*a\.csv\. Convert"),
         ("d/a.bin", b"text\n", r"got .*d/a\.bin\. Convert or remove it"),
         ("a.xz", b"text\n", r"got .*a\.xz"),
-        ("README.md", b"only this", r"must hold one file or one sub-folder a domain: .* holds none of these"),
-        ("d/README.md", b"only this", r"domain's folder must hold text: .*d holds none"),
-        ("a.txt", b"", r"must hold text: .*a\.txt is empty"),
-        ("a.parquet", b"", r"must hold text: .*a\.parquet is empty"),
-        ("a.txt", b"one document\n", r"at least 4 different documents.*'a' in .* has 1\. Cut its text"),
+        ("README.md", b"only this", r"must contain one file or one sub-folder per domain: .* contains none of these"),
+        ("d/README.md", b"only this", r"domain's folder must contain text: .*d contains none"),
+        ("a.txt", b"", r"must contain text: .*a\.txt is empty"),
+        ("a.parquet", b"", r"must contain text: .*a\.parquet is empty"),
+        ("a.txt", b"one document\n", r"at least 4 different documents.*'a' in .* has 1\. Split its text"),
         ("a.txt", b" \n\n\n", r"at least 4 different documents.*'a' in .* has 0"),
         ("a.jsonl", GOOD * 9, r"at least 4 different documents.*'a' in .* has 1"),
-        ("a.txt", b"abc\n\nd\xff\n", r"must be UTF-8: .*a\.txt is not at byte 6 \(byte value 0xff\)"),
-        ("a.txt.xz", lzma.compress(b"ab\xe9"), r"must be UTF-8: .*a\.txt\.xz is not at byte 2"),
+        ("a.txt", b"abc\n\nd\xff\n", r"must be UTF-8: .*a\.txt is invalid at byte 6 \(value 0xff\)"),
+        ("a.txt.xz", lzma.compress(b"ab\xe9"), r"must be UTF-8: .*a\.txt\.xz is invalid at byte 2"),
         ("a.jsonl", GOOD + b'{"text": "half\n', r"must be JSON: .*a\.jsonl, line 2: .*damaged"),
-        ("a.jsonl", GOOD + b'\n{"content": "x"}\n', r'string in "text": .*a\.jsonl, line 3 has none'),
-        ("a.jsonl", b'["text"]\n', r'string in "text": .*a\.jsonl, line 1 has none'),
-        ("a.jsonl", b'{"text": 7}\n', r'string in "text": .*a\.jsonl, line 1 has none'),
-        ("a.jsonl", b'{"text": "a\\ud800"}\n', r"line 1 holds half a surrogate pair at character 1"),
-        ("a.jsonl.xz", b"no xz at all", r"a\.jsonl\.xz must be xz: .*damaged"),
-        ("a.jsonl.xz", lzma.compress(GOOD * 99)[:-9], r"a\.jsonl\.xz must be xz: .*damaged"),
-        ("a.parquet", b"PAR1 and then nothing", r"a\.parquet must be parquet: .*damaged"),
+        ("a.jsonl", GOOD + b'\n{"content": "x"}\n', r'string in its field "text": .*a\.jsonl, line 3 has none'),
+        ("a.jsonl", b'["text"]\n', r'string in its field "text": .*a\.jsonl, line 1 has none'),
+        ("a.jsonl", b'{"text": 7}\n', r'string in its field "text": .*a\.jsonl, line 1 has none'),
+        ("a.jsonl", b'{"text": "a\\ud800"}\n', r"line 1 has half a surrogate pair at character 1"),
+        ("a.jsonl.xz", b"no xz at all", r"a\.jsonl\.xz must be an xz file: .*damaged"),
+        ("a.jsonl.xz", lzma.compress(GOOD * 99)[:-9], r"a\.jsonl\.xz must be an xz file: .*damaged"),
+        ("a.parquet", b"PAR1 and then nothing", r"a\.parquet must be a parquet file: .*damaged"),
     ],
 )
-def test_bad_text(tmp_path, name, content, match):
+def test_bad_text_is_refused(tmp_path, name, content, match):
     put(tmp_path / "text", name, content)
     with pytest.raises(EquipoiseError, match=match) as caught:
         load(tmp_path / "text", tmp_path / "cache")
     assert "\n" not in str(caught.value)
 
 
-def test_a_name_that_is_not_utf8(tmp_path):
+def test_a_domain_name_that_is_not_utf8_is_refused(tmp_path):
     try:
         (tmp_path / "caf\udce9.txt").write_text("words")
     except OSError:
@@ -654,47 +658,49 @@ def test_a_name_that_is_not_utf8(tmp_path):
         load(tmp_path, tmp_path / "cache")
 
 
-def test_parquet_without_text(tmp_path):
+def test_parquet_without_text_is_refused(tmp_path):
     import pyarrow
     from pyarrow import parquet
 
     parquet.write_table(pyarrow.table({"content": ["a"]}), tmp_path / "a.parquet")
-    with pytest.raises(EquipoiseError, match=r'must have the column "text": .*a\.parquet has \[\'content\'\]'):
+    with pytest.raises(
+        EquipoiseError, match=r'must have the column "text": .*a\.parquet has the columns \[\'content\'\]'
+    ):
         load(tmp_path / "a.parquet", tmp_path / "cache")
     twice = pyarrow.table([["a"], ["b"]], names=["text", "text"])
     parquet.write_table(twice, tmp_path / "a.parquet")
     with pytest.raises(EquipoiseError, match=r'must have one column "text": .*a\.parquet has 2'):
         load(tmp_path / "a.parquet", tmp_path / "cache")
     parquet.write_table(pyarrow.table({"text": ["a", None]}), tmp_path / "a.parquet")
-    with pytest.raises(EquipoiseError, match=r'string in "text": .*a\.parquet, row 2 has none'):
+    with pytest.raises(EquipoiseError, match=r'string in its field "text": .*a\.parquet, row 2 has none'):
         load(tmp_path / "a.parquet", tmp_path / "cache")
 
 
 @pytest.mark.parametrize("path", ["/no/such/folder", "./nothing", "a/b/c", "nothing.txt", "owner/nothing.jsonl.xz"])
-def test_path_that_does_not_exist(tmp_path, monkeypatch, path):
+def test_a_missing_path_is_refused(tmp_path, monkeypatch, path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, "datasets", None)  # none of these is taken for a data set
+    monkeypatch.setitem(sys.modules, "datasets", None)  # fails if one of these is taken for a data set
     with pytest.raises(
         UsageError, match=r"must be a folder, a file, or a data set's name.*: .* does not exist\. Check"
     ):
         load(path, tmp_path / "cache")
 
 
-def test_empty_folder_and_two_sources_of_one_domain(tmp_path):
-    with pytest.raises(UsageError, match="holds none of these"):
+def test_an_empty_folder_and_two_sources_of_one_domain_are_refused(tmp_path):
+    with pytest.raises(UsageError, match="contains none of these"):
         load(tmp_path, tmp_path / "cache")
     put(put(tmp_path / "text", "web.a.txt", b"x"), "web/b.txt", b"y")
-    with pytest.raises(UsageError, match=r"'web' is both web/b\.txt and web\.a\.txt in .*Put them into one sub-folder"):
+    with pytest.raises(UsageError, match=r"'web' is both web/b\.txt and web\.a\.txt in .*Put both into one sub-folder"):
         load(tmp_path / "text", tmp_path / "cache")
 
 
-def test_split_shorter_than_a_sequence(folder, tmp_path):
-    with pytest.raises(EquipoiseError, match=r"hold a sequence of 5000 tokens: train of 'ask' in .*Add text"):
+def test_a_split_shorter_than_a_sequence_is_refused(folder, tmp_path):
+    with pytest.raises(EquipoiseError, match=r"hold a sequence of 5000 tokens: the train text of 'ask' in .*Add text"):
         load(folder, tmp_path / "cache", sequence_length=5000)
 
 
-def test_bad_options(folder, tmp_path):
-    with pytest.raises(UsageError, match=r"vocab_size must be at least 300 .*got 299"):
+def test_bad_options_are_refused(folder, tmp_path):
+    with pytest.raises(UsageError, match=r"vocab_size must be at least 300, .*got 299"):
         load(folder, tmp_path / "cache", vocab_size=299)
     with pytest.raises(
         UsageError, match=r"must be a tokenizer\.json or a folder with one: .*none\.json does not exist"
@@ -711,8 +717,10 @@ def test_bad_options(folder, tmp_path):
         load(folder, tmp_path / "cache", tokenizer=tmp_path / "endless.json")
 
 
-def test_bad_arguments_of_batches_and_corpus():
-    with pytest.raises(UsageError, match=r"micro-batch of 8 sequences: train of 'a' has 7 of 4 tokens\. Add text"):
+def test_bad_arguments_of_batches_and_corpus_are_refused():
+    with pytest.raises(
+        UsageError, match=r"micro-batch of 8 sequences: the train text of 'a' has 7 sequences of 4 tokens\. Add text"
+    ):
         batches(sequences_per_micro_batch=8)
     for name in (
         "sequence_length",
@@ -725,7 +733,7 @@ def test_bad_arguments_of_batches_and_corpus():
             batches(**{name: 0})
     with pytest.raises(ValueError, match="seed must be at least 0: got -1"):
         batches(seed=-1)
-    with pytest.raises(ValueError, match="balance_batch must divide micro_batches_per_step: got 2 of 3"):
+    with pytest.raises(ValueError, match="balance_batch must divide micro_batches_per_step: got 2 and 3"):
         batches(balance_batch=2)
     with pytest.raises(ValueError, match=r"got rank 2 of 2"):
         batches(rank=2, num_ranks=2)
@@ -743,7 +751,7 @@ def test_bad_arguments_of_batches_and_corpus():
 
 
 @pytest.mark.slow
-def test_packaged_corpus(tmp_path, monkeypatch):
+def test_the_packaged_corpus_is_split_and_cached(tmp_path, monkeypatch):
     corpus = load_corpus("corpus", cache=tmp_path)
     assert len(corpus.domains) == 8 and corpus.vocab_size == 4096
     for domain in corpus.domains:
@@ -752,7 +760,7 @@ def test_packaged_corpus(tmp_path, monkeypatch):
         total = sum(held_out) + corpus.num_bytes["train"][domain]
         assert 0.05 * total <= sum(held_out) < 0.15 * total and tokens >= 20_000
         assert len(corpus.sequences("test", domain, 128)) > 40
-        assert 2 < corpus.bytes_per_token("train", domain) < 4  # 0.55 nats a byte is 2 nats a token
+        assert 2 < corpus.bytes_per_token("train", domain) < 4  # 0.55 nats per byte is 2 nats per token
     forbid_training(monkeypatch)
     assert same(corpus, load_corpus(cache=tmp_path))
     assert math.isclose(sum(len(t) for t in corpus.tokens["train"].values()), 3.95e6, rel_tol=0.02)

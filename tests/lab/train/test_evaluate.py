@@ -1,4 +1,4 @@
-"""What an evaluation says of specialisation: the top-k score sum, the largest share of a domain, what experts do."""
+"""Evaluations: score sums, shares by domain, and the audit of what the experts do."""
 
 import json
 
@@ -19,15 +19,15 @@ def _rows(folder, log="steps"):
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_evaluations_hold_scores_and_shares_by_domain_and_layer(tiny, silent, arch):
+def test_evaluations_record_scores_and_shares_by_domain_and_layer(tiny, new_watcher, arch):
     config = tiny(arch=arch, layers=2, steps=2, evaluate_every=1, save_model=False)
-    result = train(config, silent())
+    result = train(config, new_watcher())
     rows = _rows(config.out, "evaluations")
-    assert len(rows) == 3  # after step 1 and the last on the selection text, then on the test text
+    assert len(rows) == 3  # on the selection text after steps 1 and 2, then on the test text
     for row in rows:
         sums = [value for domain in row["domains"].values() for value in domain["topk_score_sum"]]
         assert len(sums) == 3 * 2
-        assert all(0.45 < value < 1 for value in sums), "k/E is 1/2; the bias may take a little"
+        assert all(0.45 < value < 1 for value in sums), "k/E is 1/2; the bias may lower it a little"
         assert len(set(sums)) == 6, "domains or layers are mixed up"
         assert row["topk_score_sum"] == pytest.approx(sum(sums) / 6, rel=1e-12)
         shares = [
@@ -48,21 +48,21 @@ def test_evaluations_hold_scores_and_shares_by_domain_and_layer(tiny, silent, ar
         assert result[name] == last[name] == rows[-1][name]
 
 
-def test_the_score_sum_and_the_loss_of_an_evaluation_are_means_over_its_tokens(tiny, silent, tmp_path):
-    """Whatever the batches: eight sequences of a domain as four batches, as three of unequal size, as one."""
-    found = []
+def test_the_score_sum_and_the_loss_of_an_evaluation_are_means_over_its_tokens(tiny, new_watcher, tmp_path):
+    """The same for any batches: eight sequences of a domain as four batches, as three of unequal size, as one."""
+    figures = []
     for sequences in (2, 3, 8):
-        options = {"strategy": "none", "steps": 1, "learning_rate": 1e-9, "save_model": False}  # weights stay the same
+        options = {"strategy": "none", "steps": 1, "learning_rate": 1e-9, "save_model": False}  # weights hardly change
         config = tiny(out=tmp_path / str(sequences), sequences=sequences, **options)
-        train(config, silent())
+        train(config, new_watcher())
         row = _rows(config.out, "evaluations")[-1]
-        found.append([row["topk_score_sum"], *(domain["nats"] for domain in row["domains"].values())])
-    assert found == [pytest.approx(found[0], rel=1e-5)] * 3
+        figures.append([row["topk_score_sum"], *(domain["nats"] for domain in row["domains"].values())])
+    assert figures == [pytest.approx(figures[0], rel=1e-5)] * 3
 
 
-def test_an_evaluation_does_not_disturb_training(tiny, silent, tmp_path):
+def test_an_evaluation_does_not_disturb_training(tiny, new_watcher, tmp_path):
     for name, every in (("with", 2), ("without", 0)):
-        train(tiny(out=tmp_path / name, steps=5, evaluate_every=every, save_model=False), silent())
+        train(tiny(out=tmp_path / name, steps=5, evaluate_every=every, save_model=False), new_watcher())
     assert _rows(tmp_path / "with") == _rows(tmp_path / "without")
 
 
@@ -74,7 +74,7 @@ def _audit(config):
 
 
 def _check_against_the_evaluation(config):
-    """What is in audit.json is what the last evaluation counted, by another way: at the taps."""
+    """audit.json, which is counted at the taps, agrees with the counts of the last evaluation."""
     audit, row, run = _audit(config), _rows(config.out, "evaluations")[-1], Run(config.out)
     assert audit["domains"] == list(row["domains"]) == run.config["domains"]
     assert [layer["layer"] for layer in audit["layers"]] == run.config["layers"]
@@ -87,7 +87,7 @@ def _check_against_the_evaluation(config):
         )
         chosen_with = np.array([sum(share for _, share in row) for row in layer["partners"]])
         assert chosen_with[np.array(layer["load"]) > 0] == pytest.approx(layer["k"] - 1, abs=0.01)
-        split = [found["value"] for found in layer["information_by_level"].values()]
+        split = [level["value"] for level in layer["information_by_level"].values()]
         assert sum(split) == pytest.approx(layer["domain_information_bits"]["value"])
     assert audit["mean"]["topk_score_sum"] == pytest.approx(row["topk_score_sum"], rel=1e-6)
     assert audit["mean"]["maxvio"] == pytest.approx(row["maxvio_global"])
@@ -96,18 +96,18 @@ def _check_against_the_evaluation(config):
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_a_run_leaves_what_its_experts_did_on_the_test_text(tiny, silent, arch):
+def test_a_run_writes_an_audit_of_its_experts_on_the_test_text(tiny, new_watcher, arch):
     config = tiny(arch=arch, layers=2, steps=2, save_model=False)
-    train(config, silent())
+    train(config, new_watcher())
     audit = _check_against_the_evaluation(config)
     assert (audit["model"], audit["data"]) == (str(config.out), config.data)
     assert audit["model_type"] == arch and audit["num_parameters"] == Run(config.out).config["num_parameters"]
     assert audit["notes"][0] == "counted in the run's last evaluation, on 384 tokens of its test text"
 
 
-def test_typical_tokens_are_those_of_the_text_that_was_evaluated(tiny, silent):
+def test_typical_tokens_come_from_the_evaluated_text(tiny, new_watcher):
     config = tiny(steps=2, evaluation_sequences=64, save_model=False)
-    train(config, silent())
+    train(config, new_watcher())
     corpus = load_corpus(config.data, vocab_size=config.vocab_size, sequence_length=config.sequence_length)
     tokenizer = Tokenizer.from_file(str(corpus.tokenizer_file))
     num = _audit(config)["tokens"]["fruit"]
@@ -122,13 +122,13 @@ def test_typical_tokens_are_those_of_the_text_that_was_evaluated(tiny, silent):
         assert token["count"] == pytest.approx(token["share"] * counts[token["text"]])
 
 
-def test_the_end_of_a_document_is_a_token_like_others(tiny, silent):
+def test_the_end_of_text_token_is_decoded(tiny, new_watcher):
     corpus = load_corpus(tiny().data, vocab_size=300, sequence_length=16)
     end = Tokenizer.from_file(str(corpus.tokenizer_file)).token_to_id("<|endoftext|>")
     assert corpus.decoder()(end) == "<|endoftext|>"
 
 
-TOP_K = "chosen by top-k of the scores, as in every evaluation; trained with --selection"
+TOP_K = "experts are chosen by top-k of the scores, as in every evaluation; trained with --selection"
 
 
 @pytest.mark.parametrize(
@@ -136,36 +136,36 @@ TOP_K = "chosen by top-k of the scores, as in every evaluation; trained with --s
     [
         ("expert-choice", f"{TOP_K} expert-choice"),
         ("sinkhorn", f"{TOP_K} sinkhorn"),
-        ("hash", "chosen by --selection hash, as in training"),
+        ("hash", "experts are chosen by --selection hash, as in training"),
     ],
 )
-def test_under_another_selection_it_is_of_the_choice_of_an_evaluation(tiny, silent, selection, note):
+def test_the_audit_describes_the_choice_in_evaluation_under_another_selection(tiny, new_watcher, selection, note):
     config = tiny(steps=2, strategy="none", selection=selection, save_model=False)
-    train(config, silent())
+    train(config, new_watcher())
     audit = _check_against_the_evaluation(config)
     assert audit["notes"][1] == note
     typical = [token["share"] for layer in audit["layers"] for expert in layer["typical_tokens"] for token in expert]
     assert (set(typical) == {1.0}) == (selection == "hash"), "a hash sends every occurrence of a token the same way"
 
 
-def test_where_experts_choose_tokens_in_an_evaluation_nothing_is_written(tiny, silent, monkeypatch):
+def test_if_experts_choose_tokens_in_evaluation_nothing_is_written(tiny, new_watcher, monkeypatch):
     monkeypatch.setattr(ExpertChoice, "in_evaluation", True)
     config = tiny(steps=2, strategy="none", selection="expert-choice", save_model=False)
-    watcher = silent()
+    watcher = new_watcher()
     assert train(config, watcher)["val_nats"] > 0
     assert not (config.out / "audit.json").exists()
-    assert "no audit.json: --selection expert-choice gives experts tokens, not tokens experts" in watcher.said
+    assert "no audit.json: with --selection expert-choice experts choose tokens" in watcher.said
 
 
-def test_a_run_that_was_stopped_ends_with_the_same_audit(tiny, silent, tmp_path):
+def test_a_resumed_run_writes_the_same_audit(tiny, new_watcher, tmp_path):
     whole, cut = tiny(out=tmp_path / "whole"), tiny(out=tmp_path / "cut")
-    train(whole, silent())
+    train(whole, new_watcher())
     with pytest.raises(KeyboardInterrupt):
-        train(cut, silent(7))
+        train(cut, new_watcher(7))
     assert not (cut.out / "audit.json").exists()
-    (cut.out / "audit.json").write_text("{}")  # as of an end that was cut off before its result
+    (cut.out / "audit.json").write_text("{}")  # as if the run had been stopped between audit and result
     with pytest.raises(KeyboardInterrupt):
-        train(tiny(out=cut.out, resume=True), silent(9))
-    assert not (cut.out / "audit.json").exists(), "it would be of other weights"
-    train(tiny(out=cut.out, resume=True), silent())
+        train(tiny(out=cut.out, resume=True), new_watcher(9))
+    assert not (cut.out / "audit.json").exists(), "it would describe other weights"
+    train(tiny(out=cut.out, resume=True), new_watcher())
     assert _audit(cut) | {"model": ""} == _audit(whole) | {"model": ""}

@@ -1,4 +1,4 @@
-"""What domains have in common."""
+"""Groups of domains by script, language and other levels."""
 
 import json
 
@@ -9,10 +9,10 @@ from equipoise_lab.train.levels import levels_of, script_of
 from equipoise_lab.train.text import CORPUS, find_text, stream_text
 
 
-def test_script_is_that_of_most_letters():
+def test_the_script_of_a_text_is_the_script_of_most_letters():
     assert script_of("Marseille 12") == "Latin" and script_of("床前明月光 abc") == "Han"
     assert script_of("12 + 3") == "none" and script_of("москва") == "Cyrillic" and script_of("") == "none"
-    assert script_of("a" * 20_000 + "月" * 30_000) == "Latin", "the first 20,000 characters are looked at"
+    assert script_of("a" * 20_000 + "月" * 30_000) == "Latin", "the first 20,000 characters count"
 
 
 def test_the_corpus_has_scripts_and_languages():
@@ -25,20 +25,20 @@ def test_the_corpus_has_scripts_and_languages():
     assert set(json.loads((CORPUS / "levels.json").read_text())["language"]) == set(texts)
 
 
-def test_a_level_that_says_nothing_is_left_out(tmp_path):
+def test_a_level_that_groups_nothing_is_left_out(tmp_path):
     (tmp_path / "levels.json").write_text('{"genre": {"a": "x", "b": "x", "c": "y"}, "own": {"a": 1, "b": 2, "c": 3}}')
     assert levels_of(tmp_path, {"a": "a", "b": "b", "c": "c"}) == {"genre": ["x", "x", "y"]}
     assert levels_of(tmp_path / "nowhere", {"a": "a", "b": "b", "c": "道"}) == {"script": ["Latin", "Latin", "Han"]}
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"genre": {"a": "x"}}', '{"genre": 3}'])
-def test_a_damaged_file_is_an_error(tmp_path, content):
+def test_a_damaged_levels_file_is_an_error(tmp_path, content):
     (tmp_path / "levels.json").write_text(content)
-    with pytest.raises(UsageError, match="levels.json must be JSON such as"):
+    with pytest.raises(UsageError, match="levels.json must be JSON like"):
         levels_of(tmp_path, {"a": "a", "b": "b"})
 
 
-def test_the_file_is_no_domain(tmp_path):
+def test_the_levels_file_is_not_a_domain(tmp_path):
     (tmp_path / "levels.json").write_text("{}")
     (tmp_path / "a.txt").write_text("some text")
     assert list(find_text(tmp_path, lambda text: None).read(lambda text: None)) == ["a"]

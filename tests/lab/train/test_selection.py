@@ -1,4 +1,4 @@
-"""Other selections than top-k: what they choose, what reaches the experts, what is counted, and whom they look at."""
+"""Selections other than top-k: what they choose, what the experts compute, what is counted, and which ones leak."""
 
 import json
 import math
@@ -34,7 +34,7 @@ def _draw(*shape, seed=0):
 def model(tiny):
     def build(selection, **options):
         built = build_model(tiny(strategy="none", selection=selection, layers=2, **options), VOCAB).train()
-        with torch.no_grad():  # routers that are sure of something
+        with torch.no_grad():  # routers with clear preferences
             for _, router, _, *_ in find_routers(built):
                 router.weight.mul_(50)
         install_selection(built, selection)
@@ -50,18 +50,18 @@ def _ids(seed=0, rows=2, length=16):
 # ---- expert choice ----
 
 
-def test_expert_choice_by_hand():
+def test_expert_choice_matches_a_hand_calculation():
     scores = torch.tensor([[0.9, 0.8], [0.2, 0.6], [0.5, 0.1], [0.4, 0.7]])
-    tokens, experts = expert_choice(scores, k=1)  # each takes 4 * 1 / 2 = 2
-    assert tokens.tolist() == [0, 2, 0, 3], "token 0 is taken twice, token 1 by nobody"
+    tokens, experts = expert_choice(scores, k=1)  # each expert takes 4 * 1 / 2 = 2 tokens
+    assert tokens.tolist() == [0, 2, 0, 3], "token 0 is taken twice, token 1 by no expert"
     assert experts.tolist() == [0, 0, 1, 1]
-    tokens, experts = expert_choice(scores, k=1, chunk=2)  # each takes 1 of {0, 1} and 1 of {2, 3}
+    tokens, experts = expert_choice(scores, k=1, chunk=2)  # each expert takes 1 of {0, 1} and 1 of {2, 3}
     assert tokens.tolist() == [0, 0, 2, 3]
     assert experts.tolist() == [0, 1, 0, 1]
 
 
 def _reference(scores, k, members):
-    """The (token, expert) pairs, chunk by chunk, by sorting: shares no code."""
+    """The (token, expert) pairs, computed by sorting every chunk. Shares no code with the implementation."""
     pairs = set()
     for chunk in members:
         take = len(chunk) * k // len(scores[0])
@@ -72,7 +72,7 @@ def _reference(scores, k, members):
 
 
 @pytest.mark.parametrize(("chunk", "shuffled"), [(None, False), (24, False), (8, False), (8, True), (12, True)])
-def test_expert_choice_is_the_reference(chunk, shuffled):
+def test_expert_choice_matches_the_reference(chunk, shuffled):
     scores = _draw(24, 4).sigmoid()
     tokens, experts = expert_choice(scores, 2, chunk, shuffled)
     order, size = list(range(24)), chunk or 24
@@ -83,14 +83,14 @@ def test_expert_choice_is_the_reference(chunk, shuffled):
     pairs = list(zip(tokens.tolist(), experts.tolist(), strict=True))
     assert len(pairs) == len(set(pairs)) == 24 * 2
     assert set(pairs) == _reference(scores.tolist(), 2, members)
-    for chunk_of in members:  # the point of it: every expert takes equally many of every chunk
+    for chunk_of in members:  # every expert takes equally many tokens of every chunk
         counts = [sum(1 for t, e in pairs if e == expert and t in chunk_of) for expert in range(4)]
         assert counts == [size * 2 // 4] * 4
 
 
 @pytest.mark.parametrize("selection", CHOICES)
-def test_what_the_layer_gives_is_the_weighted_sum_over_the_chosen(model, selection):
-    """Token by token, expert by expert, in float64, from the logits that the router gave."""
+def test_the_layer_output_is_the_weighted_sum_over_chosen_experts(model, selection):
+    """The expected output is computed token by token in float64, from the logits of the router."""
     model = model(selection)
     layer, ids, seen = model.model.layers[1].mlp, _ids(), {}
     layer.gate.register_forward_hook(lambda m, a, out: seen.update(router=out))
@@ -107,7 +107,7 @@ def test_what_the_layer_gives_is_the_weighted_sum_over_the_chosen(model, selecti
         size = 8 if "chunk" in options else 32
         pairs = _reference(scores, 2, [order[begin : begin + size] for begin in range(0, 32, size)])
         chosen = [[e for e in range(4) if (t, e) in pairs] for t in range(32)]
-        assert {len(one) for one in chosen} - {2}, "as top-k: the test proves nothing"
+        assert {len(experts) for experts in chosen} - {2}, "every token has two experts, as in top-k"
     elif name == "hash":
         chosen = [hash_table(VOCAB, 2, 4, 1)[token].tolist() for token in ids.flatten().tolist()]
     else:
@@ -127,12 +127,12 @@ def test_the_gradient_reaches_router_and_experts(model):
     model = model("expert-choice:chunk=8")
     model(input_ids=_ids(), use_cache=False).logits.square().sum().backward()
     layer = model.model.layers[0].mlp
-    for weight in (layer.score_function.weight, layer.experts.gate_up_proj, layer.experts.down_proj):
-        assert weight.grad.abs().sum(tuple(range(1, weight.dim()))).min() > 0, "of every expert"
+    for weight in (layer.gate.weight, layer.experts.gate_up_proj, layer.experts.down_proj):
+        assert weight.grad.abs().sum(tuple(range(1, weight.dim()))).min() > 0, "an expert got no gradient"
 
 
 @pytest.mark.parametrize(("selection", "leaks"), [*zip(CHOICES, [True] * 4 + [False], strict=True), ("top-k", False)])
-def test_who_looks_at_later_tokens(model, selection, leaks):
+def test_which_selections_depend_on_later_tokens(model, selection, leaks):
     model, ids = model(selection), _ids()
     other = ids.clone()
     other[:, 12:] = (other[:, 12:] + 7) % VOCAB
@@ -144,42 +144,44 @@ def test_who_looks_at_later_tokens(model, selection, leaks):
 
     assert same() != leaks
     model.eval()
-    assert same(), "an evaluation is causal"
+    assert same(), "the evaluation is not causal"
 
 
 @pytest.mark.parametrize("selection", ["expert-choice", "sinkhorn"])
 def test_an_evaluation_is_plain_top_k(model, selection):
-    ours, plain = model(selection).eval(), model("top-k").eval()
-    assert plain.model.layers[0].mlp.gate.__class__.__mro__[1] is torch.nn.Module, "top-k touches nothing"
+    selecting, plain = model(selection).eval(), model("top-k").eval()
+    assert plain.model.layers[0].mlp.gate.__class__.__mro__[1] is torch.nn.Module, "top-k changed the router"
     with torch.no_grad():
-        assert torch.equal(*(m(input_ids=_ids(), use_cache=False).logits for m in (ours, plain)))
-        ours.train()
-        assert not torch.equal(*(m(input_ids=_ids(), use_cache=False).logits for m in (ours, plain)))
+        assert torch.equal(*(m(input_ids=_ids(), use_cache=False).logits for m in (selecting, plain)))
+        selecting.train()
+        assert not torch.equal(*(m(input_ids=_ids(), use_cache=False).logits for m in (selecting, plain)))
 
 
-def test_a_router_that_is_called_by_itself_is_the_familys_own(model):
-    """So attach proves the plain router; within the model the selection acts, before attach and after."""
+def test_a_router_called_by_itself_behaves_as_in_its_family(model):
+    """So attach tests the plain router. Inside the model the selection acts, before attach and afterwards."""
     model = model("expert-choice")
     router = model.model.layers[0].mlp.gate
     hidden = _draw(32, 32).float()
     expected = router.weight @ hidden.T
     assert torch.equal(router(hidden)[2].sort().values, expected.T.topk(2).indices.sort().values)
-    for _ in range(2):  # and attached again
+    for _ in range(2):  # attach works a second time too
         balance = attach(model, "none")
         model(input_ids=_ids(), use_cache=False)
         balance.step()
         assert [load.tolist() for load in balance.load.values()] == [[16] * 4] * 2
         balance.detach()
     model(input_ids=_ids(), use_cache=False)
-    assert router._selection.token_ids is None, "the experts took what the router left"
-    assert torch.equal(router(hidden)[2].sort().values, expected.T.topk(2).indices.sort().values), "after a forward too"
+    assert router._selection.token_ids is None, "the experts did not use the token ids of the router"
+    assert torch.equal(router(hidden)[2].sort().values, expected.T.topk(2).indices.sort().values), (
+        "also after a forward"
+    )
 
 
 # ---- Sinkhorn and hash ----
 
 
-def test_sinkhorn_by_hand():
-    logits = torch.tensor([[4.0, 1.0], [1.0, 1.0]]).log()  # rows: /5, /2; then columns: sums 1.3 and 0.7, wanted 1
+def test_sinkhorn_matches_a_hand_calculation():
+    logits = torch.tensor([[4.0, 1.0], [1.0, 1.0]]).log()  # rows: /5, /2; columns then sum to 1.3 and 0.7 instead of 1
     expected = torch.tensor([[0.8 / 1.3, 0.2 / 0.7], [0.5 / 1.3, 0.5 / 0.7]], dtype=torch.float64)
     torch.testing.assert_close(sinkhorn(logits.double(), 1), expected)
 
@@ -193,24 +195,24 @@ def _loop_sinkhorn(logits, iterations):
     return m
 
 
-def test_sinkhorn_of_an_expert_that_nobody_wants_is_finite():
+def test_sinkhorn_is_finite_for_an_expert_with_tiny_scores():
     logits = torch.zeros(4, 3)
     logits[:, 2] = -800.0
     assert sinkhorn(logits).isfinite().all()
 
 
-def test_sinkhorn_is_the_reference_and_its_marginals_are_even():
+def test_sinkhorn_matches_the_reference_and_has_even_marginals():
     logits = 3 * _draw(40, 8)
     for iterations in (1, 3):
         expected = torch.tensor(_loop_sinkhorn(logits.tolist(), iterations), dtype=torch.float64)
         torch.testing.assert_close(sinkhorn(logits, iterations), expected, rtol=1e-10, atol=0)
-    found = sinkhorn(logits, 300)
-    torch.testing.assert_close(found.sum(1), torch.ones(40, dtype=torch.float64), rtol=1e-6, atol=0)
-    torch.testing.assert_close(found.sum(0), torch.full((8,), 5.0, dtype=torch.float64), rtol=1e-10, atol=0)
+    matrix = sinkhorn(logits, 300)
+    torch.testing.assert_close(matrix.sum(1), torch.ones(40, dtype=torch.float64), rtol=1e-6, atol=0)
+    torch.testing.assert_close(matrix.sum(0), torch.full((8,), 5.0, dtype=torch.float64), rtol=1e-10, atol=0)
     assert sinkhorn(1e4 * logits.float()).isfinite().all()
 
 
-def test_a_hash_is_fixed_distinct_and_another_in_every_layer(model):
+def test_a_hash_is_fixed_and_distinct_and_differs_by_layer(model):
     tables = [hash_table(VOCAB, 2, 4, layer) for layer in (0, 1)]
     assert not tables[0].equal(tables[1])
     for table in tables:
@@ -218,7 +220,7 @@ def test_a_hash_is_fixed_distinct_and_another_in_every_layer(model):
         share = table.flatten().bincount(minlength=4) / (2 * VOCAB)
         assert (share - 0.25).abs().max() < 0.05
     hash_table.cache_clear()
-    assert hash_table(VOCAB, 2, 4, 1).equal(tables[1]), "drawn again, it is the same"
+    assert hash_table(VOCAB, 2, 4, 1).equal(tables[1]), "a second draw differs"
     model, ids = model("hash"), _ids()
     for training in (True, False):
         model.train(training)
@@ -234,9 +236,9 @@ def test_a_hash_is_fixed_distinct_and_another_in_every_layer(model):
 
 
 @pytest.mark.parametrize("selection", CHOICES)
-def test_every_selection_trains_is_evaluated_and_recorded(tiny, silent, selection):
+def test_every_selection_trains_is_evaluated_and_recorded(tiny, new_watcher, selection):
     config = tiny(steps=3, strategy="none", selection=selection, save_model=False, evaluate_every=2)
-    result = train(config, silent())
+    result = train(config, new_watcher())
     run = Run(config.out)
     assert run.config["options"]["selection"] == selection
     assert run.config["strategy"] == result["strategy"] == f"none, selection {selection}"
@@ -248,23 +250,23 @@ def test_every_selection_trains_is_evaluated_and_recorded(tiny, silent, selectio
         assert all(sum(layer) == domain["tokens"] * 2 for domain in row["domains"].values() for layer in domain["load"])
 
 
-def test_a_hash_without_training_of_the_gate_is_evaluated_by_its_own_choice(tiny, silent):
+def test_hash_selection_is_evaluated_by_its_own_choice(tiny, new_watcher):
     config = tiny(steps=1, strategy="none", selection="hash", save_model=False)
-    train(config, silent())
+    train(config, new_watcher())
     row = _rows(config.out, "evaluations")[-1]
-    assert row["topk_score_sum"] == pytest.approx(0.5, abs=0.02), "k/E: no choice by scores"
+    assert row["topk_score_sum"] == pytest.approx(0.5, abs=0.02), "must be k/E, because scores do not choose"
 
 
 @pytest.mark.parametrize("selection", ["expert-choice:chunk=16,shuffled=true", "sinkhorn", "hash"])
-def test_a_run_that_was_stopped_goes_on_bit_for_bit(tiny, silent, tmp_path, selection):
+def test_a_stopped_run_resumes_bit_for_bit(tiny, new_watcher, tmp_path, selection):
     options = {"strategy": "none", "then": "z", "switch_at": 6, "steps": 8, "checkpoint_every": 2}
     options |= {"selection": selection, "save_model": False}
-    whole = train(tiny(out=tmp_path / "whole", **options), silent())
+    whole = train(tiny(out=tmp_path / "whole", **options), new_watcher())
     for stop_after, done in ((5, 4), (7, 6)):
         cut = tmp_path / str(stop_after)
         with pytest.raises(KeyboardInterrupt):
-            train(tiny(out=cut, **options), silent(stop_after))
-        watcher = silent()
+            train(tiny(out=cut, **options), new_watcher(stop_after))
+        watcher = new_watcher()
         resumed = train(tiny(out=cut, **options, resume=True), watcher)
         assert watcher.done == done
         assert _without_times(resumed) == _without_times(whole)
@@ -272,11 +274,11 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(tiny, silent, tmp_path, sele
             assert _rows(cut, log) == _rows(tmp_path / "whole", log)
 
 
-def test_the_model_of_expert_choice_is_saved_and_routes_as_it_was_evaluated(tiny, silent):
+def test_a_saved_expert_choice_model_routes_as_in_evaluation(tiny, new_watcher):
     from transformers import AutoModelForCausalLM
 
     config = tiny(steps=2, strategy="none", selection="expert-choice")
-    train(config, silent())
+    train(config, new_watcher())
     saved = AutoModelForCausalLM.from_pretrained(config.out / "model").eval()
     again = build_model(config, saved.config.vocab_size)
     install_selection(again, config.selection)
@@ -286,67 +288,70 @@ def test_the_model_of_expert_choice_is_saved_and_routes_as_it_was_evaluated(tiny
     torch.testing.assert_close(one, two)
 
 
-def test_a_folder_from_before_the_options_goes_on_with_their_defaults(tiny, silent):
+def test_a_folder_older_than_the_options_resumes_with_their_defaults(tiny, new_watcher):
     config = tiny(steps=2)
-    result = train(config, silent())
+    result = train(config, new_watcher())
     facts = read_json(config.out / "config.json")
     for name in ("selection", "score_function"):
         del facts["options"][name]
     write_json(config.out / "config.json", facts)
-    assert train(tiny(steps=2, resume=True), silent()) == result
+    assert train(tiny(steps=2, resume=True), new_watcher()) == result
     with pytest.raises(EquipoiseError, match="has selection='top-k', got 'sinkhorn'"):
-        train(tiny(steps=2, strategy="none", selection="sinkhorn", resume=True), silent())
+        train(tiny(steps=2, strategy="none", selection="sinkhorn", resume=True), new_watcher())
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"selection": "magic"}, "must be one of top-k, expert-choice, sinkhorn, hash: got 'magic'"),
-        ({"selection": "expert-choice:size=3"}, r"must be chunk=\.\.\. or shuffled=\.\.\., once: got 'size=3'"),
-        ({"selection": "hash:seed=3"}, "must be left out: it has none, once: got 'seed=3'"),
+        ({"selection": "expert-choice:size=3"}, r"must be chunk=\.\.\. or shuffled=\.\.\., given once: got 'size=3'"),
+        ({"selection": "hash:seed=3"}, "must be left out: it has none, given once: got 'seed=3'"),
         ({"selection": "expert-choice:chunk=8,chunk=8"}, "once: got 'chunk=8'"),
         ({"selection": "expert-choice:chunk=0"}, "chunk must be at least 1: got 0"),
         ({"selection": "expert-choice:shuffled=yes"}, "shuffled must be true or false: got 'yes'"),
         ({"selection": "sinkhorn:iterations=1.5"}, "iterations must be a whole number: got '1.5'"),
-        ({"selection": "expert-choice:chunk=5"}, "chunk must divide the tokens of a router call: got 5 of 32"),
-        ({"selection": "expert-choice:chunk=1"}, r"a whole number tokens \* k / experts: got 1 \* 2 / 4"),
-        ({"selection": "sinkhorn", "arch": "olmoe"}, "must go with --arch glm4_moe: got olmoe"),
-        ({"selection": "sinkhorn", "strategy": "loss-free"}, "must go with the strategy none or z: got loss-free"),
-        ({"selection": "sinkhorn", "strategy": "z+lbl"}, "must go with the strategy none or z: got z[+]lbl"),
-        ({"selection": "sinkhorn", "then": "lbl", "switch_at": 3}, "must go with the strategy none or z: got lbl"),
-        ({"selection": "hash", "save_model": True}, "hash must go with --no-save-model"),
+        (
+            {"selection": "expert-choice:chunk=5"},
+            "chunk must divide the number of tokens in a router call: got 5 and 32",
+        ),
+        ({"selection": "expert-choice:chunk=1"}, r"tokens \* k / experts must be a whole number: got 1 \* 2 / 4"),
+        ({"selection": "sinkhorn", "arch": "olmoe"}, "needs --arch glm4_moe: got olmoe"),
+        ({"selection": "sinkhorn", "strategy": "loss-free"}, "needs the strategy none or z: got loss-free"),
+        ({"selection": "sinkhorn", "strategy": "z+lbl"}, "needs the strategy none or z: got z[+]lbl"),
+        ({"selection": "sinkhorn", "then": "lbl", "switch_at": 3}, "needs the strategy none or z: got lbl"),
+        ({"selection": "hash", "save_model": True}, "hash needs --no-save-model"),
         (
             {"selection": "sinkhorn", "score_function": "softmax"},
-            "must go with sigmoid scores: got --score-function softmax",
+            "needs sigmoid scores: got --score-function softmax",
         ),
         (
             {"score_function": "softmax", "arch": "deepseek_v3"},
-            "--score-function softmax must go with --arch glm4_moe: got deepseek_v3",
+            "--score-function softmax needs --arch glm4_moe: got deepseek_v3",
         ),
         (
             {"score_function": "sigmoid", "arch": "mixtral"},
-            "--score-function sigmoid must go with --arch glm4_moe: got mixtral",
+            "--score-function sigmoid needs --arch glm4_moe: got mixtral",
         ),
-        ({"score_function": "softmax", "save_model": True}, "--score-function softmax must go with --no-save-model"),
-        ({"score_function": "softmax", "experts_per_token": 1}, "must have at least two experts a token"),
+        ({"score_function": "softmax", "save_model": True}, "--score-function softmax needs --no-save-model"),
+        ({"score_function": "softmax", "experts_per_token": 1}, "needs at least two experts per token"),
     ],
 )
-def test_what_cannot_be_is_refused_before_anything_is_written(tiny, silent, options, message):
+def test_invalid_options_are_refused_before_anything_is_written(tiny, new_watcher, options, message):
     with pytest.raises(UsageError, match=message):
-        train(tiny(**{"strategy": "none", "save_model": False, **options}), silent())
+        train(tiny(**{"strategy": "none", "save_model": False, **options}), new_watcher())
     assert not tiny().out.exists()
 
 
-def test_a_model_of_its_own_keeps_its_selection_and_its_gate(tiny, silent, tmp_path):
+def test_selection_and_score_function_are_refused_with_a_model_folder(tiny, new_watcher, tmp_path):
     write_json(tmp_path / "config.json", {})
     for options in ({"selection": "sinkhorn"}, {"score_function": "softmax"}):
-        with pytest.raises(UsageError, match="must go with --arch glm4_moe: got --model"):
-            train(tiny(strategy="none", save_model=False, model=tmp_path, **options), silent())
+        with pytest.raises(UsageError, match="needs --arch glm4_moe: got --model"):
+            train(tiny(strategy="none", save_model=False, model=tmp_path, **options), new_watcher())
 
 
-def test_a_selection_is_read_from_its_string():
-    found = parse_selection("expert-choice:shuffled=true,chunk=12")
-    assert (found.chunk, found.shuffled) == (12, True)
+def test_parse_selection_reads_options():
+    selection = parse_selection("expert-choice:shuffled=true,chunk=12")
+    assert (selection.chunk, selection.shuffled) == (12, True)
     assert parse_selection("sinkhorn:iterations=3").iterations == 3
     assert parse_selection("top-k") is None
 
@@ -354,17 +359,16 @@ def test_a_selection_is_read_from_its_string():
 # ---- --score-function ----
 
 
-def test_runs_of_a_seed_differ_by_the_gate_only(tiny):
-    after = {}
-    built = {}
+def test_runs_of_a_seed_differ_by_the_score_function_only(tiny):
+    next_random, built = {}, {}
     for score_function in ("auto", "sigmoid", "softmax"):
         built[score_function] = build_model(tiny(score_function=score_function, save_model=False), VOCAB)
-        after[score_function] = torch.rand(1)
+        next_random[score_function] = torch.rand(1)
     states = {score_function: model.state_dict() for score_function, model in built.items()}
     for score_function in ("sigmoid", "softmax"):
         assert states[score_function].keys() == states["auto"].keys()
         assert all(value.equal(states["auto"][name]) for name, value in states[score_function].items())
-        assert after[score_function] == after["auto"], "random numbers were used up"
+        assert next_random[score_function] == next_random["auto"], "the change used random numbers"
     assert [kind.score_function for model in built.values() for _, _, kind, *_ in find_routers(model)] == [
         "sigmoid",
         "sigmoid",
@@ -378,13 +382,13 @@ def test_runs_of_a_seed_differ_by_the_gate_only(tiny):
     torch.testing.assert_close(outputs["softmax"][1], chosen / chosen.sum(-1, keepdim=True))
 
 
-def test_the_softmax_gate_trains_and_is_recorded(tiny, silent, tmp_path):
-    found = {}
+def test_softmax_scores_train_and_are_recorded(tiny, new_watcher, tmp_path):
+    facts = {}
     for score_function in ("auto", "softmax"):
         config = tiny(out=tmp_path / score_function, score_function=score_function, steps=3, save_model=False)
-        result = train(config, silent())
-        found[score_function] = Run(config.out).config
+        result = train(config, new_watcher())
+        facts[score_function] = Run(config.out).config
         assert result["strategy"] == config.strategy + ("" if score_function == "auto" else ", score function softmax")
-    assert (found["auto"]["score_function"], found["softmax"]["score_function"]) == ("sigmoid", "softmax")
-    assert found["auto"]["num_parameters"] == found["softmax"]["num_parameters"]
+    assert (facts["auto"]["score_function"], facts["softmax"]["score_function"]) == ("sigmoid", "softmax")
+    assert facts["auto"]["num_parameters"] == facts["softmax"]["num_parameters"]
     assert json.loads((tmp_path / "softmax" / "result.json").read_text())["steps"] == 3

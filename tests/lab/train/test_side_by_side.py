@@ -1,4 +1,4 @@
-"""Runs of a comparison side by side: the numbers of a run alone, and no process that outlives its comparison."""
+"""Parallel runs of a comparison: they give the numbers of single runs, and no process outlives its comparison."""
 
 import dataclasses
 import os
@@ -25,7 +25,7 @@ THREADS = max(1, num_cores() // 2)
 
 
 @pytest.fixture
-def two(tiny, tmp_path):
+def make_comparison(tiny, tmp_path):
     common = {field.name: getattr(tiny(steps=3), field.name) for field in dataclasses.fields(_Run)}
     common |= {"out": tmp_path / "out", "strategies": ("none", "lbl:scope=micro_batch"), "workers": 2}
     return lambda **options: Compare(**{**common, "save_model": False, **options})
@@ -33,15 +33,15 @@ def two(tiny, tmp_path):
 
 @pytest.fixture
 def processes(monkeypatch):
-    """Those that are begun, in order."""
-    begun, popen = [], subprocess.Popen
+    """The started processes, in order."""
+    started, popen = [], subprocess.Popen
 
     def start(*args, **options):
-        begun.append(popen(*args, **options))
-        return begun[-1]
+        started.append(popen(*args, **options))
+        return started[-1]
 
     monkeypatch.setattr(side_by_side.subprocess, "Popen", start)
-    return begun
+    return started
 
 
 def _numbers(results):
@@ -59,61 +59,61 @@ def _rows(config):
     ]
 
 
-def test_a_run_side_by_side_has_the_numbers_of_a_run_alone(two, silent, tmp_path, processes):
-    beside, alone = two(), two(workers=1, out=tmp_path / "alone")
-    found, failure = compare(beside, silent(), "equipoise compare ...")
+def test_a_parallel_run_gives_the_numbers_of_a_single_run(make_comparison, new_watcher, tmp_path, processes):
+    parallel, single = make_comparison(), make_comparison(workers=1, out=tmp_path / "single")
+    results, failure = compare(parallel, new_watcher(), "equipoise compare ...")
     assert failure is None and len(processes) == 2
     torch.set_num_threads(THREADS)
-    expected, _ = compare(alone, silent())
+    expected, _ = compare(single, new_watcher())
     assert len(processes) == 2, "one worker needs no process"
-    assert _numbers(found) == _numbers(expected)
-    assert _rows(beside) == _rows(alone)
-    assert read_json(beside.out / "results.json") == found
-    assert (beside.out / "report.html").exists()
-    for run in beside.runs():
+    assert _numbers(results) == _numbers(expected)
+    assert _rows(parallel) == _rows(single)
+    assert read_json(parallel.out / "results.json") == results
+    assert (parallel.out / "report.html").exists()
+    for run in parallel.runs():
         config = Run(run.out).config
         assert (config["threads"], config["command"]) == (THREADS, "equipoise compare ...")
-    assert "workers" not in read_json(beside.out / "compare.json")["options"]
+    assert "workers" not in read_json(parallel.out / "compare.json")["options"]
 
 
-def test_a_run_that_is_killed_or_fails_does_not_stop_those_beside_it(two, silent, processes):
-    class Killer(silent):
+def test_a_killed_or_failed_run_does_not_stop_parallel_runs(make_comparison, new_watcher, processes):
+    class Killer(new_watcher):
         def step(self, row, tokens_per_second):
             processes[0].kill()
 
     strategies, watcher = ("none", "z:coefficient=1e38", "z"), Killer()
-    results, killed = compare(two(strategies=strategies), watcher)
+    results, killed = compare(make_comparison(strategies=strategies), watcher)
     assert [result["strategy"] for result in results] == ["z"]
-    for words in (
-        "that of none, seed 0, did not, its exit code is -9",
+    for part in (
+        "the process of none, seed 0, died with exit code -9",
         "--resume",
         "--workers 1 needs less",
     ):
-        assert words in str(killed)
+        assert part in str(killed)
     assert sum(str(killed) in line for line in watcher.said) == 1
     diverged = [line for line in watcher.said if "must not diverge: the loss of z:coefficient=1e38, seed 0" in line]
     assert len(diverged) == 1
-    results, failure = compare(two(strategies=strategies, resume=True, workers=1), silent())
+    results, failure = compare(make_comparison(strategies=strategies, resume=True, workers=1), new_watcher())
     assert [result["strategy"] for result in results] == ["none", "z"]
     assert type(failure) is EquipoiseError and diverged == [f"z:coefficient=1e38, seed 0: {failure}"]
 
 
-def test_what_fails_before_anything_begins_is_one_error(two, silent, tmp_path, processes):
-    watcher = silent()
+def test_a_failure_before_the_first_run_is_reported_once(make_comparison, new_watcher, tmp_path, processes):
+    watcher = new_watcher()
     with pytest.raises(UsageError, match="nowhere does not exist"):
-        compare(two(data=str(tmp_path / "nowhere"), strategies=("none", "z", "loss-free")), watcher)
+        compare(make_comparison(data=str(tmp_path / "nowhere"), strategies=("none", "z", "loss-free")), watcher)
     assert len(watcher.said) == 1
-    assert all(process.returncode is not None for process in processes), "a process was left"
+    assert all(process.returncode is not None for process in processes), "a process remains"
 
 
 @pytest.mark.parametrize("how", ["SIGTERM to the parent", "Ctrl-C on a terminal", "SIGKILL to the parent"])
-def test_a_comparison_that_is_stopped_leaves_no_process_and_goes_on(two, silent, tmp_path, how):
+def test_a_stopped_comparison_leaves_no_process_and_can_be_resumed(make_comparison, new_watcher, tmp_path, how):
     options = {"steps": 100, "checkpoint_every": 10}
-    config = two(**options)
-    given = {**config.shared(), "out": config.out}
-    given = {name: value for name, value in given.items() if value is not None and not isinstance(value, bool)}
+    config = make_comparison(**options)
+    arguments = {**config.shared(), "out": config.out}
+    arguments = {name: value for name, value in arguments.items() if value is not None and not isinstance(value, bool)}
     command = [sys.executable, "-m", "equipoise", "compare", "--workers=2", "--strategies", *config.strategies]
-    command += [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+    command += [f"--{name.replace('_', '-')}={value}" for name, value in arguments.items()]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
         deadline = time.monotonic() + 120
         while not all(_steps(run.out) >= 12 for run in config.runs()):
@@ -123,54 +123,55 @@ def test_a_comparison_that_is_stopped_leaves_no_process_and_goes_on(two, silent,
             process.send_signal(getattr(signal, how.split()[0]))
         else:
             os.killpg(process.pid, signal.SIGINT)
-        said = process.stderr.read().splitlines()  # to the end: the last process has closed it
+        lines = process.stderr.read().splitlines()  # ends when the last process has closed stderr
     deadline = time.monotonic() + 60
-    while _is_there(process.pid):
-        assert time.monotonic() < deadline, "a process was left"
+    while _process_group_exists(process.pid):
+        assert time.monotonic() < deadline, "a process remains"
         time.sleep(0.02)
-    assert not any("Traceback" in line or "Error" in line or "Exception" in line for line in said), said
-    assert not all(Run(run.out).complete for run in config.runs()), "it was not stopped"  # one may have ended before
+    assert not any("Traceback" in line or "Error" in line or "Exception" in line for line in lines), lines
+    # One run may have ended before the stop.
+    assert not all(Run(run.out).complete for run in config.runs()), "the comparison was not stopped"
     if how == "SIGKILL to the parent":
         assert process.returncode == -signal.SIGKILL
         return
     assert process.returncode == 130
-    assert said[-1] == "equipoise: stopped. Go on with the same command and --resume."
+    assert lines[-1] == "equipoise: stopped. To continue, run the same command with --resume."
     if how == "SIGTERM to the parent":
-        watcher = silent()
-        resumed, _ = compare(two(**options, resume=True), watcher)
+        watcher = new_watcher()
+        resumed, _ = compare(make_comparison(**options, resume=True), watcher)
         torch.set_num_threads(THREADS)
-        whole = two(**options, workers=1, out=tmp_path / "whole")
-        assert _numbers(resumed) == _numbers(compare(whole, silent())[0])
+        whole = make_comparison(**options, workers=1, out=tmp_path / "whole")
+        assert _numbers(resumed) == _numbers(compare(whole, new_watcher())[0])
         assert _rows(config) == _rows(whole)
         assert watcher.done > 0
 
 
-@pytest.mark.parametrize("alone", ["before it trains", "while it trains"])
-def test_a_process_that_ends_is_not_told_to_stop_any_more(alone):
+@pytest.mark.parametrize("parent_ends", ["before it trains", "while it trains"])
+def test_a_process_that_is_ending_ignores_sigterm(parent_ends):
     program = """
         import atexit, os, signal, sys, time
         from multiprocessing import Pipe
         from equipoise_lab.train import side_by_side
 
         def train(run, watcher, command):
-            ours.close()
-            watcher.say("to nobody")
+            parent_pipe.close()
+            watcher.say("the parent is gone")
 
-        def told_at_exit():
+        def sigterm_at_exit():
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.1)
 
-        atexit.register(told_at_exit)
+        atexit.register(sigterm_at_exit)
         side_by_side.train = train
-        side_by_side._stop_when_alone = lambda pipe: None
-        ours, theirs = Pipe()
+        side_by_side._stop_without_parent = lambda pipe: None
+        parent_pipe, child_pipe = Pipe()
         if sys.argv[1] == "before it trains":
-            ours.close()
+            parent_pipe.close()
         else:
-            ours.send((None, "", 1))
-        side_by_side._main(theirs)
+            parent_pipe.send((None, "", 1))
+        side_by_side._main(child_pipe)
     """
-    command = [sys.executable, "-c", textwrap.dedent(program), alone]
+    command = [sys.executable, "-c", textwrap.dedent(program), parent_ends]
     ended = subprocess.run(command, capture_output=True, text=True)
     assert (ended.returncode, ended.stderr) == (130, "")
 
@@ -179,7 +180,7 @@ def _steps(folder):
     return (folder / "steps.jsonl").read_bytes().count(b"\n") if (folder / "steps.jsonl").exists() else 0
 
 
-def _is_there(group):
+def _process_group_exists(group):
     try:
         os.killpg(group, 0)
     except ProcessLookupError:
@@ -187,34 +188,33 @@ def _is_there(group):
     return True
 
 
-def test_complete_runs_are_told_of_without_a_process(two, silent, processes):
-    alone = two(workers=1)
-    expected, _ = compare(alone, silent())
-    found, _ = compare(two(resume=True), silent())
-    assert found == expected
+def test_complete_runs_are_reported_without_a_process(make_comparison, new_watcher, processes):
+    expected, _ = compare(make_comparison(workers=1), new_watcher())
+    results, _ = compare(make_comparison(resume=True), new_watcher())
+    assert results == expected
     assert processes == []
 
 
-def test_the_number_of_workers_must_be_one_that_can_be(two, silent):
+def test_an_invalid_number_of_workers_is_refused(make_comparison, new_watcher):
     with pytest.raises(UsageError, match="--workers must be at least 1: got 0"):
-        compare(two(workers=0), silent())
+        compare(make_comparison(workers=0), new_watcher())
 
     class TwoRanks(Ranks):
-        def agree(self, values, say): ...
+        def check_equal(self, values, message): ...
 
-        def together(self, function, *args):
+        def run_on_all(self, function, *args):
             return function(*args)
 
     with pytest.raises(UsageError, match="--workers must be 1 under torchrun, .*: got 2 on 2 ranks"):
-        compare(two(), silent(), ranks=TwoRanks(size=2))
-    assert not two().out.exists()
+        compare(make_comparison(), new_watcher(), ranks=TwoRanks(size=2))
+    assert not make_comparison().out.exists()
 
 
-def test_by_default_there_is_a_worker_for_each_core_and_run_of_a_cpu(two, monkeypatch):
+def test_the_default_is_one_worker_per_core_and_run_on_a_cpu(make_comparison, monkeypatch):
     from equipoise_lab.train import compare as module
 
     def workers(num_ranks=1, **options):
-        return module._num_workers(two(**{"workers": None, **options}), Ranks(size=num_ranks))
+        return module._num_workers(make_comparison(**{"workers": None, **options}), Ranks(size=num_ranks))
 
     monkeypatch.setattr(module, "num_cores", lambda: 6)
     assert [workers(), workers(seeds=2), workers(seeds=5), workers(workers=9)] == [2, 4, 6, 9]
@@ -226,19 +226,19 @@ def test_by_default_there_is_a_worker_for_each_core_and_run_of_a_cpu(two, monkey
 def test_the_terminal_has_a_line_for_each_run(tiny, capsys):
     row = {"step": 1, "loss": 1.0, "maxvio_batch": 3.0}
     with Terminal(num_runs=2) as terminal:
-        first, second = terminal.another(), terminal.another()
+        first, second = terminal.add_run(), terminal.add_run()
         first.say("reading")
         first.begin(tiny(strategy="none"), 0)
         second.begin(tiny(strategy="z"), 3)
         first.step(row, 10.0)
         second.step({**row, "step": 4}, 20.0)
-        first.step({**row, "step": 2}, 30.0)  # too soon for a line
+        first.step({**row, "step": 2}, 30.0)  # too soon for another line
         second.say("evaluating")
         first.end()
         assert [task.completed for task in terminal.progress.tasks] == [12, 3]
     assert capsys.readouterr().err.splitlines() == [
         "reading",
-        "[2/2] z: going on after step 3",
+        "[2/2] z: continuing after step 3",
         "[1/2] none  step 1/12  loss 1.000  maxvio 3.00  10 tokens/s  0 s left",
         "[2/2] z  step 4/12  loss 1.000  maxvio 3.00  20 tokens/s  0 s left",
         "[2/2] z: evaluating",

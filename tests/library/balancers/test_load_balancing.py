@@ -181,8 +181,8 @@ def test_the_share_carries_no_gradient():
     assert_close(_gradient(even, routing), torch.zeros(12, 6, dtype=torch.float64), rtol=0, atol=1e-15)
 
 
-def test_the_raw_gradient_of_a_sigmoid_gate_is_half_the_experts_stronger():
-    # design, section 5: about E/2 times, scores around 1/2
+def test_the_raw_gradient_of_sigmoid_scores_is_half_the_experts_times_as_strong():
+    # about E/2 times for scores around 1/2
     logits = (torch.randn(64, 32, generator=torch.Generator().manual_seed(0)).double() * 0.01).requires_grad_()
     routing = route(logits, 4, score_function="sigmoid")
     load = torch.arange(32)
@@ -215,7 +215,7 @@ def test_balancer_is_the_loss_of_its_scope_without_the_coefficient(scope):
 
 
 @pytest.mark.parametrize("scope", ["sequence", "micro_batch", "global_batch"])
-def test_training_a_gate_evens_it_out(scope):
+def test_training_a_router_balances_it(scope):
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(64 * 8, 16, generator=generator) + torch.randn(16, generator=generator)
     weight = (torch.randn(8, 16, generator=generator) * 0.3).requires_grad_()
@@ -272,7 +272,7 @@ def test_scores_that_underflow_give_a_finite_loss():
 @masks
 @pytest.mark.parametrize("scope", ["sequence", "micro_batch", "global_batch"])
 @pytest.mark.parametrize("load", [None, [9, 1, 0, 3, 3, 4]], ids=["own", "pooled"])
-def test_the_gradient_in_closed_form_is_that_of_autograd(score_function, normalise, masked, scope, load):
+def test_the_gradient_in_closed_form_equals_autograd(score_function, normalise, masked, scope, load):
     routing = _routing(score_function, masked, seed=3)
     balancer = LoadBalancingLoss(scope=scope, normalise=normalise)
     load = None if load is None or scope == "sequence" else torch.tensor(load)
@@ -283,7 +283,7 @@ def test_the_gradient_in_closed_form_is_that_of_autograd(score_function, normali
 
 
 @score_functions
-def test_the_gradient_of_scores_is_that_of_autograd_also_where_they_underflow(score_function):
+def test_score_backward_equals_autograd_even_where_scores_underflow(score_function):
     logits = torch.tensor([[-300.0, 0.0, 5.0], [-120.0, -104.0, -90.0], [30.0, 88.0, 100.0]], requires_grad=True)
     scores, gradient = score(logits, score_function), torch.tensor([[1.0, -2.0, 0.5]]).expand(3, 3)
     expected = torch.autograd.grad(scores, logits, gradient)[0]

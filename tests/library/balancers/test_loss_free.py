@@ -141,7 +141,7 @@ def test_schedules_equal_the_reference(schedule):
     assert_close(previous, {"constant": 7.5, "linear": 2.75, "drop": 5.0}[schedule], rtol=0, atol=1e-5)
 
 
-def test_a_balancer_that_was_not_copied_keeps_its_rule_for_each_gate():
+def test_prepare_sets_the_default_rule_for_the_score_function():
     balancer = LossFree()
     balancer.prepare(LayerStack("softmax", 1, torch.zeros(1, 2)))
     assert balancer.rule == "proportional" and not balancer.multiplies
@@ -185,7 +185,7 @@ def test_update_equals_the_reference(rule, center, dtype, atol):
 @pytest.mark.parametrize(
     ("score_function", "rule"), [("softmax", "proportional"), ("sigmoid", "sign"), ("sqrt_softplus", "sign")]
 )
-def test_default_rule_by_gate(score_function, rule):
+def test_the_default_rule_depends_on_the_score_function(score_function, rule):
     assert _prepared(torch.zeros(1, 4), score_function).rule == rule
     other = "sign" if rule == "proportional" else "proportional"
     assert _prepared(torch.zeros(1, 4), score_function, rule=other).rule == other
@@ -220,13 +220,13 @@ def test_centred_steps_sum_to_zero_and_permute(rule, seed):
     generator = torch.Generator().manual_seed(seed)
     load = torch.randint(0, 1000, (2, 7), generator=generator)
     order = torch.randperm(7, generator=generator)
-    found = []
+    biases = []
     for counts in (load, load[:, order]):
         balancer = _prepared(torch.zeros(2, 7), rate=1.0, rule=rule)
         balancer.update(counts)
         assert_close(balancer.bias().sum(-1), torch.zeros(2), rtol=0, atol=5e-6)  # float32 sums of 7 terms to 7
-        found.append(balancer.bias())
-    assert_close(found[1], found[0][:, order], rtol=0, atol=1e-6)
+        biases.append(balancer.bias())
+    assert_close(biases[1], biases[0][:, order], rtol=0, atol=1e-6)
 
 
 @rules
@@ -265,12 +265,12 @@ def test_a_skewed_router_evens_out(score_function, rule, rate, center):
 
 
 @pytest.mark.parametrize("score_function", SCORE_FUNCTIONS)
-def test_the_bias_is_a_copy_of_the_start_and_the_state_itself(score_function):
+def test_the_bias_is_a_copy_of_the_start_and_moves_in_place(score_function):
     start = torch.zeros(1, 3)
     balancer = _prepared(start, score_function, rate=0.1)
-    held = balancer.bias()
+    bias = balancer.bias()
     balancer.update(torch.tensor([[9, 0, 0]]))
-    assert balancer.bias() is held and held[0, 0] < 0
+    assert balancer.bias() is bias and bias[0, 0] < 0
     assert torch.equal(start, torch.zeros(1, 3))
 
 
@@ -311,8 +311,8 @@ def test_notes_say_that_a_run_is_too_short():
     (note,) = LossFree(rate=1e-3, rule="sign").notes(100)
     assert "100 steps" in note and "rate 0.001" in note and "at most 0.1" in note
     assert LossFree(rate=1e-3, rule="sign").notes(10_000) == []
-    (note,) = LossFree(rate=1e-2, rule="sign").notes(100)  # far enough, but only for it is faster than the paper
-    assert "at most 1;" in note and "0.1, too short a way" in note
+    (note,) = LossFree(rate=1e-2, rule="sign").notes(100)  # enough only because the rate is above the paper's
+    assert "at most 1;" in note and "it would be 0.1, which is too little" in note
     assert LossFree(rate=1e-2, rule="sign").notes(1000) == []
     assert LossFree(rate=1e-3, rule="proportional").notes(100) == []
     (note,) = LossFree(rate=0.5, rule="sign").notes(1000)
@@ -321,7 +321,7 @@ def test_notes_say_that_a_run_is_too_short():
     assert "1000 steps" in note and "at most 0.2" in note
 
 
-def test_notes_say_how_large_a_step_is_on_a_softmax_gate():
+def test_notes_say_how_large_a_step_is_on_softmax_scores():
     (note,) = _prepared(torch.zeros(1, 128), "softmax", rate=1e-3, rule="sign").notes(100)
     assert "128 experts a step of 0.001 is 13% of a mean score" in note  # the paper's own example, appendix C
     assert _prepared(torch.zeros(1, 128), "softmax", rate=1e-3).notes(100) == []

@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from equipoise import Quantile
-from equipoise.balancers import LayerStack, quantile_bias
+from equipoise.balancers import LayerStack
 from equipoise.balancers.quantile import _bin, _from_histogram, edges
 from equipoise.load import expert_load
 from equipoise.metrics import max_violation
-from equipoise.routing import SCORE_FUNCTIONS, Routing, route, score
+from equipoise.routing import SCORE_FUNCTIONS, Routing, route
 
 
 def _prepared(bias, k=2, score_function="sigmoid", **options):
@@ -29,7 +29,7 @@ def _logits(tokens, experts, seed=0, skew=0.0, dtype=torch.float64):
 
 
 def _step(balancer, logits, k=2, score_function="sigmoid", mask=None, parts=1):
-    """One window of one layer, in so many calls."""
+    """One window of one layer, cut into ``parts`` calls."""
     bias, experts = balancer.bias()[0], logits.shape[-1]
     load, statistic = torch.zeros(experts, dtype=torch.int64), []
     masks = [None] * parts if mask is None else mask.chunk(parts)
@@ -46,7 +46,6 @@ def test_the_exact_bias_by_hand():
     # asked: .2 .5 .1 .4; lacking, expert 0: -.7 -.3 -.6 -.2, the third smallest -.3; expert 1: 0; minus the mean -.15
     scores = torch.tensor([[0.9, 0.2], [0.8, 0.5], [0.7, 0.1], [0.6, 0.4]], dtype=torch.float64)
     expected = torch.tensor([-0.15, 0.15], dtype=torch.float64)
-    assert_close(quantile_bias(scores, 1), expected)
     balancer = _prepared(torch.zeros(1, 2, dtype=torch.float64), k=1, bins=0)
     _step(balancer, scores.logit(), k=1)
     assert_close(balancer.bias()[0], expected)
@@ -66,9 +65,6 @@ def test_exact_equals_the_reference(score_function, masked, dtype, atol):
         balancer = _prepared(start.to(dtype), score_function=score_function, bins=0, ema=ema)
         _step(balancer, logits.to(dtype), score_function=score_function, mask=mask, parts=2)
         assert_close(balancer.bias()[0], torch.tensor(expected, dtype=dtype), rtol=0, atol=atol)
-    ours = quantile_bias(score(logits.to(dtype), score_function), 2, start[0].to(dtype), mask)
-    expected = reference.quantile_rule(reference.scores(logits.tolist(), score_function), 2, start[0].tolist(), flags)
-    assert_close(ours, torch.tensor(expected, dtype=dtype), rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("bins", [64, 128, 1024])
@@ -134,8 +130,8 @@ def test_a_skewed_router_is_even_within_a_few_windows(bins, score_function):
 
 @pytest.mark.parametrize("bins", [0, 64, 128])
 @pytest.mark.parametrize("spread", [1.0, 4.0, 8.0])
-def test_a_peaked_softmax_is_even_too(bins, spread):
-    """Most scores of such a router are below 1e-6: their order decides who gets a token that the best do not take."""
+def test_a_peaked_softmax_router_becomes_even_too(bins, spread):
+    """Most of its scores are below 1e-6, and their order decides where a token goes that the best experts refuse."""
     balancer = _prepared(torch.zeros(1, 64), score_function="softmax", bins=bins)
     logits, history = spread * _logits(4096, 64, seed=0, dtype=torch.float32), []
     for _ in range(30):
@@ -144,7 +140,7 @@ def test_a_peaked_softmax_is_even_too(bins, spread):
 
 
 @pytest.mark.parametrize("bins", [0, 64])
-def test_it_does_not_matter_how_tokens_are_dealt(bins):
+def test_the_bias_does_not_depend_on_how_tokens_are_dealt(bins):
     logits, mask = _logits(64, 4, seed=7), (torch.arange(64) % 3 > 0).double()
     found = []
     for order, parts in ((torch.arange(64), 1), (torch.arange(64).flip(0), 4)):
@@ -183,13 +179,10 @@ def test_without_tokens_or_with_k_of_all_experts_nothing_moves(bins):
     _step(balancer, _logits(0, 3), k=1)
     assert torch.equal(balancer.bias(), start)
     for experts in (1, 3):
-        everybody = _prepared(start[:, :experts].clone(), k=experts, bins=bins)
-        assert everybody.statistic(route(_logits(5, experts), experts, score_function="sigmoid"), 0) is None
-        everybody.update(torch.full((1, experts), 5))
-        assert torch.equal(everybody.bias(), start[:, :experts])
-    assert torch.equal(quantile_bias(torch.rand(4, 3), 3, start[0]), start[0])
-    assert torch.equal(quantile_bias(torch.rand(4, 3), 1, start[0], torch.zeros(4)), start[0])
-    assert torch.equal(quantile_bias(torch.rand(0, 3), 1, start[0]), start[0])
+        balancer = _prepared(start[:, :experts].clone(), k=experts, bins=bins)
+        assert balancer.statistic(route(_logits(5, experts), experts, score_function="sigmoid"), 0) is None
+        balancer.update(torch.full((1, experts), 5))
+        assert torch.equal(balancer.bias(), start[:, :experts])
 
 
 @pytest.mark.parametrize("bins", [0, 128])
@@ -216,17 +209,12 @@ def test_bad_input_is_refused():
     balancer = _prepared(torch.zeros(1, 4))
     with pytest.raises(ValueError, match="must have the statistic of its calls"):
         balancer.update(torch.ones(1, 4, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"scores must be floating point numbers: got torch.int64"):
-        quantile_bias(torch.tensor([[3, 1], [0, 2]]), 1)
     with pytest.raises(ValueError, match="one int64 count per expert"):
         balancer.update(torch.ones(1, 5, dtype=torch.int64))
-    for wrong in (dict(k=0), dict(k=5), dict(bias=torch.zeros(3)), dict(mask=torch.ones(2))):
-        with pytest.raises(ValueError, match=r"must (have the shape|hold one number)"):
-            quantile_bias(torch.rand(6, 4), **({"k": 2} | wrong))
 
 
 @pytest.mark.parametrize("bins", [0, 128])
-def test_logits_that_are_not_numbers_do_not_stay_in_the_bias(bins):
+def test_logits_that_are_not_finite_leave_no_trace_in_the_bias(bins):
     balancer = _prepared(torch.zeros(1, 4), bins=bins)
     logits = _logits(64, 4, dtype=torch.float32)
     broken = logits.clone()

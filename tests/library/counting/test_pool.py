@@ -5,9 +5,9 @@ import torch
 from models import VOCAB, family, tiny_lm
 
 import equipoise
-from equipoise.counting.exchange import MARK
-from equipoise.counting.pool import Pool, digest
-from equipoise.load import Layout
+from equipoise.counting.exchange import FLAG
+from equipoise.counting.layout import Layout
+from equipoise.counting.pool import Pool, digest_of
 
 
 class _Event:
@@ -37,9 +37,9 @@ def test_an_error_of_one_process_is_its_own():
 @pytest.mark.parametrize(
     "told, words",
     [
-        ([0, -1], "on another rank one did not"),
+        ([0, -1], "another rank failed to"),
         ([0, 3, 1, 2, 3], "closed it after 2"),
-        ([MARK + 7, 3], "1 of 2 ranks are at the end of"),
+        ([FLAG + 7, 3], "1 of 2 ranks are at the end of"),
     ],
 )
 def test_bad_news_on_its_way_from_a_gpu_is_read_before_the_next_collective(told, words):
@@ -64,9 +64,9 @@ def test_loads_come_first_so_that_they_can_travel_alone():
 
 def test_a_digest_is_of_the_content():
     value = {"a": torch.tensor([1.0, 2.0]), "b": {"c": 3}}
-    assert digest(value) == digest({"b": {"c": 3}, "a": torch.tensor([1.0, 2.0])})
+    assert digest_of(value) == digest_of({"b": {"c": 3}, "a": torch.tensor([1.0, 2.0])})
     for other in ({"a": torch.tensor([1.0, 2.5]), "b": {"c": 3}}, {**value, "b": {"c": 4}}, {**value, "d": 0}):
-        assert digest(other) != digest(value)
+        assert digest_of(other) != digest_of(value)
 
 
 def test_a_stage_without_routers_does_nothing_and_says_so():

@@ -1,6 +1,6 @@
-"""Every family of the installed Transformers: a tiny model of each keeps every invariant of a tap, or it is refused.
+"""Every family of the installed Transformers: a tiny model of it keeps every invariant of a tap, or it is refused.
 
-``tested.json`` in the package says which router classes were tested; these tests keep it equal to what passes.
+``tested.json`` in the package lists the router classes that pass these tests; the slow test here keeps it up to date.
 """
 
 import json
@@ -16,13 +16,12 @@ from torch.testing import assert_close
 
 from equipoise import EquipoiseError, attach
 from equipoise.routers.find import find_routers, hash_routers, unknown_routers
-from equipoise.testing import TAP_INVARIANTS, check_tap
-from equipoise_lab.models import installed
-from equipoise_lab.models.families import TESTED, families
+from equipoise.testing import ROUTER_INVARIANTS, check_routers
+from equipoise_lab.models.families import TESTED, families, load_tested_routers
 
 ROUTERS: dict[str, list[str]] = json.loads(TESTED.read_text())["routers"]
 WHOLE = sorted(name for name, routers in ROUTERS.items() if set(routers) - set(PARTS))
-REFUSED = {  # what is no router of top-k with a bias, and what the listing says of it
+REFUSED = {  # router classes that cannot be balanced, and the beginning of the reason that the listing gives
     "DbrxRouter": "forward does not return (logits, weights, expert_ids)",
     "DeepseekV4HashRouter": "it chooses by the id of the token (a hash router), which no bias moves",
     "JetMoeTopKGating": "forward does not return (logits, weights, expert_ids)",
@@ -30,51 +29,51 @@ REFUSED = {  # what is no router of top-k with a bias, and what the listing says
     "PhimoeTopKRouter": "it chooses without torch.topk",  # sampled in training
     "SwitchTransformersTop1Router": "it chooses without torch.topk",  # argmax, and a capacity
     "ZayaRouter": "the chosen experts are not the best by these scores and the bias",  # one choice is no expert
-    None: "its router is no module of its own",
+    None: "its router is not a module of its own",
 }
-WITHOUT_FACTOR = "factor moves the choice only"  # of a choice by logits
-PASSED_OVER = {"inkling2": {"cast keeps float32 biases"}}  # the model itself does not run in bfloat16
-WITHOUT_PADDING = "padding is not counted"  # of a block, which is given no mask
+WITHOUT_FACTOR = "factor moves the choice only"  # does not apply to a choice by logits
+WITHOUT_PADDING = "padding is not counted"  # does not apply to a single block, which gets no mask
+NOT_CHECKED = {"inkling2": {"cast keeps float32 biases"}}  # the model itself does not run in bfloat16
 
 
-def _every_kind_of_token(name: str, router: nn.Module) -> bool:
-    return "vision_moe" not in name  # in Ernie's blocks: it sees tokens of images alone
+def _sees_text(name: str, router: nn.Module) -> bool:
+    return "vision_moe" not in name  # of Ernie: it sees only tokens of images
 
 
-def _check(model: nn.Module, passed_over: set[str]) -> None:
+def _check(model: nn.Module, not_checked: set[str]) -> None:
     torch.manual_seed(0)
-    checked = check_tap(model, shrunken.batch(), where=_every_kind_of_token)
-    assert set(TAP_INVARIANTS) - set(checked) == passed_over
+    checked = check_routers(model, shrunken.batch(), where=_sees_text)
+    assert set(ROUTER_INVARIANTS) - set(checked) == not_checked
 
 
-@pytest.mark.filterwarnings("ignore")  # of models under construction
+@pytest.mark.filterwarnings("ignore")  # of Transformers, while it builds models
 @pytest.mark.parametrize("model_type", WHOLE)
-def test_a_tiny_model_of_the_family_keeps_every_invariant(model_type):
+def test_a_tiny_model_of_every_family_keeps_every_invariant(model_type):
     model = shrunken.build(model_type)
-    found = find_routers(model)
-    assert {type(router.module).__name__ for router in found} == set(ROUTERS[model_type]) - set(PARTS)
-    assert {(router.num_experts - 8, router.k) for router in found} <= {(0, 2), (0, 1), (0, 8), (256, 2)}
-    by_logits = {router.kind.selection for router in found} == {"logits"}
-    _check(model, ({WITHOUT_FACTOR} if by_logits else set()) | PASSED_OVER.get(model_type, set()))
+    layers = find_routers(model)
+    assert {type(layer.router).__name__ for layer in layers} == set(ROUTERS[model_type]) - set(PARTS)
+    assert {(layer.num_experts, layer.k) for layer in layers} <= {(8, 2), (8, 1), (8, 8), (264, 2)}
+    by_logits = {layer.kind.selection for layer in layers} == {"logits"}
+    _check(model, ({WITHOUT_FACTOR} if by_logits else set()) | NOT_CHECKED.get(model_type, set()))
 
 
 @pytest.mark.parametrize("router", PARTS)
-def test_a_block_of_the_family_keeps_every_invariant(router):
+def test_a_single_block_of_a_family_keeps_every_invariant(router):
     model = shrunken.build_part(router)
-    assert [type(found.module).__name__ for found in find_routers(model)] == [router] * 2
+    assert [type(layer.router).__name__ for layer in find_routers(model)] == [router] * 2
     _check(model, {WITHOUT_PADDING})
 
 
 @pytest.mark.slow
-def test_the_listing_names_what_was_tested_and_why_the_others_are_not_supported():
-    told: list[tuple[int, int, str]] = []
-    rows = families(lambda *progress: told.append(progress))
-    assert [done for done, _, _ in told] == list(range(told[0][1]))
+def test_the_listing_names_every_tested_router_and_says_why_others_are_not_supported():
+    progress: list[tuple[int, int, str]] = []
+    rows = families(lambda *step: progress.append(step))
+    assert [done for done, _, _ in progress] == list(range(progress[0][1]))
     supported: dict[str, list[str]] = {}
     for row in rows:
         if row.supported:
             supported.setdefault(row.model_type, []).append(row.router)
-    assert supported == ROUTERS, "tested.json must name what is supported, and the tests above must pass for it"
+    assert supported == ROUTERS, "tested.json must list what is supported, and the tests above must pass for it"
     assert all(row.tested == row.supported for row in rows)
     assert sum(map(len, supported.values())) >= 60
     refused = {row.router: row.reason for row in rows if not row.supported}
@@ -85,10 +84,14 @@ def test_the_listing_names_what_was_tested_and_why_the_others_are_not_supported(
         (row.reason is None) == row.supported and (row.score_function is not None) == row.supported for row in rows
     )
     by_router = {row.router: row for row in rows}
-    for score_function in ("ForgetGate", "DFineGate", "Deimv2Gate", "ResidualGate", "DensityRouter"):
-        assert not any(name and name.endswith(score_function) for name in by_router), "a gate of something else"
-    places = {"DeepseekV3TopkRouter": "router", "Ernie4_5_MoeTopKRouter": "part", "AfmoeTokenChoiceRouter": "block"}
-    for router, place in {**places, "MixtralTopKRouter": None}.items():
+    for gate in ("ForgetGate", "DFineGate", "Deimv2Gate", "ResidualGate", "DensityRouter"):
+        assert not any(name and name.endswith(gate) for name in by_router), "this gate selects no experts"
+    slot_places = {
+        "DeepseekV3TopkRouter": "router",
+        "Ernie4_5_MoeTopKRouter": "part",
+        "AfmoeTokenChoiceRouter": "block",
+    }
+    for router, place in {**slot_places, "MixtralTopKRouter": None}.items():
         assert by_router[router].slot_held_by == place
         assert (by_router[router].slot is None) == (place is None)
     assert by_router["DeepseekV3TopkRouter"].group_limits and not by_router["MixtralTopKRouter"].group_limits
@@ -98,24 +101,22 @@ def test_the_listing_names_what_was_tested_and_why_the_others_are_not_supported(
     assert {gives for _, _, gives in kinds} == {"logits", "probabilities", "dense"}
 
 
-def test_the_readme_has_the_numbers():
+def test_the_readme_gives_the_numbers():
     text = " ".join((Path(__file__).parents[3] / "README.md").read_text().split())
     assert f"{sum(map(len, ROUTERS.values()))} router classes of {len(ROUTERS)} model families are tested so" in text
 
 
-def test_what_was_tested_on_another_transformers_is_not_called_tested(monkeypatch):
+def test_nothing_counts_as_tested_on_another_version_of_transformers(monkeypatch):
     import transformers
 
-    assert installed.tested_routers() == ROUTERS
+    assert load_tested_routers() == ROUTERS
     monkeypatch.setattr(transformers, "__version__", "99.0.0")
-    assert installed.tested_routers() == {}
+    assert load_tested_routers() == {}
 
 
-HASHED, SPARSE = ["hash_moe", "hash_moe", "moe"], ["compressed_sparse_attention"] * 3
-
-
-def test_hash_layers_are_left_out_and_named_once(caplog):
-    model = shrunken.build("deepseek_v4", num_hidden_layers=3, mlp_layer_types=HASHED, layer_types=SPARSE)
+def test_hash_layers_are_not_balanced_and_named_in_one_warning(caplog):
+    kinds, attention = ["hash_moe", "hash_moe", "moe"], ["compressed_sparse_attention"] * 3
+    model = shrunken.build("deepseek_v4", num_hidden_layers=3, mlp_layer_types=kinds, layer_types=attention)
     first, second, third = (f"model.layers.{i}.mlp.gate" for i in range(3))
     with caplog.at_level(logging.WARNING, logger="equipoise"):
         balance = attach(model, "loss-free:rate=0.1,rule=sign")
@@ -128,43 +129,42 @@ def test_hash_layers_are_left_out_and_named_once(caplog):
     assert balance.biases[third].any()
 
 
-def test_groups_that_do_not_act_are_no_hindrance():
+def test_expert_groups_that_are_switched_off_are_no_obstacle():
     model = shrunken.build("deepseek_v2", topk_method="greedy", n_group=4, topk_group=2)
     attach(model, "loss-free").detach()
 
 
-def test_groups_before_an_bias_are_refused():
+def test_expert_groups_chosen_before_the_bias_is_added_are_refused():
     model = shrunken.build("deepseek_v2", topk_method="group_limited_greedy", n_group=4, topk_group=2)
     with pytest.raises(EquipoiseError, match="there are groups, which are chosen before the bias is added"):
         attach(model)
 
 
 @pytest.mark.parametrize("first", [2, 3])
-def test_a_proof_is_not_taken_over_by_a_router_whose_config_says_another_k(first):
+def test_a_proof_is_not_reused_for_a_router_with_another_k(first):
     for k in (first, 5 - first):
         model = shrunken.build("gemma4", top_k_experts=k)
-        assert [router.k for router in find_routers(model)] == [k]
+        assert [layer.k for layer in find_routers(model)] == [k]
         balance = attach(model, "loss-free")
         model(**shrunken.batch())
         balance.step()
         assert all(load.sum() == k * 16 for load in balance.load.values())
 
 
-def test_a_factor_of_logits_is_refused():
+def test_a_multiplicative_bias_on_logits_is_refused():
     with pytest.raises(EquipoiseError, match="which a factor turns upside down where they are below zero"):
         attach(shrunken.build("gpt_oss"), "loss-free:rule=multiplicative")
 
 
 @pytest.mark.parametrize("model_type", ["llama4", "gemma4", "gpt_oss"])
-def test_a_frozen_bias_of_any_kind_leaves_the_gradient_of_the_same_choice(model_type):
-    """The gate's gradient, steered, is that of a plain router whose choice is the same."""
+def test_a_bias_that_changes_no_choice_changes_no_gradient(model_type):
     plain, steered = shrunken.build(model_type), shrunken.build(model_type)
-    (router,) = find_routers(steered)
-    constant = torch.full((router.num_experts,), 3.0)  # moves nothing
-    attach(steered, "frozen", biases={router.name: constant})
+    (layer,) = find_routers(steered)
+    constant = torch.full((layer.num_experts,), 3.0)  # equal for all experts
+    attach(steered, "frozen", biases={layer.name: constant})
     for model in (plain, steered):
         torch.manual_seed(0)
         model(**shrunken.batch()).logits.square().mean().backward()
-    for (name, ours), theirs in zip(steered.named_parameters(), plain.parameters(), strict=True):
-        if theirs.grad is not None:
-            assert_close(ours.grad, theirs.grad, rtol=0, atol=0, msg=name)
+    for (name, parameter), expected in zip(steered.named_parameters(), plain.parameters(), strict=True):
+        if expected.grad is not None:
+            assert_close(parameter.grad, expected.grad, rtol=0, atol=0, msg=name)

@@ -15,8 +15,8 @@ import equipoise
 from equipoise import EquipoiseError, LossFree, RouterKind, attach
 from equipoise.load import expert_load
 from equipoise.routers.find import find_routers, plain_name
+from equipoise.routers.kind import OWN_SLOT
 from equipoise.routers.prove import prove
-from equipoise.routers.tap import OWN_SLOT
 from equipoise.routing import route
 
 families = pytest.mark.parametrize("name", sorted(FAMILIES))
@@ -547,7 +547,7 @@ def test_how_a_router_selects_is_found_out_by_what_it_does(monkeypatch, forward,
     seen = _record(model)
     model(**_batch())
     for (logits, _, ids), bias in zip(seen, biases.values(), strict=True):
-        expected = (kind.values(logits) + bias).topk(k).indices
+        expected = (kind.ranked(logits) + bias).topk(k).indices
         assert torch.equal(ids.sort().values, expected.sort().values)
 
 

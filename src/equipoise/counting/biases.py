@@ -1,0 +1,305 @@
+"""The bias of every layer: where it is kept, what moves it, and the slots that hold a copy of it.
+
+The balancer that steers keeps the biases, ``Balancer.bias()``: float32, one row a layer. A slot is a tensor in the model
+that the router adds to its scores, and holds a copy. Two things keep both equal:
+
+- *Restoring*: after a step, a cast or a move of the model, the bias is written into the slot.
+- *Adopting*: after a checkpoint was loaded into the slot, or somebody wrote into it (DDP's broadcast), the slot's value
+  becomes the bias. Otherwise the next step would silently overwrite what was loaded.
+"""
+
+from collections.abc import Sequence
+from copy import deepcopy
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from equipoise.balancers import Balancer, LayerStack
+from equipoise.counting.layout import Layout
+from equipoise.counting.statistics import Statistics
+from equipoise.errors import EquipoiseError
+from equipoise.routers import MoELayer, Slot
+from equipoise.routers.kind import OWN_SLOT
+from equipoise.routers.tap import tap_of
+
+__all__ = ["Biases", "LayerGroup", "slot_value"]
+
+_STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # a checkpoint may have rounded our bias
+
+
+class LayerGroup:
+    """The layers of equal shape, and the balancers prepared for them, whose states are stacked, one row a layer.
+
+    Layers are of equal shape if they have the same number of experts, k, score function and selection.
+
+    Attributes:
+        layers: indices into the layers of the model.
+        losses: the balancers with a loss.
+        steering: the balancer with a bias; None if there is none.
+        block: where the loads of the layers are in a vector of counts, if they are adjacent.
+    """
+
+    def __init__(self, indices: list[int], balancers: list[Balancer], layers: Sequence[MoELayer], layout: Layout):
+        self.layers = indices
+        self.balancers = balancers
+        self.losses = [balancer for balancer in balancers if balancer.has_loss]
+        self.steering = next((balancer for balancer in balancers if balancer.has_bias), None)
+        self.has_statistics = any(type(b).statistic is not Balancer.statistic for b in balancers)
+        device = slot_value(layers[0]).device  # a balancer's state is there too
+        no_load = torch.zeros(len(indices), layers[0].num_experts, dtype=torch.int64, device=device)
+        self.with_micro_batch_statistic = [
+            number for number, b in enumerate(balancers) if b.micro_batch_statistic(no_load) is not None
+        ]
+        self.slots = [self._slot(layer) for layer in layers]
+        self.has_own_slots = any(slot.name == OWN_SLOT for slot in self.slots)
+        self.block = layout.block(indices)
+        self._layout = layout
+        self._rows: tuple[int, tuple[Tensor, ...]] = (0, ())  # of the biases, and their address
+
+    def _slot(self, layer: MoELayer) -> Slot:
+        """What steers a layer: the model's own slot, whose value is added to the scores, or one of ours."""
+        if layer.slot is None or (self.steering is not None and self.steering.multiplies):
+            return Slot(layer.router, OWN_SLOT)
+        return layer.slot
+
+    @property
+    def biases(self) -> Float[Tensor, "layers experts"] | None:
+        return None if self.steering is None else self.steering.bias()
+
+    def load(self, vector: Tensor) -> Int[Tensor, "layers experts"]:
+        """The loads of the layers. A copy."""
+        if self.block is not None:
+            return vector[self.block].view(len(self.layers), -1).clone()
+        return torch.stack([self._layout.load(vector, layer) for layer in self.layers])
+
+    def states(self) -> dict[str, Float[Tensor, "layers experts"]]:
+        """What the balancers move besides the bias, by the key under which it is saved.
+
+        The steering balancer's keys are its own. Other balancers' keys are prefixed with the balancer's name, numbered
+        from the second: ``phi.average``, ``phi.2.average``.
+        """
+        states = {} if self.steering is None else dict(self.steering.state())
+        names: list[str] = []
+        for balancer in self.balancers:
+            if balancer is not self.steering:
+                name = balancer.name or type(balancer).__name__
+                names.append(name)
+                prefix = name if names.count(name) == 1 else f"{name}.{names.count(name)}"
+                states |= {f"{prefix}.{key}": value for key, value in balancer.state().items()}
+        return states
+
+    def plain_slots(self, biases: Float[Tensor, "layers experts"]) -> list[Tensor] | None:
+        """The slots' tensors if all are flat buffers with the dtype and the device of the biases; else None."""
+        tensors, dtype, device = [], biases.dtype, biases.device
+        for holder, name in self.slots:
+            tensor = holder._buffers.get(name)
+            if type(tensor) is not Tensor or tensor.dtype is not dtype or tensor.device != device:
+                return None
+            tensors.append(tensor)
+        return tensors if tensors[0].dim() == 1 else None
+
+    def write(self, slots: list[Tensor], biases: Float[Tensor, "layers experts"]) -> None:
+        """Writes the biases into plain slots, in one operation."""
+        if self._rows[0] != biases.data_ptr():
+            self._rows = biases.data_ptr(), biases.detach().unbind()
+        torch._foreach_copy_(slots, self._rows[1])
+
+
+class Biases:
+    """The layer groups of one attached model, and the biases of their layers."""
+
+    def __init__(
+        self,
+        layers: Sequence[MoELayer],
+        balancers: Sequence[Balancer],
+        start: dict[str, Tensor],
+        layout: Layout,
+    ):
+        self.layers = layers
+        self.groups, self.group_of = _make_groups(layers, balancers, start, layout)
+
+    @property
+    def steers(self) -> bool:
+        """Whether a balancer keeps the biases; otherwise the slots alone hold them."""
+        return any(group.steering is not None for group in self.groups)
+
+    def slot(self, layer: int) -> Slot:
+        group, row = self.group_of[layer]
+        return group.slots[row]
+
+    def has_own_slot(self, layer: int) -> bool:
+        """Whether a layer is steered through a slot of ours."""
+        group, row = self.group_of[layer]
+        return group.steering is not None and group.slots[row].name == OWN_SLOT
+
+    def of(self, layer: int) -> Float[Tensor, " experts"]:
+        """The bias of a layer. Not a copy, if a balancer keeps it."""
+        group, row = self.group_of[layer]
+        if group.biases is None:
+            return slot_value(self.layers[layer])
+        self.adopt_writes(group)
+        return group.biases[row]
+
+    def by_name(self) -> dict[str, Float[Tensor, " experts"]]:
+        """The bias of every layer. Copies."""
+        return {layer.name: self.of(index).clone() for index, layer in enumerate(self.layers)}
+
+    # ---- moving ----
+
+    def update(self, vector: Tensor, statistics: Statistics, window: int, applied: bool | Tensor) -> None:
+        """Moves the biases by the counts of a closed window, and writes them into the slots.
+
+        If ``applied`` is a tensor, nobody waits for it: where it is false, everything is set back.
+        """
+        for group in self.groups:
+            slots = self.adopt_writes(group)
+            load = group.load(vector)
+            for number, balancer in enumerate(group.balancers):
+                moved = _moved_by_update(balancer) if isinstance(applied, Tensor) else {}
+                before = {name: value.clone() for name, value in moved.items()}
+                balancer.update(load, statistics.of(group.layers, number), window)
+                for name, value in before.items():
+                    assert isinstance(applied, Tensor)
+                    moved[name].copy_(torch.where(applied.to(value.device).bool(), moved[name], value))
+            self._write(group, slots)
+
+    def _write(self, group: LayerGroup, plain_slots: list[Tensor] | None) -> None:
+        if group.biases is not None and plain_slots is not None:
+            group.write(plain_slots, group.biases)
+        elif group.biases is not None:
+            for layer in group.layers:
+                self.restore(layer)
+
+    # ---- restoring ----
+
+    def restore(self, layer: int) -> None:
+        """Writes the bias of ``layer`` into its slot, in float32, after a cast, a move or a step."""
+        group, row = self.group_of[layer]
+        for balancer in group.balancers:
+            for value in () if balancer is group.steering else balancer.state().values():
+                device = slot_value(self.layers[layer]).device
+                if value.device.type != device.type:
+                    value.data = value.data.to(device)
+        biases, slot = group.biases, group.slots[row]
+        in_slot = None if group.steering is None else slot.bias
+        if group.steering is None or biases is None or in_slot is None:
+            return
+        if in_slot.device != biases.device and in_slot.device.type != "meta":
+            for value in (biases, *group.steering.state().values()):
+                value.data = value.data.to(in_slot.device)
+        if in_slot.dtype == biases.dtype and in_slot.device == biases.device:
+            in_slot.copy_(biases[row])
+        elif in_slot.device.type != "meta":
+            slot.replace(biases[row])
+
+    # ---- adopting ----
+
+    def adopt_writes(self, group: LayerGroup) -> list[Tensor] | None:
+        """Adopts in-place writes to a slot (checkpoint load, DDP broadcast) as the new bias. Does not wait for a GPU.
+
+        Returns the slots' tensors if they are plain (see ``LayerGroup.plain_slots``) and no other balancer has a state.
+        """
+        steering, biases = group.steering, group.biases
+        if steering is None or biases is None:
+            return None
+        plain = tensors = group.plain_slots(biases)
+        if tensors is None:
+            slots = [slot.bias for slot in group.slots]
+            tensors = [slot.float() for slot in slots if slot is not None and slot.device == biases.device]
+            if len(tensors) < len(slots):
+                return None
+        if any(balancer.state() for balancer in group.balancers if balancer is not steering):
+            plain = None
+        if group.has_own_slots:  # nobody else writes into ours
+            return plain
+        in_slots = torch.stack(tensors)
+        if in_slots.device.type != "cpu" or not torch.equal(in_slots, biases):  # on a GPU nobody waits to find out
+            is_ours = ~in_slots.isfinite()  # a damaged number is not adopted
+            for dtype in _STORED_DTYPES:
+                is_ours |= biases.to(dtype).float() == in_slots
+            biases.copy_(torch.where(is_ours, biases, in_slots))
+            for value in steering.state().values():
+                value *= is_ours.all(-1, keepdim=True)
+        return plain
+
+    def adopt(self, layer: int) -> None:
+        """A checkpoint was loaded into the model's slot: its value becomes the bias."""
+        group, row = self.group_of[layer]
+        biases = group.biases
+        if group.steering is None or biases is None or self.has_own_slot(layer):
+            return
+        bias = biases[row]
+        loaded = slot_value(self.layers[layer]).to(bias.device)
+        if not loaded.isfinite().all():
+            self.restore(layer)
+            raise EquipoiseError(
+                f"the bias of {self.layers[layer].name} must hold finite numbers: the one that was loaded does not. "
+                "The checkpoint is damaged, or its training had diverged; load an earlier one."
+            )
+        if not any(torch.equal(bias.to(dtype).float(), loaded) for dtype in _STORED_DTYPES):
+            bias.copy_(loaded)
+            for value in group.steering.state().values():
+                value[row].zero_()
+        self.restore(layer)
+
+    # ---- saving ----
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """What the balancers move besides the biases, by key and layer. Copies."""
+        state: dict[str, dict[str, Tensor]] = {}
+        for index, layer in enumerate(self.layers):
+            group, row = self.group_of[index]
+            for key, value in group.states().items():
+                state.setdefault(key, {})[layer.name] = value[row].clone()
+        return state
+
+    def load(self, biases: dict[str, Tensor], state: dict[str, dict[str, Tensor]]) -> None:
+        """Takes up saved biases and states. What only another strategy keeps is left out; what is missing is zero."""
+        for index, layer in enumerate(self.layers):
+            group, row = self.group_of[index]
+            if group.biases is not None:
+                group.biases[row].copy_(biases[layer.name])
+            for key, value in group.states().items():
+                saved = state.get(key)
+                value[row].copy_(torch.zeros_like(value[row]) if saved is None else saved[layer.name])
+            self.restore(index)
+
+
+def _moved_by_update(balancer: Balancer) -> dict[str, Tensor]:
+    bias = balancer.bias()
+    return balancer.state() if bias is None else {"bias": bias, **balancer.state()}
+
+
+def _make_groups(
+    layers: Sequence[MoELayer], balancers: Sequence[Balancer], start: dict[str, Tensor], layout: Layout
+) -> tuple[list[LayerGroup], dict[int, tuple[LayerGroup, int]]]:
+    by_shape: dict[Any, list[int]] = {}
+    for index, layer in enumerate(layers):
+        shape = (layer.num_experts, layer.k, layer.kind.score_function, layer.kind.selection)
+        by_shape.setdefault(shape, []).append(index)
+    groups: list[LayerGroup] = []
+    group_of: dict[int, tuple[LayerGroup, int]] = {}
+    for (_, k, score_function, selection), indices in by_shape.items():
+        prepared = [deepcopy(balancer) for balancer in balancers]
+        biases = torch.stack([start[layers[index].name] for index in indices])
+        for balancer in prepared:
+            balancer.prepare(LayerStack(score_function, k, biases, selection))
+        group = LayerGroup(indices, prepared, [layers[index] for index in indices], layout)
+        groups.append(group)
+        group_of.update({index: (group, row) for row, index in enumerate(indices)})
+    return groups, group_of
+
+
+def slot_value(layer: MoELayer, multiplies: bool = False) -> Float[Tensor, " experts"]:
+    """What steers a router now, float32: the value of its slot, or of ours from an earlier attach, or zeros. A copy."""
+    router = layer.router
+    slot = Slot(router, OWN_SLOT) if multiplies or layer.slot is None else layer.slot
+    bias, tap = slot.bias, tap_of(router)
+    if slot.name == OWN_SLOT and tap is not None and tap.multiplies != multiplies:  # a copy, steered the other way
+        bias = None
+    if bias is None or bias.device.type == "meta":
+        device = next(router.parameters()).device
+        return torch.zeros(layer.num_experts, dtype=torch.float32, device="cpu" if device.type == "meta" else device)
+    return bias.float().clone()

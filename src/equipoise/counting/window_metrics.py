@@ -1,0 +1,55 @@
+"""Metrics of the last closed window, as Python numbers for a log."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from equipoise import metrics
+from equipoise.balancers import Balancer
+from equipoise.counting.recorder import Recorder
+from equipoise.counting.window import MicroBatch
+
+__all__ = ["window_metrics"]
+
+
+def window_metrics(recorder: Recorder) -> dict[str, float]:
+    """``Balance.metrics`` without the biases. Waits for a GPU."""
+    closed = recorder.window.last
+    if closed is None:
+        return {}
+    load = _with_tokens(recorder.by_name(closed.vector.cpu()))
+    layers = [layer for layer in recorder.layers if layer.name in load]
+    tokens = [float(load[layer.name].sum()) / layer.k for layer in layers]
+    floors = [metrics.sampling_floor(n, layer.k, layer.num_experts) for n, layer in zip(tokens, layers, strict=True)]
+    result = {
+        "maxvio_batch": float(metrics.max_violation(load)),
+        "maxvio_floor": sum(floors) / len(floors),
+        "min_violation": float(metrics.min_violation(load)),
+        "coefficient_of_variation": float(metrics.coefficient_of_variation(load)),
+        "load_entropy": float(metrics.load_entropy(load)),
+        "dead_experts": float(metrics.dead_experts(load)),
+        "tokens": min(tokens),
+    }
+    if closed.micro_batches:  # none after a resume
+        loads = (_with_tokens(recorder.by_name(m.vector.cpu())) for m in closed.micro_batches)
+        result["maxvio_micro"] = float(torch.stack([metrics.max_violation(load) for load in loads]).nanmean())
+        result |= _losses(closed.micro_batches, recorder.losses.balancers)
+    result["collectives"], result["collective_bytes"] = float(closed.collectives), float(closed.num_bytes)
+    return result
+
+
+def _losses(micro_batches: Sequence[MicroBatch], balancers: Sequence[Balancer]) -> dict[str, float]:
+    """By balancer with a loss, the mean over layers and micro-batches that had tokens."""
+    result: dict[str, float] = {}
+    with_tokens = [m for m in micro_batches if m.num_tokens.any()]
+    for index, balancer in enumerate(balancers):
+        values = [(m.losses[index] / m.num_tokens)[m.num_tokens > 0] for m in with_tokens]
+        name = balancer.metric if balancer.metric not in result else f"{balancer.metric}_{balancer.scope}"
+        result[name] = float(torch.cat(values).mean()) if values else 0.0
+    return result
+
+
+def _with_tokens(load: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Layers that received tokens, or every layer if none did."""
+    return {name: counts for name, counts in load.items() if counts.any()} or load

@@ -1,0 +1,107 @@
+"""How a router selects, and the tensor of its own that steers it."""
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from equipoise.errors import EquipoiseError
+from equipoise.routing import ScoreFunction, score
+
+__all__ = ["OWN_SLOT", "MoELayer", "RouterKind", "Slot"]
+
+OWN_SLOT = "_equipoise_bias"  # the buffer that steers a router without a slot of its own
+
+
+class RouterKind(NamedTuple):
+    """How a router selects. ``attach`` finds it out by experiment, and proves it.
+
+    score_function: ``softmax``, ``sigmoid`` or ``sqrt_softplus``, which turns logits into scores.
+    slot: the name of the float tensor that the router adds before the top-k; None if it has none. It is a buffer or a
+        frozen parameter of the router, of a module inside it (``"moe_statics.e_score_correction_bias"``), or of the
+        module around it that passes it to the router's forward.
+    selection: what the router ranks, and so what a bias is added to: ``scores`` or ``logits``.
+    gives: what its forward returns. ``logits``: (logits [tokens, experts], weights [tokens, k], expert_ids [tokens, k])
+        and perhaps more. ``probabilities``: the same, with softmax probabilities in place of the logits. ``dense``:
+        (scores [tokens, experts], zero for experts that were not chosen; logits [tokens, experts]).
+
+    A module of yours with an attribute or property ``router_kind`` is a router for ``attach``, whatever its class is
+    called. It must have a ``weight`` [experts, dim] and return what ``gives`` says.
+    """
+
+    score_function: ScoreFunction
+    slot: str | None = None
+    selection: Literal["scores", "logits"] = "scores"
+    gives: Literal["logits", "probabilities", "dense"] = "logits"
+
+    def read(self, output: Any, k: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """(logits, weights, expert_ids) of what the router's forward returned; ``dense`` needs k."""
+        if self.gives == "dense":
+            dense, logits = output
+            expert_ids = dense.detach().topk(k, dim=-1).indices
+            return logits, dense.gather(-1, expert_ids), expert_ids
+        first, weights, expert_ids = output[:3]
+        if self.gives == "probabilities":
+            first = first.clamp_min(torch.finfo(first.dtype).tiny).log()
+        return first, weights, expert_ids
+
+    def write(self, output: Any, weights: Tensor, expert_ids: Tensor) -> Any:
+        """``output`` with other weights of the same choice."""
+        if self.gives == "dense":
+            dense, logits = output
+            return torch.zeros_like(dense).scatter(-1, expert_ids, weights), logits
+        return (output[0], weights, *output[2:])
+
+    def ranked(self, logits: Tensor) -> Tensor:
+        """What the router ranks, before a bias is added."""
+        return logits if self.selection == "logits" else score(logits, self.score_function)
+
+
+class Slot(NamedTuple):
+    """The tensor that steers a router, by the module that holds it and its name there."""
+
+    holder: nn.Module
+    name: str
+
+    @property
+    def tensor(self) -> Tensor | None:
+        """The tensor as the model holds it; None if there is none of this name."""
+        tensor = self.holder._buffers.get(self.name)
+        tensor = self.holder._parameters.get(self.name) if tensor is None else tensor
+        if type(tensor).__name__ == "DTensor":
+            raise EquipoiseError(
+                f"the bias of a router must be a plain tensor: {self.name} of a {type(self.holder).__name__} is a "
+                "DTensor. It is a parameter of this family; leave it out of fully_shard with ignored_params."
+            )
+        return None if tensor is None else tensor.detach()
+
+    @property
+    def bias(self) -> Float[Tensor, " experts"] | None:
+        """The same, flat. Not a copy."""
+        buffer = self.holder._buffers.get(self.name)
+        if type(buffer) is Tensor and buffer.dim() == 1 and not buffer.requires_grad:
+            return buffer  # by far the most frequent case, and asked for at every step
+        tensor = self.tensor
+        return None if tensor is None else tensor.view(-1)
+
+    def replace(self, bias: Float[Tensor, " experts"]) -> None:
+        """Puts a copy of ``bias`` in place of the tensor; dtype and device may change."""
+        before = self.tensor
+        copy = bias.detach().clone()
+        copy = copy if before is None else copy.view(before.shape)
+        if self.name in self.holder._parameters:
+            self.holder._parameters[self.name].data = copy
+        else:
+            self.holder._buffers[self.name] = copy
+
+
+class MoELayer(NamedTuple):
+    """One mixture-of-experts layer: its router, and what was proven of it."""
+
+    name: str
+    router: nn.Module
+    kind: RouterKind
+    num_experts: int
+    k: int
+    slot: Slot | None  # None if the router has no tensor of its own that steers it

@@ -1,0 +1,254 @@
+"""Reads and checks runs and audits. A damaged one becomes a ``Problem``; the others are read all the same."""
+
+import os
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from equipoise.errors import EquipoiseError
+from equipoise_lab.analysis.summary import COLUMNS
+from equipoise_lab.records import Run, find_runs, read_json
+
+__all__ = ["AUDIT", "Experts", "Problem", "RecordedRun", "experts_of_audit", "read_audit", "read_runs"]
+
+AUDIT = "audit.json"
+AUDIT_FORMAT = 1
+
+SETTINGS = {"strategy": str, "seed": int, "steps": int, "num_experts": int, "layers": list, "domains": list}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why a run or an audit is missing from the comparison, wholly or in part."""
+
+    name: str
+    kind: str  # "unfinished", "damaged", "left out", "without an evaluation", "without its audit"
+    reason: str
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The load of one model's experts on one text, and the tokens that chose them."""
+
+    name: str  # of the run or the audit
+    strategy: str  # for an audit, the name of the model
+    seed: int | None
+    step: int | None
+    layers: list[str]
+    domains: list[str]
+    k: int
+    load: list[Int[np.ndarray, "domains experts"]]  # assignments, by layer
+    typical: list[list[list[dict[str, Any]]]]  # by layer and expert: tokens with text, share and count; [] if unknown
+    partners: list[list[list[list[float]]]]  # by layer and expert: (other expert, share of tokens that chose it too)
+
+    @property
+    def num_tokens(self) -> Int[np.ndarray, " domains"]:
+        """By domain."""
+        return self.load[0].sum(-1) // self.k
+
+
+@dataclass(frozen=True)
+class RecordedRun:
+    """What the files of one run hold, checked. ``result`` is None until the run is finished.
+
+    ``evaluation`` is the last one, None before the first. ``audit`` is None if the folder has none.
+    """
+
+    files: Run
+    name: str
+    steps: list[dict[str, Any]]
+    evaluation: dict[str, Any] | None
+    result: dict[str, Any] | None
+    audit: dict[str, Any] | None = None
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self.files.config
+
+    @property
+    def strategy(self) -> str:
+        return self.config["strategy"]
+
+    @property
+    def seed(self) -> int:
+        return self.config["seed"]
+
+    @property
+    def experts(self) -> Experts | None:
+        """From the last evaluation, with the audit's typical tokens and partners if both read the same text."""
+        if self.evaluation is None:
+            return None
+        by_domain = self.evaluation["domains"]
+        domains = [domain for domain in self.config["domains"] if domain in by_domain]
+        domains += [domain for domain in by_domain if domain not in domains]
+        layers = self.config["layers"]
+        load = [np.array([by_domain[d]["load"][i] for d in domains], np.int64) for i in range(len(layers))]
+        k = self.config.get("experts_per_token") or 1
+        typical: list[list[list[dict[str, Any]]]] = [[] for _ in layers]
+        partners: list[list[list[list[float]]]] = [[] for _ in layers]
+        if self.audit is not None and self.result is not None:
+            audited = experts_of_audit(self.name, self.audit)
+            if audited.domains == domains and all(map(np.array_equal, audited.load, load)):
+                typical, partners = audited.typical, audited.partners
+        step = self.evaluation["step"]
+        return Experts(self.name, self.strategy, self.seed, step, layers, domains, k, load, typical, partners)
+
+
+def experts_of_audit(name: str, audit: dict[str, Any]) -> Experts:
+    """``audit``: as ``read_audit`` returns it."""
+    layers = audit["layers"]
+    return Experts(
+        name=name,
+        strategy=str(audit.get("model", name)),
+        seed=None,
+        step=None,
+        layers=[layer["layer"] for layer in layers],
+        domains=list(audit["domains"]),
+        k=layers[0]["k"],
+        load=[np.array(layer["load_by_domain"], np.int64) for layer in layers],
+        typical=[layer["typical_tokens"] for layer in layers],
+        partners=[layer.get("partners", []) for layer in layers],
+    )
+
+
+def read_audit(folder: str | Path) -> dict[str, Any] | None:
+    """The content of ``audit.json`` in ``folder``, or None if there is no such file.
+
+    Raises ``EquipoiseError`` if the file is damaged or of another version.
+    """
+    path = Path(folder) / AUDIT
+    if not path.is_file():
+        return None
+    audit = read_json(path)
+    _require_keys(path, audit, ["format", "domains", "layers", "tokens", "mean"])
+    if audit["format"] != AUDIT_FORMAT:
+        raise EquipoiseError(
+            f"{path} must have format {AUDIT_FORMAT}: got {audit['format']!r}. Another version of equipoise wrote it; "
+            "audit the model again."
+        )
+    if not audit["layers"]:
+        raise EquipoiseError(f"{path} must contain at least one layer: it contains none. Audit the model again.")
+    for layer in audit["layers"]:
+        _require_keys(path, layer, ["layer", "experts", "k", "load_by_domain", "typical_tokens", "maxvio"])
+        sizes = [len(row) for row in layer["load_by_domain"]]
+        if sizes != [layer["experts"]] * len(audit["domains"]):
+            raise EquipoiseError(
+                f"{path} must contain the load of {layer['experts']} experts in {len(audit['domains'])} domains for "
+                f"{layer['layer']}: its rows have lengths {sizes}. The file is damaged; audit the model again."
+            )
+    return audit
+
+
+def read_runs(folder: str | Path) -> tuple[list[RecordedRun], list[Problem]]:
+    """The readable runs below ``folder``, one per strategy and seed, and the problems of the others."""
+    recorded_runs: dict[tuple[str, int], RecordedRun] = {}
+    problems: list[Problem] = []
+    for files in _find_readable_runs(Path(folder), problems):
+        name = files.path.resolve().name
+        try:
+            run = _read_run(files, name)
+        except (EquipoiseError, OSError) as error:
+            problems.append(Problem(name, "damaged", _relative_message(folder, error)))
+            continue
+        try:
+            run = replace(run, audit=read_audit(files.path))
+        except EquipoiseError as error:
+            problems.append(Problem(name, "without its audit", _relative_message(folder, error)))
+        first = recorded_runs.setdefault((run.strategy, run.seed), run)
+        if first is not run:
+            reason = f"it has the same strategy and seed as {first.name}, which is shown"
+            problems.append(Problem(name, "left out", reason))
+        elif run.result is None:
+            done = run.steps[-1]["step"] if run.steps else 0
+            problems.append(Problem(name, "unfinished", f"not finished: {done} of {run.config['steps']} steps"))
+        elif run.evaluation is None:
+            problems.append(Problem(name, "without an evaluation", "so its experts are not drawn"))
+    return list(recorded_runs.values()), problems
+
+
+def _find_readable_runs(folder: Path, problems: list[Problem]) -> list[Run]:
+    """The runs in and below ``folder``. If ``find_runs`` rejects one, the others are opened one by one."""
+    try:
+        return find_runs(folder)
+    except EquipoiseError:
+        run_folders = (
+            [] if (folder / "config.json").exists() else sorted(p.parent for p in folder.glob("*/config.json"))
+        )
+        if not run_folders:
+            raise
+    runs = []
+    for run_folder in run_folders:
+        try:
+            runs += find_runs(run_folder)
+        except EquipoiseError as error:
+            problems.append(Problem(run_folder.name, "damaged", _relative_message(folder, error)))
+    return runs
+
+
+def _relative_message(folder: str | Path, error: Exception) -> str:
+    """The message with paths relative to ``folder``, so that the page does not depend on where the folder is."""
+    return str(error).replace(f"{Path(folder)}{os.sep}", "")
+
+
+def _read_run(run: Run, name: str) -> RecordedRun:
+    config = run.config
+    _require_keys(run.path / "config.json", config, SETTINGS)
+    for key, kind in SETTINGS.items():
+        if not isinstance(config[key], kind):
+            raise EquipoiseError(
+                f"{run.path / 'config.json'} must contain {key} as a {kind.__name__}: got {config[key]!r}. The file is "
+                "damaged; restore it or train again."
+            )
+    steps = list(run.rows("steps"))
+    evaluation = next(iter(deque(run.rows("evaluations"), maxlen=1)), None)
+    if evaluation is not None:
+        _check_evaluation(run.path / "evaluations.jsonl", config, evaluation)
+    result = run.result if run.complete else None
+    if result is not None:
+        _require_keys(run.path / "result.json", result, [column.key for column in COLUMNS] + ["domains"])
+        _check_result(run.path / "result.json", result)
+        if len(steps) != config["steps"]:
+            raise EquipoiseError(
+                f"{run.path / 'steps.jsonl'} must contain {config['steps']} steps, because the run is finished: it "
+                f"contains {len(steps)}. Restore the file or train again."
+            )
+    return RecordedRun(run, name, steps, evaluation, result)
+
+
+def _require_keys(path: Path, content: Any, keys: Iterable[str]) -> None:
+    missing = [key for key in keys if not isinstance(content, dict) or key not in content]
+    if missing:
+        raise EquipoiseError(
+            f"{path} must contain {', '.join(missing)}: it does not. The file is damaged or of another version; "
+            "restore it or make it again."
+        )
+
+
+def _check_evaluation(path: Path, config: dict[str, Any], evaluation: dict[str, Any]) -> None:
+    _require_keys(path, evaluation, ["domains"])
+    layers, experts = len(config["layers"]), config["num_experts"]
+    for domain, figures in evaluation["domains"].items():
+        _require_keys(path, figures, ["load"])
+        load = figures["load"] if isinstance(figures["load"], list) else []
+        sizes = [len(layer) if isinstance(layer, list) else 0 for layer in load]
+        if sizes != [experts] * layers:
+            raise EquipoiseError(
+                f"{path} must contain the load of {layers} layers of {experts} experts for domain {domain!r}: the "
+                f"layers of the last line have {sizes} experts. The file is damaged; restore it or train again."
+            )
+
+
+def _check_result(path: Path, result: dict[str, Any]) -> None:
+    for column in COLUMNS:
+        if not isinstance(result[column.key], int | float | None):
+            raise EquipoiseError(
+                f"{path} must contain {column.key} as a number: got {result[column.key]!r}. The file is damaged; "
+                "restore it or train again."
+            )
+    for domain in result["domains"]:
+        _require_keys(path, result["domains"][domain], ["nats"])

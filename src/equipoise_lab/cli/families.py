@@ -1,0 +1,136 @@
+"""``equipoise families``."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from equipoise_lab.cli.process import print_json, print_stderr, requires_lab, share_cores
+
+if TYPE_CHECKING:
+    from equipoise_lab.models.examine import ExaminedLayer
+    from equipoise_lab.models.families import Family
+
+__all__ = ["Families", "run", "subcommand"]
+
+MODEL_COLUMNS = ("layer", "experts", "k", "score function", "bias added to", "slot", "counts", "MaxVio")
+FAMILY_COLUMNS = (
+    "model_type", "router", "score function", "bias added to", "slot (held by)", "groups", "hash", "supported",
+    "tested", "why not",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Families:
+    """The options of ``equipoise families``."""
+
+    model: Path | None  # None: list all families
+    json: bool
+
+
+def subcommand() -> Any:
+    import tyro
+
+    def families(
+        model: Annotated[
+            Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL]", help_behavior_hint="")
+        ] = None,
+        json: bool = False,
+    ) -> Families:
+        """Which model families of the installed Transformers can be attached, or whether your own model can be.
+
+        Args:
+            model: A folder with a config.json, with or without weights; a config.json; or a run. The model is attached
+                and one random batch is counted. Without it, all families are listed.
+            json: Print JSON.
+        """
+        return Families(model, json)
+
+    return Annotated[Families, tyro.conf.subcommand("families", constructor=families)]
+
+
+def run(options: Families, command_line: str) -> None:
+    share_cores()
+    if options.model is None:
+        _show_families(options.json)
+    else:
+        _show_model(options.model, options.json)
+
+
+def _show_model(path: Path, json: bool) -> None:
+    with requires_lab("families"):
+        import transformers  # noqa: F401
+
+        from equipoise_lab.models.examine import examine
+        from equipoise_lab.train.watch import print_rows
+    examined = examine(path)
+    if json:
+        print_json(asdict(examined))
+        return
+    print(
+        f"{examined.model} ({examined.model_type}), {examined.num_parameters:,} parameters, "
+        f"{len(examined.layers)} MoE layers"
+    )
+    print_rows(MODEL_COLUMNS, [_layer_row(layer) for layer in examined.layers], stderr=False)
+    for note in examined.notes:
+        print_stderr(f"note: {note}")
+
+
+def _layer_row(layer: "ExaminedLayer") -> tuple[str, ...]:
+    return (
+        layer.name,
+        str(layer.num_experts),
+        str(layer.k),
+        layer.score_function,
+        layer.selection,
+        layer.slot or "-",
+        "-" if layer.load is None else " ".join(map(str, layer.load)),
+        "-" if layer.maxvio is None else f"{layer.maxvio:.2f}",
+    )
+
+
+def _show_families(json: bool) -> None:
+    with requires_lab("families"):
+        import transformers  # noqa: F401
+
+        from equipoise_lab.train.watch import print_rows
+    families = _installed_families()
+    if json:
+        print_json([asdict(family) for family in families])
+        return
+    print_rows(FAMILY_COLUMNS, [_family_row(family) for family in families], stderr=False)
+    print_stderr(
+        "groups: some of the family's models first choose groups of experts; where that happens before the bias is "
+        "added, attach refuses. hash: some layers choose experts by the token's id, so nothing can balance them. "
+        "tested: our tests attached it."
+    )
+
+
+def _family_row(family: "Family") -> tuple[str, ...]:
+    def yes_no(value: bool) -> str:
+        return "yes" if value else "no"
+
+    only_without_groups = family.supported and family.group_limits and not family.slot
+    return (
+        family.model_type,
+        family.router or "-",
+        family.score_function or "-",
+        family.selection or "-",
+        f"{family.slot} ({family.slot_held_by})" if family.slot else "-",
+        yes_no(family.group_limits),
+        yes_no(family.hash_layers),
+        "without groups" if only_without_groups else yes_no(family.supported),
+        yes_no(family.tested),
+        family.reason or "",
+    )
+
+
+def _installed_families() -> "list[Family]":
+    """All families, with a bar on stderr while the modeling files are imported."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from equipoise_lab.models.families import families
+
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("modeling files of Transformers", total=None)
+        return families(lambda done, total, package: progress.update(task, completed=done, total=total))

@@ -1,0 +1,72 @@
+"""``equipoise reproduce``. Its options are in ``reproduce.config``."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from equipoise_lab.cli.process import print_json, print_stderr, requires_lab, share_cores
+from equipoise_lab.reproduce.config import Reproduce
+
+__all__ = ["Reproduce", "run", "subcommand"]
+
+COLUMNS = ("comparison", "claimed", "means of the arms", "difference, 95 % interval", "verdict")
+
+
+def subcommand() -> Any:
+    import tyro
+
+    def reproduce(
+        claim: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[CLAIM]", help_behavior_hint="")] = "all",
+        budget: float | None = None,
+        out: Path = Path("runs/reproduce"),
+        results: Path = Path("benchmarks/results/claims"),
+        workers: int = 0,
+        dtype: Literal["bfloat16", "float32"] | None = None,
+        page: Path | None = None,
+        json: bool = False,
+    ) -> Reproduce:
+        """Test what the papers claim, with paired seeds, at the size of a laptop.
+
+        Args:
+            claim: The claim to test, such as 1-scope; without it, all. --budget 0 lists them.
+            budget: Minutes. A run starts only if it should end within them; the same command continues later. 0 runs
+                nothing and shows the verdicts of the stored results.
+            out: Folder for runs in progress.
+            results: Folder of the results, one small file a run. A stored run is not run again; a new
+                folder runs all of them.
+            workers: Runs side by side, one thread each; 0: one for each core.
+            dtype: Precision of all runs, in place of the one that the claims name; these results are stored beside the
+                others. CPUs without bfloat16 instructions are several times faster in float32.
+            page: Write a Markdown page with all claims.
+            json: Print the verdicts as JSON on stdout.
+        """
+        return Reproduce(claim, budget, out, results, workers, dtype, page, json)
+
+    return Annotated[Reproduce, tyro.conf.subcommand("reproduce", constructor=reproduce)]
+
+
+def run(options: Reproduce, command_line: str) -> None:
+    share_cores()
+    with requires_lab("reproduce"):
+        from equipoise_lab.train.watch import Runs, print_rows
+    options.check()
+    from equipoise_lab.reproduce.command import as_json, reproduce, table_rows
+
+    with Runs() as progress:
+        if options.budget != 0 and options.dtype is None and not _has_bfloat16():
+            progress.say(
+                "this machine has no bfloat16 instructions. Most claims run in bfloat16, which takes several times as "
+                "long here; --dtype float32 runs them in float32."
+            )
+        findings = reproduce(options, progress)
+    for name in dict.fromkeys(finding.claim.name for finding in findings):
+        of_claim = [finding for finding in findings if finding.claim.name == name]
+        print_stderr(f"\n{name}: {of_claim[0].claim.title}")
+        print_rows(COLUMNS, table_rows(of_claim))
+    if options.json:
+        print_json(as_json(findings))
+
+
+def _has_bfloat16() -> bool:
+    from equipoise_lab.train.engine import machine
+
+    return machine("auto")[1]
