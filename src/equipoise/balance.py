@@ -12,13 +12,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from equipoise._text import abbreviate, shape_or_type
-from equipoise.balancers import Balancer, LossFree, format_strategy
+from equipoise.balancers import Balancer, format_strategy
 from equipoise.counting.notices import Notices
 from equipoise.counting.pool import Pool
 from equipoise.counting.recorder import Recorder
 from equipoise.counting.state import load_state, state_of
 from equipoise.counting.taps import Taps
-from equipoise.counting.window import MicroBatch
 from equipoise.counting.window_metrics import window_metrics
 from equipoise.errors import EquipoiseError
 from equipoise.routers import MoELayer
@@ -38,8 +37,7 @@ _log = logging.getLogger("equipoise")
 class Balance:
     """The balancing of one model; made by ``attach``.
 
-    In a training loop, per micro-batch ``loss = model(...).loss + balance.loss()``; per optimizer step, after it,
-    ``balance.step()``. See ``attach``.
+    Per micro-batch ``loss = model(...).loss + balance.loss()``; after each optimizer step ``balance.step()``.
 
     Attributes:
         load: by layer, the counts of the last closed window over all ranks, int64 ``[experts]``.
@@ -49,8 +47,7 @@ class Balance:
         layers: the attached layers, in model order.
         strategy: the strategy string.
         multiplies: whether a bias b is a factor 1 + b on the scores (rule ``multiplicative``).
-        num_windows: how many windows were closed.
-        has_open_window: whether anything was counted since the last ``step()``.
+        num_windows: how many windows were closed; ``has_open_window``: whether anything was counted since.
         rate: of Loss-Free, for the window that was closed last; 0.0 without it.
     """
 
@@ -71,9 +68,7 @@ class Balance:
         self._context, self._losses = self._recorder.context, self._recorder.losses
         self._notices = Notices(self._recorder)
         self._taps = Taps(self._recorder)
-        self._device_of_model = next(model.parameters(), torch.zeros(())).device
         self._has_config = hasattr(model, "save_pretrained")
-        self._last_micro_batch: MicroBatch | None = None
 
     # ---- the training loop ----
 
@@ -82,15 +77,11 @@ class Balance:
 
         ``sum over balancers of coefficient * sum over layers of their loss``, a mean over the unmasked tokens of the
         micro-batch, as a mean cross-entropy is: weigh it as you weigh that. 0 if no balancer has a loss or nothing was
-        counted.
+        counted. Its value is for logging, by the counts known now. Its backward records the factor that the loss was
+        given (1 / accumulation steps, a GradScaler's scale); each router then adds the gradient by the counts known
+        then. That gradient is a constant to autograd: a second derivative (``create_graph=True``) leaves the balancing out.
 
-        Its value is for logging, by the counts known now. Its backward carries no gradient. It records the factor that
-        the loss was given (1 / accumulation steps, a GradScaler's scale); each router then adds the gradient by the
-        counts known then.
-
-        That gradient is a constant to autograd: a second derivative (``create_graph=True``) leaves the balancing out.
-        A gradient for some tensors only (``torch.autograd.grad``, ``backward(inputs=...)``) does not run the backward
-        of this loss: set ``loss_scale`` instead of adding it.
+        If the gradient is taken for some tensors only (``backward(inputs=...)``), set ``loss_scale`` instead of adding it.
         """
         return self._close_micro_batch()
 
@@ -102,11 +93,7 @@ class Balance:
         if self._context.has_explicit_mask:
             self._context.clear()
         if micro_batch is None:  # a loss() for logging, between two windows
-            return torch.zeros((), device=self._device())
-        self._losses.separates = True
-        self._last_micro_batch = micro_batch
-        if self._losses.number == 0:
-            return torch.zeros((), device=micro_batch.vector.device)
+            return torch.zeros((), device=self._recorder.device)
         return self._losses.ticket(micro_batch)
 
     @property
@@ -121,23 +108,20 @@ class Balance:
     def step(self, applied: bool | Tensor = True) -> None:
         """Closes the window: pools its counts over the ranks and moves the biases. Call it after ``optimizer.step()``.
 
-        Under Accelerate's ``accumulate`` the optimizer's step does nothing but for the last micro-batch: call this only
-        ``if accelerator.sync_gradients``, or ``follow`` the optimizer inside.
+        Under Accelerate's ``accumulate`` call it only ``if accelerator.sync_gradients``, or ``follow`` the optimizer.
 
         Args:
             applied: whether the optimizer's step was applied, a bool or a 0-d tensor (a GradScaler skips steps). The
-                window closes either way. The biases move only if it was applied on every rank.
+                window closes either way; the biases move only if it was applied on every rank.
 
-        A router that was called on no rank keeps its bias (but for what is left of a momentum). Each router that a rank
-        did not call is warned of once there, and so is one that the loss gave no gradient. Collective over the group.
-        Raises ``EquipoiseError`` if a rank called no router at all; the other ranks raise too.
+        A router that no rank called keeps its bias (but for what is left of a momentum). Warns once of each router that
+        this rank did not call, or that the loss gave no gradient. Collective over the group. Raises ``EquipoiseError``
+        on all ranks if a rank called no router at all.
         """
-        applied = self._checked(applied)
+        applied = _checked(applied, self._recorder.device)
         self._pool.check_alone()
         if self._taps.are_removed:
-            raise EquipoiseError(
-                "step() must be called before detach(): this Balance was detached. Attach the model again."
-            )
+            raise EquipoiseError("step() must be called before detach(): this Balance was detached. Attach it again.")
         window = self._window
         if not self.layers:  # a pipeline stage of dense layers
             window.close_empty()
@@ -145,7 +129,7 @@ class Balance:
             return
         called_layers = window.called_layers
         if not called_layers:
-            window.fail(self._device(), self._recorder.empty_statistics())
+            window.fail(self._recorder.device, self._biases.empty_statistics())
             raise EquipoiseError(
                 "attached routers must be called in training mode between two steps: none was. Call step() once an "
                 "optimizer step, after a forward (follow(optimizer) calls it already)."
@@ -153,29 +137,13 @@ class Balance:
         self._notices.give(called_layers)
         if self._context.has_unused_mask:
             _log.warning(_UNUSED_MASK)
-        absent = self._recorder.empty_statistics() if len(called_layers) < len(self.layers) else None
-        num_before, self._last_micro_batch = window.num_closed, window.micro_batches[-1]
-        statistics, applied = window.close(applied, absent)
-        if self._context.has_explicit_mask:
-            self._context.clear()
-        if applied is not False and window.last is not None:
-            self._biases.update(window.last.vector, statistics, num_before, applied)
-
-    def _checked(self, applied: bool | Tensor) -> bool | Tensor:
-        if isinstance(applied, bool):
-            return applied
-        if not isinstance(applied, Tensor) or applied.numel() != 1:
-            raise ValueError(f"applied must be true, false or a tensor of one number: got {shape_or_type(applied)}.")
-        is_on_host = applied.device.type == "cpu" != self._device().type
-        return bool(applied) if is_on_host else applied.reshape(())
+        self._recorder.close_window(applied, called_layers)
 
     def follow(self, optimizer: torch.optim.Optimizer) -> Any:
         """Calls ``step()`` after every ``optimizer.step()``. ``remove()`` on what it returns ends that.
 
-        If a step is skipped by a GradScaler, or raises, this hook never runs: call ``step(applied=False)``, or its
-        counts become part of the next window. Fused optimizers are detected: a GradScaler always calls them and they
-        skip by themselves. ``optimizer`` is one of torch; of one that Accelerate prepared, pass
-        ``optimizer.optimizer``.
+        If a step is skipped by a GradScaler, or raises, this hook never runs: call ``step(applied=False)``. Fused
+        optimizers, which skip by themselves, are detected. Of one that Accelerate prepared pass ``optimizer.optimizer``.
         """
         return after_each_step(optimizer, self.step, self)
 
@@ -185,12 +153,11 @@ class Balance:
     def measuring(self) -> Iterator[dict[str, Int[Tensor, " experts"]]]:
         """Counts an evaluation, in any mode, and moves nothing. The open window is untouched.
 
-        Yields a dict that is filled at the end: by layer, int64 ``[experts]``, summed over the ranks. Collective over
-        the group: every rank enters and leaves it, also one without a batch.
+        Yields a dict, filled at the end: by layer, int64 ``[experts]``, over all ranks, which all enter and leave it.
         """
         self._pool.check_alone()
         load: dict[str, Tensor] = {}
-        with self._recorder.measuring(self._device(), load):
+        with self._recorder.measuring(self._recorder.device, load):
             yield load
 
     @contextmanager
@@ -200,11 +167,7 @@ class Balance:
             yield
 
     def token_mask(
-        self,
-        mask: Tensor | None,
-        sequence_ids: Tensor | None = None,
-        *,
-        where: Callable[[str], bool] | None = None,
+        self, mask: Tensor | None, sequence_ids: Tensor | None = None, *, where: Callable[[str], bool] | None = None
     ) -> None:
         """Says which tokens of the coming micro-batch count, and which sequence each is in.
 
@@ -218,14 +181,9 @@ class Balance:
             sequence_ids: an integer that changes where a new packed sequence begins; the same shape.
             where: ``where(layer_name) -> bool`` chooses the layers. None: all layers that have no mask of their own.
         """
-        token_mask, chosen = TokenMask(mask, sequence_ids), None
+        token_mask = TokenMask(mask, sequence_ids)
         token_mask.check()
-        if where is not None:
-            chosen = [index for index, layer in enumerate(self.layers) if where(layer.name)]
-            if not chosen:
-                names = abbreviate(layer.name for layer in self.layers)
-                raise ValueError(f"where must choose a layer: it chooses none of {names}.")
-        self._context.set_mask(token_mask, chosen)
+        self._context.set_mask(token_mask, None if where is None else _choose(self.layers, where))
 
     # ---- what comes out ----
 
@@ -233,7 +191,9 @@ class Balance:
     def load(self) -> dict[str, Int[Tensor, " experts"]]:
         self._window.exchange.read()
         last = self._window.last
-        return self._recorder.by_name(self._recorder.layout.zeros(self._device()) if last is None else last.vector)
+        return self._recorder.by_name(
+            self._recorder.layout.zeros(self._recorder.device) if last is None else last.vector
+        )
 
     def peek_load(self) -> dict[str, Int[Tensor, " experts"]]:
         """As ``load``, without checking whether another rank failed, so without waiting for a GPU; {} before it."""
@@ -246,10 +206,7 @@ class Balance:
 
     @property
     def num_tokens(self) -> Int[Tensor, ""]:
-        micro_batch = self._window.current or self._last_micro_batch
-        if micro_batch is None:
-            return torch.zeros((), dtype=torch.int64, device=self._device())
-        return torch.stack([micro_batch.num_tokens[layer] for layer in sorted(micro_batch.called_layers)]).min()
+        return self._window.num_tokens(self._recorder.device)
 
     @property
     def num_windows(self) -> int:
@@ -261,9 +218,7 @@ class Balance:
 
     @property
     def rate(self) -> float:
-        steering = [group.steering for group in self._biases.groups]
-        rates = [b.rate_at(self.num_windows - 1) for b in steering if isinstance(b, LossFree)]
-        return max(rates, default=0.0)
+        return self._biases.rate(self.num_windows - 1)
 
     def metrics(self) -> dict[str, float]:
         """Figures of the last closed window over all ranks, as Python numbers; {} before it. Waits for a GPU.
@@ -273,25 +228,20 @@ class Balance:
         ``z_loss``), ``bias_max``, ``collectives``, ``collective_bytes``. docs/metrics.md defines each.
         """
         self._window.exchange.read()
-        result = window_metrics(self._recorder)
-        if result and self._biases.steers:
-            result["bias_max"] = max(float(bias.abs().max()) for bias in self.biases.values())
-        return result
+        return window_metrics(self._recorder)
 
     def notes(self, num_steps: int) -> list[str]:
         """What a user should know before a run of this many steps, a sentence each."""
-        balancers = [balancer for group in self._biases.groups for balancer in group.balancers]
-        return list(dict.fromkeys(note for balancer in balancers for note in balancer.notes(num_steps)))
+        return self._biases.notes(num_steps)
 
     # ---- saving ----
 
     def save_biases(self, folder: str | os.PathLike[str]) -> Path | None:
         """Saves the biases beside weights that were saved into ``folder``; returns the file.
 
-        Call it after ``model.save_pretrained(folder)``. A family with a slot has them among its weights: nothing is
-        written, and None returned. The same for a strategy without biases. Otherwise it writes
-        ``equipoise_biases.safetensors``, in float32, and names it in config.json: ``attach`` begins with it when the
-        model is loaded from there. Plain Transformers routes without. On many ranks the first one calls it.
+        Call it after ``model.save_pretrained(folder)``, on the first rank. A family with a slot has them among its
+        weights: nothing is written, and None returned. Else it writes ``equipoise_biases.safetensors``, in float32, and
+        names it in config.json, where ``attach`` finds it. Plain Transformers routes without.
         """
         are_beside = any(layer.slot is None for layer in self.layers) or self.multiplies
         is_wanted = self._biases.steers and are_beside
@@ -299,23 +249,20 @@ class Balance:
         return write_biases(Path(folder), self.biases, self.multiplies) if is_wanted else None
 
     def state_dict(self) -> dict[str, Any]:
-        """Biases and what moves with them, the last window's counts, the number of windows: equal on all ranks.
-
-        Legal between windows only.
-        """
+        """Biases and what moves with them, the last window's counts: equal on all ranks. Legal between windows only."""
         self._window.exchange.read()
-        return state_of(self._recorder, self.strategy, self.multiplies, self._device())
+        return state_of(self._recorder, self.strategy, self.multiplies, self._recorder.device)
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes up what ``state_dict`` gave. The state of another model is refused before anything moves.
 
-        What only another strategy keeps (a momentum) is left out, and what that state lacks begins at zero. Collective
-        over the group: every rank loads the same state, whatever number of ranks saved it.
+        What only another strategy keeps (a momentum) is left out; what the state lacks begins at zero. Collective over
+        the group: every rank loads the same state, whatever number of ranks saved it.
         """
         self._pool.check_alone()
         self._window.exchange.read()
-        load_state(state, self._recorder, self.strategy, self.multiplies, self._device(), self._pool)
+        load_state(state, self._recorder, self.strategy, self.multiplies, self._recorder.device, self._pool)
 
     def agree(self, what: str, value: Any, error: Exception | None = None) -> list[Any]:
         """The Python value of every rank of the group; if ``what`` failed on any rank, an error on every rank."""
@@ -324,8 +271,7 @@ class Balance:
     def detach(self) -> dict[str, Float[Tensor, " experts"]]:
         """Removes all that ``attach`` added, and returns the biases.
 
-        A model's own slot keeps what it holds. The biases of a family without a slot are gone from the model. On every
-        rank of the group, or on none.
+        A model's own slot keeps what it holds; without one the biases are gone. On every rank of the group, or none.
         """
         biases = self.biases
         if not self._taps.are_removed:
@@ -338,7 +284,19 @@ class Balance:
         experts = f" of {sizes} experts" if self.layers else ""
         return f"Balance({self.strategy!r}, {len(self.layers)} layers{experts})"
 
-    def _device(self) -> torch.device:
-        if not self.layers:
-            return self._device_of_model
-        return next(self.layers[0].router.parameters()).device  # a router may have its matrix in a module inside
+
+def _choose(layers: Sequence[MoELayer], where: Callable[[str], bool]) -> list[int]:
+    chosen = [index for index, layer in enumerate(layers) if where(layer.name)]
+    if not chosen:
+        names = abbreviate(layer.name for layer in layers)
+        raise ValueError(f"where must choose a layer: it chooses none of {names}.")
+    return chosen
+
+
+def _checked(applied: bool | Tensor, device: torch.device) -> bool | Tensor:
+    if isinstance(applied, bool):
+        return applied
+    if not isinstance(applied, Tensor) or applied.numel() != 1:
+        raise ValueError(f"applied must be true, false or a tensor of one number: got {shape_or_type(applied)}.")
+    is_on_host = applied.device.type == "cpu" != device.type
+    return bool(applied) if is_on_host else applied.reshape(())

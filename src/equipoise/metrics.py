@@ -53,9 +53,7 @@ def _by_domain(load: Tensor) -> Tensor:
     if load.dim() < 2 or load.shape[0] == 0 or load.shape[-1] == 0:
         raise ValueError(f"load must have the shape (domains, ..., experts), none of them 0: got {tuple(load.shape)}.")
     if load.is_floating_point():
-        raise ValueError(
-            f"load must hold counts, integers: got {load.dtype}. A share does not tell how many it counts."
-        )
+        raise ValueError(f"load must hold counts, integers: got {load.dtype}. Shares lack the number of tokens.")
     _check_sign(load)
     return load.double()
 

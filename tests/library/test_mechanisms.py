@@ -156,11 +156,12 @@ def test_state_resumes_as_if_never_stopped(strategy, tmp_path):
 
 
 def test_the_momentum_of_another_strategy_is_left_out_or_begins_at_zero():
+    models = tiny_lm(), tiny_lm()
     with_momentum, without = (
-        equipoise.attach(tiny_lm(), f"loss-free:rate=0.1,rule={rule}") for rule in ("momentum", "sign")
+        equipoise.attach(model, f"loss-free:rate=0.1,rule={rule}")
+        for model, rule in zip(models, ("momentum", "sign"), strict=True)
     )
-    for balance, seed in ((with_momentum, 0), (without, 1)):
-        model = balance._context.model
+    for seed, (model, balance) in enumerate(zip(models, (with_momentum, without), strict=True)):
         model(ids(seed))
         balance.step()
     state = without.state_dict()
@@ -341,7 +342,7 @@ def test_a_factor_on_a_slot_that_is_not_zero_is_refused():
     for name, slot in model.named_buffers():
         if name.endswith("e_score_correction_bias"):
             slot.fill_(-1.0)
-    with pytest.raises(EquipoiseError, match="a factor must find a slot of zeros: model.layers.0.mlp.gate adds"):
+    with pytest.raises(EquipoiseError, match="the slot of model.layers.0.mlp.gate must be zero for a multiplicative"):
         equipoise.attach(model, "loss-free:rule=multiplicative")
     equipoise.attach(model, "loss-free:rule=sign")
 

@@ -14,7 +14,7 @@ from equipoise.saved import BIASES_FILE, read_biases
 
 def saved(folder, family="qwen3_moe", strategy="loss-free"):
     model = shrunken.build(family)
-    names = [layer.name for layer in equipoise.attach(model)._layers]
+    names = list(equipoise.attach(model, "frozen").biases)
     model = shrunken.build(family)
     experts = model.config.num_experts if family == "qwen3_moe" else model.config.n_routed_experts
     biases = {name: torch.linspace(-0.1, 0.1, experts) + i for i, name in enumerate(names)}
@@ -30,7 +30,7 @@ def load(folder):
 
 
 @pytest.mark.parametrize("strategy", ["frozen", "loss-free", "quantile"])
-def test_attach_begins_with_what_lies_beside_the_weights(tmp_path, strategy):
+def test_attach_starts_with_the_biases_beside_the_weights(tmp_path, strategy):
     _, biases, path = saved(tmp_path)
     assert path == tmp_path / BIASES_FILE
     assert json.loads((tmp_path / "config.json").read_text())["equipoise"] == {"biases": BIASES_FILE}
@@ -40,7 +40,7 @@ def test_attach_begins_with_what_lies_beside_the_weights(tmp_path, strategy):
     assert not any(v.any() for v in equipoise.attach(load(tmp_path), strategy, biases=zeros).biases.values())
 
 
-def test_a_copy_of_a_model_that_was_trained_on_begins_with_what_it_holds(tmp_path):
+def test_a_copy_of_an_attached_model_starts_with_its_newer_biases(tmp_path):
     from copy import deepcopy
 
     saved(tmp_path)
@@ -55,14 +55,14 @@ def test_a_copy_of_a_model_that_was_trained_on_begins_with_what_it_holds(tmp_pat
     assert all(torch.equal(copied[name], now[name]) and not torch.equal(now[name], before[name]) for name in now)
 
 
-def test_a_strategy_without_biases_says_that_it_routes_otherwise(tmp_path, caplog):
+def test_a_strategy_without_biases_warns_that_it_routes_otherwise(tmp_path, caplog):
     saved(tmp_path)
     with caplog.at_level(logging.WARNING, "equipoise"):
         equipoise.attach(load(tmp_path), "lbl")
     assert "was saved with biases, and lbl" in caplog.text and "Add frozen" in caplog.text
 
 
-def test_biases_that_are_promised_and_not_there_are_an_error(tmp_path):
+def test_biases_that_the_config_names_must_exist(tmp_path):
     saved(tmp_path)
     (tmp_path / BIASES_FILE).rename(tmp_path / "elsewhere.safetensors")
     model = load(tmp_path)
@@ -83,20 +83,20 @@ def test_a_damaged_file_is_an_error_that_names_it(tmp_path):
         equipoise.attach(load(tmp_path), "loss-free")
 
 
-def test_a_slot_needs_no_file_and_no_strategy_without_biases_writes_one(tmp_path):
+def test_a_model_with_slots_and_a_strategy_without_biases_write_no_file(tmp_path):
     assert saved(tmp_path / "a", "glm4_moe")[2] is None
     assert saved(tmp_path / "b", "qwen3_moe", "lbl")[2] is None
     assert not list(tmp_path.glob(f"*/{BIASES_FILE}"))
 
 
-def test_a_folder_must_be_there(tmp_path):
+def test_the_folder_must_exist(tmp_path):
     balance, _, _ = saved(tmp_path)
     with pytest.raises(UsageError, match="must be one that the model was saved into"):
         balance.save_biases(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "glm4_moe"])
-def test_factors_come_back_as_factors_or_not_at_all(tmp_path, family):
+def test_factors_are_loaded_as_factors_or_not_at_all(tmp_path, family):
     strategy = "loss-free:rate=0.1,rule=multiplicative"
     balance, biases, path = saved(tmp_path, family, strategy)  # a slot does not hold them, so both have a file
     assert path == tmp_path / BIASES_FILE and read_biases(tmp_path)[1]
@@ -108,12 +108,12 @@ def test_factors_come_back_as_factors_or_not_at_all(tmp_path, family):
         loaded = equipoise.attach(load(tmp_path), taken).biases
         assert all(torch.equal(loaded[name], biases[name]) for name in biases)
     model, ids = load(tmp_path).eval(), torch.arange(12).view(1, 12)
-    expected = balance_of_its_own(family, biases, strategy, model, ids)
+    expected = logits_under(family, biases, strategy, model, ids)
     equipoise.attach(model, "frozen:multiplies=true")
     torch.testing.assert_close(model(input_ids=ids).logits, expected)
 
 
-def balance_of_its_own(family, biases, strategy, model, ids):
+def logits_under(family, biases, strategy, model, ids):
     """The logits of the same model under the rule that made the factors."""
     other = shrunken.build(family).eval()
     other.load_state_dict(model.state_dict())
@@ -121,14 +121,14 @@ def balance_of_its_own(family, biases, strategy, model, ids):
     return other(input_ids=ids).logits
 
 
-def test_added_biases_are_no_factors(tmp_path):
+def test_added_biases_are_refused_as_factors(tmp_path):
     balance, _, _ = saved(tmp_path)
     for given in (tmp_path, balance.state_dict()):
         with pytest.raises(UsageError, match="these are added to the scores"):
             equipoise.attach(load(tmp_path), "frozen:multiplies=true", biases=given)
 
 
-def test_biases_that_were_written_before_the_model_are_refused_or_told(tmp_path, caplog):
+def test_biases_that_were_saved_before_the_model_are_refused_or_not_used(tmp_path, caplog):
     balance, _, path = saved(tmp_path / "whole")
     (tmp_path / "early").mkdir()
     with pytest.raises(UsageError, match="must be one that the model was saved into"):
@@ -139,11 +139,11 @@ def test_biases_that_were_written_before_the_model_are_refused_or_told(tmp_path,
     path.rename(tmp_path / "early" / BIASES_FILE)
     with caplog.at_level(logging.WARNING, "equipoise"):
         begun = equipoise.attach(load(tmp_path / "early"), "frozen")
-    assert "the model's config does not name it: it is not taken" in caplog.text
+    assert "the model's config does not name it: it is not used" in caplog.text
     assert not any(value.any() for value in begun.biases.values())
 
 
-def test_a_step_that_is_never_called_is_said_once(caplog):
+def test_a_step_that_is_never_called_is_reported_once(caplog):
     model = shrunken.build("mixtral").train()
     equipoise.attach(model, "loss-free")
     ids = torch.zeros(1, 2, dtype=torch.int64)
@@ -153,4 +153,4 @@ def test_a_step_that_is_never_called_is_said_once(caplog):
         assert "step()" not in caplog.text
         for _ in range(3):
             model(input_ids=ids)
-    assert caplog.text.count("256 micro-batches were counted since step() was called last") == 1
+    assert caplog.text.count("256 micro-batches were counted since the last step()") == 1

@@ -207,7 +207,7 @@ MUTANTS = [
     ),
     Mutant(
         "88: a layer that one rank does not call has no statistics there",
-        "absent = self._recorder.empty_statistics() if len(called_layers) < len(self.layers) else None",
+        "absent = self.biases.empty_statistics() if len(called_layers) < len(self.layers) else None",
         "absent = None",
         "test_window -k one_rank_does_not_call",
     ),

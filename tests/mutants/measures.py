@@ -86,8 +86,8 @@ MUTANTS = [
     ),
     Mutant(
         "93: shares are accepted as counts",
-        'if load.is_floating_point():\n        raise ValueError(f"load must hold counts, integers: got {load.dtype}. A sha',
-        'if False:\n        raise ValueError(f"A sha',
+        'if load.is_floating_point():\n        raise ValueError(f"load must hold counts, integers: got {load.dtype}. Shar',
+        'if False:\n        raise ValueError(f"Shar',
         "test_metrics -k domains",
     ),
     Mutant(

@@ -16,13 +16,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from equipoise.balancers import Balancer, LayerStack
+from equipoise.balancers import Balancer, LayerStack, LossFree
 from equipoise.counting.layout import Layout
 from equipoise.counting.statistics import Statistics
 from equipoise.errors import EquipoiseError
 from equipoise.routers import MoELayer, Slot
 from equipoise.routers.kind import OWN_SLOT
 from equipoise.routers.tap import tap_of
+from equipoise.routing import Routing, score
 
 __all__ = ["Biases", "LayerGroup", "slot_value"]
 
@@ -118,7 +119,14 @@ class Biases:
         layout: Layout,
     ):
         self.layers = layers
+        self.gathered = [balancer.gathers for balancer in balancers]  # by balancer; see Statistics
+        self._layout = layout
         self.groups, self.group_of = _make_groups(layers, balancers, start, layout)
+
+    def rate(self, window: int) -> float:
+        """The rate of Loss-Free in a window; 0.0 without it."""
+        steering = [group.steering for group in self.groups]
+        return max((balancer.rate_at(window) for balancer in steering if isinstance(balancer, LossFree)), default=0.0)
 
     @property
     def steers(self) -> bool:
@@ -145,6 +153,11 @@ class Biases:
     def by_name(self) -> dict[str, Float[Tensor, " experts"]]:
         """The bias of every layer. Copies."""
         return {layer.name: self.of(index).clone() for index, layer in enumerate(self.layers)}
+
+    def notes(self, num_steps: int) -> list[str]:
+        """``Balance.notes``."""
+        balancers = [balancer for group in self.groups for balancer in group.balancers]
+        return list(dict.fromkeys(note for balancer in balancers for note in balancer.notes(num_steps)))
 
     # ---- moving ----
 
@@ -243,6 +256,36 @@ class Biases:
             for value in group.steering.state().values():
                 value[row].zero_()
         self.restore(layer)
+
+    # ---- statistics ----
+
+    def add_micro_batch_statistics(self, vector: Tensor, statistics: Statistics) -> None:
+        """A micro-batch closes: adds what balancers want to know of its load."""
+        for group in self.groups:
+            for number in group.with_micro_batch_statistic:
+                values = group.balancers[number].micro_batch_statistic(group.load(vector))
+                assert values is not None  # as when the group was made
+                for layer, value in zip(group.layers, values, strict=True):
+                    statistics.add(layer, number, value.clone())
+
+    def empty_statistics(self) -> Statistics:
+        """The statistics of a window without tokens: zeros, in the order and of the size of every other window's."""
+        statistics = Statistics(self.gathered)
+        for group in self.groups if any(group.has_statistics for group in self.groups) else []:
+            for row, index in enumerate(group.layers):
+                layer = self.layers[index]
+                logits = slot_value(layer).new_zeros(0, layer.num_experts)
+                expert_ids = torch.zeros(0, layer.k, dtype=torch.int64, device=logits.device)
+                scores = score(logits, layer.kind.score_function)
+                routing = Routing(logits, scores, expert_ids, logits.new_zeros(0, layer.k))
+                for number, balancer in enumerate(group.balancers):
+                    statistic = balancer.statistic(routing, row)
+                    if statistic is not None:
+                        statistics.add(index, number, statistic)
+        if self.layers:
+            vector = self._layout.zeros(slot_value(self.layers[0]).device)
+            self.add_micro_batch_statistics(vector, statistics)
+        return statistics
 
     # ---- saving ----
 

@@ -88,6 +88,9 @@ class Losses:
 
     def ticket(self, micro_batch: MicroBatch) -> Float[Tensor, ""]:
         """The balancing loss of a closed micro-batch: see ``Balance.loss``."""
+        self.separates = True
+        if self.number == 0:
+            return torch.zeros((), device=micro_batch.vector.device)
         num_tokens = micro_batch.num_tokens.clamp_min(1)
         value = torch.zeros((), dtype=torch.float64, device=num_tokens.device)
         for balancer, losses in zip(self.balancers, micro_batch.losses, strict=True):

@@ -13,18 +13,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from equipoise.balancers import Balancer
-from equipoise.counting.biases import Biases, slot_value
+from equipoise.counting.biases import Biases
 from equipoise.counting.gradient import Losses
 from equipoise.counting.layout import Layout
 from equipoise.counting.masks import fit_mask, is_mask_of, number_sequences
 from equipoise.counting.pool import Pool
-from equipoise.counting.statistics import Statistics
 from equipoise.counting.window import CountedCall, Window
 from equipoise.errors import EquipoiseError
 from equipoise.routers import MoELayer
 from equipoise.routers.forward import ForwardContext
 from equipoise.routers.tap import RECOMPUTED, UNCOUNTED, RouterCall
-from equipoise.routing import Routing, score
 from equipoise.torch_internals import is_backward_running, is_shape_inference
 
 __all__ = ["Mode", "Recorder"]
@@ -60,16 +58,23 @@ class Recorder:
         self.biases = Biases(layers, balancers, start, self.layout)
         num_losses = sum(balancer.has_loss for balancer in balancers)
         pools_each = any(b.has_loss and b.scope == "global_batch" and b.pooling == "window" for b in balancers)
-        gathered = [balancer.gathers for balancer in balancers]
-        self.window = Window(self.layout, pool, num_losses, pools_each, gathered, self._close_statistics)
+        self.window = Window(self.layout, pool, num_losses, pools_each, self.biases)
         self.losses = Losses(layers, self.biases, self.window)
         self.context = ForwardContext(model, self)
         self.unmatched_masks: dict[int, tuple[tuple[int, ...], int]] = {}
+        self._device_of_model = next(model.parameters(), torch.zeros(())).device
         self._needs_sequences = any(b.has_loss and b.scope == "sequence" for b in balancers)
         self._mode = Mode.COUNTING
         self._is_measuring = False
         self._measured: Tensor | None = None  # counts of the evaluation that is measured
         self._is_shape_inference = False  # of the last forward; see is_shape_inference
+
+    @property
+    def device(self) -> torch.device:
+        """Where counts are made if no call says it."""
+        if not self.layers:
+            return self._device_of_model
+        return next(self.layers[0].router.parameters()).device  # a router may have its matrix in a module inside
 
     # ---- modes ----
 
@@ -217,36 +222,6 @@ class Recorder:
         mask = fit_mask(mask, num_tokens, call.rows, self.layers[layer].name, call.expert_ids.device)
         return call._replace(mask=mask)
 
-    # ---- statistics ----
-
-    def _close_statistics(self, vector: Tensor, statistics: Statistics) -> None:
-        """A micro-batch closes: adds what balancers want to know of its load."""
-        for group in self.biases.groups:
-            for number in group.with_micro_batch_statistic:
-                values = group.balancers[number].micro_batch_statistic(group.load(vector))
-                assert values is not None  # as when the group was made
-                for layer, value in zip(group.layers, values, strict=True):
-                    statistics.add(layer, number, value.clone())
-
-    def empty_statistics(self) -> Statistics:
-        """The statistics of a window without tokens: zeros, in the order and of the size of every other window's."""
-        statistics = self.window.new_statistics()
-        groups = self.biases.groups
-        for group in groups if any(group.has_statistics for group in groups) else []:
-            for row, index in enumerate(group.layers):
-                layer = self.layers[index]
-                logits = slot_value(layer).new_zeros(0, layer.num_experts)
-                expert_ids = torch.zeros(0, layer.k, dtype=torch.int64, device=logits.device)
-                scores = score(logits, layer.kind.score_function)
-                routing = Routing(logits, scores, expert_ids, logits.new_zeros(0, layer.k))
-                for number, balancer in enumerate(group.balancers):
-                    statistic = balancer.statistic(routing, row)
-                    if statistic is not None:
-                        statistics.add(index, number, statistic)
-        if self.layers:
-            self._close_statistics(self.layout.zeros(slot_value(self.layers[0]).device), statistics)
-        return statistics
-
     # ---- checks ----
 
     def _check_padding(self) -> None:
@@ -278,7 +253,17 @@ class Recorder:
                 "backward of a forward in paused() or measuring() inside it too."
             )
 
-    # ---- results ----
+    # ---- windows ----
+
+    def close_window(self, applied: bool | Tensor, called_layers: set[int]) -> None:
+        """Closes the window over all ranks and moves the biases, if every rank's optimizer step was applied."""
+        window, num_before = self.window, self.window.num_closed
+        absent = self.biases.empty_statistics() if len(called_layers) < len(self.layers) else None
+        statistics, applied = window.close(applied, absent)
+        if self.context.has_explicit_mask:
+            self.context.clear()
+        if applied is not False and window.last is not None:
+            self.biases.update(window.last.vector, statistics, num_before, applied)
 
     def by_name(self, vector: Tensor) -> dict[str, Tensor]:
         """The loads in a vector of counts, by layer name. Views."""

@@ -5,7 +5,7 @@ A window is what is counted between two calls of ``Balance.step``. It owns its m
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from equipoise.counting.biases import Biases
 from equipoise.counting.exchange import Exchange
 from equipoise.counting.layout import Layout, outside_inference_mode
 from equipoise.counting.pool import Pool
@@ -148,9 +149,7 @@ class Window:
     Args:
         num_losses: how many balancers have a loss.
         pools_each: whether a loss needs the pooled counts of every micro-batch.
-        gathered: by balancer, whether its statistics are concatenated; see ``Statistics``.
-        close_statistics: called with the vector and the statistics of every micro-batch that closes; adds what depends
-            on its counts.
+        biases: of the layer groups, whose balancers have statistics.
 
     Attributes:
         micro_batches: those of the open window.
@@ -166,17 +165,16 @@ class Window:
         pool: Pool,
         num_losses: int,
         pools_each: bool,
-        gathered: Sequence[bool],
-        close_statistics: Callable[[Tensor, Statistics], None],
+        biases: Biases,
     ):
         self.layout = layout
         self.exchange = Exchange(layout, pool, pools_each)
         self.num_closed = 0
         self.last: ClosedWindow | None = None
         self._num_losses = num_losses
-        self._gathered = gathered
-        self._close_statistics = close_statistics
+        self._biases = biases
         self._number = -1
+        self._latest: MicroBatch | None = None  # that was closed
         self._open()
 
     def _open(self) -> None:
@@ -185,13 +183,10 @@ class Window:
         self.current: MicroBatch | None = None
         self.serving: MicroBatch | None = None  # whose ticket's backward ran last
         self._calls: list[CountedCall] = []
-        self._statistics = Statistics(self._gathered)  # of the closed micro-batches, on this rank
+        self._statistics = Statistics(self._biases.gathered)  # of the closed micro-batches, on this rank
         self._closed: Tensor | None = None  # sum of the closed micro-batches, over the ranks if pools_each
         self._pending: list[tuple[Any, Tensor]] = []
         self.exchange.reset()
-
-    def new_statistics(self) -> Statistics:
-        return Statistics(self._gathered)
 
     def restore(self, num_closed: int, vector: Tensor | None) -> None:
         """Continues after ``num_closed`` windows, the last of which had these counts."""
@@ -213,11 +208,18 @@ class Window:
     def called_layers(self) -> set[int]:
         return set().union(*(micro_batch.called_layers for micro_batch in self.micro_batches))
 
+    def num_tokens(self, device: torch.device) -> Int[Tensor, ""]:
+        """The unmasked tokens of the open micro-batch, or of the last one: the fewest of any called layer."""
+        micro_batch = self.current or self._latest
+        if micro_batch is None:
+            return torch.zeros((), dtype=torch.int64, device=device)
+        return torch.stack([micro_batch.num_tokens[layer] for layer in sorted(micro_batch.called_layers)]).min()
+
     def micro_batch(self, device: torch.device) -> MicroBatch:
         """The open micro-batch; begins one if there is none."""
         if self.current is None:
             with outside_inference_mode():
-                self.current = MicroBatch(self.layout, self._num_losses, self.new_statistics(), device)
+                self.current = MicroBatch(self.layout, self._num_losses, Statistics(self._biases.gathered), device)
             self.micro_batches.append(self.current)
             if len(self.micro_batches) == WARN_AFTER_MICRO_BATCHES:
                 _log.warning(
@@ -311,10 +313,11 @@ class Window:
         """Ends the open micro-batch, and begins to pool it if a loss needs the pooled counts."""
         closed, self.current = self.current, None
         if closed is not None:
+            self._latest = closed
             with outside_inference_mode():
-                self._close_statistics(closed.vector, closed.statistics)
+                self._biases.add_micro_batch_statistics(closed.vector, closed.statistics)
                 self._statistics.merge(closed.statistics)
-                closed.statistics = self.new_statistics()
+                closed.statistics = Statistics(self._biases.gathered)
                 vector = closed.vector[: self.exchange.width]
                 if self.exchange.pools_each:
                     vector = vector.clone()

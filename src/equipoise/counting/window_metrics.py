@@ -14,7 +14,7 @@ __all__ = ["window_metrics"]
 
 
 def window_metrics(recorder: Recorder) -> dict[str, float]:
-    """``Balance.metrics`` without the biases. Waits for a GPU."""
+    """``Balance.metrics``."""
     closed = recorder.window.last
     if closed is None:
         return {}
@@ -35,6 +35,8 @@ def window_metrics(recorder: Recorder) -> dict[str, float]:
         loads = (_with_tokens(recorder.by_name(m.vector.cpu())) for m in closed.micro_batches)
         result["maxvio_micro"] = float(torch.stack([metrics.max_violation(load) for load in loads]).nanmean())
         result |= _losses(closed.micro_batches, recorder.losses.balancers)
+    if recorder.biases.steers:
+        result["bias_max"] = max(float(bias.abs().max()) for bias in recorder.biases.by_name().values())
     result["collectives"], result["collective_bytes"] = float(closed.collectives), float(closed.num_bytes)
     return result
 

@@ -40,9 +40,7 @@ def test_the_mask_of_text_tokens_is_not_applied_to_image_tokens(strategy, patche
                 "image.router": 2 * 2 * patches,
             }
     warnings = [record.message for record in caplog.records]
-    assert len(warnings) == 1 and warnings[0].startswith(
-        "step: image.router routes "
-    )
+    assert len(warnings) == 1 and warnings[0].startswith("step: image.router routes ")
 
 
 def test_each_kind_of_token_can_have_its_own_mask():

@@ -1,4 +1,4 @@
-"""What ranks tell each other, as far as one process can show it; ``distributed/`` has the rest."""
+"""The exchange between ranks, as far as one process can test it; ``distributed/`` has the rest."""
 
 import pytest
 import torch
@@ -28,48 +28,48 @@ def test_one_process_has_no_group_and_no_traffic():
     assert (pool.collectives, pool.num_bytes) == (0, 0)
 
 
-def test_an_error_of_one_process_is_its_own():
+def test_an_error_of_a_single_process_is_raised_as_it_is():
     with pytest.raises(KeyError, match="x"):
         Pool(None).agree("attach", None, KeyError("x"))
     assert Pool(None).agree("attach", 3, None) == [3]
 
 
 @pytest.mark.parametrize(
-    "told, words",
+    "flags, message_part",
     [
         ([0, -1], "another rank failed to"),
         ([0, 3, 1, 2, 3], "closed it after 2"),
         ([FLAG + 7, 3], "1 of 2 ranks are at the end of"),
     ],
 )
-def test_bad_news_on_its_way_from_a_gpu_is_read_before_the_next_collective(told, words):
+def test_flags_on_their_way_from_a_gpu_are_read_before_the_next_collective(flags, message_part):
     model, balance = _attached()
     exchange, event = balance._window.exchange, _Event()
     exchange.pool.size = 2
-    exchange._unread.append((torch.tensor(told), event, False))
+    exchange._unread.append((torch.tensor(flags), event, False))
     model(torch.randint(0, VOCAB, (2, 7)))
-    with pytest.raises(equipoise.EquipoiseError, match=words):
+    with pytest.raises(equipoise.EquipoiseError, match=message_part):
         balance.step()
     assert event.waited and not exchange._unread
     exchange._unread.append((torch.tensor([5, 0]), event, False))
-    assert balance.metrics() == {}  # good news
+    assert balance.metrics() == {}  # flags without an error
 
 
-def test_loads_come_first_so_that_they_can_travel_alone():
+def test_loads_come_first_in_the_vector_of_a_window():
     layout = Layout([3, 2])
     assert (layout.loads, layout.header, layout.tokens) == (slice(0, 5), slice(5, 8), slice(8, 10))
     assert len(layout.zeros(torch.device("cpu"))) == 10
     assert len(Layout([]).zeros(torch.device("cpu"))) == 3
 
 
-def test_a_digest_is_of_the_content():
+def test_a_digest_depends_on_the_content_only():
     value = {"a": torch.tensor([1.0, 2.0]), "b": {"c": 3}}
     assert digest_of(value) == digest_of({"b": {"c": 3}, "a": torch.tensor([1.0, 2.0])})
     for other in ({"a": torch.tensor([1.0, 2.5]), "b": {"c": 3}}, {**value, "b": {"c": 4}}, {**value, "d": 0}):
         assert digest_of(other) != digest_of(value)
 
 
-def test_a_stage_without_routers_does_nothing_and_says_so():
+def test_a_stage_without_routers_must_be_allowed_and_does_nothing():
     model = torch.nn.Linear(2, 2)
     with pytest.raises(equipoise.EquipoiseError, match="allow_empty=True"):
         equipoise.attach(model, "loss-free")

@@ -1,6 +1,5 @@
 """Every family and layer conforms. Each known mistake in a model or in the library fails the invariant it breaks."""
 
-from contextlib import nullcontext
 from copy import deepcopy
 from types import SimpleNamespace
 
@@ -13,10 +12,12 @@ from torch import nn
 
 import equipoise.attachment
 import equipoise.counting.recorder
+import equipoise.counting.taps
 from equipoise.balance import Balance
 from equipoise.counting.biases import Biases
 from equipoise.counting.gradient import Losses
-from equipoise.counting.recorder import Recorder
+from equipoise.counting.recorder import Mode, Recorder
+from equipoise.counting.taps import Taps
 from equipoise.errors import EquipoiseError
 from equipoise.nn import MoE
 from equipoise.routers import RouterKind
@@ -479,24 +480,24 @@ def _saves_the_slot(patch):
 
 
 def _leaves_hooks(patch):
-    detach = Balance.detach
+    init = Taps.__init__
 
-    def detach_without_hooks(self):
+    def forget_hooks(self, *args):
+        init(self, *args)
         self._hooks = []
-        return detach(self)
 
-    patch.setattr(Balance, "detach", detach_without_hooks)
+    patch.setattr(Taps, "__init__", forget_hooks)
 
 
 def _leaves_the_slot(patch):
-    untap = equipoise.balance.untap_router
+    untap = equipoise.counting.taps.untap_router
 
     def untap_without_slot(router, slot_of_family):
         slot = router._buffers.get(OWN_SLOT)
         untap(router, slot_of_family)
         router._buffers[OWN_SLOT] = slot
 
-    patch.setattr(equipoise.balance, "untap_router", untap_without_slot)
+    patch.setattr(equipoise.counting.taps, "untap_router", untap_without_slot)
 
 
 def _attaches_twice(patch):
