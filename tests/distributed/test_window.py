@@ -38,7 +38,7 @@ def test_unequal_numbers_are_named_with_statistics_under_way_too(strategy):
 @pytest.mark.parametrize("counts", [(1, 0), (0, 2)])
 def test_a_rank_without_a_forward_raises_on_both_where_micro_batches_are_pooled(counts):
     for rank, said in enumerate(_found(counts)):
-        assert ("none was" if counts[rank] == 0 else "on another rank one did not") in said
+        assert ("none was" if counts[rank] == 0 else "another rank failed to") in said
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_a_rank_without_a_forward_raises_on_both_where_micro_batches_are_pooled(
 )
 def test_a_rank_without_a_forward_raises_on_both_where_the_window_is(strategy):
     first, second = _found(("one calls nothing", strategy))
-    assert "on another rank one did not" in first and "none was" in second
+    assert "another rank failed to" in first and "none was" in second
 
 
 @pytest.mark.parametrize("strategy", window_ranks.PARTIAL)

@@ -1,4 +1,4 @@
-"""Small trainings under ``transformers.Trainer``, and our own loop over the same micro-batches beside them."""
+"""Small trainings under ``transformers.Trainer``, and our own loop over the same micro-batches to compare with."""
 
 import contextlib
 import os
@@ -14,23 +14,25 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import equipoise
+from equipoise import Alerts
 from equipoise.integrations import EquipoiseCallback
+from equipoise.integrations._trainer_checkpoints import load_state
 
 LENGTH, BATCH, ACCUMULATED, LR = 12, 2, 4, 0.1
 
 
 def rows(number: int, seed: int = 0) -> list[dict[str, list[int]]]:
-    """Rows of one length, with padding and with prompts that are no targets: label tokens differ widely."""
+    """Rows of one length with padding and with prompts that are no targets. Their numbers of label tokens differ."""
     generator = torch.Generator().manual_seed(seed)
-    found = []
+    data = []
     for index in range(number):
         ids = torch.randint(3, 64, (LENGTH,), generator=generator)
         mask = torch.ones(LENGTH, dtype=torch.int64)
         mask[LENGTH - index % 3 :] = 0
         labels = torch.where(mask == 1, ids, -100)
         labels[: (5 * index) % (LENGTH - 3)] = -100
-        found.append({"input_ids": ids.tolist(), "attention_mask": mask.tolist(), "labels": labels.tolist()})
-    return found
+        data.append({"input_ids": ids.tolist(), "attention_mask": mask.tolist(), "labels": labels.tolist()})
+    return data
 
 
 def batches(data: Sequence[dict[str, list[int]]]) -> list[dict[str, Tensor]]:
@@ -45,7 +47,7 @@ def label_tokens(batch: dict[str, Tensor]) -> int:
 
 
 class Watch(TrainerCallback):
-    """The gradient of every step, and the biases after it."""
+    """Records the gradient of every step, and the biases and the load after it."""
 
     def __init__(self, callback: EquipoiseCallback | None = None):
         self.callback = callback
@@ -63,7 +65,7 @@ class Watch(TrainerCallback):
 
 
 class Stop(TrainerCallback):
-    """Ends the training after a step, as an interruption would; the schedule stays that of the whole."""
+    """Ends the training after a step, as an interruption does. The schedule stays the one of the full training."""
 
     def __init__(self, step: int):
         self.step = step
@@ -107,15 +109,15 @@ def train(
     trainer_options: dict[str, Any] | None = None,
     **options: Any,
 ) -> Trainer:
-    with tempfile.TemporaryDirectory() if folder is None else contextlib.nullcontext(folder) as place:
+    with tempfile.TemporaryDirectory() if folder is None else contextlib.nullcontext(folder) as output_dir:
         trainer = kind(
             model,
-            arguments(place, **options),
+            arguments(output_dir, **options),
             train_dataset=data,
             callbacks=list(callbacks),
             **(trainer_options or {}),
         )
-        with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
+        with open(os.devnull, "w") as sink, contextlib.redirect_stdout(sink):
             trainer.train(resume_from_checkpoint=resume)
     return trainer
 
@@ -125,33 +127,34 @@ def own_loop(
     data: Any,
     strategy: Sequence[Any],
     *,
-    exact: bool = True,
-    across: bool = True,
+    by_label_tokens: bool = True,
+    across_ranks: bool = True,
     ranks: int = 1,
     accumulated: int = ACCUMULATED,
     epochs: int = 1,
     autocast: bool = False,
 ) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]], list[dict[str, Tensor]]]:
-    """Gradients, biases and loads by step. ``ranks`` of them in this process: micro-batches side by side go together.
+    """Gradients, biases and loads by step. One process does the work of ``ranks``.
 
-    ``exact``: a micro-batch weighs its label tokens of all those of the step, over all ranks (``across``) or over its
-    own, which are then averaged. Otherwise: the plain mean over the micro-batches.
+    ``by_label_tokens``: a micro-batch weighs by its share of the step's label tokens: those of all ranks with
+    ``across_ranks``, otherwise those of its own rank, and the ranks are averaged. Without it: the mean over the
+    micro-batches.
     """
     balance = equipoise.attach(model, *strategy)
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
     gradients, biases, loads = [], [], []
     for _ in range(epochs):
-        every = batches(data)
-        for start in range(0, len(every), accumulated * ranks):
-            window = every[start : start + accumulated * ranks]
+        micro_batches = batches(data)
+        for start in range(0, len(micro_batches), accumulated * ranks):
+            window = micro_batches[start : start + accumulated * ranks]
             tokens = [label_tokens(batch) for batch in window]
             for first in range(0, len(window), ranks):
                 losses = []
                 for index in range(first, first + ranks):
                     weight = ranks / len(window)
-                    if exact:
-                        own = sum(tokens) if across else sum(tokens[index % ranks :: ranks]) * ranks
-                        weight = tokens[index] * ranks / own
+                    if by_label_tokens:
+                        total = sum(tokens) if across_ranks else sum(tokens[index % ranks :: ranks]) * ranks
+                        weight = tokens[index] * ranks / total
                     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                         loss = model(**window[index]).loss
                     losses.append(weight / ranks * (loss + balance.loss()))
@@ -169,55 +172,55 @@ def own_loop(
 # ---- on ranks ----
 
 BOTH = ("loss-free:rate=1e-2", "lbl:coefficient=1e-1")
-CASES = [(name, *way) for name in ("qwen3_moe", "glm4_moe") for way in ((True, True), (True, False), (False, True))]
+WEIGHTS = ((True, True), (True, False), (False, True))  # by_label_tokens, across_ranks
+CASES = [(name, *weight) for name in ("qwen3_moe", "glm4_moe") for weight in WEIGHTS]
 
 
 def _training(case: tuple[str, bool, bool]) -> tuple[Any, ...]:
-    name, exact, across = case
+    name, by_label_tokens, across_ranks = case
     model, callback = family(name), EquipoiseCallback(*BOTH)
-    if not exact:
+    if not by_label_tokens:
         model.accepts_loss_kwargs = False
     watch = Watch(callback)
-    train(model, rows(24), [callback, watch], average_tokens_across_devices=across)  # a short last window
+    train(model, rows(24), [callback, watch], average_tokens_across_devices=across_ranks)  # a short last window
     callback.detach()
     return watch.gradients, watch.biases, watch.load
 
 
 def _resumed(folder: str) -> dict[str, Any]:
-    """Three steps at once, and with a stop after two; checkpoints are written by the first rank."""
+    """Gradients and biases of three steps at once, and of three with a stop after two. Rank 0 saves."""
     options: dict[str, Any] = dict(save_strategy="steps", save_steps=1)
-    found = {}
-    for which, resume in (("whole", None), ("stopped", None), ("resumed", True)):
+    results = {}
+    for training, resume in (("whole", None), ("stopped", None), ("resumed", True)):
         callback = EquipoiseCallback(*BOTH)
         watch = Watch(callback)
-        place = f"{folder}/{'whole' if which == 'whole' else 'other'}"
-        stops = [Stop(2)] if which == "stopped" else []
-        train(family("glm4_moe"), rows(48), [callback, watch, *stops], place, resume=resume, **options)
-        found[which] = watch.gradients, watch.biases
+        output_dir = f"{folder}/{'whole' if training == 'whole' else 'stopped'}"
+        stops = [Stop(2)] if training == "stopped" else []
+        train(family("glm4_moe"), rows(48), [callback, watch, *stops], output_dir, resume=resume, **options)
+        results[training] = watch.gradients, watch.biases
         callback.detach()
-    return found
+    return results
 
 
-def _alone(rank: int, folder: str) -> str:
-    """The state of a checkpoint is missing on one rank, as on a node without a shared disk."""
-    callback = EquipoiseCallback("loss-free")
-    attached = family("glm4_moe")
-    callback.balance = equipoise.attach(attached, "loss-free")
-    place = Path(folder) / "other" / "checkpoint-2"
+def _error_of_a_missing_state(rank: int, folder: str) -> str:
+    """Rank 1 does not have the state of the checkpoint, as on a node without a shared disk."""
+    checkpoint = Path(folder) / "stopped" / "checkpoint-2"
+    model = family("glm4_moe")
+    balance = equipoise.attach(model, "loss-free")
     try:
-        callback._load(place if rank == 0 else place / "nowhere")
+        load_state(checkpoint if rank == 0 else checkpoint / "nowhere", balance, Alerts())
     except equipoise.EquipoiseError as error:
         return str(error)
     finally:
-        callback.detach()
-    return "went on"
+        balance.detach()
+    return "no error"
 
 
 def everything(rank: int, folder: str) -> dict[Any, Any]:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "29511"}  # the process group is there already
-    found: dict[Any, Any] = {case: _training(case) for case in CASES}
-    found["resumed"] = _resumed(folder)
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "29511"}  # the process group exists already
+    results: dict[Any, Any] = {case: _training(case) for case in CASES}
+    results["resumed"] = _resumed(folder)
     dist.barrier()
-    found["alone"] = _alone(rank, folder)
-    return found
+    results["missing on rank 1"] = _error_of_a_missing_state(rank, folder)
+    return results

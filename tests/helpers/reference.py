@@ -689,17 +689,6 @@ def dead_experts(counts):
     return sum(1 for count in counts if count == 0)
 
 
-def drop_rate(counts, capacity):
-    """sum_e max(0, c_e - capacity) / sum(c): the share of the assignments an expert of that capacity turns away."""
-    total = sum(counts)
-    if total == 0:
-        return math.nan
-    dropped = 0
-    for count in counts:
-        dropped += max(0, count - capacity)
-    return dropped / total
-
-
 def expected_maximum(num_experts):
     """m(E) = integral of x d/dx Φ(x)^E = integral of x E φ(x) Φ(x)^(E-1): the mean maximum of E standard normals.
 
@@ -1134,9 +1123,6 @@ def _self_check():
     _expect("effective_experts", effective_experts(counts), 2**1.5)
     _expect("dead_experts", dead_experts(counts), 1)
     _expect("at balance", [max_violation([3, 3]), min_violation([3, 3]), normalised_entropy([3, 3])], [0, 0, 1])
-    # of 8 assignments 2 are beyond a capacity of 2, 3.5 + 1.5 + 1.5 beyond 1/2
-    _expect("drop_rate", [drop_rate(counts, 2), drop_rate(counts, 4), drop_rate(counts, 0.5)], [0.25, 0.0, 6.5 / 8])
-    _expect("no load, drop_rate", math.isnan(drop_rate([0, 0], 2)), True)
 
     # the design's values; m(1) = 0, m(2) = 1/sqrt(pi), m(3) = 3/(2 sqrt(pi)) are known exactly
     for num_experts, wanted in ((8, 1.42), (32, 2.07), (64, 2.34), (256, 2.83)):

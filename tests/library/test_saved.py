@@ -30,7 +30,7 @@ def load(folder):
 
 
 @pytest.mark.parametrize("strategy", ["frozen", "loss-free", "quantile"])
-def test_attach_starts_with_the_biases_beside_the_weights(tmp_path, strategy):
+def test_attach_begins_with_the_biases_beside_the_weights(tmp_path, strategy):
     _, biases, path = saved(tmp_path)
     assert path == tmp_path / BIASES_FILE
     assert json.loads((tmp_path / "config.json").read_text())["equipoise"] == {"biases": BIASES_FILE}
@@ -40,7 +40,7 @@ def test_attach_starts_with_the_biases_beside_the_weights(tmp_path, strategy):
     assert not any(v.any() for v in equipoise.attach(load(tmp_path), strategy, biases=zeros).biases.values())
 
 
-def test_a_copy_of_an_attached_model_starts_with_its_newer_biases(tmp_path):
+def test_a_copy_of_a_model_that_was_trained_on_starts_with_its_newer_biases(tmp_path):
     from copy import deepcopy
 
     saved(tmp_path)
@@ -62,7 +62,7 @@ def test_a_strategy_without_biases_warns_that_it_routes_otherwise(tmp_path, capl
     assert "was saved with biases, and lbl" in caplog.text and "Add frozen" in caplog.text
 
 
-def test_biases_that_the_config_names_must_exist(tmp_path):
+def test_biases_that_are_promised_by_the_config_must_exist(tmp_path):
     saved(tmp_path)
     (tmp_path / BIASES_FILE).rename(tmp_path / "elsewhere.safetensors")
     model = load(tmp_path)

@@ -1,11 +1,11 @@
-"""Balancing inside other people's training loops.
+"""Balancing under the training loops of other libraries.
 
     from equipoise.integrations import EquipoiseCallback
 
     trainer = transformers.Trainer(model, args, train_dataset=data, callbacks=[EquipoiseCallback("loss-free")])
 
-``EquipoiseCallback`` is for ``transformers.Trainer``, with or without PEFT. A loop over Accelerate needs nothing but
-``equipoise.attach``, after ``Accelerator()``; see ``examples/accelerate_loop.py``.
+``EquipoiseCallback`` is for ``transformers.Trainer``, with or without PEFT. A loop with Accelerate needs only
+``equipoise.attach``, called after ``Accelerator()``: see ``examples/accelerate_loop.py``.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,9 @@ def __getattr__(name: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name not in ("transformers", "accelerate", "safetensors"):
             raise
-        raise ImportError(f"{name} needs {error.name}: pip install 'equipoise[trainer]'.") from error
+        raise ImportError(
+            f"{name} needs {error.name}, which is not installed: pip install 'equipoise[trainer]'."
+        ) from error
     return getattr(trainer, name)
 
 

@@ -1,4 +1,4 @@
-"""The experts of Transformers' models, computed as ``equipoise.nn.MoE`` computes its own."""
+"""Computes the experts of Transformers' models as ``equipoise.nn.MoE`` computes its own."""
 
 from typing import Any
 
@@ -11,18 +11,18 @@ from equipoise.nn.grouped import sort_by_expert, swiglu_experts
 
 __all__ = ["use_quick_experts"]
 
-NAME = "equipoise"  # among Transformers' implementations
+NAME = "equipoise"  # of our implementation, in Transformers' table
 
 
 def use_quick_experts(model: PreTrainedModel) -> None:
-    """Lets the SwiGLU experts of ``model`` compute by grouped products whose gradients are gathered, not scattered.
+    """Lets the SwiGLU experts of ``model`` compute by grouped products. Gradients are gathered instead of scattered.
 
-    The same function as each of Transformers' own implementations, in another order of additions. Experts of another
-    kind (with a bias, another activation, interleaved weights, experts spread over ranks) go on as with ``grouped_mm``,
-    and so do all that are not on a CPU. A model whose class does not let one choose stays as it is.
+    The function is the same as with each implementation of Transformers; the additions come in another order. Other
+    experts (a bias, another activation, interleaved weights, expert parallelism) compute by ``grouped_mm`` of
+    Transformers. So do all experts that are not on a CPU. A model stays as it is if its class offers no choice.
 
-    The products are in the parameters' dtype, under autocast too, as with ``grouped_mm`` of Transformers.
-    ``model.set_experts_implementation("grouped_mm")`` takes it back.
+    Products are in the parameters' dtype, also under autocast, as with ``grouped_mm`` of Transformers.
+    ``model.set_experts_implementation("grouped_mm")`` undoes it.
     """
     ALL_EXPERTS_FUNCTIONS.register(NAME, _forward)
     if model._can_set_experts_implementation():
@@ -30,7 +30,7 @@ def use_quick_experts(model: PreTrainedModel) -> None:
 
 
 def _forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    if hidden_states.device.type != "cpu" or not _is_swiglu(experts):  # on a GPU nobody has measured ours
+    if hidden_states.device.type != "cpu" or not _is_swiglu(experts):  # not measured on a GPU
         return grouped_mm_experts_forward(experts, hidden_states, top_k_index, top_k_weights)
     gate_up, down = experts.gate_up_proj, experts.down_proj
     if not experts.is_transposed:
@@ -41,7 +41,7 @@ def _forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_wei
 
 
 def _is_swiglu(experts: Any) -> bool:
-    other = experts.has_bias or experts.has_post_expert_norm or experts._is_expert_parallel
-    own_gate = type(experts)._apply_gate.__module__ != ALL_EXPERTS_FUNCTIONS.__module__
-    plain = experts.has_gate and experts.is_concatenated and not other and not own_gate
-    return plain and isinstance(experts.act_fn, SiLUActivation | nn.SiLU)
+    has_extras = experts.has_bias or experts.has_post_expert_norm or experts._is_expert_parallel
+    has_own_gating = type(experts)._apply_gate.__module__ != ALL_EXPERTS_FUNCTIONS.__module__
+    is_gated = experts.has_gate and experts.is_concatenated and not has_extras and not has_own_gating
+    return is_gated and isinstance(experts.act_fn, SiLUActivation | nn.SiLU)

@@ -65,18 +65,19 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
       ranks, so the Trainer multiplies by it. Without it N is of one rank, and the ranks' gradients are averaged.
     - ``mean_m (CE_m + B_m)`` otherwise: over the micro-batches of the step (fewer in a short last one) and the ranks.
 
-    **Steps.** Biases move after every ``optimizer.step()``, unless a GradScaler skipped it; its counts are then
-    dropped. So are micro-batches that an iterable dataset leaves over at the end of an epoch, without a step. An
-    evaluation counts nothing and has no balancing loss. If a callback of yours generates or probes in training mode,
-    its tokens count, unless it does so in ``callback.balance.paused()``.
+    **Steps.** A window is what is counted for one optimizer step. The biases move after every ``optimizer.step()``. If
+    a GradScaler skipped that step, the window closes and nothing moves. Nothing moves either for micro-batches that an
+    iterable dataset leaves over at the end of an epoch, without a step. An evaluation counts nothing and has no
+    balancing loss. If a callback of yours generates or probes in training mode, its tokens count, unless it does so in
+    ``callback.balance.paused()``.
 
     **Packed rows.** A new sequence begins where the ``position_ids`` of a row begin anew (for losses of scope
     ``sequence``).
 
-    **Logs.** The logged loss includes the balancing loss. ``Balance.metrics()`` of the last window (the counts of one
-    optimizer step) are logged as ``equipoise/...``. Each problem that ``Alerts`` finds is a warning of the logger
-    ``equipoise``, once when it starts and once when it ends. ``equipoise/alerts`` is the number of problems that exist,
-    each counted in every layer that has it.
+    **Logs.** The logged loss includes the balancing loss. ``Balance.metrics()`` of the last window is logged as
+    ``equipoise/...``. Each problem that ``Alerts`` finds is a warning of the logger ``equipoise``, once when it starts
+    and once when it ends. ``equipoise/alerts`` is the number of problems that exist, each counted in every layer that
+    has it.
 
     **Checkpoints.** Every checkpoint holds ``equipoise_balance.pt``. Resuming and ``load_best_model_at_end`` load it.
     They also load the experts, which the Trainer of Transformers 5.23 does not (#48805). Some biases are not among the

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from equipoise.errors import UsageError, suggest
 from equipoise.recipes.published import LOSS_FREE
@@ -10,51 +11,29 @@ from equipoise.recipes.published import LOSS_FREE
 __all__ = ["FRAMEWORKS", "Framework", "convert_coefficient"]
 
 
-@dataclass(frozen=True)
-class _Model:
-    """The sizes that a factor may depend on."""
-
-    num_layers: int | None
-    k: int | None
-    num_experts: int | None
-    data_parallel: int | None
+Sizes = Mapping[str, Any]  # num_layers, k, num_experts, data_parallel; None if not given
 
 
 @dataclass(frozen=True)
 class Framework:
-    """How a framework's load-balancing loss differs from ours, ``c * sum over layers of E * sum_e f_e P_e``."""
+    """A framework's load-balancing loss. Ours is ``c * sum over layers of E * sum_e f_e P_e``; the defaults say so."""
 
     name: str
     option: str  # its name for the coefficient
-    balanced: str = field(repr=False)  # value at perfect balance, for a coefficient of 1
-    layers: str = field(repr=False)  # how layers are combined
-    formula: str  # of the factor, our c / its c
-    factor: Callable[[_Model], float] = field(repr=False)
-    needs: tuple[str, ...] = field(repr=False)  # arguments that the factor needs
-    inexact: str = field(repr=False)  # what the factor leaves out
     source: str = field(repr=False)
+    balanced: str = field(default="1", repr=False)  # value at perfect balance, for a coefficient of 1
+    layers: str = field(default="sum", repr=False)  # how layers are combined
+    formula: str = "1"  # of the factor, our c / its c
+    factor: Callable[[Sizes], float] = field(default=lambda sizes: 1.0, repr=False)
+    needs: tuple[str, ...] = field(default=(), repr=False)  # arguments that the factor needs
+    inexact: str = field(default="", repr=False)  # what the factor leaves out
 
 
 _FRAMEWORKS = (
-    Framework(
-        name="equipoise",
-        option="coefficient",
-        balanced="1",
-        layers="sum",
-        formula="1",
-        factor=lambda model: 1.0,
-        needs=(),
-        inexact="",
-        source="docs/design.md",
-    ),
+    Framework(name="equipoise", option="coefficient", source="docs/design.md"),
     Framework(
         name="megatron",
         option="--moe-aux-loss-coeff (aux_loss, seq_aux_loss)",
-        balanced="1",
-        layers="sum",
-        formula="1",
-        factor=lambda model: 1.0,
-        needs=(),
         inexact="f counts a new top-k without expert groups and bias (issue 2767).",
         source="megatron/core/transformer/moe/moe_utils.py, switch_load_balancing_loss_func",
     ),
@@ -62,9 +41,8 @@ _FRAMEWORKS = (
         name="megatron-global",
         option="--moe-aux-loss-coeff (global_aux_loss)",
         balanced="1 / D",
-        layers="sum",
         formula="1 / D",
-        factor=lambda model: 1 / model.data_parallel,
+        factor=lambda sizes: 1 / sizes["data_parallel"],
         needs=("data_parallel",),
         inexact="f counts the micro-batches so far, each with the same weight (issue 7213).",
         source="megatron/core/transformer/moe/router.py, _apply_global_aux_loss; NVIDIA/Megatron-LM issue 3672",
@@ -75,7 +53,7 @@ _FRAMEWORKS = (
         balanced="k",
         layers="pooled: counts and probabilities of all layers before the product",
         formula="k / L",
-        factor=lambda model: model.k / model.num_layers,
+        factor=lambda sizes: sizes["k"] / sizes["num_layers"],
         needs=("num_layers", "k"),
         inexact="Exact if all layers have the same loads; otherwise each layer is pushed by the mean load of all. f "
         "counts a softmax top-k of the logits. Trainer may multiply the loss by the number of ranks (issue 48690).",
@@ -84,10 +62,9 @@ _FRAMEWORKS = (
     Framework(
         name="olmo-core",
         option="lb_loss_weight",
-        balanced="1",
         layers="sum / L",
         formula="1 / L",
-        factor=lambda model: 1 / model.num_layers,
+        factor=lambda sizes: 1 / sizes["num_layers"],
         needs=("num_layers",),
         inexact="L counts all layers, dense ones too. With scale_loss_by_num_layers off the factor is 1.",
         source="src/olmo_core/nn/moe/loss.py and moe.py of allenai/OLMo-core",
@@ -95,22 +72,16 @@ _FRAMEWORKS = (
     Framework(
         name="megablocks",
         option="moe_loss_weight",
-        balanced="1",
         layers="mean",
         formula="1 / L",
-        factor=lambda model: 1 / model.num_layers,
+        factor=lambda sizes: 1 / sizes["num_layers"],
         needs=("num_layers",),
-        inexact="",
         source="megablocks/layers/moe.py of databricks/megablocks, batched_load_balancing_loss",
     ),
     Framework(
         name="deepspeed",
         option="the caller's factor of l_aux",
-        balanced="1",
         layers="sum, by the caller",
-        formula="1",
-        factor=lambda model: 1.0,
-        needs=(),
         inexact="With k = 2, f counts each token's first choice only.",
         source="deepspeed/moe/sharded_moe.py of deepspeedai/DeepSpeed",
     ),
@@ -120,7 +91,7 @@ _FRAMEWORKS = (
         balanced="k",
         layers="mean",
         formula="k / L",
-        factor=lambda model: model.k / model.num_layers,
+        factor=lambda sizes: sizes["k"] / sizes["num_layers"],
         needs=("num_layers", "k"),
         inexact="Its scope is the sequence. P is the mean of softmax scores, whatever the score function. Only without "
         "gradient accumulation: with it the gradient of the loss is divided by the number of tokens.",
@@ -129,11 +100,6 @@ _FRAMEWORKS = (
     Framework(
         name="xtuner",
         option="balancing_loss_alpha",
-        balanced="1",
-        layers="sum",
-        formula="1",
-        factor=lambda model: 1.0,
-        needs=(),
         inexact="With a bias in the router, P is the mean of the biased scores.",
         source="xtuner/v1/loss/moe_loss.py of InternLM/xtuner",
     ),
@@ -141,9 +107,8 @@ _FRAMEWORKS = (
         name="paper-raw",
         option="alpha, on raw sigmoid scores",
         balanced="mean of sum_j s_j",
-        layers="sum",
         formula="E / 2",
-        factor=lambda model: model.num_experts / 2,
+        factor=lambda sizes: sizes["num_experts"] / 2,
         needs=("num_experts",),
         inexact="Its scores are not divided by their sum. The mean of sum_j s_j is E / 2 when all scores are 1/2, as "
         "at the start, and changes in training. The raw loss also lowers the scores of all experts together.",
@@ -196,21 +161,20 @@ def convert_coefficient(
             raise UsageError(f"{name} must be a whole number from 1: got {value!r}.")
     if k is not None and num_experts is not None and k > num_experts:
         raise UsageError(f"k must be at most num_experts: got {k} of {num_experts}.")
-    model = _Model(**sizes)
-    return coefficient * _factor(source, model) / _factor(target, model)
+    return coefficient * _factor(source, sizes) / _factor(target, sizes)
 
 
-def _factor(name: str, model: _Model) -> float:
+def _factor(name: str, sizes: Sizes) -> float:
     if name not in FRAMEWORKS:
         raise UsageError(
             f"A framework must be one of {', '.join(FRAMEWORKS)}: got {name!r}.{suggest(name, FRAMEWORKS)} If its loss "
             "is 1 at perfect balance and summed over layers, keep its coefficient."
         )
     framework = FRAMEWORKS[name]
-    missing = [need for need in framework.needs if getattr(model, need) is None]
+    missing = [need for need in framework.needs if sizes[need] is None]
     if missing:
         raise UsageError(
             f"{' and '.join(missing)} must be given to convert a coefficient of {name} (factor {framework.formula}): "
             f"got none. Write {', '.join(f'{need}=...' for need in missing)}."
         )
-    return framework.factor(model)
+    return framework.factor(sizes)

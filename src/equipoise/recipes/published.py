@@ -49,6 +49,7 @@ def split_strategy(strategy: str) -> list[str]:
 
 SWITCH = "Fedus et al. 2021, Switch Transformers, arXiv:2101.03961"
 ST_MOE = "Zoph et al. 2022, ST-MoE, arXiv:2202.08906"
+MESH = "groups of local tokens in mesh_tensorflow/transformer/moe.py of github.com/tensorflow/mesh"
 LOSS_FREE = "Wang et al. 2024, Loss-Free Balancing, arXiv:2408.15664"
 GLOBAL = "Qiu et al. 2025, Demons in the Detail, arXiv:2501.11873"
 OLMOE = "OLMoE, configs/olmoe-8x1b-newhp-newds-cx5-fine1-normreorder.yml in github.com/allenai/OLMoE"
@@ -78,8 +79,7 @@ _RECIPES = (
         sources={
             "score_function": f"{SWITCH}, section 2.1, Eq. 1",
             "lbl:coefficient": f"{SWITCH}, section 2.2: alpha = 1e-2, added to the loss for each layer",
-            "lbl:scope": f"{SWITCH}, Eq. 4 to 6; groups of local tokens in mesh_tensorflow/transformer/moe.py "
-            "of github.com/tensorflow/mesh",
+            "lbl:scope": f"{SWITCH}, Eq. 4 to 6; {MESH}",
         },
         notes=("Published with one expert per token (k = 1) and a capacity that drops tokens.",),
     ),
@@ -91,8 +91,7 @@ _RECIPES = (
         sources={
             "score_function": f"{ST_MOE}, section 2",
             "lbl:coefficient": f"{ST_MOE}, Appendix A: alpha = 1e-2",
-            "lbl:scope": f"{ST_MOE}, Eq. 7 to 9; groups of local tokens in mesh_tensorflow/transformer/moe.py "
-            "of github.com/tensorflow/mesh",
+            "lbl:scope": f"{ST_MOE}, Eq. 7 to 9; {MESH}",
             "z:coefficient": f"{ST_MOE}, section 3.3, Eq. 5 and 6: c_z = 0.001",
         },
         notes=("Published with k = 2. There f counts each token's first choice only (Eq. 8), here both choices.",),

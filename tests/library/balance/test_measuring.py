@@ -59,6 +59,20 @@ def test_a_paused_forward_is_not_measured():
     assert int(load[LAYERS[0]].sum()) == K * 14
 
 
+def test_an_evaluation_inside_a_pause_is_measured():
+    """The innermost of the two says what happens to a call."""
+    model, balance = attach_tiny("loss-free:rate=0.1")
+    model(random_ids())
+    with balance.paused():
+        model(random_ids())
+        with balance.measuring() as load:
+            model(random_ids(seed=1, rows=3))
+        model(random_ids())
+    balance.step()
+    assert int(load[LAYERS[0]].sum()) == K * 21
+    assert_tokens_counted(balance, 14)
+
+
 @pytest.mark.parametrize("checkpointing", ["reentrant", "non_reentrant"])
 def test_measuring_a_forward_and_backward_counts_once(checkpointing):
     model, balance = attach_tiny("loss-free:rate=0.1+lbl", checkpointing=checkpointing)

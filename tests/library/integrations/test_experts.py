@@ -1,4 +1,4 @@
-"""Transformers' experts, computed our way: the same outputs and gradients, for every kind, and back again."""
+"""``use_quick_experts`` gives the same outputs and gradients as Transformers, for every kind of experts."""
 
 from copy import deepcopy
 
@@ -17,7 +17,7 @@ SWIGLU = ["deepseek_v3", "glm4_moe", "mixtral", "olmoe", "qwen3_moe"]
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Who computed, and in which dtype."""
+    """The functions that computed experts, each with its dtype."""
     seen = []
 
     def watch(name):
@@ -44,40 +44,42 @@ def _step(model, **batch):
     return output, gradients
 
 
-def _same(model, calls, batch, tolerance):
+def _compare(model, calls, batch, tolerance):
+    """Asserts that outputs and gradients are the same with ours, and returns the names of the functions ours called."""
     ours = deepcopy(model)
     use_quick_experts(ours)
-    (found, gradients), used = _step(ours, **batch), {name for name, _ in calls}
-    (expected, theirs) = _step(model, **batch)
-    assert_close(found, expected, rtol=tolerance, atol=tolerance / 10)
-    assert gradients.keys() == theirs.keys()
-    for name, gradient in theirs.items():
+    output, gradients = _step(ours, **batch)
+    functions = {name for name, _ in calls}
+    expected, expected_gradients = _step(model, **batch)
+    assert_close(output, expected, rtol=tolerance, atol=tolerance / 10)
+    assert gradients.keys() == expected_gradients.keys()
+    for name, gradient in expected_gradients.items():
         assert_close(gradients[name], gradient, rtol=tolerance, atol=tolerance / 10, msg=name)
-    return used
+    return functions
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-9)], ids=str)
 @pytest.mark.parametrize("name", SWIGLU)
 def test_outputs_and_gradients_are_those_of_transformers(name, dtype, tolerance, calls):
     model = models.family(name, experts_implementation="eager").to(dtype).train()
-    assert _same(model, calls, {"input_ids": torch.randint(64, (2, 16))}, tolerance) == {"swiglu_experts"}
+    assert _compare(model, calls, {"input_ids": torch.randint(64, (2, 16))}, tolerance) == {"swiglu_experts"}
 
 
 @pytest.mark.parametrize(
-    ("name", "used"),
+    ("name", "functions"),
     [
-        ("gpt_oss", {"grouped_mm_experts_forward"}),  # biases and a gate of its own
-        ("nemotron_h", {"grouped_mm_experts_forward"}),  # no gate
-        ("aria", {"swiglu_experts"}),  # weights transposed
-        ("minimax_m3_vl", {"grouped_mm_experts_forward"}),  # a gate of its own
-        ("jetmoe", set()),  # knows no implementations
+        ("gpt_oss", {"grouped_mm_experts_forward"}),  # biases and its own gating
+        ("nemotron_h", {"grouped_mm_experts_forward"}),  # not gated
+        ("aria", {"swiglu_experts"}),  # transposed weights
+        ("minimax_m3_vl", {"grouped_mm_experts_forward"}),  # its own gating
+        ("jetmoe", set()),  # its class offers no choice
     ],
 )
-def test_experts_of_every_kind_compute_what_they_did(name, used, calls):
-    assert _same(shrunken.build(name), calls, shrunken.batch(), 2e-4) == used
+def test_experts_of_every_kind_compute_the_same(name, functions, calls):
+    assert _compare(shrunken.build(name), calls, shrunken.batch(), 2e-4) == functions
 
 
-def test_under_autocast_products_stay_in_the_parameters_dtype_and_it_can_be_taken_back(calls):
+def test_under_autocast_products_stay_in_the_parameters_dtype_and_it_can_be_undone(calls):
     model, batch = models.family("qwen3_moe").train(), {"input_ids": torch.randint(64, (2, 16))}
     use_quick_experts(model)
     with torch.autocast("cpu", torch.bfloat16):
@@ -91,8 +93,8 @@ def test_under_autocast_products_stay_in_the_parameters_dtype_and_it_can_be_take
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("hidden", [16, 6], ids=["grouped", "blocks"])  # 6 floats are no whole 16 bytes
-def test_under_autocast_every_way_of_the_product_gives_the_parameters_dtype(hidden, compiled):
+@pytest.mark.parametrize("hidden", [16, 6], ids=["grouped", "blocks"])  # 6 floats are not a multiple of 16 bytes
+def test_under_autocast_every_kind_of_product_gives_the_parameters_dtype(hidden, compiled):
     generator = torch.Generator().manual_seed(0)
     x, gate_up, down = (
         torch.randn(shape, generator=generator).requires_grad_()
@@ -106,19 +108,21 @@ def test_under_autocast_every_way_of_the_product_gives_the_parameters_dtype(hidd
 
     expected = call()
     with torch.autocast("cpu", torch.bfloat16):
-        found = (torch.compile(call, backend="aot_eager", fullgraph=True) if compiled else call)()
-    assert found.dtype == torch.float32
-    assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    off = 1e-2 if compiled else 1e-6  # torch compiles the products of the backward under the autocast of the forward
-    for y, z in zip(_gradients(found, x, gate_up, down), _gradients(expected, x, gate_up, down), strict=True):
-        assert_close(y, z, rtol=0, atol=off * float(z.abs().max()))
+        output = (torch.compile(call, backend="aot_eager", fullgraph=True) if compiled else call)()
+    assert output.dtype == torch.float32
+    assert_close(output, expected, rtol=1e-5, atol=1e-5)
+    inputs = x, gate_up, down
+    # torch compiles the products of the backward under the autocast of the forward
+    tolerance = 1e-2 if compiled else 1e-6
+    for gradient, expected_gradient in zip(_gradients(output, *inputs), _gradients(expected, *inputs), strict=True):
+        assert_close(gradient, expected_gradient, rtol=0, atol=tolerance * float(expected_gradient.abs().max()))
 
 
 def _gradients(y, *inputs):
     return torch.autograd.grad(y.square().sum(), inputs)
 
 
-def test_a_saved_model_does_not_ask_for_it(tmp_path):
+def test_a_saved_config_does_not_name_our_experts(tmp_path):
     model = models.family("qwen3_moe")
     use_quick_experts(model)
     model.save_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""Adapters on a frozen base: biases stay unless they are asked to move; moved ones are saved beside the adapter."""
+"""Adapters on a frozen base: biases stay fixed unless ``move_frozen``; moved ones are saved beside the adapter."""
 
 import copy
 import logging
@@ -12,16 +12,19 @@ from safetensors.torch import load_file
 from trainer_ranks import LENGTH, Stop, Watch, own_loop, rows, train
 
 import equipoise
-from equipoise.attachment import BIASES_FILE
 from equipoise.errors import UsageError
 from equipoise.integrations import EquipoiseCallback
 from equipoise.integrations.trainer import STATE_FILE
+from equipoise.saved import BIASES_FILE
 
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")  # PEFT 0.21 asks
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")  # PEFT 0.21 reads it
 
 BIASES, LOSS = "loss-free:rate=1e-1", "lbl:coefficient=1e-1"
 FAMILIES = ("qwen3_moe", "glm4_moe")
-LAYERS = ["model.layers.0.mlp.gate", "model.layers.1.mlp.gate"]  # as in the base, whatever is put around
+LAYERS = [
+    "model.layers.0.mlp.gate",
+    "model.layers.1.mlp.gate",
+]  # the names in the base model, without those of adapters
 IDS = torch.randint(3, 64, (2, LENGTH), generator=torch.Generator().manual_seed(5))
 
 
@@ -42,20 +45,20 @@ def test_the_biases_of_a_frozen_base_stay_and_the_loss_acts(name, caplog, tmp_pa
     watch = Watch(callback)
     with caplog.at_level(logging.WARNING, "equipoise"):
         trainer = train(model, rows(12), [callback, watch])
-    assert "no router of the model is trained, so the biases stay" in caplog.text
+    assert "no router of the model is trained, so the biases stay fixed" in caplog.text
     assert list(callback.balance.biases) == LAYERS
     assert not any(bias.any() for bias in callback.balance.biases.values())
     gradients, _, loads = own_loop(other, rows(12), ("frozen", LOSS))
     assert all(distance(ours, theirs) < 1e-6 for ours, theirs in zip(watch.gradients, gradients, strict=True))
     assert watch.load[0].keys() == loads[0].keys() == set(LAYERS)
-    without, _, _ = own_loop(lora(name), rows(12), ("frozen",))
-    assert distance(without[0], gradients[0]) > 1e-3  # the loss reaches the adapters before the routers
+    without_loss, _, _ = own_loop(lora(name), rows(12), ("frozen",))
+    assert distance(without_loss[0], gradients[0]) > 1e-3  # the loss reaches the adapters in front of the routers
     trainer.save_model(str(tmp_path))
     assert "e_score_correction_bias" not in " ".join(load_file(tmp_path / "adapter_model.safetensors"))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_biases_that_were_asked_to_move_travel_with_the_adapter(name, tmp_path):
+def test_biases_that_move_frozen_moved_are_saved_with_the_adapter(name, tmp_path):
     base = family(name)
     model, callback = lora(name, copy.deepcopy(base)), EquipoiseCallback(BIASES, LOSS, move_frozen=True)
     other = copy.deepcopy(model)
@@ -75,7 +78,7 @@ def test_biases_that_were_asked_to_move_travel_with_the_adapter(name, tmp_path):
             equipoise.attach(loaded, "frozen", biases=tmp_path / folder)
             assert torch.equal(loaded(input_ids=IDS).logits, expected)
     again = lora(name, copy.deepcopy(base))
-    second = EquipoiseCallback(BIASES, biases=tmp_path / "final")  # taken up, and left as they are
+    second = EquipoiseCallback(BIASES, biases=tmp_path / "final")  # without move_frozen they stay as they are
     train(again, rows(8), [second])
     assert all(torch.equal(second.balance.biases[layer], biases[-1][layer]) for layer in LAYERS)
 
@@ -99,11 +102,11 @@ def test_resuming_an_adapter_equals_never_having_stopped(name, tmp_path):
 
 @pytest.mark.parametrize(
     "options",
-    [dict(modules_to_save=["score_function"]), dict(target_parameters=["mlp.gate.weight"])],
+    [dict(modules_to_save=["gate"]), dict(target_parameters=["mlp.gate.weight"])],
     ids=["trained in full", "an adapter"],
 )
 @pytest.mark.parametrize("name", FAMILIES)
-def test_routers_that_are_trained_move_their_biases(name, options):
+def test_biases_of_trained_routers_move(name, options):
     def model():
         return adapted(name, target_modules=["q_proj"], **options)
 
@@ -113,19 +116,19 @@ def test_routers_that_are_trained_move_their_biases(name, options):
     assert [distance(ours, theirs) for ours, theirs in zip(counted.gradients, plain.gradients, strict=True)] == [
         0.0
     ] * 2
-    assert any("score_function" in parameter for parameter in plain.gradients[0])
+    assert any("gate" in parameter for parameter in plain.gradients[0])
     moved.callback = callback
     train(model(), rows(12), [callback, moved])
     assert len(moved.biases[0]) == 2
     assert all(bias.any() for bias in moved.biases[0].values())
     with_loss = Watch()
     train(model(), rows(12), [EquipoiseCallback(LOSS), with_loss])
-    of_routers = [name for name in plain.gradients[0] if "score_function" in name and "gate_up" not in name]
+    of_routers = [name for name in plain.gradients[0] if "gate" in name and "gate_up" not in name]
     difference = [{name: step[0][name] for name in of_routers} for step in (with_loss.gradients, plain.gradients)]
     assert distance(*difference) > 1e-3
 
 
-def test_biases_that_multiply_must_be_asked_to_move():
+def test_multiplicative_biases_on_a_frozen_base_need_move_frozen():
     strategy = "loss-free:rule=multiplicative"
     with pytest.raises(UsageError, match="move_frozen=True"):
         train(lora("qwen3_moe"), rows(8), [EquipoiseCallback(strategy)])
@@ -134,7 +137,7 @@ def test_biases_that_multiply_must_be_asked_to_move():
     assert callback.balance.biases[LAYERS[0]].any()
 
 
-def test_a_base_that_is_frozen_without_adapters_is_the_same():
+def test_biases_of_a_frozen_model_without_adapters_stay():
     model, callback = family("qwen3_moe"), EquipoiseCallback(BIASES)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lm_head" in name)

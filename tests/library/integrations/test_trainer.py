@@ -1,4 +1,4 @@
-"""``EquipoiseCallback``: a training under ``transformers.Trainer`` equals our own loop, or it is refused."""
+"""``EquipoiseCallback``: a training under ``transformers.Trainer`` equals our own loop, or is refused."""
 
 import copy
 import json
@@ -16,59 +16,63 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 import equipoise
-from equipoise.attachment import BIASES_FILE
 from equipoise.errors import EquipoiseError, UsageError
 from equipoise.integrations import EquipoiseCallback
+from equipoise.integrations._trainer_checks import check_training_arguments
+from equipoise.integrations._trainer_loss import OutputLoss
 from equipoise.integrations.trainer import STATE_FILE
+from equipoise.saved import BIASES_FILE
 
 BIASES, LOSS = "loss-free:rate=1e-2", "lbl:coefficient=1e-1"
 BOTH = (BIASES, LOSS)
 FAMILIES = ("qwen3_moe", "glm4_moe")  # without a slot, with one
-EPSILON = 1e-6  # relative, by norm, in float32
+TOLERANCE = 1e-6  # of the relative distance, in float32
 
 
-def alike(ours, theirs):
-    assert len(ours) == len(theirs) > 0
-    for one, other in zip(ours, theirs, strict=True):
+def assert_same(ours, expected):
+    """Two lists of dicts of tensors are equal, bit for bit."""
+    assert len(ours) == len(expected) > 0
+    for one, other in zip(ours, expected, strict=True):
         assert one.keys() == other.keys()
         assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def close(ours, theirs):
-    assert len(ours) == len(theirs) > 0
-    for one, other in zip(ours, theirs, strict=True):
-        assert distance(one, other) < EPSILON
+def assert_close_gradients(ours, expected):
+    assert len(ours) == len(expected) > 0
+    for one, other in zip(ours, expected, strict=True):
+        assert distance(one, other) < TOLERANCE
 
 
 # ---- the gradient ----
 
 
-@pytest.mark.parametrize("exact", [True, False], ids=["by label tokens", "plain mean"])
+@pytest.mark.parametrize("by_label_tokens", [True, False], ids=["by label tokens", "plain mean"])
 @pytest.mark.parametrize("name", (*FAMILIES, "deepseek_v3"))
-def test_gradients_and_biases_are_those_of_our_own_loop(name, exact):
-    """Twelve rows: a window of four micro-batches, then a short one of two; uneven label tokens, padding."""
+def test_gradients_and_biases_are_those_of_our_own_loop(name, by_label_tokens):
+    """Twelve rows: a window of four micro-batches and a short one of two, with uneven label tokens and padding."""
     model, data = family(name), rows(12)
     other = copy.deepcopy(model)
-    if not exact:
-        model.accepts_loss_kwargs = False  # the Trainer then hands no num_items_in_batch over
+    if not by_label_tokens:
+        model.accepts_loss_kwargs = False  # so the Trainer passes no num_items_in_batch
     callback = EquipoiseCallback(*BOTH)
     watch = Watch(callback)
     train(model, data, [callback, watch])
-    gradients, biases, loads = own_loop(other, data, BOTH, exact=exact)
+    gradients, biases, loads = own_loop(other, data, BOTH, by_label_tokens=by_label_tokens)
     assert len(gradients) == 2
     assert len({label_tokens(batch) for batch in batches(data)}) > 2
-    close(watch.gradients, gradients)
-    alike(watch.biases, biases)
-    alike(watch.load, loads)
+    assert_close_gradients(watch.gradients, gradients)
+    assert_same(watch.biases, biases)
+    assert_same(watch.load, loads)
 
 
-def test_the_two_weighings_differ_so_the_test_can_fail():
+def test_the_two_weights_give_different_gradients():
+    """Otherwise the test above could not fail."""
     model, data = family("qwen3_moe"), rows(12)
-    exact, _, _ = own_loop(copy.deepcopy(model), data, BOTH)
-    plain, _, _ = own_loop(copy.deepcopy(model), data, BOTH, exact=False)
-    without, _, _ = own_loop(model, data, (BIASES,))
-    assert distance(exact[0], plain[0]) > 1e-2
-    assert distance(exact[0], without[0]) > 1e-3
+    by_label_tokens, _, _ = own_loop(copy.deepcopy(model), data, BOTH)
+    plain_mean, _, _ = own_loop(copy.deepcopy(model), data, BOTH, by_label_tokens=False)
+    without_loss, _, _ = own_loop(model, data, (BIASES,))
+    assert distance(by_label_tokens[0], plain_mean[0]) > 1e-2
+    assert distance(by_label_tokens[0], without_loss[0]) > 1e-3
 
 
 @pytest.mark.parametrize(
@@ -82,34 +86,34 @@ def test_the_two_weighings_differ_so_the_test_can_fail():
 )
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.filterwarnings("ignore")
-def test_other_ways_to_compute_the_same_give_the_same(name, options):
+def test_checkpointing_and_compiling_change_nothing(name, options):
     model, data = family(name), rows(12)
     other = copy.deepcopy(model)
     callback = EquipoiseCallback(*BOTH)
     watch = Watch(callback)
     train(model, data, [callback, watch], **options)
     gradients, biases, loads = own_loop(other, data, BOTH)
-    close(watch.gradients, gradients)
-    alike(watch.biases, biases)
-    alike(watch.load, loads)
+    assert_close_gradients(watch.gradients, gradients)
+    assert_same(watch.biases, biases)
+    assert_same(watch.load, loads)
     torch.compiler.reset()
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_under_autocast_too(name):
+def test_autocast_equals_our_loop_under_autocast(name):
     model, data = family(name), rows(12)
     other = copy.deepcopy(model)
     callback = EquipoiseCallback(*BOTH)
     watch = Watch(callback)
     train(model, data, [callback, watch], bf16=True)
     gradients, biases, loads = own_loop(other, data, BOTH, autocast=True)
-    close(watch.gradients, gradients)
-    alike(watch.load, loads)
-    alike(watch.biases, biases)
+    assert_close_gradients(watch.gradients, gradients)
+    assert_same(watch.load, loads)
+    assert_same(watch.biases, biases)
 
 
-def test_a_given_shift_of_labels_weighs_by_it():
-    """Collators that pack sequences give ``shift_labels``, which the Trainer counts and the loss uses."""
+def test_shift_labels_are_counted_instead_of_labels():
+    """Collators that pack sequences give ``shift_labels``. The Trainer counts them, and the loss uses them."""
     data = rows(8)
     for row in data:
         row["shift_labels"] = [*row["labels"][1:], -100]
@@ -124,7 +128,7 @@ def test_a_given_shift_of_labels_weighs_by_it():
     for batch in window:
         loss = other(**batch).loss + balance.loss()
         (loss * int((batch["shift_labels"] != -100).sum()) / total).backward()
-    close(watch.gradients, [{n: p.grad for n, p in other.named_parameters() if p.grad is not None}])
+    assert_close_gradients(watch.gradients, [{n: p.grad for n, p in other.named_parameters() if p.grad is not None}])
 
 
 def test_packed_rows_are_cut_where_their_positions_begin_anew():
@@ -133,47 +137,47 @@ def test_packed_rows_are_cut_where_their_positions_begin_anew():
         cut = 3 + index % 5
         row["position_ids"] = [*range(cut), *range(LENGTH - cut)]
     strategy = "lbl:scope=sequence,coefficient=1e-1"
-    model = family("qwen3_moe", use_cache=False)  # as the Trainer sets it: a cache would have the row attend as one
+    model = family("qwen3_moe", use_cache=False)  # as the Trainer sets it: with a cache a row would attend as one
     cut_up, whole, callback = copy.deepcopy(model), copy.deepcopy(model), EquipoiseCallback(strategy)
     watch = Watch(callback)
     train(model, data, [callback, watch])
     total = sum(label_tokens(batch) for batch in batches(data))
-    found = []
-    for other, tells in ((cut_up, True), (whole, False)):
+    expected = []
+    for other, has_sequence_ids in ((cut_up, True), (whole, False)):
         balance = equipoise.attach(other, strategy)
         for batch in batches(data):
-            if tells:
+            if has_sequence_ids:
                 balance.token_mask(None, (batch["position_ids"] == 0).cumsum(1))
             loss = other(**batch).loss + balance.loss()
             (loss * label_tokens(batch) / total).backward()
-        found.append({n: p.grad for n, p in other.named_parameters() if p.grad is not None})
-    close(watch.gradients, found[:1])
-    assert distance(*found) > 1e-3
+        expected.append({n: p.grad for n, p in other.named_parameters() if p.grad is not None})
+    assert_close_gradients(watch.gradients, expected[:1])
+    assert distance(*expected) > 1e-3
 
 
-class AsksForTuples(Trainer):
+class TupleTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         return model(**inputs, num_items_in_batch=num_items_in_batch, return_dict=False)[0]
 
 
-def test_a_model_that_returns_tuples_has_its_loss_too():
+def test_a_model_that_returns_tuples_gets_the_balancing_loss():
     model, data = family("glm4_moe"), rows(12)
     other, callback = copy.deepcopy(model), EquipoiseCallback(*BOTH)
     watch = Watch(callback)
-    train(model, data, [callback, watch], kind=AsksForTuples)
+    train(model, data, [callback, watch], kind=TupleTrainer)
     gradients, _, _ = own_loop(other, data, BOTH)
-    close(watch.gradients, gradients)
+    assert_close_gradients(watch.gradients, gradients)
 
 
-def test_counts_are_those_of_a_count_by_hand():
-    """Every unmasked token once, whatever its label; the choices of a model that has not moved yet."""
+def test_loads_equal_a_count_by_hand():
+    """Every unmasked token counts once, whatever its label. The first window sees the model before any step."""
     model, data = family("glm4_moe"), rows(8)
     counts = {f"model.layers.{layer}.mlp.gate": torch.zeros(8, dtype=torch.int64) for layer in range(2)}
 
     def count(name):
         def hook(module, args, output):
-            kept = output[2][mask.reshape(-1) == 1]
-            counts[name] += torch.tensor([int((kept == expert).sum()) for expert in range(8)])
+            expert_ids = output[2][mask.reshape(-1) == 1]
+            counts[name] += torch.tensor([int((expert_ids == expert).sum()) for expert in range(8)])
 
         return hook
 
@@ -186,25 +190,25 @@ def test_counts_are_those_of_a_count_by_hand():
     callback = EquipoiseCallback(*BOTH)
     watch = Watch(callback)
     train(model, data, [callback, watch])
-    alike(watch.load, [counts])
+    assert_same(watch.load, [counts])
     assert sum(counts["model.layers.0.mlp.gate"]) == 2 * sum(sum(row["attention_mask"]) for row in data)
 
 
 def test_a_strategy_without_balancers_changes_nothing():
     model, data = family("qwen3_moe"), rows(12)
     other = copy.deepcopy(model)
-    first, second = Watch(), Watch()
+    with_callback, without_callback = Watch(), Watch()
     callback = EquipoiseCallback("none")
-    train(model, data, [callback, first])
-    train(other, data, [second])
-    alike(first.gradients, second.gradients)
+    train(model, data, [callback, with_callback])
+    train(other, data, [without_callback])
+    assert_same(with_callback.gradients, without_callback.gradients)
     assert callback.balance.metrics()["tokens"] > 0
 
 
 # ---- steps ----
 
 
-class Overflows:
+class OverflowingScaler:
     """A GradScaler that finds an overflow in the second step."""
 
     steps = 0
@@ -218,18 +222,18 @@ class Overflows:
         pass
 
 
-class Scaled(Trainer):
-    """As with fp16 on a GPU: Accelerate's own optimizer finds out that a step was left out, and says so."""
+class ScaledTrainer(Trainer):
+    """As with fp16 on a GPU: Accelerate's own optimizer notices that the scaler skipped a step."""
 
-    scaler = Overflows
+    scaler = OverflowingScaler
 
     def create_scheduler(self, *args, **kwargs):
         self.optimizer = AcceleratedOptimizer(self.optimizer.optimizer, scaler=self.scaler())
         return super().create_scheduler(*args, **kwargs)
 
 
-class OverflowsFused(Overflows):
-    """What a GradScaler does with a fused optimizer: it leaves the verdict with it, and calls it in any case."""
+class FusedOverflowingScaler(OverflowingScaler):
+    """As a GradScaler does with a fused optimizer: it stores ``found_inf`` on it and always calls it."""
 
     def step(self, optimizer, closure=None):
         self.steps += 1
@@ -238,24 +242,24 @@ class OverflowsFused(Overflows):
         del optimizer.found_inf
 
 
-class ScaledFused(Scaled):
-    scaler = OverflowsFused
+class FusedScaledTrainer(ScaledTrainer):
+    scaler = FusedOverflowingScaler
 
 
-@pytest.mark.parametrize(("kind", "optim"), [(Scaled, "adamw_torch"), (ScaledFused, "adamw_torch_fused")])
+@pytest.mark.parametrize(("kind", "optim"), [(ScaledTrainer, "adamw_torch"), (FusedScaledTrainer, "adamw_torch_fused")])
 def test_a_step_that_was_skipped_moves_nothing(kind, optim):
     model, callback = family("glm4_moe"), EquipoiseCallback(*BOTH)
     watch = Watch(callback)
     train(model, rows(24), [callback, watch], kind=kind, optim=optim)
     first, second, third = watch.biases
-    alike([first], [second])
+    assert_same([first], [second])
     assert any(not torch.equal(third[name], second[name]) for name in second)
     assert callback.balance.state_dict()["num_windows"] == 3
     callback.detach()
 
 
-def test_micro_batches_that_a_stream_leaves_over_are_in_no_window(tmp_path):
-    """An iterable dataset that ends after two micro-batches of four: the Trainer takes no step there."""
+def test_micro_batches_left_over_by_a_stream_are_in_no_window(tmp_path):
+    """The dataset ends two micro-batches after a step of four. The Trainer takes no step for them."""
 
     class Stream(torch.utils.data.IterableDataset):
         def __iter__(self):
@@ -270,27 +274,27 @@ def test_micro_batches_that_a_stream_leaves_over_are_in_no_window(tmp_path):
     assert (tmp_path / "checkpoint-1" / STATE_FILE).exists()
 
 
-def test_a_second_training_goes_on_with_the_biases():
+def test_a_second_training_continues_with_the_biases():
     model, data = family("qwen3_moe"), rows(8)
     other, callback = copy.deepcopy(model), EquipoiseCallback(BIASES)
     watch = Watch(callback)
     for _ in range(2):
         train(model, data, [callback, watch])
     _, biases, _ = own_loop(other, data, (BIASES,), epochs=2)
-    alike(watch.biases, biases)
+    assert_same(watch.biases, biases)
     assert callback.balance.state_dict()["num_windows"] == 2
 
 
-class Raises(TrainerCallback):
+class Interruption(TrainerCallback):
     def on_substep_end(self, args, state, control, **kwargs):
         raise KeyboardInterrupt
 
 
-def test_a_training_that_was_interrupted_leaves_no_counts_for_the_next():
+def test_an_interrupted_training_leaves_no_counts_for_the_next():
     model, data = family("qwen3_moe"), rows(8)
     callback = EquipoiseCallback(*BOTH)
     with pytest.raises(KeyboardInterrupt):
-        train(model, data, [callback, Raises()])
+        train(model, data, [callback, Interruption()])
     watch = Watch(callback)
     train(model, data, [callback, watch])
     (load,) = watch.load
@@ -313,34 +317,34 @@ def test_evaluation_has_no_balancing_loss_and_moves_nothing():
         trainer_options=dict(eval_dataset=rows(6, seed=1)),
     )
     before = callback.balance.state_dict()
-    found = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
-    assert len(found) == 2
+    losses_logged = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert len(losses_logged) == 2
     again = trainer.evaluate()["eval_loss"]
     after = callback.balance.state_dict()
-    alike([before["biases"], before["load"]], [after["biases"], after["load"]])
+    assert_same([before["biases"], before["load"]], [after["biases"], after["load"]])
     assert before["num_windows"] == after["num_windows"] == 1
-    # by hand, with the same biases and nothing of the callback's
+    # by hand, with the same biases and without the callback
     biases = callback.detach()
     balance = equipoise.attach(model.eval(), "frozen", biases=biases)
     with torch.no_grad():
         losses = [float(model(**batch).loss) for batch in batches(rows(6, seed=1))]
-    assert again == found[-1] == pytest.approx(sum(losses) / len(losses), abs=1e-6)
+    assert again == losses_logged[-1] == pytest.approx(sum(losses) / len(losses), abs=1e-6)
     balance.detach()
 
 
-def test_the_first_evaluation_is_that_of_a_trainer_without_the_callback():
+def test_the_first_evaluation_is_the_same_without_the_callback():
     options = dict(eval_on_start=True, eval_strategy="steps", eval_steps=100, max_steps=1)
-    found = []
+    losses = []
     for callbacks in ([], [EquipoiseCallback(*BOTH)]):
         trainer = train(
             family("glm4_moe"), rows(8), callbacks, trainer_options=dict(eval_dataset=rows(6, seed=1)), **options
         )
-        found.append(next(entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry))
-    assert found[0] == found[1]
+        losses.append(next(entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry))
+    assert losses[0] == losses[1]
 
 
 class Reporter(TrainerCallback):
-    """Stands where the reporting integrations do: before the user's callbacks."""
+    """Comes before the user's callbacks, as the reporting integrations of Transformers do."""
 
     def __init__(self):
         self.logs = []
@@ -355,9 +359,9 @@ def test_metrics_are_in_the_logs_of_every_reporter_and_in_the_saved_state(tmp_pa
     steps = [logs for logs in reporter.logs if "loss" in logs]
     assert len(steps) == 2
     for logs in (*steps, *(entry for entry in trainer.state.log_history if "loss" in entry)):
-        figures = {name: value for name, value in logs.items() if name.startswith("equipoise/")}
-        assert {"equipoise/maxvio_batch", "equipoise/load_balancing_loss", "equipoise/bias_max"} <= figures.keys()
-        assert all(type(value) is float for value in figures.values())
+        metrics = {name: value for name, value in logs.items() if name.startswith("equipoise/")}
+        assert {"equipoise/maxvio_batch", "equipoise/load_balancing_loss", "equipoise/bias_max"} <= metrics.keys()
+        assert all(type(value) is float for value in metrics.values())
     last = {f"equipoise/{name}": value for name, value in callback.balance.metrics().items()}
     assert last.items() <= steps[-1].items()
     assert not any(name.startswith("equipoise/") for name in reporter.logs[-1])  # the summary at the end
@@ -366,7 +370,7 @@ def test_metrics_are_in_the_logs_of_every_reporter_and_in_the_saved_state(tmp_pa
 
 
 def test_the_logged_loss_holds_the_balancing_loss():
-    """In one window: the weighted cross-entropies of its micro-batches and their balancing losses."""
+    """For one window it is the weighted sum of its micro-batches' cross-entropies and balancing losses."""
     model, data = family("glm4_moe"), rows(8)
     other = copy.deepcopy(model)
     trainer = train(model, data, [EquipoiseCallback(LOSS)])
@@ -394,17 +398,17 @@ def test_resuming_equals_never_having_stopped(name, strategy, tmp_path):
     rest = Watch(second)
     train(resumed, data, [second, rest], tmp_path, resume=True, **options)
     assert len(watch.biases) == 6
-    alike(rest.biases, watch.biases[4:])
-    alike(rest.load, watch.load[4:])
-    alike(rest.gradients, watch.gradients[4:])
-    alike([dict(resumed.named_parameters())], [dict(whole.named_parameters())])
+    assert_same(rest.biases, watch.biases[4:])
+    assert_same(rest.load, watch.load[4:])
+    assert_same(rest.gradients, watch.gradients[4:])
+    assert_same([dict(resumed.named_parameters())], [dict(whole.named_parameters())])
     one, other = second.balance.state_dict(), callback.balance.state_dict()
     assert one["num_windows"] == other["num_windows"] == 6
     for key in one["state"]:
-        alike([one["state"][key]], [other["state"][key]])
+        assert_same([one["state"][key]], [other["state"][key]])
 
 
-def test_a_checkpoint_in_another_place_is_found(tmp_path):
+def test_a_checkpoint_in_another_folder_is_resumed(tmp_path):
     data, options = rows(24), dict(save_strategy="steps", save_steps=1, num_train_epochs=1)
     train(family("qwen3_moe"), data, [EquipoiseCallback(BIASES), Stop(2)], tmp_path / "one", **options)
     (tmp_path / "one" / "checkpoint-2").rename(tmp_path / "kept")
@@ -414,7 +418,7 @@ def test_a_checkpoint_in_another_place_is_found(tmp_path):
     assert callback.balance.state_dict()["num_windows"] == 3
 
 
-def test_a_checkpoint_without_our_state_is_refused_unless_asked(tmp_path):
+def test_a_checkpoint_without_our_state_is_refused_unless_fresh(tmp_path):
     data, options = rows(24), dict(save_strategy="steps", save_steps=1)
     train(family("qwen3_moe"), data, [Stop(1)], tmp_path, **options)
     with pytest.raises(EquipoiseError, match="saved without this callback.*fresh=True"):
@@ -424,24 +428,24 @@ def test_a_checkpoint_without_our_state_is_refused_unless_asked(tmp_path):
     assert callback.balance.state_dict()["num_windows"] == 2
 
 
-def test_what_is_saved_within_a_step_holds_no_state_of_the_balancing(tmp_path):
-    """A micro-batch of it is counted already, so a training cannot go on from there; the biases are whole."""
+def test_a_model_saved_within_a_step_has_biases_but_no_state(tmp_path):
+    """Some micro-batches of the step are counted already, so no training can resume from there."""
     model, data = family("qwen3_moe"), rows(8)
 
-    class Saves(TrainerCallback):
+    class SavingCallback(TrainerCallback):
         def on_substep_end(self, args, state, control, **kwargs):
             model.save_pretrained(tmp_path / "within")
 
         def on_step_end(self, args, state, control, **kwargs):
             model.save_pretrained(tmp_path / "after")
 
-    train(model, data, [EquipoiseCallback(BIASES), Saves()])
+    train(model, data, [EquipoiseCallback(BIASES), SavingCallback()])
     assert (tmp_path / "within" / BIASES_FILE).exists() and not (tmp_path / "within" / STATE_FILE).exists()
     assert (tmp_path / "after" / STATE_FILE).exists()
 
 
-class Worse(Trainer):
-    """Finds every evaluation after the first worse than it."""
+class WorseningTrainer(Trainer):
+    """Its evaluation loss grows from step to step, so the first checkpoint is the best."""
 
     def evaluate(self, *args, **kwargs):
         metrics = {"eval_loss": float(self.state.global_step)}
@@ -458,7 +462,7 @@ def test_the_best_model_has_its_biases(name, tmp_path):
         rows(24),
         [callback, watch],
         tmp_path,
-        kind=Worse,
+        kind=WorseningTrainer,
         save_strategy="steps",
         save_steps=1,
         eval_strategy="steps",
@@ -467,10 +471,10 @@ def test_the_best_model_has_its_biases(name, tmp_path):
         trainer_options=dict(eval_dataset=rows(2)),
     )
     assert len(watch.biases) == 3
-    alike([callback.balance.biases], watch.biases[:1])
+    assert_same([callback.balance.biases], watch.biases[:1])
 
 
-def test_what_is_saved_of_a_family_with_a_slot_holds_the_biases_in_float32(tmp_path):
+def test_a_saved_family_with_a_slot_has_its_biases_in_float32(tmp_path):
     model = family("glm4_moe").to(torch.bfloat16)
     callback = EquipoiseCallback("loss-free:rate=1e-3")
     trainer = train(model, rows(24), [callback], tmp_path, save_strategy="steps", save_steps=3)
@@ -483,7 +487,7 @@ def test_what_is_saved_of_a_family_with_a_slot_holds_the_biases_in_float32(tmp_p
         assert not (tmp_path / folder / BIASES_FILE).exists()
 
 
-def test_what_is_saved_of_a_family_without_one_has_the_biases_beside(tmp_path):
+def test_a_saved_family_without_a_slot_has_its_biases_beside_the_weights(tmp_path):
     model, callback = family("qwen3_moe"), EquipoiseCallback("loss-free:rate=1e-1")
     trainer = train(model, rows(24), [callback], tmp_path, save_strategy="steps", save_steps=3)
     trainer.save_model(str(tmp_path / "final"))
@@ -502,14 +506,14 @@ def test_what_is_saved_of_a_family_without_one_has_the_biases_beside(tmp_path):
 
 def test_a_copy_of_the_model_is_free_of_the_callback(tmp_path):
     model, callback = family("qwen3_moe"), EquipoiseCallback(*BOTH)
-    found = {}
+    copies = {}
 
-    class Copies(TrainerCallback):
+    class CopyingCallback(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            found["copy"], found["pickled"] = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+            copies["copy"], copies["pickled"] = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
 
-    train(model, rows(8), [callback, Copies()])
-    for name, other in found.items():
+    train(model, rows(8), [callback, CopyingCallback()])
+    for name, other in copies.items():
         batch = batches(rows(2))[0]
         loss = other.train()(**batch).loss
         logits = other(**batch).logits[:, :-1].float().reshape(-1, 64)
@@ -519,8 +523,8 @@ def test_a_copy_of_the_model_is_free_of_the_callback(tmp_path):
         other.save_pretrained(tmp_path / name)
         assert not (tmp_path / name / BIASES_FILE).exists()
         assert other.save_pretrained.model is other
-        held = [getattr(hook, "callback", None) for hook in other._forward_hooks.values()]
-        assert len(held) == 2 and held == [None] * 2  # nothing of the copy reaches the callback
+        owners = [getattr(hook, "callback", None) for hook in other._forward_hooks.values()]
+        assert owners == [None, None]  # no hook of the copy reaches the callback
     biases = callback.detach()
     assert biases and callback.detach() == {}
     assert "save_pretrained" not in vars(model) and not model._forward_hooks
@@ -542,55 +546,55 @@ def a_loss(outputs, labels, num_items_in_batch=None):
     return nn.functional.cross_entropy(logits, labels[:, 1:].reshape(-1))
 
 
-class TakesLogits(Trainer):
+class TrainerThatTakesLogits(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = model(**inputs)
         return a_loss(outputs, inputs["labels"])
 
 
-class KeepsLabels(Trainer):
+class TrainerThatKeepsLabels(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         labels = inputs.pop("labels")
         return a_loss(model(**inputs), labels)
 
 
-class TakesTheLoss(Trainer):
+class TrainerThatTakesTheLoss(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
         return outputs.loss + 0.0 * outputs.logits.sum()
 
 
-DROPPED = "(?s)must take its loss from the model's output(?=.*add_loss=False)(?=.*loss-free).*%s"
+LOSS_IS_DROPPED = "(?s)must take its loss from the model's output(?=.*add_loss=False)(?=.*loss-free).*%s"
 
-DROPS = {
+LOSSES_WITHOUT_OURS = {
     "label smoothing": (dict(label_smoothing_factor=0.1), "label_smoothing_factor=0.1.*Set label_smoothing_factor=0;"),
     "compute_loss_func": (dict(trainer_options=dict(compute_loss_func=a_loss)), "compute_loss_func.*Leave it out;"),
-    "logits": (dict(kind=TakesLogits), "takes outputs.logits drops it"),
-    "labels": (dict(kind=KeepsLabels), "given no labels"),
+    "logits": (dict(kind=TrainerThatTakesLogits), "starts from outputs.logits drops it"),
+    "labels": (dict(kind=TrainerThatKeepsLabels), "got no labels"),
 }
 
 
-@pytest.mark.parametrize("name", DROPS)
+@pytest.mark.parametrize("name", LOSSES_WITHOUT_OURS)
 def test_a_loss_that_drops_the_balancing_loss_is_refused_by_name(name):
-    options, cause = DROPS[name]
-    refused(DROPPED % cause, **options)
+    options, cause = LOSSES_WITHOUT_OURS[name]
+    refused(LOSS_IS_DROPPED % cause, **options)
 
 
-@pytest.mark.parametrize("name", DROPS)
-def test_without_a_balancing_loss_each_of_these_is_welcome(name):
-    options, _ = DROPS[name]
+@pytest.mark.parametrize("name", LOSSES_WITHOUT_OURS)
+def test_a_strategy_without_a_loss_accepts_each_of_these(name):
+    options, _ = LOSSES_WITHOUT_OURS[name]
     callback = EquipoiseCallback("loss-free")
     train(family("qwen3_moe"), rows(8), [callback], **options)
     assert callback.balance.state_dict()["num_windows"] == 1
 
 
-def test_a_compute_loss_that_takes_the_models_loss_is_welcome():
+def test_a_compute_loss_that_takes_the_models_loss_is_accepted():
     model, data = family("qwen3_moe"), rows(12)
     other, callback = copy.deepcopy(model), EquipoiseCallback(*BOTH)
     watch = Watch(callback)
-    train(model, data, [callback, watch], kind=TakesTheLoss)
+    train(model, data, [callback, watch], kind=TrainerThatTakesTheLoss)
     gradients, _, _ = own_loop(other, data, BOTH)
-    close(watch.gradients, gradients)
+    assert_close_gradients(watch.gradients, gradients)
 
 
 def test_a_compute_loss_may_add_the_balancing_loss_itself():
@@ -598,26 +602,26 @@ def test_a_compute_loss_may_add_the_balancing_loss_itself():
     other, callback = copy.deepcopy(model), EquipoiseCallback(*BOTH, add_loss=False)
     watch = Watch(callback)
 
-    class Adds(Trainer):
+    class AddingTrainer(Trainer):
         loss_is_scaled_for_ga = False
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             return a_loss(model(**inputs), inputs["labels"]) + callback.balance.loss()
 
-    train(model, data, [callback, watch], kind=Adds)
-    gradients, _, _ = own_loop(other, data, BOTH, exact=False)
-    close(watch.gradients, gradients)
+    train(model, data, [callback, watch], kind=AddingTrainer)
+    gradients, _, _ = own_loop(other, data, BOTH, by_label_tokens=False)
+    assert_close_gradients(watch.gradients, gradients)
 
 
-def test_a_compute_loss_that_promised_to_add_it_and_does_not_raises():
-    refused("balance.loss\\(\\) must be added", callback_options=dict(add_loss=False), kind=TakesLogits)
+def test_a_compute_loss_that_forgets_the_balancing_loss_raises():
+    refused("balance.loss\\(\\) must be added", callback_options=dict(add_loss=False), kind=TrainerThatTakesLogits)
 
 
-def test_a_loss_of_the_models_own_beside_ours_is_refused_unless_asked():
+def test_a_balancing_loss_of_the_models_own_is_refused_unless_asked_for():
     def model():
         return family("qwen3_moe", output_router_logits=True, router_aux_loss_coef=0.01)
 
-    refused("one load-balancing loss must act.*router_aux_loss_coef=0.01.*with_model_loss=True", model=model())
+    refused("only one load-balancing loss must act.*router_aux_loss_coef=0.01.*with_model_loss=True", model=model())
     for strategy, options in ((BOTH, dict(with_model_loss=True)), ((BIASES,), {})):
         callback = EquipoiseCallback(*strategy, **options)
         train(model(), rows(8), [callback])
@@ -628,14 +632,14 @@ def test_two_callbacks_are_refused():
     refused("must have one EquipoiseCallback", callbacks=[EquipoiseCallback(LOSS), EquipoiseCallback(BIASES)])
 
 
-def test_a_callback_of_an_earlier_trainer_is_named_and_may_be_detached():
+def test_a_second_callback_may_replace_the_one_of_an_earlier_trainer():
     model, first = family("qwen3_moe"), EquipoiseCallback(BIASES)
     train(model, rows(8), [first])
-    refused("of an earlier Trainer, call detach\\(\\)", model=model)
+    refused("belongs to an earlier Trainer, call detach\\(\\)", model=model)
     biases = first.detach()
     second = EquipoiseCallback("frozen", biases=biases)
     train(model, rows(8), [second])
-    alike([second.balance.biases], [biases])
+    assert_same([second.balance.biases], [biases])
 
 
 def test_a_model_that_is_attached_already_is_refused():
@@ -650,18 +654,17 @@ def test_data_parallel_and_deepspeed_are_refused():
     class Args:
         n_gpu, deepspeed = 2, None
 
-    model, callback = family("qwen3_moe"), EquipoiseCallback(*BOTH)
     with pytest.raises(EquipoiseError, match="one process must drive one GPU: got 2"):
-        callback._check(Args, model, None)
+        check_training_arguments(Args)
     Args.n_gpu, Args.deepspeed = 1, "ds.json"
     with pytest.raises(EquipoiseError, match="DeepSpeed"):
-        callback._check(Args, model, None)
+        check_training_arguments(Args)
 
 
 def test_wrong_arguments_are_refused_at_once():
     with pytest.raises(TypeError, match="group, biases, allow_empty.*got groups"):
         EquipoiseCallback("loss-free", groups=None)
-    with pytest.raises(UsageError, match="must be given a strategy"):
+    with pytest.raises(UsageError, match="must have a strategy"):
         Trainer(family("glm4_moe"), callbacks=[EquipoiseCallback])  # the class, as the Trainer allows
     with pytest.raises(UsageError, match="loss-fre"):
         EquipoiseCallback("loss-fre")
@@ -670,13 +673,14 @@ def test_wrong_arguments_are_refused_at_once():
 
 
 def test_positions_of_one_row_are_those_of_every_row():
-    """As a model broadcasts them; a collator may give them so."""
-    model, callback = family("qwen3_moe").train(), EquipoiseCallback("lbl:scope=sequence")
-    callback.balance, callback._training, callback._names = equipoise.attach(model, "lbl:scope=sequence"), True, []
+    """A collator may give one row of positions, which the model broadcasts."""
+    model = family("qwen3_moe").train()
+    balance = equipoise.attach(model, "lbl:scope=sequence")
+    output_loss = OutputLoss(model, balance, is_added=True)
     ids = torch.randint(3, 64, (2, 6), generator=torch.Generator().manual_seed(0))
     values = []
     for positions in (torch.arange(6)[None], torch.arange(6).expand(2, -1)):
-        callback._tell_sequences(model, (), {"input_ids": ids, "position_ids": positions})
+        output_loss.cut_packed_rows(model, (), {"input_ids": ids, "position_ids": positions})
         model(ids, position_ids=positions)
-        values.append(callback.balance.loss().item())
+        values.append(balance.loss().item())
     assert values[0] == values[1] > 0
