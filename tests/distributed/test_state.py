@@ -29,8 +29,8 @@ REFUSALS = {  # which part of each message must be the same on every rank
     "layers: its biases have blocks.third.moe.router",
     "other names of the counts on one rank": "on rank 1 of the group, EquipoiseError: the state must be of a model "
     "with the same layers: its load have blocks.third.moe.router",
-    "older on one rank": "rank 0 of the group has one after 2 windows, rank 1 one after 1, and they differ in load, "
-    "num_windows, biases, state. Load the same checkpoint",
+    "older on one rank": "rank 0 of the group has one after 2 windows, rank 1 one after 1, and they differ in biases, "
+    "load, num_windows, state. Load the same checkpoint",
     "other biases on one rank": "rank 0 of the group has one after 2 windows, rank 1 one after 2, and they differ in "
     "biases. Load",
     "nothing on one rank": "on rank 1 of the group, EquipoiseError: the state must be what state_dict() gave: got "

@@ -57,7 +57,7 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         balance: the ``Balance`` of the model, from the beginning of the training on; None before.
 
     **Gradient.** Let CE_m be the mean cross-entropy of micro-batch m over its n_m label tokens, and B_m its balancing
-    loss, coefficients included. An optimizer step has the gradient of one of these sums over its micro-batches:
+    loss, coefficients included. An optimizer step over micro-batches m has the gradient of:
 
     - ``sum_m n_m / N (CE_m + B_m)``, if the Trainer passes ``num_items_in_batch`` to the model, as it does for models
       of Transformers. N is that number. Label tokens are the labels that are not -100, shifted as the loss shifts them.
@@ -80,9 +80,10 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     has it.
 
     **Checkpoints.** Every checkpoint holds ``equipoise_balance.pt``. Resuming and ``load_best_model_at_end`` load it.
-    They also load the experts, which the Trainer of Transformers 5.23 does not (#48805). Some biases are not among the
-    weights: families without a slot for them, or adapters. They are saved as ``equipoise_biases.safetensors`` beside
-    whatever ``save_pretrained`` or ``save_model`` saves. ``attach(model, "frozen", biases=FOLDER)`` reads them.
+    They also load the experts, which the Trainer of Transformers 5.23 does not (#48805). Biases are not always among
+    the weights that are saved: families without a slot (a tensor for them), multiplicative biases, adapters. Then
+    ``save_pretrained`` and ``save_model`` write ``equipoise_biases.safetensors`` beside the weights, for
+    ``attach(model, "frozen", biases=FOLDER)``; under rule ``multiplicative`` for ``"frozen:multiplies=true"``.
 
     **After the training** the model stays attached: an evaluation routes as the training did. ``detach()`` ends that.
 

@@ -1,17 +1,14 @@
-"""Converts coefficients of other frameworks to our units. Imports no torch."""
+"""Converts coefficients of other frameworks to our units. The data is in ``frameworks.toml``. Imports no torch."""
 
 import math
+import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from importlib.resources import files
 
 from equipoise.errors import UsageError, suggest
-from equipoise.recipes.published import LOSS_FREE
 
 __all__ = ["FRAMEWORKS", "Framework", "convert_coefficient"]
-
-
-Sizes = Mapping[str, Any]  # num_layers, k, num_experts, data_parallel; None if not given
 
 
 @dataclass(frozen=True)
@@ -23,100 +20,27 @@ class Framework:
     source: str = field(repr=False)
     balanced: str = field(default="1", repr=False)  # value at perfect balance, for a coefficient of 1
     layers: str = field(default="sum", repr=False)  # how layers are combined
-    formula: str = "1"  # of the factor, our c / its c
-    factor: Callable[[Sizes], float] = field(default=lambda sizes: 1.0, repr=False)
-    needs: tuple[str, ...] = field(default=(), repr=False)  # arguments that the factor needs
+    formula: str = "1"  # of the factor, our c / its c; a key of FACTORS
     inexact: str = field(default="", repr=False)  # what the factor leaves out
 
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The arguments of ``convert_coefficient`` that the factor needs."""
+        return FACTORS[self.formula][0]
 
-_FRAMEWORKS = (
-    Framework(name="equipoise", option="coefficient", source="docs/design.md"),
-    Framework(
-        name="megatron",
-        option="--moe-aux-loss-coeff (aux_loss, seq_aux_loss)",
-        inexact="f counts a new top-k without expert groups and bias (issue 2767).",
-        source="megatron/core/transformer/moe/moe_utils.py, switch_load_balancing_loss_func",
-    ),
-    Framework(
-        name="megatron-global",
-        option="--moe-aux-loss-coeff (global_aux_loss)",
-        balanced="1 / D",
-        formula="1 / D",
-        factor=lambda sizes: 1 / sizes["data_parallel"],
-        needs=("data_parallel",),
-        inexact="f counts the micro-batches so far, each with the same weight (issue 7213).",
-        source="megatron/core/transformer/moe/router.py, _apply_global_aux_loss; NVIDIA/Megatron-LM issue 3672",
-    ),
-    Framework(
-        name="transformers",
-        option="router_aux_loss_coef",
-        balanced="k",
-        layers="pooled: counts and probabilities of all layers before the product",
-        formula="k / L",
-        factor=lambda sizes: sizes["k"] / sizes["num_layers"],
-        needs=("num_layers", "k"),
-        inexact="Exact if all layers have the same loads; otherwise each layer is pushed by the mean load of all. f "
-        "counts a softmax top-k of the logits. Trainer may multiply the loss by the number of ranks (issue 48690).",
-        source="load_balancing_loss_func in modeling_mixtral.py of Transformers 5.23; issue 31464",
-    ),
-    Framework(
-        name="olmo-core",
-        option="lb_loss_weight",
-        layers="sum / L",
-        formula="1 / L",
-        factor=lambda sizes: 1 / sizes["num_layers"],
-        needs=("num_layers",),
-        inexact="L counts all layers, dense ones too. With scale_loss_by_num_layers off the factor is 1.",
-        source="src/olmo_core/nn/moe/loss.py and moe.py of allenai/OLMo-core",
-    ),
-    Framework(
-        name="megablocks",
-        option="moe_loss_weight",
-        layers="mean",
-        formula="1 / L",
-        factor=lambda sizes: 1 / sizes["num_layers"],
-        needs=("num_layers",),
-        source="megablocks/layers/moe.py of databricks/megablocks, batched_load_balancing_loss",
-    ),
-    Framework(
-        name="deepspeed",
-        option="the caller's factor of l_aux",
-        layers="sum, by the caller",
-        inexact="With k = 2, f counts each token's first choice only.",
-        source="deepspeed/moe/sharded_moe.py of deepspeedai/DeepSpeed",
-    ),
-    Framework(
-        name="maxtext",
-        option="load_balance_loss_weight",
-        balanced="k",
-        layers="mean",
-        formula="k / L",
-        factor=lambda sizes: sizes["k"] / sizes["num_layers"],
-        needs=("num_layers", "k"),
-        inexact="Its scope is the sequence. P is the mean of softmax scores, whatever the score function. Only without "
-        "gradient accumulation: with it the gradient of the loss is divided by the number of tokens.",
-        source="src/maxtext/layers/moe.py, load_balance_loss, and trainers/pre_train/train.py",
-    ),
-    Framework(
-        name="xtuner",
-        option="balancing_loss_alpha",
-        inexact="With a bias in the router, P is the mean of the biased scores.",
-        source="xtuner/v1/loss/moe_loss.py of InternLM/xtuner",
-    ),
-    Framework(
-        name="paper-raw",
-        option="alpha, on raw sigmoid scores",
-        balanced="mean of sum_j s_j",
-        formula="E / 2",
-        factor=lambda sizes: sizes["num_experts"] / 2,
-        needs=("num_experts",),
-        inexact="Its scores are not divided by their sum. The mean of sum_j s_j is E / 2 when all scores are 1/2, as "
-        "at the start, and changes in training. The raw loss also lowers the scores of all experts together.",
-        source=f"{LOSS_FREE}, Eq. 2",
-    ),
-)
 
-FRAMEWORKS: Mapping[str, Framework] = {framework.name: framework for framework in _FRAMEWORKS}
+# By formula: what it needs, and the factor of these numbers. L layers, k and E experts, D data-parallel ranks.
+FACTORS: Mapping[str, tuple[tuple[str, ...], Callable[..., float]]] = {
+    "1": ((), lambda: 1.0),
+    "1 / D": (("data_parallel",), lambda ranks: 1 / ranks),
+    "1 / L": (("num_layers",), lambda layers: 1 / layers),
+    "k / L": (("num_layers", "k"), lambda layers, k: k / layers),
+    "E / 2": (("num_experts",), lambda experts: experts / 2),
+}
+
+_DATA = tomllib.loads((files("equipoise.recipes") / "frameworks.toml").read_text(encoding="utf-8"))
+
+FRAMEWORKS: Mapping[str, Framework] = {name: Framework(name, **fields) for name, fields in _DATA.items()}
 
 
 def convert_coefficient(
@@ -164,7 +88,7 @@ def convert_coefficient(
     return coefficient * _factor(source, sizes) / _factor(target, sizes)
 
 
-def _factor(name: str, sizes: Sizes) -> float:
+def _factor(name: str, sizes: Mapping[str, int | None]) -> float:
     if name not in FRAMEWORKS:
         raise UsageError(
             f"A framework must be one of {', '.join(FRAMEWORKS)}: got {name!r}.{suggest(name, FRAMEWORKS)} If its loss "
@@ -177,4 +101,4 @@ def _factor(name: str, sizes: Sizes) -> float:
             f"{' and '.join(missing)} must be given to convert a coefficient of {name} (factor {framework.formula}): "
             f"got none. Write {', '.join(f'{need}=...' for need in missing)}."
         )
-    return framework.factor(sizes)
+    return FACTORS[framework.formula][1](*(sizes[need] for need in framework.needs))

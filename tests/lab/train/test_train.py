@@ -331,7 +331,7 @@ def test_training_can_start_from_a_saved_model(tiny, new_watcher, tmp_path):
         ),
         ({"steps": 0}, "--steps must be at least 1: got 0"),
         ({"width": 40}, "--width must be a multiple of 32"),
-        ({"experts_per_token": 5}, "must be at most --experts: got 5 of 4"),
+        ({"experts_per_token": 5}, "must be at most --experts: got 5 and 4"),
         ({"learning_rate": float("nan")}, "--learning-rate must be a finite number above 0: got nan"),
         ({"warmup": 1.0}, "--warmup must be a share"),
     ],
@@ -571,7 +571,7 @@ def test_levels_that_lack_a_domain_are_refused_before_the_first_step(tiny, new_w
     shutil.copytree(text, folder)
     for content, message in (
         ({"kind": {"fruit": "a", "metal": "b"}}, "with a label for every domain at every level: KeyError: 'river'"),
-        ({"domain": dict.fromkeys(("fruit", "metal", "river"), "a")}, "no level may be called domain"),
+        ({"domain": dict.fromkeys(("fruit", "metal", "river"), "a")}, 'no level may be called "domain"'),
     ):
         (folder / "levels.json").write_text(json.dumps(content))
         with pytest.raises(UsageError, match=message):

@@ -27,7 +27,7 @@ def _run(*command):
 
 
 def _by_hand(ranks):
-    """MaxVio by step of the same loop in one process, without Accelerate. A window has the micro-batches of all ranks."""
+    """MaxVio by step of the same loop without Accelerate: one process with the micro-batches of all ranks."""
     torch.manual_seed(0)
     sizes = dict(hidden_size=32, head_dim=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2)
     config = AutoConfig.for_model(

@@ -84,7 +84,7 @@ def test_an_attached_model_at_bias_zero_is_the_same_bit_for_bit(name, strategy):
 @families
 @pytest.mark.parametrize("training", [True, False])
 def test_a_nonzero_bias_steers_exactly_and_leaves_the_weights(name, training):
-    score_function = FAMILIES[name].gate
+    score_function = FAMILIES[name].score_function
     model = _family(name)
     biases = {n: _bias(seed=i) for i, (n, _, _, *_) in enumerate(find_routers(model))}
     plain_seen = _record(deepcopy(model))
