@@ -14,7 +14,7 @@ only count. The floor for the loss is its bare operations on the same tensors, w
 Updates: milliseconds of `step()` for routers alone. Shapes: 64 layers of 256 experts (target 0.3), half and twice the
 layers, a quarter of the experts, and four times the tokens. The time must not depend on the tokens.
 
-Alerts: `Alerts.see` once a window, including the read of loads and biases. Three times: in a usual window, in a window
+Alerts: `Alerts.see` once per window, including the read of loads and biases. Three times: in a usual window, in a window
 that ends a stretch and judges it, and the mean of all.
 
 Collectives: `step()` of two gloo ranks that pool their counts, over the same ranks each alone, in turn.

@@ -170,7 +170,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "versions": {name: importlib.metadata.version(name) for name in ("equipoise", "torch", "transformers")},
         "ranks": arguments.ranks,
         "pairs": arguments.pairs,
-        "step": f"{MICRO_BATCHES} micro-batches of {SEQUENCES} x {LENGTH} tokens a rank",
+        "step": f"{MICRO_BATCHES} micro-batches of {SEQUENCES} x {LENGTH} tokens per rank",
         "step_time": step_time(arguments.ranks, arguments.pairs),
         "growth": rows,
     }
@@ -180,7 +180,7 @@ def tables(stored: dict[str, Any]) -> str:
     lines = [
         f"Step time on {stored['ranks']} gloo ranks over that without equipoise, {stored['step']}:",
         "",
-        "| strategy | ratio, median (quartiles) | collectives a step | bytes a step and rank |",
+        "| strategy | ratio, median (quartiles) | collectives a step | bytes per step and rank |",
         "|---|---|---|---|",
     ]
     for row in stored["step_time"]:
@@ -193,7 +193,7 @@ def tables(stored: dict[str, Any]) -> str:
         "",
         "The local part of Loss-Free, one thread, no network:",
         "",
-        "| layers x experts | `step()`, ms | counting a router call, µs | bytes a window, 8 L E |",
+        "| layers x experts | `step()`, ms | counting a router call, µs | bytes per window, 8 L E |",
         "|---|---|---|---|",
     ]
     for row in stored["growth"]:

@@ -207,7 +207,7 @@ def updates(stored: dict[str, Any]) -> Section:
         "the forwards, when nothing of it is in the caches.",
     )
     lines = [
-        "Closing a window and moving all biases under Loss-Free, once an optimizer step, one thread. The time must not "
+        "Closing a window and moving all biases under Loss-Free, once per optimizer step, one thread. The time must not "
         "depend on the number of tokens. Bare operations: the same work on the same tensors, without the library.",
         "",
         *table(
@@ -233,7 +233,7 @@ def alerts(stored: dict[str, Any]) -> Section | None:
         return None
     step_seconds = stored["steps"][0]["seconds"]
     lines = [
-        "`Alerts.see` once an optimizer step, including the read of loads and biases. It adds loads up and judges them "
+        "`Alerts.see` once per optimizer step, including the read of loads and biases. It adds loads up and judges them "
         f"at the end of a stretch of windows. A step of the default model takes {1000 * step_seconds:.0f} ms.",
         "",
         *table(
@@ -332,7 +332,7 @@ def collectives(stored: dict[str, Any], ranks: dict[str, Any]) -> Section:
             "same ranks, each alone. They run in turn, after a barrier.",
             "",
             *table(
-                ("layers x experts", "ranks", "ms", "ms, each alone", "ratio", "collectives", "bytes a rank"),
+                ("layers x experts", "ranks", "ms", "ms, each alone", "ratio", "collectives", "bytes per rank"),
                 (
                     (
                         f"{row['layers']} x {row['experts']}",
@@ -353,7 +353,7 @@ def collectives(stored: dict[str, Any], ranks: dict[str, Any]) -> Section:
         "the cores of this machine. [scale.md](scale.md) says what travels, how it grows, and what a network adds.",
         "",
         *table(
-            ("strategy", "ratio, median (quartiles)", "collectives a step", "bytes a step and rank"),
+            ("strategy", "ratio, median (quartiles)", "collectives a step", "bytes per step and rank"),
             (
                 (
                     f"`{row['strategy']}`",
@@ -409,7 +409,7 @@ def experts(stored: dict[str, Any]) -> Section:
                 for row in stored["rows"]
             ),
         ),
-        "D: width of the model. F: width of an expert. E: number of experts. k: experts a token.",
+        "D: width of the model. F: width of an expert. E: number of experts. k: experts per token.",
         "",
     ]  # fmt: skip
     return Section(title, [*lines, *explain_misses([target]), *source_line(stored)], [target])
@@ -433,7 +433,7 @@ def trainer(stored: dict[str, Any]) -> Section:
         title,
     )
     lines = [
-        f"The same model, weights and micro-batches ({stored['tokens_per_step']:,} tokens a step), with nothing "
+        f"The same model, weights and micro-batches ({stored['tokens_per_step']:,} tokens per step), with nothing "
         "attached. The sides run in turn, each in its own processes.",
         "",
         *table(
@@ -483,7 +483,7 @@ def step_parts(stored: dict[str, Any]) -> Section:
         "each step:",
         "",
         *table(
-            ("", "s", "times a run", "added to each step"),
+            ("", "s", "times per run", "added to each step"),
             (
                 (row["what"], f"{row['seconds']:.2f}", f"{row['times']}", f"{row['over_step']:.1%}")
                 for row in run["rows"]

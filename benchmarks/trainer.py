@@ -3,7 +3,7 @@
     python benchmarks/trainer.py    # writes benchmarks/results/trainer.json
 
 Both train the lab's default model, unattached, from the same weights on the same micro-batches of the packaged corpus.
-Both use the same number of micro-batches a step, AdamW, clipping, and bfloat16 autocast if the machine has it. The
+Both use the same number of micro-batches per step, AdamW, clipping, and bfloat16 autocast if the machine has it. The
 Trainer's model is as Transformers makes it: experts by `grouped_mm`, attention by `sdpa`. The sides run in turn, each
 in its own processes. The first two steps are not timed. A third side, the lab with the experts of Transformers, shows
 how much the lab's experts gain. Target: the lab at least 1.2 times as fast as the Trainer. The last line on stdout is

@@ -15,7 +15,7 @@ from plotly.subplots import make_subplots
 
 from equipoise.integrations import EquipoiseCallback
 
-LENGTH = 128  # tokens a row
+LENGTH = 128  # tokens per row
 
 
 def read_rows(text: Path, tokenizer: transformers.PreTrainedTokenizerBase) -> list[dict[str, list[int]]]:
@@ -30,7 +30,7 @@ def read_rows(text: Path, tokenizer: transformers.PreTrainedTokenizerBase) -> li
 
 def draw(logs: list[dict[str, float]], path: Path) -> None:
     figure = make_subplots(
-        cols=2, subplot_titles=("training loss with balancing loss, nats a token", "MaxVio of a step (0 is even)")
+        cols=2, subplot_titles=("training loss with balancing loss, nats per token", "MaxVio of a step (0 is even)")
     )
     for column, name in enumerate(("loss", "equipoise/maxvio_batch"), start=1):
         rows = [row for row in logs if name in row]
@@ -77,7 +77,7 @@ def main() -> None:
     )
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
-    print(f"loss of held-out text: {before:.3f} -> {trainer.evaluate()['eval_loss']:.3f} nats a token")
+    print(f"loss of held-out text: {before:.3f} -> {trainer.evaluate()['eval_loss']:.3f} nats per token")
     trainer.save_model(str(options.out / "model"))
     tokenizer.save_pretrained(options.out / "model")
     trainer.state.save_to_json(str(options.out / "trainer_state.json"))

@@ -133,9 +133,9 @@ class Alerts:
         words = []
         for kind, layers in self.holding.items():
             num_dead = sum(map(len, layers.values()))
-            of_layers = f" of {len(layers)} layers" if len(layers) > 1 else ""
+            masks_by_layer = f" of {len(layers)} layers" if len(layers) > 1 else ""
             words.append(
-                f"{num_dead} dead expert{'s' * (num_dead > 1)}" if kind == "dead experts" else f"{kind}{of_layers}"
+                f"{num_dead} dead expert{'s' * (num_dead > 1)}" if kind == "dead experts" else f"{kind}{masks_by_layer}"
             )
         return ", ".join(words)
 

@@ -56,9 +56,9 @@ def attach(
             it has none, what was saved beside the weights that it was loaded from.
         allow_empty: accept a model without routers, a pipeline stage of dense layers. Its ``Balance`` does nothing.
 
-    Make an average of the weights (EMA) after ``attach``, and anew after ``detach``: meanwhile each router of a family
-    without a slot has a buffer more. The same holds for hooks that replace a module's forward, such as those of
-    accelerate for offloading.
+    Create an average of the weights (EMA) after ``attach``, and again after ``detach``: between the two, routers without
+    a slot have one extra buffer. Put hooks that replace a module's forward, such as those of accelerate for offloading,
+    on after ``attach`` too.
 
     With balancers at bias zero and without losses, logits, weights, choices and gradients of the model are the same
     bit for bit. Collective over ``group``: every rank compares layers, strategies and biases, and raises the same
@@ -152,7 +152,7 @@ def _check_factor(layer: MoELayer) -> None:
     if tensor is not None and tensor.device.type != "meta" and tensor.any():
         raise EquipoiseError(
             f"the slot of {layer.name} must be zero for a multiplicative bias: the router adds its {layer.kind.slot} "
-            "before the top-k, and the factor would multiply it too, upside down where the sum is below zero. Zero "
+            "before the top-k. The factor would scale the sum, and reverse the order of experts where it is negative. Zero "
             "the slot, or take a rule that adds."
         )
     try:
@@ -176,7 +176,7 @@ def resolve(balancers: Sequence[Balancer | str]) -> list[Balancer]:
             )
     steering = [str(balancer) for balancer in resolved if balancer.has_bias]
     if len(steering) > 1:
-        raise UsageError(f"one balancer may move the bias: got {' and '.join(steering)}. Leave one out.")
+        raise UsageError(f"only one balancer may move the bias: got {' and '.join(steering)}. Leave one out.")
     return resolved
 
 

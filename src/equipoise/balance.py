@@ -28,8 +28,8 @@ from equipoise.torch_internals import after_each_step
 __all__ = ["Balance"]
 
 _UNUSED_MASK = (
-    "token_mask() must be called before the forward of its micro-batch, and after the last one's loss() or step(): no "
-    "forward came after it."
+    "token_mask() must be called before the forward that it belongs to: it was called, and no forward followed before "
+    "loss() or step()."
 )
 _log = logging.getLogger("equipoise")
 
@@ -76,7 +76,7 @@ class Balance:
         """Closes the micro-batch and returns its balancing loss: add it to the loss of this forward.
 
         ``sum over balancers of coefficient * sum over layers of their loss``, a mean over the unmasked tokens of the
-        micro-batch, as a mean cross-entropy is: weigh it as you weigh that. 0 if no balancer has a loss or nothing was
+        micro-batch: weight it as you would a mean cross-entropy. 0 if no balancer has a loss or nothing was
         counted. Its value is for logging, by the counts known now. Its backward records the factor that the loss was
         given (1 / accumulation steps, a GradScaler's scale); each router then adds the gradient by the counts known
         then. That gradient is a constant to autograd: a second derivative (``create_graph=True``) leaves the balancing out.
@@ -119,7 +119,7 @@ class Balance:
         on all ranks if a rank called no router at all.
         """
         applied = _checked(applied, self._recorder.device)
-        self._pool.check_alone()
+        self._pool.check_no_rank_joined()
         if self._taps.are_removed:
             raise EquipoiseError("step() must be called before detach(): this Balance was detached. Attach it again.")
         window = self._window
@@ -131,7 +131,7 @@ class Balance:
         if not called_layers:
             window.fail(self._recorder.device, self._biases.empty_statistics())
             raise EquipoiseError(
-                "attached routers must be called in training mode between two steps: none was. Call step() once an "
+                "attached routers must be called in training mode between two steps: none was. Call step() once per "
                 "optimizer step, after a forward (follow(optimizer) calls it already)."
             )
         self._notices.give(called_layers)
@@ -155,7 +155,7 @@ class Balance:
 
         Yields a dict, filled at the end: by layer, int64 ``[experts]``, over all ranks, which all enter and leave it.
         """
-        self._pool.check_alone()
+        self._pool.check_no_rank_joined()
         load: dict[str, Tensor] = {}
         with self._recorder.measuring(self._recorder.device, load):
             yield load
@@ -196,7 +196,7 @@ class Balance:
         )
 
     def peek_load(self) -> dict[str, Int[Tensor, " experts"]]:
-        """As ``load``, without checking whether another rank failed, so without waiting for a GPU; {} before it."""
+        """As ``load``, without checking whether another rank failed, so without waiting for a GPU; {} before the first window."""
         last = self._window.last
         return {} if last is None else self._recorder.by_name(last.vector)
 
@@ -221,7 +221,7 @@ class Balance:
         return self._biases.rate(self.num_windows - 1)
 
     def metrics(self) -> dict[str, float]:
-        """Figures of the last closed window over all ranks, as Python numbers; {} before it. Waits for a GPU.
+        """Figures of the last closed window over all ranks, as Python numbers; {} before the first. Waits for a GPU.
 
         ``maxvio_batch``, ``maxvio_micro``, ``maxvio_floor``, ``min_violation``, ``coefficient_of_variation``,
         ``load_entropy``, ``dead_experts``, ``tokens``, each loss without its coefficient (``load_balancing_loss``,
@@ -249,23 +249,23 @@ class Balance:
         return write_biases(Path(folder), self.biases, self.multiplies) if is_wanted else None
 
     def state_dict(self) -> dict[str, Any]:
-        """Biases and what moves with them, the last window's counts: equal on all ranks. Legal between windows only."""
+        """Biases and what moves with them, the last window's counts: equal on all ranks. Call it between windows only."""
         self._window.exchange.read()
         return state_of(self._recorder, self.strategy, self.multiplies, self._recorder.device)
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes up what ``state_dict`` gave. The state of another model is refused before anything moves.
+        """Restores what ``state_dict`` gave. The state of another model is refused before anything moves.
 
         What only another strategy keeps (a momentum) is left out; what the state lacks begins at zero. Collective over
         the group: every rank loads the same state, whatever number of ranks saved it.
         """
-        self._pool.check_alone()
+        self._pool.check_no_rank_joined()
         self._window.exchange.read()
         load_state(state, self._recorder, self.strategy, self.multiplies, self._recorder.device, self._pool)
 
     def agree(self, what: str, value: Any, error: Exception | None = None) -> list[Any]:
-        """The Python value of every rank of the group; if ``what`` failed on any rank, an error on every rank."""
+        """For integrations: the value of every rank of the group; an error on all ranks if ``what`` failed on one."""
         return self._pool.agree(what, value, error)
 
     def detach(self) -> dict[str, Float[Tensor, " experts"]]:

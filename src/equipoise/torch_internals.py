@@ -68,7 +68,7 @@ def after_each_step(optimizer: torch.optim.Optimizer, call: Callable[[bool | Ten
     if any(getattr(hook, "_equipoise", None) is owner for hook in hooks.values()):
         raise UsageError(
             "follow() must be called once for an optimizer: this one is followed already, and a second step() would "
-            "meet an empty window. Leave it out, or remove() the first."
+            "find an empty window. Remove the second follow(), or remove() the first."
         )
 
     @torch._disable_dynamo  # the step may be compiled

@@ -96,7 +96,9 @@ def test_one_collective_a_window_and_one_a_micro_batch_where_a_loss_waits_for_it
 @pytest.mark.parametrize("as_tensor", [False, True])
 @pytest.mark.parametrize("ranks", [(), (1,), (0, 1)])
 def test_a_step_that_one_rank_skips_is_skipped_by_all(strategy, as_tensor, ranks):
-    count = 2 * 16 * 2 * 2  # ranks, tokens, experts a token, layers: whole, applied or not, and not in the next window
+    count = (
+        2 * 16 * 2 * 2
+    )  # ranks, tokens, experts per token, layers: whole, applied or not, and not in the next window
     for found in _found(("skipped", ranks, as_tensor, strategy)):
         assert found == [(not ranks, count), (True, count)]
 

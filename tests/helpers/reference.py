@@ -593,7 +593,7 @@ def find_bin(value, edges):
 
 
 def quantile_histogram(scores, k, bias, mask=None, bins=128):
-    """The histograms of the margins, counts [E][bins], one row an expert; all 0 for k = E, which has no margins."""
+    """The histograms of the margins, counts [E][bins], one row per expert; all 0 for k = E, which has no margins."""
     num_experts = len(bias)
     edges = histogram_edges(bins)
     counts = [[0] * bins for _ in range(num_experts)]

@@ -115,8 +115,8 @@ MUTANTS = [
     ),
     Mutant(
         "42: a mask of some layers reaches all",
-        "explicit = context.of_layers.get(layer)",
-        "explicit = next(iter(context.of_layers.values()), None)",
+        "explicit = context.masks_by_layer.get(layer)",
+        "explicit = next(iter(context.masks_by_layer.values()), None)",
         "library/balance -k mask",
     ),
     Mutant(

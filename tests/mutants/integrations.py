@@ -68,7 +68,7 @@ MUTANTS = [
         "81: under the Trainer a step that a fused optimizer skipped moves the biases",
         "        self._step_was_applied = step_was_applied(optimizer)",
         "        pass",
-        "test_trainer -k fused",
+        "test_trainer -k torch_fused",
     ),
     Mutant(
         "the Trainer loads a checkpoint without the state of the balancing",

@@ -103,7 +103,7 @@ MUTANTS = [
     ),
     Mutant(
         "74: a copy of the model is counted",
-        "        return _inert_tap, (self.kind, self.k, self.steers, self.multiplies)",
+        "        return _inert_tap, (self.kind, self.k, self.uses_topk_mode, self.multiplies)",
         "        return (lambda tap: tap), (self,)",
         "test_find -k copy",
     ),
@@ -213,7 +213,7 @@ MUTANTS = [
     ),
     Mutant(
         "routers: the inner one is attached, whichever chooses",
-        "dropped.add(inner.router if has_own_slot or declares else outer.router)",
+        "dropped.add(inner.router if outer_has_slot or declares else outer.router)",
         "dropped.add(outer.router)",
         "test_own_routers",
     ),

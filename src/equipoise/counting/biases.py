@@ -1,6 +1,6 @@
 """The bias of every layer: where it is kept, what moves it, and the slots that hold a copy of it.
 
-The balancer that steers keeps the biases, ``Balancer.bias()``: float32, one row a layer. A slot is a tensor in the model
+The balancer that steers keeps the biases, ``Balancer.bias()``: float32, one row per layer. A slot is a tensor in the model
 that the router adds to its scores, and holds a copy. Two things keep both equal:
 
 - *Restoring*: after a step, a cast or a move of the model, the bias is written into the slot.
@@ -21,7 +21,7 @@ from equipoise.counting.layout import Layout
 from equipoise.counting.statistics import Statistics
 from equipoise.errors import EquipoiseError
 from equipoise.routers import MoELayer, Slot
-from equipoise.routers.kind import OWN_SLOT
+from equipoise.routers.kind import ADDED_SLOT
 from equipoise.routers.tap import tap_of
 from equipoise.routing import Routing, score
 
@@ -31,9 +31,9 @@ _STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # a checkpoint 
 
 
 class LayerGroup:
-    """The layers of equal shape, and the balancers prepared for them, whose states are stacked, one row a layer.
+    """The layers of one kind, and the balancers prepared for them, whose states are stacked, one row per layer.
 
-    Layers are of equal shape if they have the same number of experts, k, score function and selection.
+    Layers are of one kind if they have the same number of experts, k, score function and selection.
 
     Attributes:
         layers: indices into the layers of the model.
@@ -54,15 +54,15 @@ class LayerGroup:
             number for number, b in enumerate(balancers) if b.micro_batch_statistic(no_load) is not None
         ]
         self.slots = [self._slot(layer) for layer in layers]
-        self.has_own_slots = any(slot.name == OWN_SLOT for slot in self.slots)
+        self.has_added_slots = any(slot.name == ADDED_SLOT for slot in self.slots)
         self.block = layout.block(indices)
         self._layout = layout
-        self._rows: tuple[int, tuple[Tensor, ...]] = (0, ())  # of the biases, and their address
+        self._rows: tuple[int, tuple[Tensor, ...]] = (0, ())  # the address of the biases, and their rows
 
     def _slot(self, layer: MoELayer) -> Slot:
         """What steers a layer: the model's own slot, whose value is added to the scores, or one of ours."""
         if layer.slot is None or (self.steering is not None and self.steering.multiplies):
-            return Slot(layer.router, OWN_SLOT)
+            return Slot(layer.router, ADDED_SLOT)
         return layer.slot
 
     @property
@@ -137,10 +137,10 @@ class Biases:
         group, row = self.group_of[layer]
         return group.slots[row]
 
-    def has_own_slot(self, layer: int) -> bool:
+    def has_added_slot(self, layer: int) -> bool:
         """Whether a layer is steered through a slot of ours."""
         group, row = self.group_of[layer]
-        return group.steering is not None and group.slots[row].name == OWN_SLOT
+        return group.steering is not None and group.slots[row].name == ADDED_SLOT
 
     def of(self, layer: int) -> Float[Tensor, " experts"]:
         """The bias of a layer. Not a copy, if a balancer keeps it."""
@@ -225,7 +225,7 @@ class Biases:
                 return None
         if any(balancer.state() for balancer in group.balancers if balancer is not steering):
             plain = None
-        if group.has_own_slots:  # nobody else writes into ours
+        if group.has_added_slots:  # nobody else writes into ours
             return plain
         in_slots = torch.stack(tensors)
         if in_slots.device.type != "cpu" or not torch.equal(in_slots, biases):  # on a GPU nobody waits to find out
@@ -241,7 +241,7 @@ class Biases:
         """A checkpoint was loaded into the model's slot: its value becomes the bias."""
         group, row = self.group_of[layer]
         biases = group.biases
-        if group.steering is None or biases is None or self.has_own_slot(layer):
+        if group.steering is None or biases is None or self.has_added_slot(layer):
             return
         bias = biases[row]
         loaded = slot_value(self.layers[layer]).to(bias.device)
@@ -298,8 +298,8 @@ class Biases:
                 state.setdefault(key, {})[layer.name] = value[row].clone()
         return state
 
-    def load(self, biases: dict[str, Tensor], state: dict[str, dict[str, Tensor]]) -> None:
-        """Takes up saved biases and states. What only another strategy keeps is left out; what is missing is zero."""
+    def load_state(self, biases: dict[str, Tensor], state: dict[str, dict[str, Tensor]]) -> None:
+        """Restores saved biases and states. What only another strategy keeps is left out; what is missing is zero."""
         for index, layer in enumerate(self.layers):
             group, row = self.group_of[index]
             if group.biases is not None:
@@ -338,9 +338,9 @@ def _make_groups(
 def slot_value(layer: MoELayer, multiplies: bool = False) -> Float[Tensor, " experts"]:
     """What steers a router now, float32: the value of its slot, or of ours from an earlier attach, or zeros. A copy."""
     router = layer.router
-    slot = Slot(router, OWN_SLOT) if multiplies or layer.slot is None else layer.slot
+    slot = Slot(router, ADDED_SLOT) if multiplies or layer.slot is None else layer.slot
     bias, tap = slot.bias, tap_of(router)
-    if slot.name == OWN_SLOT and tap is not None and tap.multiplies != multiplies:  # a copy, steered the other way
+    if slot.name == ADDED_SLOT and tap is not None and tap.multiplies != multiplies:  # a copy, steered the other way
         bias = None
     if bias is None or bias.device.type == "meta":
         device = next(router.parameters()).device

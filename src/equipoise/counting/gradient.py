@@ -3,7 +3,7 @@
 The gradient is made when a router's backward runs, by the counts pooled by then. For that a backward must find two
 things: the call that it belongs to, and the factor that the caller gave the loss.
 
-- The *call*: a counted call has a token, which autograd saves and brings back. A recomputed call has none:
+- The *call*: a counted call has an id, which autograd saves and brings back. A recomputed call has none:
   ``Window.recomputed_call`` finds it.
 - The *factor*: ``Balance.loss`` returns a ticket, a scalar whose backward carries no gradient. It runs before the
   backwards of the routers, because it was made after their forwards, and records the incoming gradient: 1 / accumulation
@@ -69,7 +69,7 @@ class Losses:
     def loss_scale(self, value: float | Tensor | None) -> None:
         is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         if value is not None and not is_number and not (isinstance(value, Tensor) and value.numel() == 1):
-            raise ValueError(f"loss_scale must be a finite number, a tensor of one or None: got {value!r}.")
+            raise ValueError(f"loss_scale must be a finite number, a one-element tensor or None: got {value!r}.")
         self._loss_scale = value.reshape(()) if isinstance(value, Tensor) else value
 
     # ---- forward ----
@@ -103,12 +103,12 @@ class Losses:
 
     # ---- backward ----
 
-    def gradient(self, call: RouterCall, token: int) -> Float[Tensor, "tokens experts"]:
+    def gradient(self, call: RouterCall, call_id: int) -> Float[Tensor, "tokens experts"]:
         """The gradient of the losses at the logits of a router call."""
         logits, expert_ids, weights = call.logits.detach(), call.expert_ids, call.weights
-        if token == UNCOUNTED:
+        if call_id == UNCOUNTED:
             return torch.zeros_like(logits)
-        counted, factor = self._serve(call, token)
+        counted, factor = self._serve(call, call_id)
         micro_batch = counted.micro_batch
         if micro_batch is self.window.current or not self.separates:  # no loss() closed it: loss_scale stands in
             self.window.close_micro_batch()
@@ -165,15 +165,15 @@ class Losses:
             return call.micro_batch.vector.new_ones(self.layers[layer].num_experts)
         return window.layout.load(window.last.vector, layer)
 
-    def _serve(self, call: RouterCall, token: int) -> tuple[CountedCall, Tensor | float]:
+    def _serve(self, call: RouterCall, call_id: int) -> tuple[CountedCall, Tensor | float]:
         """The counted call that this backward belongs to, and the factor of its loss."""
         window, factor = self.window, self.loss_scale
         number: int | None
         counted: CountedCall | None
-        if token == RECOMPUTED:
+        if call_id == RECOMPUTED:
             number, counted = window.recomputed_call(call.layer, call.expert_ids, has_factor=factor is not None)
         else:
-            number, counted = window.call(token)
+            number, counted = window.call(call_id)
         if counted is not None and number is not None and counted.micro_batch.factor is not None:
             factor = counted.micro_batch.factor
             if not counted.micro_batch.is_unserved(call.layer, number):
@@ -181,11 +181,10 @@ class Losses:
         if counted is None or number is None or factor is None:
             raise EquipoiseError(
                 "balance.loss() must be added to the loss of every micro-batch, between its forward and its backward: "
-                f"the backward of {self.layers[call.layer].name} found none. Write `loss = model(...).loss + "
-                "balance.loss()`. A loss() before the forward, or a second one after it, is 0 and does nothing. If "
-                "it cannot be added, or the gradient is taken for some tensors only (torch.autograd.grad, "
-                "backward(inputs=...)), set balance.loss_scale to the factor of the loss. A forward that raises drops "
-                "its micro-batch, with what was counted in it before."
+                f"in the backward of {self.layers[call.layer].name} it was missing. Write `loss = model(...).loss + "
+                "balance.loss()`. If it cannot be added, or the gradient is taken for some tensors only "
+                "(torch.autograd.grad, backward(inputs=...)), set balance.loss_scale to the factor of the loss. A "
+                "loss() before the forward, or a second one after it, is 0; so is that of a forward that raised."
             )
         counted.micro_batch.mark_served(call.layer, number)
         return counted, factor

@@ -58,6 +58,6 @@ class Notices:
             _log.warning(
                 f"step: {names} routes {num_tokens} tokens, and the attention_mask has the shape {shape}: it belongs "
                 "to other tokens. All tokens of the layer were counted. Say which are padding with "
-                "balance.token_mask(mask, where=...). Of a longer mask the end is taken, as for layers that predict "
-                "further."
+                "balance.token_mask(mask, where=...). Of a longer mask the end is taken, as for multi-token "
+                "prediction."
             )

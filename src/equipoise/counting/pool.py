@@ -33,7 +33,7 @@ class Pool:
         if self.size > 1:
             self.group = _new_group(ranks, _process_groups(group))
 
-    def check_alone(self) -> None:
+    def check_no_rank_joined(self) -> None:
         """Raises if torch.distributed was initialised after this pool was made: it would leave the other ranks out."""
         if self._before_others and _is_initialised() and dist.get_world_size() > 1:
             raise EquipoiseError(
@@ -103,7 +103,7 @@ def _ranks(group: Any) -> list[int]:
         )
     if outside or dist.get_rank() not in ranks:
         raise EquipoiseError(
-            "group must hold this rank: it is a group of other ranks. Attach on the ranks of the group only."
+            "this rank must be a member of the group: it is not. Attach on the ranks of the group only."
         )
     return ranks
 

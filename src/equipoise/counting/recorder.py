@@ -42,7 +42,7 @@ class Recorder:
     Attributes:
         biases, window, losses: the owners of the other state.
         context: what the model's forward was called with.
-        unmatched_masks: by layer whose tokens the attention_mask does not fit: the shape of the mask, and their number.
+        unmatched_masks: for each layer that the attention_mask does not fit: the shape of the mask, the number of tokens.
     """
 
     def __init__(
@@ -134,8 +134,8 @@ class Recorder:
         self._check_sizes(call, check_k=True)
         return self._count(call)
 
-    def gradient(self, call: RouterCall, token: int) -> Float[Tensor, "tokens experts"]:
-        return self.losses.gradient(call, token)
+    def gradient(self, call: RouterCall, call_id: int) -> Float[Tensor, "tokens experts"]:
+        return self.losses.gradient(call, call_id)
 
     def restore_bias(self, layer: int) -> None:
         self.biases.restore(layer)
@@ -208,7 +208,7 @@ class Recorder:
         """The call with the mask of its own tokens."""
         mask, context, layer = call.mask, self.context, call.layer
         num_tokens = call.expert_ids.shape[0]
-        explicit = context.of_layers.get(layer)
+        explicit = context.masks_by_layer.get(layer)
         if explicit is not None:
             mask = explicit.mask
             two_dimensional = [len(tensor) for tensor in explicit if tensor is not None and tensor.dim() == 2]
@@ -244,7 +244,7 @@ class Recorder:
             )
 
     def _check_recomputation(self, layer: int) -> None:
-        """A layer that this window has not counted was counted in one before: its bias has moved since."""
+        """Raises if a recomputed layer has no call in this window: its forward belongs to an earlier one."""
         window, group = self.window, self.biases.group_of[layer][0]
         if group.steering is not None and not window.is_first and layer not in window.called_layers:
             raise EquipoiseError(

@@ -69,8 +69,8 @@ def _beside_weights(
         return None
     if not any(balancer.has_bias for balancer in balancers):
         _log.warning(
-            f"attach: the model was saved with biases, and {format_strategy(balancers)} keeps none: it routes otherwise "
-            "than it was trained. Add frozen to it to route with them."
+            f"attach: the model was saved with biases, and {format_strategy(balancers)} keeps none: it routes "
+            "differently from how it was trained. Add frozen to it to route with them."
         )
         return None
     if path is None:
@@ -93,7 +93,7 @@ def _warn_of_rounded_slots(layers: Sequence[MoELayer]) -> None:
             rounded[layer.name] = str(tensor.dtype).removeprefix("torch.")
     if rounded:
         _log.warning(
-            f"attach: the bias comes rounded in {abbreviate(rounded)}, and so the biases begin. Load the model in "
+            f"attach: the slots hold rounded biases: {abbreviate(rounded)}. Training begins from these. Load the model in "
             "float32 to begin where it was trained. A state that is loaded later takes their place."
         )
 

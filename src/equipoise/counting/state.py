@@ -1,4 +1,4 @@
-"""The state of a ``Balance``: what a checkpoint holds, and how it is taken up again."""
+"""The state of a ``Balance``: what a checkpoint holds, and how it is restored."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -36,7 +36,7 @@ def state_of(recorder: Recorder, strategy: str, multiplies: bool, device: torch.
 def load_state(
     state: Mapping[str, Any], recorder: Recorder, strategy: str, multiplies: bool, device: torch.device, pool: Pool
 ) -> None:
-    """``Balance.load_state_dict``. Nothing moves if any rank's state cannot be taken up."""
+    """``Balance.load_state_dict``. Nothing moves if any rank's state cannot be restored."""
     error = None
     try:
         if recorder.window.micro_batches:
@@ -45,7 +45,7 @@ def load_state(
     except Exception as caught:
         error = caught
     _check_equal_on_ranks(pool.agree("load_state_dict", None if error else _summary(state), error))
-    recorder.biases.load(state["biases"], state.get("state", {}))
+    recorder.biases.load_state(state["biases"], state.get("state", {}))
     vector = None
     if state["num_windows"] and "load" in state:
         vector = recorder.layout.zeros(device)
@@ -61,10 +61,12 @@ def _check(state: Mapping[str, Any], recorder: Recorder, strategy: str, multipli
         raise EquipoiseError(f"the state must be what state_dict() gave: got {type(state).__name__}.")
     expected = {layer.name: (layer.num_experts,) for layer in layers}
     parts = {key: state.get(key, {}) for key in ("biases", "load") if key in state or key == "biases"}
+    windows = state.get("num_windows")
+    if not isinstance(windows, int) or isinstance(windows, bool) or windows < 0:
+        raise EquipoiseError(f"num_windows must be a whole number from 0: got {windows!r}. The file is damaged.")
     for key, part in {**parts, **state.get("state", {})}.items():
         sizes = {name: tuple(value.shape) for name, value in part.items()}
-        windows = state.get("num_windows")
-        if sizes != expected or not isinstance(windows, int) or isinstance(windows, bool) or windows < 0:
+        if sizes != expected:
             raise EquipoiseError(
                 f"the state must be of a model with the same layers: its {key} have {abbreviate(sizes)}, this model "
                 f"has {abbreviate(expected)}. Load the state that was saved with this model."

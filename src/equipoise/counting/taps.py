@@ -20,12 +20,12 @@ class Taps:
         recorder, biases = self._recorder, self._recorder.biases
         layer, (group, row) = recorder.layers[index], biases.group_of[index]
         tap = Tap(layer.kind, layer.k, index, recorder, recorder.context, has_loss=bool(group.losses))
-        own_slot = None
-        if biases.has_own_slot(index) and group.steering is not None and group.biases is not None:
-            own_slot = group.biases[row].clone()
+        added_slot = None
+        if biases.has_added_slot(index) and group.steering is not None and group.biases is not None:
+            added_slot = group.biases[row].clone()
             tap.multiplies = group.steering.multiplies
             allow_compile_over_checkpoint()
-        tap_router(layer, tap, own_slot)
+        tap_router(layer, tap, added_slot)
         biases.restore(index)
         return tap
 

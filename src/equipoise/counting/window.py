@@ -184,7 +184,7 @@ class Window:
         self.serving: MicroBatch | None = None  # whose ticket's backward ran last
         self._calls: list[CountedCall] = []
         self._statistics = Statistics(self._biases.gathered)  # of the closed micro-batches, on this rank
-        self._closed: Tensor | None = None  # sum of the closed micro-batches, over the ranks if pools_each
+        self._sum_of_closed: Tensor | None = None  # sum of the closed micro-batches, over the ranks if pools_each
         self._pending: list[tuple[Any, Tensor]] = []
         self.exchange.reset()
 
@@ -230,7 +230,7 @@ class Window:
         return self.current
 
     def record(self, call: CountedCall, expert_ids: Tensor) -> int:
-        """Keeps a call. Returns its token, which its backward brings back."""
+        """Keeps a call. Returns its id, which its backward brings back."""
         number = len(self._calls)
         self._calls.append(call)
         # A copy: a compiled graph reuses its buffers.
@@ -253,11 +253,11 @@ class Window:
         micro_batch.begin_backward(factor)
         self.serving = micro_batch
 
-    def call(self, token: int) -> tuple[int, CountedCall]:
-        """The number and the call of a token. Raises for a token of another window."""
-        if token >> 32 != self._number:
+    def call(self, call_id: int) -> tuple[int, CountedCall]:
+        """The number in this window, and the call, of an id. Raises for the id of another window."""
+        if call_id >> 32 != self._number:
             raise EquipoiseError(_TOO_LATE)
-        number = token & 0xFFFFFFFF
+        number = call_id & 0xFFFFFFFF
         return number, self._calls[number]
 
     def recomputed_call(
@@ -298,14 +298,14 @@ class Window:
         """The load of a layer by the counts of the open micro-batch and those that have arrived. Does not wait."""
         assert self.current is not None
         load = self.current.load(layer)
-        return load if self._closed is None else self.layout.load(self._closed, layer) + load
+        return load if self._sum_of_closed is None else self.layout.load(self._sum_of_closed, layer) + load
 
     def pooled_vector(self) -> Tensor:
         """The counts of all closed micro-batches, over all ranks. Waits for collectives that are under way."""
         with self._dropped_on_error():
             self._receive()
-        assert self._closed is not None
-        return self._closed
+        assert self._sum_of_closed is not None
+        return self._sum_of_closed
 
     # ---- closing ----
 
@@ -328,7 +328,7 @@ class Window:
 
     def _add(self, vector: Tensor) -> None:
         # Never in place: the first vector belongs to a micro-batch.
-        self._closed = vector if self._closed is None else self._closed + vector
+        self._sum_of_closed = vector if self._sum_of_closed is None else self._sum_of_closed + vector
 
     def _receive(self) -> None:
         while self._pending:
@@ -366,8 +366,8 @@ class Window:
             if absent is not None:
                 self._statistics.fill_in(absent)
             self._receive()
-            assert self._closed is not None
-            vector, statistics = self._closed, self._statistics
+            assert self._sum_of_closed is not None
+            vector, statistics = self._sum_of_closed, self._statistics
             if self.exchange.pool.size > 1:
                 vector, applied = self.exchange.close(vector, statistics.summed, applied, len(self.micro_batches))
                 statistics.gather(self.exchange)

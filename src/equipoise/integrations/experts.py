@@ -9,12 +9,12 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_expe
 
 from equipoise.nn.grouped import sort_by_expert, swiglu_experts
 
-__all__ = ["use_quick_experts"]
+__all__ = ["use_fast_experts"]
 
 NAME = "equipoise"  # of our implementation, in Transformers' table
 
 
-def use_quick_experts(model: PreTrainedModel) -> None:
+def use_fast_experts(model: PreTrainedModel) -> None:
     """Lets the SwiGLU experts of ``model`` compute by grouped products. Gradients are gathered instead of scattered.
 
     The function is the same as with each implementation of Transformers; the additions come in another order. Other

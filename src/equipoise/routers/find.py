@@ -71,15 +71,15 @@ def _no_router(model: nn.Module, refused: list[str]) -> EquipoiseError:
 def _without_nested(layers: list[MoELayer]) -> list[MoELayer]:
     """Of a router inside another one, keeps the one that chooses.
 
-    That is the inner one, unless the outer one has a slot of its own, or is the one that declares how it selects.
+    That is the inner one, unless the outer one has a slot outside the inner one, or is the one that declares how it selects.
     """
     dropped: set[nn.Module] = set()
     for outer in layers:
         inside = {module for module in outer.router.modules() if module is not outer.router}
         for inner in (layer for layer in layers if layer.router in inside):
-            has_own_slot = outer.slot is not None and outer.slot.holder not in set(inner.router.modules())
+            outer_has_slot = outer.slot is not None and outer.slot.holder not in set(inner.router.modules())
             declares = _declared_kind(outer.router) is not None and _declared_kind(inner.router) is None
-            dropped.add(inner.router if has_own_slot or declares else outer.router)
+            dropped.add(inner.router if outer_has_slot or declares else outer.router)
     return [layer for layer in layers if layer.router not in dropped]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from equipoise.routers.kind import OWN_SLOT
+from equipoise.routers.kind import ADDED_SLOT
 from equipoise.routers.tap import plain_class
 
 __all__ = ["NotComparable", "fingerprint", "tensor_shapes"]
@@ -43,7 +43,7 @@ def tensor_shapes(module: nn.Module | None) -> tuple[Any, ...]:
     if module is None:
         return ()
     tensors = {**module._buffers, **module._parameters}
-    return tuple((name, tuple(t.shape)) for name, t in tensors.items() if t is not None and name != OWN_SLOT)
+    return tuple((name, tuple(t.shape)) for name, t in tensors.items() if t is not None and name != ADDED_SLOT)
 
 
 def _value(value: Any, seen: dict[int, tuple[int, Any]]) -> Any:

@@ -65,7 +65,7 @@ class ForwardContext:
         sequence_ids: from ``Balance.token_mask``.
         rows: of the batch; 0 if unknown.
         is_explicit: ``mask`` is from ``Balance.token_mask``, which outranks the arguments of the forward.
-        of_layers: by layer, what ``Balance.token_mask(where=...)`` set.
+        masks_by_layer: by layer, what ``Balance.token_mask(where=...)`` set.
         not_padding: why the mask that the model was called with cannot be a padding mask.
     """
 
@@ -76,7 +76,7 @@ class ForwardContext:
         self._forwards: list[_Forward] = []  # by forward under way, the context around it
         self._num_calls_before = 0  # router calls before the outermost forward
         self._num_calls_at_mask = 0  # router calls when token_mask was called
-        self._ambiguous: set[nn.Module] = set()  # modules with two masks, whose routers nobody tells which is theirs
+        self._ambiguous: set[nn.Module] = set()  # modules with two masks that cannot be assigned to their routers
         self._has_checked_values = False  # of a mask of floats that is not on the host
 
     def clear(self) -> None:
@@ -84,13 +84,13 @@ class ForwardContext:
         self.sequence_ids: Tensor | None = None
         self.rows = 0
         self.is_explicit = False
-        self.of_layers: dict[int, TokenMask] = {}
+        self.masks_by_layer: dict[int, TokenMask] = {}
         self.not_padding: str | None = None
 
     @contextmanager
     def set_aside(self) -> Iterator[None]:
         """Puts aside what belongs to the open micro-batch; what is set meanwhile ends with it."""
-        names = ("mask", "sequence_ids", "rows", "is_explicit", "of_layers", "not_padding")
+        names = ("mask", "sequence_ids", "rows", "is_explicit", "masks_by_layer", "not_padding")
         before = {name: getattr(self, name) for name in names}
         self.clear()
         try:
@@ -107,13 +107,13 @@ class ForwardContext:
             self.mask, self.sequence_ids = token_mask
             self.is_explicit = True
         else:
-            self.of_layers |= dict.fromkeys(layers, token_mask)
+            self.masks_by_layer |= dict.fromkeys(layers, token_mask)
         self._num_calls_at_mask = self.counter.num_calls
 
     @property
     def has_explicit_mask(self) -> bool:
         """Whether ``Balance.token_mask`` was called for this micro-batch."""
-        return self.is_explicit or bool(self.of_layers)
+        return self.is_explicit or bool(self.masks_by_layer)
 
     @property
     def has_unused_mask(self) -> bool:

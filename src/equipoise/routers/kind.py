@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from equipoise.errors import EquipoiseError
 from equipoise.routing import ScoreFunction, score
 
-__all__ = ["OWN_SLOT", "MoELayer", "RouterKind", "Slot"]
+__all__ = ["ADDED_SLOT", "MoELayer", "RouterKind", "Slot"]
 
-OWN_SLOT = "_equipoise_bias"  # the buffer that steers a router without a slot of its own
+ADDED_SLOT = "_equipoise_bias"  # the buffer that attach adds to steer a router without a slot
 
 
 class RouterKind(NamedTuple):

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from equipoise.errors import EquipoiseError
-from equipoise.routers.kind import OWN_SLOT, RouterKind, Slot
+from equipoise.routers.kind import ADDED_SLOT, RouterKind, Slot
 from equipoise.routers.tap import BiasedTopK, plain_class
 from equipoise.routing import SCORE_FUNCTIONS, score
 
@@ -69,7 +69,7 @@ def _slot_candidates(router: nn.Module, parent: nn.Module | None) -> Iterator[st
     """Names of the tensors that may be the slot: those called a bias."""
     for path, module in router.named_modules():
         for name in (*module._buffers, *module._parameters):
-            if "bias" in name and name != "bias" and name != OWN_SLOT:
+            if "bias" in name and name != "bias" and name != ADDED_SLOT:
                 yield f"{path}.{name}" if path else name
     argument = None if parent is None else _slot_argument(router)
     if argument is not None and parent is not None and argument in (*parent._buffers, *parent._parameters):
@@ -124,7 +124,7 @@ def _stand_in(router: nn.Module, random: _RandomTensors) -> nn.Module:
     stand_in._buffers = {
         name: value if value is None else _stand_in_tensor(name, value, random)
         for name, value in router._buffers.items()
-        if name != OWN_SLOT
+        if name != ADDED_SLOT
     }
     stand_in._modules = {
         name: None if module is None else _stand_in(module, random) for name, module in router._modules.items()
@@ -162,7 +162,7 @@ class _Trial:
             if not in_parent or self.slot_argument is None:
                 raise Refused(f"there is no buffer {kind.slot}")
             self.passes_slot = True
-        # The weight of one expert may be 1 whatever the score function. Those of two tell it.
+        # With k = 1 the weight may be 1 whatever the score function, so the trial uses k = 2.
         self.is_top_1 = getattr(router, "top_k", None) == 1
         if self.is_top_1:
             self.router.__dict__["top_k"] = 2
@@ -182,7 +182,7 @@ class _Trial:
                         error = error or caught
                         continue
                     _check_output(output, self.kind)
-                    has_all_tokens = len(output[0]) == TOKENS  # else it took another width, and cut them up
+                    has_all_tokens = len(output[0]) == TOKENS  # else it reshaped the tokens to another width
                     if has_all_tokens or tokens is self.inputs[-1]:
                         return output
         assert error is not None
@@ -238,12 +238,14 @@ def prove(
     """Proves on random inputs that the router selects as ``kind`` says. Touches nothing of the model.
 
     Proven: the outputs are what ``kind.gives`` says. The weights are the scores of the chosen experts, up to one factor
-    a token. A bias moves the choice and leaves the scores alone. Without a slot, exactly one top-k is taken over the
+    per token. A bias moves the choice and leaves the scores alone. Without a slot, exactly one top-k is taken over the
     experts. With ``multiplies`` the bias is w - 1 of a factor w on the scores, for which no family has a slot. Raises
     ``Refused`` with the reason.
     """
     if multiplies and kind.selection == "logits":
-        raise Refused("the choice is made by logits, which a factor turns upside down where they are below zero")
+        raise Refused(
+            "the choice is made by logits, and a factor reverses the order of experts where they are negative"
+        )
     random = _RandomTensors() if random is None else random
     num_experts = _num_experts(router, parent, kind, random)
     trial = _Trial(router, kind, parent, random)
@@ -256,7 +258,7 @@ def prove(
         (logits, weights, expert_ids), calls = trial.run(bias, multiplies)
         if calls != 1:
             raise Refused(
-                f"it calls torch.topk {calls} times over the experts, and which of them chooses cannot be told"
+                f"it calls torch.topk {calls} times over the experts, so it is unclear which call selects"
                 if calls
                 else "it chooses without torch.topk, to which a bias is added"
             )
@@ -290,7 +292,7 @@ def prove(
 def _trial_biases(
     num_experts: int, favourite: int, kind: RouterKind, multiplies: bool
 ) -> tuple[Float[Tensor, " experts"], Float[Tensor, " experts"], Float[Tensor, " experts"]]:
-    """None, a moderate one, and a large one for one expert."""
+    """A zero bias, a moderate one, and one that is large for a single expert."""
     zero = torch.zeros(num_experts, device="cpu", dtype=torch.float32)
     generator = torch.Generator().manual_seed(1)
     noise = torch.randn(1, num_experts, generator=generator, dtype=torch.float32, device="cpu")

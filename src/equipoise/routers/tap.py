@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 
 from equipoise.errors import EquipoiseError
 from equipoise.routers.forward import ForwardContext
-from equipoise.routers.kind import OWN_SLOT, MoELayer, RouterKind, Slot
+from equipoise.routers.kind import ADDED_SLOT, MoELayer, RouterKind, Slot
 from equipoise.torch_internals import is_traced
 
 __all__ = [
@@ -44,8 +44,8 @@ __all__ = [
     "untap_router",
 ]
 
-UNCOUNTED = -1  # token of a call that does not count: evaluation, paused
-RECOMPUTED = -2  # token of a call that a backward makes again
+UNCOUNTED = -1  # id of a call that does not count: evaluation, paused
+RECOMPUTED = -2  # id of a call that a backward makes again
 
 
 class RouterCall(NamedTuple):
@@ -65,9 +65,9 @@ class Observer(Protocol):
     """What a tap reports to."""
 
     def observe(self, call: RouterCall) -> int:
-        """Counts a call, and returns the token that its backward brings back."""
+        """Counts a call, and returns its id, which its backward brings back."""
 
-    def gradient(self, call: RouterCall, token: int) -> Float[Tensor, "tokens experts"]:
+    def gradient(self, call: RouterCall, call_id: int) -> Float[Tensor, "tokens experts"]:
         """The gradient of the losses at the logits of a call."""
 
     def restore_bias(self, layer: int) -> None:
@@ -95,7 +95,7 @@ class Tap:
         self.observer = observer
         self.context = context
         self.has_loss = has_loss
-        self.steers = False  # through a slot of ours, by the top-k mode
+        self.uses_topk_mode = False  # through a slot of ours, by the top-k mode
         self.multiplies = False  # and that slot holds w - 1 of a factor w on the scores
         if observer is not None:
             number = next(_KEYS)
@@ -103,20 +103,20 @@ class Tap:
             _TAPS[number] = self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _inert_tap, (self.kind, self.k, self.steers, self.multiplies)
+        return _inert_tap, (self.kind, self.k, self.uses_topk_mode, self.multiplies)
 
     def observe(self, call: RouterCall) -> int:
         return UNCOUNTED if self.observer is None else self.observer.observe(call)
 
-    def gradient(self, call: RouterCall, token: int) -> Tensor:
+    def gradient(self, call: RouterCall, call_id: int) -> Tensor:
         if self.observer is None:  # detached between forward and backward
             return torch.zeros_like(call.logits)
-        return self.observer.gradient(call, token)
+        return self.observer.gradient(call, call_id)
 
 
-def _inert_tap(kind: RouterKind, k: int, steers: bool, multiplies: bool) -> Tap:
+def _inert_tap(kind: RouterKind, k: int, uses_topk_mode: bool, multiplies: bool) -> Tap:
     tap = Tap(kind, k)
-    tap.steers, tap.multiplies = steers, multiplies
+    tap.uses_topk_mode, tap.multiplies = uses_topk_mode, multiplies
     return tap
 
 
@@ -157,8 +157,8 @@ class BiasedTopK(TorchFunctionMode):
 def _tapped_class(base: Any) -> Any:
     def forward(self, *args, **kwargs):
         tap = self._equipoise
-        if tap.steers:
-            with BiasedTopK(self._buffers[OWN_SLOT], tap.multiplies):
+        if tap.uses_topk_mode:
+            with BiasedTopK(self._buffers[ADDED_SLOT], tap.multiplies):
                 output = base.forward(self, *args, **kwargs)
         else:
             output = base.forward(self, *args, **kwargs)
@@ -250,15 +250,15 @@ def plain_class(module: nn.Module) -> Any:
     return getattr(type(module), "_equipoise_base", type(module))
 
 
-def tap_router(layer: MoELayer, tap: Tap, own_slot: Float[Tensor, " experts"] | None) -> None:
+def tap_router(layer: MoELayer, tap: Tap, added_slot: Float[Tensor, " experts"] | None) -> None:
     """Swaps the class of the router, and of the module that holds its slot.
 
-    With ``own_slot`` the router is steered by a buffer of ours, which no checkpoint sees.
+    With ``added_slot`` the router is steered by a buffer of ours, which no checkpoint sees.
     """
     router, slot = layer.router, layer.slot
-    if own_slot is not None:
-        router.register_buffer(OWN_SLOT, own_slot, persistent=False)
-        tap.steers = True
+    if added_slot is not None:
+        router.register_buffer(ADDED_SLOT, added_slot, persistent=False)
+        tap.uses_topk_mode = True
     router.__dict__["_equipoise"] = tap
     base: Any = type(router)
     router.__class__ = _tapped_class(base)
@@ -272,8 +272,8 @@ def untap_router(router: nn.Module, slot: Slot | None) -> None:
     """Undoes ``tap_router``. The model's own slot keeps what it holds."""
     router.__class__ = type(router)._equipoise_base  # type: ignore[attr-defined]
     del router.__dict__["_equipoise"]
-    if OWN_SLOT in router._buffers:
-        delattr(router, OWN_SLOT)
+    if ADDED_SLOT in router._buffers:
+        delattr(router, ADDED_SLOT)
     if slot is not None and "_equipoise_held" in vars(type(slot.holder)):
         slot.holder.__class__ = type(slot.holder)._equipoise_held  # type: ignore[attr-defined]
         del slot.holder.__dict__["_equipoise"]
@@ -298,18 +298,20 @@ class _EagerTap(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, weights, logits, expert_ids, context, rows, tap, training):
-        ctx.tap, ctx.has_loss = tap, logits.requires_grad
+        ctx.tap, ctx.needs_gradient = tap, logits.requires_grad
         mask, sequence_ids = context.mask, context.sequence_ids
-        ctx.token = tap.observe(RouterCall(tap.layer, logits, expert_ids, weights, mask, sequence_ids, rows, training))
-        if ctx.has_loss:  # the returned clone is not saved: the model may write into it
+        ctx.call_id = tap.observe(
+            RouterCall(tap.layer, logits, expert_ids, weights, mask, sequence_ids, rows, training)
+        )
+        if ctx.needs_gradient:  # the returned clone is not saved: the model may write into it
             ctx.save_for_backward(logits, expert_ids, weights)
         return weights.clone()
 
     @staticmethod
     def backward(ctx, grad_weights):
         grad_logits = None
-        if ctx.has_loss:
-            grad_logits = ctx.tap.gradient(RouterCall(ctx.tap.layer, *ctx.saved_tensors), ctx.token)
+        if ctx.needs_gradient:
+            grad_logits = ctx.tap.gradient(RouterCall(ctx.tap.layer, *ctx.saved_tensors), ctx.call_id)
         return grad_weights, grad_logits, None, None, None, None, None
 
 
@@ -318,50 +320,52 @@ class _EagerTap(torch.autograd.Function):
 torch.library.define(
     "equipoise::tap",
     "(Tensor weights, Tensor logits, Tensor expert_ids, Tensor? mask, Tensor? sequence_ids, SymInt rows, Tensor key, "
-    "bool training, Tensor? call) -> (Tensor, Tensor)",
+    "bool training, Tensor? unique) -> (Tensor, Tensor)",
 )
 torch.library.define(
     "equipoise::tap_backward",
-    "(Tensor grad_weights, Tensor logits, Tensor expert_ids, Tensor weights, Tensor token, Tensor key) -> Tensor",
+    "(Tensor grad_weights, Tensor logits, Tensor expert_ids, Tensor weights, Tensor call_id, Tensor key) -> Tensor",
 )
 
 
 @torch.library.impl("equipoise::tap", "CompositeExplicitAutograd")
-def _tap(weights, logits, expert_ids, mask, sequence_ids, rows, key, training, call):
-    tap, token = _TAPS.get(int(key)), UNCOUNTED
+def _tap(weights, logits, expert_ids, mask, sequence_ids, rows, key, training, unique):
+    tap, call_id = _TAPS.get(int(key)), UNCOUNTED
     if tap is not None:
-        token = tap.observe(RouterCall(tap.layer, logits, expert_ids, weights, mask, sequence_ids, int(rows), training))
-    return weights.clone(), torch.tensor(token)
+        call_id = tap.observe(
+            RouterCall(tap.layer, logits, expert_ids, weights, mask, sequence_ids, int(rows), training)
+        )
+    return weights.clone(), torch.tensor(call_id)
 
 
 @torch.library.register_fake("equipoise::tap")
-def _(weights, logits, expert_ids, mask, sequence_ids, rows, key, training, call):
+def _(weights, logits, expert_ids, mask, sequence_ids, rows, key, training, unique):
     return torch.empty_like(weights), torch.empty((), dtype=torch.int64, device="cpu")
 
 
 @torch.library.impl("equipoise::tap_backward", "CompositeExplicitAutograd")
-def _tap_backward(grad_weights, logits, expert_ids, weights, token, key):
+def _tap_backward(grad_weights, logits, expert_ids, weights, call_id, key):
     tap = _TAPS.get(int(key))
     if tap is None:  # its Balance is gone
         return torch.zeros_like(logits)
-    return tap.gradient(RouterCall(tap.layer, logits, expert_ids, weights), token.item())
+    return tap.gradient(RouterCall(tap.layer, logits, expert_ids, weights), call_id.item())
 
 
 @torch.library.register_fake("equipoise::tap_backward")
-def _(grad_weights, logits, expert_ids, weights, token, key):
+def _(grad_weights, logits, expert_ids, weights, call_id, key):
     return torch.empty_like(logits)
 
 
 def _setup_context(ctx, inputs, output):
     weights, logits, expert_ids, _, _, _, key, _, _ = inputs
-    ctx.has_loss = logits.requires_grad
-    if ctx.has_loss:
+    ctx.needs_gradient = logits.requires_grad
+    if ctx.needs_gradient:
         ctx.save_for_backward(logits, expert_ids, weights, output[1], key)
 
 
 def _backward(ctx, grad_weights, grad_token):
     grad_logits = None
-    if ctx.has_loss:
+    if ctx.needs_gradient:
         grad_logits = torch.ops.equipoise.tap_backward(grad_weights, *ctx.saved_tensors)
     return grad_weights, grad_logits, None, None, None, None, None, None, None
 

@@ -41,7 +41,7 @@ def launcher() -> str:
 def share_cores() -> None:
     """Lets idle OpenMP threads sleep instead of spin. Must be called before torch is imported.
 
-    Torch's threads wait for each other thousands of times a step. By default they spin while they wait. Where other
+    Torch's threads wait for each other thousands of times per step. By default they spin while they wait. Where other
     processes use the same cores, the spinning threads keep the one they wait for off its core, and a step takes many
     times as long. A policy that the user set stays.
     """

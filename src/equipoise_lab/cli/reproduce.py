@@ -31,7 +31,7 @@ def subcommand() -> Any:
             budget: Minutes. A run starts only if it should end within them; the same command continues later. 0 runs
                 nothing and shows the verdicts of the stored results.
             out: Folder for runs in progress.
-            results: Folder of the results, one small file a run. A stored run is not run again; a new
+            results: Folder of the results, one small file per run. A stored run is not run again; a new
                 folder runs all of them.
             workers: Runs side by side, one thread each; 0: one for each core.
             dtype: Precision of all runs, in place of the one that the claims name; these results are stored beside the

@@ -43,7 +43,7 @@ LEAST_SEEDS_TO_ESTIMATE = 3  # with fewer, the spread is too uncertain to say ho
 HEAD = """# What the papers claim, at the size of a laptop
 
 Written by `equipoise reproduce all --page docs/results.md` from the results of runs in
-[benchmarks/results/claims](../benchmarks/results/claims), one file a run. Do not edit it by hand. With
+[benchmarks/results/claims](../benchmarks/results/claims), one file per run. Do not edit it by hand. With
 `--results runs/mine` the command makes all runs again; with `--budget 0` it lists the claims.
 
 The arms of a claim start from the same weights and see the same micro-batches in the same order. A seed changes all of
@@ -56,11 +56,11 @@ The first row of each claim decides it. These verdicts are corrected for the num
 exclude 0 although its claim is undecided. The other rows are not corrected; each stands alone. Claims share runs, above
 all those with the loss over a micro-batch and over the global batch, so their verdicts are not independent.
 
-Loss: mean cross-entropy of the test text, in nats a token. MaxVio: of the test text; 0 is perfectly even. Domain
+Loss: mean cross-entropy of the test text, in nats per token. MaxVio: of the test text; 0 is perfectly even. Domain
 information: how much the choice of an expert tells about the domain, in bits. Coefficients and rates are those chosen
 on the [frontiers](#frontiers), unless an arm has its own.
 
-The model is the default of `equipoise train`: 3 layers of width 128, 32 experts and a shared one, 4 experts a token;
+The model is the default of `equipoise train`: 3 layers of width 128, 32 experts and a shared one, 4 experts per token;
 a step has 8 micro-batches of 1,024 tokens, each of one of 8 domains. Size small has 80 steps, standard 200.
 Forwards run under bfloat16 autocast, unless a claim says float32.
 """

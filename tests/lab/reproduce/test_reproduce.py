@@ -388,7 +388,7 @@ def test_the_page_states_the_size_of_the_runs():
     tokens = default.sequences * default.sequence_length
     for words in (
         f"{default.layers} layers of width {default.width}, {default.experts} experts and a shared one, "
-        f"{default.experts_per_token} experts a token;",
+        f"{default.experts_per_token} experts per token;",
         f"{default.micro_batches} micro-batches of {tokens:,} tokens",
         f"small has {SIZES['small']['steps']} steps, standard {SIZES['standard']['steps']}.",
     ):

@@ -1,4 +1,4 @@
-"""``use_quick_experts`` gives the same outputs and gradients as Transformers, for every kind of experts."""
+"""``use_fast_experts`` gives the same outputs and gradients as Transformers, for every kind of experts."""
 
 from copy import deepcopy
 
@@ -9,7 +9,7 @@ import torch
 from torch.testing import assert_close
 
 from equipoise.integrations import experts
-from equipoise.integrations.experts import use_quick_experts
+from equipoise.integrations.experts import use_fast_experts
 from equipoise.nn import grouped
 
 SWIGLU = ["deepseek_v3", "glm4_moe", "mixtral", "olmoe", "qwen3_moe"]
@@ -47,7 +47,7 @@ def _step(model, **batch):
 def _compare(model, calls, batch, tolerance):
     """Asserts that outputs and gradients are the same with ours, and returns the names of the functions ours called."""
     ours = deepcopy(model)
-    use_quick_experts(ours)
+    use_fast_experts(ours)
     output, gradients = _step(ours, **batch)
     functions = {name for name, _ in calls}
     expected, expected_gradients = _step(model, **batch)
@@ -81,7 +81,7 @@ def test_experts_of_every_kind_compute_the_same(name, functions, calls):
 
 def test_under_autocast_products_stay_in_the_parameters_dtype_and_it_can_be_undone(calls):
     model, batch = models.family("qwen3_moe").train(), {"input_ids": torch.randint(64, (2, 16))}
-    use_quick_experts(model)
+    use_fast_experts(model)
     with torch.autocast("cpu", torch.bfloat16):
         _, gradients = _step(model, **batch)
     assert set(calls) == {("swiglu_experts", torch.float32)}, "as grouped_mm of Transformers"
@@ -124,6 +124,6 @@ def _gradients(y, *inputs):
 
 def test_a_saved_config_does_not_name_our_experts(tmp_path):
     model = models.family("qwen3_moe")
-    use_quick_experts(model)
+    use_fast_experts(model)
     model.save_pretrained(tmp_path)
     assert "experts_implementation" not in (tmp_path / "config.json").read_text()

@@ -15,7 +15,7 @@ import equipoise
 from equipoise import EquipoiseError, LossFree, RouterKind, attach
 from equipoise.load import expert_load
 from equipoise.routers.find import find_routers, plain_name
-from equipoise.routers.kind import OWN_SLOT
+from equipoise.routers.kind import ADDED_SLOT
 from equipoise.routers.prove import prove
 from equipoise.routing import route
 
@@ -241,7 +241,7 @@ def test_a_copy_can_be_attached_and_starts_from_its_biases(name):
 
 
 def _slots(model):
-    return [router._buffers[SLOT if SLOT in router._buffers else OWN_SLOT] for router in _routers(model)]
+    return [router._buffers[SLOT if SLOT in router._buffers else ADDED_SLOT] for router in _routers(model)]
 
 
 def _holds(model, balance):

@@ -21,7 +21,7 @@ from equipoise.counting.taps import Taps
 from equipoise.errors import EquipoiseError
 from equipoise.nn import MoE
 from equipoise.routers import RouterKind
-from equipoise.routers.kind import OWN_SLOT
+from equipoise.routers.kind import ADDED_SLOT
 from equipoise.routers.tap import BiasedTopK, Tap
 from equipoise.testing import ROUTER_INVARIANTS, ConformanceError, check_routers
 from equipoise.testing.routers._subject import Subject
@@ -372,7 +372,7 @@ BROKEN_MODELS = [
     (Model(NeverInTraining), "counts each token once", "num_tokens 0"),
     (Model(AlwaysInTraining), "counts each token once", "counted by hand"),
     (Model(SharedByCopies), "attached once", "is attached already"),
-    (Model(SavesEveryBuffer), "state dict", OWN_SLOT),
+    (Model(SavesEveryBuffer), "state dict", ADDED_SLOT),
     (Model(AddsAnAttribute), "detach restores", "attributes ['noticed']"),
     (DropsPadding(), "padding is not counted", "which token belongs to which sequence"),
     (ReturnsNothing(), "unchanged at bias zero", "got NoneType"),
@@ -493,9 +493,9 @@ def _leaves_the_slot(patch):
     untap = equipoise.counting.taps.untap_router
 
     def untap_without_slot(router, slot_of_family):
-        slot = router._buffers.get(OWN_SLOT)
+        slot = router._buffers.get(ADDED_SLOT)
         untap(router, slot_of_family)
-        router._buffers[OWN_SLOT] = slot
+        router._buffers[ADDED_SLOT] = slot
 
     patch.setattr(equipoise.counting.taps, "untap_router", untap_without_slot)
 
@@ -544,7 +544,7 @@ BROKEN_LIBRARY = [
     (_casts_the_bias, "cast keeps float32 biases", "Balance.biases of other bits"),
     (_copies_share_the_tap, "copies", ""),
     (_cannot_be_pickled, "pickle", "cannot pickle a tap"),
-    (_saves_the_slot, "state dict", OWN_SLOT),
+    (_saves_the_slot, "state dict", ADDED_SLOT),
     (_leaves_hooks, "detach restores", "hooks that were left"),
     (_leaves_the_slot, "detach restores", "buffers"),
     (_attaches_twice, "attached once", ""),
