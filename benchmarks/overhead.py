@@ -7,15 +7,15 @@ rounds, see paired.py. Targets: loss-free 1.01, global-batch loss 1.02, quantile
 be 0.02 higher.
 
 Routers: a window of eight micro-batches through the default model's routers alone, attached over not attached. If the
-strategy has a loss, `loss()` of every micro-batch is included. Then the same with backwards and the `step()` at the end.
-Calls have as many tokens as a step, or as a micro-batch. Target for the forward: 1.05 for `frozen` and `loss-free`, which
-only count. The floor for the loss is its bare operations on the same tensors, without the library.
+strategy has a loss, `loss()` of every micro-batch is included. Then the same with backwards and the `step()` at the
+end. Calls have as many tokens as a step, or as a micro-batch. Target for the forward: 1.05 for `frozen` and
+`loss-free`, which only count. The floor for the loss is its bare operations on the same tensors, without the library.
 
 Updates: milliseconds of `step()` for routers alone. Shapes: 64 layers of 256 experts (target 0.3), half and twice the
 layers, a quarter of the experts, and four times the tokens. The time must not depend on the tokens.
 
-Alerts: `Alerts.see` once per window, including the read of loads and biases. Three times: in a usual window, in a window
-that ends a stretch and judges it, and the mean of all.
+Alerts: `Alerts.see` once per window, including the read of loads and biases. Three times: in a usual window, in a
+window that ends a stretch and judges it, and the mean of all.
 
 Collectives: `step()` of two gloo ranks that pool their counts, over the same ranks each alone, in turn.
 

@@ -207,8 +207,8 @@ def updates(stored: dict[str, Any]) -> Section:
         "the forwards, when nothing of it is in the caches.",
     )
     lines = [
-        "Closing a window and moving all biases under Loss-Free, once per optimizer step, one thread. The time must not "
-        "depend on the number of tokens. Bare operations: the same work on the same tensors, without the library.",
+        "Closing a window and moving all biases under Loss-Free, once per optimizer step, one thread. The time must "
+        "not depend on the number of tokens. Bare operations: the same work on the same tensors, without the library.",
         "",
         *table(
             ("layers x experts", "tokens", "ms", "bare operations, ms", "target", ""),
@@ -233,8 +233,8 @@ def alerts(stored: dict[str, Any]) -> Section | None:
         return None
     step_seconds = stored["steps"][0]["seconds"]
     lines = [
-        "`Alerts.see` once per optimizer step, including the read of loads and biases. It adds loads up and judges them "
-        f"at the end of a stretch of windows. A step of the default model takes {1000 * step_seconds:.0f} ms.",
+        "`Alerts.see` once per optimizer step, including the read of loads and biases. It adds loads up and judges "
+        f"them at the end of a stretch of windows. A step of the default model takes {1000 * step_seconds:.0f} ms.",
         "",
         *table(
             ("layers x experts", "ms a window, usual", "ms a window, when it judges", "ms a window, mean of all"),
@@ -479,8 +479,8 @@ def step_parts(stored: dict[str, Any]) -> Section:
             ("part", "ms", "share"),
             ((PARTS[row["part"]], f"{1000 * row['seconds']:.1f}", f"{row['share']:.1%}") for row in step["parts"]),
         ),
-        f"A default run ({run['steps']} steps) also evaluates and saves. Spread over its steps, that adds {extra:.1%} to "
-        "each step:",
+        f"A default run ({run['steps']} steps) also evaluates and saves. Spread over its steps, that adds {extra:.1%} "
+        "to each step:",
         "",
         *table(
             ("", "s", "times per run", "added to each step"),
@@ -618,8 +618,9 @@ def page(stored: dict[str, dict[str, Any]]) -> str:
         "after they had answered their questions: commit `da71248` is the last one that has them.",
         "",
         "Candidates that are compared run in turn, so other work on the machine affects them alike. A ratio is the "
-        "median of the ratios of neighbouring runs. In brackets, unless stated otherwise, is the 95 % interval of order "
-        "statistics, or the extremes if there are too few rounds for that. Everything was measured on CPUs. Nothing here "
+        "median of the ratios of neighbouring runs. In brackets, unless stated otherwise, is the 95 % interval of "
+        "order statistics, or the extremes if there are too few rounds for that. Everything was measured on CPUs. Nothing "
+        "here "
         "says how it is on a GPU.",
         "",
         "## Targets",

@@ -56,9 +56,9 @@ def attach(
             it has none, what was saved beside the weights that it was loaded from.
         allow_empty: accept a model without routers, a pipeline stage of dense layers. Its ``Balance`` does nothing.
 
-    Create an average of the weights (EMA) after ``attach``, and again after ``detach``: between the two, routers without
-    a slot have one extra buffer. Put hooks that replace a module's forward, such as those of accelerate for offloading,
-    on after ``attach`` too.
+    Create an average of the weights (EMA) after ``attach``, and again after ``detach``: between the two, routers
+    without a slot have one extra buffer. Put hooks that replace a module's forward on after ``attach`` too, such as
+    those of accelerate for offloading.
 
     With balancers at bias zero and without losses, logits, weights, choices and gradients of the model are the same
     bit for bit. Collective over ``group``: every rank compares layers, strategies and biases, and raises the same
@@ -152,8 +152,8 @@ def _check_factor(layer: MoELayer) -> None:
     if tensor is not None and tensor.device.type != "meta" and tensor.any():
         raise EquipoiseError(
             f"the slot of {layer.name} must be zero for a multiplicative bias: the router adds its {layer.kind.slot} "
-            "before the top-k. The factor would scale the sum, and reverse the order of experts where it is negative. Zero "
-            "the slot, or take a rule that adds."
+            "before the top-k. The factor would scale the sum, and reverse the order of experts where it is negative. "
+            "Zero the slot, or take a rule that adds."
         )
     try:
         proof_of(layer.router, None if layer.slot is None else layer.slot.holder, multiplies=True)

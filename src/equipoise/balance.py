@@ -79,9 +79,9 @@ class Balance:
         micro-batch: weight it as you would a mean cross-entropy. 0 if no balancer has a loss or nothing was
         counted. Its value is for logging, by the counts known now. Its backward records the factor that the loss was
         given (1 / accumulation steps, a GradScaler's scale); each router then adds the gradient by the counts known
-        then. That gradient is a constant to autograd: a second derivative (``create_graph=True``) leaves the balancing out.
+        then. That gradient is a constant to autograd: a second derivative leaves the balancing out.
 
-        If the gradient is taken for some tensors only (``backward(inputs=...)``), set ``loss_scale`` instead of adding it.
+        If a gradient is taken for some tensors only (``backward(inputs=...)``), set ``loss_scale``: do not add this loss.
         """
         return self._close_micro_batch()
 
@@ -143,7 +143,7 @@ class Balance:
         """Calls ``step()`` after every ``optimizer.step()``. ``remove()`` on what it returns ends that.
 
         If a step is skipped by a GradScaler, or raises, this hook never runs: call ``step(applied=False)``. Fused
-        optimizers, which skip by themselves, are detected. Of one that Accelerate prepared pass ``optimizer.optimizer``.
+        optimizers, which skip by themselves, are detected. If Accelerate prepared it, pass ``optimizer.optimizer``.
         """
         return after_each_step(optimizer, self.step, self)
 
@@ -176,8 +176,8 @@ class Balance:
         of tokens go through one model (text, images), give each kind its own mask with ``where``.
 
         Args:
-            mask: 1 for a token that counts, 0 for padding; ``[batch, sequence]`` or flat. None: all count. If a 2-D mask
-                is longer than what a router sees (a cached prefix, a layer that predicts further), its end is taken.
+            mask: 1 for a token that counts, 0 for padding; ``[batch, sequence]`` or flat. None: all count. Of a 2-D
+                mask that is longer than what a router sees (a cached prefix, multi-token prediction) the end is taken.
             sequence_ids: an integer that changes where a new packed sequence begins; the same shape.
             where: ``where(layer_name) -> bool`` chooses the layers. None: all layers that have no mask of their own.
         """
@@ -196,7 +196,7 @@ class Balance:
         )
 
     def peek_load(self) -> dict[str, Int[Tensor, " experts"]]:
-        """As ``load``, without checking whether another rank failed, so without waiting for a GPU; {} before the first window."""
+        """As ``load``, but does not wait for a GPU, nor check whether a rank failed. {} before the first window."""
         last = self._window.last
         return {} if last is None else self._recorder.by_name(last.vector)
 
@@ -249,7 +249,7 @@ class Balance:
         return write_biases(Path(folder), self.biases, self.multiplies) if is_wanted else None
 
     def state_dict(self) -> dict[str, Any]:
-        """Biases and what moves with them, the last window's counts: equal on all ranks. Call it between windows only."""
+        """Biases and what moves with them, the last window's counts: equal on all ranks. Call between windows only."""
         self._window.exchange.read()
         return state_of(self._recorder, self.strategy, self.multiplies, self._recorder.device)
 

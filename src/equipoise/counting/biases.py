@@ -1,7 +1,7 @@
 """The bias of every layer: where it is kept, what moves it, and the slots that hold a copy of it.
 
-The balancer that steers keeps the biases, ``Balancer.bias()``: float32, one row per layer. A slot is a tensor in the model
-that the router adds to its scores, and holds a copy. Two things keep both equal:
+The balancer that steers keeps the biases, ``Balancer.bias()``: float32, one row per layer. A slot is a tensor in the
+model that the router adds to its scores, and holds a copy. Two things keep both equal:
 
 - *Restoring*: after a step, a cast or a move of the model, the bias is written into the slot.
 - *Adopting*: after a checkpoint was loaded into the slot, or somebody wrote into it (DDP's broadcast), the slot's value

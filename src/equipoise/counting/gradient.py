@@ -6,8 +6,8 @@ things: the call that it belongs to, and the factor that the caller gave the los
 - The *call*: a counted call has an id, which autograd saves and brings back. A recomputed call has none:
   ``Window.recomputed_call`` finds it.
 - The *factor*: ``Balance.loss`` returns a ticket, a scalar whose backward carries no gradient. It runs before the
-  backwards of the routers, because it was made after their forwards, and records the incoming gradient: 1 / accumulation
-  steps, a GradScaler's scale. If no ticket can be added to the loss, ``loss_scale`` is the factor.
+  backwards of the routers, because it was made after their forwards. It records the incoming gradient: 1 /
+  accumulation steps, a GradScaler's scale. If no ticket can be added to the loss, ``loss_scale`` is the factor.
 """
 
 import math
@@ -135,7 +135,7 @@ class Losses:
     def _closed_form(
         self, call: CountedCall, routing: Routing, factor: Tensor | float
     ) -> tuple[Tensor | None, list[tuple[Balancer, Tensor | None]]]:
-        """The gradient by the scores, summed over the losses with a closed form; and the other losses, with their load."""
+        """The summed gradient by the scores of the losses with a closed form; the other losses, with their load."""
         by_scores, others = None, []
         for balancer in self.biases.group_of[call.layer][0].losses:
             waits = balancer.scope == "global_batch" and balancer.pooling == "window"

@@ -22,8 +22,8 @@ class Layout:
 
         [ load of layer 0 | load of layer 1 | ... | closings, closing count, micro-batch number | tokens of each layer ]
 
-    so that one all-reduce of its beginning pools every layer. The three numbers in the middle are for ``Exchange``. Summed
-    over the ranks: how many ranks close the window; their micro-batches; the others' micro-batch numbers.
+    so that one all-reduce of its beginning pools every layer. The three numbers in the middle are for ``Exchange``.
+    Summed over the ranks: how many ranks close the window; their micro-batches; the others' micro-batch numbers.
     """
 
     def __init__(self, num_experts: Sequence[int]):

@@ -42,7 +42,7 @@ class Recorder:
     Attributes:
         biases, window, losses: the owners of the other state.
         context: what the model's forward was called with.
-        unmatched_masks: for each layer that the attention_mask does not fit: the shape of the mask, the number of tokens.
+        unmatched_masks: for each layer that the attention_mask does not fit: shape of the mask, number of tokens.
     """
 
     def __init__(

@@ -93,8 +93,8 @@ def _warn_of_rounded_slots(layers: Sequence[MoELayer]) -> None:
             rounded[layer.name] = str(tensor.dtype).removeprefix("torch.")
     if rounded:
         _log.warning(
-            f"attach: the slots hold rounded biases: {abbreviate(rounded)}. Training begins from these. Load the model in "
-            "float32 to begin where it was trained. A state that is loaded later takes their place."
+            f"attach: the slots hold rounded biases: {abbreviate(rounded)}. Training begins from these. Load the model "
+            "in float32 to begin where it was trained. A state that is loaded later takes their place."
         )
 
 

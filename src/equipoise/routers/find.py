@@ -71,7 +71,7 @@ def _no_router(model: nn.Module, refused: list[str]) -> EquipoiseError:
 def _without_nested(layers: list[MoELayer]) -> list[MoELayer]:
     """Of a router inside another one, keeps the one that chooses.
 
-    That is the inner one, unless the outer one has a slot outside the inner one, or is the one that declares how it selects.
+    That is the inner one, unless the outer one has a slot outside it, or is the one that declares how it selects.
     """
     dropped: set[nn.Module] = set()
     for outer in layers:
