@@ -81,7 +81,7 @@ class Balance:
         given (1 / accumulation steps, a GradScaler's scale); each router then adds the gradient by the counts known
         then. That gradient is a constant to autograd: a second derivative leaves the balancing out.
 
-        If a gradient is taken for some tensors only (``backward(inputs=...)``), set ``loss_scale``: do not add this loss.
+        If a gradient is taken for some tensors only (``backward(inputs=...)``), set ``loss_scale`` instead.
         """
         return self._close_micro_batch()
 
