@@ -82,7 +82,7 @@ def test_what_cannot_be_is_the_same_error_on_every_rank(case, words):
 def test_a_group_of_others_is_refused_where_it_does_not_belong():
     said = [found["group of others"] for found in _found("refused")]
     assert all(text.startswith("went on") for text in said[:2])
-    assert all("group must hold this rank" in text for text in said[2:])
+    assert all("must be a member of the group" in text for text in said[2:])
 
 
 def test_a_stage_without_routers_goes_on_among_its_like():

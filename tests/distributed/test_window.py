@@ -126,7 +126,7 @@ def test_a_short_last_window_counts_its_own_tokens():
 def test_ranks_that_begin_with_other_biases_or_in_a_group_of_others_are_refused():
     assert all("must begin with the same biases" in said for said in _found("start"))
     first, second = _found("others")
-    assert first == "went on" and "group must hold this rank" in second
+    assert first == "went on" and "must be a member of the group" in second
 
 
 @pytest.mark.parametrize("counts", [(2, 4), (4, 2)])

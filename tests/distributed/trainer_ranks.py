@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 import equipoise
 from equipoise import Alerts
 from equipoise.integrations import EquipoiseCallback
-from equipoise.integrations._trainer_checkpoints import load_state
+from equipoise.integrations.trainer.checkpoints import load_state
 
 LENGTH, BATCH, ACCUMULATED, LR = 12, 2, 4, 0.1
 

@@ -158,6 +158,6 @@ MUTANTS = [
         "experts with their own gating are computed as SwiGLU",
         "and not has_extras and not has_own_gating",
         "and not has_extras",
-        "integrations/test_experts -k 'every_kind'",
+        "test_fast_experts -k 'every_kind'",
     ),
 ]

@@ -25,7 +25,7 @@ MUTANTS = [
         "experts: the weights get the gradient of the weighted activations",
         "(activated * up).mul_(gradient)",
         "(activated * up * weights.to(up.dtype)).mul_(gradient)",
-        "integrations/test_experts -k 'of_transformers'",
+        "test_fast_experts -k 'of_transformers'",
     ),
     Mutant(
         "experts: padding rows have a weight",

@@ -63,7 +63,9 @@ def _check(state: Mapping[str, Any], recorder: Recorder, strategy: str, multipli
     parts = {key: state.get(key, {}) for key in ("biases", "load") if key in state or key == "biases"}
     windows = state.get("num_windows")
     if not isinstance(windows, int) or isinstance(windows, bool) or windows < 0:
-        raise EquipoiseError(f"num_windows must be a whole number from 0: got {windows!r}. The file is damaged.")
+        raise EquipoiseError(
+            f"the state must hold num_windows, a whole number from 0: got {windows!r}. Load the state of a Balance."
+        )
     for key, part in {**parts, **state.get("state", {})}.items():
         sizes = {name: tuple(value.shape) for name, value in part.items()}
         if sizes != expected:

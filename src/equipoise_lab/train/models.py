@@ -63,7 +63,7 @@ def attention_for(length: int) -> str:
 
 def build_model(config: Train, vocab_size: int) -> nn.Module:
     """Builds the model of a run. The same seed gives the same fresh weights, bit for bit."""
-    from equipoise.integrations.experts import use_fast_experts
+    from equipoise_lab.train.fast_experts import use_fast_experts
 
     model = _fresh_or_saved(config, vocab_size)
     use_fast_experts(model)

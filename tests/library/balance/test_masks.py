@@ -67,7 +67,7 @@ def test_a_token_mask_after_its_forward_raises_except_in_evaluation(caplog):
     model, balance = attach_tiny("loss-free+lbl")
     model(random_ids())
     balance.token_mask(PADDING_MASK)
-    with pytest.raises(EquipoiseError, match="token_mask.. must be called before the forward of its micro-batch"):
+    with pytest.raises(EquipoiseError, match="token_mask.. must be called before the forward that it belongs to"):
         balance.loss()
     balance.token_mask(PADDING_MASK)
     with pytest.raises(

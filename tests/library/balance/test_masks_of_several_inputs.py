@@ -65,7 +65,7 @@ def test_each_kind_of_token_can_have_its_own_mask():
     with pytest.raises(ValueError, match=r"where must choose a layer: it chooses none of text.router, image.router"):
         balance.token_mask(PADDING_MASK, where=lambda name: False)
     balance.token_mask(PADDING_MASK, where=lambda name: True)
-    with pytest.raises(EquipoiseError, match="no forward came after it"):
+    with pytest.raises(EquipoiseError, match="no forward followed"):
         balance.loss()
 
 

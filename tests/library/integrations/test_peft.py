@@ -14,7 +14,7 @@ from trainer_ranks import LENGTH, Stop, Watch, own_loop, rows, train
 import equipoise
 from equipoise.errors import UsageError
 from equipoise.integrations import EquipoiseCallback
-from equipoise.integrations.trainer import STATE_FILE
+from equipoise.integrations.trainer.checkpoints import STATE_FILE
 from equipoise.saved import BIASES_FILE
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")  # PEFT 0.21 reads it

@@ -18,9 +18,9 @@ from transformers.trainer_utils import get_last_checkpoint
 import equipoise
 from equipoise.errors import EquipoiseError, UsageError
 from equipoise.integrations import EquipoiseCallback
-from equipoise.integrations._trainer_checks import check_training_arguments
-from equipoise.integrations._trainer_loss import OutputLoss
-from equipoise.integrations.trainer import STATE_FILE
+from equipoise.integrations.trainer.checkpoints import STATE_FILE
+from equipoise.integrations.trainer.checks import check_training_arguments
+from equipoise.integrations.trainer.loss import OutputLoss
 from equipoise.saved import BIASES_FILE
 
 BIASES, LOSS = "loss-free:rate=1e-2", "lbl:coefficient=1e-1"

@@ -641,5 +641,5 @@ def test_a_slot_that_comes_rounded_is_said(strategy, caplog):
     attach(model.to(torch.bfloat16), strategy)
     steers = strategy == "loss-free"
     assert [record.message.partition(" [")[0] for record in caplog.records] == (
-        ["attach: the bias comes rounded in model.layers.0.mlp.gate"] if steers else []
+        ["attach: the slots hold rounded biases: model.layers.0.mlp.gate"] if steers else []
     )

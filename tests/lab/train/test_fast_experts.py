@@ -9,8 +9,8 @@ import torch
 from torch.testing import assert_close
 
 from equipoise.integrations import experts
-from equipoise.integrations.experts import use_fast_experts
 from equipoise.nn import grouped
+from equipoise_lab.train.fast_experts import use_fast_experts
 
 SWIGLU = ["deepseek_v3", "glm4_moe", "mixtral", "olmoe", "qwen3_moe"]
 

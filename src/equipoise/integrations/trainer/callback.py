@@ -18,16 +18,16 @@ from equipoise.attachment import attach, base_model, resolve, unwrap
 from equipoise.balance import Balance
 from equipoise.balancers import Balancer
 from equipoise.errors import UsageError
-from equipoise.integrations._trainer_attach import attach_for_training
-from equipoise.integrations._trainer_checkpoints import STATE_FILE, load_missing_weights, load_state, save_state
-from equipoise.integrations._trainer_checks import (
+from equipoise.integrations.trainer.attaching import attach_for_training
+from equipoise.integrations.trainer.checkpoints import STATE_FILE, load_missing_weights, load_state, save_state
+from equipoise.integrations.trainer.checks import (
     check_only_callback,
     check_trainer_uses_model_loss,
     check_training_arguments,
 )
-from equipoise.integrations._trainer_hooks import ForwardHook, unwrap_save_pretrained, wrap_save_pretrained
-from equipoise.integrations._trainer_loss import OutputLoss
-from equipoise.integrations._trainer_stack import find_calling_trainer
+from equipoise.integrations.trainer.hooks import ForwardHook, unwrap_save_pretrained, wrap_save_pretrained
+from equipoise.integrations.trainer.loss import OutputLoss
+from equipoise.integrations.trainer.stack import find_calling_trainer
 from equipoise.saved import write_biases
 from equipoise.torch_internals import step_was_applied
 

@@ -5,7 +5,7 @@ from typing import Any
 from torch import nn
 
 from equipoise.errors import EquipoiseError, UsageError
-from equipoise.integrations._trainer_hooks import ForwardHook
+from equipoise.integrations.trainer.hooks import ForwardHook
 
 __all__ = ["check_only_callback", "check_training_arguments", "check_trainer_uses_model_loss"]
 
