@@ -280,9 +280,9 @@ class Balance:
         return biases
 
     def __repr__(self) -> str:
-        sizes = abbreviate(sorted({layer.num_experts for layer in self.layers}))
+        sizes, number = abbreviate(sorted({layer.num_experts for layer in self.layers})), len(self.layers)
         experts = f" of {sizes} experts" if self.layers else ""
-        return f"Balance({self.strategy!r}, {len(self.layers)} layers{experts})"
+        return f"Balance({self.strategy!r}, {number} layer{'s' * (number != 1)}{experts})"
 
 
 def _choose(layers: Sequence[MoELayer], where: Callable[[str], bool]) -> list[int]:

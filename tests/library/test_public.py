@@ -105,6 +105,8 @@ def test_the_repr_of_a_public_object_is_one_useful_line():
     from equipoise.recipes import FRAMEWORKS
     from equipoise.routing import route
 
+    balance = equipoise.attach(equipoise.nn.MoE(16, 4, 8, 2), "frozen")
+    kind = "selection='scores', gives='logits')"
     router = "num_experts=8, k=2, score_function='sigmoid', num_groups=1, top_groups=1, renormalise=True, scale=1)"
     expected = [
         (
@@ -124,6 +126,20 @@ def test_the_repr_of_a_public_object_is_one_useful_line():
         (
             LayerStack("sigmoid", 2, torch.zeros(3, 8)),
             "LayerStack('sigmoid', k=2, selection='scores', layers=3, experts=8)",
+        ),
+        (
+            equipoise.integrations.EquipoiseCallback("loss-free", "z"),
+            "EquipoiseCallback('loss-free+z', balance=not attached)",
+        ),
+        (
+            equipoise.RouterKind("sigmoid", "bias_slot"),
+            f"RouterKind(score_function='sigmoid', slot='bias_slot', {kind}",
+        ),
+        (balance, "Balance('frozen', 1 layer of 8 experts)"),
+        (
+            balance.layers[0],
+            "MoELayer('router', num_experts=8, k=2, kind=RouterKind(score_function='sigmoid', "
+            f"slot='e_score_correction_bias', {kind})",
         ),
         (route(torch.zeros(5, 4), 2), "Routing(tokens=5, experts=4, k=2, is_masked=False, num_sequences=0)"),
         (

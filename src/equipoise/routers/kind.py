@@ -105,3 +105,6 @@ class MoELayer(NamedTuple):
     num_experts: int
     k: int
     slot: Slot | None  # None if the router has no tensor of its own that steers it
+
+    def __repr__(self) -> str:
+        return f"MoELayer({self.name!r}, num_experts={self.num_experts}, k={self.k}, kind={self.kind!r})"

@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from equipoise.alerts import Alerts
 from equipoise.attachment import attach, base_model, resolve, unwrap
 from equipoise.balance import Balance
-from equipoise.balancers import Balancer
+from equipoise.balancers import Balancer, format_strategy
 from equipoise.errors import UsageError
 from equipoise.integrations.trainer.attaching import attach_for_training
 from equipoise.integrations.trainer.checkpoints import STATE_FILE, load_missing_weights, load_state, save_state
@@ -127,6 +127,10 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         self._is_training = False
         self._step_was_applied: bool | Tensor = True  # as the optimizer itself says
         self._needs_biases_file = False  # whether the weights do not hold the biases
+
+    def __repr__(self) -> str:
+        balance = "not attached" if self.balance is None else repr(self.balance)
+        return f"EquipoiseCallback({format_strategy(self._balancers)!r}, balance={balance})"
 
     # ---- events ----
 
