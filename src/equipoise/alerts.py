@@ -1,8 +1,8 @@
-"""Watches a training through its loads: windows, one after another -> sentences about what is wrong.
+"""Watches a training run through its loads: windows, one after another -> sentences about what is wrong.
 
-Loads are added up over a stretch of windows and judged at its end. What chance does in one window, and imbalance that
-comes and goes, is no problem; and a GPU is waited for only then. All alerts but nan follow from the loads alone, so
-reading the loads again from records gives the same alerts.
+Loads are added up over a stretch of windows and judged at its end. So chance in a single window and passing imbalance
+raise no alert, and the host waits for a GPU only at the end of a stretch. All alerts but nan follow from the loads
+alone, so reading the loads again from records gives the same alerts.
 """
 
 import math
@@ -19,7 +19,7 @@ from equipoise.metrics import effective_experts, max_violation, sampling_floor
 __all__ = ["Alert", "Alerts"]
 
 PATIENCE = 20  # windows in a stretch: the first windows are uneven, and a batch may lack a domain
-MIN_SHARE = 30.0  # assignments of an even share in a stretch: by chance none once in e^30 = 10^13 times
+MIN_SHARE = 30.0  # mean assignments per expert in a stretch: an even router leaves one empty once in e^30 = 10^13
 COLLAPSE_BELOW, SPREAD_ABOVE = 0.5, 0.6  # ``effective_experts`` over experts: a collapse starts and ends
 REVIVED_SHARE = 0.1  # of an even share: with less, a dead expert stays dead
 BUSY_VIOLATION = 1.0  # MaxVio of a layer whose busiest expert has twice its share
@@ -92,9 +92,9 @@ class Alerts:
     - *collapse*: ``effective_experts`` is at most half of the experts. Ends above 0.6 of them.
     - *dead experts*: an expert got no token in the stretch. Ends when it gets a tenth of an even share.
     - *slow rate*: the busiest expert has more than twice its share, MaxVio is above 3 times what chance gives, and the
-      expert was above the mean (so its bias moved down) in each of the last 200 windows; in a shorter run in each of
-      the last quarter, at least 40. No alert if MaxVio falls fast enough from stretch to stretch to get there within
-      the remaining steps. Ends when the expert is no longer so busy, or was below the mean.
+      expert was above the mean (so its bias moved down) in each of the last 200 windows (in runs under 800 steps: a
+      quarter of the steps, at least 40). No alert if MaxVio falls fast enough from stretch to stretch to be below
+      these limits within the remaining steps. Ends when the expert is no longer so busy, or was below the mean.
     - *nan*: the loss or a bias is not finite. Ends after a stretch in which all were finite.
 
     Loads are pooled, so all ranks get the same alerts; let one of them print. Values on a GPU are read when a stretch
@@ -133,9 +133,9 @@ class Alerts:
         words = []
         for kind, layers in self.holding.items():
             num_dead = sum(map(len, layers.values()))
-            masks_by_layer = f" of {len(layers)} layers" if len(layers) > 1 else ""
+            of_layers = f" of {len(layers)} layers" if len(layers) > 1 else ""
             words.append(
-                f"{num_dead} dead expert{'s' * (num_dead > 1)}" if kind == "dead experts" else f"{kind}{masks_by_layer}"
+                f"{num_dead} dead expert{'s' * (num_dead > 1)}" if kind == "dead experts" else f"{kind}{of_layers}"
             )
         return ", ".join(words)
 

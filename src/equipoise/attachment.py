@@ -49,7 +49,7 @@ def attach(
         balancers: mechanisms, as objects or strategy strings. None at all only counts.
         where: ``where(name, router) -> bool`` chooses layers; default all.
         group: the process group, or a ``DeviceMesh``, whose ranks hold different tokens of the same layers; default
-            the world. Ranks of data, sharded, context and sequence parallelism do. Tensor parallel ranks hold the same
+            the world. Data, sharded, context and sequence parallel ranks do. Tensor parallel ranks hold the same
             tokens, and pipeline stages other layers: ``group=mesh["dp", "cp"]``. Expert parallel ranks belong to it if
             their tokens differ: each counts all experts, whoever holds them.
         biases: by layer, the biases to begin with, or the path of saved ones. Default: what the model's slots hold; if
@@ -57,13 +57,13 @@ def attach(
         allow_empty: accept a model without routers, a pipeline stage of dense layers. Its ``Balance`` does nothing.
 
     Create an average of the weights (EMA) after ``attach``, and again after ``detach``: between the two, routers
-    without a slot have one extra buffer. Put hooks that replace a module's forward on after ``attach`` too, such as
-    those of accelerate for offloading.
+    without a slot have one extra buffer. Likewise, install hooks that replace a module's forward, such as those of
+    accelerate for offloading, only after ``attach``.
 
     With balancers at bias zero and without losses, logits, weights, choices and gradients of the model are the same
     bit for bit. Collective over ``group``: every rank compares layers, strategies and biases, and raises the same
-    error if they differ. Raises ``EquipoiseError`` if the model holds no known router, or one that behaves otherwise
-    than its family, or is attached already.
+    error if they differ. Raises ``EquipoiseError`` if no router can be proven, if one does not select as its declared
+    ``router_kind`` says, or is attached already. Other routers that cannot be proven are left out with a warning.
     """
     pool = Pool(group)
     plan, error = None, None
@@ -226,8 +226,8 @@ def _described(description: Any) -> str:
 def _warn(plan: _Plan, balancers: Sequence[Balancer | str], has_filter: bool) -> None:
     if not has_filter and (unknown := unknown_routers(plan.model)):
         _log.warning(
-            f"attach: {abbreviate(unknown)} is neither counted nor balanced: equipoise does not know it. Give it an "
-            "attribute router_kind, or choose layers with where=... to say that it may be left out."
+            f"attach: {abbreviate(unknown)} is neither counted nor balanced: it could not be proven. Mend what the "
+            "reason says, or choose layers with where=... to say that it may be left out."
         )
     functions = {layer.kind.score_function for layer in plan.layers}
     for balancer in balancers:

@@ -61,7 +61,7 @@ def clamped_step(load: Load, sharpness: float = 2.0) -> Step:
 
 class _Rule(NamedTuple):
     step: Callable[..., Tensor]  # of the load; the rate multiplies it
-    is_bounded: bool  # no step is larger than the rate
+    is_bounded: bool  # no step is larger than the rate, before centring
     multiplies: bool = False  # the bias is a factor: w = 1 + b
     has_momentum: bool = False  # the bias moves by a running mean of the steps
 
@@ -89,7 +89,8 @@ class LossFree(Balancer):
     An overloaded expert becomes harder to choose. The bias has no gradient, and the weights never see it.
 
     Args:
-        rate: step of the bias, in the units of the scores. Under ``sign`` b moves by at most ``rate * steps``.
+        rate: step of the bias, in the units of the scores. Under ``sign`` b moves by at most ``rate * steps``,
+            with centring by less than twice as much.
         rule: one of those above. The default is ``proportional`` where the bias is added to softmax scores, because
             there 1e-3 can be more than a tenth of a score (paper, appendix C). Elsewhere it is ``sign``: for sigmoid,
             for sqrt_softplus, and where the bias is added to logits.
@@ -230,6 +231,7 @@ class LossFree(Balancer):
         reach, paper_reach = sum(rates), PAPER_RATE * (sum(rates) / self.rate)
         quantity = "a factor" if rule.multiplies else "a bias"
         text = f"In {num_steps} steps at rate {self.rate:g} {quantity} moves by at most {reach:.2g}"
+        text += " before centring" if self.center and not rule.multiplies else ""
         if rule.multiplies:
             return [f"{text}, from 1: take more steps or a larger rate."] if reach < 0.5 else []
         if self.rate > LARGE_RATE:

@@ -4,9 +4,9 @@ If the window is pooled once, the loads alone travel. If every micro-batch is po
 which collective this rank is in: so every rank notices when one closes the window while another begins a micro-batch.
 The other flags are inside the loads, which are never below 0 nor near 2^48:
 
-    first load     + 2^48 for a rank whose optimizer skipped its step
-    second load    + 2^48 for a rank at the end of ``measuring()``, and not in a window
-    last load      - 2^62 / ranks for a rank that cannot go on
+    first count    + 2^48 for a rank whose optimizer skipped its step
+    second count   + 2^48 for a rank at the end of ``measuring()``, and not in a window
+    last count     - 2^62 / ranks for a rank that cannot go on
 
 On a CPU the flags are checked when they arrive. From a GPU they are copied without a wait, and checked before the next
 collective begins. So the host waits for nothing, and no rank begins a collective that the others will not.

@@ -1,6 +1,6 @@
 """The losses of the balancers: their value in the forward, their gradient at the routers in the backward.
 
-The gradient is made when a router's backward runs, by the counts pooled by then. For that a backward must find two
+The gradient is made when a router's backward runs, from the counts pooled by then. For that a backward must find two
 things: the call that it belongs to, and the factor that the caller gave the loss.
 
 - The *call*: a counted call has an id, which autograd saves and brings back. A recomputed call has none:
@@ -115,11 +115,11 @@ class Losses:
         if micro_batch.has_several_calls(call.layer):  # the loss is a mean over all tokens of the micro-batch
             factor = factor * counted.num_tokens / micro_batch.num_tokens[call.layer].clamp_min(1)
         routing = self.routing(counted, logits, expert_ids, weights)
-        by_scores, without_closed_form = self._closed_form(counted, routing, factor)
+        score_gradient, without_closed_form = self._closed_form(counted, routing, factor)
         gradient = None
-        if by_scores is not None:
+        if score_gradient is not None:
             score_function = self.layers[call.layer].kind.score_function
-            gradient = score_backward(by_scores, logits, routing.scores, score_function)
+            gradient = score_backward(score_gradient, logits, routing.scores, score_function)
         if without_closed_form:
             logits.requires_grad_()
             with torch.enable_grad():
@@ -135,8 +135,8 @@ class Losses:
     def _closed_form(
         self, call: CountedCall, routing: Routing, factor: Tensor | float
     ) -> tuple[Tensor | None, list[tuple[Balancer, Tensor | None]]]:
-        """The summed gradient by the scores of the losses with a closed form; the other losses, with their load."""
-        by_scores, others = None, []
+        """The gradient with respect to the scores of losses with a closed form; other losses, with their load."""
+        score_gradient, others = None, []
         for balancer in self.biases.group_of[call.layer][0].losses:
             waits = balancer.scope == "global_batch" and balancer.pooling == "window"
             load = self._load(balancer, call, self.window.pooled_vector() if waits else None)
@@ -145,8 +145,8 @@ class Losses:
             if gradient is None:
                 others.append((balancer, load))
             else:
-                by_scores = gradient if by_scores is None else by_scores + gradient
-        return by_scores, others
+                score_gradient = gradient if score_gradient is None else score_gradient + gradient
+        return score_gradient, others
 
     def _load(
         self, balancer: Balancer, call: CountedCall, pooled_vector: Tensor | None = None
@@ -184,7 +184,7 @@ class Losses:
                 f"in the backward of {self.layers[call.layer].name} it was missing. Write `loss = model(...).loss + "
                 "balance.loss()`. If it cannot be added, or the gradient is taken for some tensors only "
                 "(torch.autograd.grad, backward(inputs=...)), set balance.loss_scale to the factor of the loss. A "
-                "loss() before the forward, or a second one after it, is 0; so is that of a forward that raised."
+                "loss() is 0 before a forward, when called twice, and after a forward that raised."
             )
         counted.micro_batch.mark_served(call.layer, number)
         return counted, factor

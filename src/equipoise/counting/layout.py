@@ -20,10 +20,10 @@ def outside_inference_mode() -> AbstractContextManager[Any]:
 class Layout:
     """The layout of an int64 vector of counts,
 
-        [ load of layer 0 | load of layer 1 | ... | closings, closing count, micro-batch number | tokens of each layer ]
+        [ load of layer 0 | load of layer 1 | ... | three numbers for ``Exchange`` | tokens of each layer ]
 
-    so that one all-reduce of its beginning pools every layer. The three numbers in the middle are for ``Exchange``.
-    Summed over the ranks: how many ranks close the window; their micro-batches; the others' micro-batch numbers.
+    so that one all-reduce of its beginning pools every layer. The three numbers, summed over the ranks: how many ranks
+    close the window; how many micro-batches these had; the others' micro-batch numbers.
     """
 
     def __init__(self, num_experts: Sequence[int]):

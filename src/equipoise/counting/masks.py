@@ -12,7 +12,7 @@ MTP_DEPTH = 1  # a multi-token-prediction layer sees rows one token shorter
 
 
 def is_mask_of(mask: Tensor, num_tokens: int) -> bool:
-    """Whether a padding mask can belong to so many tokens: to all, or to rows that are ``MTP_DEPTH`` shorter."""
+    """Whether a padding mask can belong to this many tokens: to all, or to rows that are ``MTP_DEPTH`` shorter."""
     rows, length = mask.shape
     return num_tokens % max(rows, 1) == 0 and 0 <= length - num_tokens // max(rows, 1) <= MTP_DEPTH
 

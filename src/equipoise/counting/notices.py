@@ -46,9 +46,9 @@ class Notices:
         new, names = self._new("unreached", layers)
         if new:
             _log.warning(
-                f"step: the balancing loss gave {names} no gradient: its weights were part of no loss that was "
-                "differentiated. This is right if a branch ends early or is detached. Otherwise its block makes "
-                "weights of its own. It must multiply the outputs of experts with the weights that the router returns."
+                f"step: the balancing loss gave {names} no gradient: the routing weights were part of no loss "
+                "that was differentiated. This is right if a branch ends early or is detached. Otherwise the block "
+                "computes its own weights. It must multiply the outputs of experts by the weights of the router."
             )
 
     def _unmatched_masks(self, layers: Iterable[int]) -> None:

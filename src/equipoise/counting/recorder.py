@@ -71,7 +71,7 @@ class Recorder:
 
     @property
     def device(self) -> torch.device:
-        """Where counts are made if no call says it."""
+        """The device of counts if no call determines it."""
         if not self.layers:
             return self._device_of_model
         return next(self.layers[0].router.parameters()).device  # a router may have its matrix in a module inside
@@ -249,8 +249,8 @@ class Recorder:
         if group.steering is not None and not window.is_first and layer not in window.called_layers:
             raise EquipoiseError(
                 f"a backward must run before step() closes its window: {self.layers[layer].name} is recomputed after "
-                "it, by another bias than its forward had. Call balance.step() after the optimizer's step. Run the "
-                "backward of a forward in paused() or measuring() inside it too."
+                "it, with another bias than its forward had. Call balance.step() after the optimizer's step. If a "
+                "forward runs inside paused() or measuring(), run its backward inside as well."
             )
 
     # ---- windows ----

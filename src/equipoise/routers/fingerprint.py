@@ -16,7 +16,7 @@ from equipoise.routers.tap import plain_class
 __all__ = ["NotComparable", "fingerprint", "tensor_shapes"]
 
 _STATE_OF_MODULE = vars(nn.Module()).keys() - {"training"}
-_MAX_OBJECTS = 4000  # that a router may hold before it is proven by itself
+_MAX_OBJECTS = 4000  # in a router; above, it is proven individually
 
 
 class NotComparable(Exception):

@@ -27,7 +27,7 @@ class RouterKind(NamedTuple):
         (scores [tokens, experts], zero for experts that were not chosen; logits [tokens, experts]).
 
     A module of yours with an attribute or property ``router_kind`` is a router for ``attach``, whatever its class is
-    called. It must have a ``weight`` [experts, dim] and return what ``gives`` says.
+    called. It must have at least one 2-D parameter and return what ``gives`` says.
     """
 
     score_function: ScoreFunction

@@ -1,8 +1,8 @@
 """Finds out by experiment how a router selects: its own forward, on a stand-in with random weights.
 
-Every way in which a router may select is tried on the stand-in until one is proven. A router that proves none is
-refused with the reason. So a family is known by its behaviour, and one that changes its behaviour is refused, never
-miscounted.
+Every way in which a router may select is tried on the stand-in until one is proven. A router for which none can be
+proven is refused with the reason. So a family is known by its behaviour, and one that changes its behaviour is
+refused, never miscounted.
 """
 
 import inspect

@@ -95,8 +95,8 @@ class Tap:
         self.observer = observer
         self.context = context
         self.has_loss = has_loss
-        self.uses_topk_mode = False  # through a slot of ours, by the top-k mode
-        self.multiplies = False  # and that slot holds w - 1 of a factor w on the scores
+        self.uses_topk_mode = False  # by BiasedTopK, with the buffer that attach added
+        self.multiplies = False  # the buffer holds w - 1; scores are multiplied by w
         if observer is not None:
             number = next(_KEYS)
             self.key = torch.tensor(number, device="cpu")

@@ -224,12 +224,14 @@ def _quality(best: Mapping[str, Any], comparisons: Sequence[Comparison]) -> Mark
 
 def _balance(rows: Sequence[Mapping[str, Any]]) -> Markup:
     best, worst = (pick(rows, key=lambda row: row["maxvio_global"]) for pick in (min, max))
-    text = Markup("<strong>Balance.</strong> {} spreads the test text most evenly: its").format(_code(best["strategy"]))
-    if len(rows) == 1:
-        text = Markup("<strong>Balance.</strong> On the test text, the")
-    text += Markup(" busiest expert carries {} times the mean load (MaxVio {}; sampling alone would give {}).").format(
-        number(1 + best["maxvio_global"], 2), number(best["maxvio_global"], 2), number(best["maxvio_floor"], 2)
+    text = Markup("<strong>Balance.</strong> {} spreads the test text most evenly: on average over layers, its").format(
+        _code(best["strategy"])
     )
+    if len(rows) == 1:
+        text = Markup("<strong>Balance.</strong> On the test text, on average over layers, the")
+    text += Markup(
+        " busiest expert carries {} times the mean load (MaxVio {}; chance alone would give at least {})."
+    ).format(number(1 + best["maxvio_global"], 2), number(best["maxvio_global"], 2), number(best["maxvio_floor"], 2))
     if worst is best:
         return text
     return text + Markup(" The least even is {}: {} times the mean (MaxVio {}).").format(

@@ -136,7 +136,7 @@ class _Run:
     """Save the trained model in the run's folder, for plain Transformers. --no-save-model skips this."""
 
     resume: bool = False
-    """Continue an earlier run with the same options that was stopped."""
+    """Continue the run in --out, with the same options; start it if there is none."""
 
     def check(self) -> None:
         """Raises UsageError for invalid values."""
