@@ -335,7 +335,9 @@ def test_the_page_of_one_strategy_compares_nothing(tmp_path):
     text = own_text(path := write_report(tmp_path))
     assert "<title>Training with one strategy · equipoise</title>" in text and "Who won" not in text
     assert "plot-outcome" not in text and "outcome" not in data_of(path)["figures"]
-    assert "On the test text, the busiest expert carries 1.50 times the mean load" in " ".join(text.split())
+    assert "On the test text, on average over layers, the busiest expert carries 1.50 times the mean load" in " ".join(
+        text.split()
+    )
     make_run(tmp_path / "c", "none", maxvio=0.7)
     text = own_text(path := write_report(tmp_path))
     assert "Who won" in text and "plot-outcome" in text and "outcome" in data_of(path)["figures"]

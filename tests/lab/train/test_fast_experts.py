@@ -8,8 +8,8 @@ import shrunken
 import torch
 from torch.testing import assert_close
 
-from equipoise.integrations import experts
 from equipoise.nn import grouped
+from equipoise_lab.train import fast_experts
 from equipoise_lab.train.fast_experts import use_fast_experts
 
 SWIGLU = ["deepseek_v3", "glm4_moe", "mixtral", "olmoe", "qwen3_moe"]
@@ -21,13 +21,13 @@ def calls(monkeypatch):
     seen = []
 
     def watch(name):
-        function = getattr(experts, name)
+        function = getattr(fast_experts, name)
 
         def call(*arguments):
             seen.append((name, next(value.dtype for value in arguments if torch.is_tensor(value))))
             return function(*arguments)
 
-        monkeypatch.setattr(experts, name, call)
+        monkeypatch.setattr(fast_experts, name, call)
 
     watch("swiglu_experts")
     watch("grouped_mm_experts_forward")
