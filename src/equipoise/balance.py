@@ -118,7 +118,7 @@ class Balance:
         this rank did not call, or that the loss gave no gradient. Collective over the group. Raises ``EquipoiseError``
         on all ranks if a rank called no router at all.
         """
-        applied = _checked(applied, self._recorder.device)
+        applied = _checked(applied, self._recorder)
         self._pool.check_no_rank_joined()
         if self._taps.are_removed:
             raise EquipoiseError("step() must be called before detach(): this Balance was detached. Attach it again.")
@@ -293,10 +293,10 @@ def _choose(layers: Sequence[MoELayer], where: Callable[[str], bool]) -> list[in
     return chosen
 
 
-def _checked(applied: bool | Tensor, device: torch.device) -> bool | Tensor:
+def _checked(applied: bool | Tensor, recorder: Recorder) -> bool | Tensor:
     if isinstance(applied, bool):
         return applied
     if not isinstance(applied, Tensor) or applied.numel() != 1:
         raise ValueError(f"applied must be true, false or a tensor of one number: got {shape_or_type(applied)}.")
-    is_on_host = applied.device.type == "cpu" != device.type
+    is_on_host = applied.device.type == "cpu" != recorder.device.type
     return bool(applied) if is_on_host else applied.reshape(())

@@ -18,7 +18,7 @@ from equipoise.counting.gradient import Losses
 from equipoise.counting.layout import Layout
 from equipoise.counting.masks import fit_mask, is_mask_of, number_sequences
 from equipoise.counting.pool import Pool
-from equipoise.counting.window import CountedCall, Window
+from equipoise.counting.window import CountedCall, MicroBatch, Window
 from equipoise.errors import EquipoiseError
 from equipoise.routers import MoELayer
 from equipoise.routers.forward import ForwardContext
@@ -172,7 +172,7 @@ class Recorder:
                 if group.has_statistics:
                     self.biases.adopt_writes(group)
         micro_batch.count(layer, expert_ids, call.mask)
-        counted = self._counted_call(call)
+        counted = self._counted_call(call, micro_batch)
         group, row = self.biases.group_of[layer]
         if self.losses.number or group.has_statistics:
             routing = self.losses.routing(counted, call.logits, expert_ids, call.weights)
@@ -183,14 +183,14 @@ class Recorder:
             self.losses.add(counted, routing)
         return window.record(counted, expert_ids)
 
-    def _counted_call(self, call: RouterCall) -> CountedCall:
+    def _counted_call(self, call: RouterCall, micro_batch: MicroBatch) -> CountedCall:
         num_tokens, device = call.expert_ids.shape[0], call.expert_ids.device
         sequence_ids, num_sequences = None, 0
         if self._needs_sequences:
             sequence_ids, num_sequences = number_sequences(call.sequence_ids, call.rows, num_tokens, device)
         return CountedCall(
             call.layer,
-            self.window.micro_batch(device),
+            micro_batch,
             call.mask,
             sequence_ids,
             num_sequences,
@@ -209,6 +209,8 @@ class Recorder:
         mask, context, layer = call.mask, self.context, call.layer
         num_tokens = call.expert_ids.shape[0]
         explicit = context.masks_by_layer.get(layer)
+        if mask is None and explicit is None:
+            return call
         if explicit is not None:
             mask = explicit.mask
             two_dimensional = [len(tensor) for tensor in explicit if tensor is not None and tensor.dim() == 2]

@@ -118,8 +118,9 @@ class ForwardContext:
     @property
     def has_unused_mask(self) -> bool:
         """Whether ``Balance.token_mask`` was called and no forward came after it. In evaluation nothing is counted."""
-        no_call_since = self.counter.num_calls == self._num_calls_at_mask
-        return self.has_explicit_mask and self.model.training and no_call_since
+        if not self.has_explicit_mask or not self.model.training:
+            return False
+        return self.counter.num_calls == self._num_calls_at_mask
 
     # ---- what a forward is called with ----
 
