@@ -7,7 +7,7 @@ MUTANTS = [
         "expert groups that are chosen before the bias is added are attached",
         "if (not is_grouped or is_blocked) and",
         "if not is_grouped and",
-        "test_every_family -k groups_before",
+        "test_every_family -k groups_chosen_before",
     ),
     Mutant(
         "a forward that was stopped by hand stays counted",
@@ -137,7 +137,7 @@ MUTANTS = [
         "routers: a factor multiplies logits below zero",
         'if multiplies and kind.selection == "logits":',
         "if False:",
-        "test_every_family -k factor_of",
+        "test_every_family -k multiplicative_bias_on",
     ),
     Mutant(
         "routers: a slot in the block around is not looked for",
