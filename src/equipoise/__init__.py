@@ -42,15 +42,7 @@ if TYPE_CHECKING:
     from equipoise.alerts import Alerts
     from equipoise.attachment import attach
     from equipoise.balance import Balance
-    from equipoise.balancers import (
-        Balancer,
-        Frozen,
-        LoadBalancingLoss,
-        LossFree,
-        Quantile,
-        ZLoss,
-        parse_strategy,
-    )
+    from equipoise.balancers import Balancer, Frozen, LoadBalancingLoss, LossFree, Quantile, ZLoss, parse_strategy
     from equipoise.errors import EquipoiseError, UsageError
     from equipoise.recipes import convert_coefficient, recipe
     from equipoise.routers import RouterKind

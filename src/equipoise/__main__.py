@@ -10,12 +10,10 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] == "equipoise":
             raise
-        print(
+        sys.exit(  # 1, with this text on stderr
             f"equipoise: error: the command needs the lab, and {error.name} is not installed. Install it with: "
-            "pip install 'equipoise[lab]'",
-            file=sys.stderr,
+            "pip install 'equipoise[lab]'"
         )
-        sys.exit(1)
     run()
 
 

@@ -3,8 +3,6 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-__all__ = ["abbreviate", "shape_or_type"]
-
 
 def abbreviate(values: Iterable[Any]) -> str:
     """The first three values and the number of all. A mapping is written as ``key [value]``.
@@ -17,9 +15,8 @@ def abbreviate(values: Iterable[Any]) -> str:
     'none'
     """
     if isinstance(values, Mapping):
-        texts = [f"{key} [{value}]" for key, value in values.items()]
-    else:
-        texts = [str(value) for value in values]
+        values = [f"{key} [{value}]" for key, value in values.items()]
+    texts = [str(value) for value in values]
     return ", ".join(texts[:3]) + (f" ... ({len(texts)} in all)" if len(texts) > 3 else "") if texts else "none"
 
 

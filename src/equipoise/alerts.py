@@ -1,8 +1,7 @@
 """Watches a training run through its loads: windows, one after another -> sentences about what is wrong.
 
-Loads are added up over a stretch of windows and judged at its end. So chance in a single window and passing imbalance
-raise no alert, and the host waits for a GPU only at the end of a stretch. All alerts but nan follow from the loads
-alone, so reading the loads again from records gives the same alerts.
+Loads are judged at the end of a stretch of windows, so chance in a single window and passing imbalance raise no alert.
+All alerts but nan follow from the loads alone, so reading the loads again from records gives the same alerts.
 """
 
 import math
@@ -24,21 +23,19 @@ COLLAPSE_BELOW, SPREAD_ABOVE = 0.5, 0.6  # ``effective_experts`` over experts: a
 REVIVED_SHARE = 0.1  # of an even share: with less, a dead expert stays dead
 BUSY_VIOLATION = 1.0  # MaxVio of a layer whose busiest expert has twice its share
 SLOW_WINDOWS = 200  # at the published rate of 1e-3 a bias moves by 0.2 in them
+FLAGS = {"collapse": "collapsed", "dead experts": "dead", "slow rate": "slow"}  # what a _Stretch knows of each problem
+Counts = Int[Tensor, "layers experts"]
 
 
 class Alert(NamedTuple):
-    """A problem that started in these layers, or ended (``over``).
+    """A problem that started in these layers, or ended (``over``)."""
 
-    ``kind``: "nan", "collapse", "dead experts" or "slow rate". ``experts``: for each layer the dead or slow ones.
-    ``step``: the number of the window that showed it, from 1.
-    """
-
-    kind: str
+    kind: str  # "nan", "collapse", "dead experts" or "slow rate"
     layers: tuple[str, ...]
     text: str
     over: bool = False
-    experts: tuple[tuple[int, ...], ...] = ()
-    step: int = 0
+    experts: tuple[tuple[int, ...], ...] = ()  # for each layer the dead or slow ones
+    step: int = 0  # the number of the window that showed it, from 1
 
     def __str__(self) -> str:
         return self.text
@@ -47,19 +44,18 @@ class Alert(NamedTuple):
 class _Stretch:
     """A stretch of windows of the layers with the same number of experts, and the problems that they have now."""
 
-    def __init__(self, names: tuple[str, ...], counts: Int[Tensor, "layers experts"]):
+    def __init__(self, names: tuple[str, ...], counts: Counts):
         self.names = names
         self.counts = torch.zeros_like(counts)  # since a layer was judged
         self.pushed = torch.zeros_like(counts)  # latest windows in a row in which an expert was above the mean
         rows = torch.zeros(len(names), dtype=torch.float64)
         self.windows, self.last_windows = rows, rows.clone()  # in this stretch, and in the one before
         self.last_violation = torch.full_like(rows, math.nan)
-        self.collapsed, self.slow = torch.zeros(len(names), dtype=torch.bool), torch.zeros(counts.shape).bool()
-        self.dead = self.slow.clone()
+        self.dead, self.slow = torch.zeros(2, *counts.shape, dtype=torch.bool)
+        self.collapsed = torch.zeros(len(names), dtype=torch.bool)
         self.num_windows = 0  # since ``_judge``
 
-    def add(self, counts: Int[Tensor, "layers experts"]) -> None:
-        """Never waits for a GPU."""
+    def add(self, counts: Counts) -> None:  # never waits for a GPU
         if self.counts.device != counts.device:
             self.counts, self.pushed = self.counts.to(counts.device), self.pushed.to(counts.device)
         above = counts * counts.shape[-1] > counts.sum(-1, keepdim=True)
@@ -119,12 +115,10 @@ class Alerts:
     def holding(self) -> dict[str, dict[str, tuple[int, ...]]]:
         """The problems that exist now: by kind the layers, and for each layer the dead or slow experts."""
         problems: dict[str, dict[str, tuple[int, ...]]] = {"nan": dict.fromkeys(self._nan, ())}
-        problems |= {"collapse": {}, "dead experts": {}, "slow rate": {}}
+        problems |= {kind: {} for kind in FLAGS}
         for stretch in self._stretches.values():
-            problems["collapse"] |= {stretch.names[row]: () for row in _true_rows(stretch.collapsed)}
-            for kind, experts in (("dead experts", stretch.dead), ("slow rate", stretch.slow)):
-                rows = _true_rows(experts.any(-1))
-                problems[kind] |= {stretch.names[row]: tuple(_true_rows(experts[row])) for row in rows}
+            for kind, flags in FLAGS.items():
+                problems[kind] |= _experts_by_layer(stretch.names, getattr(stretch, flags))
         return {kind: layers for kind, layers in problems.items() if layers}
 
     @property
@@ -133,10 +127,8 @@ class Alerts:
         words = []
         for kind, layers in self.holding.items():
             num_dead = sum(map(len, layers.values()))
-            of_layers = f" of {len(layers)} layers" if len(layers) > 1 else ""
-            words.append(
-                f"{num_dead} dead expert{'s' * (num_dead > 1)}" if kind == "dead experts" else f"{kind}{of_layers}"
-            )
+            in_layers = f"{kind} of {len(layers)} layers" if len(layers) > 1 else kind
+            words.append(f"{num_dead} dead expert{'s' * (num_dead > 1)}" if kind == "dead experts" else in_layers)
         return ", ".join(words)
 
     def see(
@@ -175,8 +167,6 @@ class Alerts:
             self._stretches[saved["names"]] = stretch = _Stretch(saved["names"], saved["counts"])
             stretch.load(saved)
 
-    # ---- nan ----
-
     def _check_finite(self, loss: float | Tensor | None, biases: Mapping[str, Tensor]) -> Iterator[Alert]:
         is_finite = [(names, bias.isfinite().all(-1)) for names, bias in _by_size(biases)]
         if loss is not None:
@@ -193,33 +183,27 @@ class Alerts:
             self._nan = [name for name in self._nan if name not in ended] + started
             if started:
                 values = ["the loss" if name == "the loss" else f"a bias of {name}" for name in started]
-                text = (
-                    f"nan: {_join(values)} {'is' if len(values) == 1 else 'are'} not finite. The training diverged: "
-                    "resume from a checkpoint with a lower learning rate."
-                )
+                text = f"nan: {_join(values)} {'is' if len(values) == 1 else 'are'} not finite. The training diverged: "
+                text += "resume from a checkpoint with a lower learning rate."
                 yield Alert("nan", tuple(started), text, step=self.num_seen)
             if ended:
                 yield Alert("nan", tuple(ended), f"over: nan: {_join(ended)}", over=True, step=self.num_seen)
             if ends:
                 del self._bad[names]
 
-    # ---- loads ----
-
     def _judge(self, stretch: _Stretch) -> Iterator[Alert]:
         """At the end of a stretch. Layers with too few assignments continue theirs."""
         stretch.num_windows = 0
         counts, pushed = torch.stack([stretch.counts, stretch.pushed]).cpu()  # the only wait for a GPU
-        num_experts, mean = counts.shape[-1], counts.double().mean(-1)
+        mean = counts.double().mean(-1)
         judged = mean >= MIN_SHARE
         if not bool(judged.any()):
             return
         yield from self._judge_collapse(stretch, judged, effective_experts(counts))
         dead = (counts == 0) | (stretch.dead & (counts < REVIVED_SHARE * mean[:, None]))
         yield from self._judge_dead(stretch, torch.where(judged[:, None], dead, stretch.dead), mean)
-        violation = max_violation(counts)
-        floor = sampling_floor(1, 1, num_experts) / counts.sum(-1).clamp_min(1).double().sqrt()
-        yield from self._judge_slow(stretch, judged, counts.argmax(-1), pushed, violation, floor)
-        stretch.last_violation = torch.where(judged, violation, stretch.last_violation)
+        yield from self._judge_slow(stretch, judged, counts, pushed)
+        stretch.last_violation = torch.where(judged, max_violation(counts), stretch.last_violation)
         stretch.last_windows = torch.where(judged, stretch.windows, stretch.last_windows)
         stretch.windows = torch.where(judged, 0.0, stretch.windows)
         stretch.counts *= ~judged[:, None].to(stretch.counts.device)
@@ -232,9 +216,8 @@ class Alerts:
             row: f"{stretch.names[row]} is as uneven as {effective[row]:.1f} of {num_experts} experts used equally"
             for row in _true_rows(collapsed)
         }
-        before, stretch.collapsed = stretch.collapsed, collapsed
         remedy = "Take a larger coefficient or rate, or another mechanism."
-        yield from self._changes("collapse", stretch, before[:, None], collapsed[:, None], texts, remedy)
+        yield from self._changes("collapse", stretch, collapsed, texts, remedy)
 
     def _judge_dead(self, stretch: _Stretch, dead: Tensor, mean: Tensor) -> Iterator[Alert]:
         started = dead & ~stretch.dead
@@ -243,23 +226,15 @@ class Alerts:
             f"{int(stretch.windows[row])} windows, where an even share is {mean[row]:,.0f}"
             for row in _true_rows(started.any(-1))
         }
-        before, stretch.dead = stretch.dead, dead
         remedy = "The strategy quantile revives them at once, a larger rate of loss-free sooner, a loss slowly."
-        yield from self._changes("dead experts", stretch, before, dead, texts, remedy)
+        yield from self._changes("dead experts", stretch, dead, texts, remedy)
 
-    def _judge_slow(
-        self,
-        stretch: _Stretch,
-        judged: Bool[Tensor, " layers"],
-        busiest: Int[Tensor, " layers"],
-        pushed: Int[Tensor, "layers experts"],
-        violation: Float[Tensor, " layers"],
-        floor: Float[Tensor, " layers"],
-    ) -> Iterator[Alert]:
+    def _judge_slow(self, stretch: _Stretch, judged: Tensor, counts: Counts, pushed: Counts) -> Iterator[Alert]:
+        busiest, violation = counts.argmax(-1), max_violation(counts)
+        floor = sampling_floor(1, 1, counts.shape[-1]) / counts.sum(-1).clamp_min(1).double().sqrt()
         steps_left = None if self.num_steps is None else max(0, self.num_steps - self.num_seen)
-        min_pushed = SLOW_WINDOWS
-        if self.num_steps is not None:
-            min_pushed = max(2 * PATIENCE, min(SLOW_WINDOWS, self.num_steps // 4))
+        quarter = SLOW_WINDOWS if self.num_steps is None else self.num_steps // 4
+        min_pushed = max(2 * PATIENCE, min(SLOW_WINDOWS, quarter))
         threshold = torch.maximum(3 * floor, torch.full_like(floor, BUSY_VIOLATION))
         num_pushed = pushed.gather(-1, busiest[:, None])[:, 0]
         fall = (stretch.last_violation - violation) / ((stretch.last_windows + stretch.windows) / 2)  # per window
@@ -279,36 +254,25 @@ class Alerts:
                 f"times its share although its bias moved down in each of the last {int(num_pushed[row])} windows; "
                 f"{needed if math.isfinite(steps_needed[row]) else 'no end in sight, MaxVio does not fall'}"
             )
-        before, stretch.slow = stretch.slow, slow
-        remedy = "Raise the rate."
-        if steps_left is not None:
-            remedy = f"{steps_left:,} {'step is' if steps_left == 1 else 'steps are'} left. {remedy}"
-        yield from self._changes("slow rate", stretch, before, slow, texts, remedy)
+        left = "" if steps_left is None else f"{steps_left:,} {'step is' if steps_left == 1 else 'steps are'} left. "
+        yield from self._changes("slow rate", stretch, slow, texts, f"{left}Raise the rate.")
 
     def _changes(
-        self, kind: str, stretch: _Stretch, before: Tensor, now: Tensor, texts: Mapping[int, str], remedy: str
+        self, kind: str, stretch: _Stretch, flags: Bool[Tensor, "layers ..."], texts: dict[int, str], remedy: str
     ) -> Iterator[Alert]:
-        """What started and what ended, from flags ``[layers, experts]`` or ``[layers, 1]``. A layer is slow once,
-        even if another expert becomes its busiest."""
+        before, now = (x.view(len(flags), -1) for x in (getattr(stretch, FLAGS[kind]), flags))
+        setattr(stretch, FLAGS[kind], flags)
         by_expert = kind == "dead experts"
         started, ended = now & ~before, before & ~now
-        if not by_expert:
+        if not by_expert:  # a layer is slow once, even if another expert becomes its busiest
             started, ended = now & ~before.any(-1, keepdim=True), before & ~now.any(-1, keepdim=True)
-        for changed, is_over in ((started, False), (ended, True)):
-            rows = _true_rows(changed.any(-1))
-            if not rows:
-                continue
-            names = [stretch.names[row] for row in rows]
-            experts = [tuple(_true_rows(changed[row])) if changed.shape[-1] > 1 else () for row in rows]
-            if is_over:
-                ended_in = names
-                if by_expert:
-                    pairs = zip(names, experts, strict=True)
-                    ended_in = [f"{name}: {_experts(ids, changed.shape[-1])}" for name, ids in pairs]
-                text = f"over: {kind}: {_layers(ended_in)}"
-            else:
-                text = f"{kind}: {_layers([texts[row] for row in rows])}. {remedy}"
-            yield Alert(kind, tuple(names), text, is_over, tuple(experts), self.num_seen)
+        if layers := _experts_by_layer(stretch.names, started):
+            text = f"{kind}: {_layers([texts[row] for row in _true_rows(started.any(-1))])}. {remedy}"
+            yield Alert(kind, tuple(layers), text, False, tuple(layers.values()), self.num_seen)
+        if layers := _experts_by_layer(stretch.names, ended):
+            where = [f"{name}: {_experts(ids, ended.shape[-1])}" if by_expert else name for name, ids in layers.items()]
+            text = f"over: {kind}: {_layers(where)}"
+            yield Alert(kind, tuple(layers), text, True, tuple(layers.values()), self.num_seen)
 
 
 def _by_size(values: Mapping[str, Tensor]) -> Iterable[tuple[tuple[str, ...], Tensor]]:
@@ -322,6 +286,12 @@ def _by_size(values: Mapping[str, Tensor]) -> Iterable[tuple[tuple[str, ...], Te
 
 def _true_rows(flags: Bool[Tensor, " rows"]) -> list[int]:
     return flags.nonzero()[:, 0].tolist()
+
+
+def _experts_by_layer(names: Sequence[str], flags: Bool[Tensor, "layers ..."]) -> dict[str, tuple[int, ...]]:
+    flags = flags.view(len(names), -1)  # a collapse has one flag per layer and no experts
+    by_expert = flags.shape[-1] > 1
+    return {names[row]: tuple(_true_rows(flags[row])) if by_expert else () for row in _true_rows(flags.any(-1))}
 
 
 def _join(words: Sequence[str]) -> str:

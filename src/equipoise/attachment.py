@@ -4,8 +4,7 @@ The module is not called ``attach``: importing a module of that name would hide 
 """
 
 import logging
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +14,7 @@ from equipoise._text import abbreviate
 from equipoise.balance import Balance
 from equipoise.balancers import Balancer, format_strategy, parse_strategy
 from equipoise.counting.pool import Pool, digest_of
-from equipoise.counting.start import starting_biases
+from equipoise.counting.start import BiasesOrPath, starting_biases
 from equipoise.errors import EquipoiseError, UsageError
 from equipoise.recipes import RECIPES
 from equipoise.routers import MoELayer
@@ -27,15 +26,16 @@ from equipoise.torch_internals import drop_compiled_graphs
 __all__ = ["attach", "base_model", "resolve", "unwrap"]
 
 _log = logging.getLogger("equipoise")
+_Where = Callable[[str, nn.Module], bool] | None
 
 
 @torch.inference_mode(False)  # the biases outlive an evaluation in inference mode
 def attach(
     model: nn.Module,
     *balancers: Balancer | str,
-    where: Callable[[str, nn.Module], bool] | None = None,
+    where: _Where = None,
     group: Any | None = None,
-    biases: Mapping[str, Tensor] | str | os.PathLike[str] | None = None,
+    biases: BiasesOrPath | None = None,
     allow_empty: bool = False,
 ) -> Balance:
     """Attaches balancers to the mixture-of-experts model you already have.
@@ -71,7 +71,7 @@ def attach(
         plan = _plan(model, balancers, where, biases, allow_empty)
     except Exception as caught:
         error = caught
-    _compare_ranks(pool.agree("attach", None if plan is None else (plan.description, plan.digest), error))
+    _compare_ranks(pool.agree("attach", None if plan is None else plan.in_common(), error))
     assert plan is not None  # agree raises every rank's error
     _warn(plan, balancers, has_filter=where is not None)
     if drop_compiled_graphs(model):
@@ -93,29 +93,20 @@ class _Plan(NamedTuple):
     balancers: list[Balancer]
     start: dict[str, Tensor]
 
-    @property
-    def description(self) -> tuple[str, list[tuple[Any, ...]]]:
-        """What every rank must have in common."""
+    def in_common(self) -> tuple[tuple[str, list[tuple[Any, ...]]], str | None]:
+        """What every rank must attach, and a digest of its biases; None if there is nothing to compare."""
         layers = [(layer.name, layer.num_experts, layer.k, layer.kind) for layer in self.layers]
-        return format_strategy(self.balancers), layers
-
-    @property
-    def digest(self) -> str | None:
-        """Of the biases; None if there is nothing to compare."""
         steers = any(balancer.has_bias for balancer in self.balancers)
         on_meta = any(parameter.device.type == "meta" for parameter in self.model.parameters())
-        return digest_of(self.start) if steers and not on_meta else None
+        digest = digest_of(self.start) if steers and not on_meta else None
+        return (format_strategy(self.balancers), layers), digest
 
 
 # ---- phase 1: what this rank attaches ----
 
 
 def _plan(
-    model: nn.Module,
-    balancers: Sequence[Balancer | str],
-    where: Callable[[str, nn.Module], bool] | None,
-    biases: Mapping[str, Tensor] | str | os.PathLike[str] | None,
-    allow_empty: bool,
+    model: nn.Module, balancers: Sequence[Balancer | str], where: _Where, biases: BiasesOrPath | None, allow_empty: bool
 ) -> _Plan:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module: got {type(model).__name__}.")
@@ -123,31 +114,20 @@ def _plan(
         raise TypeError(f"where must be a function of (name, router): got {type(where).__name__}.")
     inner = base_model(unwrap(model))
     resolved = resolve(balancers)
-    layers = _find_layers(inner, where, any(balancer.multiplies for balancer in resolved), allow_empty)
-    return _Plan(inner, layers, resolved, starting_biases(inner, layers, resolved, biases))
-
-
-def _find_layers(
-    model: nn.Module, where: Callable[[str, nn.Module], bool] | None, multiplies: bool, allow_empty: bool
-) -> list[MoELayer]:
-    layers = []
-    for layer in find_routers(model, allow_empty):
-        if where is not None and not where(layer.name, layer.router):
-            continue
+    layers = [layer for layer in find_routers(inner, allow_empty) if where is None or where(layer.name, layer.router)]
+    if not layers and not allow_empty:
+        raise EquipoiseError("where must choose at least one router: it chose none.")
+    for layer in layers:
         if has_live_tap(layer.router):
             raise EquipoiseError(
                 f"a router must be attached once: {layer.name} is attached already. Call detach() on its Balance first."
             )
-        if multiplies:
+        if any(balancer.multiplies for balancer in resolved):
             _check_factor(layer)
-        layers.append(layer)
-    if not layers and not allow_empty:
-        raise EquipoiseError("where must choose at least one router: it chose none.")
-    return layers
+    return _Plan(inner, layers, resolved, starting_biases(inner, layers, resolved, biases))
 
 
 def _check_factor(layer: MoELayer) -> None:
-    """A factor must be all that steers a router."""
     tensor = None if layer.slot is None else layer.slot.tensor
     if tensor is not None and tensor.device.type != "meta" and tensor.any():
         raise EquipoiseError(
@@ -166,14 +146,11 @@ def resolve(balancers: Sequence[Balancer | str]) -> list[Balancer]:
     """The balancers that these objects and strategy strings name. Raises ``UsageError`` if two would move the bias."""
     resolved: list[Balancer] = []
     for balancer in balancers:
-        if isinstance(balancer, str):
-            resolved += parse_strategy(balancer)
-        elif isinstance(balancer, Balancer):
-            resolved.append(balancer)
-        else:
+        if not isinstance(balancer, Balancer | str):
             raise TypeError(
                 f"a balancer must be an object such as LossFree() or a strategy string: got {type(balancer).__name__}."
             )
+        resolved += parse_strategy(balancer) if isinstance(balancer, str) else [balancer]
     steering = [str(balancer) for balancer in resolved if balancer.has_bias]
     if len(steering) > 1:
         raise UsageError(f"only one balancer may move the bias: got {' and '.join(steering)}. Leave one out.")
@@ -182,13 +159,9 @@ def resolve(balancers: Sequence[Balancer | str]) -> list[Balancer]:
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The model inside the wrappers of torch.compile and DistributedDataParallel."""
-    while True:
-        if hasattr(model, "_orig_mod"):
-            model = model._orig_mod  # type: ignore[assignment]
-        elif isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        else:
-            return model
+    while hasattr(model, "_orig_mod") or isinstance(model, nn.parallel.DistributedDataParallel):
+        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module  # type: ignore[assignment]
+    return model
 
 
 def base_model(model: nn.Module) -> nn.Module:

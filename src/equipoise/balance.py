@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -122,14 +122,12 @@ class Balance:
         self._pool.check_no_rank_joined()
         if self._taps.are_removed:
             raise EquipoiseError("step() must be called before detach(): this Balance was detached. Attach it again.")
-        window = self._window
         if not self.layers:  # a pipeline stage of dense layers
-            window.close_empty()
+            self._window.close_empty()
             self._context.clear()
             return
-        called_layers = window.called_layers
-        if not called_layers:
-            window.fail(self._recorder.device, self._biases.empty_statistics())
+        if not (called_layers := self._window.called_layers):
+            self._window.fail(self._recorder.device, self._biases.empty_statistics())
             raise EquipoiseError(
                 "attached routers must be called in training mode between two steps: none was. Call step() once per "
                 "optimizer step, after a forward (follow(optimizer) calls it already)."
@@ -160,11 +158,9 @@ class Balance:
         with self._recorder.measuring(self._recorder.device, load):
             yield load
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
+    def paused(self) -> AbstractContextManager[None]:
         """Counts nothing, for forwards that are no training: generation, a probe. Biases still steer."""
-        with self._recorder.paused():
-            yield
+        return self._recorder.paused()
 
     def token_mask(
         self, mask: Tensor | None, sequence_ids: Tensor | None = None, *, where: Callable[[str], bool] | None = None
@@ -183,17 +179,18 @@ class Balance:
         """
         token_mask = TokenMask(mask, sequence_ids)
         token_mask.check()
-        self._context.set_mask(token_mask, None if where is None else _choose(self.layers, where))
+        chosen = None if where is None else [i for i, layer in enumerate(self.layers) if where(layer.name)]
+        if chosen == []:
+            names = abbreviate(layer.name for layer in self.layers)
+            raise ValueError(f"where must choose a layer: it chooses none of {names}.")
+        self._context.set_mask(token_mask, chosen)
 
     # ---- what comes out ----
 
     @property
     def load(self) -> dict[str, Int[Tensor, " experts"]]:
         self._window.exchange.read()
-        last = self._window.last
-        return self._recorder.by_name(
-            self._recorder.layout.zeros(self._recorder.device) if last is None else last.vector
-        )
+        return self.peek_load() or self._recorder.by_name(self._recorder.layout.zeros(self._recorder.device))
 
     def peek_load(self) -> dict[str, Int[Tensor, " experts"]]:
         """As ``load``, but does not wait for a GPU, nor check whether a rank failed. {} before the first window."""
@@ -243,8 +240,7 @@ class Balance:
         weights: nothing is written, and None returned. Else it writes ``equipoise_biases.safetensors``, in float32, and
         names it in config.json, where ``attach`` finds it. Plain Transformers routes without.
         """
-        are_beside = any(layer.slot is None for layer in self.layers) or self.multiplies
-        is_wanted = self._biases.steers and are_beside
+        is_wanted = self._biases.steers and (self.multiplies or any(layer.slot is None for layer in self.layers))
         check_saved_model(Path(folder), needs_config=is_wanted and self._has_config)
         return write_biases(Path(folder), self.biases, self.multiplies) if is_wanted else None
 
@@ -283,14 +279,6 @@ class Balance:
         sizes, number = abbreviate(sorted({layer.num_experts for layer in self.layers})), len(self.layers)
         experts = f" of {sizes} experts" if self.layers else ""
         return f"Balance({self.strategy!r}, {number} layer{'s' * (number != 1)}{experts})"
-
-
-def _choose(layers: Sequence[MoELayer], where: Callable[[str], bool]) -> list[int]:
-    chosen = [index for index, layer in enumerate(layers) if where(layer.name)]
-    if not chosen:
-        names = abbreviate(layer.name for layer in layers)
-        raise ValueError(f"where must choose a layer: it chooses none of {names}.")
-    return chosen
 
 
 def _checked(applied: bool | Tensor, recorder: Recorder) -> bool | Tensor:

@@ -1,9 +1,5 @@
 """Errors that equipoise raises about its surroundings: an unknown model, a damaged file, a wrong option.
 
-    Exception
-    └── EquipoiseError      an input or the environment is wrong (exit code 1 on the command line)
-        └── UsageError      the request itself is wrong: an unknown name or a value that is not allowed (exit code 2)
-
 Every message says what must hold, what came, and what to do. Wrong arguments of plain functions raise ``ValueError``
 or ``TypeError``, as usual in Python.
 """
@@ -15,11 +11,11 @@ __all__ = ["EquipoiseError", "UsageError", "suggest"]
 
 
 class EquipoiseError(Exception):
-    """An input or the environment is wrong; the message says what to do."""
+    """An input or the environment is wrong; the message says what to do. Exit code 1 on the command line."""
 
 
 class UsageError(EquipoiseError, ValueError):
-    """An option, a strategy or a name that does not exist, or a value that is not allowed."""
+    """An option, a strategy or a name that does not exist, or a value that is not allowed. Exit code 2."""
 
 
 def suggest(name: str, names: Iterable[str]) -> str:

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from equipoise.routing import Routing
+from equipoise.routing import Routing, check_mask
 
 __all__ = ["expert_load", "sequence_load"]
 
@@ -20,10 +20,8 @@ def expert_load(
 ) -> Int[Tensor, " experts"]:
     """Assignments of each expert, int64: ``c_e = #{(t, i) : expert_ids[t, i] = e, mask_t != 0}``.
 
-    The counts sum to k times the number of tokens that count.
-
-    Where we differ from public code: int64, because float32 stops counting at 2^24 and bfloat16 at 2^8; a scatter,
-    because bincount makes the host wait for a GPU.
+    The counts sum to k times the number of tokens that count. Where we differ from public code: int64, because float32
+    stops counting at 2^24 and bfloat16 at 2^8; a scatter, because bincount makes the host wait for a GPU.
 
     >>> expert_load(torch.tensor([[0, 1], [1, 2], [1, 2]]), num_experts=4, mask=torch.tensor([1.0, 1.0, 0.0]))
     tensor([1, 2, 1, 0])
@@ -32,10 +30,7 @@ def expert_load(
         raise ValueError(f"expert_ids must have the shape (tokens, k): got {tuple(expert_ids.shape)}.")
     if expert_ids.is_floating_point() or expert_ids.dtype == torch.bool:
         raise ValueError(f"expert_ids must be integers: got {expert_ids.dtype}. Pass the indices of the top-k.")
-    if mask is not None and mask.shape != expert_ids.shape[:1]:
-        raise ValueError(
-            f"mask must hold one number per token: expected shape ({expert_ids.shape[0]},), got {tuple(mask.shape)}."
-        )
+    check_mask(mask, expert_ids.shape[0])
     load = torch.zeros(num_experts, dtype=torch.int64, device=expert_ids.device)
     return load.scatter_add_(0, expert_ids.reshape(-1).long(), _ones(expert_ids, mask))
 
@@ -47,16 +42,13 @@ def sequence_load(routing: Routing) -> Int[Tensor, "sequences experts"]:
             "sequence_ids must say which token belongs to which sequence: got none. Give the model (batch, sequence) "
             "input, or pass them with balance.token_mask(mask, sequence_ids)."
         )
-    if routing.sequence_ids.shape != routing.expert_ids.shape[:1] or routing.num_sequences < min(
-        1, len(routing.expert_ids)
-    ):
+    num_tokens, num_sequences, num_experts = len(routing.expert_ids), routing.num_sequences, routing.scores.shape[-1]
+    if routing.sequence_ids.shape != (num_tokens,) or num_sequences < min(1, num_tokens):
         raise ValueError(
             "sequence_ids must hold one number per token, below num_sequences: got shape "
-            f"{tuple(routing.sequence_ids.shape)} for {routing.expert_ids.shape[0]} tokens and "
-            f"num_sequences={routing.num_sequences}."
+            f"{tuple(routing.sequence_ids.shape)} for {num_tokens} tokens and {num_sequences=}."
         )
-    num_experts = routing.scores.shape[-1]
     cell = routing.sequence_ids[:, None] * num_experts + routing.expert_ids
-    load = torch.zeros(routing.num_sequences * num_experts, dtype=torch.int64, device=cell.device)
+    load = torch.zeros(num_sequences * num_experts, dtype=torch.int64, device=cell.device)
     load.scatter_add_(0, cell.reshape(-1), _ones(routing.expert_ids, routing.mask))
-    return load.view(routing.num_sequences, num_experts)
+    return load.view(num_sequences, num_experts)

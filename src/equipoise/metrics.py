@@ -72,17 +72,12 @@ def max_violation(load: Load) -> Float[Tensor, "*layers"]:
 
 
 def min_violation(load: Load) -> Float[Tensor, "*layers"]:
-    """How far the idlest expert is below the mean, ``(min_e c_e - mean c) / mean c``: 0 is even, -1 a dead expert.
-
-    >>> min_violation(torch.tensor([4, 2, 2, 0]))
-    tensor(-1., dtype=torch.float64)
-    """
+    """How far the idlest expert is below the mean, ``(min_e c_e - mean c) / mean c``: 0 is even, -1 a dead expert."""
     return _by_layer(lambda c: c.amin(-1) / c.mean(-1) - 1, load)
 
 
 def coefficient_of_variation(load: Load) -> Float[Tensor, "*layers"]:
     """``std(c) / mean(c)`` over the experts, with the population std. 0 is even, sqrt(experts - 1) is collapse.
-
     Source: its square is the load loss of Shazeer et al. 2017, arXiv:1701.06538.
 
     >>> coefficient_of_variation(torch.tensor([3, 1]))
@@ -97,21 +92,17 @@ def _entropy(c: Tensor) -> Tensor:
 
 
 def load_entropy(load: Load) -> Float[Tensor, "*layers"]:
-    """Normalised entropy of the shares, ``-sum_e q_e log q_e / log E``: 1 is even, 0 is collapse onto one expert.
-
-    A layer with a single expert gives 1.
+    """Normalised entropy of the shares, ``-sum_e q_e log q_e / log E``: 1 is even or a single expert, 0 is collapse.
 
     >>> load_entropy(torch.tensor([1, 1, 0, 0]))
     tensor(0.5000, dtype=torch.float64)
     """
-    return _by_layer(
-        lambda c: (
-            _entropy(c) / math.log(c.shape[-1])
-            if c.shape[-1] > 1
-            else torch.where(c.sum(-1) > 0, 1.0, math.nan).to(c.dtype)
-        ),
-        load,
-    )
+
+    def normalised(c: Tensor) -> Tensor:
+        one = torch.where(c.sum(-1) > 0, 1.0, math.nan).to(c.dtype)
+        return _entropy(c) / math.log(c.shape[-1]) if c.shape[-1] > 1 else one
+
+    return _by_layer(normalised, load)
 
 
 def effective_experts(load: Load) -> Float[Tensor, "*layers"]:
@@ -125,7 +116,6 @@ def effective_experts(load: Load) -> Float[Tensor, "*layers"]:
 
 def dead_experts(load: Load) -> Float[Tensor, "*layers"]:
     """Experts that got no token, ``#{e : c_e = 0}``. Range: 0 to experts - 1. A mapping gives the *sum* over layers.
-
     Small windows have dead experts by chance, so read it beside the number of tokens.
 
     >>> dead_experts(torch.tensor([4, 2, 2, 0]))
@@ -138,16 +128,12 @@ def dead_experts(load: Load) -> Float[Tensor, "*layers"]:
 
 @cache
 def _expected_max_of_normals(n: int) -> float:
-    def cdf(x: float) -> float:
-        return 0.5 * math.erfc(-x / math.sqrt(2))
-
     # E max = int_0^inf (1 - Phi^n) dx - int_-inf^0 Phi^n dx; the trapezoid rule over 8.5 sigma is exact to 1e-6
-    points, end = 4000, 8.5
+    points, end, total = 4000, 8.5, 0.0
     step = 2 * end / points
-    total = 0.0
     for i in range(points + 1):
-        x = -end + i * step
-        value = 1 - cdf(x) ** n if i > points // 2 else -(cdf(x) ** n) if i < points // 2 else 0.5 - 0.5**n
+        power = (0.5 * math.erfc(-(-end + i * step) / math.sqrt(2))) ** n  # Phi^n
+        value = 1 - power if i > points // 2 else -power if i < points // 2 else 0.5 - 0.5**n
         total += value * (0.5 if i in (0, points) else 1.0)
     return total * step
 
@@ -156,20 +142,16 @@ def sampling_floor(num_tokens: float, k: int, num_experts: int) -> float:
     """The MaxVio that chance alone gives to a perfectly even router, ``m(E) * sqrt((1 - k/E) / (N * k/E))``.
 
     N tokens choose independently, each expert with probability k/E. m(E) is the expected maximum of E standard normals:
-    1.42, 2.07, 2.34, 2.83 for 8, 32, 64, 256. A MaxVio at its floor cannot be told from perfect balance. 0 when k = E;
-    inf without tokens.
+    1.42, 2.07, 2.34, 2.83 for 8, 32, 64, 256. A MaxVio this low cannot be told from balance. 0 at k = E, inf at N = 0.
 
-    It is a lower bound, because the tokens of a text are not independent. It also takes counts as normal, which fails
-    for few of them: with 64 experts and k = 1, chance gives about 1.1 times as much at 16 assignments per expert and
-    1.3 times at one.
+    It is a lower bound: the tokens of a text are not independent. It takes counts as normal, which fails for few: with
+    64 experts and k = 1, chance gives about 1.1 times as much at 16 assignments per expert and 1.3 times at one.
 
     >>> round(sampling_floor(8192, k=4, num_experts=32), 4)
     0.0605
     """
     if int(k) != k or int(num_experts) != num_experts or not 1 <= k <= num_experts:
-        raise ValueError(
-            f"k must be an integer between 1 and the number of experts: got k={k}, num_experts={num_experts}."
-        )
+        raise ValueError(f"k must be an integer between 1 and the number of experts: got {k=}, {num_experts=}.")
     if not num_tokens >= 0:
         raise ValueError(f"num_tokens must be 0 or more: got {num_tokens!r}.")
     if num_tokens == 0:
@@ -205,8 +187,7 @@ def domain_information(load: Int[Tensor, "domains *layers experts"]) -> Float[Te
     mixture = (weight.unsqueeze(-1) * share).sum(-2)
 
     def entropy(p: Tensor, n: Tensor) -> Tensor:
-        plain = -(p * p.clamp_min(1e-300).log()).sum(-1)
-        return plain + ((p > 0).sum(-1) - 1) / (2 * n)
+        return -(p * p.clamp_min(1e-300).log()).sum(-1) + ((p > 0).sum(-1) - 1) / (2 * n)
 
     within = (weight * entropy(share, n.clamp_min(1))).sum(-1)
     return (entropy(mixture, 1 / (weight.square() / n.clamp_min(1)).sum(-1)) - within) / math.log(2)

@@ -25,24 +25,20 @@ __all__ = [
 
 ScoreFunction = Literal["softmax", "sigmoid", "sqrt_softplus"]
 Selection = Literal["scores", "logits"]  # the values that a router adds its bias to and chooses by
+TokensExperts = Float[Tensor, "tokens experts"]
 SCORE_FUNCTIONS: tuple[ScoreFunction, ...] = get_args(ScoreFunction)
 
 
 class Routing(NamedTuple):
-    """What one router call decided. Loads, losses and balancers read this and nothing else.
-
-    ``mask`` is 1 for a token that counts and 0 for padding; None means that every token counts. ``sequence_ids`` number
-    the sequences 0, 1, ...; None means that nobody said which token belongs to which sequence. ``num_sequences`` is an
-    upper bound on the number of sequences that is known without reading the data.
-    """
+    """What one router call decided. Loads, losses and balancers read this and nothing else."""
 
     logits: Float[Tensor, "tokens experts"]  # the router's logits
     scores: Float[Tensor, "tokens experts"]  # float32 or wider, before any bias
     expert_ids: Int[Tensor, "tokens k"]
     weights: Float[Tensor, "tokens k"]  # combine weights, taken from the scores
-    mask: Float[Tensor, " tokens"] | None = None
-    sequence_ids: Int[Tensor, " tokens"] | None = None
-    num_sequences: int = 0
+    mask: Float[Tensor, " tokens"] | None = None  # 1 for a token that counts, 0 for padding; None: every token counts
+    sequence_ids: Int[Tensor, " tokens"] | None = None  # which sequence, 0, 1, ..., a token belongs to; None: unknown
+    num_sequences: int = 0  # an upper bound that is known without reading the data
 
     def __repr__(self) -> str:
         (tokens, experts), k = self.scores.shape, self.expert_ids.shape[-1]
@@ -56,9 +52,19 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
-def score(
-    logits: Float[Tensor, "tokens experts"], score_function: ScoreFunction = "softmax"
-) -> Float[Tensor, "tokens experts"]:
+def check_two_dimensions(logits: Tensor) -> None:
+    if logits.dim() != 2:
+        shape = tuple(logits.shape)
+        raise ValueError(f"logits must have the shape (tokens, experts): got {shape}. Flatten batch and sequence.")
+
+
+def check_mask(mask: Tensor | None, num_tokens: int) -> None:
+    if mask is not None and mask.shape != (num_tokens,):
+        shape = tuple(mask.shape)
+        raise ValueError(f"mask must hold one number per token: expected shape ({num_tokens},), got {shape}.")
+
+
+def score(logits: TokensExperts, score_function: ScoreFunction = "softmax") -> TokensExperts:
     """The router's scores, in float32 or wider.
 
         softmax         s_e = exp(z_e) / sum_j exp(z_j)
@@ -88,11 +94,8 @@ def score(
 
 
 def score_backward(
-    gradient: Float[Tensor, "tokens experts"],
-    logits: Float[Tensor, "tokens experts"],
-    scores: Float[Tensor, "tokens experts"],
-    score_function: ScoreFunction,
-) -> Float[Tensor, "tokens experts"]:
+    gradient: TokensExperts, logits: TokensExperts, scores: TokensExperts, score_function: ScoreFunction
+) -> TokensExperts:
     """The gradient at the logits, in their dtype, from ``gradient`` at ``scores = score(logits, score_function)``."""
     if score_function == "softmax":
         logit_gradient = torch.ops.aten._softmax_backward_data(gradient, scores, -1, scores.dtype)
@@ -105,9 +108,7 @@ def score_backward(
     return logit_gradient.to(logits.dtype)
 
 
-def _mask_expert_groups(
-    choice: Float[Tensor, "tokens experts"], num_groups: int, top_groups: int
-) -> Float[Tensor, "tokens experts"]:
+def _mask_expert_groups(choice: TokensExperts, num_groups: int, top_groups: int) -> TokensExperts:
     grouped = choice.unflatten(-1, (num_groups, -1))  # (tokens, expert groups, experts per group)
     value = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(-1)
     is_open = torch.zeros_like(value, dtype=torch.bool).scatter_(-1, value.topk(top_groups, dim=-1).indices, True)
@@ -132,33 +133,26 @@ def route(
         chosen  = top-k of (score + bias), within the best expert groups if there are any
         weights = scale * score[chosen]   (/ their sum if ``renormalise``)
 
-    The value of an expert group is the sum of its two highest biased scores. Only experts of the ``top_groups`` best
-    groups can be chosen. The bias changes the choice, never the weights.
+    The value of an expert group is the sum of its two highest biased scores; the ``top_groups`` best ones are open. The
+    bias changes the choice, never the weights.
 
     Args:
-        logits: the router's logits.
-        k: experts per token, from 1 to the number of experts in the groups that may be chosen.
-        score_function: ``softmax``, ``sigmoid`` or ``sqrt_softplus``; see ``score``.
-        bias: added to the scores for the choice only; float32, in score units.
+        k: from 1 to the number of experts in the groups that may be chosen.
+        bias: float32, in the units of the scores.
         num_groups, top_groups: group-limited routing; 1 and 1 switch it off.
-        renormalise: divide the weights by their sum over the chosen experts.
-        scale: factor on the weights (DeepSeek's routed scaling factor).
+        scale: finite and positive; DeepSeek's routed scaling factor.
         mask: 1 for a token that counts, 0 for padding; stored in the result, no effect on the choice.
-
-    Raises ``ValueError`` for sizes that do not fit, logits that are not floating point, and a scale that is not finite
-    and positive.
 
     Source: Wang et al. 2024, arXiv:2408.15664, Eq. 3; expert groups as in DeepSeek-V3, arXiv:2412.19437. Masked groups
     get -inf, as in DeepSeek-V3's published inference code. Several ports use 0; there we differ.
+
+    Raises ``ValueError`` for sizes that do not fit, and for logits that are not floating point.
 
     >>> route(torch.tensor([[2.0, 1.0, 0.0]]), k=1, bias=torch.tensor([0.0, 0.0, 9.0])).expert_ids
     tensor([[2]])
     """
     scores = score(logits, score_function)
-    if logits.dim() != 2:
-        raise ValueError(
-            f"logits must have the shape (tokens, experts): got {tuple(logits.shape)}. Flatten batch and sequence."
-        )
+    check_two_dimensions(logits)
     for name, value in (("k", k), ("num_groups", num_groups), ("top_groups", top_groups)):
         if isinstance(value, bool | float | str | Tensor):
             raise ValueError(f"{name} must be an integer: got {value!r}.")
@@ -176,10 +170,7 @@ def route(
     if bias is not None and (not isinstance(bias, Tensor) or bias.shape != (num_experts,)):
         shape = tuple(bias.shape) if isinstance(bias, Tensor) else type(bias).__name__
         raise ValueError(f"bias must hold one number per expert: expected shape ({num_experts},), got {shape}.")
-    if mask is not None and mask.shape != logits.shape[:1]:
-        raise ValueError(
-            f"mask must hold one number per token: expected shape ({logits.shape[0]},), got {tuple(mask.shape)}."
-        )
+    check_mask(mask, logits.shape[0])
     choice = scores.detach() if bias is None else scores.detach() + bias
     if num_groups > 1:
         choice = _mask_expert_groups(choice, num_groups, top_groups)

@@ -4,7 +4,6 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -85,7 +84,6 @@ def names_biases(model: nn.Module) -> bool:
 
 def saved_beside(model: nn.Module) -> Path | None:
     """The biases file beside the weights that Transformers loaded, or None if there is none."""
-    config: Any = getattr(model, "config", None)
-    folder = getattr(config, "_name_or_path", None) or getattr(model, "name_or_path", None)
+    folder = getattr(getattr(model, "config", None), "_name_or_path", None) or getattr(model, "name_or_path", None)
     path = Path(folder) / BIASES_FILE if folder else None
     return path if path is not None and path.is_file() else None

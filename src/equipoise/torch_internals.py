@@ -13,16 +13,6 @@ from torch import Tensor, nn
 
 from equipoise.errors import UsageError
 
-__all__ = [
-    "after_each_step",
-    "allow_compile_over_checkpoint",
-    "drop_compiled_graphs",
-    "is_backward_running",
-    "is_shape_inference",
-    "is_traced",
-    "step_was_applied",
-]
-
 
 def is_backward_running() -> bool:
     """Whether autograd runs a backward on this thread: a forward inside it is a recomputation."""
@@ -41,8 +31,8 @@ def is_traced() -> bool:
 def is_shape_inference() -> bool:
     """Whether ``torch.distributed.pipelining`` runs this forward to find out shapes.
 
-    It does so before the first step of a stage that was made without ``input_args``. The data is uninitialised memory
-    and the model is in training mode; only the caller tells such a forward from a real one.
+    So it does before the first step of a stage made without ``input_args``, in training mode and on uninitialised
+    memory; only the caller tells such a forward from a real one.
     """
     if "torch.distributed.pipelining" not in sys.modules:
         return False
@@ -81,11 +71,8 @@ def after_each_step(optimizer: torch.optim.Optimizer, call: Callable[[bool | Ten
 
 
 def step_was_applied(optimizer: torch.optim.Optimizer) -> bool | Tensor:
-    """Whether the step that just ended moved the weights. Ask in a hook after the step.
-
-    A GradScaler stores ``found_inf`` on a fused optimizer, whose kernel then skips the step.
-    """
-    found_inf = getattr(optimizer, "found_inf", None)
+    """Whether the step that just ended moved the weights. Ask in a hook after the step."""
+    found_inf = getattr(optimizer, "found_inf", None)  # by GradScaler, of a fused optimizer: its kernel skips the step
     return found_inf == 0 if isinstance(found_inf, Tensor) else True
 
 
@@ -110,9 +97,8 @@ def _is_outermost_step(optimizer: torch.optim.Optimizer) -> bool:
 def allow_compile_over_checkpoint() -> None:
     """Lets a compiled graph hold our top-k mode inside an activation checkpoint.
 
-    The mode is entered and left within a router's forward. Dynamo still sees a side effect of the checkpointed function
-    and refuses, unless the recomputation may skip side effects. Skipping is right here: the mode is gone when the
-    forward ends.
+    Dynamo takes the mode for a side effect of the checkpointed function and refuses, unless the recomputation may skip
+    side effects. Skipping is right here: a router's forward leaves the mode that it entered.
     """
     import torch._dynamo
 
@@ -120,10 +106,7 @@ def allow_compile_over_checkpoint() -> None:
 
 
 def drop_compiled_graphs(model: nn.Module) -> bool:
-    """Drops the graphs of a compiled model that was called before, which would run on without our taps.
-
-    Returns whether there were any.
-    """
+    """Drops the graphs of a model that was called before: they would run on without our taps. False: there was none."""
     dynamo = sys.modules.get("torch._dynamo")
     is_compiled = hasattr(model, "_orig_mod") or any(m._compiled_call_impl is not None for m in model.modules())
     if dynamo is None or not is_compiled or not dynamo.utils.counters["frames"]["total"]:

@@ -72,8 +72,8 @@ MUTANTS = [
     ),
     Mutant(
         "14: the layers' counts are one",
-        "            return window.layout.load(pooled_vector, layer)",
-        "            return sum(window.layout.load(pooled_vector, i) for i in (0, 1))",
+        "if pooled_vector is None else window.layout.load(pooled_vector, layer)",
+        "if pooled_vector is None else sum(window.layout.load(pooled_vector, i) for i in (0, 1))",
         "test_grid -k 'eager and float32 and one_process'",
     ),
     Mutant(
@@ -97,8 +97,8 @@ MUTANTS = [
     # C. silent no-op
     Mutant(
         "31, 38: a loss that is not added goes unnoticed",
-        "        if counted is None or number is None or factor is None:\n            raise",
-        "        factor = 0.0 if factor is None else factor\n        if counted is None or number is None:\n            raise",
+        "        if counted is None or factor is None:\n            raise",
+        "        factor = 0.0 if factor is None else factor\n        if counted is None:\n            raise",
         "library/balance -k 'ticket or taken'",
     ),
     Mutant(
@@ -189,8 +189,8 @@ MUTANTS = [
     ),
     Mutant(
         "81: a verdict on the device is not heeded",
-        "moved[name].copy_(torch.where(applied.to(value.device).bool(), moved[name], value))",
-        "moved[name].copy_(moved[name])",
+        "value.copy_(torch.where(applied.to(value.device).bool(), value, value_before))",
+        "value.copy_(value)",
         "library/balance -k skipped",
     ),
     Mutant(
@@ -201,7 +201,7 @@ MUTANTS = [
     ),
     Mutant(
         "88, 89: a router that was not called goes unnoticed",
-        "            self._not_called(layer for layer in range(len(recorder.layers)) if layer not in called_layers)",
+        "            self._warn(_NOT_CALLED, (layer for layer in range(len(recorder.layers)) if layer not in called_layers))",
         "            pass",
         "library/balance -k not_called",
     ),
@@ -213,14 +213,14 @@ MUTANTS = [
     ),
     Mutant(
         "38: a loss that reaches no router goes unnoticed",
-        "if any(self._calls[number].needs_gradient for number in numbers):",
-        "if False:",
+        "{call.layer for call in calls if call.micro_batch.is_unserved(call)}",
+        "set()",
         "library/balance -k reaches_no_router",
     ),
     Mutant(
         "38: a router that is not trained is said to be missed",
-        "if any(self._calls[number].needs_gradient for number in numbers):",
-        "if numbers:",
+        "for call in self._calls if call.needs_gradient and call.micro_batch.factor is not None",
+        "for call in self._calls if call.micro_batch.factor is not None",
         "library/balance -k is_not_trained",
     ),
     Mutant(

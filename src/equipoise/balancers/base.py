@@ -34,48 +34,34 @@ Pooling = Literal["window", "previous"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
 Choice = TypeVar("Choice", bound=str)
+Load = Int[Tensor, "layers experts"]
 
 
 @dataclass(frozen=True)
 class LayerStack:
-    """The layers that share one copy of a balancer.
-
-    ``bias`` [layers, experts] holds the biases in the model's own slots, in float32; zeros where it has none. The bias
-    is added to ``selection``: the scores or the logits.
-    """
+    """The layers that share one copy of a balancer."""
 
     score_function: ScoreFunction
     k: int
-    bias: Float[Tensor, "layers experts"]
-    selection: Selection = "scores"
+    bias: Float[Tensor, "layers experts"]  # to start from, in float32; zeros where there are none
+    selection: Selection = "scores"  # what the bias is added to: the scores or the logits
 
     def __repr__(self) -> str:
         layers, experts = self.bias.shape
-        options = f"{self.score_function!r}, k={self.k}, selection={self.selection!r}"
-        return f"LayerStack({options}, {layers=}, {experts=})"
+        return f"LayerStack({self.score_function!r}, k={self.k}, selection={self.selection!r}, {layers=}, {experts=})"
 
 
 class Balancer:
-    """One mechanism. Every hook does nothing here; a subclass is final and overrides the hooks it needs.
+    """One mechanism. Every hook does nothing here; a subclass is final and overrides the hooks it needs. Its strategy
+    string is made of the arguments of its constructor, so keep each under its own name."""
 
-    - ``name``: its name in strategy strings. The strategy string is made of the arguments of the constructor, so keep
-      each under its own name.
-    - ``metric``: the name of its loss in the logs.
-    - ``scope``: the counts that reach ``loss``: those of the ``global_batch``, of the ``micro_batch``, or none
-      (``sequence``, ``token``).
-    - ``pooling``: ``window`` or ``previous``, as for ``LoadBalancingLoss``.
-    - ``coefficient``: weight of the loss.
-    - ``multiplies``: the choice is made by ``score * (1 + bias)`` instead of ``score + bias``.
-    - ``gathers``: the statistics of calls and ranks are concatenated instead of summed; for small batches.
-    """
-
-    name: str = ""
-    metric: str = "loss"
-    scope: Scope | Literal["token"] = "global_batch"
-    pooling: Pooling = "window"
-    coefficient: float = 0.0
-    multiplies: bool = False
-    gathers: bool = False
+    name: str = ""  # in strategy strings
+    metric: str = "loss"  # the name of its loss in the logs
+    scope: Scope | Literal["token"] = "global_batch"  # whose counts reach ``loss``; sequence and token: none
+    pooling: Pooling = "window"  # as for ``LoadBalancingLoss``
+    coefficient: float = 0.0  # weight of the loss
+    multiplies: bool = False  # the choice is made by ``score * (1 + bias)`` instead of ``score + bias``
+    gathers: bool = False  # statistics of calls and ranks are concatenated instead of summed; for small batches
 
     def prepare(self, layers: LayerStack) -> None:
         """Sets up the state for these layers. ``attach`` calls it once, on a copy. Clone ``layers.bias``."""
@@ -93,7 +79,7 @@ class Balancer:
         0 for masked tokens. It is summed over the calls of the window and over the ranks."""
         return None
 
-    def micro_batch_statistic(self, load: Int[Tensor, "layers experts"]) -> Int[Tensor, "layers numbers"] | None:
+    def micro_batch_statistic(self, load: Load) -> Int[Tensor, "layers numbers"] | None:
         """The same for one micro-batch on one rank, from its load. Return it always or never: ``attach`` asks once."""
         return None
 
@@ -109,14 +95,9 @@ class Balancer:
         through the scores only. If it is None, autograd computes it, which is slower."""
         return None
 
-    def update(
-        self, load: Int[Tensor, "layers experts"], statistic: Sequence[Tensor] | None = None, window: int = 0
-    ) -> None:
-        """Moves the bias, in place, at the end of a window.
-
-        ``load`` is the window's, over all ranks; ``statistic`` the pooled result of the hook, by layer; ``window`` the
-        number of windows that ended before.
-        """
+    def update(self, load: Load, statistic: Sequence[Tensor] | None = None, window: int = 0) -> None:
+        """Moves the bias, in place, at the end of a window. ``load`` is the window's, over all ranks; ``statistic`` the
+        pooled result of the hook, by layer; ``window`` the number of windows that ended before."""
 
     @property
     def has_bias(self) -> bool:
@@ -130,19 +111,15 @@ class Balancer:
         """What a user should know before a run of this many steps, such as a rate that is too small for it."""
         return []
 
-    def _options(self) -> Iterator[tuple[str, Any, Any]]:
-        """The constructor's arguments: (name, value, default)."""
+    def _options(self) -> Iterator[tuple[str, Any, Any]]:  # name, value, default
         for key, parameter in inspect.signature(type(self)).parameters.items():
             if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
                 yield key, getattr(self, key, parameter.default), parameter.default
 
     def __str__(self) -> str:
         """The strategy string that makes this balancer again; options at their default are left out."""
-        options = [
-            f"{key}={str(value).lower() if isinstance(value, bool) else value}"
-            for key, value, default in self._options()
-            if value != default
-        ]
+        changed = ((key, value) for key, value, default in self._options() if value != default)
+        options = [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in changed]
         return (self.name or type(self).__name__) + (":" + ",".join(options) if options else "")
 
     def __repr__(self) -> str:
@@ -151,21 +128,17 @@ class Balancer:
 
 
 def check_number(name: str, value: Any, *, positive: bool) -> float:
-    """The value as a float, if it is a finite number above 0 (or from 0)."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"{name} must be a finite number: got {value!r}.")
     if value < 0 or (positive and value == 0):
-        raise ValueError(
-            f"{name} must be {'above' if positive else 'at least'} 0: got {value!r}."
-            + (" To switch balancing off, use the strategy none." if name == "rate" else "")
-        )
+        remedy = " To switch balancing off, use the strategy none." if name == "rate" else ""
+        raise ValueError(f"{name} must be {'above' if positive else 'at least'} 0: got {value!r}.{remedy}")
     return float(value)
 
 
 def check_whole(name: str, value: Any, *, least: int) -> int:
-    """The value as an int, if it is a whole number from ``least``. Strategy strings give it as a float."""
     is_number = not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value)
-    if not is_number or value != math.floor(value):
+    if not is_number or value != math.floor(value):  # strategy strings give it as a float
         raise ValueError(f"{name} must be a whole number: got {value!r}.")
     if value < least:
         raise ValueError(f"{name} must be at least {least}: got {value!r}.")

@@ -39,12 +39,10 @@ def load_balancing_loss(
 
     ``normalise=False`` takes the raw scores, as Eq. 2 of Loss-Free Balancing is written. On sigmoid scores the gradient
     is then about E/2 times stronger, so coefficients do not carry over. On softmax scores both are the same.
+    Source: Qiu et al. 2025, arXiv:2501.11873, Eq. 2 to 6; first Switch Transformer, arXiv:2101.03961, Eq. 4.
 
     Raises ``ValueError`` if ``load`` has another shape or is floating point.
 
-    Source: Qiu et al. 2025, arXiv:2501.11873, Eq. 2 to 6; first Switch Transformer, arXiv:2101.03961, Eq. 4.
-
-    >>> import torch
     >>> from equipoise.routing import route
     >>> load_balancing_loss(route(torch.zeros(8, 4), k=1), torch.tensor([2, 2, 2, 2]))
     tensor(1.)
@@ -71,15 +69,12 @@ def sequence_load_balancing_loss(routing: Routing, *, normalise: bool = True) ->
 
     1 when every sequence is even. The mean is by token, so a micro-batch may be cut anywhere between sequences. For
     sequences of equal length, as in the papers, it is the plain mean over sequences.
-
     Source: Wang et al. 2024, arXiv:2408.15664, Eq. 2; DeepSeek-V3, arXiv:2412.19437, Eq. 17 to 20.
     """
-    load = sequence_load(routing)
-    num_experts = routing.scores.shape[-1]
+    load, num_experts = sequence_load(routing), routing.scores.shape[-1]
     p = _probability(routing, normalise)
     share = load.to(p.dtype) / load.sum(-1, keepdim=True).clamp_min(1)
-    # sum_s N_s f^s P^s = sum over tokens of f^(sequence of t) . p_t
-    total = (share[routing.sequence_ids] * p).sum()
+    total = (share[routing.sequence_ids] * p).sum()  # = sum_s N_s f^s P^s
     return num_experts * total / _num_tokens(routing)
 
 
@@ -92,14 +87,12 @@ class LoadBalancingLoss(Balancer):
             sequence loss. A layer's value is 1 at perfect balance, and layers are *summed*. Other libraries take the
             mean over layers or have k at balance: convert their coefficients with ``convert_coefficient``.
         scope: ``sequence``, ``micro_batch`` (one micro-batch on one rank) or ``global_batch`` (all micro-batches of an
-            optimizer step on all ranks: the point of paper 2).
+            optimizer step on all ranks: the point of paper 2, Qiu et al. 2025, arXiv:2501.11873).
         pooling: which counts ``global_batch`` takes. ``window``: everything that the window has counted when the
             backward runs. That is exact if all forwards come first, and the paper's Algorithm 1 in a plain loop.
             ``previous``: the shares of the last closed window, one step stale, without a collective of its own. The
             first window has even shares: they move no normalised score and push raw scores down together.
-        normalise: divide the scores of a token by their sum; see ``load_balancing_loss``.
-
-    Source: Qiu et al. 2025, arXiv:2501.11873 (paper 2: scopes); Wang et al. 2024, arXiv:2408.15664, Eq. 2 (sequence).
+        normalise: as for ``load_balancing_loss``, which also gives the sources.
     """
 
     name = "lbl"

@@ -1,7 +1,6 @@
 """Loss-Free Balancing: a bias for the choice of experts that moves against the load after each step.
 
-A rule is one small function and one row of ``RULES``. To add one, write its step, give it a row, and add its name to
-``Rule`` and to the docstring of ``LossFree``.
+To add a rule, write its step, give it a row in ``RULES``, and add its name to ``Rule`` and to ``LossFree``'s docstring.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +13,7 @@ from torch import Tensor
 from equipoise.balancers.base import (
     Balancer,
     LayerStack,
+    Load,
     check_bool,
     check_choice,
     check_load,
@@ -25,7 +25,6 @@ __all__ = ["RULES", "Frozen", "LossFree", "Rule", "Schedule"]
 
 Rule = Literal["sign", "proportional", "rms", "multiplicative", "momentum"]
 Schedule = Literal["constant", "linear", "drop"]
-Load = Int[Tensor, "layers experts"]
 Step = Float[Tensor, "layers experts"]
 
 PAPER_RATE = 1e-3
@@ -33,29 +32,25 @@ LARGE_RATE = 0.1  # a tenth of the range of a sigmoid score
 
 
 def _error(load: Load) -> Int[Tensor, "layers experts"]:
-    """``experts * (mean(c) - c_e)``: in integers, so it is exact."""
+    """``experts * (mean(c) - c_e)``: in integers, so it is exact and no rounding can turn its sign."""
     return torch.sub(load.sum(-1, keepdim=True), load, alpha=load.shape[-1])
 
 
 def sign_step(load: Load) -> Int[Tensor, "layers experts"]:
-    """``sign(v_e)``. Taken from the integer error, so rounding cannot make it wrong."""
     return _error(load).sign()
 
 
 def proportional_step(load: Load) -> Step:
-    """``v_e = (mean(c) - c_e) / mean(c)``; 0 without tokens."""
-    return _error(load).double() / load.sum(-1, keepdim=True).clamp_min(1)
+    return _error(load).double() / load.sum(-1, keepdim=True).clamp_min(1)  # 0 without tokens
 
 
 def rms_step(load: Load) -> Step:
-    """``v_e / sqrt(mean(v^2))``; 0 at balance."""
     error = _error(load).double()
     size = error.square().mean(-1, keepdim=True).sqrt()
-    return error / size.clamp_min(torch.finfo(size.dtype).tiny)
+    return error / size.clamp_min(torch.finfo(size.dtype).tiny)  # 0 at balance
 
 
 def clamped_step(load: Load, sharpness: float = 2.0) -> Step:
-    """``tanh(sharpness * v_e)``."""
     return (sharpness * proportional_step(load)).tanh()
 
 
@@ -92,30 +87,22 @@ class LossFree(Balancer):
         rate: step of the bias, in the units of the scores. Under ``sign`` b moves by at most ``rate * steps``,
             with centring by less than twice as much.
         rule: one of those above. The default is ``proportional`` where the bias is added to softmax scores, because
-            there 1e-3 can be more than a tenth of a score (paper, appendix C). Elsewhere it is ``sign``: for sigmoid,
-            for sqrt_softplus, and where the bias is added to logits.
-        center: subtract the mean of the step over the experts, so that b cannot drift; under ``multiplicative`` divide
-            w by its mean. Top-k does not see what all experts share, so the choice stays the same. But large drifted
-            biases lose their differences in bfloat16.
+            there 1e-3 can be more than a tenth of a score (paper, appendix C). Elsewhere, also on logits, ``sign``.
+        center: subtract the step's mean over the experts, so b cannot drift; ``multiplicative``: divide w by its mean.
+            Top-k does not see what all experts share, but large drifted biases lose their differences in bfloat16.
         scope: ``global_batch``, or with rule ``sign`` also ``micro_batch``: the mean of the signs of all micro-batches
             that have tokens, over all ranks. The other rules follow the counts smoothly: in micro-batches of equal size
             the mean of their errors is the error of the whole.
         schedule: the rate by number of windows: ``constant``; ``linear``, to zero at window ``zero_from``; ``drop``, to
             zero at once there, as DeepSeek-V3 does for its last part.
-        zero_from: the first window in which the rate is zero.
-        momentum: share of the last step that is kept, from 0 to below 1; default 0.5.
-        sharpness: slope of the clamp ``tanh(sharpness * v)``, no unit; default 2.
-
-    State that is saved and loaded with the bias: ``momentum``. It still moves b in a window without tokens and in one
-    with rate zero. Under the other rules b then stands still.
+        momentum, sharpness: of rule ``momentum``, without unit; 0.5 (from 0 to below 1) and 2 if not given. m is saved
+            with b and moves it even in a window without tokens or with rate zero; the other rules then leave b alone.
 
     Sources: Wang et al. 2024, arXiv:2408.15664, Algorithm 1 (sign, 1e-3), Table 3 (proportional), Eq. 5 and Table 4
     (multiplicative); Su 2025, kexue.fm/archives/10757 (rms); Arcee Trinity Large, arXiv:2602.17004 (momentum, there
     SMEBU); Moonlight, arXiv:2502.16982, appendix C (center); DeepSeek-V3, arXiv:2412.19437, section 4.2 (drop).
-
-    Where we differ: the first paper does not centre (``center=False`` is the paper). It leaves the unit of the
-    proportional error open; ours is the mean load. ``micro_batch`` is our reading of "Balance BSZ" for a bias (paper 2,
-    arXiv:2501.11873, Table 1).
+    Where we differ: the first paper does not centre (``center=False``). It leaves the unit of the proportional error
+    open; ours is the mean load. ``micro_batch`` is how we read "Balance BSZ" (paper 2, arXiv:2501.11873, Table 1).
 
     >>> balancer = LossFree(rate=0.5, rule="sign", center=False)
     >>> balancer.prepare(LayerStack("sigmoid", k=1, bias=torch.zeros(1, 4)))
@@ -171,7 +158,6 @@ class LossFree(Balancer):
         return {} if self._momentum is None else {"momentum": self._momentum}
 
     def micro_batch_statistic(self, load: Load) -> Int[Tensor, "layers numbers"] | None:
-        """The signs of the micro-batch, and 1 if it has tokens."""
         if self.scope != "micro_batch":
             return None
         has_tokens = load.sum(-1, keepdim=True) > 0
@@ -197,7 +183,6 @@ class LossFree(Balancer):
             self._bias.add_(step, alpha=rate)
 
     def _step(self, load: Load, statistic: Sequence[Tensor] | None) -> Step:
-        """The step before rate, centring and momentum, in the bias's dtype."""
         if self.scope == "micro_batch":
             if statistic is None:
                 raise ValueError("scope=micro_batch must have the signs of the micro-batches: got no statistic.")
@@ -208,7 +193,6 @@ class LossFree(Balancer):
         return RULES[self.rule].step(load, **options).to(self._bias.dtype)
 
     def rate_at(self, window: int) -> float:
-        """The rate after ``window`` windows have ended."""
         if self.zero_from is None:
             return self.rate
         if self.schedule == "linear":
@@ -222,18 +206,19 @@ class LossFree(Balancer):
         if by_softmax and not rule.multiplies:
             num_experts = self._bias.shape[-1]
             share = self.rate * num_experts
-            text = (
+            if share <= 0.1:
+                return []
+            return [
                 f"On softmax scores with {num_experts} experts a step of {self.rate:g} is {share:.0%} of a mean score; "
                 "rule=proportional follows the size of the error (arXiv:2408.15664, appendix C)."
-            )
-            return [text] if share > 0.1 else []
-        rates = [self.rate_at(window) for window in range(num_steps)] if self.zero_from else [self.rate] * num_steps
-        reach, paper_reach = sum(rates), PAPER_RATE * (sum(rates) / self.rate)
-        quantity = "a factor" if rule.multiplies else "a bias"
-        text = f"In {num_steps} steps at rate {self.rate:g} {quantity} moves by at most {reach:.2g}"
-        text += " before centring" if self.center and not rule.multiplies else ""
+            ]
+        reach = sum(self.rate_at(window) for window in range(num_steps))
+        moved = "a factor" if rule.multiplies else "a bias"
+        text = f"In {num_steps} steps at rate {self.rate:g} {moved} moves by at most {reach:.2g}"
         if rule.multiplies:
             return [f"{text}, from 1: take more steps or a larger rate."] if reach < 0.5 else []
+        text += " before centring" if self.center else ""
+        paper_reach = PAPER_RATE * (reach / self.rate)
         if self.rate > LARGE_RATE:
             return [
                 f"At rate {self.rate:g} one step moves a bias by as much, and a sigmoid score lies between 0 and 1: "
@@ -249,10 +234,7 @@ class LossFree(Balancer):
 @final
 class Frozen(Balancer):
     """Holds the bias that the model came with, or that ``attach(..., biases=...)`` set, and never moves it.
-
-    Args:
-        multiplies: the bias is a factor 1 + bias on the scores, as from the rule ``multiplicative``.
-    """
+    If it ``multiplies``, it is a factor 1 + bias on the scores, as from the rule ``multiplicative``."""
 
     name = "frozen"
 

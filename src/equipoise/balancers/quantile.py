@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from equipoise.balancers.base import Balancer, LayerStack, check_load, check_number, check_whole
+from equipoise.balancers.base import Balancer, LayerStack, Load, check_load, check_number, check_whole
 from equipoise.routing import Routing
 
 __all__ = ["Quantile"]
@@ -28,9 +28,9 @@ def _exact(margins: Float[Tensor, "tokens experts"], k: int) -> tuple[Float[Tens
     """The (N k / E + 1)-th smallest margin of each expert, and N, the number of rows that are finite."""
     margins = margins.masked_fill(~margins.isfinite().all(-1, keepdim=True), float("inf"))  # nan logits do not count
     num_tokens = (margins[:, :1] < float("inf")).sum()
-    place = (num_tokens * k // margins.shape[-1]).clamp(max=max(margins.shape[0] - 1, 0))
     if margins.shape[0] == 0:
         return margins.new_zeros(margins.shape[-1]), num_tokens
+    place = (num_tokens * k // margins.shape[-1]).clamp(max=margins.shape[0] - 1)
     return margins.sort(0).values.index_select(0, place.reshape(1))[0], num_tokens
 
 
@@ -45,8 +45,7 @@ def edges(bins: int, device: torch.device | None = None) -> Float[Tensor, " edge
 
 
 def _bin(margins: Float[Tensor, "tokens experts"], bins: int) -> Int[Tensor, "tokens experts"]:
-    """The bin of each margin, from the exponent and the first mantissa bits of its float32."""
-    margins = margins.float()
+    margins = margins.float()  # a bin is the exponent and the first mantissa bits
     mantissa_bits = (bins // (2 * OCTAVES)).bit_length() - 1
     index = (margins.abs().view(torch.int32) >> (23 - mantissa_bits)) - ((127 + SMALLEST) << mantissa_bits)
     index = index.clamp(0, bins // 2 - 1)
@@ -68,13 +67,6 @@ def _from_histogram(
     return lower + (upper - lower) * (wanted - below) / in_bin.clamp_min(1), num_tokens
 
 
-def _move(bias: Tensor, missing: Tensor, num_tokens: Tensor, ema: float) -> Tensor:
-    """The new bias; without tokens the old one."""
-    target = bias.double() + missing
-    target = ema * bias + (1 - ema) * (target - target.mean(-1, keepdim=True))
-    return torch.where(num_tokens > 0, target, bias.double()).to(bias.dtype)
-
-
 @final
 class Quantile(Balancer):
     """Quantile balancing: a bias without a step size. Once per window, over its N tokens on all ranks:
@@ -89,9 +81,8 @@ class Quantile(Balancer):
     Args:
         bins: bins of each expert's histogram of ``a_t - s_te - b_e``; a power of two from 64. The new bias is
             interpolated within a bin. There are ``bins / 64`` bins per octave from 2^-29 to 2^3 around the present
-            bias, so resolution grows as the load evens out, whatever the range of the scores. The first, long moves are
-            coarse, by part of a bin. 0: exact, for small batches: all values of the window are kept and gathered
-            (4 N E bytes per layer).
+            bias: the first, long moves are coarse, and resolution grows as the load evens out, whatever the range of
+            the scores. 0: exact, for small batches: all values of the window are gathered (4 N E bytes per layer).
         ema: share of the old bias that is kept, from 0 to below 1.
         fraction: share of the tokens that is looked at, above 0 to 1. A hash of a token's logits decides, so it is the
             same on every rank and never just the first tokens.
@@ -100,8 +91,7 @@ class Quantile(Balancer):
 
     Source: Su 2026, kexue.fm/archives/11619; Kimi K3, arXiv:2607.24653, section 2.3.3. Where we differ: K3 keeps 1000
     bins of equal width on [min b - 1, max b + 1]. Ours are fewer and also resolve the 1e-7 of a peaked softmax router.
-    With group-limited routing the result is an approximation, because the best expert that was not chosen may lie in a
-    closed expert group.
+    With group-limited routing it is approximate: the best expert that was not chosen may lie in a closed expert group.
     """
 
     name = "quantile"
@@ -145,25 +135,23 @@ class Quantile(Balancer):
         return histogram.view(num_experts, self.bins)
 
     @torch.no_grad()
-    def update(
-        self, load: Int[Tensor, "layers experts"], statistic: Sequence[Tensor] | None = None, window: int = 0
-    ) -> None:
+    def update(self, load: Load, statistic: Sequence[Tensor] | None = None, window: int = 0) -> None:
         check_load(load, self._bias)
         if self._k == load.shape[-1]:
             return
         if statistic is None:
             raise ValueError("quantile balancing must have the statistic of its calls: got none.")
         if self.gathers:
-            results = [_exact(margins, self._k) for margins in statistic]
-            missing = torch.stack([margin for margin, _ in results])
-            num_tokens = torch.stack([count for _, count in results])[:, None]
+            missing, num_tokens = map(torch.stack, zip(*(_exact(m, self._k) for m in statistic), strict=True))
+            num_tokens = num_tokens[:, None]
         else:
             missing, num_tokens = _from_histogram(torch.stack(list(statistic)), self._k)
-        self._bias.copy_(_move(self._bias, missing, num_tokens, self.ema))
+        target = self._bias.double() + missing
+        target = self.ema * self._bias + (1 - self.ema) * (target - target.mean(-1, keepdim=True))
+        self._bias.copy_(torch.where(num_tokens > 0, target, self._bias.double()))
 
 
 def _draw(logits: Float[Tensor, "tokens experts"], fraction: float) -> Bool[Tensor, " tokens"]:
-    """A random subset by a hash of the logits' bits."""
     bits = logits.float().contiguous().view(torch.int32).long()
     weights = torch.arange(1, 2 * bits.shape[-1], 2, device=bits.device) * 0x9E3779B97F4A7C1
     mixed = (bits * weights).sum(-1)

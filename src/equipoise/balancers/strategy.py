@@ -20,9 +20,7 @@ from equipoise.recipes import RECIPES, WITHHELD, recipe, split_strategy
 
 __all__ = ["format_strategy", "parse_strategy"]
 
-BALANCERS: dict[str, type[Balancer]] = {
-    balancer.name: balancer for balancer in (Frozen, LossFree, Quantile, LoadBalancingLoss, ZLoss)
-}
+BALANCERS: dict[str, type[Balancer]] = {one.name: one for one in (Frozen, LossFree, Quantile, LoadBalancingLoss, ZLoss)}
 
 
 def _value(text: str) -> object:
@@ -69,10 +67,9 @@ def _parse_one(text: str, whole: str, classes: Mapping[str, type[Balancer]]) -> 
 
 
 def parse_strategy(text: str, *, more: Sequence[type[Balancer]] = ()) -> list[Balancer]:
-    """The balancers of a strategy string or a recipe; ``none`` gives no balancer.
+    """The balancers of a strategy string, which may also name the classes in ``more``, or of a recipe.
 
-    The string may also name the balancer classes in ``more``. Raises ``UsageError`` for an unknown name or option and
-    for a value that is not allowed.
+    ``none`` gives no balancer. Raises ``UsageError`` for an unknown name or option and for a value that is not allowed.
 
     >>> [str(balancer) for balancer in parse_strategy("loss-free:rate=1e-2+lbl:scope=sequence")]
     ['loss-free:rate=0.01', 'lbl:scope=sequence']

@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from equipoise.balancers.base import Balancer, check_number
-from equipoise.routing import Routing
+from equipoise.routing import Routing, check_mask, check_two_dimensions
 
 __all__ = ["ZLoss", "z_loss"]
 
@@ -17,24 +17,16 @@ def z_loss(logits: Float[Tensor, "tokens experts"], mask: Float[Tensor, " tokens
 
     It is log(E)^2 if all logits are 0, and smaller if all are slightly negative. It does not balance: it keeps logits
     in the range where low precision can still tell them apart.
-
     Source: Zoph et al. 2022, ST-MoE, arXiv:2202.08906, Eq. 5.
 
     >>> z_loss(torch.zeros(3, 8))  # log(8)^2
     tensor(4.3241)
     """
-    if logits.dim() != 2:
-        raise ValueError(
-            f"logits must have the shape (tokens, experts): got {tuple(logits.shape)}. Flatten batch and sequence."
-        )
+    check_two_dimensions(logits)
+    check_mask(mask, logits.shape[0])
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if mask is None:
-        squares = logits.logsumexp(-1).square()
-        return squares.sum() / max(logits.shape[0], 1)
-    if mask.shape != logits.shape[:1]:
-        raise ValueError(
-            f"mask must hold one number per token: expected shape ({logits.shape[0]},), got {tuple(mask.shape)}."
-        )
+        return logits.logsumexp(-1).square().sum() / max(logits.shape[0], 1)
     masked = mask == 0  # filled before and after logsumexp, because a masked token may hold nan
     squares = logits.masked_fill(masked[:, None], 0).logsumexp(-1).square()
     return squares.masked_fill(masked, 0).sum() / (~masked).sum().clamp_min(1)
@@ -44,11 +36,8 @@ def z_loss(logits: Float[Tensor, "tokens experts"], mask: Float[Tensor, " tokens
 class ZLoss(Balancer):
     """The router z-loss ``coefficient * sum over layers of mean_t logsumexp(z_t)^2``. It complements a balancer.
 
-    Args:
-        coefficient: weight of the loss; 1e-3 in ST-MoE and OLMoE.
-
-    It needs no counts, so it has no scope. Source: Zoph et al. 2022, ST-MoE, arXiv:2202.08906, Eq. 5. Where we differ:
-    padding is left out, and layers are summed, as in all our losses.
+    The coefficient is 1e-3 in ST-MoE and OLMoE. It needs no counts, so it has no scope. Source: as ``z_loss``. Where we
+    differ: padding is left out, and layers are summed, as in all our losses.
     """
 
     name = "z"

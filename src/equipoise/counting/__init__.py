@@ -5,7 +5,6 @@ In the order of events:
     recorder        decides whether a router call counts, and counts it once
     masks           which tokens of the call count, and which sequence each is in
     window          the open micro-batches and their calls; the last closed window
-    statistics      what balancers count besides the load
     gradient        the losses: their value in the forward, their gradient when the backward runs
     exchange        the collectives of a window
     biases          layer groups; where each bias is kept, moved, written into its slot, adopted from it
@@ -13,6 +12,7 @@ In the order of events:
     window_metrics  figures of the last closed window
     state           what a checkpoint holds
 
-And what they stand on: ``layout`` (one vector for all counts), ``pool`` (the ranks), ``start`` (which biases a model
-begins with), ``taps`` (put in by ``attach``, taken out by ``detach``). docs/design.md draws the order of events.
+And what they stand on: ``layout`` (the vector of counts, and what balancers count besides), ``pool`` (the ranks),
+``start`` (which biases a model begins with), ``taps`` (put in by ``attach``, taken out by ``detach``). docs/design.md
+draws the order of events.
 """

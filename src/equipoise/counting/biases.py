@@ -17,15 +17,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from equipoise.balancers import Balancer, LayerStack, LossFree
-from equipoise.counting.layout import Layout
-from equipoise.counting.statistics import Statistics
+from equipoise.counting.layout import Layout, Statistics
 from equipoise.errors import EquipoiseError
 from equipoise.routers import MoELayer, Slot
 from equipoise.routers.kind import ADDED_SLOT
 from equipoise.routers.tap import tap_of
 from equipoise.routing import Routing, score
-
-__all__ = ["Biases", "LayerGroup", "slot_value"]
 
 _STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # a checkpoint may have rounded our bias
 
@@ -34,16 +31,10 @@ class LayerGroup:
     """The layers of one kind, and the balancers prepared for them, whose states are stacked, one row per layer.
 
     Layers are of one kind if they have the same number of experts, k, score function and selection.
-
-    Attributes:
-        layers: indices into the layers of the model.
-        losses: the balancers with a loss.
-        steering: the balancer with a bias; None if there is none.
-        block: where the loads of the layers are in a vector of counts, if they are adjacent.
     """
 
     def __init__(self, indices: list[int], balancers: list[Balancer], layers: Sequence[MoELayer], layout: Layout):
-        self.layers = indices
+        self.layers = indices  # into the layers of the model
         self.balancers = balancers
         self.losses = [balancer for balancer in balancers if balancer.has_loss]
         self.steering = next((balancer for balancer in balancers if balancer.has_bias), None)
@@ -55,7 +46,7 @@ class LayerGroup:
         ]
         self.slots = [self._slot(layer) for layer in layers]
         self.has_added_slots = any(slot.name == ADDED_SLOT for slot in self.slots)
-        self.block = layout.block(indices)
+        self._block = layout.block(indices)
         self._layout = layout
         self._rows: tuple[int, tuple[Tensor, ...]] = (0, ())  # the address of the biases, and their rows
 
@@ -71,15 +62,14 @@ class LayerGroup:
 
     def load(self, vector: Tensor) -> Int[Tensor, "layers experts"]:
         """The loads of the layers. A copy."""
-        if self.block is not None:
-            return vector[self.block].view(len(self.layers), -1).clone()
+        if self._block is not None:
+            return vector[self._block].view(len(self.layers), -1).clone()
         return torch.stack([self._layout.load(vector, layer) for layer in self.layers])
 
     def states(self) -> dict[str, Float[Tensor, "layers experts"]]:
         """What the balancers move besides the bias, by the key under which it is saved.
 
-        The steering balancer's keys are its own. Other balancers' keys are prefixed with the balancer's name, numbered
-        from the second: ``phi.average``, ``phi.2.average``.
+        Keys of balancers that do not steer begin with their name, numbered from the second: ``phi.2.average``.
         """
         states = {} if self.steering is None else dict(self.steering.state())
         names: list[str] = []
@@ -112,16 +102,25 @@ class Biases:
     """The layer groups of one attached model, and the biases of their layers."""
 
     def __init__(
-        self,
-        layers: Sequence[MoELayer],
-        balancers: Sequence[Balancer],
-        start: dict[str, Tensor],
-        layout: Layout,
+        self, layers: Sequence[MoELayer], balancers: Sequence[Balancer], start: dict[str, Tensor], layout: Layout
     ):
         self.layers = layers
         self.gathered = [balancer.gathers for balancer in balancers]  # by balancer; see Statistics
+        self.groups: list[LayerGroup] = []
+        self.group_of: dict[int, tuple[LayerGroup, int]] = {}  # by layer: its group, and its row there
         self._layout = layout
-        self.groups, self.group_of = _make_groups(layers, balancers, start, layout)
+        by_kind: dict[Any, list[int]] = {}
+        for index, layer in enumerate(layers):
+            kind = (layer.num_experts, layer.k, layer.kind.score_function, layer.kind.selection)
+            by_kind.setdefault(kind, []).append(index)
+        for (_, k, score_function, selection), indices in by_kind.items():
+            prepared = [deepcopy(balancer) for balancer in balancers]
+            biases = torch.stack([start[layers[index].name] for index in indices])
+            for balancer in prepared:
+                balancer.prepare(LayerStack(score_function, k, biases, selection))
+            group = LayerGroup(indices, prepared, [layers[index] for index in indices], layout)
+            self.groups.append(group)
+            self.group_of.update({index: (group, row) for row, index in enumerate(indices)})
 
     def rate(self, window: int) -> float:
         """The rate of Loss-Free in a window; 0.0 without it."""
@@ -133,15 +132,6 @@ class Biases:
         """Whether a balancer keeps the biases; otherwise the slots alone hold them."""
         return any(group.steering is not None for group in self.groups)
 
-    def slot(self, layer: int) -> Slot:
-        group, row = self.group_of[layer]
-        return group.slots[row]
-
-    def has_added_slot(self, layer: int) -> bool:
-        """Whether a layer is steered through a slot of ours."""
-        group, row = self.group_of[layer]
-        return group.steering is not None and group.slots[row].name == ADDED_SLOT
-
     def of(self, layer: int) -> Float[Tensor, " experts"]:
         """The bias of a layer. Not a copy, if a balancer keeps it."""
         group, row = self.group_of[layer]
@@ -151,11 +141,10 @@ class Biases:
         return group.biases[row]
 
     def by_name(self) -> dict[str, Float[Tensor, " experts"]]:
-        """The bias of every layer. Copies."""
+        """Copies."""
         return {layer.name: self.of(index).clone() for index, layer in enumerate(self.layers)}
 
     def notes(self, num_steps: int) -> list[str]:
-        """``Balance.notes``."""
         balancers = [balancer for group in self.groups for balancer in group.balancers]
         return list(dict.fromkeys(note for balancer in balancers for note in balancer.notes(num_steps)))
 
@@ -170,12 +159,12 @@ class Biases:
             slots = self.adopt_writes(group)
             load = group.load(vector)
             for number, balancer in enumerate(group.balancers):
-                moved = _moved_by_update(balancer) if isinstance(applied, Tensor) else {}
-                before = {name: value.clone() for name, value in moved.items()}
+                moved = _moved_by_update(balancer) if isinstance(applied, Tensor) else []
+                before = [value.clone() for value in moved]
                 balancer.update(load, statistics.of(group.layers, number), window)
-                for name, value in before.items():
+                for value, value_before in zip(moved, before, strict=True):
                     assert isinstance(applied, Tensor)
-                    moved[name].copy_(torch.where(applied.to(value.device).bool(), moved[name], value))
+                    value.copy_(torch.where(applied.to(value.device).bool(), value, value_before))
             self._write(group, slots)
 
     def _write(self, group: LayerGroup, plain_slots: list[Tensor] | None) -> None:
@@ -197,14 +186,14 @@ class Biases:
                     value.data = value.data.to(device)
         biases, slot = group.biases, group.slots[row]
         in_slot = None if group.steering is None else slot.bias
-        if group.steering is None or biases is None or in_slot is None:
+        if group.steering is None or biases is None or in_slot is None or in_slot.device.type == "meta":
             return
-        if in_slot.device != biases.device and in_slot.device.type != "meta":
+        if in_slot.device != biases.device:
             for value in (biases, *group.steering.state().values()):
                 value.data = value.data.to(in_slot.device)
-        if in_slot.dtype == biases.dtype and in_slot.device == biases.device:
+        if in_slot.dtype == biases.dtype:
             in_slot.copy_(biases[row])
-        elif in_slot.device.type != "meta":
+        else:
             slot.replace(biases[row])
 
     # ---- adopting ----
@@ -241,7 +230,7 @@ class Biases:
         """A checkpoint was loaded into the model's slot: its value becomes the bias."""
         group, row = self.group_of[layer]
         biases = group.biases
-        if group.steering is None or biases is None or self.has_added_slot(layer):
+        if group.steering is None or biases is None or group.slots[row].name == ADDED_SLOT:
             return
         bias = biases[row]
         loaded = slot_value(self.layers[layer]).to(bias.device)
@@ -310,29 +299,9 @@ class Biases:
             self.restore(index)
 
 
-def _moved_by_update(balancer: Balancer) -> dict[str, Tensor]:
+def _moved_by_update(balancer: Balancer) -> list[Tensor]:
     bias = balancer.bias()
-    return balancer.state() if bias is None else {"bias": bias, **balancer.state()}
-
-
-def _make_groups(
-    layers: Sequence[MoELayer], balancers: Sequence[Balancer], start: dict[str, Tensor], layout: Layout
-) -> tuple[list[LayerGroup], dict[int, tuple[LayerGroup, int]]]:
-    by_shape: dict[Any, list[int]] = {}
-    for index, layer in enumerate(layers):
-        shape = (layer.num_experts, layer.k, layer.kind.score_function, layer.kind.selection)
-        by_shape.setdefault(shape, []).append(index)
-    groups: list[LayerGroup] = []
-    group_of: dict[int, tuple[LayerGroup, int]] = {}
-    for (_, k, score_function, selection), indices in by_shape.items():
-        prepared = [deepcopy(balancer) for balancer in balancers]
-        biases = torch.stack([start[layers[index].name] for index in indices])
-        for balancer in prepared:
-            balancer.prepare(LayerStack(score_function, k, biases, selection))
-        group = LayerGroup(indices, prepared, [layers[index] for index in indices], layout)
-        groups.append(group)
-        group_of.update({index: (group, row) for row, index in enumerate(indices)})
-    return groups, group_of
+    return [*balancer.state().values(), *([] if bias is None else [bias])]
 
 
 def slot_value(layer: MoELayer, multiplies: bool = False) -> Float[Tensor, " experts"]:

@@ -22,30 +22,22 @@ from equipoise.counting.layout import Layout
 from equipoise.counting.pool import Pool
 from equipoise.errors import EquipoiseError
 
-__all__ = ["FLAG", "Exchange"]
-
 FLAG = 2**48
 
 
 class Exchange:
-    """The collectives of one attached model, in the order in which every rank begins them.
-
-    Attributes:
-        pools_each: whether every micro-batch is pooled, because a loss waits for it.
-        width: how many numbers of a vector travel.
-        collectives, num_bytes: begun since ``reset``, and the bytes that this rank sent; without those of ``measure``.
-    """
+    """The collectives of one attached model, in the order in which every rank begins them."""
 
     def __init__(self, layout: Layout, pool: Pool, pools_each: bool):
         self.layout, self.pool = layout, pool
-        self.pools_each = pools_each and pool.size > 1
-        self.width = layout.header.stop if self.pools_each else layout.loads.stop
+        self.pools_each = pools_each and pool.size > 1  # every micro-batch, because a loss waits for it
+        self.width = layout.header.stop if self.pools_each else layout.loads.stop  # how many numbers travel
         self._second, self._last = min(1, layout.loads.stop - 1), layout.loads.stop - 1
         self._unread: list[tuple[Tensor, Any, bool]] = []  # flags on their way from a GPU
         self.reset()
 
     def reset(self) -> None:
-        self.collectives, self.num_bytes = 0, 0
+        self.collectives, self.num_bytes = 0, 0  # of this window, sent by this rank; without those of ``measure``
 
     def begin(self, counts: Tensor, number: int) -> Any:
         """Begins to sum the counts of the window's ``number``-th micro-batch over the ranks, in place."""
@@ -60,10 +52,7 @@ class Exchange:
     def close(
         self, counts: Tensor, statistics: Sequence[Tensor], applied: bool | Tensor, num_micro_batches: int
     ) -> tuple[Tensor, bool | Tensor]:
-        """Ends a window. Returns its counts over the ranks, and whether its step was applied on all of them.
-
-        Sums the statistics in place.
-        """
+        """Ends a window. Returns its counts over the ranks, and whether all applied its step. Sums the statistics."""
         closing = torch.zeros_like(counts) if self.pools_each else counts.clone()
         if isinstance(applied, Tensor):
             closing[0] += (~applied.to(closing.device).bool()).long() * FLAG

@@ -26,8 +26,6 @@ from equipoise.routers import MoELayer
 from equipoise.routers.tap import RECOMPUTED, UNCOUNTED, RouterCall
 from equipoise.routing import Routing, score, score_backward, without_autocast
 
-__all__ = ["Losses"]
-
 
 class _Ticket(torch.autograd.Function):
     """A scalar whose backward tells the window which factor the loss was given."""
@@ -44,13 +42,7 @@ class _Ticket(torch.autograd.Function):
 
 
 class Losses:
-    """The losses of one attached model.
-
-    Attributes:
-        number: how many balancers have a loss.
-        separates: whether ``Balance.loss`` was called, and so separates micro-batches.
-        loss_scale: the factor of the losses if no ticket can be added; None if tickets are.
-    """
+    """The losses of one attached model."""
 
     def __init__(self, layers: Sequence[MoELayer], biases: Biases, window: Window):
         self.layers = layers
@@ -58,11 +50,12 @@ class Losses:
         self.window = window
         self.balancers = biases.groups[0].losses if biases.groups else []
         self.number = len(self.balancers)
-        self.separates = False
+        self.separates = False  # loss() was called, and so separates micro-batches
         self._loss_scale: float | Tensor | None = None
 
     @property
     def loss_scale(self) -> float | Tensor | None:
+        """The factor of the losses if no ticket can be added; None if tickets are."""
         return self._loss_scale
 
     @loss_scale.setter
@@ -71,8 +64,6 @@ class Losses:
         if value is not None and not is_number and not (isinstance(value, Tensor) and value.numel() == 1):
             raise ValueError(f"loss_scale must be a finite number, a one-element tensor or None: got {value!r}.")
         self._loss_scale = value.reshape(()) if isinstance(value, Tensor) else value
-
-    # ---- forward ----
 
     def routing(self, call: CountedCall, logits: Tensor, expert_ids: Tensor, weights: Tensor) -> Routing:
         scores = score(logits, self.layers[call.layer].kind.score_function)
@@ -100,8 +91,6 @@ class Losses:
             return value
         leaf = torch.zeros_like(value, requires_grad=True)
         return _Ticket.apply(leaf, value, self.window, micro_batch)
-
-    # ---- backward ----
 
     def gradient(self, call: RouterCall, call_id: int) -> Float[Tensor, "tokens experts"]:
         """The gradient of the losses at the logits of a router call."""
@@ -158,9 +147,7 @@ class Losses:
         if balancer.scope == "micro_batch":
             return call.micro_batch.load(layer)
         if balancer.pooling == "window":
-            if pooled_vector is None:
-                return window.load_so_far(layer)
-            return window.layout.load(pooled_vector, layer)
+            return window.load_so_far(layer) if pooled_vector is None else window.layout.load(pooled_vector, layer)
         if window.last is None:  # before the first window ends: an even share
             return call.micro_batch.vector.new_ones(self.layers[layer].num_experts)
         return window.layout.load(window.last.vector, layer)
@@ -168,17 +155,15 @@ class Losses:
     def _serve(self, call: RouterCall, call_id: int) -> tuple[CountedCall, Tensor | float]:
         """The counted call that this backward belongs to, and the factor of its loss."""
         window, factor = self.window, self.loss_scale
-        number: int | None
-        counted: CountedCall | None
         if call_id == RECOMPUTED:
-            number, counted = window.recomputed_call(call.layer, call.expert_ids, has_factor=factor is not None)
+            counted = window.recomputed_call(call.layer, call.expert_ids, has_factor=factor is not None)
         else:
-            number, counted = window.call(call_id)
-        if counted is not None and number is not None and counted.micro_batch.factor is not None:
+            counted = window.call(call_id)
+        if counted is not None and counted.micro_batch.factor is not None:
             factor = counted.micro_batch.factor
-            if not counted.micro_batch.is_unserved(call.layer, number):
+            if not counted.micro_batch.is_unserved(counted):
                 factor = None  # this backward is a second one, without a ticket of its own
-        if counted is None or number is None or factor is None:
+        if counted is None or factor is None:
             raise EquipoiseError(
                 "balance.loss() must be added to the loss of every micro-batch, between its forward and its backward: "
                 f"in the backward of {self.layers[call.layer].name} it was missing. Write `loss = model(...).loss + "
@@ -186,5 +171,5 @@ class Losses:
                 "(torch.autograd.grad, backward(inputs=...)), set balance.loss_scale to the factor of the loss. A "
                 "loss() is 0 before a forward, when called twice, and after a forward that raised."
             )
-        counted.micro_batch.mark_served(call.layer, number)
+        counted.micro_batch.mark_served(counted)
         return counted, factor

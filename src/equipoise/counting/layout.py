@@ -1,15 +1,13 @@
-"""Where each layer's numbers are in the one vector that holds the counts of a micro-batch."""
+"""What is counted of a micro-batch: one vector for the loads of all layers, and what balancers count besides."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
-
-__all__ = ["Layout", "outside_inference_mode"]
 
 
 def outside_inference_mode() -> AbstractContextManager[Any]:
@@ -20,7 +18,7 @@ def outside_inference_mode() -> AbstractContextManager[Any]:
 class Layout:
     """The layout of an int64 vector of counts,
 
-        [ load of layer 0 | load of layer 1 | ... | three numbers for ``Exchange`` | tokens of each layer ]
+        [ load of layer 0 | load of layer 1 | ... | three numbers for ``Exchange`` | unmasked tokens of each layer ]
 
     so that one all-reduce of its beginning pools every layer. The three numbers, summed over the ranks: how many ranks
     close the window; how many micro-batches these had; the others' micro-batch numbers.
@@ -42,19 +40,13 @@ class Layout:
     def block(self, layers: Sequence[int]) -> slice | None:
         """Where the loads of these layers are, if they are adjacent and of equal size; else None."""
         slices = [self.slices[layer] for layer in layers]
-        if len({self.num_experts[layer] for layer in layers}) != 1:
-            return None
-        if any(a.stop != b.start for a, b in itertools.pairwise(slices)):
-            return None
-        return slice(slices[0].start, slices[-1].stop)
+        are_equal = len({self.num_experts[layer] for layer in layers}) == 1
+        are_adjacent = all(a.stop == b.start for a, b in itertools.pairwise(slices))
+        return slice(slices[0].start, slices[-1].stop) if are_equal and are_adjacent else None
 
     def load(self, vector: Tensor, layer: int) -> Int[Tensor, " experts"]:
         """The load of one layer. A view."""
         return vector[self.slices[layer]]
-
-    def num_tokens(self, vector: Tensor) -> Int[Tensor, " layers"]:
-        """The unmasked tokens of every layer. A view."""
-        return vector[self.tokens]
 
     def count(self, vector: Tensor, layer: int, expert_ids: Tensor, mask: Tensor | None) -> None:
         """Adds one call, in place: k assignments for each unmasked token. Waits for no GPU."""
@@ -69,3 +61,56 @@ class Layout:
             load.scatter_add_(0, ids, unmasked[:, None].expand_as(expert_ids).reshape(-1))
             num_tokens = unmasked.sum()
         vector[self.tokens.start + layer].add_(num_tokens)
+
+
+class Statistics:
+    """The statistics of balancers, by (layer, number of the balancer).
+
+    ``gathered`` says of each balancer whether its values are concatenated; those of the others are summed.
+    """
+
+    def __init__(self, gathered: Sequence[bool]):
+        self.gathered = gathered
+        self.values: dict[tuple[int, int], Tensor] = {}
+
+    def add(self, layer: int, balancer: int, value: Tensor) -> None:
+        with outside_inference_mode():  # a copy: the balancer may change its tensor later
+            self._put(layer, balancer, value.clone(memory_format=torch.contiguous_format))
+
+    def merge(self, other: "Statistics") -> None:
+        """Takes over what ``other`` holds."""
+        for (layer, balancer), value in other.values.items():
+            self._put(layer, balancer, value)
+
+    def fill_in(self, other: "Statistics") -> None:
+        """Takes over what ``other`` holds for layers without statistics here."""
+        self.values = other.values | self.values
+
+    def _put(self, layer: int, balancer: int, value: Tensor) -> None:
+        before = self.values.get((layer, balancer))
+        if before is None:
+            self.values[layer, balancer] = value
+        elif self.gathered[balancer]:
+            self.values[layer, balancer] = torch.cat([before, value])
+        else:
+            before.add_(value)
+
+    def of(self, layers: Sequence[int], balancer: int) -> list[Tensor] | None:
+        """One balancer's statistics of these layers; None if it has none."""
+        if not self.values:
+            return None
+        return [self.values[layer, balancer] for layer in layers if (layer, balancer) in self.values] or None
+
+    @property
+    def summed(self) -> list[Tensor]:
+        """The values that are summed over the ranks, in the same order on every rank."""
+        return [self.values[key] for key in sorted(self.values) if not self.gathered[key[1]]]
+
+    def gather(self, gather: Callable[[Any], list[Any]]) -> None:
+        """Concatenates the ranks' values of the other balancers. ``gather`` gives the Python value of every rank."""
+        keys = [key for key in sorted(self.values) if self.gathered[key[1]]]
+        if keys:
+            by_rank = gather([self.values[key].cpu() for key in keys])
+            for index, key in enumerate(keys):
+                rows = torch.cat([values[index] for values in by_rank])
+                self.values[key] = rows.to(self.values[key].device)

@@ -6,8 +6,6 @@ from torch import Tensor
 
 from equipoise.errors import EquipoiseError
 
-__all__ = ["fit_mask", "is_mask_of", "number_sequences"]
-
 MTP_DEPTH = 1  # a multi-token-prediction layer sees rows one token shorter
 
 

@@ -1,4 +1,4 @@
-"""Which ranks are pooled, and a process group of our own over them."""
+"""Which ranks are pooled, those that hold different tokens, and a process group of our own over them."""
 
 import hashlib
 from collections.abc import Mapping
@@ -10,16 +10,12 @@ from torch import Tensor
 
 from equipoise.errors import EquipoiseError
 
-__all__ = ["Pool", "digest_of"]
-
 
 class Pool:
-    """The ranks that hold different tokens, and a process group of our own over them.
+    """The ranks of a process group, of a ``DeviceMesh`` (all of its dimensions are pooled) or, for None, of the world.
 
-    With its own process group no collective of ours pairs with one of DDP, FSDP or the user. Its timeout is that of the
-    process group that it was made for.
-
-    ``group`` is a process group, a ``DeviceMesh`` (all of its dimensions are pooled) or None, the world.
+    With its own process group no collective of ours pairs with one of DDP, FSDP or the user. It has the timeout of
+    ``group``.
     """
 
     def __init__(self, group: Any | None = None):
@@ -28,10 +24,12 @@ class Pool:
         self._before_others = group is None and not _is_initialised()
         if self._before_others:
             return
+        group = dist.group.WORLD if group is None else group
         ranks = _ranks(group)
         self.size = len(ranks)
         if self.size > 1:
-            self.group = _new_group(ranks, _process_groups(group))
+            existing = group.get_all_groups() if isinstance(group, dist.DeviceMesh) else [group]
+            self.group = _new_group(ranks, existing)
 
     def check_no_rank_joined(self) -> None:
         """Raises if torch.distributed was initialised after this pool was made: it would leave the other ranks out."""
@@ -43,7 +41,6 @@ class Pool:
             )
 
     def close(self) -> None:
-        """Destroys the process group."""
         group, self.group = self.group, None
         if group is not None and _is_initialised():
             dist.destroy_process_group(group)
@@ -87,36 +84,25 @@ def digest_of(value: Any) -> str:
 
 
 def _ranks(group: Any) -> list[int]:
-    if group is None:
-        return dist.get_process_group_ranks(dist.group.WORLD)
+    ranks: list[int] = []
     if isinstance(group, dist.DeviceMesh):
-        outside = group.get_coordinate() is None
-        ranks = [] if outside else group.mesh.flatten().tolist()
+        ranks = [] if group.get_coordinate() is None else group.mesh.flatten().tolist()
     elif isinstance(group, dist.ProcessGroup):
-        outside, ranks = False, dist.get_process_group_ranks(group)
-    elif group is dist.GroupMember.NON_GROUP_MEMBER:
-        outside, ranks = True, []
-    else:
+        ranks = dist.get_process_group_ranks(group)
+    elif group is not dist.GroupMember.NON_GROUP_MEMBER:
         raise TypeError(
             f"group must be a process group or a DeviceMesh, as mesh['dp']: got {type(group).__name__}. For several "
             "dimensions of a mesh pass mesh['dp', 'cp']."
         )
-    if outside or dist.get_rank() not in ranks:
+    if dist.get_rank() not in ranks:
         raise EquipoiseError(
             "this rank must be a member of the group: it is not. Attach on the ranks of the group only."
         )
     return ranks
 
 
-def _process_groups(group: Any) -> list[Any]:
-    """The process groups of torch that ``group`` is made of."""
-    if isinstance(group, dist.DeviceMesh):
-        return group.get_all_groups()
-    return [dist.group.WORLD if group is None else group]
-
-
-_FIRST_NUMBER = 4096  # more than anybody has process groups
-_next_number = _FIRST_NUMBER  # for the name of our next process group on this rank; never used twice
+# For the name of our next process group on this rank; never used twice. It begins where nobody's process groups reach.
+_next_number = 4096
 
 
 def _new_group(ranks: list[int], existing: list[Any]) -> Any:

@@ -5,7 +5,7 @@ forward is a recomputation. While an evaluation is measured, calls count in any 
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from enum import Enum
 
 import torch
@@ -25,8 +25,6 @@ from equipoise.routers.forward import ForwardContext
 from equipoise.routers.tap import RECOMPUTED, UNCOUNTED, RouterCall
 from equipoise.torch_internals import is_backward_running, is_shape_inference
 
-__all__ = ["Mode", "Recorder"]
-
 
 class Mode(Enum):
     """What is done with router calls."""
@@ -37,13 +35,7 @@ class Mode(Enum):
 
 
 class Recorder:
-    """What the taps of one attached model report to. Owns the mode, and the counts of an evaluation.
-
-    Attributes:
-        biases, window, losses: the owners of the other state.
-        context: what the model's forward was called with.
-        unmatched_masks: for each layer that the attention_mask does not fit: shape of the mask, number of tokens.
-    """
+    """What the taps of one attached model report to. Owns the mode, and the counts of an evaluation."""
 
     def __init__(
         self,
@@ -60,7 +52,8 @@ class Recorder:
         pools_each = any(b.has_loss and b.scope == "global_batch" and b.pooling == "window" for b in balancers)
         self.window = Window(self.layout, pool, num_losses, pools_each, self.biases)
         self.losses = Losses(layers, self.biases, self.window)
-        self.context = ForwardContext(model, self)
+        self.context = ForwardContext(model, self.window)
+        # By layer that the attention_mask does not fit: the shape of the mask, the number of tokens.
         self.unmatched_masks: dict[int, tuple[tuple[int, ...], int]] = {}
         self._device_of_model = next(model.parameters(), torch.zeros(())).device
         self._needs_sequences = any(b.has_loss and b.scope == "sequence" for b in balancers)
@@ -78,10 +71,8 @@ class Recorder:
 
     # ---- modes ----
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        with self._in_mode(Mode.PAUSED):
-            yield
+    def paused(self) -> AbstractContextManager[None]:
+        return self._in_mode(Mode.PAUSED)
 
     @contextmanager
     def _in_mode(self, mode: Mode) -> Iterator[None]:
@@ -143,16 +134,6 @@ class Recorder:
     def adopt_bias(self, layer: int) -> None:
         self.biases.adopt(layer)
 
-    # ---- what the forward's context reports to ----
-
-    @property
-    def num_calls(self) -> int:
-        return self.window.num_calls
-
-    def forward_failed(self, num_calls: int) -> None:
-        """A forward raised: the micro-batch that it had begun to count is dropped."""
-        self.window.drop_current(num_calls)
-
     # ---- counting ----
 
     def _measure(self, call: RouterCall) -> None:
@@ -171,7 +152,7 @@ class Recorder:
             for group in self.biases.groups:
                 if group.has_statistics:
                     self.biases.adopt_writes(group)
-        micro_batch.count(layer, expert_ids, call.mask)
+        self.layout.count(micro_batch.vector, layer, expert_ids, call.mask)
         counted = self._counted_call(call, micro_batch)
         group, row = self.biases.group_of[layer]
         if self.losses.number or group.has_statistics:
@@ -188,14 +169,11 @@ class Recorder:
         sequence_ids, num_sequences = None, 0
         if self._needs_sequences:
             sequence_ids, num_sequences = number_sequences(call.sequence_ids, call.rows, num_tokens, device)
+        num_unmasked = num_tokens if call.mask is None else call.mask.sum()
+        needs_gradient = num_tokens > 0 and call.logits.requires_grad
+        number = self.window.num_calls
         return CountedCall(
-            call.layer,
-            micro_batch,
-            call.mask,
-            sequence_ids,
-            num_sequences,
-            num_tokens if call.mask is None else call.mask.sum(),
-            needs_gradient=num_tokens > 0 and call.logits.requires_grad,
+            number, call.layer, micro_batch, call.mask, sequence_ids, num_sequences, num_unmasked, needs_gradient
         )
 
     def _split_by_forward(self, layer: int) -> None:

@@ -16,8 +16,6 @@ from equipoise.routers import MoELayer
 from equipoise.routers.tap import tap_of
 from equipoise.saved import BIASES_FILE, names_biases, read_biases, saved_beside
 
-__all__ = ["starting_biases"]
-
 _log = logging.getLogger("equipoise")
 
 BiasesOrPath = Mapping[str, Tensor] | str | os.PathLike[str]
@@ -108,14 +106,9 @@ def _read(source: BiasesOrPath, layers: Sequence[MoELayer], multiplies: bool) ->
         are_factors = bool(biases.get("multiplies", False))
         biases = biases["biases"]  # type: ignore[assignment]
     if are_factors != multiplies:
-        raise UsageError(
-            "biases must act as they were trained: these "
-            + (
-                "multiply the scores. Attach frozen:multiplies=true, or loss-free with rule=multiplicative."
-                if are_factors
-                else "are added to the scores. Attach frozen, or a rule other than multiplicative."
-            )
-        )
+        factors = "multiply the scores. Attach frozen:multiplies=true, or loss-free with rule=multiplicative."
+        addends = "are added to the scores. Attach frozen, or a rule other than multiplicative."
+        raise UsageError(f"biases must act as they were trained: these {factors if are_factors else addends}")
     if not all(isinstance(value, Tensor) for value in biases.values()):
         raise EquipoiseError("biases must be tensors by layer name, as Balance.biases gives them: got other values.")
     sizes = {name: tuple(value.shape) for name, value in biases.items()}

@@ -11,8 +11,6 @@ from equipoise.counting.pool import Pool, digest_of
 from equipoise.counting.recorder import Recorder
 from equipoise.errors import EquipoiseError
 
-__all__ = ["load_state", "state_of"]
-
 
 def state_of(recorder: Recorder, strategy: str, multiplies: bool, device: torch.device) -> dict[str, Any]:
     """``Balance.state_dict``. Copies."""
@@ -44,7 +42,8 @@ def load_state(
         _check(state, recorder, strategy, multiplies)
     except Exception as caught:
         error = caught
-    _check_equal_on_ranks(pool.agree("load_state_dict", None if error else _summary(state), error))
+    summary = None if error else (state["num_windows"], {key: digest_of(value) for key, value in state.items()})
+    _check_equal_on_ranks(pool.agree("load_state_dict", summary, error))
     recorder.biases.load_state(state["biases"], state.get("state", {}))
     vector = None
     if state["num_windows"] and "load" in state:
@@ -99,13 +98,8 @@ def _check_numbers(key: str, layer: str, value: Tensor) -> None:
         )
 
 
-def _summary(state: Mapping[str, Any]) -> tuple[int, dict[str, str]]:
-    """What ranks compare of a state: its number of windows, and a digest of each part."""
-    return state["num_windows"], {key: digest_of(value) for key, value in state.items()}
-
-
 def _check_equal_on_ranks(summaries: Sequence[tuple[int, dict[str, str]]]) -> None:
-    """Raises ``EquipoiseError`` if the ranks loaded different states."""
+    """Compares the number of windows of each rank's state, and a digest of each part."""
     for rank, summary in enumerate(summaries):
         if summary != summaries[0]:
             (first_windows, first), (windows, other) = summaries[0], summary

@@ -1,10 +1,9 @@
 """Puts the taps of one attached model in, and takes them out."""
 
 from equipoise.counting.recorder import Recorder
+from equipoise.routers.kind import ADDED_SLOT
 from equipoise.routers.tap import Tap, tap_router, untap_router
 from equipoise.torch_internals import allow_compile_over_checkpoint
-
-__all__ = ["Taps"]
 
 
 class Taps:
@@ -21,7 +20,7 @@ class Taps:
         layer, (group, row) = recorder.layers[index], biases.group_of[index]
         tap = Tap(layer.kind, layer.k, index, recorder, recorder.context, has_loss=bool(group.losses))
         added_slot = None
-        if biases.has_added_slot(index) and group.steering is not None and group.biases is not None:
+        if group.slots[row].name == ADDED_SLOT and group.steering is not None and group.biases is not None:
             added_slot = group.biases[row].clone()
             tap.multiplies = group.steering.multiplies
             allow_compile_over_checkpoint()

@@ -15,17 +15,13 @@ from torch import Tensor
 
 from equipoise.counting.biases import Biases
 from equipoise.counting.exchange import Exchange
-from equipoise.counting.layout import Layout, outside_inference_mode
+from equipoise.counting.layout import Layout, Statistics, outside_inference_mode
 from equipoise.counting.pool import Pool
-from equipoise.counting.statistics import Statistics
 from equipoise.errors import EquipoiseError
-
-__all__ = ["ClosedWindow", "CountedCall", "MicroBatch", "Window"]
 
 WARN_AFTER_MICRO_BATCHES = 256  # hardly anybody accumulates as many: step() is forgotten
 
 _log = logging.getLogger("equipoise")
-
 _TOO_LATE = (
     "a backward must run before step() closes its window: it ran after. Call balance.step() after the optimizer's step."
 )
@@ -34,37 +30,31 @@ _TOO_LATE = (
 class CountedCall(NamedTuple):
     """One router call that was counted."""
 
+    number: int  # in its window
     layer: int
     micro_batch: "MicroBatch"
     mask: Float[Tensor, " tokens"] | None
     sequence_ids: Int[Tensor, " tokens"] | None
     num_sequences: int
     num_tokens: Tensor | int
-    needs_gradient: bool = False  # its logits are differentiated
+    needs_gradient: bool  # its logits are differentiated
 
 
 class MicroBatch:
     """What was counted between two calls of ``Balance.loss``, on this rank.
 
     Calls are known by their number in the window. A call is *served* when its backward has got its gradient.
-
-    Attributes:
-        vector: the counts of all layers; see ``Layout``.
-        statistics: handed to the window when the micro-batch closes.
-        losses: by balancer with a loss, and layer: the loss, summed over the tokens.
-        dtype: of the losses, or wider.
-        factor: what the caller multiplied the loss with; None before the backward of its ticket.
     """
 
     def __init__(self, layout: Layout, num_losses: int, statistics: Statistics, device: torch.device):
         self.layout = layout
         self.vector = vector = layout.zeros(device)
-        self.statistics = statistics
-        self.losses = vector[:0]
+        self.statistics = statistics  # handed to the window when this closes
+        self.losses = vector[:0]  # by balancer with a loss, and layer: the loss, summed over the tokens
         if num_losses:
             self.losses = vector.new_zeros(num_losses, layout.num_layers, dtype=torch.float64)
-        self.dtype = torch.float32
-        self.factor: Tensor | None = None
+        self.dtype = torch.float32  # of the losses, or wider
+        self.factor: Tensor | None = None  # that the caller gave the loss; known when its ticket's backward has run
         self.first_layer: int | None = None
         self._calls: dict[int, list[int]] = {}  # by layer
         self._unserved: dict[int, list[int]] = {}
@@ -76,7 +66,7 @@ class MicroBatch:
 
     @property
     def num_tokens(self) -> Int[Tensor, " layers"]:
-        return self.layout.num_tokens(self.vector)
+        return self.vector[self.layout.tokens]
 
     def has_several_calls(self, layer: int) -> bool:
         return len(self._calls[layer]) > 1
@@ -84,21 +74,18 @@ class MicroBatch:
     def load(self, layer: int) -> Int[Tensor, " experts"]:
         return self.layout.load(self.vector, layer)
 
-    def count(self, layer: int, expert_ids: Tensor, mask: Tensor | None) -> None:
-        self.layout.count(self.vector, layer, expert_ids, mask)
-
     def add_loss(self, index: int, layer: int, value: Tensor, num_tokens: Tensor | int) -> None:
         """Adds a loss that is a mean over the tokens of one call."""
         self.losses[index, layer].add_(value * num_tokens)
         self.dtype = torch.promote_types(self.dtype, value.dtype)
 
-    def add_call(self, number: int, layer: int, choice: Tensor | None) -> None:
-        self._calls.setdefault(layer, []).append(number)
-        self._unserved.setdefault(layer, []).append(number)
+    def add_call(self, call: CountedCall, choice: Tensor | None) -> None:
+        self._calls.setdefault(call.layer, []).append(call.number)
+        self._unserved.setdefault(call.layer, []).append(call.number)
         if choice is not None:
-            self._choices[number] = choice
+            self._choices[call.number] = choice
         if self.first_layer is None:
-            self.first_layer = layer
+            self.first_layer = call.layer
 
     # ---- backward ----
 
@@ -107,16 +94,16 @@ class MicroBatch:
         self.factor = factor
         self._unserved = {layer: list(calls) for layer, calls in self._calls.items()}
 
-    def is_unserved(self, layer: int, number: int) -> bool:
-        return number in self._unserved[layer]
+    def is_unserved(self, call: CountedCall) -> bool:
+        return call.number in self._unserved[call.layer]
 
     def unserved_calls(self, layer: int) -> list[int]:
         return self._unserved.get(layer, [])
 
-    def mark_served(self, layer: int, number: int) -> None:
-        if number in self._unserved[layer]:
-            self._unserved[layer].remove(number)
-            self._choices.pop(number, None)
+    def mark_served(self, call: CountedCall) -> None:
+        if self.is_unserved(call):
+            self._unserved[call.layer].remove(call.number)
+            self._choices.pop(call.number, None)
 
     def most_similar_call(self, layer: int, expert_ids: Tensor) -> tuple[int, int]:
         """Of the unserved calls of ``layer`` the one whose choice is most like this one, or the last of several.
@@ -144,43 +131,23 @@ class ClosedWindow(NamedTuple):
 
 
 class Window:
-    """The open window, and the last closed one.
+    """The open window, and the last closed one. ``pools_each``: a loss needs every micro-batch's pooled counts."""
 
-    Args:
-        num_losses: how many balancers have a loss.
-        pools_each: whether a loss needs the pooled counts of every micro-batch.
-        biases: of the layer groups, whose balancers have statistics.
-
-    Attributes:
-        micro_batches: those of the open window.
-        current: the open micro-batch; None between two.
-        last: the last closed window; None before the first.
-        num_closed: windows that were closed.
-        exchange: the collectives.
-    """
-
-    def __init__(
-        self,
-        layout: Layout,
-        pool: Pool,
-        num_losses: int,
-        pools_each: bool,
-        biases: Biases,
-    ):
+    def __init__(self, layout: Layout, pool: Pool, num_losses: int, pools_each: bool, biases: Biases):
         self.layout = layout
         self.exchange = Exchange(layout, pool, pools_each)
         self.num_closed = 0
         self.last: ClosedWindow | None = None
         self._num_losses = num_losses
         self._biases = biases
-        self._number = -1
+        self._number = -1  # of the open window, dropped ones included
         self._latest: MicroBatch | None = None  # that was closed
         self._open()
 
     def _open(self) -> None:
         self._number += 1
         self.micro_batches: list[MicroBatch] = []
-        self.current: MicroBatch | None = None
+        self.current: MicroBatch | None = None  # the open one; None between two
         self.serving: MicroBatch | None = None  # whose ticket's backward ran last
         self._calls: list[CountedCall] = []
         self._statistics = Statistics(self._biases.gathered)  # of the closed micro-batches, on this rank
@@ -231,15 +198,14 @@ class Window:
 
     def record(self, call: CountedCall, expert_ids: Tensor) -> int:
         """Keeps a call. Returns its id, which its backward brings back."""
-        number = len(self._calls)
         self._calls.append(call)
         # A copy: a compiled graph reuses its buffers.
         choice = expert_ids.to(torch.int16) if self._num_losses else None
-        call.micro_batch.add_call(number, call.layer, choice)
-        return self._number << 32 | number
+        call.micro_batch.add_call(call, choice)
+        return self._number << 32 | call.number
 
-    def drop_current(self, num_calls: int) -> None:
-        """Drops the open micro-batch if it counted calls after the first ``num_calls``: its forward failed."""
+    def forward_failed(self, num_calls: int) -> None:
+        """A forward raised: the micro-batch is dropped if it counted calls after the first ``num_calls``."""
         if self.current is not None and len(self._calls) > num_calls:
             self.micro_batches.remove(self.current)
             self.current = None
@@ -253,20 +219,16 @@ class Window:
         micro_batch.begin_backward(factor)
         self.serving = micro_batch
 
-    def call(self, call_id: int) -> tuple[int, CountedCall]:
-        """The number in this window, and the call, of an id. Raises for the id of another window."""
+    def call(self, call_id: int) -> CountedCall:
         if call_id >> 32 != self._number:
             raise EquipoiseError(_TOO_LATE)
-        number = call_id & 0xFFFFFFFF
-        return number, self._calls[number]
+        return self._calls[call_id & 0xFFFFFFFF]
 
-    def recomputed_call(
-        self, layer: int, expert_ids: Tensor, has_factor: bool
-    ) -> tuple[int, CountedCall] | tuple[None, None]:
-        """The number and the call that a backward makes again.
+    def recomputed_call(self, layer: int, expert_ids: Tensor, has_factor: bool) -> CountedCall | None:
+        """The call that a backward makes again. It does not know its micro-batch.
 
-        A recomputed call does not know its micro-batch. It belongs to the one whose ticket's backward ran last. Without
-        tickets (``has_factor``: the factor is known otherwise) to the one with the most similar choice.
+        It belongs to the one whose ticket's backward ran last. Without tickets (``has_factor``: the factor is known
+        otherwise) to the one with the most similar choice.
         """
         micro_batch = self.serving
         if micro_batch is None and has_factor:
@@ -274,23 +236,16 @@ class Window:
             micro_batch = max(candidates, key=lambda m: m.most_similar_call(layer, expert_ids)[0], default=None)
         calls = [] if micro_batch is None else micro_batch.unserved_calls(layer)
         if micro_batch is None or not calls:
-            return None, None
-        number = calls[0] if len(calls) == 1 else micro_batch.most_similar_call(layer, expert_ids)[1]
-        return number, self._calls[number]
+            return None
+        return self._calls[calls[0] if len(calls) == 1 else micro_batch.most_similar_call(layer, expert_ids)[1]]
 
     def unreached_layers(self) -> list[int]:
         """Layers whose loss had a backward that did not reach them, though their logits are differentiated.
 
         A compiled graph gives no such information.
         """
-        unreached = set()
-        for micro_batch in self.micro_batches:
-            if micro_batch.factor is not None:
-                for layer in micro_batch.called_layers:
-                    numbers = micro_batch.unserved_calls(layer)
-                    if any(self._calls[number].needs_gradient for number in numbers):
-                        unreached.add(layer)
-        return sorted(unreached)
+        calls = [call for call in self._calls if call.needs_gradient and call.micro_batch.factor is not None]
+        return sorted({call.layer for call in calls if call.micro_batch.is_unserved(call)})
 
     # ---- counts known so far ----
 
@@ -370,7 +325,7 @@ class Window:
             vector, statistics = self._sum_of_closed, self._statistics
             if self.exchange.pool.size > 1:
                 vector, applied = self.exchange.close(vector, statistics.summed, applied, len(self.micro_batches))
-                statistics.gather(self.exchange)
+                statistics.gather(self.exchange.gather)
         for micro_batch in self.micro_batches:
             micro_batch.forget_choices()
         self.last = ClosedWindow(vector, self.micro_batches, self.exchange.collectives, self.exchange.num_bytes)

@@ -10,8 +10,6 @@ from equipoise.balancers import Balancer
 from equipoise.counting.recorder import Recorder
 from equipoise.counting.window import MicroBatch
 
-__all__ = ["window_metrics"]
-
 
 def window_metrics(recorder: Recorder) -> dict[str, float]:
     """``Balance.metrics``."""

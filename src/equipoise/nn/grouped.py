@@ -5,8 +5,7 @@ Two movements of rows, each the backward of the other:
     dispatch [tokens, n] -> [assignments, n]    the row of each assignment's token, assignments sorted by expert
     collect  [assignments, n] -> [tokens, n]    the sum over a token's k assignments, in float32 or wider
 
-So no gradient is accumulated in an order that may vary, and none starts as zeros of full size. No shape depends on the
-data, except on a CPU, and the host never waits for a GPU.
+So no gradient is accumulated in an order that may vary, and none starts as zeros of full size.
 """
 
 from typing import Any, NamedTuple
@@ -17,8 +16,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from equipoise.routing import without_autocast
-
-__all__ = ["Assignments", "sort_by_expert", "swiglu", "swiglu_experts"]
 
 ROW_MULTIPLE = 32  # on a CPU, for dtypes narrower than float32; see _pad_rows
 
@@ -65,13 +62,16 @@ def swiglu_experts(
     if pads:  # padding has weight 0, so it reaches no gradient
         by_assignment = by_assignment * torch.zeros_like(order, dtype=weights.dtype).index_fill_(0, inverse, 1)[:, None]
     inner = _grouped_mm(_Dispatch.apply(x, order, inverse, k), gate_up.to(x.dtype), ends)
-    y = _grouped_mm(_weighted_swiglu(inner, by_assignment), down.to(x.dtype), ends)
-    return _Collect.apply(y, order, inverse, k)
+    if torch.compiler.is_compiling():  # the compiler fuses it
+        inner = swiglu(inner) * by_assignment.to(inner.dtype)
+    else:
+        inner = _WeightedSwiglu.apply(inner, by_assignment)
+    return _Collect.apply(_grouped_mm(inner, down.to(x.dtype), ends), order, inverse, k)
 
 
 def _needs_padding(x: Tensor, assignments: Assignments) -> bool:
     """Whether oneDNN would build a new kernel for every number of rows; loads differ in every call. Never under a
-    compiler, because the number of padding rows depends on the data."""
+    compiler, because the number of padding rows depends on the data; no other shape does."""
     narrow = x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)
     is_eager = type(assignments.order) is Tensor and not torch.compiler.is_compiling()
     return narrow and is_eager and assignments.order.numel() > 0
@@ -122,17 +122,11 @@ class _Collect(torch.autograd.Function):
         return _Dispatch.apply(gradient, *ctx.saved_tensors, ctx.k), None, None, None
 
 
-def _weighted_swiglu(
-    gate_up: Float[Tensor, "assignments twice_hidden"], weights: Float[Tensor, "assignments 1"]
-) -> Float[Tensor, "assignments hidden"]:
-    """``swiglu(gate_up) * weights``, the weights rounded to the activations' dtype."""
-    if torch.compiler.is_compiling():
-        return swiglu(gate_up) * weights.to(gate_up.dtype)  # the compiler fuses it
-    return _WeightedSwiglu.apply(gate_up, weights)
-
-
 class _WeightedSwiglu(torch.autograd.Function):
-    """Saves its inputs only, and writes both halves of ``gate_up``'s gradient in place."""
+    """``swiglu(gate_up) * weights``, the weights [assignments, 1] rounded to the activations' dtype.
+
+    Saves its inputs only, and writes both halves of ``gate_up``'s gradient in place.
+    """
 
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor, weights: Tensor) -> Tensor:
@@ -141,12 +135,11 @@ class _WeightedSwiglu(torch.autograd.Function):
         return F.silu(gate).mul_(up).mul_(weights.to(gate_up.dtype))
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
         gate_up, weights = ctx.saved_tensors
         if torch.is_grad_enabled():  # this gradient will be differentiated
             y = swiglu(gate_up) * weights.to(gate_up.dtype)
-            grad_gate_up, grad_weights = torch.autograd.grad(y, (gate_up, weights), gradient, create_graph=True)
-            return grad_gate_up, grad_weights
+            return torch.autograd.grad(y, (gate_up, weights), gradient, create_graph=True)
         gate, up = gate_up.chunk(2, dim=-1)
         grad_gate_up = torch.empty_like(gate_up)
         grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
@@ -159,9 +152,7 @@ class _WeightedSwiglu(torch.autograd.Function):
         return grad_gate_up, grad_weights
 
 
-def _grouped_mm(
-    x: Float[Tensor, "assignments n"], weight: Float[Tensor, "experts n m"], ends: Int[Tensor, " experts"]
-) -> Float[Tensor, "assignments m"]:
+def _grouped_mm(x: Float[Tensor, "rows n"], weight: Float[Tensor, "e n m"], ends: Int[Tensor, " e"]) -> Tensor:
     """``x[i] @ weight[e]`` for the rows i of expert e. Rows are sorted by expert; those of e end before ``ends[e]``."""
     dtypes = {torch.bfloat16}
     if x.device.type == "cpu" and not torch.compiler.is_compiling():

@@ -6,9 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from equipoise.nn._checks import check_positive, check_sizes, is_int
 from equipoise.nn.grouped import sort_by_expert, swiglu, swiglu_experts
-from equipoise.nn.router import INIT_STD, Router
+from equipoise.nn.router import INIT_STD, Router, check_positive, check_sizes, is_int
 from equipoise.routing import ScoreFunction
 
 __all__ = ["MoE"]

@@ -1,5 +1,6 @@
 """A router: the gate of an MoE layer and the choice of experts."""
 
+import math
 from typing import Any
 
 import torch
@@ -7,13 +8,27 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from equipoise.nn._checks import check_positive, check_sizes
 from equipoise.routers.tap import RouterKind
-from equipoise.routing import ScoreFunction, route
+from equipoise.routing import ScoreFunction, route, without_autocast
 
 __all__ = ["Router"]
 
 INIT_STD = 0.02  # the initializer range of Transformers' MoE families
+
+
+def is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def check_sizes(**sizes: Any) -> None:
+    for name, value in sizes.items():
+        if not is_int(value) or value < 1:
+            raise ValueError(f"{name} must be an integer, 1 or more: got {value!r}.")
+
+
+def check_positive(name: str, value: Any) -> None:
+    if not (is_int(value) or isinstance(value, float)) or not 0 < value < math.inf:
+        raise ValueError(f"{name} must be a finite positive number: got {value!r}.")
 
 
 class Router(nn.Module):
@@ -35,8 +50,7 @@ class Router(nn.Module):
         renormalise: divide the weights by their sum over the chosen experts. None: if k > 1.
         scale: factor on the weights, finite and positive.
 
-    Raises ``ValueError`` for sizes that do not fit, and for ``renormalise=True`` with k = 1: the only weight would be
-    the constant ``scale``, and the router would get no gradient from the task.
+    Raises ``ValueError`` for sizes that do not fit, and for ``renormalise=True`` with k = 1: no gradient from the task.
 
     Source: gate and slot as in DeepSeek-V3, arXiv:2412.19437, Eqs. 13-16. Where we differ: float32 logits for every
     score function, and no 1e-20 added to the sum of the weights.
@@ -58,13 +72,8 @@ class Router(nn.Module):
     ):
         super().__init__()
         check_sizes(dim=dim, num_experts=num_experts, k=k, num_groups=num_groups, top_groups=top_groups)
-        route(  # checks the score function, the expert groups and k
-            torch.zeros(1, num_experts, device="cpu"),
-            k,
-            score_function=score_function,
-            num_groups=num_groups,
-            top_groups=top_groups,
-        )
+        logits = torch.zeros(1, num_experts, device="cpu")  # route checks the score function, the expert groups and k
+        route(logits, k, score_function=score_function, num_groups=num_groups, top_groups=top_groups)
         if renormalise and k == 1:
             raise ValueError(
                 "renormalise must be False with k=1: the only weight would be the constant scale, and the router would "
@@ -102,8 +111,7 @@ class Router(nn.Module):
         if not hidden.is_floating_point():
             raise ValueError(f"hidden must hold floating point numbers: got {hidden.dtype}.")
         dtype = torch.promote_types(torch.promote_types(hidden.dtype, self.weight.dtype), torch.float32)
-        device = hidden.device.type
-        with torch.autocast(device if torch.amp.is_autocast_available(device) else "cpu", enabled=False):
+        with without_autocast(hidden.device):
             logits = F.linear(hidden.reshape(-1, self.dim).to(dtype), self.weight.to(dtype))
             routing = route(
                 logits,
@@ -118,11 +126,8 @@ class Router(nn.Module):
         return logits, routing.weights, routing.expert_ids
 
     def extra_repr(self) -> str:
-        return (
-            f"dim={self.dim}, num_experts={self.num_experts}, k={self.k}, score_function={self.score_function!r}, "
-            f"num_groups={self.num_groups}, top_groups={self.top_groups}, renormalise={self.renormalise}, "
-            f"scale={self.scale:g}"
-        )
+        names = ("dim", "num_experts", "k", "score_function", "num_groups", "top_groups", "renormalise")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names) + f", scale={self.scale:g}"
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Router":
         before = self.e_score_correction_bias

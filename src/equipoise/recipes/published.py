@@ -1,7 +1,6 @@
 """Published settings by name, with the source of every value. Imports no torch.
 
-The data is in ``published.toml``. A recipe ships only if every value in it has a public source; ``WITHHELD`` says what
-is missing for others.
+The data is in ``published.toml``. A recipe ships only if every value in it has a public source; see ``WITHHELD``.
 """
 
 import re

@@ -20,8 +20,6 @@ from equipoise.routers.fingerprint import NotComparable, fingerprint, tensor_sha
 from equipoise.routers.kind import MoELayer, RouterKind
 from equipoise.routers.prove import Proof, Refused, chooses_by_id, discover, find_slot, prove
 
-__all__ = ["find_routers", "hash_routers", "plain_name", "proof_of", "refusal", "unknown_routers"]
-
 _log = logging.getLogger("equipoise")
 
 _ROUTER_NAME = re.compile(r"(router|gate|gating)$", re.IGNORECASE)
@@ -53,7 +51,8 @@ def find_routers(model: nn.Module, allow_empty: bool = False) -> list[MoELayer]:
 
 
 def _no_router(model: nn.Module, refused: list[str]) -> EquipoiseError:
-    similar = sorted({type(m).__name__ for m in model.modules() if _sounds_like_moe(type(m).__name__)})
+    names = {type(module).__name__ for module in model.modules()}
+    similar = [n for n in sorted(names) if any(word in n.lower() for word in ("router", "moe", "expert", "gating"))]
     if refused:
         what = f"none that it knows: {refused[0]}" + (f" and {len(refused) - 1} more" if len(refused) > 1 else "")
     elif similar:
@@ -152,12 +151,7 @@ def _has_router_name(cls: Any) -> bool:
 
 
 def _own_classes(cls: type) -> list[type]:
-    """A class and its bases, without torch's."""
     return [base for base in cls.__mro__ if not base.__module__.startswith("torch.") and base is not object]
-
-
-def _sounds_like_moe(name: str) -> bool:
-    return any(word in name.lower() for word in ("router", "moe", "expert", "gating"))
 
 
 def _is_moe_name(name: str) -> bool:
@@ -187,35 +181,29 @@ def proof_of(router: nn.Module, parent: nn.Module | None = None, multiplies: boo
     except (NotComparable, ValueError, TypeError, RecursionError):  # an empty cell, something unhashable or endless
         key, proofs = (declared, multiplies), _PROOFS_OF_THIS_MODEL.setdefault(router, {})
     if key not in proofs:
-        try:
-            proofs[key] = _prove(router, parent, declared, multiplies)
-        except Refused as refused:
-            proofs[key] = str(refused)
+        proofs[key] = _prove(router, parent, declared, multiplies)
     proof = proofs[key]
     if isinstance(proof, str):
         raise Refused(proof)
     return proof
 
 
-def _prove(router: nn.Module, parent: nn.Module | None, declared: RouterKind | None, multiplies: bool) -> Proof:
+def _prove(router: nn.Module, parent: nn.Module | None, declared: RouterKind | None, multiplies: bool) -> Proof | str:
     try:
         with torch.random.fork_rng(devices=[]):  # some routers draw noise
             proof = discover(router, parent) if declared is None else prove(router, declared, parent, multiplies)
             return prove(router, proof.kind, parent, multiplies) if declared is None and multiplies else proof
-    except Refused:
-        raise
+    except Refused as reason:
+        return str(reason)
     except Exception as error:  # a forward may raise anything on random tokens
-        raise Refused(f"its forward fails on random tokens ({type(error).__name__}: {error})") from None
+        return f"its forward fails on random tokens ({type(error).__name__}: {error})"
 
 
 # ---- routers that are not attached ----
 
 
 def unknown_routers(model: nn.Module) -> list[str]:
-    """Routers and mixture-of-experts blocks that cannot be attached, by name, with the reason.
-
-    Hash layers are not among them: they are named in the log.
-    """
+    """Routers and mixture-of-experts blocks that cannot be attached, and why. Hash layers are named in the log only."""
     refused = list(_refused_routers(model))
     if hashed := [name for name, _, reason in refused if reason is None]:
         _log.warning(

@@ -13,9 +13,7 @@ from torch import nn
 from equipoise.routers.kind import ADDED_SLOT
 from equipoise.routers.tap import plain_class
 
-__all__ = ["NotComparable", "fingerprint", "tensor_shapes"]
-
-_STATE_OF_MODULE = vars(nn.Module()).keys() - {"training"}
+_SKIPPED = vars(nn.Module()).keys() - {"training"} | {"_equipoise"}
 _MAX_OBJECTS = 4000  # in a router; above, it is proven individually
 
 
@@ -32,8 +30,7 @@ def fingerprint(router: nn.Module) -> Any:
     parts = []
     for path, module in router.named_modules():
         base = plain_class(module)
-        skipped = _STATE_OF_MODULE | {"_equipoise"}
-        attributes = {name: value for name, value in vars(module).items() if name not in skipped}
+        attributes = {name: value for name, value in vars(module).items() if name not in _SKIPPED}
         parts.append((path, base, base.forward, _value(attributes, seen), tensor_shapes(module)))
     return tuple(parts)
 

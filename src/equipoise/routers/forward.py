@@ -17,15 +17,12 @@ from torch.utils.hooks import RemovableHandle
 from equipoise._text import shape_or_type
 from equipoise.torch_internals import is_traced
 
-__all__ = ["ForwardContext", "TokenMask"]
-
 
 class CallCounter(Protocol):
     """Counts the router calls of a forward, and drops those of a forward that failed."""
 
     @property
     def num_calls(self) -> int: ...
-
     def forward_failed(self, num_calls: int) -> None: ...
 
 
@@ -47,9 +44,7 @@ class TokenMask(NamedTuple):
             )
 
 
-class _Forward(NamedTuple):
-    """The context around a forward that is under way: to be restored after it."""
-
+class _Forward(NamedTuple):  # the context around a forward that is under way: to be restored after it
     mask: Tensor | None
     not_padding: str | None
     rows: int
@@ -59,14 +54,6 @@ class ForwardContext:
     """Padding and rows of the forward that is under way.
 
     A copy of the model carries inert copies of the hooks, so it never writes into the context of the original.
-
-    Attributes:
-        mask: the padding mask, from ``Balance.token_mask`` or from the arguments of the forward.
-        sequence_ids: from ``Balance.token_mask``.
-        rows: of the batch; 0 if unknown.
-        is_explicit: ``mask`` is from ``Balance.token_mask``, which outranks the arguments of the forward.
-        masks_by_layer: by layer, what ``Balance.token_mask(where=...)`` set.
-        not_padding: why the mask that the model was called with cannot be a padding mask.
     """
 
     def __init__(self, model: nn.Module, counter: CallCounter):
@@ -80,12 +67,12 @@ class ForwardContext:
         self._has_checked_values = False  # of a mask of floats that is not on the host
 
     def clear(self) -> None:
-        self.mask: Tensor | None = None
-        self.sequence_ids: Tensor | None = None
-        self.rows = 0
-        self.is_explicit = False
-        self.masks_by_layer: dict[int, TokenMask] = {}
-        self.not_padding: str | None = None
+        self.mask: Tensor | None = None  # of padding, from Balance.token_mask or from the arguments of the forward
+        self.sequence_ids: Tensor | None = None  # from Balance.token_mask
+        self.rows = 0  # of the batch; 0 if unknown
+        self.is_explicit = False  # the mask is from Balance.token_mask, which outranks the arguments of the forward
+        self.masks_by_layer: dict[int, TokenMask] = {}  # by layer, what Balance.token_mask(where=...) set
+        self.not_padding: str | None = None  # why the mask that the model was called with cannot be a padding mask
 
     @contextmanager
     def set_aside(self) -> Iterator[None]:
@@ -118,9 +105,8 @@ class ForwardContext:
     @property
     def has_unused_mask(self) -> bool:
         """Whether ``Balance.token_mask`` was called and no forward came after it. In evaluation nothing is counted."""
-        if not self.has_explicit_mask or not self.model.training:
-            return False
-        return self.counter.num_calls == self._num_calls_at_mask
+        is_counted = self.has_explicit_mask and self.model.training
+        return is_counted and self.counter.num_calls == self._num_calls_at_mask
 
     # ---- what a forward is called with ----
 
@@ -138,8 +124,7 @@ class ForwardContext:
         return handles
 
     def _before(self, names: list[str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        arguments = dict(zip(names, args, strict=False))
-        arguments.update(kwargs)
+        arguments = {**dict(zip(names, args, strict=False)), **kwargs}
         if module is self.model:
             if self._forwards and not torch.compiler.is_compiling():
                 self.counter.forward_failed(self._num_calls_before)  # Ctrl-C ended a forward without its hook
@@ -161,10 +146,7 @@ class ForwardContext:
                 self.not_padding = self._why_not_padding(mask, rows, module, arguments)
 
     def _why_not_padding(self, mask: Tensor, rows: int, module: nn.Module, arguments: Mapping[str, Any]) -> str | None:
-        """The reason why a mask cannot be a padding mask, as far as the host can see without waiting for a GPU.
-
-        It waits once: for the first mask of floats.
-        """
+        """As far as the host can see without waiting for a GPU. It waits once: for the first mask of floats."""
         if module in self._ambiguous and isinstance(arguments.get("decoder_attention_mask"), Tensor):
             return "there is a decoder_attention_mask beside it, and nothing says which of them a router has"
         if type(mask) is not Tensor or mask.dtype == torch.bool:  # a fake tensor has no values
@@ -184,14 +166,13 @@ class ForwardContext:
         self.not_padding, self.rows = around.not_padding, around.rows
         if not self.is_explicit:
             self.mask = around.mask
-        if self._forwards:
-            return
-        if output is None and not torch.compiler.is_compiling() and sys.exc_info()[1] is not None:
+        is_outermost = not self._forwards and not torch.compiler.is_compiling()
+        if is_outermost and output is None and sys.exc_info()[1] is not None:
             self.counter.forward_failed(self._num_calls_before)
 
 
 class _Hook:
-    """A method of a context as a module hook. A copy or a pickle of it does nothing."""
+    """A module hook. A copy or a pickle of it does nothing."""
 
     def __init__(self, method: Any = None, names: list[str] | None = None):
         self.method, self.names = method, names

@@ -9,8 +9,6 @@ from torch import Tensor, nn
 from equipoise.errors import EquipoiseError
 from equipoise.routing import ScoreFunction, score
 
-__all__ = ["ADDED_SLOT", "MoELayer", "RouterKind", "Slot"]
-
 ADDED_SLOT = "_equipoise_bias"  # the buffer that attach adds to steer a router without a slot
 
 
@@ -88,8 +86,7 @@ class Slot(NamedTuple):
     def replace(self, bias: Float[Tensor, " experts"]) -> None:
         """Puts a copy of ``bias`` in place of the tensor; dtype and device may change."""
         before = self.tensor
-        copy = bias.detach().clone()
-        copy = copy if before is None else copy.view(before.shape)
+        copy = bias.detach().clone().view(bias.shape if before is None else before.shape)
         if self.name in self.holder._parameters:
             self.holder._parameters[self.name].data = copy
         else:

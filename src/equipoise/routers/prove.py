@@ -21,15 +21,8 @@ from equipoise.routers.kind import ADDED_SLOT, RouterKind, Slot
 from equipoise.routers.tap import BiasedTopK, plain_class
 from equipoise.routing import SCORE_FUNCTIONS, score
 
-__all__ = ["Proof", "Refused", "chooses_by_id", "discover", "find_slot", "prove"]
-
 TOKENS = 64
-GROUP_ATTRIBUTES = (
-    "num_group",
-    "num_groups",
-    "n_group",
-    "n_groups",
-)  # where routers keep their number of expert groups
+GROUP_ATTRIBUTES = ("num_group", "num_groups", "n_group", "n_groups")  # where routers keep their number of groups
 
 
 class Refused(EquipoiseError):
@@ -56,14 +49,12 @@ class _CountingTopK(BiasedTopK):
 
 
 def find_slot(router: nn.Module, parent: nn.Module | None, kind: RouterKind) -> Slot | None:
-    """Where the slot of this kind is held; None for a kind without one."""
     if kind.slot is None:
         return None
     *path, name = kind.slot.split(".")
     holder = router.get_submodule(".".join(path))
-    if name in holder._buffers or name in holder._parameters or parent is None:
-        return Slot(holder, name)
-    return Slot(parent, name)
+    is_inside = name in holder._buffers or name in holder._parameters
+    return Slot(holder if is_inside or parent is None else parent, name)
 
 
 def _slot_candidates(router: nn.Module, parent: nn.Module | None) -> Iterator[str]:
@@ -94,9 +85,6 @@ class _RandomTensors:
         self.next = 0
         self.generator = torch.Generator().manual_seed(0)
 
-    def rewind(self) -> None:
-        self.next = 0
-
     def normal(self, *shape: int) -> Tensor:
         if self.next == len(self.drawn):
             self.drawn.append(torch.randn(shape, generator=self.generator, dtype=torch.float32, device="cpu"))
@@ -108,10 +96,7 @@ _BOUND_TO_INSTANCE = ("forward", "_old_forward", "_hf_hook")  # by the hooks of 
 
 
 def _stand_in(router: nn.Module, random: _RandomTensors) -> nn.Module:
-    """The router and what is inside it, with weights of our own: random matrices, vectors of ones, biases of zeros.
-
-    So sharded, meta and GPU weights need not be touched.
-    """
+    """The router with random matrices, vectors of ones, biases of zeros: no sharded, meta or GPU weight is touched."""
     stand_in = object.__new__(plain_class(router))  # fully_shard's classes make another one in their __new__
     stand_in.__dict__ = {
         name: copy(value) if isinstance(value, list | dict | set | deque) else value  # some routers log their calls
@@ -136,33 +121,30 @@ def _stand_in(router: nn.Module, random: _RandomTensors) -> nn.Module:
 def _stand_in_tensor(name: str, value: Tensor, random: _RandomTensors) -> Tensor:
     if not value.is_floating_point():
         return torch.zeros(value.shape, dtype=value.dtype, device="cpu")
-    if "bias" in name:
-        return torch.zeros(value.shape, device="cpu", dtype=torch.float32)
-    if value.dim() < 2:
-        return torch.ones(value.shape, device="cpu", dtype=torch.float32)
-    return random.normal(*value.shape)
+    if value.dim() >= 2 and "bias" not in name:
+        return random.normal(*value.shape)
+    return torch.full(value.shape, 0.0 if "bias" in name else 1.0, device="cpu", dtype=torch.float32)
 
 
 class _Trial:
     """A stand-in that is run with several biases on the same random tokens."""
 
     def __init__(self, router: nn.Module, kind: RouterKind, parent: nn.Module | None, random: _RandomTensors):
-        random.rewind()
+        random.next = 0
         self.kind = kind
         self.router = _stand_in(router, random)
         dims = list(dict.fromkeys(p.shape[-1] for p in self.router.parameters() if p.dim() == 2))
         if not dims:
             raise Refused("it has no matrix of weights")
         self.inputs = [random.normal(TOKENS, dim) / dim**0.5 for dim in dims]  # one of them has the width of a token
-        self.slot_argument = _slot_argument(self.router)
         self.slot = find_slot(self.router, None, kind)
-        self.passes_slot = False
+        self.slot_argument: str | None = None  # where the slot is in the module around
         self.counting: _CountingTopK | None = None
         if self.slot is not None and self.slot.tensor is None:
             in_parent = parent is not None and kind.slot in (*parent._buffers, *parent._parameters)
-            if not in_parent or self.slot_argument is None:
+            self.slot_argument = _slot_argument(router) if in_parent else None
+            if self.slot_argument is None:
                 raise Refused(f"there is no buffer {kind.slot}")
-            self.passes_slot = True
         # With k = 1 the weight may be 1 whatever the score function, so the trial uses k = 2.
         self.is_top_1 = getattr(router, "top_k", None) == 1
         if self.is_top_1:
@@ -171,7 +153,7 @@ class _Trial:
 
     def forward(self, **arguments: Tensor) -> Any:
         """On tokens [tokens, dim]; if the router does not take that, on [1, tokens, dim]."""
-        error: Exception | None = None
+        errors: list[Exception] = []
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             for tokens in self.inputs:
                 for hidden in (tokens.clone(), tokens[None].clone()):  # some routers add noise in place
@@ -180,26 +162,22 @@ class _Trial:
                     try:
                         output = self.router.forward(hidden, **arguments)
                     except (ValueError, IndexError, RuntimeError) as caught:
-                        error = error or caught
+                        errors.append(caught)
                         continue
                     _check_output(output, self.kind)
-                    has_all_tokens = len(output[0]) == TOKENS  # else it reshaped the tokens to another width
-                    if has_all_tokens or tokens is self.inputs[-1]:
-                        return output
-        assert error is not None
-        raise error
+                    if len(output[0]) == TOKENS or tokens is self.inputs[-1]:
+                        return output  # else it reshaped the tokens to another width
+        raise errors[0]
 
     def run(self, bias: Float[Tensor, " experts"], multiplies: bool) -> tuple[tuple[Tensor, Tensor, Tensor], int]:
         """(logits, weights, expert_ids), and the number of top-k calls over the experts."""
         arguments: dict[str, Tensor] = {}
         slot_value = torch.zeros_like(bias) if multiplies else bias
-        if self.passes_slot:
-            assert self.slot_argument is not None
+        if self.slot_argument is not None:
             arguments[self.slot_argument] = slot_value
         elif self.slot is not None:
             self.slot.replace(slot_value)
-        steers_by_mode = self.slot is None or multiplies
-        self.counting = _CountingTopK(bias, multiplies) if steers_by_mode else None
+        self.counting = _CountingTopK(bias, multiplies) if self.slot is None or multiplies else None
         with self.counting or nullcontext():
             output = self.forward(**arguments)
         calls = 1 if self.counting is None or self.slot is not None else self.counting.calls
@@ -208,17 +186,15 @@ class _Trial:
 
 def _check_output(output: Any, kind: RouterKind) -> None:
     length = 2 if kind.gives == "dense" else 3
-    has_length = isinstance(output, tuple) and (len(output) == 2 if length == 2 else len(output) >= 3)
+    has_length = isinstance(output, tuple) and (len(output) == length or len(output) > length == 3)
     if not has_length or not all(isinstance(value, Tensor) and value.dim() == 2 for value in output[:length]):
         raise Refused("forward does not return (logits, weights, expert_ids)")
 
 
 def _num_experts(router: nn.Module, parent: nn.Module | None, kind: RouterKind, random: _RandomTensors) -> int:
-    """From the slot; without one from the logits of a run."""
     slot = find_slot(router, parent, kind)
     if slot is not None:
-        tensor = slot.holder._buffers.get(slot.name)
-        tensor = slot.holder._parameters.get(slot.name) if tensor is None else tensor
+        tensor = {**slot.holder._buffers, **slot.holder._parameters}.get(slot.name)
         if tensor is None:
             raise Refused(f"there is no buffer {kind.slot}")
         return tensor.numel()
@@ -244,9 +220,7 @@ def prove(
     ``Refused`` with the reason.
     """
     if multiplies and kind.selection == "logits":
-        raise Refused(
-            "the choice is made by logits, and a factor reverses the order of experts where they are negative"
-        )
+        raise Refused("the choice is made by logits: a factor reverses the order of experts where they are negative")
     random = _RandomTensors() if random is None else random
     num_experts = _num_experts(router, parent, kind, random)
     trial = _Trial(router, kind, parent, random)
@@ -257,12 +231,10 @@ def prove(
     first: tuple[Tensor, Tensor, Tensor] | None = None
     for bias in _trial_biases(num_experts, favourite, kind, multiplies):
         (logits, weights, expert_ids), calls = trial.run(bias, multiplies)
+        if calls == 0:
+            raise Refused("it chooses without torch.topk, to which a bias is added")
         if calls != 1:
-            raise Refused(
-                f"it calls torch.topk {calls} times over the experts, so it is unclear which call selects"
-                if calls
-                else "it chooses without torch.topk, to which a bias is added"
-            )
+            raise Refused(f"it calls torch.topk {calls} times over the experts, so it is unclear which call selects")
         if first is None and router.training:
             again, _ = trial.run(bias, multiplies)
             if not all(map(torch.equal, again, (logits, weights, expert_ids))):

@@ -17,6 +17,7 @@ An eager forward does the same through a plain ``autograd.Function``: an operato
 
 import itertools
 import weakref
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple, Protocol
 
@@ -29,20 +30,6 @@ from equipoise.errors import EquipoiseError
 from equipoise.routers.forward import ForwardContext
 from equipoise.routers.kind import ADDED_SLOT, MoELayer, RouterKind, Slot
 from equipoise.torch_internals import is_traced
-
-__all__ = [
-    "RECOMPUTED",
-    "UNCOUNTED",
-    "BiasedTopK",
-    "Observer",
-    "RouterCall",
-    "Tap",
-    "has_live_tap",
-    "plain_class",
-    "tap_of",
-    "tap_router",
-    "untap_router",
-]
 
 UNCOUNTED = -1  # id of a call that does not count: evaluation, paused
 RECOMPUTED = -2  # id of a call that a backward makes again
@@ -64,46 +51,33 @@ class RouterCall(NamedTuple):
 class Observer(Protocol):
     """What a tap reports to."""
 
-    def observe(self, call: RouterCall) -> int:
-        """Counts a call, and returns its id, which its backward brings back."""
-
-    def gradient(self, call: RouterCall, call_id: int) -> Float[Tensor, "tokens experts"]:
-        """The gradient of the losses at the logits of a call."""
-
-    def restore_bias(self, layer: int) -> None:
-        """The slot was cast or moved: write the bias into it again."""
-
-    def adopt_bias(self, layer: int) -> None:
-        """A checkpoint was loaded into the slot: take over what it holds."""
+    def observe(self, call: RouterCall) -> int: ...  # counts it; gives its id, which its backward brings back
+    def gradient(self, call: RouterCall, call_id: int) -> Float[Tensor, "tokens experts"]: ...  # of the losses
+    def restore_bias(self, layer: int) -> None: ...  # the slot was cast or moved: write the bias into it again
+    def adopt_bias(self, layer: int) -> None: ...  # a checkpoint was loaded into the slot: take over what it holds
 
 
+@dataclass(eq=False, repr=False)
 class Tap:
     """Ties one router to its observer. A copy of the router carries an inert tap: steered as it was, never counted."""
 
-    def __init__(
-        self,
-        kind: RouterKind,
-        k: int,
-        layer: int = -1,
-        observer: Observer | None = None,
-        context: ForwardContext | None = None,
-        has_loss: bool = False,
-    ):
-        self.kind = kind
-        self.k = k
-        self.layer = layer
-        self.observer = observer
-        self.context = context
-        self.has_loss = has_loss
-        self.uses_topk_mode = False  # by BiasedTopK, with the buffer that attach added
-        self.multiplies = False  # the buffer holds w - 1; scores are multiplied by w
-        if observer is not None:
+    kind: RouterKind
+    k: int
+    layer: int = -1
+    observer: Observer | None = None
+    context: ForwardContext | None = None
+    has_loss: bool = False
+    uses_topk_mode: bool = False  # by BiasedTopK, with the buffer that attach added
+    multiplies: bool = False  # the buffer holds w - 1; scores are multiplied by w
+
+    def __post_init__(self) -> None:
+        if self.observer is not None:
             number = next(_KEYS)
             self.key = torch.tensor(number, device="cpu")
             _TAPS[number] = self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _inert_tap, (self.kind, self.k, self.uses_topk_mode, self.multiplies)
+        return Tap, (self.kind, self.k, -1, None, None, False, self.uses_topk_mode, self.multiplies)
 
     def observe(self, call: RouterCall) -> int:
         return UNCOUNTED if self.observer is None else self.observer.observe(call)
@@ -114,21 +88,12 @@ class Tap:
         return self.observer.gradient(call, call_id)
 
 
-def _inert_tap(kind: RouterKind, k: int, uses_topk_mode: bool, multiplies: bool) -> Tap:
-    tap = Tap(kind, k)
-    tap.uses_topk_mode, tap.multiplies = uses_topk_mode, multiplies
-    return tap
-
-
 _KEYS = itertools.count()
 _TAPS: "weakref.WeakValueDictionary[int, Tap]" = weakref.WeakValueDictionary()
 
 
 class BiasedTopK(TorchFunctionMode):
-    """Steers a top-k over the experts: by argument + bias, or argument * (1 + bias).
-
-    The values that come back are those of the argument as it was.
-    """
+    """Steers a top-k over the experts, by argument + bias or argument * (1 + bias); it gives the argument's values."""
 
     def __init__(self, bias: Float[Tensor, " experts"], multiplies: bool = False):
         super().__init__()
@@ -150,9 +115,6 @@ class BiasedTopK(TorchFunctionMode):
         return args[0].dim() == 2 and args[0].shape[-1] == self.bias.shape[0]
 
 
-# ---- the class of a router with a tap ----
-
-
 @cache
 def _tapped_class(base: Any) -> Any:
     def forward(self, *args, **kwargs):
@@ -171,45 +133,35 @@ def _tapped_class(base: Any) -> Any:
                 f"a router must give plain tensors: {type(self).__name__} gives a DTensor. Leave it out of the plan of "
                 "parallelize_module: every tensor parallel rank has the same tokens and routes them by itself."
             )
-        rows = context.rows
-        if rows == 0 and args and args[0].dim() == 3:
-            rows = args[0].shape[0]
+        rows = context.rows or (args[0].shape[0] if args and args[0].dim() == 3 else 0)
         if not tap.has_loss:
             logits = logits.detach()
         if is_traced():
             # A compiler merges two calls with the same arguments. It takes no two empty tensors for the same.
             unique = torch.empty(0, device=weights.device) if torch.compiler.is_compiling() else None
             weights, _ = torch.ops.equipoise.tap(
-                weights,
-                logits,
-                expert_ids,
-                context.mask,
-                context.sequence_ids,
-                rows,
-                tap.key,
-                self.training,
-                unique,
+                weights, logits, expert_ids, context.mask, context.sequence_ids, rows, tap.key, self.training, unique
             )
-        elif tap.has_loss:
-            weights = _EagerTap.apply(weights, logits, expert_ids, context, rows, tap, self.training)
-        else:
-            with torch.no_grad():
-                mask, sequence_ids = context.mask, context.sequence_ids
-                tap.observe(RouterCall(tap.layer, logits, expert_ids, weights, mask, sequence_ids, rows, self.training))
-            return output
-        return tap.kind.write(output, weights, expert_ids)
+            return tap.kind.write(output, weights, expert_ids)
+        mask, sequence_ids = context.mask, context.sequence_ids
+        call = RouterCall(tap.layer, logits, expert_ids, weights, mask, sequence_ids, rows, self.training)
+        if tap.has_loss:
+            return tap.kind.write(output, _EagerTap.apply(weights, logits, expert_ids, call, tap), expert_ids)
+        with torch.no_grad():
+            tap.observe(call)
+        return output
 
-    return _subclass(base, {"forward": forward, **_follows_its_slot(base), "_equipoise_base": base}, _new_tapped)
+    return _subclass(base, _tapped_class, {"forward": forward, "_equipoise_base": base})
 
 
 @cache
 def _holding_class(base: Any) -> Any:
     """A subclass of a module that holds the slot of a router, if that is not the router itself."""
-    return _subclass(base, {**_follows_its_slot(base), "_equipoise_held": base}, _new_holding)
+    return _subclass(base, _holding_class, {"_equipoise_held": base})
 
 
-def _follows_its_slot(base: Any) -> dict[str, Any]:
-    """Methods of a module with a slot: the bias survives a cast in float32, and a loaded checkpoint is adopted."""
+def _subclass(base: Any, class_of: Any, namespace: dict[str, Any]) -> Any:
+    """Of a module with a slot: the bias survives a cast in float32, and a loaded checkpoint is adopted."""
 
     def _apply(self, fn, recurse=True):
         base._apply(self, fn, recurse)
@@ -224,24 +176,16 @@ def _follows_its_slot(base: Any) -> dict[str, Any]:
         if tap.observer is not None:
             tap.observer.adopt_bias(tap.layer)
 
-    return {"_apply": _apply, "_load_from_state_dict": _load_from_state_dict}
-
-
-def _subclass(base: Any, namespace: dict[str, Any], new: Any) -> Any:
     def __reduce_ex__(self, protocol):
-        return new, (base,), self.__dict__
+        return _new, (class_of, base), self.__dict__
 
+    follows_its_slot = {"_apply": _apply, "_load_from_state_dict": _load_from_state_dict}
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    return type(base.__name__, (base,), {**namespace, **names, "__reduce_ex__": __reduce_ex__})
+    return type(base.__name__, (base,), {**namespace, **follows_its_slot, **names, "__reduce_ex__": __reduce_ex__})
 
 
-def _new_tapped(base: Any) -> nn.Module:
-    cls = _tapped_class(base)
-    return cls.__new__(cls)
-
-
-def _new_holding(base: Any) -> nn.Module:
-    cls = _holding_class(base)
+def _new(class_of: Any, base: Any) -> nn.Module:
+    cls = class_of(base)
     return cls.__new__(cls)
 
 
@@ -251,10 +195,7 @@ def plain_class(module: nn.Module) -> Any:
 
 
 def tap_router(layer: MoELayer, tap: Tap, added_slot: Float[Tensor, " experts"] | None) -> None:
-    """Swaps the class of the router, and of the module that holds its slot.
-
-    With ``added_slot`` the router is steered by a buffer of ours, which no checkpoint sees.
-    """
+    """Swaps the class of the router and of its slot's holder. ``added_slot`` becomes a buffer no checkpoint sees."""
     router, slot = layer.router, layer.slot
     if added_slot is not None:
         router.register_buffer(ADDED_SLOT, added_slot, persistent=False)
@@ -290,19 +231,13 @@ def has_live_tap(router: nn.Module) -> bool:
     return tap is not None and tap.observer is not None
 
 
-# ---- the tap of an eager forward ----
-
-
 class _EagerTap(torch.autograd.Function):
     """What the operators below do, without their dispatch."""
 
     @staticmethod
-    def forward(ctx, weights, logits, expert_ids, context, rows, tap, training):
+    def forward(ctx, weights, logits, expert_ids, call, tap):
         ctx.tap, ctx.needs_gradient = tap, logits.requires_grad
-        mask, sequence_ids = context.mask, context.sequence_ids
-        ctx.call_id = tap.observe(
-            RouterCall(tap.layer, logits, expert_ids, weights, mask, sequence_ids, rows, training)
-        )
+        ctx.call_id = tap.observe(call)
         if ctx.needs_gradient:  # the returned clone is not saved: the model may write into it
             ctx.save_for_backward(logits, expert_ids, weights)
         return weights.clone()
@@ -312,7 +247,7 @@ class _EagerTap(torch.autograd.Function):
         grad_logits = None
         if ctx.needs_gradient:
             grad_logits = ctx.tap.gradient(RouterCall(ctx.tap.layer, *ctx.saved_tensors), ctx.call_id)
-        return grad_weights, grad_logits, None, None, None, None, None
+        return grad_weights, grad_logits, None, None, None
 
 
 # ---- the two opaque operators ----
@@ -332,9 +267,8 @@ torch.library.define(
 def _tap(weights, logits, expert_ids, mask, sequence_ids, rows, key, training, unique):
     tap, call_id = _TAPS.get(int(key)), UNCOUNTED
     if tap is not None:
-        call_id = tap.observe(
-            RouterCall(tap.layer, logits, expert_ids, weights, mask, sequence_ids, int(rows), training)
-        )
+        call = RouterCall(tap.layer, logits, expert_ids, weights, mask, sequence_ids, int(rows), training)
+        call_id = tap.observe(call)
     return weights.clone(), torch.tensor(call_id)
 
 
@@ -364,9 +298,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad_weights, grad_token):
-    grad_logits = None
-    if ctx.needs_gradient:
-        grad_logits = torch.ops.equipoise.tap_backward(grad_weights, *ctx.saved_tensors)
+    grad_logits = torch.ops.equipoise.tap_backward(grad_weights, *ctx.saved_tensors) if ctx.needs_gradient else None
     return grad_weights, grad_logits, None, None, None, None, None, None, None
 
 

@@ -312,7 +312,7 @@ def test_notes_say_that_a_run_is_too_short():
     assert "100 steps" in note and "rate 0.001" in note and "at most 0.1" in note
     assert LossFree(rate=1e-3, rule="sign").notes(10_000) == []
     (note,) = LossFree(rate=1e-2, rule="sign").notes(100)  # enough only because the rate is above the paper's
-    assert "at most 1;" in note and "it would be 0.1, which is too little" in note
+    assert "at most 1 before centring;" in note and "it would be 0.1, which is too little" in note
     assert LossFree(rate=1e-2, rule="sign").notes(1000) == []
     assert LossFree(rate=1e-3, rule="proportional").notes(100) == []
     (note,) = LossFree(rate=0.5, rule="sign").notes(1000)

@@ -152,7 +152,7 @@ def test_a_proof_is_not_reused_for_a_router_with_another_k(first):
 
 
 def test_a_multiplicative_bias_on_logits_is_refused():
-    with pytest.raises(EquipoiseError, match="and a factor reverses the order of experts"):
+    with pytest.raises(EquipoiseError, match="a factor reverses the order of experts"):
         attach(shrunken.build("gpt_oss"), "loss-free:rule=multiplicative")
 
 
