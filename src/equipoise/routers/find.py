@@ -54,13 +54,13 @@ def _no_router(model: nn.Module, refused: list[str]) -> EquipoiseError:
     names = {type(module).__name__ for module in model.modules()}
     similar = [n for n in sorted(names) if any(word in n.lower() for word in ("router", "moe", "expert", "gating"))]
     if refused:
-        what = f"none that it knows: {refused[0]}" + (f" and {len(refused) - 1} more" if len(refused) > 1 else "")
+        holds = f"none that it knows: {refused[0]}" + (f" and {len(refused) - 1} more" if len(refused) > 1 else "")
     elif similar:
-        what = f"none, but {', '.join(similar)}, which it does not know"
+        holds = f"none, but {', '.join(similar)}, which it does not know"
     else:
-        what = "none and no other mixture-of-experts layer"
+        holds = "none and no other mixture-of-experts layer"
     return EquipoiseError(
-        f"the model must hold a router that equipoise knows: {type(model).__name__} holds {what}. `equipoise families` "
+        f"the model must hold a router that equipoise knows: {type(model).__name__} holds {holds}. `equipoise families` "
         "lists the model families that can be attached. In a model of your own use equipoise.nn.Router, or give your "
         "router an attribute router_kind, an equipoise.RouterKind(score_function, slot). A pipeline stage of dense "
         "layers takes allow_empty=True."
