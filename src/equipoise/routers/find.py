@@ -60,10 +60,10 @@ def _no_router(model: nn.Module, refused: list[str]) -> EquipoiseError:
     else:
         holds = "none and no other mixture-of-experts layer"
     return EquipoiseError(
-        f"the model must hold a router that equipoise knows: {type(model).__name__} holds {holds}. `equipoise families` "
-        "lists the model families that can be attached. In a model of your own use equipoise.nn.Router, or give your "
-        "router an attribute router_kind, an equipoise.RouterKind(score_function, slot). A pipeline stage of dense "
-        "layers takes allow_empty=True."
+        f"the model must hold a router that equipoise knows: {type(model).__name__} holds {holds}. `equipoise "
+        "families` lists the model families that can be attached. In a model of your own use equipoise.nn.Router, or "
+        "give your router an attribute router_kind, an equipoise.RouterKind(score_function, slot). A pipeline stage of "
+        "dense layers takes allow_empty=True."
     )
 
 
