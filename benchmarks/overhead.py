@@ -218,7 +218,7 @@ def alerts(layers: int, experts: int, k: int, tokens: int, rounds: int) -> dict[
     balance, monitor = equipoise.attach(model, "loss-free"), equipoise.Alerts()
     hidden, milliseconds = torch.randn(tokens, 16), []
     for _ in range(max(rounds, 2 * PATIENCE)):
-        with torch.no_grad():
+        with torch.no_grad(), balance.counting():
             for router in model:
                 router(hidden)
         balance.step()
@@ -258,7 +258,7 @@ def _on_a_rank(rank: int, folder: str, layers: int, experts: int, tokens: int, r
     milliseconds: dict[str, list[float]] = {name: [] for name in models}
     for window in range(rounds + 3):
         for name in models if window % 2 else reversed(models):
-            with torch.no_grad():
+            with torch.no_grad(), balances[name].counting():
                 for router in models[name]:
                     router(hidden)
             dist.barrier()

@@ -89,10 +89,13 @@ class Balance:
     def _close_micro_batch(self) -> Tensor:
         if self.layers and self._context.has_unused_mask:
             raise EquipoiseError(_UNUSED_MASK)
+        self._recorder.settle()
         micro_batch = self._window.close_micro_batch()
         if self._context.has_explicit_mask:
             self._context.clear()
         if micro_batch is None:  # a loss() for logging, between two windows
+            for reason in self._recorder.uncounted:
+                self._notices.say_uncounted(reason)
             return torch.zeros((), device=self._recorder.device)
         return self._losses.ticket(micro_batch)
 
@@ -128,9 +131,11 @@ class Balance:
             return
         if not (called_layers := self._window.called_layers):
             self._window.fail(self._recorder.device, self._biases.empty_statistics())
+            uncounted = "".join(f" They were called {reason}." for reason in sorted(self._recorder.uncounted))
             raise EquipoiseError(
-                "attached routers must be called in training mode between two steps: none was. Call step() once per "
-                "optimizer step, after a forward (follow(optimizer) calls it already)."
+                "attached routers must be called in training mode, with gradients, between two steps: none was."
+                f"{uncounted} Call step() once per optimizer step, after a forward (follow(optimizer) calls it "
+                "already). If forwards without gradients count, run them in `with balance.counting():`."
             )
         self._notices.give(called_layers)
         if self._context.has_unused_mask:
@@ -159,8 +164,12 @@ class Balance:
             yield load
 
     def paused(self) -> AbstractContextManager[None]:
-        """Counts nothing, for forwards that are no training: generation, a probe. Biases still steer."""
+        """Counts nothing, for forwards that are no training: a probe with gradients. Biases still steer."""
         return self._recorder.paused()
+
+    def counting(self) -> AbstractContextManager[None]:
+        """Counts forwards without gradients too, in training mode: to find biases of a model that is not trained."""
+        return self._recorder.counting_all()
 
     def token_mask(
         self, mask: Tensor | None, sequence_ids: Tensor | None = None, *, where: Callable[[str], bool] | None = None

@@ -19,6 +19,47 @@ def is_backward_running() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def are_gradients_wanted() -> bool:
+    """Whether gradients are on, or off only because an ``autograd.Function`` runs its forward.
+
+    Reentrant checkpointing does the latter, around a layer or around a whole model.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return torch.is_grad_enabled()
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == "forward" and frame.f_code.co_argcount:
+            first = frame.f_locals.get(frame.f_code.co_varnames[0])
+            if isinstance(first, torch.autograd.function.FunctionCtx):
+                return True
+        frame = frame.f_back
+    return False
+
+
+def leading_dimensions(hidden: Any) -> tuple[int, ...]:
+    """The dimensions before the last, of hidden states ``[batch, sequence, dim]`` or of what was flattened from them.
+
+    () if they cannot be known: of a copy without gradients, or of tokens that were picked.
+    """
+    if not isinstance(hidden, Tensor):
+        return ()
+    shapes: list[Any] = [hidden.shape, getattr(hidden.grad_fn, "_saved_self_sym_sizes", ())]
+    if hidden._base is not None:
+        shapes.append(hidden._base.shape)
+    for shape in shapes:
+        if len(shape) == 3 and shape[-1] == hidden.shape[-1] and shape[0] * shape[1] * shape[2] == hidden.numel():
+            return tuple(shape[:2])
+    return ()
+
+
+def is_frame_running(frame: FrameType, thread: int) -> bool:
+    """Whether a thread, known by its ``threading.get_ident()``, still runs this frame."""
+    running = sys._current_frames().get(thread)
+    while running is not None and running is not frame:
+        running = running.f_back
+    return running is not None
+
+
 def is_traced() -> bool:
     """Whether a forward is compiled, traced, transformed by functorch, or run under a dispatch mode."""
     return (

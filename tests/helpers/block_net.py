@@ -62,6 +62,8 @@ class BlockNet(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.order = list(range(len(blocks))) if order is None else order
         self.mtp_block = mtp_block
+        if mtp_block is not None:
+            self.mtp = self.blocks[mtp_block]  # by its name it is known to predict further
         self.dropped_block = dropped_block
         self.checkpointing = [None] * (len(self.order) + 1)
 

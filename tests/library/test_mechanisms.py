@@ -325,7 +325,7 @@ def test_a_training_forward_under_inference_mode_is_counted_with_the_others(stra
         model = tiny_lm()
         balance = equipoise.attach(model, strategy)
         for seed in range(2):
-            with torch.inference_mode(inference):
+            with torch.inference_mode(inference), balance.counting():
                 model(ids(seed))
                 balance.loss()
             model(ids(seed + 2)).backward()

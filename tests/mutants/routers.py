@@ -11,9 +11,15 @@ MUTANTS = [
     ),
     Mutant(
         "a forward that was stopped by hand stays counted",
-        "            if self._forwards and not torch.compiler.is_compiling():",
-        "            if False:",
-        "library/balance -k keyboard_interrupt",
+        "            if not self._forwards:\n                self.counter.forward_failed(self._num_calls_before)\n        if self._forwards and",
+        "            if False:\n                pass\n        if self._forwards and",
+        "library/counting/test_forwards -k interrupted",
+    ),
+    Mutant(
+        "an error of the caller is taken for one of the forward",
+        "error is not None and error is not forward.error",
+        "error is not None",
+        "library/counting/test_forwards -k except_block",
     ),
     Mutant(
         "what a tap gives out is kept for its backward",
@@ -72,21 +78,45 @@ MUTANTS = [
     ),
     Mutant(
         "42: a mask that cannot be one is refused where nothing is counted",
-        "                self.not_padding = self._why_not_padding(mask, rows, module, arguments)",
-        "                self.not_padding = self._why_not_padding(mask, rows, module, arguments)\n                assert self.not_padding is None",
+        "problem = None if reason is None else _NOT_PADDING.format(reason=reason)",
+        "problem = None if reason is None else _NOT_PADDING.format(reason=reason)\n        assert problem is None",
         "library/balance -k 'added_to_attention or wrapper_does_not'",
     ),
     Mutant(
         "42: what a wrapper wraps is not told its padding",
-        '    while "attention_mask" not in _argument_names(inner):\n',
-        "    while False:\n",
+        'while "attention_mask" not in argument_names(inner):',
+        "while False:",
         "library/balance -k mask",
     ),
     Mutant(
         "45: the mask that a model with a cached prefix is called with is taken from its beginning",
-        "self.mask = mask[:, mask.shape[1] - length :]",
-        "self.mask = mask[:, :length]",
+        "mask = mask[:, mask.shape[1] - length :]",
+        "mask = mask[:, :length]",
         "library/balance -k cached",
+    ),
+    Mutant(
+        "104: positions that begin anew are not seen",
+        "starts[:, 1:] = positions[:, 1:] <= positions[:, :-1]",
+        "starts[:, 1:] = False",
+        "library/counting/test_places -k visible_form",
+    ),
+    Mutant(
+        "104: numbers in a mask are not seen",
+        "return changes(mask.gather(1, last_unmasked))",
+        "return None",
+        "library/counting/test_places -k visible_form",
+    ),
+    Mutant(
+        "104: a hole in a mask ends a sequence",
+        "return changes(mask.gather(1, last_unmasked))",
+        "return changes(mask)",
+        "library/counting/test_places -k hole",
+    ),
+    Mutant(
+        "104: a form that cannot be read is passed over",
+        "self.inputs = self.inputs._replace(problem=str(error))",
+        "pass",
+        "library/counting/test_places -k cannot_be_read",
     ),
     # G. storage and dtype
     Mutant(

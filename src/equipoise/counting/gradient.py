@@ -171,5 +171,5 @@ class Losses:
                 "(torch.autograd.grad, backward(inputs=...)), set balance.loss_scale to the factor of the loss. A "
                 "loss() is 0 before a forward, when called twice, and after a forward that raised."
             )
-        counted.micro_batch.mark_served(counted)
+        counted.micro_batch.mark_served(counted, was_recomputed=call_id == RECOMPUTED)
         return counted, factor

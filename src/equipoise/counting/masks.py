@@ -1,61 +1,206 @@
-"""Fits masks and sequence ids to the tokens of one router call."""
+"""Finds out which tokens of a forward a router call has, and fits masks and sequence ids to them.
+
+Masks and sequence ids lie on a grid, the rows of the batch by their length. Most calls have all tokens of the grid.
+Others have
+
+- the tokens in another order: inside a sequence-first model;
+- the end of each row: a layer that predicts more than the next token;
+- a part: a block that is computed in tiles calls its router once for each. Only at the end of the forward is it known
+  that the calls were tiles;
+- other tokens, such as the patches of images, to which the mask of the forward does not apply.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from equipoise.errors import EquipoiseError
+from equipoise.routers import MoELayer
+from equipoise.routers.forward import ForwardContext
+from equipoise.routers.tap import RouterCall
 
-MTP_DEPTH = 1  # a multi-token-prediction layer sees rows one token shorter
-
-
-def is_mask_of(mask: Tensor, num_tokens: int) -> bool:
-    """Whether a padding mask can belong to this many tokens: to all, or to rows that are ``MTP_DEPTH`` shorter."""
-    rows, length = mask.shape
-    return num_tokens % max(rows, 1) == 0 and 0 <= length - num_tokens // max(rows, 1) <= MTP_DEPTH
+_PREDICTS_FURTHER = re.compile("mtp|nextn|multi_?token", re.IGNORECASE)
+_JOINS_EMBEDDINGS = "eh_proj"  # in DeepSeek's models: joins hidden states with the embeddings of later tokens
 
 
-def fit_mask(
-    mask: Tensor | None, num_tokens: int, rows: int, layer: str, device: torch.device
-) -> Float[Tensor, " tokens"] | None:
-    """The mask of these tokens, 0 or 1, a copy. A longer 2-D mask covers a cached prefix too: its end is taken."""
-    if mask is None:
-        return None
-    has_rows = mask.dim() == 2 and rows in (0, mask.shape[0])
-    if has_rows and mask.numel() > num_tokens and num_tokens % mask.shape[0] == 0:
-        mask = mask[:, -(num_tokens // mask.shape[0]) :]
-    if mask.numel() != num_tokens:
-        raise EquipoiseError(
-            f"the mask must hold one number per token that {layer} routes: got shape {tuple(mask.shape)} for "
-            f"{num_tokens} tokens. Pass the mask of these tokens with balance.token_mask(mask)."
-        )
-    if mask.dim() == 2 and 1 < rows == mask.shape[1] != mask.shape[0] > 1:
-        raise EquipoiseError(
-            f"the mask must have a row for each of the {rows} rows of the batch: got shape {tuple(mask.shape)}, which "
-            "has them as columns. Pass mask.T, in the order in which the tokens are routed."
-        )
-    return (mask.to(device).reshape(-1) != 0).float()
+class Place(NamedTuple):
+    """Which tokens of a grid a router call has, and in which order."""
+
+    columns: slice = slice(None)  # of every row
+    is_sequence_first: bool = False
+    tokens: slice = slice(None)  # of the flattened columns
+
+    def of(self, values: Tensor) -> Tensor:
+        """Their values, flat, of ``values`` on the grid."""
+        values = values[:, self.columns]
+        return (values.T if self.is_sequence_first else values).reshape(-1)[self.tokens]
 
 
-def number_sequences(
-    sequence_ids: Tensor | None, rows: int, num_tokens: int, device: torch.device
-) -> tuple[Int[Tensor, " tokens"] | None, int]:
-    """Numbers the sequences 0, 1, ...: rows of the batch, or wherever ``sequence_ids`` change.
+class Tokens:
+    """The tokens of the router calls of one attached model."""
 
-    Also returns an upper bound of how many there are, known without looking at the data.
-    """
-    if sequence_ids is not None:
-        ids = sequence_ids.reshape(1, -1) if sequence_ids.dim() == 1 else sequence_ids
-        starts = torch.ones_like(ids, dtype=torch.bool)
-        starts[:, 1:] = ids[:, 1:] != ids[:, :-1]
-        if starts.numel() != num_tokens:
+    def __init__(self, model: nn.Module, layers: Sequence[MoELayer], context: ForwardContext):
+        self.layers = layers
+        self.context = context
+        # By layer that the mask or the sequences of its forward do not fit: their shape, the number of tokens.
+        self.other_tokens: dict[int, tuple[tuple[int, ...], int]] = {}
+        self._sequence_first: set[int] = set()
+        self._has_columns: dict[int, bool] = {}  # by layer with tiles: whether they are parts of all rows
+        further = layers_predicting_further(model)
+        self._predicts_further = {index for index, layer in enumerate(layers) if layer.router in further}
+
+    # ---- what is known of a call ----
+
+    def on_grid(self, call: RouterCall) -> RouterCall:
+        """The call with the mask that ``token_mask(where=...)`` gave its layer, if any; masks in two dimensions."""
+        explicit = self.context.masks_by_layer.get(call.layer)
+        if explicit is not None:
+            call = call._replace(mask=explicit.mask, sequence_ids=explicit.sequence_ids)
+        if call.mask is None and call.sequence_ids is None:
+            return call
+        mask, ids = (self._on_grid(values, call) for values in (call.mask, call.sequence_ids))
+        return call._replace(mask=mask, sequence_ids=ids)
+
+    def _on_grid(self, values: Tensor | None, call: RouterCall) -> Tensor | None:
+        if values is None:
+            return None
+        if values.dim() == 1:
+            is_of_forward = values.numel() == call.rows * call.length
+            return values.view(call.rows, call.length) if is_of_forward else values[None]
+        rows, length = values.shape
+        if not self.is_explicit(call.layer) or call.num_tokens >= values.numel() or call.num_tokens % rows:
+            return values
+        # It covers a cached prefix too. The forward shows its length, unless the router is called by itself.
+        is_cut = call.num_tokens == rows * call.length if call.rows == rows else not call.length
+        return values[:, length - call.num_tokens // rows :] if is_cut else values
+
+    def is_explicit(self, layer: int) -> bool:
+        return self.context.token_mask is not None or layer in self.context.masks_by_layer
+
+    def grid(self, call: RouterCall) -> tuple[int, int]:
+        """Rows and length of the tokens that the call is of; zeros if they are not known."""
+        values = call.sequence_ids if call.mask is None else call.mask
+        return (call.rows, call.length) if values is None else (values.shape[0], values.shape[1])
+
+    def may_be_tile(self, call: RouterCall) -> bool:
+        """Whether it has fewer tokens than its forward, and may be followed by calls that have the others."""
+        rows, length = self.grid(call)
+        return 0 < call.num_tokens < rows * length and self._end(call) is None
+
+    def _end(self, call: RouterCall) -> Place | None:
+        """The end of each row, for a layer that predicts further than the next token."""
+        rows, length = self.grid(call)
+        if call.layer not in self._predicts_further or call.num_tokens % rows or not call.num_tokens < rows * length:
+            return None
+        return Place(slice(length - call.num_tokens // rows, None))
+
+    # ---- fitting ----
+
+    def fit(self, call: RouterCall, before: int = 0, is_tile: bool = False) -> RouterCall:
+        """The call with the mask and the sequence ids of its own tokens, flat.
+
+        ``is_tile`` says that it has the tokens of its forward that follow the first ``before``.
+        """
+        if self.context.inputs.problem is not None and not self.is_explicit(call.layer):
+            raise EquipoiseError(self.context.inputs.problem)
+        if call.num_tokens == 0 or (call.mask is None and call.sequence_ids is None):
+            return call._replace(mask=None, sequence_ids=None)
+        mask, ids = (self._fit(values, call, before, is_tile) for values in (call.mask, call.sequence_ids))
+        for what, values, fitted in (("the mask", call.mask, mask), ("sequence_ids", call.sequence_ids, ids)):
+            if values is not None and fitted is None:
+                self._note_other_tokens(what, values, call)
+        return call._replace(mask=None if mask is None else (mask != 0).float(), sequence_ids=ids)
+
+    def _note_other_tokens(self, what: str, values: Tensor, call: RouterCall) -> None:
+        shape = tuple(values.shape)
+        if self.is_explicit(call.layer):
             raise EquipoiseError(
-                f"sequence_ids must hold one number per token: got shape {tuple(sequence_ids.shape)} for {num_tokens} "
-                "tokens. Pass those of these tokens with balance.token_mask(mask, sequence_ids)."
+                f"{what} must hold one number per token that {self._name(call)} routes: got shape {shape} for "
+                f"{call.num_tokens} tokens. Say it for these tokens with balance.token_mask(mask, sequence_ids), or "
+                "with where=... for this layer."
             )
-        return starts.reshape(-1).cumsum(0).sub_(1).to(device), num_tokens
-    if num_tokens == 0:
-        return torch.zeros(0, dtype=torch.int64, device=device), 0
-    if rows <= 0 or num_tokens % rows:
-        return None, 0
-    return torch.arange(num_tokens, device=device) // (num_tokens // rows), rows
+        self.other_tokens.setdefault(call.layer, (shape, call.num_tokens))
+
+    def _fit(self, values: Tensor | None, call: RouterCall, before: int, is_tile: bool) -> Tensor | None:
+        """The values of the call's tokens; None if it has others."""
+        if values is None:
+            return None
+        rows, length = values.shape
+        leading, layer = call.leading, call.layer
+        if leading == (length, rows) and rows != length:
+            self._sequence_first.add(layer)
+        is_sequence_first = layer in self._sequence_first
+        place: Place | None = None
+        if call.num_tokens == values.numel():
+            self._check_order(values, call)
+            place = Place(is_sequence_first=is_sequence_first)
+        elif is_tile:
+            place = self._tile(values, call, before, is_sequence_first)
+        elif call.num_tokens < values.numel():
+            place = self._end(call)
+        return None if place is None else place.of(values.to(call.expert_ids.device))
+
+    def _tile(self, values: Tensor, call: RouterCall, before: int, is_sequence_first: bool) -> Place:
+        rows, num_tokens = values.shape[0], call.num_tokens
+        if call.leading:
+            self._has_columns[call.layer] = call.leading[0] == rows
+        is_columns = self._has_columns.get(call.layer, False)
+        is_known = call.layer in self._has_columns or is_sequence_first or rows == 1 or num_tokens % rows
+        if not is_known:
+            raise EquipoiseError(
+                f"a router that is called for parts of a forward must show which tokens each part has: "
+                f"{self._name(call)} got {num_tokens} of {values.numel()} tokens, flattened. Call it with hidden "
+                "states [batch, part of the sequence, dim], or once with all tokens."
+            )
+        if is_columns and before % rows == 0:
+            return Place(slice(before // rows, (before + num_tokens) // rows))
+        return Place(slice(None), is_sequence_first, slice(before, before + num_tokens))
+
+    def _check_order(self, mask: Tensor, call: RouterCall) -> None:
+        if self.context.token_mask is not None and 1 < call.rows == mask.shape[1] != mask.shape[0] > 1:
+            raise EquipoiseError(
+                f"the mask must have a row for each of the {call.rows} rows of the batch: got shape "
+                f"{tuple(mask.shape)}, which has them as columns. Pass mask.T."
+            )
+
+    def _name(self, call: RouterCall) -> str:
+        return self.layers[call.layer].name
+
+    # ---- sequences ----
+
+    def check_whole_sequences(self, call: RouterCall, before: int) -> None:
+        """Raises if a tile cuts a row: the loss of a sequence needs all its tokens at once."""
+        length = self.grid(call)[1]
+        in_rows = not call.leading or call.leading[-1] == length
+        if not in_rows or before % length or call.num_tokens % length:
+            raise EquipoiseError(
+                "a loss of scope sequence must have each sequence in one call of a router: "
+                f"{self._name(call)} is called for parts of the rows, {call.num_tokens} tokens at a time. Take scope "
+                "micro_batch or global_batch, or compute the block for all tokens at once."
+            )
+
+    def rows_as_sequences(self, call: RouterCall, before: int, is_tile: bool) -> tuple[Tensor | None, int]:
+        """The sequence ids of a call, and how many sequences there are, if every row is one. None: unknown."""
+        rows, length, num_tokens, device = call.rows, call.length, call.num_tokens, call.expert_ids.device
+        if length and (is_tile or num_tokens == rows * length):
+            ids = torch.arange(rows, device=device)[:, None].expand(rows, length)
+            return self._fit(ids, call, before, is_tile), rows
+        rows = rows or (call.leading[0] if call.leading else 0)
+        if num_tokens == 0:
+            return torch.zeros(0, dtype=torch.int64, device=device), 0
+        if rows <= 0 or num_tokens % rows:
+            return None, 0
+        return torch.arange(num_tokens, device=device) // (num_tokens // rows), rows
+
+
+def layers_predicting_further(model: nn.Module) -> set[nn.Module]:
+    """The modules of multi-token prediction, which see rows without their first tokens. Known by their names."""
+    further: set[nn.Module] = set()
+    for path, module in model.named_modules(remove_duplicate=False):
+        names = (path.rpartition(".")[-1], type(module).__name__)
+        if path and (any(map(_PREDICTS_FURTHER.search, names)) or _JOINS_EMBEDDINGS in module._modules):
+            further.update(module.modules())
+    return further

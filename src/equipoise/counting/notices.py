@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterable
 
 from equipoise._text import abbreviate
-from equipoise.counting.recorder import Recorder
+from equipoise.counting.recorder import IN_EVALUATION, WITHOUT_GRADIENT, Recorder
 
 _log = logging.getLogger("equipoise")
 
@@ -18,11 +18,22 @@ _UNREACHED = (
     "differentiated. This is right if a branch ends early or is detached. Otherwise the block computes its own "
     "weights. It must multiply the outputs of experts by the weights of the router."
 )
-_UNMATCHED_MASK = (
-    "step: {names} routes {num_tokens} tokens, and the attention_mask has the shape {shape}: it belongs to other "
-    "tokens. All tokens of the layer were counted. Say which are padding with balance.token_mask(mask, where=...). Of "
-    "a longer mask the end is taken, as for multi-token prediction."
+_OTHER_TOKENS = (
+    "step: {names} routes {num_tokens} tokens, and the attention_mask or the sequences of the forward have the shape "
+    "{shape}: they belong to other tokens. All tokens of the layer were counted. Say which are padding with "
+    "balance.token_mask(mask, sequence_ids, where=...)."
 )
+_UNCOUNTED = {
+    WITHOUT_GRADIENT: (
+        "a forward in training mode began with gradients off, and was not counted. This is right for generation, for "
+        "the log-probabilities of a reference or an older model, and for a forward that is run again with gradients. "
+        "If its tokens count, run it in `with balance.counting():`."
+    ),
+    IN_EVALUATION: (
+        "nothing was counted: the routers were called in evaluation mode, with gradients on. Call model.train() before "
+        "training."
+    ),
+}
 
 
 class Notices:
@@ -38,12 +49,20 @@ class Notices:
             self._warn(_NOT_CALLED, (layer for layer in range(len(recorder.layers)) if layer not in called_layers))
         if recorder.losses.number:
             self._warn(_UNREACHED, recorder.window.unreached_layers())
-        self._warn(_UNMATCHED_MASK, sorted(recorder.unmatched_masks))
+        self._warn(_OTHER_TOKENS, sorted(recorder.tokens.other_tokens))
+        if WITHOUT_GRADIENT in recorder.uncounted:
+            self.say_uncounted(WITHOUT_GRADIENT)
+
+    def say_uncounted(self, reason: str) -> None:
+        """Says once why calls that look like training were not counted."""
+        if (reason, -1) not in self._said:
+            self._said.add((reason, -1))
+            _log.warning(_UNCOUNTED[reason])
 
     def _warn(self, message: str, layers: Iterable[int]) -> None:
         new = [layer for layer in layers if (message, layer) not in self._said]
         if new:
             self._said.update((message, layer) for layer in new)
             names = abbreviate(self._recorder.layers[layer].name for layer in new)
-            shape, num_tokens = self._recorder.unmatched_masks.get(new[0], ((), 0))
+            shape, num_tokens = self._recorder.tokens.other_tokens.get(new[0], ((), 0))
             _log.warning(message.format(names=names, shape=shape, num_tokens=num_tokens))

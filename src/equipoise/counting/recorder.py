@@ -1,12 +1,14 @@
 """Counts each router call once.
 
-A call counts if the router is in training mode, counting is not paused, and no backward is running: inside a backward a
-forward is a recomputation. While an evaluation is measured, calls count in any mode, apart from the window.
+A call counts if the router is in training mode, the model's forward began with gradients on, counting is not paused,
+and no backward is running: inside a backward a forward is a recomputation. While an evaluation is measured, calls count
+in any mode, apart from the window.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from enum import Enum
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -16,22 +18,35 @@ from equipoise.balancers import Balancer
 from equipoise.counting.biases import Biases
 from equipoise.counting.gradient import Losses
 from equipoise.counting.layout import Layout
-from equipoise.counting.masks import fit_mask, is_mask_of, number_sequences
+from equipoise.counting.masks import Tokens
 from equipoise.counting.pool import Pool
-from equipoise.counting.window import CountedCall, MicroBatch, Window
+from equipoise.counting.window import CountedCall, Window
 from equipoise.errors import EquipoiseError
 from equipoise.routers import MoELayer
-from equipoise.routers.forward import ForwardContext
+from equipoise.routers.forward import ForwardContext, ForwardTokens
 from equipoise.routers.tap import RECOMPUTED, UNCOUNTED, RouterCall
 from equipoise.torch_internals import is_backward_running, is_shape_inference
+
+# Why calls that look like training were not counted.
+IN_EVALUATION = "in evaluation mode"
+WITHOUT_GRADIENT = "without gradients"
 
 
 class Mode(Enum):
     """What is done with router calls."""
 
-    COUNTING = "calls in training mode are counted into the window"
+    COUNTING = "calls in training mode, with gradients, are counted into the window"
+    COUNTING_ALL = "calls in training mode are counted, without gradients too"
     MEASURING = "calls are counted, apart from the window"
     PAUSED = "no call is counted"
+
+
+class _Undecided(NamedTuple):
+    """A call that is to be counted. With a part of its forward's tokens it is one tile of several, or has others."""
+
+    call: RouterCall
+    counted: CountedCall | None  # None: it is measured
+    forward: ForwardTokens
 
 
 class Recorder:
@@ -52,11 +67,12 @@ class Recorder:
         pools_each = any(b.has_loss and b.scope == "global_batch" and b.pooling == "window" for b in balancers)
         self.window = Window(self.layout, pool, num_losses, pools_each, self.biases)
         self.losses = Losses(layers, self.biases, self.window)
-        self.context = ForwardContext(model, self.window)
-        # By layer that the attention_mask does not fit: the shape of the mask, the number of tokens.
-        self.unmatched_masks: dict[int, tuple[tuple[int, ...], int]] = {}
-        self._device_of_model = next(model.parameters(), torch.zeros(())).device
         self._needs_sequences = any(b.has_loss and b.scope == "sequence" for b in balancers)
+        self.context = ForwardContext(model, self, self._needs_sequences)
+        self.tokens = Tokens(model, layers, self.context)
+        self.uncounted: set[str] = set()  # since the last step: why calls that look like training were not counted
+        self._undecided: dict[int, list[_Undecided]] = {}  # by layer: calls with a part of their forward's tokens
+        self._device_of_model = next(model.parameters(), torch.zeros(())).device
         self._mode = Mode.COUNTING
         self._is_measuring = False
         self._measured: Tensor | None = None  # counts of the evaluation that is measured
@@ -73,6 +89,14 @@ class Recorder:
 
     def paused(self) -> AbstractContextManager[None]:
         return self._in_mode(Mode.PAUSED)
+
+    @contextmanager
+    def counting_all(self) -> Iterator[None]:
+        before, self._mode = self._mode, Mode.COUNTING_ALL
+        try:
+            yield
+        finally:
+            self._mode = before
 
     @contextmanager
     def _in_mode(self, mode: Mode) -> Iterator[None]:
@@ -121,6 +145,11 @@ class Recorder:
             self._measure(call)
             return UNCOUNTED
         if not call.is_training:
+            if call.has_gradient:
+                self.uncounted.add(IN_EVALUATION)
+            return UNCOUNTED
+        if not call.has_gradient and self._mode is not Mode.COUNTING_ALL:
+            self.uncounted.add(WITHOUT_GRADIENT)
             return UNCOUNTED
         self._check_sizes(call, check_k=True)
         return self._count(call)
@@ -134,26 +163,118 @@ class Recorder:
     def adopt_bias(self, layer: int) -> None:
         self.biases.adopt(layer)
 
+    # ---- forwards ----
+
+    @property
+    def num_calls(self) -> int:
+        return self.window.num_calls
+
+    def forward_is_a_micro_batch(self) -> bool:
+        has_tickets = self.losses.number and self.losses.loss_scale is None
+        return not (has_tickets or self.losses.separates)
+
+    def forward_failed(self, num_calls: int) -> None:
+        self._undecided.clear()
+        self.window.forward_failed(num_calls)
+
+    def forward_ended(self) -> None:
+        self.settle(self.context.innermost)
+
+    @torch.no_grad()
+    def settle(self, forward: ForwardTokens | None = None) -> None:
+        """Counts the calls that waited for further tiles of their forward, which did not come: as other tokens."""
+        for layer, calls in list(self._undecided.items()):
+            if forward is None or calls[0].forward is forward:
+                del self._undecided[layer]
+                for undecided in calls:
+                    self._add(undecided)
+
     # ---- counting ----
 
     def _measure(self, call: RouterCall) -> None:
-        call = self._with_fitted_mask(call)
-        if self._measured is None:
-            self._measured = self.layout.zeros(call.expert_ids.device)
-        self.layout.count(self._measured, call.layer, call.expert_ids, call.mask)
+        call = self.tokens.on_grid(call)
+        forward = ForwardTokens() if self._is_outside(call) else self.context.innermost
+        before = forward.add(call.layer, call.num_tokens)
+        self._place(_Undecided(call, None, forward), before)
 
     def _count(self, call: RouterCall) -> int:
-        call = self._with_fitted_mask(call)
-        layer, expert_ids, window = call.layer, call.expert_ids, self.window
-        if self.losses.number == 0 or self.losses.loss_scale is not None:
-            self._split_by_forward(layer)
-        micro_batch = window.micro_batch(expert_ids.device)
+        window, layer = self.window, call.layer
+        is_outside = self._is_outside(call)
+        if self.forward_is_a_micro_batch():
+            self._split_by_forward(layer, is_outside)
+        micro_batch = window.micro_batch(call.expert_ids.device, self.context.outermost)
         if window.num_calls == 0:  # statistics depend on the biases: adopt what was written into slots since
             for group in self.biases.groups:
                 if group.has_statistics:
                     self.biases.adopt_writes(group)
-        self.layout.count(micro_batch.vector, layer, expert_ids, call.mask)
-        counted = self._counted_call(call, micro_batch)
+        needs_gradient = call.num_tokens > 0 and call.logits.requires_grad
+        counted = CountedCall(window.num_calls, layer, micro_batch, needs_gradient)
+        call_id = window.record(counted, call.expert_ids)
+        call = self.tokens.on_grid(call)
+        forward = ForwardTokens() if is_outside else self.context.innermost
+        before = forward.add(layer, call.num_tokens)
+        self._place(_Undecided(call, counted, forward), before)
+        rows, length = self.tokens.grid(call)
+        is_repeated = before >= rows * length if rows * length else before > 0
+        if is_repeated:
+            micro_batch.add_repeated(counted)
+        return call_id
+
+    def _split_by_forward(self, layer: int, is_outside: bool) -> None:
+        """Where no ticket separates micro-batches, each forward of the model is one.
+
+        Outside a forward, where a router is called by itself, one begins when its layer comes again.
+        """
+        current = self.window.current
+        if current is not None and (
+            current.forward is not self.context.outermost or (is_outside and layer in current.called_layers)
+        ):
+            self.window.close_micro_batch()
+
+    def _is_outside(self, call: RouterCall) -> bool:
+        """Whether a router is called by itself, not by a forward of the model."""
+        return not (self.context.is_under_way or call.is_compiled)
+
+    def _place(self, undecided: _Undecided, before: int) -> None:
+        """Counts a call; one with a part of its forward's tokens when the other parts have come."""
+        call = undecided.call
+        is_followed = self.context.is_under_way and not call.is_compiled  # a graph reuses the memory of a call
+        if not (is_followed and self.context.uses_places and self.tokens.may_be_tile(call)):
+            self._add(undecided)
+            return
+        rows, length = self.tokens.grid(call)
+        reached = before % (rows * length) + call.num_tokens
+        waiting = self._undecided.setdefault(call.layer, [])
+        waiting.append(undecided)
+        if reached == rows * length:
+            del self._undecided[call.layer]
+            start = 0
+            for tile in waiting:
+                self._add(tile, start, is_tile=True)
+                start += tile.call.num_tokens
+        elif reached > rows * length:
+            self.settle(undecided.forward)
+
+    def _add(self, undecided: _Undecided, before: int = 0, is_tile: bool = False) -> None:
+        """Counts a call, and adds its statistics and losses to its micro-batch."""
+        call, counted, _ = undecided
+        fitted = self.tokens.fit(call, before, is_tile)
+        if counted is None:
+            if self._measured is None:
+                self._measured = self.layout.zeros(call.expert_ids.device)
+            self.layout.count(self._measured, call.layer, call.expert_ids, fitted.mask)
+            return
+        if is_tile and self._needs_sequences:
+            self.tokens.check_whole_sequences(call, before)
+        layer, micro_batch, expert_ids = call.layer, counted.micro_batch, call.expert_ids
+        rows, length = self.tokens.grid(call)
+        counted.mask, counted.num_tokens = fitted.mask, call.num_tokens if fitted.mask is None else fitted.mask.sum()
+        if self._needs_sequences and fitted.sequence_ids is not None:
+            counted.sequence_ids, counted.num_sequences = fitted.sequence_ids, rows * length
+        elif self._needs_sequences:
+            ids, counted.num_sequences = self.tokens.rows_as_sequences(call, before, is_tile)
+            counted.sequence_ids = ids
+        self.layout.count(micro_batch.vector, layer, expert_ids, fitted.mask)
         group, row = self.biases.group_of[layer]
         if self.losses.number or group.has_statistics:
             routing = self.losses.routing(counted, call.logits, expert_ids, call.weights)
@@ -162,55 +283,8 @@ class Recorder:
                 if statistic is not None:
                     micro_batch.statistics.add(layer, number, statistic)
             self.losses.add(counted, routing)
-        return window.record(counted, expert_ids)
-
-    def _counted_call(self, call: RouterCall, micro_batch: MicroBatch) -> CountedCall:
-        num_tokens, device = call.expert_ids.shape[0], call.expert_ids.device
-        sequence_ids, num_sequences = None, 0
-        if self._needs_sequences:
-            sequence_ids, num_sequences = number_sequences(call.sequence_ids, call.rows, num_tokens, device)
-        num_unmasked = num_tokens if call.mask is None else call.mask.sum()
-        needs_gradient = num_tokens > 0 and call.logits.requires_grad
-        number = self.window.num_calls
-        return CountedCall(
-            number, call.layer, micro_batch, call.mask, sequence_ids, num_sequences, num_unmasked, needs_gradient
-        )
-
-    def _split_by_forward(self, layer: int) -> None:
-        """If no ticket separates micro-batches, one begins when the layer that came first comes again."""
-        micro_batch = self.window.current
-        if micro_batch is not None and not self.losses.separates and layer == micro_batch.first_layer:
-            self.window.close_micro_batch()
-
-    def _with_fitted_mask(self, call: RouterCall) -> RouterCall:
-        """The call with the mask of its own tokens."""
-        mask, context, layer = call.mask, self.context, call.layer
-        num_tokens = call.expert_ids.shape[0]
-        explicit = context.masks_by_layer.get(layer)
-        if mask is None and explicit is None:
-            return call
-        if explicit is not None:
-            mask = explicit.mask
-            two_dimensional = [len(tensor) for tensor in explicit if tensor is not None and tensor.dim() == 2]
-            rows = two_dimensional[0] if two_dimensional else call.rows
-            call = call._replace(sequence_ids=explicit.sequence_ids, rows=rows)
-        elif mask is not None and not context.is_explicit:
-            self._check_padding()
-            if not is_mask_of(mask, num_tokens):
-                self.unmatched_masks.setdefault(layer, (tuple(mask.shape), num_tokens))
-                mask = None
-        mask = fit_mask(mask, num_tokens, call.rows, self.layers[layer].name, call.expert_ids.device)
-        return call._replace(mask=mask)
 
     # ---- checks ----
-
-    def _check_padding(self) -> None:
-        if self.context.not_padding is not None:
-            raise EquipoiseError(
-                "an attention_mask of two dimensions must say which tokens are padding: of the one that the model was "
-                f"called with, {self.context.not_padding}. Say which tokens count before the forward: "
-                "balance.token_mask(mask), token_mask(None) if all do, token_mask(mask, where=...) for some layers."
-            )
 
     def _check_sizes(self, call: RouterCall, check_k: bool) -> None:
         """A router must route as it did when it was attached. An evaluation may choose another k."""
@@ -237,9 +311,11 @@ class Recorder:
 
     def close_window(self, applied: bool | Tensor, called_layers: set[int]) -> None:
         """Closes the window over all ranks and moves the biases, if every rank's optimizer step was applied."""
+        self.settle()
         window, num_before = self.window, self.window.num_closed
         absent = self.biases.empty_statistics() if len(called_layers) < len(self.layers) else None
         statistics, applied = window.close(applied, absent)
+        self.uncounted.clear()
         if self.context.has_explicit_mask:
             self.context.clear()
         if applied is not False and window.last is not None:

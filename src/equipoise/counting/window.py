@@ -7,6 +7,7 @@ A window is what is counted between two calls of ``Balance.step``. It owns its m
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -27,17 +28,18 @@ _TOO_LATE = (
 )
 
 
-class CountedCall(NamedTuple):
-    """One router call that was counted."""
+@dataclass(eq=False, slots=True)
+class CountedCall:
+    """One router call that was counted. What is known of its tokens may come at the end of its forward only."""
 
     number: int  # in its window
     layer: int
     micro_batch: "MicroBatch"
-    mask: Float[Tensor, " tokens"] | None
-    sequence_ids: Int[Tensor, " tokens"] | None
-    num_sequences: int
-    num_tokens: Tensor | int
     needs_gradient: bool  # its logits are differentiated
+    mask: Float[Tensor, " tokens"] | None = None
+    sequence_ids: Int[Tensor, " tokens"] | None = None
+    num_sequences: int = 0
+    num_tokens: Tensor | int = 0
 
 
 class MicroBatch:
@@ -46,8 +48,9 @@ class MicroBatch:
     Calls are known by their number in the window. A call is *served* when its backward has got its gradient.
     """
 
-    def __init__(self, layout: Layout, num_losses: int, statistics: Statistics, device: torch.device):
+    def __init__(self, layout: Layout, num_losses: int, statistics: Statistics, device: torch.device, forward: object):
         self.layout = layout
+        self.forward = forward  # the outermost one in which it began
         self.vector = vector = layout.zeros(device)
         self.statistics = statistics  # handed to the window when this closes
         self.losses = vector[:0]  # by balancer with a loss, and layer: the loss, summed over the tokens
@@ -55,7 +58,7 @@ class MicroBatch:
             self.losses = vector.new_zeros(num_losses, layout.num_layers, dtype=torch.float64)
         self.dtype = torch.float32  # of the losses, or wider
         self.factor: Tensor | None = None  # that the caller gave the loss; known when its ticket's backward has run
-        self.first_layer: int | None = None
+        self._repeated: list[CountedCall] = []  # their forward had called the layer with the same tokens before
         self._calls: dict[int, list[int]] = {}  # by layer
         self._unserved: dict[int, list[int]] = {}
         self._choices: dict[int, Tensor] = {}  # expert ids of unserved calls
@@ -66,7 +69,21 @@ class MicroBatch:
 
     @property
     def num_tokens(self) -> Int[Tensor, " layers"]:
+        """Of all calls: a layer that is called twice in a forward has twice its tokens."""
         return self.vector[self.layout.tokens]
+
+    @property
+    def num_distinct_tokens(self) -> Int[Tensor, " layers"]:
+        if not self._repeated:
+            return self.num_tokens
+        num_tokens = self.num_tokens.clone()
+        for call in self._repeated:
+            repeated = call.num_tokens
+            num_tokens[call.layer] -= repeated.long() if isinstance(repeated, Tensor) else repeated
+        return num_tokens
+
+    def add_repeated(self, call: CountedCall) -> None:
+        self._repeated.append(call)
 
     def has_several_calls(self, layer: int) -> bool:
         return len(self._calls[layer]) > 1
@@ -84,8 +101,6 @@ class MicroBatch:
         self._unserved.setdefault(call.layer, []).append(call.number)
         if choice is not None:
             self._choices[call.number] = choice
-        if self.first_layer is None:
-            self.first_layer = call.layer
 
     # ---- backward ----
 
@@ -97,21 +112,22 @@ class MicroBatch:
     def is_unserved(self, call: CountedCall) -> bool:
         return call.number in self._unserved[call.layer]
 
-    def unserved_calls(self, layer: int) -> list[int]:
-        return self._unserved.get(layer, [])
-
-    def mark_served(self, call: CountedCall) -> None:
+    def mark_served(self, call: CountedCall, was_recomputed: bool) -> None:
         if self.is_unserved(call):
             self._unserved[call.layer].remove(call.number)
+        if not was_recomputed:  # a recomputation may come again: for the gradient of the weights, after the inputs'
             self._choices.pop(call.number, None)
 
-    def most_similar_call(self, layer: int, expert_ids: Tensor) -> tuple[int, int]:
-        """Of the unserved calls of ``layer`` the one whose choice is most like this one, or the last of several.
+    def most_similar_call(self, layer: int, expert_ids: Tensor, also_served: bool) -> tuple[int, bool, int] | None:
+        """Of the calls of ``layer`` the one whose choice is most like this one: how many choices agree, and its number.
 
-        Backwards run from the last call to the first, but not every call has one. Returns how many choices agree, and
-        the number of the call.
+        Unserved calls go before served ones, and later ones first: backwards run from the last call to the first, but
+        not every call has one.
         """
-        return max((self._num_equal_choices(number, expert_ids), number) for number in self._unserved[layer])
+        unserved = self._unserved.get(layer, [])
+        calls = self._calls.get(layer, []) if also_served else unserved
+        similar = ((self._num_equal_choices(call, expert_ids), call in unserved, call) for call in calls)
+        return max(similar, default=None)
 
     def _num_equal_choices(self, number: int, expert_ids: Tensor) -> int:
         choice = self._choices.get(number)
@@ -180,13 +196,15 @@ class Window:
         micro_batch = self.current or self._latest
         if micro_batch is None:
             return torch.zeros((), dtype=torch.int64, device=device)
-        return torch.stack([micro_batch.num_tokens[layer] for layer in sorted(micro_batch.called_layers)]).min()
+        num_tokens = micro_batch.num_distinct_tokens
+        return torch.stack([num_tokens[layer] for layer in sorted(micro_batch.called_layers)]).min()
 
-    def micro_batch(self, device: torch.device) -> MicroBatch:
-        """The open micro-batch; begins one if there is none."""
+    def micro_batch(self, device: torch.device, forward: object) -> MicroBatch:
+        """The open micro-batch; begins one in ``forward`` if there is none."""
         if self.current is None:
             with outside_inference_mode():
-                self.current = MicroBatch(self.layout, self._num_losses, Statistics(self._biases.gathered), device)
+                statistics = Statistics(self._biases.gathered)
+                self.current = MicroBatch(self.layout, self._num_losses, statistics, device, forward)
             self.micro_batches.append(self.current)
             if len(self.micro_batches) == WARN_AFTER_MICRO_BATCHES:
                 _log.warning(
@@ -225,19 +243,29 @@ class Window:
         return self._calls[call_id & 0xFFFFFFFF]
 
     def recomputed_call(self, layer: int, expert_ids: Tensor, has_factor: bool) -> CountedCall | None:
-        """The call that a backward makes again. It does not know its micro-batch.
+        """The call that a backward makes again. It does not know its micro-batch; None if there is none.
 
         It belongs to the one whose ticket's backward ran last. Without tickets (``has_factor``: the factor is known
-        otherwise) to the one with the most similar choice.
+        otherwise) to the one with the most similar choice. There a graph may run twice: for the gradient of its inputs,
+        later for that of its weights. Raises ``EquipoiseError`` if the choice is not like that of any call.
         """
-        micro_batch = self.serving
-        if micro_batch is None and has_factor:
-            candidates = [m for m in self.micro_batches if m.unserved_calls(layer)]
-            micro_batch = max(candidates, key=lambda m: m.most_similar_call(layer, expert_ids)[0], default=None)
-        calls = [] if micro_batch is None else micro_batch.unserved_calls(layer)
-        if micro_batch is None or not calls:
+        micro_batches = self.micro_batches if self.serving is None and has_factor else [self.serving]
+        similar = [
+            call
+            for micro_batch in micro_batches
+            if micro_batch is not None
+            and (call := micro_batch.most_similar_call(layer, expert_ids, also_served=self.serving is None))
+        ]
+        if not similar:
             return None
-        return self._calls[calls[0] if len(calls) == 1 else micro_batch.most_similar_call(layer, expert_ids)[1]]
+        num_equal, _, number = max(similar)
+        if 2 * num_equal < expert_ids.numel():
+            raise EquipoiseError(
+                "a recomputed forward must choose the experts that it chose before: this one agrees with no call of "
+                f"the window in more than {max(num_equal, 0)} of {expert_ids.numel()} choices. Checkpoint with "
+                "preserve_rng_state=True, and run the backward before step()."
+            )
+        return self._calls[number]
 
     def unreached_layers(self) -> list[int]:
         """Layers whose loss had a backward that did not reach them, though their logits are differentiated.

@@ -1,13 +1,13 @@
-"""What the model's forward was called with and its routers do not see: which tokens are padding, and how many rows.
+"""What the model's forward was called with and its routers do not see: padding, sequences, whether gradients are on.
 
 ``attach`` decides once which modules to hook. Their hooks set the context before each forward and restore it after.
 """
 
-import inspect
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
+from types import FrameType
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -15,15 +15,35 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from equipoise._text import shape_or_type
-from equipoise.torch_internals import is_traced
+from equipoise.errors import EquipoiseError
+from equipoise.routers.arguments import (
+    argument_names,
+    changes,
+    has_cache,
+    numbered,
+    padding_argument,
+    rows_and_length,
+    sequence_length,
+    sequence_starts,
+)
+from equipoise.torch_internals import are_gradients_wanted, is_backward_running, is_frame_running, is_traced
 
 
 class CallCounter(Protocol):
-    """Counts the router calls of a forward, and drops those of a forward that failed."""
+    """Counts the router calls of forwards."""
 
     @property
     def num_calls(self) -> int: ...
-    def forward_failed(self, num_calls: int) -> None: ...
+    def forward_failed(self, num_calls: int) -> None: ...  # drops what it counted after the first num_calls
+    def forward_ended(self) -> None: ...  # a forward has routed all its tokens
+    def forward_is_a_micro_batch(self) -> bool: ...  # no loss() separates micro-batches
+
+
+_NOT_PADDING = (
+    "an attention_mask of two dimensions must say which tokens are padding: of the one that the model was called with, "
+    "{reason}. Say which tokens count before the forward: balance.token_mask(mask), token_mask(None) if all do, "
+    "token_mask(mask, where=...) for some layers."
+)
 
 
 class TokenMask(NamedTuple):
@@ -44,55 +64,107 @@ class TokenMask(NamedTuple):
             )
 
 
-class _Forward(NamedTuple):  # the context around a forward that is under way: to be restored after it
-    mask: Tensor | None
-    not_padding: str | None
-    rows: int
+class _Inputs(NamedTuple):
+    """What a forward was called with."""
+
+    mask: Tensor | None = None  # of padding
+    sequence_ids: Tensor | None = None  # numbers the sequences; None: sequences are rows
+    rows: int = 0  # of the batch; 0 if unknown
+    length: int = 0  # tokens of a row; 0 if unknown
+    problem: str | None = None  # why its mask or its sequences cannot be used
+
+
+class ForwardTokens:
+    """One forward, as an object of its own, and how many tokens each layer's calls in it have had."""
+
+    def __init__(self) -> None:
+        self._by_layer: dict[int, int] = {}
+
+    def add(self, layer: int, num_tokens: int) -> int:
+        """Adds those of a call. Returns how many came before it."""
+        before = self._by_layer.get(layer, 0)
+        self._by_layer[layer] = before + num_tokens
+        return before
+
+
+class _Forward(NamedTuple):
+    """A forward that is under way, and the context around it, which is restored after it."""
+
+    module: nn.Module
+    inputs: _Inputs
+    has_gradient: bool | None
+    tokens: "ForwardTokens"
+    is_own: bool  # it does not run inside another one
+    error: BaseException | None  # that was being handled when it began
+    frame: FrameType | None  # that runs it; None while a graph is made
+    thread: int = 0
 
 
 class ForwardContext:
-    """Padding and rows of the forward that is under way.
+    """Padding, sequences and gradient mode of the forward that is under way.
 
     A copy of the model carries inert copies of the hooks, so it never writes into the context of the original.
+
+    Attributes:
+        inputs: what the innermost forward was called with.
+        token_mask: what ``Balance.token_mask`` said. It outranks ``inputs``.
+        has_gradient: whether gradients were on when the outermost forward began. Inside, reentrant checkpointing
+            switches them off. None if no forward is under way.
     """
 
-    def __init__(self, model: nn.Module, counter: CallCounter):
+    def __init__(self, model: nn.Module, counter: CallCounter, needs_sequences: bool):
         self.model = model
         self.counter = counter
+        self.needs_sequences = needs_sequences
         self.clear()
-        self._forwards: list[_Forward] = []  # by forward under way, the context around it
+        self.inputs = _Inputs()
+        self.has_gradient: bool | None = None
+        self._forwards: list[_Forward] = []  # under way, from the outermost to the innermost
+        self._last = ForwardTokens()  # of the last outermost forward
         self._num_calls_before = 0  # router calls before the outermost forward
         self._num_calls_at_mask = 0  # router calls when token_mask was called
         self._ambiguous: set[nn.Module] = set()  # modules with two masks that cannot be assigned to their routers
         self._has_checked_values = False  # of a mask of floats that is not on the host
+        self._is_sequence_first = any(getattr(module, "batch_first", True) is False for module in model.modules())
 
     def clear(self) -> None:
-        self.mask: Tensor | None = None  # of padding, from Balance.token_mask or from the arguments of the forward
-        self.sequence_ids: Tensor | None = None  # from Balance.token_mask
-        self.rows = 0  # of the batch; 0 if unknown
-        self.is_explicit = False  # the mask is from Balance.token_mask, which outranks the arguments of the forward
+        self.token_mask: TokenMask | None = None
         self.masks_by_layer: dict[int, TokenMask] = {}  # by layer, what Balance.token_mask(where=...) set
-        self.not_padding: str | None = None  # why the mask that the model was called with cannot be a padding mask
 
     @contextmanager
     def set_aside(self) -> Iterator[None]:
         """Puts aside what belongs to the open micro-batch; what is set meanwhile ends with it."""
-        names = ("mask", "sequence_ids", "rows", "is_explicit", "masks_by_layer", "not_padding")
-        before = {name: getattr(self, name) for name in names}
+        before = self.inputs, self.token_mask, self.masks_by_layer
         self.clear()
+        self.inputs = _Inputs()
         try:
             yield
         finally:
-            for name, value in before.items():
-                setattr(self, name, value)
+            self.inputs, self.token_mask, self.masks_by_layer = before
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether a forward runs. Not known in the graph of a compiled model, which holds the hooks too."""
+        return bool(self._forwards)
+
+    @property
+    def outermost(self) -> ForwardTokens:
+        """The outermost forward, or the last one: in a graph the hooks act before or after all calls."""
+        return self._forwards[0].tokens if self._forwards else self._last
+
+    @property
+    def innermost(self) -> ForwardTokens:
+        return self._forwards[-1].tokens if self._forwards else self._last
 
     # ---- what Balance.token_mask says ----
 
     def set_mask(self, token_mask: TokenMask, layers: Sequence[int] | None = None) -> None:
         """Sets the mask of the coming micro-batch: for some layers, or for all that have none of their own."""
+        ids = token_mask.sequence_ids
+        if ids is not None:
+            token_mask = token_mask._replace(sequence_ids=numbered(changes(ids if ids.dim() == 2 else ids[None])))
         if layers is None:
-            self.mask, self.sequence_ids = token_mask
-            self.is_explicit = True
+            self.token_mask = token_mask
         else:
             self.masks_by_layer |= dict.fromkeys(layers, token_mask)
         self._num_calls_at_mask = self.counter.num_calls
@@ -100,7 +172,21 @@ class ForwardContext:
     @property
     def has_explicit_mask(self) -> bool:
         """Whether ``Balance.token_mask`` was called for this micro-batch."""
-        return self.is_explicit or bool(self.masks_by_layer)
+        return self.token_mask is not None or bool(self.masks_by_layer)
+
+    @property
+    def uses_places(self) -> bool:
+        """Whether it matters which of the forward's tokens a router call has."""
+        inputs = self.inputs
+        has_mask = inputs.mask is not None or self.has_explicit_mask
+        return has_mask or self.needs_sequences
+
+    def mask_and_sequences(self) -> tuple[Tensor | None, Tensor | None]:
+        """For layers that have no mask of their own."""
+        if self.token_mask is None:
+            return self.inputs.mask, self.inputs.sequence_ids
+        mask, sequence_ids = self.token_mask
+        return mask, self.inputs.sequence_ids if sequence_ids is None else sequence_ids
 
     @property
     def has_unused_mask(self) -> bool:
@@ -116,7 +202,7 @@ class ForwardContext:
         self._ambiguous = {module for module in modules if _is_ambiguous(module, modules, routers)}
         handles = []
         for module in modules:
-            names = _argument_names(module)
+            names = argument_names(module)
             handles += [
                 module.register_forward_pre_hook(_Hook(self._before, names), with_kwargs=True),
                 module.register_forward_hook(_Hook(self._after, names), always_call=True),
@@ -124,26 +210,83 @@ class ForwardContext:
         return handles
 
     def _before(self, names: list[str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        arguments = {**dict(zip(names, args, strict=False)), **kwargs}
-        if module is self.model:
-            if self._forwards and not torch.compiler.is_compiling():
-                self.counter.forward_failed(self._num_calls_before)  # Ctrl-C ended a forward without its hook
-            self._forwards = []
-        if not self._forwards and not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            self._begin(module, None, None)
+        else:
+            self._drop_interrupted_forwards(module)
+            self._begin(module, sys.exc_info()[1], sys._getframe(2))  # of the module's __call__, which runs its forward
+        self._read(module, {**dict(zip(names, args, strict=False)), **kwargs})
+
+    def _begin(self, module: nn.Module, error: BaseException | None, frame: FrameType | None) -> None:
+        is_outermost = not self._forwards
+        # A model that calls itself begins a forward of its own: generation inside a forward, recursive reasoning.
+        is_own = is_outermost or (frame is not None and any(forward.module is module for forward in self._forwards))
+        tokens = ForwardTokens() if is_own else self._forwards[-1].tokens
+        thread = 0 if frame is None else threading.get_ident()
+        forward = _Forward(module, self.inputs, self.has_gradient, tokens, is_own, error, frame, thread)
+        self._forwards.append(forward)
+        if is_own:
+            self.has_gradient = are_gradients_wanted()
+        if is_outermost:
+            self._last = tokens
+        if is_outermost and frame is not None:
             self._num_calls_before = self.counter.num_calls
-        self._forwards.append(_Forward(None if self.is_explicit else self.mask, self.not_padding, self.rows))
-        rows = _num_rows(arguments)
-        self.rows = rows or self.rows
-        mask = arguments.get("attention_mask")
-        if not self.is_explicit and isinstance(mask, Tensor) and mask.dim() == 2:
-            length = _sequence_length(arguments)
-            self.mask, self.not_padding = mask, None
-            if mask.shape[0] == mask.shape[1] == length != rows:
-                self.mask = None  # says who may attend to whom
-            elif _has_cache(arguments) and mask.shape[0] == rows and mask.shape[1] > length > 0:
-                self.mask = mask[:, mask.shape[1] - length :]
-            if self.mask is not None and not is_traced():
-                self.not_padding = self._why_not_padding(mask, rows, module, arguments)
+            self._check_mask_is_new()
+
+    def _drop_interrupted_forwards(self, module: nn.Module) -> None:
+        """Ctrl-C ends a forward without its hook."""
+        if not self._forwards or is_backward_running():
+            return
+        while self._forwards:
+            forward = self._forwards[-1]
+            # A compiled forward has no frame that could be looked for. It does not call itself.
+            if is_frame_running(forward.frame, forward.thread) if forward.frame else forward.module is not module:
+                break
+            self._end()
+            if not self._forwards:
+                self.counter.forward_failed(self._num_calls_before)
+        if self._forwards and self._forwards[-1].thread not in (0, threading.get_ident()):
+            raise EquipoiseError(
+                "a forward must end before another thread begins one of the same model: two run at once, and each "
+                "would count with the padding of the other. Give one of the threads a copy of the model."
+            )
+
+    def _check_mask_is_new(self) -> None:
+        """Where every forward is a micro-batch, a mask is for one forward."""
+        is_used = self.has_explicit_mask and self.counter.num_calls > self._num_calls_at_mask
+        is_counted = self.model.training and self.has_gradient and not is_backward_running()
+        if is_used and is_counted and self.counter.forward_is_a_micro_batch():
+            raise EquipoiseError(
+                "token_mask() must be called before every forward if no loss() ends its micro-batch: the mask that is "
+                "set was used by the forward before. Call token_mask() again, token_mask(None) if all tokens count."
+            )
+
+    def _read(self, module: nn.Module, arguments: Mapping[str, Any]) -> None:
+        rows, length = rows_and_length(arguments, self._is_sequence_first)
+        if rows:
+            self.inputs = self.inputs._replace(rows=rows, length=length)
+        mask = padding_argument(arguments)
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            self._read_padding(mask, module, arguments)
+        if self.needs_sequences and self.model.training and rows and length:
+            try:
+                starts = sequence_starts(arguments, rows, length)
+            except EquipoiseError as error:
+                self.inputs = self.inputs._replace(problem=str(error))
+            else:
+                if starts is not None:
+                    self.inputs = self.inputs._replace(sequence_ids=numbered(starts))
+
+    def _read_padding(self, mask: Tensor, module: nn.Module, arguments: Mapping[str, Any]) -> None:
+        length, rows = sequence_length(arguments), self.inputs.rows
+        if mask.shape[0] == mask.shape[1] == length != rows:
+            self.inputs = self.inputs._replace(mask=None, problem=None)  # says who may attend to whom
+            return
+        reason = None if is_traced() else self._why_not_padding(mask, rows, module, arguments)
+        problem = None if reason is None else _NOT_PADDING.format(reason=reason)
+        if has_cache(arguments) and mask.shape[0] == rows and mask.shape[1] > length > 0:
+            mask = mask[:, mask.shape[1] - length :]
+        self.inputs = self.inputs._replace(mask=mask, problem=problem)
 
     def _why_not_padding(self, mask: Tensor, rows: int, module: nn.Module, arguments: Mapping[str, Any]) -> str | None:
         """As far as the host can see without waiting for a GPU. It waits once: for the first mask of floats."""
@@ -162,13 +305,22 @@ class ForwardContext:
         return None
 
     def _after(self, names: list[str], module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        around = self._forwards.pop() if self._forwards else _Forward(None, None, 0)
-        self.not_padding, self.rows = around.not_padding, around.rows
-        if not self.is_explicit:
-            self.mask = around.mask
-        is_outermost = not self._forwards and not torch.compiler.is_compiling()
-        if is_outermost and output is None and sys.exc_info()[1] is not None:
+        if not self._forwards:
+            return
+        is_compiling, forward = torch.compiler.is_compiling(), self._forwards[-1]
+        error = None if is_compiling else sys.exc_info()[1]
+        has_failed = output is None and error is not None and error is not forward.error
+        try:
+            if forward.is_own and not is_compiling and not has_failed:
+                self.counter.forward_ended()
+        finally:
+            self._end()
+        if has_failed and not self._forwards:
             self.counter.forward_failed(self._num_calls_before)
+
+    def _end(self) -> None:
+        forward = self._forwards.pop()
+        self.inputs, self.has_gradient = forward.inputs, forward.has_gradient
 
 
 class _Hook:
@@ -185,47 +337,28 @@ class _Hook:
         return _Hook, ()
 
 
-# ---- reading the arguments of a forward ----
-
-
-def _num_rows(arguments: Mapping[str, Any]) -> int:
-    for name in ("input_ids", "inputs_embeds", *arguments):
-        value = arguments.get(name)
-        if isinstance(value, Tensor) and (value.dim() >= 3 or (value.dim() == 2 and not value.is_floating_point())):
-            return value.shape[0]
-    return 0
-
-
-def _sequence_length(arguments: Mapping[str, Any]) -> int:
-    inputs = (arguments.get("input_ids"), arguments.get("inputs_embeds"))
-    tokens = next((value for value in inputs if value is not None), None)
-    return tokens.shape[1] if isinstance(tokens, Tensor) and tokens.dim() >= 2 else 0
-
-
-def _has_cache(arguments: Mapping[str, Any]) -> bool:
-    """Whether a forward goes on from earlier tokens, which a mask covers too."""
-    caches = (value for name, value in arguments.items() if "past" in name or "cache" in name)
-    return any(value is not None and not isinstance(value, bool) for value in caches)
-
-
 # ---- which modules to hook ----
 
 
 def _modules_to_hook(model: nn.Module, routers: set[nn.Module]) -> list[nn.Module]:
     """The model, and whole models inside it, which may be called by themselves.
 
-    If the model is a wrapper that takes no mask: also the first module in it that does, on the way to all routers.
+    If the model is a wrapper that takes no mask: also the first module in it that does, on the way to all routers. If
+    it has no forward, as a list of pipeline stages: the modules in it instead.
     """
+    if type(model).forward is nn.Module.forward and "forward" not in model.__dict__:
+        holders = [child for child in model.children() if child not in routers and routers & {*child.modules()}]
+        return [module for child in holders for module in _modules_to_hook(child, routers)]
     modules = [model]
     inner = model
-    while "attention_mask" not in _argument_names(inner):
+    while "attention_mask" not in argument_names(inner):
         inner = next((m for m in inner.children() if routers and routers <= {*m.modules()} - {m}), model)
         if inner is model:
             break
-        if "attention_mask" in _argument_names(inner):
+        if "attention_mask" in argument_names(inner):
             modules.append(inner)
     for module in model.modules():
-        is_whole_model = {"input_ids", "attention_mask"} <= {*_argument_names(module)}
+        is_whole_model = {"input_ids", "attention_mask"} <= {*argument_names(module)}
         if module not in modules and is_whole_model and routers & {*module.modules()}:
             modules.append(module)
     return modules
@@ -236,19 +369,7 @@ def _is_ambiguous(module: nn.Module, hooked: Sequence[nn.Module], routers: set[n
     inside = {*module.modules()}
     with_own_mask: set[nn.Module] = set()
     for other in hooked:
-        if other is not module and other in inside and "decoder_attention_mask" not in _argument_names(other):
+        if other is not module and other in inside and "decoder_attention_mask" not in argument_names(other):
             with_own_mask.update(other.modules())
-    takes_both = {"attention_mask", "decoder_attention_mask"} <= {*_argument_names(module)}
+    takes_both = {"attention_mask", "decoder_attention_mask"} <= {*argument_names(module)}
     return takes_both and any(router in inside and router not in with_own_mask for router in routers)
-
-
-def _argument_names(module: nn.Module) -> list[str]:
-    """Of its forward. Looked up once for all modules of a class, except for those with a forward on the instance."""
-    if "forward" in module.__dict__:
-        return list(inspect.signature(module.forward).parameters)
-    return _parameter_names(type(module).forward)[1:]
-
-
-@cache
-def _parameter_names(forward: Any) -> list[str]:
-    return list(inspect.signature(forward).parameters)

@@ -29,7 +29,7 @@ from torch.overrides import TorchFunctionMode
 from equipoise.errors import EquipoiseError
 from equipoise.routers.forward import ForwardContext
 from equipoise.routers.kind import ADDED_SLOT, MoELayer, RouterKind, Slot
-from equipoise.torch_internals import is_traced
+from equipoise.torch_internals import are_gradients_wanted, is_traced, leading_dimensions
 
 UNCOUNTED = -1  # id of a call that does not count: evaluation, paused
 RECOMPUTED = -2  # id of a call that a backward makes again
@@ -45,7 +45,15 @@ class RouterCall(NamedTuple):
     mask: Tensor | None = None  # of the model's forward, not yet fitted to these tokens
     sequence_ids: Tensor | None = None
     rows: int = 0  # of the batch; 0 if unknown
+    length: int = 0  # tokens of a row of the batch; 0 if unknown
+    leading: tuple[int, ...] = ()  # of the router's input, the dimensions before the last; () if it was flattened
     is_training: bool = True
+    has_gradient: bool = True  # gradients were on when the forward of the model began
+    is_compiled: bool = False  # in a graph, where the context is not kept
+
+    @property
+    def num_tokens(self) -> int:
+        return self.expert_ids.shape[0]
 
 
 class Observer(Protocol):
@@ -133,18 +141,45 @@ def _tapped_class(base: Any) -> Any:
                 f"a router must give plain tensors: {type(self).__name__} gives a DTensor. Leave it out of the plan of "
                 "parallelize_module: every tensor parallel rank has the same tokens and routes them by itself."
             )
-        rows = context.rows or (args[0].shape[0] if args and args[0].dim() == 3 else 0)
+        mask, sequence_ids = context.mask_and_sequences()
+        rows, length = context.inputs.rows, context.inputs.length
+        has_gradient = are_gradients_wanted() if context.has_gradient is None else context.has_gradient
+        hidden = args[0] if args else next(iter(kwargs.values()), None)
         if not tap.has_loss:
             logits = logits.detach()
         if is_traced():
+            shape = list(hidden.shape[:-1]) if isinstance(hidden, Tensor) and hidden.dim() == 3 else []
             # A compiler merges two calls with the same arguments. It takes no two empty tensors for the same.
             unique = torch.empty(0, device=weights.device) if torch.compiler.is_compiling() else None
             weights, _ = torch.ops.equipoise.tap(
-                weights, logits, expert_ids, context.mask, context.sequence_ids, rows, tap.key, self.training, unique
+                weights,
+                logits,
+                expert_ids,
+                mask,
+                sequence_ids,
+                rows,
+                length,
+                shape,
+                tap.key,
+                self.training,
+                has_gradient,
+                unique,
             )
             return tap.kind.write(output, weights, expert_ids)
-        mask, sequence_ids = context.mask, context.sequence_ids
-        call = RouterCall(tap.layer, logits, expert_ids, weights, mask, sequence_ids, rows, self.training)
+        leading = leading_dimensions(hidden) if context.uses_places else ()
+        call = RouterCall(
+            tap.layer,
+            logits,
+            expert_ids,
+            weights,
+            mask,
+            sequence_ids,
+            rows,
+            length,
+            leading,
+            self.training,
+            has_gradient,
+        )
         if tap.has_loss:
             return tap.kind.write(output, _EagerTap.apply(weights, logits, expert_ids, call, tap), expert_ids)
         with torch.no_grad():
@@ -254,8 +289,9 @@ class _EagerTap(torch.autograd.Function):
 
 torch.library.define(
     "equipoise::tap",
-    "(Tensor weights, Tensor logits, Tensor expert_ids, Tensor? mask, Tensor? sequence_ids, SymInt rows, Tensor key, "
-    "bool training, Tensor? unique) -> (Tensor, Tensor)",
+    "(Tensor weights, Tensor logits, Tensor expert_ids, Tensor? mask, Tensor? sequence_ids, SymInt rows, "
+    "SymInt length, SymInt[] leading, Tensor key, bool training, bool has_gradient, Tensor? unique) "
+    "-> (Tensor, Tensor)",
 )
 torch.library.define(
     "equipoise::tap_backward",
@@ -264,16 +300,30 @@ torch.library.define(
 
 
 @torch.library.impl("equipoise::tap", "CompositeExplicitAutograd")
-def _tap(weights, logits, expert_ids, mask, sequence_ids, rows, key, training, unique):
+def _tap(weights, logits, expert_ids, mask, sequence_ids, rows, length, leading, key, training, has_gradient, unique):
     tap, call_id = _TAPS.get(int(key)), UNCOUNTED
     if tap is not None:
-        call = RouterCall(tap.layer, logits, expert_ids, weights, mask, sequence_ids, int(rows), training)
-        call_id = tap.observe(call)
+        sizes, dimensions = (int(rows), int(length)), tuple(map(int, leading))
+        call_id = tap.observe(
+            RouterCall(
+                tap.layer,
+                logits,
+                expert_ids,
+                weights,
+                mask,
+                sequence_ids,
+                *sizes,
+                dimensions,
+                training,
+                has_gradient,
+                is_compiled=unique is not None,
+            )
+        )
     return weights.clone(), torch.tensor(call_id)
 
 
 @torch.library.register_fake("equipoise::tap")
-def _(weights, logits, expert_ids, mask, sequence_ids, rows, key, training, unique):
+def _(weights, *_):
     return torch.empty_like(weights), torch.empty((), dtype=torch.int64, device="cpu")
 
 
@@ -291,7 +341,7 @@ def _(grad_weights, logits, expert_ids, weights, call_id, key):
 
 
 def _setup_context(ctx, inputs, output):
-    weights, logits, expert_ids, _, _, _, key, _, _ = inputs
+    weights, logits, expert_ids, *_, key, _, _, _ = inputs
     ctx.needs_gradient = logits.requires_grad
     if ctx.needs_gradient:
         ctx.save_for_backward(logits, expert_ids, weights, output[1], key)
@@ -299,7 +349,7 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad_weights, grad_token):
     grad_logits = torch.ops.equipoise.tap_backward(grad_weights, *ctx.saved_tensors) if ctx.needs_gradient else None
-    return grad_weights, grad_logits, None, None, None, None, None, None, None
+    return grad_weights, grad_logits, *[None] * 10
 
 
 torch.library.register_autograd("equipoise::tap", _backward, setup_context=_setup_context)

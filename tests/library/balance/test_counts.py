@@ -77,18 +77,11 @@ def test_a_paused_or_evaluated_forward_has_a_plain_gradient():
                 balance.step()
 
 
-def test_a_forward_without_gradients_counts():
-    model, balance = attach_tiny("loss-free:rate=0.1")
-    with torch.no_grad():
-        model(random_ids())
-    balance.step()
-    assert_tokens_counted(balance, 14)
-
-
-def test_a_training_forward_under_inference_mode_counts():
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_forward_without_gradients_counts_where_the_caller_says_so(mode):
     for strategy in ("loss-free:rate=0.1", "loss-free:rate=0.1+lbl"):
         model, balance = attach_tiny(strategy)
-        with torch.inference_mode():
+        with mode(), balance.counting():
             model(random_ids())
         (model(random_ids(seed=1)) + balance.loss()).backward()
         balance.step()

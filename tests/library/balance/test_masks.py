@@ -110,7 +110,7 @@ def test_the_end_of_an_attention_mask_with_a_cached_prefix_applies():
     balance = attach(model, "none")
     ids = torch.randint(3, 64, (2, 7), generator=torch.Generator().manual_seed(0))
     mask = torch.tensor([[0, 0, 0, 0, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]])  # its end and its start mask different tokens
-    with torch.no_grad():
+    with torch.no_grad(), balance.counting():
         cache = model(ids[:, :4], attention_mask=mask[:, :4], use_cache=True).past_key_values
         model(ids[:, 4:], attention_mask=mask, past_key_values=cache)
     balance.step()

@@ -168,7 +168,7 @@ def test_training_with_biases_evens_the_load_out():
     model, balance = attach_tiny("loss-free:rate=0.02,rule=sign")
     history = []
     for step in range(150):
-        with torch.no_grad():
+        with torch.no_grad(), balance.counting():
             model(random_ids(rows=16, length=16, seed=step % 10))
         balance.step()
         history.append(balance.metrics()["maxvio_batch"])

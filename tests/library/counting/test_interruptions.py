@@ -193,7 +193,9 @@ def test_generation_counts_in_training_and_measuring_only(name):
             torch.equal(values[n], generating_values[n]) for n in values
         )
     assert results[0][3] == results[1][3]
-    generate()  # in training mode and not paused: it counts like any forward
+    generate()  # in training mode and not paused: without gradients it does not count
+    with balance.counting():
+        generate()
     balance.step()
     assert [int(x.sum()) for x in balance.load.values()] == [2 * read] * 2
 
@@ -204,11 +206,11 @@ def test_a_training_forward_under_inference_mode_is_counted_by_every_mechanism(s
     for surrounding in (torch.inference_mode, nullcontext):
         net = block_net()
         balance = attach(net, strategy)
-        with surrounding():
+        with surrounding(), balance.counting():
             net(random_ids())
         net(random_ids(seed=1)).backward()
         balance.step()
-        with surrounding():
+        with surrounding(), balance.counting():
             net(random_ids(seed=2))
             balance.step()
         net(random_ids(seed=3))

@@ -204,7 +204,7 @@ def test_a_mask_applies_only_to_its_own_call(rows):
 @pytest.mark.parametrize("rows", [2, 3])
 @pytest.mark.parametrize("kind", [None, "reentrant", "non_reentrant"])
 def test_a_counted_call_without_gradient_is_not_taken_for_one_with_gradient(kind, rows):
-    """For example, the same model runs as student, then as teacher without gradients: counted, never recomputed."""
+    """For example, a frozen model runs in the same forward: counted, never recomputed."""
     net = block_net()
     balance = attach(net, STRATEGY)
     other = block_net()
@@ -212,7 +212,7 @@ def test_a_counted_call_without_gradient_is_not_taken_for_one_with_gradient(kind
     net.checkpointing = [kind] * 3
     for model, b in ((net, balance), (other, other_balance)):
         loss = model(random_ids(), PADDED_RIGHT)
-        with torch.no_grad():
+        with torch.no_grad(), b.counting():
             model(random_ids(rows, seed=1))
         (loss + b.loss()).backward()
         b.step()

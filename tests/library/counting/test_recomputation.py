@@ -17,6 +17,7 @@ from block_net import (
     TOKENS,
     Batch,
     assert_same_outcome,
+    block,
     block_net,
     count_router_runs,
     exact_default_window,
@@ -29,11 +30,12 @@ from block_net import (
     save_tap,
     sums,
 )
-from models import K
+from models import DIM, K
+from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
-from windows import random_ids
+from windows import assert_gradients_close, clone_gradients, random_ids
 
-from equipoise import attach
+from equipoise import EquipoiseError, attach
 
 CHECKPOINTING = {
     "saves the matrix products": [save_matmuls] * 3,
@@ -173,3 +175,65 @@ def test_uneven_micro_batches_share_one_dynamic_graph():
     compiled = torch.compile(net, backend="eager", fullgraph=True, dynamic=True)
     for order in ORDERS:
         assert_same_outcome(run_window(net, balance, UNEVEN_BATCHES, order, compiled), exact_uneven_window(order))
+
+
+class Stage(torch.nn.Module):
+    """A stage of a pipeline: its gradient is taken for its inputs first, and for its weights later."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = torch.nn.ModuleList([block("sigmoid"), block("softmax")])
+
+    def forward(self, x):
+        for layer in self.blocks:
+            x = checkpoint(layer, x, use_reentrant=False)
+        return x.square().mean()
+
+
+def _inputs(seed):
+    return torch.randn(2, 7, DIM, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+
+
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+def test_a_backward_that_runs_twice_has_the_same_gradient_twice(backend):
+    """Zero-bubble schedules split a backward. In a compiled graph each half recomputes and runs all of it."""
+    torch._dynamo.reset()
+    strategy = "lbl:scope=micro_batch,coefficient=0.5+lbl:scope=sequence,coefficient=0.5"
+    plain, split = Stage().train(), Stage().train()
+    plain_balance, balance = attach(plain, strategy), attach(split, strategy)
+    balance.loss_scale = 1.0
+    forward = split if backend is None else torch.compile(split, backend=backend, fullgraph=True)
+    expected = []
+    for seed in range(3):
+        x = _inputs(seed)
+        (plain(x) + plain_balance.loss()).backward()
+        expected.append(x.grad)
+    inputs = [_inputs(seed) for seed in range(3)]
+    losses = [forward(x) for x in inputs[:2]]
+    for number in range(3):  # one forward is always ahead: its calls wait for their gradient
+        (gradient,) = torch.autograd.grad(losses[number], inputs[number], retain_graph=True)
+        assert_close(gradient, expected[number], rtol=1e-5, atol=1e-7)
+        if number == 0:
+            losses.append(forward(inputs[2]))
+    parameters = list(split.parameters())
+    for loss in losses:
+        for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+    assert_gradients_close(clone_gradients(split), clone_gradients(plain))
+    balance.step()
+    plain_balance.step()
+    assert all(torch.equal(balance.load[name], load) for name, load in plain_balance.load.items())
+
+
+@pytest.mark.parametrize("has_ticket", [True, False])
+def test_a_recomputation_that_is_hardly_alike_is_refused(has_ticket):
+    net = block_net()
+    balance = attach(net, "lbl:coefficient=0.5")
+    net.checkpointing = [None, "reentrant", None]
+    balance.loss_scale = None if has_ticket else 1.0
+    loss = net(*BATCHES[0])
+    loss = loss + balance.loss() if has_ticket else loss
+    net.blocks[1].gate.weight.data.neg_()  # what is recomputed chooses other experts
+    with pytest.raises(EquipoiseError, match="must choose the experts that it chose before: this one agrees"):
+        loss.backward()

@@ -160,5 +160,5 @@ def count_by_hand(calls: Sequence[ObservedCall], mask: Tensor | None = None) -> 
 
 
 def count_tokens(calls: Sequence[ObservedCall], mask: Tensor | None) -> int:
-    """Unmasked tokens, once for each call."""
-    return sum(len(call.expert_ids) if mask is None else int((mask != 0).sum()) for call in calls)
+    """Unmasked tokens of one forward, all of which each call has."""
+    return len(calls[0].expert_ids) if mask is None else int((mask != 0).sum())

@@ -24,7 +24,7 @@ def happens_once(subject: Subject) -> None:
         fail("a second Balance of the same routers")
     copy_balance = attach(deepcopy(model), LossFree(), where=subject.where)
     calls = subject.record(model)
-    with torch.no_grad():
+    with torch.no_grad(), balance.counting():
         run_model(model, subject.batch)
     balance.step()
     require_load(balance.load, calls, subject.batch)

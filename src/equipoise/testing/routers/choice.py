@@ -119,7 +119,7 @@ def follows_a_step(subject: Subject) -> None:
     """After step() the routers must choose by the bias that it moved; step(applied=False) must move nothing."""
     model, balance = subject.attached(LossFree(0.1, rule="sign"))
     recorded = subject.record(model)
-    with torch.no_grad():
+    with torch.no_grad(), balance.counting():
         for applied in (True, False):
             biases_before = balance.biases
             run_model(model, subject.batch)

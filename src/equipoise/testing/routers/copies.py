@@ -45,7 +45,7 @@ def _require_independent_copy(subject: Subject, model: nn.Module, balance: Balan
     """``copy`` is steered as ``model`` was, is counted nowhere, and runs with its own weights and biases."""
     keys, model_keys = list(copy.state_dict()), list(model.state_dict())
     require(keys == model_keys, f"state-dict keys {set(keys) ^ set(model_keys)} on one side only")
-    with torch.no_grad():
+    with torch.no_grad(), balance.counting():
         calls = subject.record(model)
         expected, _ = run_model(model, subject.batch)
         model_calls = drain(calls)

@@ -26,8 +26,8 @@ from equipoise.testing.routers.loss import require_loss_gradient
 
 
 def count_each_token_once(subject: Subject) -> None:
-    """The load must be what the routers chose in training, each token once, with or without gradients, and must hold
-    nothing of evaluations and pauses."""
+    """The load must be what the routers chose in training, each token once. It must hold nothing of evaluations and
+    pauses, and of forwards without gradients only those in ``counting()``."""
     model, balance = subject.attached(LossFree(), LoadBalancingLoss())
     calls = subject.record(model)
     expected = {name: torch.zeros_like(load) for name, load in balance.load.items()}
@@ -54,7 +54,9 @@ def count_each_token_once(subject: Subject) -> None:
         forward(subject.batch, False)
     (loss + balance.loss()).backward()
     with torch.no_grad():
-        forward(subject.flipped_batch, True)
+        forward(subject.batch, False)
+        with balance.counting():
+            forward(subject.flipped_batch, True)
     balance.loss()
     num_tokens = int(balance.num_tokens)
     require(num_tokens == expected_tokens, f"num_tokens {num_tokens} for {expected_tokens} tokens")
@@ -117,7 +119,8 @@ def measure_an_evaluation(subject: Subject) -> None:
     model, balance = subject.attached(LossFree())
     calls = subject.record(model)
     with torch.no_grad():
-        run_model(model, subject.batch)
+        with balance.counting():
+            run_model(model, subject.batch)
         training_calls = drain(calls)
         for training in (False, True):
             with case(training=training):
