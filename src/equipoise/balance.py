@@ -73,7 +73,7 @@ class Balance:
     # ---- the training loop ----
 
     def loss(self) -> Float[Tensor, ""]:
-        """Closes the micro-batch and returns its balancing loss: add it to the loss of this forward.
+        """Closes the micro-batch and returns its balancing loss: add it to the loss of its forward, or forwards.
 
         ``sum over balancers of coefficient * sum over layers of their loss``, a mean over the unmasked tokens of the
         micro-batch: weight it as you would a mean cross-entropy. 0 if no balancer has a loss or nothing was
@@ -81,7 +81,8 @@ class Balance:
         given (1 / accumulation steps, a GradScaler's scale); each router then adds the gradient by the counts known
         then. That gradient is a constant to autograd: a second derivative leaves the balancing out.
 
-        If a gradient is taken for some tensors only (``backward(inputs=...)``), set ``loss_scale`` instead.
+        If a gradient is taken for some tensors only (``backward(inputs=...)``), or from outputs that were cached
+        (GradCache), set ``loss_scale`` instead. Then every forward is a micro-batch.
         """
         return self._close_micro_batch()
 
@@ -97,6 +98,7 @@ class Balance:
             for reason in self._recorder.uncounted:
                 self._notices.say_uncounted(reason)
             return torch.zeros((), device=self._recorder.device)
+        self._notices.check_forwards(micro_batch.num_forwards)
         return self._losses.ticket(micro_batch)
 
     @property
@@ -176,14 +178,18 @@ class Balance:
     ) -> None:
         """Says which tokens of the coming micro-batch count, and which sequence each is in.
 
-        Holds until the next ``loss()`` or ``step()``, and outranks an ``attention_mask`` that the model is called with.
+        Holds until the next ``loss()`` or ``step()``; for one forward if no ``loss()`` separates micro-batches, and a
+        second one raises. Outranks an ``attention_mask`` that the model is called with.
         Inside ``measuring()`` and ``paused()`` it is put aside; one that is set there ends with them. If several kinds
         of tokens go through one model (text, images), give each kind its own mask with ``where``.
 
         Args:
             mask: 1 for a token that counts, 0 for padding; ``[batch, sequence]`` or flat. None: all count. Of a 2-D
                 mask that is longer than what a router sees (a cached prefix, multi-token prediction) the end is taken.
-            sequence_ids: an integer that changes where a new packed sequence begins; the same shape.
+                A block that is computed in tiles, one after the other, has the mask of its tiles.
+            sequence_ids: an integer that changes where a new packed sequence begins; the same shape. None: as the
+                forward shows it (``position_ids``, ``cu_seq_lens_q``, ``seq_idx``, an ``attention_mask`` that numbers
+                segments or shows blocks), else rows.
             where: ``where(layer_name) -> bool`` chooses the layers. None: all layers that have no mask of their own.
         """
         token_mask = TokenMask(mask, sequence_ids)

@@ -168,7 +168,8 @@ class Losses:
                 "balance.loss() must be added to the loss of every micro-batch, between its forward and its backward: "
                 f"in the backward of {self.layers[call.layer].name} it was missing. Write `loss = model(...).loss + "
                 "balance.loss()`. If it cannot be added, or the gradient is taken for some tensors only "
-                "(torch.autograd.grad, backward(inputs=...)), set balance.loss_scale to the factor of the loss. A "
+                "(torch.autograd.grad, backward(inputs=...), a pipeline stage, outputs with a gradient that was cached "
+                "before, as by GradCache), set balance.loss_scale to the factor of the loss. A "
                 "loss() is 0 before a forward, when called twice, and after a forward that raised."
             )
         counted.micro_batch.mark_served(counted, was_recomputed=call_id == RECOMPUTED)

@@ -23,6 +23,11 @@ _OTHER_TOKENS = (
     "{shape}: they belong to other tokens. All tokens of the layer were counted. Say which are padding with "
     "balance.token_mask(mask, sequence_ids, where=...)."
 )
+SEVERAL_FORWARDS = (
+    "loss() covers {num_forwards} forwards. This is right if the loss is made from all of them, as from a pair of a "
+    "chosen and a rejected answer. If the loss of an earlier forward was never made, because of an error in between, "
+    "its tokens count all the same: step(applied=False) drops what was counted since the last step."
+)
 _UNCOUNTED = {
     WITHOUT_GRADIENT: (
         "a forward in training mode began with gradients off, and was not counted. This is right for generation, for "
@@ -54,10 +59,18 @@ class Notices:
             self.say_uncounted(WITHOUT_GRADIENT)
 
     def say_uncounted(self, reason: str) -> None:
-        """Says once why calls that look like training were not counted."""
-        if (reason, -1) not in self._said:
-            self._said.add((reason, -1))
-            _log.warning(_UNCOUNTED[reason])
+        """Why calls that look like training were not counted."""
+        self._say(_UNCOUNTED[reason])
+
+    def check_forwards(self, num_forwards: int) -> None:
+        """A micro-batch was closed by ``loss()``."""
+        if num_forwards > 1:
+            self._say(SEVERAL_FORWARDS, num_forwards=num_forwards)
+
+    def _say(self, message: str, **values: int) -> None:
+        if (message, -1) not in self._said:
+            self._said.add((message, -1))
+            _log.warning(message.format(**values))
 
     def _warn(self, message: str, layers: Iterable[int]) -> None:
         new = [layer for layer in layers if (message, layer) not in self._said]

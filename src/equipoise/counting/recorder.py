@@ -203,6 +203,7 @@ class Recorder:
         if self.forward_is_a_micro_batch():
             self._split_by_forward(layer, is_outside)
         micro_batch = window.micro_batch(call.expert_ids.device, self.context.outermost)
+        micro_batch.continue_in(self.context.outermost)
         if window.num_calls == 0:  # statistics depend on the biases: adopt what was written into slots since
             for group in self.biases.groups:
                 if group.has_statistics:

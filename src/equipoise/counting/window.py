@@ -50,7 +50,8 @@ class MicroBatch:
 
     def __init__(self, layout: Layout, num_losses: int, statistics: Statistics, device: torch.device, forward: object):
         self.layout = layout
-        self.forward = forward  # the outermost one in which it began
+        self.forward = forward  # the outermost one that was counted last
+        self.num_forwards = 1
         self.vector = vector = layout.zeros(device)
         self.statistics = statistics  # handed to the window when this closes
         self.losses = vector[:0]  # by balancer with a loss, and layer: the loss, summed over the tokens
@@ -81,6 +82,12 @@ class MicroBatch:
             repeated = call.num_tokens
             num_tokens[call.layer] -= repeated.long() if isinstance(repeated, Tensor) else repeated
         return num_tokens
+
+    def continue_in(self, forward: object) -> None:
+        """Another call was counted, in ``forward``."""
+        if forward is not self.forward:
+            self.forward = forward
+            self.num_forwards += 1
 
     def add_repeated(self, call: CountedCall) -> None:
         self._repeated.append(call)

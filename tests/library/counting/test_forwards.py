@@ -143,6 +143,24 @@ def test_an_evaluation_between_micro_batches_is_not_remarked_upon(caplog):
     assert not caplog.records
 
 
+def test_a_loss_that_covers_several_forwards_says_so_once(caplog):
+    """A cell that failed between the forward and ``loss()`` and is run again counts twice: nothing shows it."""
+    model, balance = attach_tiny("lbl")
+    with caplog.at_level(logging.WARNING, "equipoise"):
+        for _ in range(2):
+            model(random_ids())  # its loss is never made
+            (model(random_ids()) + balance.loss()).backward()
+            balance.step()
+    (record,) = caplog.records
+    assert "loss() covers 2 forwards" in record.message and "step(applied=False) drops" in record.message
+    assert_tokens_counted(balance, 28)
+    model(random_ids())
+    balance.step(applied=False)
+    (model(random_ids()) + balance.loss()).backward()
+    balance.step()
+    assert_tokens_counted(balance, 14)
+
+
 # ---- where a micro-batch begins ----
 
 
