@@ -25,7 +25,7 @@ class ExaminedLayer:
     """One layer. ``load`` and ``maxvio`` are None if no batch was run."""
 
     name: str
-    num_experts: int  # with zero_experts, which have no weights and compute nothing
+    num_experts: int  # including zero_experts, which compute nothing
     zero_experts: int
     k: int
     score_function: str

@@ -28,8 +28,8 @@ _K = re.compile(r"(num_)?(experts_per_tok(en)?|top_k_experts|moe_top_?k|moe_k|se
 class LoadedModel(NamedTuple):
     """A model from this disk. ``notes`` say what a reader of its figures must know.
 
-    ``zero_experts`` is, by layer, the number of experts without weights, which compute nothing. Without weights the
-    model is on the meta device.
+    ``zero_experts`` is, by layer, the number of experts that compute nothing. Without weights the model is on the meta
+    device.
     """
 
     model: nn.Module
@@ -150,28 +150,22 @@ def _find_routers(model: nn.Module, file: Path) -> list[MoELayer]:
 
 
 def _num_zero_experts(model: nn.Module, layer: MoELayer) -> int:
-    """How many experts of a layer have no weights of their own: they return nothing, or their input.
+    """How many experts of a layer have no weights of their own: they return zero, or their input.
 
-    Experts are stacked in tensors of three dimensions, or are a list of modules, in the module around the router.
+    The weights of the others are stacked in tensors of three dimensions, in the module around the router.
     """
     block = model.get_submodule(layer.name.rpartition(".")[0])
-    numbers = []
-    for name, module in block.named_modules():
-        if "expert" not in name or "shared" in name:
-            continue
-        numbers += [len(tensor) for tensor in module.parameters(recurse=False) if tensor.dim() == 3]
-        if isinstance(module, nn.ModuleList):
-            numbers.append(sum(1 for expert in module if any(True for _ in expert.parameters())))
-    num_real = min(numbers, default=layer.num_experts)
-    return layer.num_experts - num_real if 0 < num_real < layer.num_experts else 0
+    experts = [module for name, module in block.named_modules() if "expert" in name and "shared" not in name]
+    stacks = [tensor for module in experts for tensor in module.parameters(recurse=False) if tensor.dim() == 3]
+    return max(layer.num_experts - min(map(len, stacks)), 0) if stacks else 0
 
 
 def _expert_notes(layers: list[MoELayer], zero_experts: dict[str, int], file: ConfigFile) -> Iterator[str]:
     for num_zero, num_experts in sorted({(zero_experts[layer.name], layer.num_experts) for layer in layers}):
         if num_zero:
             yield (
-                f"{num_zero} of {num_experts} experts have no weights (zero or identity experts). They are counted and "
-                "balanced as the others are"
+                f"{num_zero} of the {num_experts} experts of a layer are zero or identity experts, which compute "
+                "nothing. They are counted and balanced as the others are"
             )
     built_experts = {layer.num_experts for layer in layers}
     built_experts |= {layer.num_experts - zero_experts[layer.name] for layer in layers}
@@ -179,9 +173,9 @@ def _expert_notes(layers: list[MoELayer], zero_experts: dict[str, int], file: Co
         (_NUM_EXPERTS, built_experts, "experts"),
         (_K, {layer.k for layer in layers}, "experts a token"),
     ):
-        given = dict(_numbers(file.content, pattern))
-        if given and built.isdisjoint(given.values()):
-            says = ", ".join(f"{key}={value}" for key, value in given.items())
+        given = list(_numbers(file.content, pattern))
+        if given and built.isdisjoint(number for _, number in given):
+            says = ", ".join(dict.fromkeys(f"{key}={number}" for key, number in given))
             yield (
                 f"config.json has {says}, but {' or '.join(map(str, sorted(built)))} {what} were built from it: it is "
                 "another model than the file means"

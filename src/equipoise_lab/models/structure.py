@@ -19,7 +19,10 @@ from equipoise_lab.models.folders import suggest_models
 
 __all__ = ["ConfigFile", "Structure", "build_structure", "read_config"]
 
-_AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForSeq2SeqLM", "AutoModel")
+_AUTO_CLASSES = (
+    "AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM", "AutoModelForSeq2SeqLM",
+    "AutoModel",
+)  # fmt: skip
 _QUANTISED_KEYS = ("quantization_config", "compression_config")
 _QUANTISED_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")  # beside config.json
 _MTP = re.compile(r"^(?=.*(mtp|nextn))(.*_)?(num|n)_")  # keys that give a number of layers for multi-token prediction
@@ -198,11 +201,11 @@ def _model_class(config: Any, file: ConfigFile, notes: list[str]) -> tuple[Any, 
     import transformers
 
     named = _named_class(file.content)
-    for part in _parts(config):
+    for part, _ in _parts(config):
         if named is not None and type(part) is named.config_class:
             return named, part
     names = _architectures(file.content)
-    for auto_class in (getattr(transformers, name) for name in _AUTO_CLASSES):
+    for auto_class in (getattr(transformers, name) for name in _AUTO_CLASSES if hasattr(transformers, name)):
         if type(config) in auto_class._model_mapping:
             classes = auto_class._model_mapping[type(config)]
             model_class = classes if inspect.isclass(classes) else classes[0]
@@ -212,7 +215,7 @@ def _model_class(config: Any, file: ConfigFile, notes: list[str]) -> tuple[Any, 
                     f"config.json names {', '.join(names)} in architectures, which {why}: {model_class.__name__}, the "
                     f"class of AutoModel for {config.model_type}, was built instead and may be another model"
                 )
-            is_of_part = (part for part in _parts(config) if type(part) is model_class.config_class)
+            is_of_part = (part for part, _ in _parts(config) if type(part) is model_class.config_class)
             return model_class, next(is_of_part, config)
     raise UsageError(
         f"MODEL must be of a type for which Transformers has a model: {config.model_type} is the config of a part, or "
@@ -223,12 +226,13 @@ def _model_class(config: Any, file: ConfigFile, notes: list[str]) -> tuple[Any, 
 # ---- notes ----
 
 
-def _parts(config: Any) -> Iterator[Any]:
-    """A config and all configs inside it."""
-    yield config
+def _parts(config: Any, content: Any = None) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """A config and all configs inside it, each with what the file gives for it."""
+    content = content if isinstance(content, dict) else {}
+    yield config, content
     for name in config.sub_configs:
         if hasattr(part := getattr(config, name, None), "sub_configs"):
-            yield from _parts(part)
+            yield from _parts(part, content.get(name))
 
 
 def _drop_unread_parts(config_class: Any, content: dict[str, Any], notes: list[str]) -> dict[str, Any]:
@@ -247,14 +251,13 @@ def _drop_unread_parts(config_class: Any, content: dict[str, Any], notes: list[s
 def _unread_values(config: Any, content: dict[str, Any]) -> Iterator[str]:
     """What the file gives at its top although only a part of the config reads it, and reads another value."""
     text = config.get_text_config()
-    parts = [text, *(part for part in _parts(config) if part is not text)]
+    parts = sorted(_parts(config, content), key=lambda part: part[0] is not text)
     given, used = [], []
     for key, value in content.items():
         if key in _fields(type(config)) or key.endswith("_token_id"):
             continue
-        is_in_part = any(key in part for part in content.values() if isinstance(part, dict))
-        reader = next((part for part in parts if key in _fields(type(part))), None)
-        if reader is None or is_in_part or (read := _plain(getattr(reader, key, None))) == value:
+        part, given_for_part = next((part for part in parts if key in _fields(type(part[0]))), (None, {}))
+        if part is None or key in given_for_part or (read := _plain(getattr(part, key, None))) == value:
             continue
         given.append(f"{key}={value}")
         used.append(f"{key}={read}")
