@@ -6,11 +6,12 @@ from typing import NamedTuple
 
 from equipoise.errors import EquipoiseError, UsageError
 
-__all__ = ["Weights", "find_weights", "incomplete_weights"]
+__all__ = ["NO_WEIGHTS", "Weights", "find_weights", "incomplete_weights"]
 
+NO_WEIGHTS = "there is no model.safetensors, no pytorch_model.bin and no index of either"  # and nothing like weights
 _WHOLE_FILES = ("model.safetensors", "pytorch_model.bin")
 _TENSOR_SUFFIXES = frozenset((".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".distcp"))
-_NO_WEIGHTS = ("equipoise", "training_args", "optimizer", "scheduler", "rng_state")  # how names of such files begin
+_NOT_WEIGHTS = ("equipoise", "training_args", "optimizer", "scheduler", "rng_state")  # how names of such files begin
 _LFS_POINTER = b"version https://git-lfs"
 
 
@@ -87,13 +88,13 @@ def _without_known_file(folder: Path) -> Weights:
     others = [
         file.name
         for file in sorted(folder.glob("*"))
-        if file.suffix in _TENSOR_SUFFIXES and not file.name.startswith(_NO_WEIGHTS)
+        if file.suffix in _TENSOR_SUFFIXES and not file.name.startswith(_NOT_WEIGHTS)
     ]
     for whole in map(Path, _WHOLE_FILES):
         shards = [name for name in others if name.startswith(f"{whole.stem}-") and name.endswith(whole.suffix)]
         if shards:
             return _incomplete(f"{whole}.index.json is missing beside {shards[0]} {_and_more(shards, '')}".rstrip())
-    reason = "there is no model.safetensors, no pytorch_model.bin and no index of either"
+    reason = NO_WEIGHTS
     if others:
         reason += f", only {others[0]} {_and_more(others, '')}".rstrip() + ", which Transformers does not read here"
     return Weights([], {}, reason)
