@@ -41,8 +41,8 @@ MUTANTS = [
     ),
     Mutant(
         "families: saved weights are not read",
-        "    elif not weights.files:\n",
-        "    elif True:\n",
+        "    return weights.reason\n",
+        '    return weights.reason or "no"\n',
         "test_families -k saved_weights",
     ),
     Mutant(
@@ -119,8 +119,8 @@ MUTANTS = [
     ),
     Mutant(
         "audit: a checkpoint without a router's weight is audited with a random one",
-        "        if require_weights:\n            raise incomplete_weights",
-        "        if False:\n            raise incomplete_weights",
+        "    if absent:\n",
+        "    if False:\n",
         "test_command -k 'incomplete_weights and drop_tensor'",
     ),
     Mutant(
@@ -245,8 +245,8 @@ MUTANTS = [
     ),
     Mutant(
         "families: a quantised model is read without a note",
-        "    if file.quantisation:\n        reason =",
-        "    if False:\n        reason =",
+        "    if file.quantisation:\n        return (",
+        "    if False:\n        return (",
         "test_structure -k structure_of",
     ),
     Mutant(

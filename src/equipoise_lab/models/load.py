@@ -5,7 +5,7 @@ Nothing is downloaded, and code that comes with a model is never run.
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from equipoise.errors import EquipoiseError, UsageError
 from equipoise.routers.find import find_routers
 from equipoise.routers.kind import MoELayer
 from equipoise_lab.models.folders import model_folder
-from equipoise_lab.models.structure import ConfigFile, build_structure, read_config
+from equipoise_lab.models.structure import ConfigFile, Structure, build_structure, read_config
 from equipoise_lab.models.weights import Weights, find_weights, incomplete_weights
 
 __all__ = ["LoadedModel", "load_model"]
@@ -52,8 +52,7 @@ def load_model(
 
     Weights are read if they lie beside the config, are floating-point numbers, and if there are at most
     ``max_parameters``. Otherwise the model stays on the meta device, and a note says why. A tensor that no file holds
-    is random and noted. With ``require_weights`` all of this is an error, before a model is built where that is
-    possible.
+    is random and noted. With ``require_weights``, missing or quantised weights are an error.
 
     Raises ``UsageError`` if the model cannot be attached: unknown type, own code only, no known router, no weights.
     Raises ``EquipoiseError`` if weights are missing or damaged.
@@ -74,31 +73,22 @@ def load_model(
     zero_experts = {layer.name: _num_zero_experts(model, layer) for layer in layers}
     notes += _expert_notes(layers, zero_experts, file)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    reason = ""
-    if file.quantisation:
-        reason = (
-            f"its weights are quantised ({file.quantisation}). Balancing is for training: use the model from before "
-            "quantisation"
-        )
-    elif not weights.files:
-        reason = weights.reason
-    elif num_parameters > max_parameters:
-        reason = f"the model has {num_parameters / 1e9:.1f}e9 parameters"
+    reason = _why_not_read(file, weights, num_parameters, max_parameters)
+    if not reason and weights.num_elements is not None and 2 * weights.num_elements < num_parameters:
+        # Transformers would fill the rest with random numbers. A smaller gap is named after loading.
+        reason = f"its files hold {weights.num_elements:,} numbers, and the model has {num_parameters:,} parameters"
+        if require_weights:
+            raise incomplete_weights(file.folder, reason)
     if reason:
         notes.append(f"only the structure was read, so there are no counts: {reason}")
         return LoadedModel(model, structure.config, file.folder, num_parameters, False, zero_experts, notes)
     _refuse_integers(layers, weights)
-    model, info = _read_weights(
-        file.folder,
-        lambda: structure.model_class.from_pretrained(
-            file.folder, config=structure.config, local_files_only=True, dtype=dtype, output_loading_info=True
-        ),
-    )
-    if absent := sorted(info["missing_keys"]):
-        names = absent[0] + (f" and {len(absent) - 1} more" if len(absent) > 1 else "")
+    model, absent = _read_weights(structure, file.folder, dtype)
+    if absent:
+        reason = f"no file holds {absent[0]}" + (f" and {len(absent) - 1} more" if len(absent) > 1 else "")
         if require_weights:
-            raise incomplete_weights(file.folder, f"no file holds {names}")
-        notes.append(f"no file holds {names}: random weights are used instead")
+            raise incomplete_weights(file.folder, reason)
+        notes.append(f"{reason}: random weights are used instead")
     return LoadedModel(model, structure.config, file.folder, num_parameters, True, zero_experts, notes)
 
 
@@ -113,12 +103,27 @@ def _refuse_quantisation(file: ConfigFile) -> None:
         )
 
 
-def _read_weights(folder: Path, read: Callable[[], Any]) -> Any:
+def _why_not_read(file: ConfigFile, weights: Weights, num_parameters: int, max_parameters: float) -> str:
+    if file.quantisation:
+        return (
+            f"its weights are quantised ({file.quantisation}). Balancing is for training: use the model from before "
+            "quantisation"
+        )
+    if num_parameters > max_parameters and weights.files:
+        return f"the model has {num_parameters / 1e9:.1f}e9 parameters"
+    return weights.reason
+
+
+def _read_weights(structure: Structure, folder: Path, dtype: str | None) -> tuple[nn.Module, list[str]]:
+    """The model with its weights, and the tensors that no file holds: Transformers fills them with random numbers."""
     try:
-        return read()
-    except Exception as error:  # a torn file, or sizes of another model
+        model, info = structure.model_class.from_pretrained(
+            folder, config=structure.config, local_files_only=True, dtype=dtype, output_loading_info=True
+        )
+    except Exception as error:  # sizes of another model, or a part of a stack of experts
         reason = " ".join(str(error).split())[:300].rstrip(".")
         raise incomplete_weights(folder, f"{type(error).__name__}: {reason}") from None
+    return model, sorted(info["missing_keys"])
 
 
 def _refuse_integers(layers: list[MoELayer], weights: Weights) -> None:

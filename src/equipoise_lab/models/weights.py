@@ -1,6 +1,7 @@
 """Which files hold the weights of a model, and what is missing. Reads names and headers only, so it costs no memory."""
 
 import json
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,13 +20,15 @@ class Weights(NamedTuple):
     """The weights beside a config.
 
     ``files`` is empty if there are none, or if they cannot be read; ``reason`` then says why. ``dtypes`` holds the
-    dtype, as safetensors calls it, of every tensor whose name is known; "" if only its name is.
+    dtype, as safetensors calls it, of every tensor whose name is known; "" if only its name is. ``num_elements`` is
+    the number of elements of all tensors, None if it is not known.
     """
 
     files: list[Path]
     dtypes: dict[str, str]
     reason: str = ""
     are_incomplete: bool = False  # a part is missing or damaged
+    num_elements: int | None = None
 
     def require(self, folder: Path) -> None:
         """Raises an error that says what is missing."""
@@ -50,6 +53,8 @@ def find_weights(folder: Path) -> Weights:
             "it holds an adapter (adapter_config.json), which Transformers would put on the model. Merge it first "
             "(merge_and_unload, then save_pretrained), or remove it",
         )
+    from safetensors import safe_open
+
     # the order in which Transformers looks: it does not read an index beside a whole file
     candidates = (folder / name for whole in _WHOLE_FILES for name in (whole, f"{whole}.index.json"))
     first = next((file for file in candidates if file.is_file()), None)
@@ -69,15 +74,21 @@ def find_weights(folder: Path) -> Weights:
             missing = f"{absent[0]} {_and_more(absent)} missing" if absent else "none is named"
             return _incomplete(f"{first.name} lists {len(files)} files, and {missing}", names)
     dtypes = dict.fromkeys(names, "")
+    num_elements = 0
     for file in files:
         if reason := _unreadable(file):
             return _incomplete(f"{file.name} is {reason}", names)
         if file.suffix == ".safetensors":
             try:
-                dtypes.update(_saved_dtypes(file))
+                with safe_open(file, framework="pt") as tensors:
+                    for name in tensors.keys():  # noqa: SIM118
+                        tensor = tensors.get_slice(name)
+                        dtypes[name] = str(tensor.get_dtype())
+                        num_elements += math.prod(tensor.get_shape())
             except Exception as error:  # safetensors raises its own
                 return _incomplete(f"{file.name} is damaged ({type(error).__name__}: {error})", names)
-    return Weights(files, dtypes)
+    is_known = first.name.startswith("model.safetensors")
+    return Weights(files, dtypes, num_elements=num_elements if is_known else None)
 
 
 def _incomplete(reason: str, names: list[str] | None = None) -> Weights:
@@ -114,10 +125,3 @@ def _unreadable(file: Path) -> str:
     if start == _LFS_POINTER:
         return "a pointer of Git LFS without the file itself, which `git lfs pull` fetches"
     return "" if start else "empty"
-
-
-def _saved_dtypes(file: Path) -> dict[str, str]:
-    from safetensors import safe_open
-
-    with safe_open(file, framework="pt") as tensors:
-        return {name: str(tensors.get_slice(name).get_dtype()) for name in tensors.keys()}  # noqa: SIM118

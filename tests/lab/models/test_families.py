@@ -11,6 +11,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from equipoise import EquipoiseError
 from equipoise_lab.cli import main
 from equipoise_lab.models.examine import MAX_PARAMETERS
 from equipoise_lab.models.load import load_model
@@ -89,7 +90,7 @@ def test_the_table_of_a_model_goes_to_stdout_and_notes_to_stderr(tmp_path, capsy
 
 def test_a_large_model_is_attached_without_a_batch(tmp_path, capsys):
     transformers.AutoConfig.for_model("deepseek_v3", num_hidden_layers=5).save_pretrained(tmp_path)
-    save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
     examined = _examine(tmp_path, capsys)
     assert examined["num_parameters"] > MAX_PARAMETERS and examined["weights"] == "none"
     assert re.search(r"no counts: the model has \d+.\de9 parameters", examined["notes"][-1])
@@ -133,6 +134,21 @@ def test_a_model_without_a_supported_router_is_refused(tmp_path, capsys):
     config = transformers.AutoConfig.for_model("phimoe")
     shrunken.shrink(config).save_pretrained(tmp_path)
     assert "PhimoeTopKRouter: it chooses without torch.topk" in _error_line(tmp_path, capsys)
+
+
+def test_files_that_hold_less_than_half_of_the_model_are_not_filled_up(tmp_path, capsys):
+    folder = _save_model(tmp_path, weights=True)
+    num_parameters = load_model(folder).num_parameters
+    tensors = load_file(folder / "model.safetensors")
+    save_file({"model.norm.weight": tensors["model.norm.weight"]}, folder / "model.safetensors", {"format": "pt"})
+    examined = _examine(folder, capsys)
+    reason = f"its files hold 32 numbers, and the model has {num_parameters:,} parameters"
+    assert examined["weights"] == "none" and examined["notes"][-1].endswith(reason)
+    with pytest.raises(EquipoiseError, match=f"MODEL must have all of its weights: .*{reason}"):
+        load_model(folder, require_weights=True)
+    del tensors["model.norm.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    assert load_model(folder).notes == ["no file holds model.norm.weight: random weights are used instead"]
 
 
 def test_router_weights_saved_as_integers_are_refused(tmp_path, capsys):
