@@ -179,8 +179,8 @@ MUTANTS = [
     ),
     Mutant(
         "audit: weights are looked for after the model is built",
-        "    if require_weights:\n        _refuse_quantisation(file)\n        weights.require(file.folder)\n    structure = build_structure(file, weights.dtypes)\n",
-        "    structure = build_structure(file, weights.dtypes)\n    if require_weights:\n        _refuse_quantisation(file)\n        weights.require(file.folder)\n",
+        "    if require_all_weights:\n        _refuse_quantisation(file)\n        weights.require(file.folder)\n    structure = build_structure(file, weights.dtypes)\n",
+        "    structure = build_structure(file, weights.dtypes)\n    if require_all_weights:\n        _refuse_quantisation(file)\n        weights.require(file.folder)\n",
         "test_command -k invalid_options",
     ),
     Mutant(

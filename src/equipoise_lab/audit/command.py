@@ -47,7 +47,7 @@ def audit(options: Audit, progress: Progress, command: str = "") -> dict[str, An
 def _audit(options: Audit, progress: Progress, command: str, *, has_complete_audit: bool) -> dict[str, Any]:
     folder = model_folder(options.model)
     progress.say(f"loading {folder}")
-    loaded = load_model(folder, dtype="auto", require_weights=True)
+    loaded = load_model(folder, dtype="auto", require_all_weights=True)
     notes = list(loaded.notes)
     max_length = getattr(loaded.config.get_text_config(), "max_position_embeddings", None) or DEFAULT_LENGTH
     length = min(DEFAULT_LENGTH, max_length) if options.sequence_length is None else options.sequence_length

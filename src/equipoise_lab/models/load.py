@@ -46,13 +46,13 @@ def load_model(
     *,
     max_parameters: float = math.inf,
     dtype: str | None = None,
-    require_weights: bool = False,
+    require_all_weights: bool = False,
 ) -> LoadedModel:
     """Loads a model from its folder, a run of the lab, or a config.json.
 
     Weights are read if they lie beside the config, are floating-point numbers, and if there are at most
     ``max_parameters``. Otherwise the model stays on the meta device, and a note says why. A tensor that no file holds
-    is random and noted. With ``require_weights``, missing or quantised weights are an error.
+    is random and noted. With ``require_all_weights``, missing or quantised weights are an error.
 
     Raises ``UsageError`` if the model cannot be attached: unknown type, own code only, no known router, no weights.
     Raises ``EquipoiseError`` if weights are missing or damaged.
@@ -64,7 +64,7 @@ def load_model(
     path = model_folder(path)
     file = read_config(path)
     weights = find_weights(file.folder) if path.is_dir() else Weights([], {}, "only a config.json was given")
-    if require_weights:
+    if require_all_weights:
         _refuse_quantisation(file)
         weights.require(file.folder)
     structure = build_structure(file, weights.dtypes)
@@ -77,7 +77,7 @@ def load_model(
     if not reason and weights.num_elements is not None and 2 * weights.num_elements < num_parameters:
         # Transformers would fill the rest with random numbers. A smaller gap is named after loading.
         reason = f"its files hold {weights.num_elements:,} numbers, and the model has {num_parameters:,} parameters"
-        if require_weights:
+        if require_all_weights:
             raise incomplete_weights(file.folder, reason)
     if reason:
         notes.append(f"only the structure was read, so there are no counts: {reason}")
@@ -86,7 +86,7 @@ def load_model(
     model, absent = _read_weights(structure, file.folder, dtype)
     if absent:
         reason = f"no file holds {absent[0]}" + (f" and {len(absent) - 1} more" if len(absent) > 1 else "")
-        if require_weights:
+        if require_all_weights:
             raise incomplete_weights(file.folder, reason)
         notes.append(f"{reason}: random weights are used instead")
     return LoadedModel(model, structure.config, file.folder, num_parameters, True, zero_experts, notes)

@@ -145,7 +145,7 @@ def test_files_that_hold_less_than_half_of_the_model_are_not_filled_up(tmp_path,
     reason = f"its files hold 32 numbers, and the model has {num_parameters:,} parameters"
     assert examined["weights"] == "none" and examined["notes"][-1].endswith(reason)
     with pytest.raises(EquipoiseError, match=f"MODEL must have all of its weights: .*{reason}"):
-        load_model(folder, require_weights=True)
+        load_model(folder, require_all_weights=True)
     del tensors["model.norm.weight"]
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     assert load_model(folder).notes == ["no file holds model.norm.weight: random weights are used instead"]

@@ -213,7 +213,7 @@ def test_the_structure_of_a_quantised_model_is_read_with_a_note(tmp_path, config
         "training: use the model from before quantisation"
     ]
     with pytest.raises(UsageError, match="MODEL must have floating-point weights"):
-        load_model(tmp_path, require_weights=True)
+        load_model(tmp_path, require_all_weights=True)
 
 
 def test_quantisation_in_the_text_config_is_seen_and_dropped(tmp_path):
