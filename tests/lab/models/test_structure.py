@@ -128,6 +128,18 @@ def test_an_unknown_type_is_read_by_its_known_architecture(tmp_path, model_type,
     assert f"config.json has {says}" in notes[0] and "by its architecture DeepseekV3ForCausalLM" in notes[0]
 
 
+def test_weights_are_read_into_the_class_that_the_notes_name(tmp_path):
+    model = shrunken.build("deepseek_v3")
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"model_type": "kimi_k2", "auto_map": AUTO_MAP, "audio_config": {"hidden_size": 7}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded = load_model(tmp_path, require_all_weights=True)
+    assert loaded.has_weights and len(loaded.notes) == 3
+    gate = "model.layers.0.mlp.gate.weight"
+    assert torch.equal(loaded.model.get_parameter(gate), model.get_parameter(gate))
+
+
 @pytest.mark.parametrize("content", ["[1, 2]", "{'model_type': 'mixtral'}", '"mixtral"', "[" * 100_000, "{}", ""])
 def test_a_file_that_is_no_config_is_refused(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
