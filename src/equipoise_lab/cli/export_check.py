@@ -18,7 +18,7 @@ COLUMNS = (
 class ExportCheck:
     """The options of ``equipoise export-check``."""
 
-    checkpoint: Path
+    model: Path
     json: bool
 
 
@@ -26,20 +26,20 @@ def subcommand() -> Any:
     import tyro
 
     def export_check(
-        checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(help_behavior_hint="")],
+        model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(help_behavior_hint="")],
         json: bool = False,
     ) -> ExportCheck:
         """Does a saved model still hold the balancing bias that it was trained with?
 
         Args:
-            checkpoint: Folder of a Transformers model, or of a run. Exits with 1 if a bias is lost. A bias of zeros
+            model: Folder of a Transformers model, or of a run. Exits with 1 if a bias is lost. A bias of zeros
                 counts as present, with a note: either it never moved or it was lost before. In the table, "distinct" is
                 the number of different values of a bias as saved, "in bfloat16" after rounding. "rerouted by bfloat16"
                 is the share of random tokens that would choose other experts if an engine rounded the bias to
                 bfloat16; "less its mean" is that share if the mean is subtracted first.
             json: Print JSON.
         """
-        return ExportCheck(checkpoint, json)
+        return ExportCheck(model, json)
 
     return Annotated[ExportCheck, tyro.conf.subcommand("export-check", constructor=export_check)]
 
@@ -48,7 +48,7 @@ def run(options: ExportCheck, command_line: str) -> None:
     with requires_lab("export-check"):
         from equipoise_lab.models.export import check_export
         from equipoise_lab.train.watch import print_rows
-    result = check_export(options.checkpoint)
+    result = check_export(options.model)
     if options.json:
         print_json({**asdict(result), "survived": result.survived})
     elif result.layers:

@@ -39,8 +39,8 @@ def subcommand() -> Any:
         """Which model families of the installed Transformers can be attached, or whether your own model can be.
 
         Args:
-            model: A folder with a config.json, with or without weights; a config.json; or a run. The model is attached
-                and one random batch is counted. Without it, all families are listed.
+            model: A folder with a config.json, with or without weights; a config.json; or a run. The model is
+                attached. If there are weights, one random batch is counted. Without MODEL, all families are listed.
             json: Print JSON.
         """
         return Families(model, json)
@@ -78,7 +78,7 @@ def _show_model(path: Path, json: bool) -> None:
 def _layer_row(layer: "ExaminedLayer") -> tuple[str, ...]:
     return (
         layer.name,
-        str(layer.num_experts),
+        f"{layer.num_experts} ({layer.zero_experts} zero)" if layer.zero_experts else str(layer.num_experts),
         str(layer.k),
         layer.score_function,
         layer.selection,

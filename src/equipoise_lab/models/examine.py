@@ -16,7 +16,7 @@ from equipoise_lab.models.load import LoadedModel, load_model
 
 __all__ = ["ExaminedLayer", "ExaminedModel", "examine"]
 
-MAX_PARAMETERS = 2_000_000_000  # a larger model is built without weights, and no batch is run
+MAX_PARAMETERS = 2_000_000_000  # of a larger model no weights are read, and no batch is run
 BATCH = (4, 64)  # sequences and their length
 
 
@@ -25,7 +25,8 @@ class ExaminedLayer:
     """One layer. ``load`` and ``maxvio`` are None if no batch was run."""
 
     name: str
-    num_experts: int
+    num_experts: int  # including zero_experts, which compute nothing
+    zero_experts: int
     k: int
     score_function: str
     selection: str
@@ -41,16 +42,16 @@ class ExaminedModel:
     model: str  # the name of its class
     model_type: str
     num_parameters: int
-    weights: str  # "loaded", "random" or "none"
+    weights: str  # "loaded" or "none"
     layers: list[ExaminedLayer]
     notes: list[str]
 
 
 def examine(path: Path) -> ExaminedModel:
-    """Builds a Transformers model from its folder or its config.json, attaches, and runs one random batch.
+    """Builds a Transformers model from its folder or its config.json and attaches; runs one random batch if it has
+    weights.
 
-    Raises ``UsageError`` with the reason if the model cannot be attached: unknown type, own code, quantised weights,
-    no known layer.
+    Raises ``UsageError`` with the reason if the model cannot be attached: unknown type, own code only, no known layer.
     """
     loaded = load_model(path, max_parameters=MAX_PARAMETERS)
     biases = loaded.folder / BIASES_FILE
@@ -59,7 +60,7 @@ def examine(path: Path) -> ExaminedModel:
             f"config.json names {BIASES_FILE}, but the file is missing: attach refuses a strategy with biases until "
             "you copy it back or pass biases=..."
         )
-    elif biases.is_file() and loaded.weights == "loaded":
+    elif biases.is_file() and loaded.has_weights:
         loaded.notes.append(f"the batch was routed without the biases of {BIASES_FILE}")
     return _attach_and_run(loaded)
 
@@ -77,7 +78,7 @@ def _attach_and_run(loaded: LoadedModel) -> ExaminedModel:
     finally:
         log.setLevel(level)
     load: dict[str, torch.Tensor] = {}
-    if loaded.weights != "none":
+    if loaded.has_weights:
         try:
             with torch.no_grad(), balance.measuring() as load:
                 model.eval()(**_batch(loaded.config))
@@ -90,6 +91,7 @@ def _attach_and_run(loaded: LoadedModel) -> ExaminedModel:
         ExaminedLayer(
             layer.name,
             layer.num_experts,
+            loaded.zero_experts[layer.name],
             layer.k,
             layer.kind.score_function,
             layer.kind.selection,
@@ -99,9 +101,8 @@ def _attach_and_run(loaded: LoadedModel) -> ExaminedModel:
         )
         for layer in moe_layers
     ]
-    return ExaminedModel(
-        type(model).__name__, loaded.config.model_type, loaded.num_parameters, loaded.weights, layers, notes
-    )
+    weights = "loaded" if loaded.has_weights else "none"
+    return ExaminedModel(type(model).__name__, loaded.config.model_type, loaded.num_parameters, weights, layers, notes)
 
 
 def _batch(config: Any) -> dict[str, torch.Tensor]:

@@ -5,23 +5,24 @@ rounded on loading. The biases of one layer differ by little. If they lie far fr
 different values, and most tokens go to other experts. Subtracting the mean changes no choice and saves those bits.
 """
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float
+from safetensors import safe_open
 from torch import Tensor
 
-from equipoise.errors import EquipoiseError, UsageError
+from equipoise.errors import UsageError
 from equipoise.routers.find import find_routers, plain_name
 from equipoise.routers.kind import MoELayer
 from equipoise.routing import route, score
 from equipoise.saved import BIASES_FILE, frozen_strategy, read_biases
-from equipoise_lab.models.folders import model_folder, suggest_models
+from equipoise_lab.models.folders import model_folder
+from equipoise_lab.models.structure import ConfigFile, build_structure, read_config
+from equipoise_lab.models.weights import Weights, find_weights
 
 __all__ = ["ExportCheck", "LayerCheck", "check_export"]
 
@@ -88,11 +89,21 @@ def check_export(folder: str | Path) -> ExportCheck:
     A family with a slot must keep its bias there in float32. For other families the biases are read from
     ``equipoise_biases.safetensors`` beside the weights.
 
-    Raises ``UsageError`` if ``folder`` is not such a checkpoint, ``EquipoiseError`` if the model has no known router.
+    Raises ``UsageError`` if ``folder`` is not such a checkpoint, ``EquipoiseError`` if the model has no known router or
+    if a part of its weights is missing.
     """
-    folder = model_folder(Path(folder))
-    checkpoint = _Checkpoint(folder)
-    model = _empty_model(folder)
+    file = read_config(model_folder(Path(folder)))
+    folder = file.folder
+    weights = find_weights(folder)
+    weights.require(folder)
+    if any(path.suffix != ".safetensors" for path in weights.files):
+        raise UsageError(
+            f"MODEL must hold safetensors: {folder} holds {weights.files[0].name}. Save the model with "
+            "save_pretrained, which writes them."
+        )
+    checkpoint = _Checkpoint(file, weights)
+    structure = build_structure(file, weights.dtypes)
+    model = structure.model
     names = {module: plain_name(name) for name, module in model.named_modules()}
     checks = []
     for layer in find_routers(model):
@@ -108,74 +119,23 @@ def check_export(folder: str | Path) -> ExportCheck:
         elif layer.slot is not None:
             key = f"{names[layer.slot.holder]}.{layer.slot.name}".lstrip(".")
             checks.append(_check(layer, checkpoint.tensor(key), checkpoint.router_weight(layer)))
-    return ExportCheck(str(folder), str(model.config.model_type), tuple(checks), tuple(_notes(checks, checkpoint)))
-
-
-def _empty_model(folder: Path) -> Any:
-    """The model on the meta device."""
-    try:
-        from transformers import AutoConfig, AutoModelForCausalLM
-    except ImportError:
-        raise EquipoiseError("checking a checkpoint needs transformers: pip install 'equipoise[lab]'") from None
-    try:
-        config = AutoConfig.from_pretrained(folder)
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
-    except Exception as error:  # Transformers raises anything on a config that it does not understand
-        reason = " ".join(str(error).split())[:300]
-        raise UsageError(
-            f"CHECKPOINT must be a causal language model of Transformers: {folder}: {reason} Give a folder that "
-            "save_pretrained wrote."
-        ) from None
+    notes = (*_notes(checks, checkpoint), *structure.notes)
+    return ExportCheck(str(folder), str(model.config.model_type), tuple(checks), notes)
 
 
 class _Checkpoint:
     """The tensors of a folder by name. Each is read on request."""
 
-    def __init__(self, folder: Path):
-        try:
-            from safetensors import safe_open
-        except ImportError:
-            raise EquipoiseError("checking a checkpoint needs safetensors: pip install safetensors.") from None
-        self._safe_open = safe_open
-        if not (folder / "config.json").is_file():
-            raise UsageError(
-                f"CHECKPOINT must be a folder with a config.json: {folder} is not."
-                + (suggest_models(folder) or " Give a saved model.")
-            )
-        files = [file for file in sorted(folder.glob("*.safetensors")) if file.name != BIASES_FILE]
-        if not files:
-            raise UsageError(
-                f"CHECKPOINT must hold safetensors: {folder} holds none. Save the model with save_pretrained, which "
-                "writes them."
-            )
+    def __init__(self, config: ConfigFile, weights: Weights):
         self._file_of: dict[str, Path] = {}
-        for file in files:
-            with self._open(file) as tensors:
+        for file in weights.files:
+            with safe_open(file, framework="pt") as tensors:
                 self._file_of.update(dict.fromkeys(tensors.keys(), file))
-        self._check_index(folder)
         self.biases: Mapping[str, Tensor] | None = None
         self.multiplies = False
-        if (folder / BIASES_FILE).exists():
-            self.biases, self.multiplies = read_biases(folder)
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        self.config_names_biases = "equipoise" in config
-
-    def _open(self, file: Path) -> Any:
-        try:
-            return self._safe_open(file, framework="pt", device="cpu")
-        except Exception as error:  # safetensors raises its own
-            raise EquipoiseError(f"{file} must be safetensors: {error}. The file is damaged; save it again.") from None
-
-    def _check_index(self, folder: Path) -> None:
-        for index in folder.glob("*.safetensors.index.json"):
-            listed = set(json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values())
-            missing = sorted(name for name in listed if not (folder / name).exists())
-            if missing:
-                raise EquipoiseError(
-                    f"{folder} must hold every file that {index.name} lists: {len(missing)} of {len(listed)} are "
-                    f"missing, for example {missing[0]}. Copy them."
-                )
+        if (config.folder / BIASES_FILE).exists():
+            self.biases, self.multiplies = read_biases(config.folder)
+        self.config_names_biases = "equipoise" in config.content
 
     def tensor(self, key: str) -> Tensor | None:
         """The tensor called ``key``, or the only one that is called the same from ``layers.N.`` on.
@@ -188,7 +148,7 @@ class _Checkpoint:
             if len(same_tail) != 1:
                 return None
             (key,) = same_tail
-        with self._open(self._file_of[key]) as tensors:
+        with safe_open(self._file_of[key], framework="pt") as tensors:
             return tensors.get_tensor(key)
 
     def router_weight(self, layer: MoELayer) -> Float[Tensor, "experts dim"] | None:
@@ -274,7 +234,7 @@ def _notes(layers: list[LayerCheck], checkpoint: _Checkpoint) -> Iterator[str]:
     elif checkpoint.biases is not None and any(layer.verdict == "not named" for layer in layers):
         yield (
             f"{BIASES_FILE} lies beside the weights, but config.json does not name it, so attach does not read it. "
-            "Call balance.save_biases(folder) after model.save_pretrained(folder), or pass biases=CHECKPOINT."
+            "Call balance.save_biases(folder) after model.save_pretrained(folder), or pass biases=MODEL."
         )
     elif count["lost"]:
         yield f"{count['lost']} of {len(layers)} layers have no bias here: it was left out when the model was saved."
@@ -303,6 +263,6 @@ def _notes(layers: list[LayerCheck], checkpoint: _Checkpoint) -> Iterator[str]:
     if layers and checkpoint.biases is not None:
         yield (
             f"{BIASES_FILE} lies beside the weights: plain Transformers and inference engines route without these "
-            f'biases; equipoise.attach(model, "{frozen_strategy(checkpoint.multiplies)}", biases=CHECKPOINT) routes '
+            f'biases; equipoise.attach(model, "{frozen_strategy(checkpoint.multiplies)}", biases=MODEL) routes '
             "with them."
         )

@@ -90,7 +90,7 @@ def test_with_json_only_the_result_goes_to_stdout(run, text, tmp_path, capfd):
     assert json.loads(out)["domains"] == ["law", "verse"] and "MaxVio" in err and RESULT in err
 
 
-def test_invalid_options_and_models_are_refused(run, text, tmp_path):
+def test_invalid_options_and_models_are_refused(run, text, tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="--tokens must be at least 1"):
         _audit(run, text, tmp_path, tokens=0)
     with pytest.raises(UsageError, match="--sequence-length must be at least 2"):
@@ -100,8 +100,14 @@ def test_invalid_options_and_models_are_refused(run, text, tmp_path):
     config = tmp_path / "config"
     config.mkdir()
     (config / "config.json").write_text((run / "model" / "config.json").read_text())
-    with pytest.raises(UsageError, match="MODEL must have weights"):
-        _audit(config, text, tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr("equipoise_lab.models.load.build_structure", None)  # a model of 30e9 parameters fits nowhere
+        with pytest.raises(UsageError, match="MODEL must have weights: .* has none: there is no model.safetensors"):
+            _audit(config, text, tmp_path)
+        (config / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "NVFP4"}}')
+        with pytest.raises(UsageError, match=r"they are quantised \(NVFP4, hf_quant_config.json\)"):
+            _audit(config, text, tmp_path)
+        (config / "hf_quant_config.json").unlink()
     (config / "model.safetensors").write_bytes((run / "model" / "model.safetensors").read_bytes())
     with pytest.raises(EquipoiseError, match="must have its tokenizer beside it"):
         _audit(config, text, tmp_path)
@@ -196,9 +202,7 @@ def test_a_model_without_experts_or_tokenizer_is_refused(run, saved, text, tmp_p
     dense = AutoConfig.for_model("llama", vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1)
     AutoModelForCausalLM.from_config(dense).save_pretrained(tmp_path / "dense")
     code, error = _failed_command(capfd, tmp_path / "dense", text, tmp_path / "out")
-    assert code == 2 and error.startswith(
-        "the model must hold a router that equipoise knows: LlamaForCausalLM holds none"
-    )
+    assert code == 2 and error.startswith("MODEL must have experts: the LlamaForCausalLM of ") and "is dense" in error
     (saved / "tokenizer.json").write_text("{")
     code, error = _failed_command(capfd, saved, text, tmp_path / "out")
     assert code == 1 and error.startswith(f"MODEL must have its tokenizer beside it: {saved}: ")

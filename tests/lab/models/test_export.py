@@ -110,7 +110,8 @@ def test_multiplicative_biases_are_checked_in_their_file_even_if_there_is_a_slot
     balance.save_biases(tmp_path)
     result = check_export(tmp_path)
     assert result.survived and [layer.verdict for layer in result.layers] == ["kept", "kept"]
-    assert result.layers[0].low == pytest.approx(-0.31) and 'attach(model, "frozen:multiplies=true"' in result.notes[-1]
+    assert result.layers[0].low == pytest.approx(-0.31)
+    assert 'attach(model, "frozen:multiplies=true"' in " ".join(result.notes)
     (tmp_path / BIASES_FILE).unlink()
     assert not check_export(tmp_path).survived
 
@@ -172,25 +173,47 @@ def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path):
     with pytest.raises(UsageError, match="must be a folder with a config.json"):
         check_export(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "glm4_moe"}')
-    with pytest.raises(UsageError, match="must hold safetensors"):
+    with pytest.raises(UsageError, match="has none: there is no model.safetensors"):
+        check_export(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
+    with pytest.raises(UsageError, match="must hold safetensors: .* holds pytorch_model.bin"):
         check_export(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"torn")
-    with pytest.raises(EquipoiseError, match="The file is damaged"):
+    with pytest.raises(EquipoiseError, match="model.safetensors is damaged"):
         check_export(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     _save(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "no_such_type"}')
-    with pytest.raises(UsageError, match="must be a causal language model"):
+    with pytest.raises(UsageError, match="type that the installed Transformers knows"):
         check_export(tmp_path)
 
 
 def test_a_missing_shard_is_named(tmp_path):
     _save(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "model-2.safetensors")
     (tmp_path / "model.safetensors.index.json").write_text(
-        json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model.safetensors"}})
+        json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}})
     )
-    with pytest.raises(EquipoiseError, match="1 of 2 are missing, for example model-1.safetensors"):
+    with pytest.raises(EquipoiseError, match="lists 2 files, and model-1.safetensors is missing"):
         check_export(tmp_path)
+
+
+def test_an_adapter_is_not_taken_for_a_model_without_biases(tmp_path):
+    _save(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UsageError, match="it holds an adapter"):
+        check_export(tmp_path)
+
+
+def test_biases_are_checked_by_transformers_class_whatever_code_and_quantisation_the_config_names(tmp_path):
+    _save(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}}
+    config |= {"quantization_config": {"quant_method": "fp8"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    result = check_export(tmp_path)
+    assert result.survived and len(result.layers) == 2 and "auto_map" in " ".join(result.notes)
 
 
 def test_a_dense_model_is_refused(tmp_path):
