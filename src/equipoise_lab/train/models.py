@@ -8,7 +8,7 @@ from torch import nn
 from equipoise.errors import EquipoiseError
 from equipoise.nn import Router
 from equipoise.routers.find import find_routers
-from equipoise.saved import BIASES_FILE
+from equipoise_lab.models.weights import NO_WEIGHTS, find_weights
 from equipoise_lab.train.config import SCORE_FUNCTIONS, Train
 
 __all__ = ["build_model", "num_active_parameters"]
@@ -83,11 +83,15 @@ def _fresh_or_saved(config: Train, vocab_size: int) -> Any:
         if config.score_function not in ("auto", SCORE_FUNCTIONS[config.arch]):
             _change_score_function(model, config.score_function)
         return model
-    files = [*config.model.glob("*.safetensors"), *config.model.glob("pytorch_model*.bin")]
-    has_weights = any(file.name != BIASES_FILE for file in files)
+    weights = find_weights(config.model)
+    if not weights.files and weights.reason != NO_WEIGHTS:
+        raise EquipoiseError(
+            f"--model must contain all of its weights: {config.model}: {weights.reason}. Restore them, or remove all "
+            "weight files to start from fresh weights."
+        )
     auto, missing = AutoModelForCausalLM, set()
     try:  # AdamW trains float32 weights, whatever dtype they were saved in
-        if has_weights:
+        if weights.files:
             model, info = auto.from_pretrained(config.model, dtype=torch.float32, output_loading_info=True)
             missing = info["missing_keys"]
         else:

@@ -488,6 +488,15 @@ def test_a_damaged_model_is_refused_in_one_line(tiny, new_watcher, saved, tmp_pa
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["model.safetensors.index.json", "model.gguf", "adapter_config.json"])
+def test_a_model_whose_weights_cannot_be_read_is_not_started_afresh(tiny, new_watcher, saved, tmp_path, name):
+    folder = _copy(saved, tmp_path)
+    (folder / "model.safetensors").unlink()
+    (folder / name).write_text('{"weight_map": {"model.norm.weight": "model-1.safetensors"}}')
+    with pytest.raises(EquipoiseError, match="--model must contain all of its weights: .*remove all weight files"):
+        train(tiny(model=folder, steps=1), new_watcher())
+
+
 def test_biases_beside_a_model_are_loaded(tiny, new_watcher, saved, tmp_path):
     folder = _copy(saved, tmp_path)
     name = "model.layers.0.mlp.gate"
