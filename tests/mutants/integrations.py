@@ -137,10 +137,16 @@ MUTANTS = [
         "test_peft -k trained_routers",
     ),
     Mutant(
-        "under the Trainer a state is saved within a step",
-        "if self._is_training and not self.balance.has_open_window:",
-        "if self._is_training:",
+        "under the Trainer no state is saved within a step",
+        "        if self._is_training:\n            save_state",
+        "        if self._is_training and not self.balance.has_open_window:\n            save_state",
         "test_trainer -k within_a_step",
+    ),
+    Mutant(
+        "an interrupted training loses the state of its last step",
+        "state = self.balance.state_dict() if is_same_model else None",
+        "state = self.balance.state_dict() if is_same_model and not self.balance.has_open_window else None",
+        "test_trainer -k interrupted",
     ),
     Mutant(
         "84: biases that moved are not saved beside the adapter",

@@ -222,8 +222,7 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         if self.balance is None:
             return None, {**self._attach_arguments}
         is_same_model = model is self._model
-        was_interrupted = self.balance.has_open_window
-        state = self.balance.state_dict() if is_same_model and not was_interrupted else None
+        state = self.balance.state_dict() if is_same_model else None
         biases = self.detach()
         return state, self._attach_arguments | ({"biases": biases} if is_same_model and self._has_bias else {})
 
@@ -256,7 +255,7 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
             return
         if self._needs_biases_file:
             write_biases(folder, self.balance.biases, self.balance.multiplies)
-        if self._is_training and not self.balance.has_open_window:  # a state exists between two windows only
+        if self._is_training:
             save_state(folder, self.balance, self._alerts)
 
     def _load(self, checkpoint: Path) -> None:
