@@ -6,6 +6,7 @@ adds the balancing loss to the loss in the output. After each step of the optimi
 
 import inspect
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,16 @@ from equipoise.errors import UsageError
 from equipoise.integrations.trainer.attaching import attach_for_training
 from equipoise.integrations.trainer.checkpoints import STATE_FILE, load_missing_weights, load_state, save_state
 from equipoise.integrations.trainer.checks import (
+    check_model_adds_no_loss,
     check_only_callback,
     check_trainer_uses_model_loss,
     check_training_arguments,
+    refuse_model_loss,
 )
 from equipoise.integrations.trainer.hooks import ForwardHook, unwrap_save_pretrained, wrap_save_pretrained
 from equipoise.integrations.trainer.loss import OutputLoss
 from equipoise.integrations.trainer.stack import find_calling_trainer
+from equipoise.model_loss import watch_model_loss
 from equipoise.saved import write_biases
 from equipoise.torch_internals import step_was_applied
 
@@ -145,7 +149,9 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         check_only_callback(inner, self)
         check_training_arguments(args)
         if self._adds_loss:
-            check_trainer_uses_model_loss(args, inner, trainer, self._with_model_loss)
+            check_trainer_uses_model_loss(args, trainer)
+        if self._adds_loss and not self._with_model_loss:
+            check_model_adds_no_loss(inner)
         earlier_state, arguments = self._end_earlier_training(inner)
         self.balance = attach_for_training(inner, self._strategy, arguments, self._move_frozen)
         self._alerts = Alerts(num_steps=state.max_steps, num_seen=state.global_step)
@@ -234,6 +240,8 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         if any(balancer.has_loss and balancer.scope == "sequence" for balancer in self._balancers):
             before_forward = ForwardHook(self, self._output_loss.cut_packed_rows)
             self._hooks.append(model.register_forward_pre_hook(before_forward, with_kwargs=True, prepend=True))
+        if self._adds_loss and not self._with_model_loss:  # before the hook of attach, which would only warn
+            self._hooks += watch_model_loss(model, refuse_model_loss, partial(ForwardHook, self), prepend=True)
         self._step_was_applied, optimizer = True, getattr(optimizer, "optimizer", optimizer)  # inside Accelerate's
         if isinstance(optimizer, torch.optim.Optimizer):
             self._hooks.append(optimizer.register_step_post_hook(self._after_step))
