@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from equipoise.torch_internals import is_traced
+from equipoise.torch_internals import is_traced, runs_while_traced
 
 __all__ = ["REMEDY", "model_loss_in_config", "warn_of_model_loss", "watch_model_loss"]
 
@@ -79,10 +79,11 @@ class _Watch:
         self.handles: list[RemovableHandle] = []
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if self.report is None or not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
             return
         read = output.get if isinstance(output, dict) else partial(getattr, output)
-        losses = [loss for name in _OUTPUTS if isinstance(loss := read(name, None), Tensor) and loss.requires_grad]
+        values = [read(name, None) for name in _OUTPUTS]
+        losses = [value for value in values if isinstance(value, Tensor) and value.requires_grad]
         # A tuple does not say which of its tensors is that loss.
         is_asked_for = bool(kwargs.get("output_router_logits")) and isinstance(output, tuple)
         if (losses and is_traced()) or is_asked_for:
@@ -92,16 +93,16 @@ class _Watch:
                 loss.register_hook(self._judge_by_gradient)
             self._stop()
 
-    @torch.compiler.assume_constant_result  # runs while a graph is made
+    @runs_while_traced
     def _judge_by_coefficient(self, module: nn.Module) -> None:
         name, coefficient = _coefficient(module)
         if coefficient != 0:
             weight = "an unknown coefficient" if coefficient is None else f"{name}={coefficient:g}"
             self._say(f"the forward returns one, with {weight}")
 
-    @torch._disable_dynamo
+    @torch._disable_dynamo  # compiled autograd would trace it
     def _judge_by_gradient(self, gradient: Tensor) -> None:
-        if gradient.any():
+        if self.report is not None and gradient.any():
             self._say("the one that its forward returns has a gradient")
 
     def _say(self, cause: str) -> None:

@@ -564,7 +564,7 @@ def test_a_copy_of_the_model_is_free_of_the_callback(tmp_path):
         assert not (tmp_path / name / BIASES_FILE).exists()
         assert other.save_pretrained.model is other
         owners = [getattr(hook, "callback", None) for hook in other._forward_hooks.values()]
-        assert owners == [None, None]  # no hook of the copy reaches the callback
+        assert {*owners} == {None}  # no hook of the copy reaches the callback
     biases = callback.detach()
     assert biases and callback.detach() == {}
     assert "save_pretrained" not in vars(model) and not model._forward_hooks

@@ -33,7 +33,7 @@ from equipoise.integrations.trainer.loss import OutputLoss
 from equipoise.integrations.trainer.stack import find_calling_trainer
 from equipoise.model_loss import watch_model_loss
 from equipoise.saved import write_biases
-from equipoise.torch_internals import step_was_applied
+from equipoise.torch_internals import is_compiled, step_was_applied
 
 __all__ = ["EquipoiseCallback", "STATE_FILE"]
 
@@ -159,7 +159,7 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         lacks_slot = any(layer.kind.slot is None for layer in self.balance.layers)
         multiplies = any(balancer.multiplies for balancer in self._balancers)
         self._needs_biases_file = self._has_bias and (lacks_slot or multiplies or saved_model is not inner)
-        self._add_hooks(inner, optimizer)
+        self._add_hooks(inner, optimizer, is_compiled=args.torch_compile or is_compiled(model))
         wrap_save_pretrained(saved_model, self._save)
         if checkpoint is not None:
             self._load(checkpoint)
@@ -232,11 +232,14 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         biases = self.detach()
         return state, self._attach_arguments | ({"biases": biases} if is_same_model and self._has_bias else {})
 
-    def _add_hooks(self, model: nn.Module, optimizer: Any) -> None:
+    def _add_hooks(self, model: nn.Module, optimizer: Any, is_compiled: bool) -> None:
         assert self.balance is not None
-        self._output_loss = OutputLoss(model, self.balance, self._adds_loss)
+        self._output_loss = OutputLoss(model, self.balance, self._adds_loss, is_compiled)
         after_forward = ForwardHook(self, self._output_loss.add_to_output)
         self._hooks = [model.register_forward_hook(after_forward, with_kwargs=True)]
+        if self._adds_loss:
+            before_forward = ForwardHook(self, self._output_loss.watch_num_items)
+            self._hooks.append(model.register_forward_pre_hook(before_forward, with_kwargs=True))
         if any(balancer.has_loss and balancer.scope == "sequence" for balancer in self._balancers):
             before_forward = ForwardHook(self, self._output_loss.cut_packed_rows)
             self._hooks.append(model.register_forward_pre_hook(before_forward, with_kwargs=True, prepend=True))
