@@ -172,16 +172,20 @@ class _NumItems:
         return False
 
 
+_TO_PLAIN = (Tensor.__float__, Tensor.__int__, Tensor.__index__, Tensor.item, Tensor.tolist, Tensor.numpy)
+
+
 class _Watched(Tensor):
-    """A number that notes when it is read in a way that autograd does not see."""
+    """A number that notes when it is read in a way that autograd does not see. A comparison does not count."""
 
     was_read = False
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in _TO_PLAIN:
+            return function(args[0].detach(), *args[1:], **(kwargs or {}))
         result = super().__torch_function__(function, types, args, kwargs)
-        is_plain = isinstance(result, float) or function in (Tensor.__int__, Tensor.__index__)
-        if is_plain or (isinstance(result, Tensor) and not result.requires_grad):
+        if isinstance(result, Tensor) and not result.requires_grad and result.dtype != torch.bool:
             for value in args:
                 if isinstance(value, cls):
                     value.was_read = True
