@@ -51,7 +51,8 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         add_loss: whether to add the balancing loss to the loss in the model's output. With False you add
             ``callback.balance.loss()`` in your own ``compute_loss``, with the same weight as your loss. If you forget
             it, the backward raises.
-        with_model_loss: accept a model that adds a load-balancing loss of its own. Both then act.
+        with_model_loss: accept a model that adds a load-balancing loss of its own. Both then act. Otherwise it is
+            refused: when the training begins, if the config says so, or in the first backward that it has a part in.
         move_frozen: move the biases even if no router is trained, as with adapters on a frozen base. By default they
             stay fixed then. Losses act either way: they reach the weights in front of the routers.
         fresh: accept a checkpoint that was saved without this callback. Biases then begin with what the model holds.
@@ -63,11 +64,17 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     **Gradient.** Let CE_m be the mean cross-entropy of micro-batch m over its n_m label tokens, and B_m its balancing
     loss, coefficients included. An optimizer step over micro-batches m has the gradient of:
 
-    - ``sum_m n_m / N (CE_m + B_m)``, if the Trainer passes ``num_items_in_batch`` to the model, as it does for models
-      of Transformers. N is that number. Label tokens are the labels that are not -100, shifted as the loss shifts them.
-      With ``average_tokens_across_devices`` (the default) N and the sum cover all ranks: DDP divides by the number of
-      ranks, so the Trainer multiplies by it. Without it N is of one rank, and the ranks' gradients are averaged.
+    - ``sum_m n_m / N (CE_m + B_m)``, if the Trainer passes ``num_items_in_batch`` to the model and the loss divides by
+      it, as causal losses of Transformers do. N is that number. Label tokens are the labels that are not -100, shifted
+      as the loss shifts them. With ``average_tokens_across_devices`` (the default) N and the sum cover all ranks: DDP
+      divides by the number of ranks, so the Trainer multiplies by it. Without it N is of one rank, and the ranks'
+      gradients are averaged.
+    - ``sum_m (CE_m + B_m)``, if the Trainer passes it and the loss does not use it, as in classifiers of Transformers:
+      the Trainer does not divide then either.
     - ``mean_m (CE_m + B_m)`` otherwise: over the micro-batches of the step (fewer in a short last one) and the ranks.
+
+    The first training forward shows which it is: there the number is watched. If the loss reads it as a plain number
+    (``item()``), that cannot be known, and raises ``UsageError``.
 
     **Steps.** A window is what is counted for one optimizer step. The biases move after every ``optimizer.step()``. If
     a GradScaler skipped that step, the window closes and nothing moves. Nothing moves either for micro-batches that an
@@ -84,6 +91,7 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     has it.
 
     **Checkpoints.** Every checkpoint holds ``equipoise_balance.pt``. Resuming and ``load_best_model_at_end`` load it.
+    So does what ``model.save_pretrained`` saves between two micro-batches, without those that were counted since.
     They also load the experts, which the Trainer of Transformers 5.23 does not (#48805). Biases are not always among
     the weights that are saved: families without a slot (a tensor for them), multiplicative biases, adapters. Then
     ``save_pretrained`` and ``save_model`` write ``equipoise_biases.safetensors`` beside the weights, for
