@@ -108,8 +108,8 @@ MUTANTS = [
     ),
     Mutant(
         "106: under the Trainer the number of items is watched in every forward",
-        "is_known = self._uses_num_items is not None or value is None",
-        "is_known = value is None",
+        "is_watched = self._uses_num_items is None and self._is_active(model)",
+        "is_watched = self._is_active(model)",
         "test_trainer_weights -k first_forward_only",
     ),
     Mutant(
