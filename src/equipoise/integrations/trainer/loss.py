@@ -67,7 +67,7 @@ class OutputLoss:
 
     def watch_num_items(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Watches ``num_items_in_batch`` in the first training forward that gets it."""
-        value = kwargs.get("num_items_in_batch")
+        self._num_items, value = None, kwargs.get("num_items_in_batch")
         is_watched = self._uses_num_items is None and self._is_active(model) and torch.is_grad_enabled()
         if value is None or not is_watched:
             return None
