@@ -111,8 +111,8 @@ class _Watch:
             report(cause)
 
     def _stop(self) -> None:
-        for handle in self.handles:
-            handle.remove()
+        while self.handles:
+            self.handles.pop().remove()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Watch, ()
