@@ -15,6 +15,7 @@ LIBRARY = [
     "errors",
     "_text",
     "torch_internals",
+    "model_loss",
     "recipes",
     "routing",
     "load",

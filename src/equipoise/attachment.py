@@ -210,11 +210,3 @@ def _warn(plan: _Plan, balancers: Sequence[Balancer | str], has_filter: bool) ->
                 f"attach: the recipe {balancer} was published with {recipe.score_function} scores, this model has "
                 f"{' and '.join(sorted(functions))} scores. Rates are in units of the scores and may not carry over."
             )
-    config = getattr(plan.model, "config", None)
-    coefficient = getattr(config, "router_aux_loss_coef", 0) or 0
-    if coefficient and getattr(config, "output_router_logits", False) and plan.balancers:
-        _log.warning(
-            "attach: the model adds a load-balancing loss of its own (output_router_logits with router_aux_loss_coef="
-            f"{coefficient:g}), and {format_strategy(plan.balancers)} acts beside it. Set "
-            "model.config.output_router_logits = False to have only one."
-        )

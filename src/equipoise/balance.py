@@ -260,7 +260,11 @@ class Balance:
         return write_biases(Path(folder), self.biases, self.multiplies) if is_wanted else None
 
     def state_dict(self) -> dict[str, Any]:
-        """Biases and what moves with them, the last window's counts: equal on all ranks. Call between windows only."""
+        """Biases and what moves with them, the last window's counts: equal on all ranks.
+
+        No collective, so any rank may call it at any time. What the open window has counted stays there, and is left
+        out: a warning says so once. Call it after ``step()`` to leave nothing out.
+        """
         self._window.exchange.read()
         return state_of(self._recorder, self.strategy, self.multiplies, self._recorder.device)
 

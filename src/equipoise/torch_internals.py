@@ -149,8 +149,21 @@ def allow_compile_over_checkpoint() -> None:
 def drop_compiled_graphs(model: nn.Module) -> bool:
     """Drops the graphs of a model that was called before: they would run on without our taps. False: there was none."""
     dynamo = sys.modules.get("torch._dynamo")
-    is_compiled = hasattr(model, "_orig_mod") or any(m._compiled_call_impl is not None for m in model.modules())
-    if dynamo is None or not is_compiled or not dynamo.utils.counters["frames"]["total"]:
+    if dynamo is None or not is_compiled(model) or not dynamo.utils.counters["frames"]["total"]:
         return False
     dynamo.reset()
     return True
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether the model, or a module in it, was given to ``torch.compile``."""
+    return hasattr(model, "_orig_mod") or any(module._compiled_call_impl is not None for module in model.modules())
+
+
+def runs_while_traced(function: Any) -> Any:
+    """Lets Dynamo call ``function`` while it makes a graph, which gets nothing of it.
+
+    What ``torch.compiler.assume_constant_result`` does, which would load Dynamo at once.
+    """
+    function._dynamo_marked_constant = True
+    return function

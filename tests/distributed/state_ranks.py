@@ -90,11 +90,13 @@ class Training:
             dist.fsdp.fully_shard(self.inner, mesh=mesh, reshard_after_forward=False)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
         self.balance = equipoise.attach(self.model, strategy)
+        self.after_micro_batch: Callable[[], Any] = lambda: None
 
     def window(self, number: int, applied: bool = True) -> None:
         losses = []
         for micro in range(self.rank, MICRO_BATCHES, self.size):
             losses.append(self.model(micro_batch(number, micro)) + self.balance.loss())
+            self.after_micro_batch()
         torch.stack(losses).mean().backward()
         if applied:
             self.optimizer.step()
@@ -152,6 +154,20 @@ def go_on(rank: int, folder: Path, wrapper: str, size: int) -> dict[str, Any]:
         state = training.balance.state_dict()
         found[name] = (state, training.train(range(SAVED, WINDOWS)), training.balance.state_dict())
     return found
+
+
+def states_within(rank: int) -> tuple[Progress, Progress, list[dict[str, Any]], list[dict[str, Any]]]:
+    """Trains with and without states that rank 0 takes in open windows. Returns these, and those between windows."""
+    within: list[dict[str, Any]] = []
+    disturbed, undisturbed = (Training(STRATEGIES["quantile"], "ddp", rank, 2) for _ in range(2))
+    if rank == 0:
+        disturbed.after_micro_batch = lambda: within.append(disturbed.balance.state_dict())
+    before = []
+    windows: dict[int, Any] = {}
+    for number in range(SAVED):
+        before.append(disturbed.balance.state_dict())
+        windows |= disturbed.train(range(number, number + 1)).windows
+    return Progress(windows, whole(disturbed.inner)), undisturbed.train(range(SAVED)), within, before
 
 
 # ---- states that must be refused ----
@@ -298,6 +314,7 @@ def on_two(rank: int, folder: Path) -> dict[str, Any]:
     }
     found["refused"] = refusals(rank, folder)
     found["stages"] = stages(rank, folder / "stages")
+    found["within"] = states_within(rank)
     first, last = range(SAVED), range(SAVED, WINDOWS)
     found["accelerate begins"] = accelerated(rank, 2, first, None, folder / "accelerate")
     found["accelerate goes on"] = accelerated(rank, 2, last, folder / "accelerate", None)

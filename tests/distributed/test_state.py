@@ -76,6 +76,8 @@ def assert_same_state(ours, theirs):
         assert ours.keys() == theirs.keys()
         for key, value in ours.items():
             assert_same_state(value, theirs[key])
+    elif isinstance(ours, tuple):
+        assert_same_state(dict(enumerate(ours)), dict(enumerate(theirs)))
     elif isinstance(ours, torch.Tensor):
         assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
     else:
@@ -185,8 +187,25 @@ def test_what_a_checkpoint_lacks_begins_at_zero_where_it_may(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
-def test_a_state_must_be_saved_between_windows(tmp_path):
+def test_a_state_that_was_saved_within_a_window_is_loaded_between_two(tmp_path):
     training = Training(STRATEGIES["momentum"])
+    training.train(range(1))
+    state = training.balance.state_dict()
     training.model(state_ranks.micro_batch(0, 0))
+    dcp.save({"balance": training.balance}, checkpoint_id=tmp_path, no_dist=True)
     with pytest.raises(EquipoiseError, match="between windows"):
-        dcp.save({"balance": training.balance}, checkpoint_id=tmp_path, no_dist=True)
+        dcp.load({"balance": training.balance}, checkpoint_id=tmp_path, no_dist=True)
+    resumed = equipoise.attach(state_ranks.lm(), STRATEGIES["momentum"])
+    dcp.load({"balance": resumed}, checkpoint_id=tmp_path, no_dist=True)
+    for part in ("biases", "load", "num_windows"):
+        assert_same_state(resumed.state_dict()[part], state[part])
+
+
+def test_one_rank_may_take_a_state_while_counts_travel(found):
+    """Rank 0 alone does, after each micro-batch, before the backward waits for its collective. All else is the same."""
+    micro_batches = MICRO_BATCHES // 2
+    for rank, (disturbed, undisturbed, within, before) in enumerate(result["within"] for result in found.two):
+        assert_same_state(tuple(disturbed), tuple(undisturbed))
+        assert len(within) == (0 if rank else SAVED * micro_batches)
+        for number, state in enumerate(within):
+            assert_same_state(state, before[number // micro_batches])

@@ -314,10 +314,22 @@ MUTANTS = [
         "library/balance -k is_not_trained",
     ),
     Mutant(
-        "89: a state is saved in the middle of a window",
-        '    if window.micro_batches:\n        raise EquipoiseError(\n            "state_dict()',
-        '    if False:\n        raise EquipoiseError(\n            "state_dict()',
-        "library/balance -k inside_a_window",
+        "89: a state that is taken in the middle of a window closes its micro-batch",
+        "    if window.micro_batches and recorder not in _warned:\n",
+        "    window.close_micro_batch()\n    if window.micro_batches and recorder not in _warned:\n",
+        "test_state_dict -k within_a_window",
+    ),
+    Mutant(
+        "89: a state that is taken in the middle of a window warns at every call",
+        "if window.micro_batches and recorder not in _warned:",
+        "if window.micro_batches:",
+        "test_state_dict -k within_a_window",
+    ),
+    Mutant(
+        "89: a state is loaded in the middle of a window",
+        "        if recorder.window.micro_batches:\n            raise",
+        "        if False:\n            raise",
+        "test_state_dict -k not_loaded",
     ),
     # many ranks
     Mutant(

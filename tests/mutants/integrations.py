@@ -12,7 +12,7 @@ MUTANTS = [
     # under the Trainer of Transformers
     Mutant(
         "10: under the Trainer the balancing loss is not weighted by label tokens",
-        "total = loss + label_share(inputs, self._shifts_labels) * balancing_loss.to(loss.device)",
+        "total = loss + share * balancing_loss.to(loss.device)",
         "total = loss + balancing_loss.to(loss.device)",
         "test_trainer -k our_own_loop",
     ),
@@ -53,10 +53,70 @@ MUTANTS = [
         "test_trainer -k by_name",
     ),
     Mutant(
-        "11: under the Trainer the model's own balancing loss acts beside ours",
-        'getattr(config, "output_router_logits", False) and not with_model_loss',
-        'getattr(config, "output_router_logits", False) and False',
+        "103: the config of the text is not looked at for the model's own balancing loss",
+        'return config.get_text_config() if hasattr(config, "get_text_config") else getattr',
+        'return config if hasattr(config, "get_text_config") else getattr',
+        "test_model_loss -k 'qwen3_vl_moe or text_config'",
+    ),
+    Mutant(
+        "103: the output is not looked at for the model's own balancing loss",
+        "        elif losses:\n",
+        "        elif False:\n",
+        "test_model_loss -k 'mixtral or caller'",
+    ),
+    Mutant(
+        "103: a balancing loss of the model's own without a weight is said to act",
+        "if self.report is not None and gradient.any():",
+        "if self.report is not None:",
+        "test_model_loss -k 'caller or own_is_known'",
+    ),
+    Mutant(
+        "103: a model inside a wrapper is not looked at for its own balancing loss",
+        "for module in dict.fromkeys([model, *_heads(model)]):",
+        "for module in [model]:",
+        "test_model_loss -k wrapper",
+    ),
+    Mutant(
+        "103: under the Trainer a balancing loss of the model's own is only warned of",
+        "self._hooks += watch_model_loss(model, refuse_model_loss, partial(ForwardHook, self), prepend=True)",
+        "pass",
+        "test_model_loss -k asked_for",
+    ),
+    Mutant(
+        "103: under the Trainer a balancing loss of the model's own is refused and warned of",
+        "partial(ForwardHook, self), prepend=True)",
+        "partial(ForwardHook, self))",
+        "test_model_loss -k asked_for",
+    ),
+    Mutant(
+        "11: under the Trainer the config that switches the model's own balancing loss on is accepted",
+        "        if self._adds_loss and not self._with_model_loss:\n            check_model_adds_no_loss(inner)\n",
+        "",
         "test_trainer -k models_own",
+    ),
+    Mutant(
+        "106: under the Trainer a loss that ignores the number of items is weighed by it",
+        "share = label_share(inputs, self._shifts_labels) if self._uses_num_items else 1.0",
+        "share = label_share(inputs, self._shifts_labels)",
+        "test_trainer_weights -k same_factor",
+    ),
+    Mutant(
+        "106: under the Trainer a number of items that is read past autograd is not noticed",
+        "        if self.watched.was_read:\n",
+        "        if False:\n",
+        "test_trainer_weights -k past_autograd",
+    ),
+    Mutant(
+        "106: under the Trainer the number of items is watched in every forward",
+        "is_watched = self._uses_num_items is None and self._is_active(model)",
+        "is_watched = self._is_active(model)",
+        "test_trainer_weights -k first_forward_only",
+    ),
+    Mutant(
+        "106: under the Trainer the forward that measures a compiled model's loss counts",
+        "            stack.enter_context(self._balance.paused())\n",
+        "",
+        "test_trainer_weights -k compiled",
     ),
     Mutant(
         "81: under the Trainer a step that a scaler skipped moves the biases",
@@ -137,10 +197,16 @@ MUTANTS = [
         "test_peft -k trained_routers",
     ),
     Mutant(
-        "under the Trainer a state is saved within a step",
-        "if self._is_training and not self.balance.has_open_window:",
-        "if self._is_training:",
+        "under the Trainer no state is saved within a step",
+        "        if self._is_training:\n            save_state",
+        "        if self._is_training and not self.balance.has_open_window:\n            save_state",
         "test_trainer -k within_a_step",
+    ),
+    Mutant(
+        "an interrupted training loses the state of its last step",
+        "state = self.balance.state_dict() if is_same_model else None",
+        "state = self.balance.state_dict() if is_same_model and not self.balance.has_open_window else None",
+        "test_trainer -k interrupted",
     ),
     Mutant(
         "84: biases that moved are not saved beside the adapter",

@@ -1,7 +1,9 @@
 """The state of a ``Balance``: what a checkpoint holds, and how it is restored."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -11,14 +13,19 @@ from equipoise.counting.pool import Pool, digest_of
 from equipoise.counting.recorder import Recorder
 from equipoise.errors import EquipoiseError
 
+_log = logging.getLogger("equipoise")
+_warned: WeakSet[Recorder] = WeakSet()  # whose state was taken in an open window, which is said once
+
 
 def state_of(recorder: Recorder, strategy: str, multiplies: bool, device: torch.device) -> dict[str, Any]:
-    """``Balance.state_dict``. Copies."""
+    """``Balance.state_dict``. Copies. Leaves out the open window, and leaves it as it is: begins no collective."""
     window = recorder.window
-    if window.micro_batches:
-        raise EquipoiseError(
-            "state_dict() must be called between windows: "
-            f"{len(window.micro_batches)} micro-batch(es) were counted since the last one. Call step() first."
+    if window.micro_batches and recorder not in _warned:
+        _warned.add(recorder)
+        _log.warning(
+            f"state_dict: {len(window.micro_batches)} micro-batch(es) were counted since the last step() and are left "
+            "out of the state. A training that resumes from it does not have them, nor their gradients. Save after "
+            "step() to lose nothing."
         )
     vector = recorder.layout.zeros(device) if window.last is None else window.last.vector
     return {

@@ -1,6 +1,7 @@
 """Puts the taps of one attached model in, and takes them out."""
 
 from equipoise.counting.recorder import Recorder
+from equipoise.model_loss import warn_of_model_loss
 from equipoise.routers.kind import ADDED_SLOT
 from equipoise.routers.tap import Tap, tap_router, untap_router
 from equipoise.torch_internals import allow_compile_over_checkpoint
@@ -12,6 +13,8 @@ class Taps:
     def __init__(self, recorder: Recorder):
         self._recorder = recorder
         self._hooks = recorder.context.listen({layer.router for layer in recorder.layers})
+        if any(group.balancers for group in recorder.biases.groups):
+            self._hooks += warn_of_model_loss(recorder.context.model)
         self._taps = [self._tap(index) for index in range(len(recorder.layers))]
         self.are_removed = False
 

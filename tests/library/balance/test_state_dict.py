@@ -39,17 +39,90 @@ def test_a_fresh_state_round_trips():
     assert other.metrics() == {}
 
 
-def test_state_dicts_are_refused_inside_a_window():
+def _window(model, balance, between=lambda: None):
+    """Two micro-batches and a step; ``between`` is called after each forward, loss and backward."""
+    for seed in (3, 4):
+        output = model(random_ids(seed=seed))
+        between()
+        loss = output + balance.loss()
+        between()
+        loss.backward()
+        between()
+    balance.step()
+
+
+@pytest.mark.parametrize(
+    "strategy", ["loss-free:rule=momentum,rate=0.1", "quantile", STRATEGY, "loss-free:rate=0.1+lbl", "lbl"]
+)
+def test_a_state_within_a_window_is_that_of_the_last_one_and_disturbs_nothing(strategy, caplog):
+    (model, balance), (undisturbed, expected) = attach_tiny(strategy), attach_tiny(strategy)
+    for trained, its_balance in ((model, balance), (undisturbed, expected)):
+        _window(trained, its_balance)
+    before, within = balance.state_dict(), []
+    caplog.clear()
+    _window(model, balance, lambda: within.append(balance.state_dict()))
+    _window(undisturbed, expected)
+    assert len(within) == 6
+    for state in within:
+        assert_equal_states(state, before)
+    assert_equal_states(balance.state_dict(), expected.state_dict())
+    assert_gradients_close(clone_gradients(model), clone_gradients(undisturbed), 0)
+    assert balance.metrics() == expected.metrics()
+    (record,) = caplog.records  # said once
+    assert record.name == "equipoise" and record.message.startswith("state_dict: 1 micro-batch(es) were counted since")
+    assert "left out of the state" in record.message
+
+
+def assert_equal_states(state, expected):
+    assert state.keys() == expected.keys()
+    for key in ("strategy", "num_windows", "multiplies"):
+        assert state[key] == expected[key]
+    parts = {"biases": state["biases"], "load": state["load"], **state["state"]}
+    for key, part in parts.items():
+        other = expected[key] if key in ("biases", "load") else expected["state"][key]
+        assert part.keys() == other.keys() == set(LAYERS)
+        assert all(torch.equal(part[name], other[name]) for name in part), key
+
+
+def test_a_training_resumes_from_a_state_within_a_window():
+    """As Lightning saves with ``val_check_interval=3`` and two micro-batches a step: what is open is dropped."""
+    model, balance = attach_tiny(STRATEGY)
+    _window(model, balance)
+    model(random_ids(seed=8))
+    balance.loss()
+    state = balance.state_dict()
+    resumed_model, resumed = attach_tiny(STRATEGY)
+    resumed.load_state_dict(state)
+    uninterrupted_model, uninterrupted = attach_tiny(STRATEGY)
+    _window(uninterrupted_model, uninterrupted)
+    uninterrupted_model.zero_grad()
+    for trained, its_balance in ((resumed_model, resumed), (uninterrupted_model, uninterrupted)):
+        _window(trained, its_balance)
+    assert_equal_states(resumed.state_dict(), uninterrupted.state_dict())
+    assert_gradients_close(clone_gradients(resumed_model), clone_gradients(uninterrupted_model), 0)
+
+
+def test_a_state_of_the_first_window_is_that_of_an_attached_model(caplog):
+    model, balance = attach_tiny("loss-free:rule=momentum")
+    before = balance.state_dict()
+    assert not caplog.records
+    model(random_ids())
+    assert_equal_states(balance.state_dict(), before)
+    other_model, other = attach_tiny("loss-free:rule=momentum")
+    other_model(random_ids())
+    other.state_dict()
+    assert len(caplog.records) == 2  # once for each Balance
+
+
+def test_a_state_is_not_loaded_within_a_window():
     for strategy in ("loss-free", "lbl"):
         model, balance = attach_tiny(strategy)
         state = balance.state_dict()
         model(random_ids())
-        for call in (balance.state_dict, lambda: balance.load_state_dict(state)):  # noqa: B023
+        for _ in range(2):
             with pytest.raises(EquipoiseError, match="between windows"):
-                call()
-        balance.loss()
-        with pytest.raises(EquipoiseError, match="between windows"):
-            balance.state_dict()
+                balance.load_state_dict(state)
+            balance.loss()
         balance.step()
         balance.load_state_dict(state)
 

@@ -6,6 +6,7 @@ adds the balancing loss to the loss in the output. After each step of the optimi
 
 import inspect
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,18 @@ from equipoise.errors import UsageError
 from equipoise.integrations.trainer.attaching import attach_for_training
 from equipoise.integrations.trainer.checkpoints import STATE_FILE, load_missing_weights, load_state, save_state
 from equipoise.integrations.trainer.checks import (
+    check_model_adds_no_loss,
     check_only_callback,
     check_trainer_uses_model_loss,
     check_training_arguments,
+    refuse_model_loss,
 )
 from equipoise.integrations.trainer.hooks import ForwardHook, unwrap_save_pretrained, wrap_save_pretrained
 from equipoise.integrations.trainer.loss import OutputLoss
 from equipoise.integrations.trainer.stack import find_calling_trainer
+from equipoise.model_loss import watch_model_loss
 from equipoise.saved import write_biases
-from equipoise.torch_internals import step_was_applied
+from equipoise.torch_internals import is_compiled, step_was_applied
 
 __all__ = ["EquipoiseCallback", "STATE_FILE"]
 
@@ -47,7 +51,8 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         add_loss: whether to add the balancing loss to the loss in the model's output. With False you add
             ``callback.balance.loss()`` in your own ``compute_loss``, with the same weight as your loss. If you forget
             it, the backward raises.
-        with_model_loss: accept a model that adds a load-balancing loss of its own. Both then act.
+        with_model_loss: accept a model that adds a load-balancing loss of its own. Both then act. Otherwise it is
+            refused: when the training begins, if the config says so, or in the first backward that it has a part in.
         move_frozen: move the biases even if no router is trained, as with adapters on a frozen base. By default they
             stay fixed then. Losses act either way: they reach the weights in front of the routers.
         fresh: accept a checkpoint that was saved without this callback. Biases then begin with what the model holds.
@@ -59,11 +64,17 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     **Gradient.** Let CE_m be the mean cross-entropy of micro-batch m over its n_m label tokens, and B_m its balancing
     loss, coefficients included. An optimizer step over micro-batches m has the gradient of:
 
-    - ``sum_m n_m / N (CE_m + B_m)``, if the Trainer passes ``num_items_in_batch`` to the model, as it does for models
-      of Transformers. N is that number. Label tokens are the labels that are not -100, shifted as the loss shifts them.
-      With ``average_tokens_across_devices`` (the default) N and the sum cover all ranks: DDP divides by the number of
-      ranks, so the Trainer multiplies by it. Without it N is of one rank, and the ranks' gradients are averaged.
+    - ``sum_m n_m / N (CE_m + B_m)``, if the Trainer passes ``num_items_in_batch`` to the model and the loss divides by
+      it, as causal losses of Transformers do. N is that number. Label tokens are the labels that are not -100, shifted
+      as the loss shifts them. With ``average_tokens_across_devices`` (the default) N and the sum cover all ranks: DDP
+      divides by the number of ranks, so the Trainer multiplies by it. Without it N is of one rank, and the ranks'
+      gradients are averaged.
+    - ``sum_m (CE_m + B_m)``, if the Trainer passes it and the loss does not use it, as in classifiers of Transformers:
+      the Trainer does not divide then either.
     - ``mean_m (CE_m + B_m)`` otherwise: over the micro-batches of the step (fewer in a short last one) and the ranks.
+
+    The first training forward shows which it is: there the number is watched. If the loss reads it as a plain number
+    (``item()``), that cannot be known, and raises ``UsageError``.
 
     **Steps.** A window is what is counted for one optimizer step. The biases move after every ``optimizer.step()``. If
     a GradScaler skipped that step, the window closes and nothing moves. Nothing moves either for micro-batches that an
@@ -80,6 +91,7 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     has it.
 
     **Checkpoints.** Every checkpoint holds ``equipoise_balance.pt``. Resuming and ``load_best_model_at_end`` load it.
+    So does what ``model.save_pretrained`` saves between two micro-batches, without those that were counted since.
     They also load the experts, which the Trainer of Transformers 5.23 does not (#48805). Biases are not always among
     the weights that are saved: families without a slot (a tensor for them), multiplicative biases, adapters. Then
     ``save_pretrained`` and ``save_model`` write ``equipoise_biases.safetensors`` beside the weights, for
@@ -145,7 +157,9 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         check_only_callback(inner, self)
         check_training_arguments(args)
         if self._adds_loss:
-            check_trainer_uses_model_loss(args, inner, trainer, self._with_model_loss)
+            check_trainer_uses_model_loss(args, trainer)
+        if self._adds_loss and not self._with_model_loss:
+            check_model_adds_no_loss(inner)
         earlier_state, arguments = self._end_earlier_training(inner)
         self.balance = attach_for_training(inner, self._strategy, arguments, self._move_frozen)
         self._alerts = Alerts(num_steps=state.max_steps, num_seen=state.global_step)
@@ -153,7 +167,7 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         lacks_slot = any(layer.kind.slot is None for layer in self.balance.layers)
         multiplies = any(balancer.multiplies for balancer in self._balancers)
         self._needs_biases_file = self._has_bias and (lacks_slot or multiplies or saved_model is not inner)
-        self._add_hooks(inner, optimizer)
+        self._add_hooks(inner, optimizer, is_compiled=args.torch_compile or is_compiled(model))
         wrap_save_pretrained(saved_model, self._save)
         if checkpoint is not None:
             self._load(checkpoint)
@@ -222,19 +236,23 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         if self.balance is None:
             return None, {**self._attach_arguments}
         is_same_model = model is self._model
-        was_interrupted = self.balance.has_open_window
-        state = self.balance.state_dict() if is_same_model and not was_interrupted else None
+        state = self.balance.state_dict() if is_same_model else None
         biases = self.detach()
         return state, self._attach_arguments | ({"biases": biases} if is_same_model and self._has_bias else {})
 
-    def _add_hooks(self, model: nn.Module, optimizer: Any) -> None:
+    def _add_hooks(self, model: nn.Module, optimizer: Any, is_compiled: bool) -> None:
         assert self.balance is not None
-        self._output_loss = OutputLoss(model, self.balance, self._adds_loss)
+        self._output_loss = OutputLoss(model, self.balance, self._adds_loss, is_compiled)
         after_forward = ForwardHook(self, self._output_loss.add_to_output)
         self._hooks = [model.register_forward_hook(after_forward, with_kwargs=True)]
+        if self._adds_loss:
+            before_forward = ForwardHook(self, self._output_loss.watch_num_items)
+            self._hooks.append(model.register_forward_pre_hook(before_forward, with_kwargs=True))
         if any(balancer.has_loss and balancer.scope == "sequence" for balancer in self._balancers):
             before_forward = ForwardHook(self, self._output_loss.cut_packed_rows)
             self._hooks.append(model.register_forward_pre_hook(before_forward, with_kwargs=True, prepend=True))
+        if self._adds_loss and not self._with_model_loss:  # before the hook of attach, which would only warn
+            self._hooks += watch_model_loss(model, refuse_model_loss, partial(ForwardHook, self), prepend=True)
         self._step_was_applied, optimizer = True, getattr(optimizer, "optimizer", optimizer)  # inside Accelerate's
         if isinstance(optimizer, torch.optim.Optimizer):
             self._hooks.append(optimizer.register_step_post_hook(self._after_step))
@@ -256,7 +274,7 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
             return
         if self._needs_biases_file:
             write_biases(folder, self.balance.biases, self.balance.multiplies)
-        if self._is_training and not self.balance.has_open_window:  # a state exists between two windows only
+        if self._is_training:
             save_state(folder, self.balance, self._alerts)
 
     def _load(self, checkpoint: Path) -> None:

@@ -6,8 +6,15 @@ from torch import nn
 
 from equipoise.errors import EquipoiseError, UsageError
 from equipoise.integrations.trainer.hooks import ForwardHook
+from equipoise.model_loss import REMEDY, model_loss_in_config
 
-__all__ = ["check_only_callback", "check_training_arguments", "check_trainer_uses_model_loss"]
+__all__ = [
+    "check_model_adds_no_loss",
+    "check_only_callback",
+    "check_trainer_uses_model_loss",
+    "check_training_arguments",
+    "refuse_model_loss",
+]
 
 
 def check_only_callback(model: nn.Module, callback: Any) -> None:
@@ -34,8 +41,8 @@ def check_training_arguments(args: Any) -> None:
         )
 
 
-def check_trainer_uses_model_loss(args: Any, model: nn.Module, trainer: Any, with_model_loss: bool) -> None:
-    """Raises ``UsageError`` if the Trainer would drop the loss in the model's output, or the model adds its own."""
+def check_trainer_uses_model_loss(args: Any, trainer: Any) -> None:
+    """Raises ``UsageError`` if the Trainer would drop the loss in the model's output."""
     option, remedy = None, ""
     if args.label_smoothing_factor > 0:
         option, remedy = f"label_smoothing_factor={args.label_smoothing_factor:g}", "Set label_smoothing_factor=0"
@@ -48,11 +55,17 @@ def check_trainer_uses_model_loss(args: Any, model: nn.Module, trainer: Any, wit
             "(loss-free, quantile); or add callback.balance.loss() in your own compute_loss and say so with "
             "EquipoiseCallback(..., add_loss=False)."
         )
-    config = getattr(model, "config", None)
-    coefficient = getattr(config, "router_aux_loss_coef", 0) or 0
-    if coefficient and getattr(config, "output_router_logits", False) and not with_model_loss:
-        raise UsageError(
-            "only one load-balancing loss must act: the model adds its own (output_router_logits with "
-            f"router_aux_loss_coef={coefficient:g}) beside that of EquipoiseCallback. Set "
-            "model.config.output_router_logits = False, or ask for both with with_model_loss=True."
-        )
+
+
+def check_model_adds_no_loss(model: nn.Module) -> None:
+    """Raises ``UsageError`` if the model's config says that it adds a load-balancing loss of its own."""
+    cause = model_loss_in_config(model)
+    if cause is not None:
+        refuse_model_loss(cause)
+
+
+def refuse_model_loss(cause: str) -> None:
+    raise UsageError(
+        f"only one load-balancing loss must act: the model adds its own ({cause}) beside that of EquipoiseCallback. "
+        f"{REMEDY} Or ask for both with with_model_loss=True."
+    )
