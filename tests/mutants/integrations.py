@@ -167,12 +167,6 @@ MUTANTS = [
         "test_trainer -k left_over",
     ),
     Mutant(
-        "43: packed rows are one sequence under the Trainer",
-        "self._balance.token_mask(token_mask, sequence_ids)",
-        "self._balance.token_mask(token_mask)",
-        "test_trainer -k packed",
-    ),
-    Mutant(
         "a second callback on the same model is not noticed",
         "hook.callback not in (None, callback)",
         "hook.callback is False",

@@ -20,7 +20,6 @@ from equipoise.errors import EquipoiseError, UsageError
 from equipoise.integrations import EquipoiseCallback
 from equipoise.integrations.trainer.checkpoints import STATE_FILE
 from equipoise.integrations.trainer.checks import check_training_arguments
-from equipoise.integrations.trainer.loss import OutputLoss
 from equipoise.saved import BIASES_FILE
 
 BIASES, LOSS = "loss-free:rate=1e-2", "lbl:coefficient=1e-1"
@@ -143,11 +142,11 @@ def test_packed_rows_are_cut_where_their_positions_begin_anew():
     train(model, data, [callback, watch])
     total = sum(label_tokens(batch) for batch in batches(data))
     expected = []
-    for other, has_sequence_ids in ((cut_up, True), (whole, False)):
+    for other, is_cut in ((cut_up, True), (whole, False)):
         balance = equipoise.attach(other, strategy)
         for batch in batches(data):
-            if has_sequence_ids:
-                balance.token_mask(None, (batch["position_ids"] == 0).cumsum(1))
+            starts = batch["position_ids"] == 0
+            balance.token_mask(None, starts.cumsum(1) if is_cut else torch.zeros_like(starts))
             loss = other(**batch).loss + balance.loss()
             (loss * label_tokens(batch) / total).backward()
         expected.append({n: p.grad for n, p in other.named_parameters() if p.grad is not None})
@@ -710,17 +709,3 @@ def test_wrong_arguments_are_refused_at_once():
         EquipoiseCallback("loss-fre")
     with pytest.raises(UsageError, match="one balancer may move the bias"):
         EquipoiseCallback("loss-free", "quantile")
-
-
-def test_positions_of_one_row_are_those_of_every_row():
-    """A collator may give one row of positions, which the model broadcasts."""
-    model = family("qwen3_moe").train()
-    balance = equipoise.attach(model, "lbl:scope=sequence")
-    output_loss = OutputLoss(model, balance, is_added=True)
-    ids = torch.randint(3, 64, (2, 6), generator=torch.Generator().manual_seed(0))
-    values = []
-    for positions in (torch.arange(6)[None], torch.arange(6).expand(2, -1)):
-        output_loss.cut_packed_rows(model, (), {"input_ids": ids, "position_ids": positions})
-        model(ids, position_ids=positions)
-        values.append(balance.loss().item())
-    assert values[0] == values[1] > 0

@@ -82,8 +82,8 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     balancing loss. If a callback of yours generates or probes in training mode, its tokens count, unless it does so in
     ``callback.balance.paused()``.
 
-    **Packed rows.** A new sequence begins where the ``position_ids`` of a row begin anew (for losses of scope
-    ``sequence``).
+    **Packed rows.** For losses of scope ``sequence``, a new sequence begins where the arguments of the forward show
+    one: see ``Balance.token_mask``.
 
     **Logs.** The logged loss includes the balancing loss. ``Balance.metrics()`` of the last window is logged as
     ``equipoise/...``. Each problem that ``Alerts`` finds is a warning of the logger ``equipoise``, once when it starts
@@ -248,9 +248,6 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         if self._adds_loss:
             before_forward = ForwardHook(self, self._output_loss.watch_num_items)
             self._hooks.append(model.register_forward_pre_hook(before_forward, with_kwargs=True))
-        if any(balancer.has_loss and balancer.scope == "sequence" for balancer in self._balancers):
-            before_forward = ForwardHook(self, self._output_loss.cut_packed_rows)
-            self._hooks.append(model.register_forward_pre_hook(before_forward, with_kwargs=True, prepend=True))
         if self._adds_loss and not self._with_model_loss:  # before the hook of attach, which would only warn
             self._hooks += watch_model_loss(model, refuse_model_loss, partial(ForwardHook, self), prepend=True)
         self._step_was_applied, optimizer = True, getattr(optimizer, "optimizer", optimizer)  # inside Accelerate's

@@ -24,7 +24,7 @@ _REMEDY = (
 
 
 class OutputLoss:
-    """Hooks of the model's forward: ``watch_num_items`` and ``cut_packed_rows`` before, ``add_to_output`` after it.
+    """Two hooks of the model's forward: ``watch_num_items`` before, ``add_to_output`` after it.
 
     They act in the forwards of a training only: the model is in training mode, and ``stop()`` was not called.
 
@@ -52,18 +52,6 @@ class OutputLoss:
         """The sum of the model's own losses since the last call; None if there were none."""
         loss, self._model_loss = self._model_loss, None
         return loss
-
-    def cut_packed_rows(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Passes the packed sequences of each row on to ``Balance``: one begins where ``position_ids`` begin anew."""
-        inputs = self._by_name(args, kwargs)
-        positions, mask, ids = inputs.get("position_ids"), inputs.get("attention_mask"), inputs.get("input_ids")
-        if not self._is_active(model) or not isinstance(positions, Tensor) or positions.dim() != 2:
-            return
-        if positions.shape[0] == 1 and isinstance(ids, Tensor):
-            positions = positions.expand(ids.shape[0], -1)  # models broadcast them
-        token_mask = mask != 0 if isinstance(mask, Tensor) and mask.dim() == 2 else None
-        sequence_ids = positions - torch.arange(positions.shape[1], device=positions.device)  # constant in a sequence
-        self._balance.token_mask(token_mask, sequence_ids)
 
     def watch_num_items(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Watches ``num_items_in_batch`` in the first training forward that gets it."""
