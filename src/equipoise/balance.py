@@ -31,6 +31,15 @@ _UNUSED_MASK = (
     "token_mask() must be called before the forward that it belongs to: it was called, and no forward followed before "
     "loss() or step()."
 )
+_NOT_CALLED = (
+    "attached routers must be called in training mode between two steps: none was. Call step() once per optimizer "
+    "step, after a forward (follow(optimizer) calls it already)."
+)
+_LOST = (
+    "an attached router must keep the class that attach gave it: the class of {} was set back since, so its calls are "
+    "neither counted nor steered. Call detach() before what was on a router at attach is removed (as by "
+    "remove_parametrizations), and attach again after."
+)
 _log = logging.getLogger("equipoise")
 
 
@@ -126,12 +135,10 @@ class Balance:
             self._window.close_empty()
             self._context.clear()
             return
-        if not (called_layers := self._window.called_layers):
+        called_layers, lost_layers = self._window.called_layers, self._taps.lost_layers()
+        if lost_layers or not called_layers:
             self._window.fail(self._recorder.device, self._biases.empty_statistics())
-            raise EquipoiseError(
-                "attached routers must be called in training mode between two steps: none was. Call step() once per "
-                "optimizer step, after a forward (follow(optimizer) calls it already)."
-            )
+            raise EquipoiseError(_LOST.format(abbreviate(lost_layers)) if lost_layers else _NOT_CALLED)
         self._notices.give(called_layers)
         if self._context.has_unused_mask:
             _log.warning(_UNUSED_MASK)
@@ -195,7 +202,7 @@ class Balance:
     def peek_load(self) -> dict[str, Int[Tensor, " experts"]]:
         """As ``load``, but does not wait for a GPU, nor check whether a rank failed. {} before the first window."""
         last = self._window.last
-        return {} if last is None else self._recorder.by_name(last.vector)
+        return {} if last is None else self._recorder.by_name(last.vector.clone())
 
     @property
     def biases(self) -> dict[str, Float[Tensor, " experts"]]:
