@@ -128,7 +128,10 @@ def _tapped_class(base: Any) -> Any:
                 output = base.forward(self, *args, **kwargs)
         else:
             output = base.forward(self, *args, **kwargs)
-        if tap is None or tap.router is not self:  # detached, or a copy
+        if tap is None or tap.router is None:  # detached, or a deep copy
+            return output
+        if tap.router is not self:
+            id(self)  # Dynamo guards the graph of a shallow copy by this: it would serve the router too, uncounted
             return output
         context = tap.context
         logits, weights, expert_ids = tap.kind.read(output, tap.k)

@@ -17,7 +17,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from equipoise.errors import EquipoiseError, UsageError
-from equipoise.routers.find import find_routers, plain_name
+from equipoise.routers.find import find_routers
+from equipoise.routers.names import named_modules
 from equipoise.routers.kind import MoELayer
 from equipoise.routing import route, score
 from equipoise.saved import BIASES_FILE, frozen_strategy, read_biases
@@ -93,7 +94,7 @@ def check_export(folder: str | Path) -> ExportCheck:
     folder = model_folder(Path(folder))
     checkpoint = _Checkpoint(folder)
     model = _empty_model(folder)
-    names = {module: plain_name(name) for name, module in model.named_modules()}
+    names = {module: name for name, module, _ in named_modules(model)}
     checks = []
     for layer in find_routers(model):
         # if config.json does not name the file, it counts only for biases that no slot can hold
