@@ -120,8 +120,8 @@ def _plan(
     for layer in layers:
         if has_live_tap(layer.router):
             raise EquipoiseError(
-                f"a router must be attached once: {layer.name} is attached already, or a shallow copy of a router that "
-                "is. Call detach() on its Balance first; make copies with copy.deepcopy."
+                f"a router must be attached once: {layer.name} is attached already. Call detach() on its Balance "
+                "first. A shallow copy shares the tensors of the router: make copies with copy.deepcopy."
             )
         if any(balancer.multiplies for balancer in resolved):
             _check_factor(layer)

@@ -22,7 +22,7 @@ from equipoise.counting.window_metrics import window_metrics
 from equipoise.errors import EquipoiseError
 from equipoise.routers import MoELayer
 from equipoise.routers.forward import TokenMask
-from equipoise.saved import check_saved_model, write_biases
+from equipoise.saved import check_saved_model, holds_adapter, write_biases
 from equipoise.torch_internals import after_each_step
 
 __all__ = ["Balance"]
@@ -246,11 +246,14 @@ class Balance:
 
         Call it after ``model.save_pretrained(folder)``, on the first rank. A family with a slot has them among its
         weights: nothing is written, and None returned. Else it writes ``equipoise_biases.safetensors``, in float32, and
-        names it in config.json, where ``attach`` finds it. Plain Transformers routes without.
+        names it in config.json, where ``attach`` finds it. Plain Transformers routes without. Beside an adapter of
+        PEFT, saved without the model's weights, they are written for every family: give ``attach(biases=folder)``.
         """
-        is_wanted = self._biases.steers and (self.multiplies or any(layer.slot is None for layer in self.layers))
-        check_saved_model(Path(folder), needs_config=is_wanted and self._has_config)
-        return write_biases(Path(folder), self.biases, self.multiplies) if is_wanted else None
+        folder = Path(folder)
+        lacks_slot = self.multiplies or any(layer.slot is None for layer in self.layers)
+        is_wanted = self._biases.steers and (lacks_slot or holds_adapter(folder))
+        check_saved_model(folder, needs_config=is_wanted and self._has_config)
+        return write_biases(folder, self.biases, self.multiplies) if is_wanted else None
 
     def state_dict(self) -> dict[str, Any]:
         """Biases and what moves with them, the last window's counts: equal on all ranks. Call between windows only."""
