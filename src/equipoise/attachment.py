@@ -125,7 +125,24 @@ def _plan(
             )
         if any(balancer.multiplies for balancer in resolved):
             _check_factor(layer)
+    if any(balancer.has_bias for balancer in resolved):
+        _check_own_slots(layers)
     return _Plan(inner, layers, resolved, starting_biases(inner, layers, resolved, biases))
+
+
+def _check_own_slots(layers: Sequence[MoELayer]) -> None:
+    """Raises if two routers would be steered by one tensor: each layer's bias would overwrite the other's."""
+    names: dict[int, str] = {}  # by the tensor, or by the buffers among which ours will be
+    for layer in layers:
+        steers: Any = layer.router._buffers
+        if layer.slot is not None:
+            steers = {**layer.slot.holder._buffers, **layer.slot.holder._parameters}[layer.slot.name]
+        other = names.setdefault(id(steers), layer.name)
+        if other != layer.name:
+            raise EquipoiseError(
+                f"routers must have tensors of their own: {layer.name} and {other} share those that steer them, as a "
+                "shallow copy does. Use one router twice, or copy.deepcopy."
+            )
 
 
 def _check_factor(layer: MoELayer) -> None:

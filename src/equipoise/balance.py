@@ -33,8 +33,8 @@ _UNUSED_MASK = (
 )
 _NOT_CALLED = (
     "attached routers must be called in training mode between two steps: none was. Call step() once per optimizer "
-    "step, after a forward (follow(optimizer) calls it already). If a copy took a router's place since, as when adapters "
-    "of PEFT that train it in full are added or switched, attach again."
+    "step, after a forward (follow(optimizer) calls it already). If a copy took a router's place since, as when "
+    "adapters of PEFT that train it in full are added or switched, attach again."
 )
 _LOST = (
     "an attached router must keep the class that attach gave it: the class of {} was set back since, so its calls are "

@@ -24,7 +24,7 @@ class NamedModule(NamedTuple):
 
 
 def named_modules(model: nn.Module) -> list[NamedModule]:
-    """All modules in model order, each once. Left out: wrappers, what they add, and the copies that they do not call."""
+    """All modules in model order, each once. Left out: wrappers, what they add, the copies that they do not call."""
     return list(_walk(model, "", None, set()))
 
 

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from equipoise.errors import EquipoiseError, UsageError
 from equipoise.routers.find import find_routers
-from equipoise.routers.names import named_modules
 from equipoise.routers.kind import MoELayer
+from equipoise.routers.names import named_modules
 from equipoise.routing import route, score
 from equipoise.saved import BIASES_FILE, frozen_strategy, read_biases
 from equipoise_lab.models.folders import model_folder, suggest_models

@@ -265,6 +265,21 @@ def test_a_shallow_copy_of_a_router_is_steered_alike_and_not_counted(copy_of):
     assert sums(again.load) == [K * 14] * 2
 
 
+@pytest.mark.parametrize("kind", ["sigmoid", "softmax"])
+def test_two_routers_that_share_a_slot_are_counted_but_not_steered(kind):
+    net = block_net((kind, kind))
+    net.blocks[1].gate = copy(net.blocks[0].gate)
+    with pytest.raises(EquipoiseError, match=r"blocks\.1\.gate and blocks\.0\.gate share"):
+        attach(net, STRATEGY)
+    balance = attach(net, "lbl")
+    (net(*BATCHES[1]) + balance.loss()).backward()
+    balance.step()
+    assert sums(balance.load) == [K * 8] * 2
+    net.blocks[1].gate = deepcopy(net.blocks[0].gate)
+    balance.detach()
+    assert attach(net, STRATEGY).layers
+
+
 def test_a_shallow_copy_of_a_model_or_block_holds_the_same_routers():
     net = block_net()
     balance = attach(net, "loss-free+lbl")

@@ -79,7 +79,9 @@ def test_a_run_goes_on_as_if_the_average_had_never_been_there(kinds, way, dtype)
     own, biases, momenta = _tensors(net, dtype), balance.biases, _momenta(balance)
     for tensors in (average, {name: tensor * 0.5 for name, tensor in average.items()}):  # two averages in a row
         WAYS[way](net, tensors)
-        with_slot = {f"blocks.{i}.gate" for i, kind in enumerate(kinds) if kind == "sigmoid" or way != "load_state_dict"}
+        with_slot = {
+            f"blocks.{i}.gate" for i, kind in enumerate(kinds) if kind == "sigmoid" or way != "load_state_dict"
+        }
         for name in biases:
             slot = f"{name}.{SLOT if f'{name}.{SLOT}' in tensors else '_equipoise_bias'}"
             expected = tensors[slot] if name in with_slot else biases[name]

@@ -77,7 +77,9 @@ WRAPPERS = {
     "lora without PeftModel": lambda net: LoraModel(net, LORA, "default"),
     "lora injected": lambda net: inject_adapter_in_model(LORA, net),
     "trained in full": lambda net: get_peft_model(net, TRAINED_IN_FULL, adapter_name="mine"),
-    "compile of lora of checkpointed": lambda net: torch.compile(get_peft_model(_blocks(checkpoint_wrapper)(net), LORA)),
+    "compile of lora of checkpointed": lambda net: torch.compile(
+        get_peft_model(_blocks(checkpoint_wrapper)(net), LORA)
+    ),
 }
 
 
