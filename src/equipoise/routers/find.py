@@ -99,8 +99,9 @@ def refusal(name: str, router: nn.Module, reason: str, kind: RouterKind | None =
 
 
 def _candidates(model: nn.Module) -> list[NamedModule]:
-    def is_candidate(module: Any) -> bool:
-        return _has_router_name(type(module)) or _declared_kind(module) is not None
+    def is_candidate(module: nn.Module) -> bool:
+        cls: Any = type(module)
+        return _has_router_name(cls) or _declared_kind(module) is not None
 
     return [named for named in named_modules(model) if is_candidate(named.module)]
 

@@ -198,19 +198,26 @@ def test_a_router_under_fully_shard_keeps_its_class_in_any_order():
         assert _window(net, attach(net, STRATEGY)) == ALL
 
 
-def test_a_deep_copy_keeps_the_class_of_others_and_is_not_counted():
+@pytest.mark.parametrize("put_on", ["weight_norm", "parametrize", "a class of one's own"])
+def test_a_deep_copy_keeps_the_class_of_others_and_is_not_counted(put_on):
     net = block_net()
     balance = attach(net, STRATEGY)
     for block in net.blocks:
-        weight_norm(block.gate)
+        PUT_ON[put_on](block.gate)
     _window(net, balance)
     twin = copy.deepcopy(net)
     assert all(map(torch.equal, _choice(twin), _choice(net)))
-    assert all(parametrize.is_parametrized(block.gate) for block in twin.blocks)
+    assert all(type(a.gate) is type(b.gate) for a, b in zip(twin.blocks, net.blocks, strict=True))
     assert _window(net, balance) == ALL
     assert _window(twin, attach(twin, STRATEGY)) == ALL
+
+
+def test_a_pickle_of_a_parametrised_router_is_refused_as_torch_does():
+    net = block_net()
+    attach(net, STRATEGY)
     for block in net.blocks:
-        with pytest.raises(RuntimeError, match="only supported through state_dict"):  # as torch says without us
+        weight_norm(block.gate)
+        with pytest.raises(RuntimeError, match="only supported through state_dict"):
             torch.save(block.gate, io.BytesIO())
 
 
