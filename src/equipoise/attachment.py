@@ -58,7 +58,8 @@ def attach(
 
     Create an average of the weights (EMA) after ``attach``, and again after ``detach``: between the two, routers
     without a slot have one extra buffer. Likewise, install hooks that replace a module's forward, such as those of
-    accelerate for offloading, only after ``attach``.
+    accelerate for offloading, only after ``attach``. What replaced a router's class or parameters before ``attach`` (a
+    parametrization) must stay until ``detach``; what does so after may come and go.
 
     With balancers at bias zero and without losses, logits, weights, choices and gradients of the model are the same
     bit for bit. Collective over ``group``: every rank compares layers, strategies and biases, and raises the same
