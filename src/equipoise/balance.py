@@ -50,7 +50,7 @@ class Balance:
     Per micro-batch ``loss = model(...).loss + balance.loss()``; after each optimizer step ``balance.step()``.
 
     Attributes:
-        load: by layer, the counts of the last closed window over all ranks, int64 ``[experts]``. A copy, as all results.
+        load: by layer, the counts of the last closed window over all ranks, int64 ``[experts]``. Results are copies.
         biases: by layer, what is added to the scores for the choice, float32 ``[experts]``.
         num_tokens: unmasked tokens of the open micro-batch on this rank, or of the last one; int64 scalar.
         loss_scale: the factor of the losses if no ticket can be added (a pipeline stage, ``torch.autograd.grad``).
