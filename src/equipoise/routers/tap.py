@@ -190,7 +190,7 @@ def _subclass(base: Any, class_of: Any, namespace: dict[str, Any]) -> Any:
     follows_its_slot = {"_apply": _apply, "_load_from_state_dict": _load_from_state_dict}
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     namespace = {**namespace, **follows_its_slot, **names, "__reduce_ex__": __reduce_ex__}
-    subclass: Any = type(base.__name__, (base,), {**namespace, "_equipoise_base": base, "_equipoise_layer": class_of})
+    subclass: Any = type(base.__name__, (base,), {**namespace, "_equipoise_base": base, _mark(class_of): True})
     return subclass
 
 
@@ -220,7 +220,12 @@ def is_tapped(router: nn.Module) -> bool:
 
 
 def _has_layer(module: nn.Module, class_of: Any) -> bool:
-    return any(vars(cls).get("_equipoise_layer") is class_of for cls in type(module).__mro__)
+    return hasattr(type(module), _mark(class_of))
+
+
+def _mark(class_of: Any) -> str:
+    """The attribute by which a class and its subclasses show that they are made of ours."""
+    return "_equipoise" + class_of.__name__
 
 
 def _put_on(module: nn.Module, class_of: Any) -> None:
