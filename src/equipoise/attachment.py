@@ -58,7 +58,8 @@ def attach(
 
     Create an average of the weights (EMA) after ``attach``, and again after ``detach``: between the two, routers
     without a slot have one extra buffer. Likewise, install hooks that replace a module's forward, such as those of
-    accelerate for offloading, only after ``attach``.
+    accelerate for offloading, only after ``attach``. What replaced a router's class or parameters before ``attach`` (a
+    parametrization) must stay until ``detach``; what does so after may come and go.
 
     With balancers at bias zero and without losses, logits, weights, choices and gradients of the model are the same
     bit for bit. Collective over ``group``: every rank compares layers, strategies and biases, and raises the same
@@ -120,11 +121,29 @@ def _plan(
     for layer in layers:
         if has_live_tap(layer.router):
             raise EquipoiseError(
-                f"a router must be attached once: {layer.name} is attached already. Call detach() on its Balance first."
+                f"a router must be attached once: {layer.name} is attached already. Call detach() on its Balance "
+                "first. A shallow copy shares the tensors of the router: make copies with copy.deepcopy."
             )
         if any(balancer.multiplies for balancer in resolved):
             _check_factor(layer)
+    if any(balancer.has_bias for balancer in resolved):
+        _check_own_slots(layers)
     return _Plan(inner, layers, resolved, starting_biases(inner, layers, resolved, biases))
+
+
+def _check_own_slots(layers: Sequence[MoELayer]) -> None:
+    """Raises if two routers would be steered by one tensor: each layer's bias would overwrite the other's."""
+    names: dict[int, str] = {}  # by the tensor, or by the buffers among which ours will be
+    for layer in layers:
+        steers: Any = layer.router._buffers
+        if layer.slot is not None:
+            steers = {**layer.slot.holder._buffers, **layer.slot.holder._parameters}[layer.slot.name]
+        other = names.setdefault(id(steers), layer.name)
+        if other != layer.name:
+            raise EquipoiseError(
+                f"routers must have tensors of their own: {layer.name} and {other} share those that steer them, as a "
+                "shallow copy does. Use one router twice, or copy.deepcopy."
+            )
 
 
 def _check_factor(layer: MoELayer) -> None:

@@ -22,7 +22,7 @@ from equipoise.counting.window_metrics import window_metrics
 from equipoise.errors import EquipoiseError
 from equipoise.routers import MoELayer
 from equipoise.routers.forward import TokenMask
-from equipoise.saved import check_saved_model, write_biases
+from equipoise.saved import check_saved_model, holds_adapter, write_biases
 from equipoise.torch_internals import after_each_step
 
 __all__ = ["Balance"]
@@ -30,6 +30,17 @@ __all__ = ["Balance"]
 _UNUSED_MASK = (
     "token_mask() must be called before the forward that it belongs to: it was called, and no forward followed before "
     "loss() or step()."
+)
+_NOT_CALLED = (
+    "attached routers must be called in training mode, with gradients, between two steps: none was.{} Call step() once "
+    "per optimizer step, after a forward (follow(optimizer) calls it already). If forwards without gradients count, run "
+    "them in `with balance.counting():`. If a copy took a router's place since, as when adapters of PEFT that train it "
+    "in full are added or switched, attach again."
+)
+_LOST = (
+    "an attached router must keep the class that attach gave it: the class of {} was set back since, so its calls are "
+    "neither counted nor steered. Call detach() before what was on a router at attach is removed (as by "
+    "remove_parametrizations), and attach again after."
 )
 _log = logging.getLogger("equipoise")
 
@@ -40,7 +51,7 @@ class Balance:
     Per micro-batch ``loss = model(...).loss + balance.loss()``; after each optimizer step ``balance.step()``.
 
     Attributes:
-        load: by layer, the counts of the last closed window over all ranks, int64 ``[experts]``.
+        load: by layer, the counts of the last closed window over all ranks, int64 ``[experts]``. Results are copies.
         biases: by layer, what is added to the scores for the choice, float32 ``[experts]``.
         num_tokens: unmasked tokens of the open micro-batch on this rank, or of the last one; int64 scalar.
         loss_scale: the factor of the losses if no ticket can be added (a pipeline stage, ``torch.autograd.grad``).
@@ -131,14 +142,12 @@ class Balance:
             self._window.close_empty()
             self._context.clear()
             return
-        if not (called_layers := self._window.called_layers):
+        called_layers, lost_layers = self._window.called_layers, self._taps.lost_layers()
+        if lost_layers or not called_layers:
             self._window.fail(self._recorder.device, self._biases.empty_statistics())
             uncounted = "".join(f" They were called {reason}." for reason in sorted(self._recorder.uncounted))
-            raise EquipoiseError(
-                "attached routers must be called in training mode, with gradients, between two steps: none was."
-                f"{uncounted} Call step() once per optimizer step, after a forward (follow(optimizer) calls it "
-                "already). If forwards without gradients count, run them in `with balance.counting():`."
-            )
+            message = _LOST.format(abbreviate(lost_layers)) if lost_layers else _NOT_CALLED.format(uncounted)
+            raise EquipoiseError(message)
         self._notices.give(called_layers)
         if self._context.has_unused_mask:
             _log.warning(_UNUSED_MASK)
@@ -210,7 +219,7 @@ class Balance:
     def peek_load(self) -> dict[str, Int[Tensor, " experts"]]:
         """As ``load``, but does not wait for a GPU, nor check whether a rank failed. {} before the first window."""
         last = self._window.last
-        return {} if last is None else self._recorder.by_name(last.vector)
+        return {} if last is None else self._recorder.by_name(last.vector.clone())
 
     @property
     def biases(self) -> dict[str, Float[Tensor, " experts"]]:
@@ -253,11 +262,14 @@ class Balance:
 
         Call it after ``model.save_pretrained(folder)``, on the first rank. A family with a slot has them among its
         weights: nothing is written, and None returned. Else it writes ``equipoise_biases.safetensors``, in float32, and
-        names it in config.json, where ``attach`` finds it. Plain Transformers routes without.
+        names it in config.json, where ``attach`` finds it. Plain Transformers routes without. Beside an adapter of
+        PEFT, saved without the model's weights, they are written for every family: give ``attach(biases=folder)``.
         """
-        is_wanted = self._biases.steers and (self.multiplies or any(layer.slot is None for layer in self.layers))
-        check_saved_model(Path(folder), needs_config=is_wanted and self._has_config)
-        return write_biases(Path(folder), self.biases, self.multiplies) if is_wanted else None
+        folder = Path(folder)
+        lacks_slot = self.multiplies or any(layer.slot is None for layer in self.layers)
+        is_wanted = self._biases.steers and (lacks_slot or holds_adapter(folder))
+        check_saved_model(folder, needs_config=is_wanted and self._has_config)
+        return write_biases(folder, self.biases, self.multiplies) if is_wanted else None
 
     def state_dict(self) -> dict[str, Any]:
         """Biases and what moves with them, the last window's counts: equal on all ranks.
@@ -284,7 +296,7 @@ class Balance:
         return self._pool.agree(what, value, error)
 
     def detach(self) -> dict[str, Float[Tensor, " experts"]]:
-        """Removes all that ``attach`` added, and returns the biases.
+        """Removes all that ``attach`` added, nothing that others added since, and returns the biases.
 
         A model's own slot keeps what it holds; without one the biases are gone. On every rank of the group, or none.
         """

@@ -13,6 +13,7 @@ __all__ = [
     "BIASES_FILE",
     "check_saved_model",
     "frozen_strategy",
+    "holds_adapter",
     "names_biases",
     "read_biases",
     "saved_beside",
@@ -51,6 +52,11 @@ def check_saved_model(folder: Path, needs_config: bool) -> None:
             f"folder must be one that the model was saved into: {folder} is none. Save the model first, as with "
             "model.save_pretrained(folder), which writes the config.json that names the biases."
         )
+
+
+def holds_adapter(folder: Path) -> bool:
+    """Whether PEFT saved an adapter there, without the model and its slots."""
+    return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
 
 
 def read_biases(location: str | os.PathLike[str]) -> tuple[dict[str, Tensor], bool]:

@@ -382,9 +382,45 @@ MUTANTS = [
     ),
     Mutant(
         "75: what is written into a slot in place is written over",
-        "            biases.copy_(torch.where(is_ours, biases, in_slots))\n",
-        "",
+        "            group.take_over(in_slots)",
+        "            pass",
         "library/balance -k in_place",
+    ),
+    Mutant(
+        "116: a bias that comes back has lost its momentum",
+        "comes_back = is_new & is_remembered.all(-1, keepdim=True)",
+        "comes_back = is_new & False",
+        "test_swapped_weights -k never_been_there",
+    ),
+    Mutant(
+        "116: some numbers of the earlier bias bring its momentum",
+        "comes_back = is_new & is_remembered.all(-1, keepdim=True)",
+        "comes_back = is_new & is_remembered.any(-1, keepdim=True)",
+        "test_swapped_weights -k 'one_expert or foreign'",
+    ),
+    Mutant(
+        "116: the momentum of an earlier step comes back",
+        "            group.remember()\n            self._write",
+        "            self._write",
+        "test_swapped_weights -k 'never_been_there or moved_away'",
+    ),
+    Mutant(
+        "116: a loaded state is not what comes back",
+        "        for group in self.groups:\n            group.remember()\n\n\n",
+        "\n",
+        "test_swapped_weights -k loaded_state",
+    ),
+    Mutant(
+        "115: a load that is written into changes the counts",
+        "self._recorder.by_name(last.vector.clone())",
+        "self._recorder.by_name(last.vector)",
+        "test_results_are_copies",
+    ),
+    Mutant(
+        "110: a router whose class was set back goes unnoticed",
+        "self._window.called_layers, self._taps.lost_layers()",
+        "self._window.called_layers, []",
+        "test_classes_of_routers -k set_back",
     ),
     Mutant(
         "97: a forward that finds out shapes is counted",

@@ -133,9 +133,75 @@ MUTANTS = [
     ),
     Mutant(
         "74: a copy of the model is counted",
-        "        return Tap, (self.kind, self.k, -1, None, None, False, self.uses_topk_mode, self.multiplies)",
+        "        return Tap, (self.kind, self.k, -1, None, None, False, self.multiplies)",
         "        return (lambda tap: tap), (self,)",
         "test_find -k copy",
+    ),
+    Mutant(
+        "110: detach strips the class that others put on a router",
+        '    while "_equipoise_base" in vars(cls):',
+        '    while hasattr(cls, "_equipoise_base"):',
+        "test_classes_of_routers -k 'put_on_after'",
+    ),
+    Mutant(
+        "110: a router under another class is tapped twice",
+        "    if not _has_layer(module, class_of):",
+        "    if True:",
+        "test_classes_of_routers -k counts_once",
+    ),
+    Mutant(
+        "110: a copy loses the class that others put on",
+        "        if type(self) is not subclass:",
+        "        if False:",
+        "test_classes_of_routers -k deep_copy",
+    ),
+    Mutant(
+        "110: of two slots in one module the first is forgotten",
+        '(*holder.__dict__.get("_equipoise_held", ()), tap)',
+        "(tap,)",
+        "test_classes_of_routers -k slots_of_two",
+    ),
+    Mutant(
+        "117: a shallow copy of a router is counted",
+        "        if tap.router is not self:",
+        "        if False:",
+        "test_casts_and_copies -k steered_alike",
+    ),
+    Mutant(
+        "117: the graph of a shallow copy serves the router",
+        "            id(self)  # Dynamo",
+        "            # Dynamo",
+        "test_casts_and_copies -k never_serves",
+    ),
+    Mutant(
+        "117: two routers that share a slot are steered by one tensor",
+        "        if other != layer.name:",
+        "        if False:",
+        "test_casts_and_copies -k share_a_slot",
+    ),
+    Mutant(
+        "107: names hold those of adapters",
+        "        names = _WRAPPED_BY_PEFT",
+        "        names = ()",
+        "test_peft_names -k merged_model",
+    ),
+    Mutant(
+        "107: the slot of a block is not found around an adapter",
+        "        yield from _walk(wrapped, name, parent, seen)",
+        "        yield from _walk(wrapped, name, module, seen)",
+        "test_peft_names -k slot_in_the_block",
+    ),
+    Mutant(
+        "107: a module of one's own that is called as a wrapper's part loses its name",
+        '    elif any(cls.__module__.partition(".")[0] == "peft" for cls in type(module).__mro__):',
+        "    else:",
+        "test_names -k ones_own",
+    ),
+    Mutant(
+        "107: biases beside an adapter are not written",
+        "(lacks_slot or holds_adapter(folder))",
+        "lacks_slot",
+        "test_peft_names -k beside_an_adapter",
     ),
     # and ours
     Mutant(

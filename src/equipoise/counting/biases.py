@@ -5,7 +5,8 @@ model that the router adds to its scores, and holds a copy. Two things keep both
 
 - *Restoring*: after a step, a cast or a move of the model, the bias is written into the slot.
 - *Adopting*: after a checkpoint was loaded into the slot, or somebody wrote into it (DDP's broadcast), the slot's value
-  becomes the bias. Otherwise the next step would silently overwrite what was loaded.
+  becomes the bias. Otherwise the next step would silently overwrite what was loaded. A new bias begins with a state of
+  zero; the one that the last step left comes back with its state, as after an evaluation of averaged weights.
 """
 
 from collections.abc import Sequence
@@ -45,10 +46,10 @@ class LayerGroup:
             number for number, b in enumerate(balancers) if b.micro_batch_statistic(no_load) is not None
         ]
         self.slots = [self._slot(layer) for layer in layers]
-        self.has_added_slots = any(slot.name == ADDED_SLOT for slot in self.slots)
         self._block = layout.block(indices)
         self._layout = layout
         self._rows: tuple[int, tuple[Tensor, ...]] = (0, ())  # the address of the biases, and their rows
+        self.remember()
 
     def _slot(self, layer: MoELayer) -> Slot:
         """What steers a layer: the model's own slot, whose value is added to the scores, or one of ours."""
@@ -59,6 +60,29 @@ class LayerGroup:
     @property
     def biases(self) -> Float[Tensor, "layers experts"] | None:
         return None if self.steering is None else self.steering.bias()
+
+    @property
+    def steering_values(self) -> list[Tensor]:
+        """The biases and what moves with them, one row per layer."""
+        return [] if self.steering is None else _moved_by_update(self.steering)
+
+    def remember(self) -> None:
+        """Keeps a copy of the biases and of what moves with them, as a step or a loaded state left them."""
+        self.remembered = [value.clone() for value in self.steering_values]
+
+    def take_over(self, in_slots: Float[Tensor, "rows experts"], rows: slice = slice(None)) -> None:
+        """What the slots of these rows hold becomes their bias, where somebody else wrote it.
+
+        A slot value that is the bias or its rounding is ours; a damaged number is not adopted. Waits for no GPU.
+        """
+        kept = [value[rows] for value in self.steering_values]
+        remembered = [value[rows] for value in self.remembered]
+        is_ours, is_remembered = (_is_stored(bias, in_slots) for bias in (kept[0], remembered[0]))
+        is_new = ~is_ours.all(-1, keepdim=True)
+        comes_back = is_new & is_remembered.all(-1, keepdim=True)
+        new = [torch.where(is_ours, kept[0], in_slots), *(value * ~is_new for value in kept[1:])]
+        for value, new_value, old_value in zip(kept, new, remembered, strict=True):
+            value.copy_(torch.where(comes_back, old_value, new_value))
 
     def load(self, vector: Tensor) -> Int[Tensor, "layers experts"]:
         """The loads of the layers. A copy."""
@@ -165,6 +189,7 @@ class Biases:
                 for value, value_before in zip(moved, before, strict=True):
                     assert isinstance(applied, Tensor)
                     value.copy_(torch.where(applied.to(value.device).bool(), value, value_before))
+            group.remember()
             self._write(group, slots)
 
     def _write(self, group: LayerGroup, plain_slots: list[Tensor] | None) -> None:
@@ -189,7 +214,7 @@ class Biases:
         if group.steering is None or biases is None or in_slot is None or in_slot.device.type == "meta":
             return
         if in_slot.device != biases.device:
-            for value in (biases, *group.steering.state().values()):
+            for value in (*group.steering_values, *group.remembered):
                 value.data = value.data.to(in_slot.device)
         if in_slot.dtype == biases.dtype:
             in_slot.copy_(biases[row])
@@ -214,16 +239,9 @@ class Biases:
                 return None
         if any(balancer.state() for balancer in group.balancers if balancer is not steering):
             plain = None
-        if group.has_added_slots:  # nobody else writes into ours
-            return plain
         in_slots = torch.stack(tensors)
         if in_slots.device.type != "cpu" or not torch.equal(in_slots, biases):  # on a GPU nobody waits to find out
-            is_ours = ~in_slots.isfinite()  # a damaged number is not adopted
-            for dtype in _STORED_DTYPES:
-                is_ours |= biases.to(dtype).float() == in_slots
-            biases.copy_(torch.where(is_ours, biases, in_slots))
-            for value in steering.state().values():
-                value *= is_ours.all(-1, keepdim=True)
+            group.take_over(in_slots)
         return plain
 
     def adopt(self, layer: int) -> None:
@@ -232,18 +250,14 @@ class Biases:
         biases = group.biases
         if group.steering is None or biases is None or group.slots[row].name == ADDED_SLOT:
             return
-        bias = biases[row]
-        loaded = slot_value(self.layers[layer]).to(bias.device)
+        loaded = slot_value(self.layers[layer]).to(biases.device)
         if not loaded.isfinite().all():
             self.restore(layer)
             raise EquipoiseError(
                 f"the bias of {self.layers[layer].name} must hold finite numbers: the one that was loaded does not. "
                 "The checkpoint is damaged, or its training had diverged; load an earlier one."
             )
-        if not any(torch.equal(bias.to(dtype).float(), loaded) for dtype in _STORED_DTYPES):
-            bias.copy_(loaded)
-            for value in group.steering.state().values():
-                value[row].zero_()
+        group.take_over(loaded[None], slice(row, row + 1))
         self.restore(layer)
 
     # ---- statistics ----
@@ -297,11 +311,21 @@ class Biases:
                 saved = state.get(key)
                 value[row].copy_(torch.zeros_like(value[row]) if saved is None else saved[layer.name])
             self.restore(index)
+        for group in self.groups:
+            group.remember()
 
 
 def _moved_by_update(balancer: Balancer) -> list[Tensor]:
     bias = balancer.bias()
-    return [*balancer.state().values(), *([] if bias is None else [bias])]
+    return [*([] if bias is None else [bias]), *balancer.state().values()]
+
+
+def _is_stored(bias: Tensor, in_slot: Tensor) -> Tensor:
+    """By number, whether a slot holds the bias, its rounding to 16 bits, or a damaged number."""
+    is_stored = ~in_slot.isfinite()
+    for dtype in _STORED_DTYPES:
+        is_stored |= bias.to(dtype).float() == in_slot
+    return is_stored
 
 
 def slot_value(layer: MoELayer, multiplies: bool = False) -> Float[Tensor, " experts"]:

@@ -3,7 +3,7 @@
 from equipoise.counting.recorder import Recorder
 from equipoise.model_loss import warn_of_model_loss
 from equipoise.routers.kind import ADDED_SLOT
-from equipoise.routers.tap import Tap, tap_router, untap_router
+from equipoise.routers.tap import Tap, is_tapped, tap_router, untap_router
 from equipoise.torch_internals import allow_compile_over_checkpoint
 
 
@@ -31,12 +31,16 @@ class Taps:
         biases.restore(index)
         return tap
 
+    def lost_layers(self) -> list[str]:
+        """Names of the layers whose router got another class since: it neither reports its calls nor is steered."""
+        return [layer.name for layer in self._recorder.layers if not is_tapped(layer.router)]
+
     def remove(self) -> None:
-        """Leaves the model as it was. A model's own slot keeps what it holds."""
+        """Removes what was added, and nothing that others put there since. A model's own slot keeps what it holds."""
         for hook in self._hooks:
             hook.remove()
         for layer, tap in zip(self._recorder.layers, self._taps, strict=True):
-            tap.observer = None
+            tap.observer = tap.router = None
             untap_router(layer.router, layer.slot)
         self._hooks, self._taps = [], []
         self.are_removed = True

@@ -10,7 +10,7 @@ import re
 import weakref
 from collections.abc import Iterator
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,12 +18,12 @@ from torch import nn
 from equipoise.errors import EquipoiseError
 from equipoise.routers.fingerprint import NotComparable, fingerprint, tensor_shapes
 from equipoise.routers.kind import MoELayer, RouterKind
+from equipoise.routers.names import NamedModule, named_modules
 from equipoise.routers.prove import Proof, Refused, chooses_by_id, discover, find_slot, prove
 
 _log = logging.getLogger("equipoise")
 
 _ROUTER_NAME = re.compile(r"(router|gate|gating)$", re.IGNORECASE)
-_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
 
 
 def find_routers(model: nn.Module, allow_empty: bool = False) -> list[MoELayer]:
@@ -98,36 +98,12 @@ def refusal(name: str, router: nn.Module, reason: str, kind: RouterKind | None =
 # ---- candidates ----
 
 
-class _Candidate(NamedTuple):
-    name: str
-    module: nn.Module
-    parent: nn.Module | None
-
-
-def plain_name(name: str) -> str:
-    """A module's name without what torch.compile, DDP and checkpoint wrappers put into it.
-
-    >>> plain_name("module._orig_mod.layers.1.gate")
-    'layers.1.gate'
-    """
-    name += "."  # a wrapper may stand at the end too
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    name = name.removesuffix(".")
-    while name.startswith("module."):
-        name = name.removeprefix("module.")
-    return name
-
-
-def _candidates(model: nn.Module) -> list[_Candidate]:
-    candidates = []
-    parents: dict[nn.Module, nn.Module] = {}
-    for name, module in model.named_modules():
-        parents.update(dict.fromkeys(module.children(), module))
+def _candidates(model: nn.Module) -> list[NamedModule]:
+    def is_candidate(module: nn.Module) -> bool:
         cls: Any = type(module)
-        if _has_router_name(cls) or _declared_kind(module) is not None:
-            candidates.append(_Candidate(plain_name(name), module, parents.get(module)))
-    return candidates
+        return _has_router_name(cls) or _declared_kind(module) is not None
+
+    return [named for named in named_modules(model) if is_candidate(named.module)]
 
 
 def _declared_kind(module: nn.Module) -> RouterKind | None:
@@ -250,7 +226,7 @@ def _moe_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for candidate in candidates:
         if candidate.parent is not None and candidate.parent is not model:
             seen.update(candidate.parent.modules())
-    for name, module in model.named_modules():
+    for name, module, _ in named_modules(model):
         endings = ("moe", "moeblock", "moelayer")
         is_block = any(cls.__name__.lower().endswith(endings) for cls in _own_classes(type(module)))
         if module in seen or not is_block or isinstance(module, nn.ModuleList):
@@ -258,4 +234,4 @@ def _moe_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         inside = set(module.modules())
         if modules.isdisjoint(inside) and any(True for _ in module.parameters()):
             seen |= inside
-            yield plain_name(name), module
+            yield name, module

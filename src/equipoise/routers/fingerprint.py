@@ -13,7 +13,7 @@ from torch import nn
 from equipoise.routers.kind import ADDED_SLOT
 from equipoise.routers.tap import plain_class
 
-_SKIPPED = vars(nn.Module()).keys() - {"training"} | {"_equipoise"}
+_SKIPPED = vars(nn.Module()).keys() - {"training"} | {"_equipoise", "_equipoise_held"}
 _MAX_OBJECTS = 4000  # in a router; above, it is proven individually
 
 

@@ -17,7 +17,7 @@ An eager forward does the same through a plain ``autograd.Function``: an operato
 
 import itertools
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, NamedTuple, Protocol
 
@@ -67,7 +67,10 @@ class Observer(Protocol):
 
 @dataclass(eq=False, repr=False)
 class Tap:
-    """Ties one router to its observer. A copy of the router carries an inert tap: steered as it was, never counted."""
+    """Ties one router to its observer. A copy of the router is steered as it was, and never counted.
+
+    A deep copy or a pickle carries an inert tap. A shallow copy carries this one, which is the tap of ``router`` only.
+    """
 
     kind: RouterKind
     k: int
@@ -75,8 +78,8 @@ class Tap:
     observer: Observer | None = None
     context: ForwardContext | None = None
     has_loss: bool = False
-    uses_topk_mode: bool = False  # by BiasedTopK, with the buffer that attach added
-    multiplies: bool = False  # the buffer holds w - 1; scores are multiplied by w
+    multiplies: bool = False  # the buffer that attach added holds w - 1; scores are multiplied by w
+    router: nn.Module | None = field(default=None, init=False)  # the one whose calls it reports
 
     def __post_init__(self) -> None:
         if self.observer is not None:
@@ -85,7 +88,7 @@ class Tap:
             _TAPS[number] = self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Tap, (self.kind, self.k, -1, None, None, False, self.uses_topk_mode, self.multiplies)
+        return Tap, (self.kind, self.k, -1, None, None, False, self.multiplies)
 
     def observe(self, call: RouterCall) -> int:
         return UNCOUNTED if self.observer is None else self.observer.observe(call)
@@ -126,15 +129,19 @@ class BiasedTopK(TorchFunctionMode):
 @cache
 def _tapped_class(base: Any) -> Any:
     def forward(self, *args, **kwargs):
-        tap = self._equipoise
-        if tap.uses_topk_mode:
-            with BiasedTopK(self._buffers[ADDED_SLOT], tap.multiplies):
+        tap = getattr(self, "_equipoise", None)
+        added_slot = None if tap is None else self._buffers.get(ADDED_SLOT)
+        if added_slot is not None:
+            with BiasedTopK(added_slot, tap.multiplies):
                 output = base.forward(self, *args, **kwargs)
         else:
             output = base.forward(self, *args, **kwargs)
-        context = tap.context
-        if context is None:  # a copy of the model
+        if tap is None or tap.router is None:  # detached, or a deep copy
             return output
+        if tap.router is not self:
+            id(self)  # Dynamo guards the graph of a shallow copy by this: it would serve the router too, uncounted
+            return output
+        context = tap.context
         logits, weights, expert_ids = tap.kind.read(output, tap.k)
         if type(logits).__name__ == "DTensor":
             raise EquipoiseError(
@@ -186,13 +193,14 @@ def _tapped_class(base: Any) -> Any:
             tap.observe(call)
         return output
 
-    return _subclass(base, _tapped_class, {"forward": forward, "_equipoise_base": base})
+    forward.__wrapped__ = base.forward  # type: ignore[attr-defined]  # for inspect.signature
+    return _subclass(base, _tapped_class, {"forward": forward})
 
 
 @cache
 def _holding_class(base: Any) -> Any:
     """A subclass of a module that holds the slot of a router, if that is not the router itself."""
-    return _subclass(base, _holding_class, {"_equipoise_held": base})
+    return _subclass(base, _holding_class, {})
 
 
 def _subclass(base: Any, class_of: Any, namespace: dict[str, Any]) -> Any:
@@ -200,23 +208,32 @@ def _subclass(base: Any, class_of: Any, namespace: dict[str, Any]) -> Any:
 
     def _apply(self, fn, recurse=True):
         base._apply(self, fn, recurse)
-        tap = self._equipoise
-        if tap.observer is not None:
+        for tap in _live_taps(self):
             tap.observer.restore_bias(tap.layer)
         return self
 
     def _load_from_state_dict(self, *args, **kwargs):
         base._load_from_state_dict(self, *args, **kwargs)
-        tap = self._equipoise
-        if tap.observer is not None:
+        for tap in _live_taps(self):
             tap.observer.adopt_bias(tap.layer)
 
     def __reduce_ex__(self, protocol):
-        return _new, (class_of, base), self.__dict__
+        if type(self) is not subclass:  # one that was put on top, which knows how to copy itself
+            return base.__reduce_ex__(self, protocol)
+        return _new, (class_of, base), self.__getstate__()
 
     follows_its_slot = {"_apply": _apply, "_load_from_state_dict": _load_from_state_dict}
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    return type(base.__name__, (base,), {**namespace, **follows_its_slot, **names, "__reduce_ex__": __reduce_ex__})
+    namespace = {**namespace, **follows_its_slot, **names, "__reduce_ex__": __reduce_ex__}
+    subclass: Any = type(base.__name__, (base,), {**namespace, "_equipoise_base": base, _mark(class_of): True})
+    return subclass
+
+
+def _live_taps(module: nn.Module) -> list[Any]:
+    """The taps whose slot a module holds: its own, or those of routers around it or inside it."""
+    own = module.__dict__.get("_equipoise")
+    taps = (() if own is None else (own,)) + module.__dict__.get("_equipoise_held", ())
+    return [tap for tap in taps if tap.observer is not None]
 
 
 def _new(class_of: Any, base: Any) -> nn.Module:
@@ -225,8 +242,37 @@ def _new(class_of: Any, base: Any) -> nn.Module:
 
 
 def plain_class(module: nn.Module) -> Any:
-    """The class that a router had before it was tapped."""
-    return getattr(type(module), "_equipoise_base", type(module))
+    """The class that a module had before it was tapped. A tapped class below one that was put on later stays."""
+    cls: Any = type(module)
+    while "_equipoise_base" in vars(cls):
+        cls = cls._equipoise_base
+    return cls
+
+
+def is_tapped(router: nn.Module) -> bool:
+    """Whether the class of a router is, or is derived from, the one that reports to its tap."""
+    return _has_layer(router, _tapped_class)
+
+
+def _has_layer(module: nn.Module, class_of: Any) -> bool:
+    return hasattr(type(module), _mark(class_of))
+
+
+def _mark(class_of: Any) -> str:
+    """The attribute by which a class and its subclasses show that they are made of ours."""
+    return "_equipoise" + class_of.__name__
+
+
+def _put_on(module: nn.Module, class_of: Any) -> None:
+    """Swaps the class for our subclass, unless one from an earlier attach is below a class that others put on."""
+    if not _has_layer(module, class_of):
+        module.__class__ = class_of(type(module))
+
+
+def _take_off(module: nn.Module) -> None:
+    """Swaps our class back. One below a class that others put on stays, and does nothing without a tap."""
+    if not module.__dict__.keys() & {"_equipoise", "_equipoise_held"}:
+        module.__class__ = plain_class(module)
 
 
 def tap_router(layer: MoELayer, tap: Tap, added_slot: Float[Tensor, " experts"] | None) -> None:
@@ -234,25 +280,30 @@ def tap_router(layer: MoELayer, tap: Tap, added_slot: Float[Tensor, " experts"] 
     router, slot = layer.router, layer.slot
     if added_slot is not None:
         router.register_buffer(ADDED_SLOT, added_slot, persistent=False)
-        tap.uses_topk_mode = True
+    tap.router = router
     router.__dict__["_equipoise"] = tap
-    base: Any = type(router)
-    router.__class__ = _tapped_class(base)
+    _put_on(router, _tapped_class)
     if slot is not None and slot.holder is not router:
-        slot.holder.__dict__["_equipoise"] = tap
-        holder: Any = type(slot.holder)
-        slot.holder.__class__ = _holding_class(holder)
+        holder = slot.holder
+        holder.__dict__["_equipoise_held"] = (*holder.__dict__.get("_equipoise_held", ()), tap)
+        _put_on(holder, _holding_class)
 
 
 def untap_router(router: nn.Module, slot: Slot | None) -> None:
-    """Undoes ``tap_router``. The model's own slot keeps what it holds."""
-    router.__class__ = type(router)._equipoise_base  # type: ignore[attr-defined]
-    del router.__dict__["_equipoise"]
+    """Undoes ``tap_router``, and no more: what others put on the router since stays.
+
+    The model's own slot keeps what it holds.
+    """
+    tap = router.__dict__.pop("_equipoise")
     if ADDED_SLOT in router._buffers:
         delattr(router, ADDED_SLOT)
-    if slot is not None and "_equipoise_held" in vars(type(slot.holder)):
-        slot.holder.__class__ = type(slot.holder)._equipoise_held  # type: ignore[attr-defined]
-        del slot.holder.__dict__["_equipoise"]
+    _take_off(router)
+    if slot is not None and "_equipoise_held" in slot.holder.__dict__:
+        holder = slot.holder
+        others = tuple(other for other in holder.__dict__.pop("_equipoise_held") if other is not tap)
+        if others:
+            holder.__dict__["_equipoise_held"] = others
+        _take_off(holder)
 
 
 def tap_of(router: nn.Module) -> Tap | None:
@@ -261,7 +312,7 @@ def tap_of(router: nn.Module) -> Tap | None:
 
 
 def has_live_tap(router: nn.Module) -> bool:
-    """Whether a router is attached. A copy of an attached router has an inert tap, and is not."""
+    """Whether a router is attached, or is a shallow copy of one, with which it shares its tensors."""
     tap = tap_of(router)
     return tap is not None and tap.observer is not None
 

@@ -16,8 +16,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from equipoise.errors import UsageError
-from equipoise.routers.find import find_routers, plain_name
+from equipoise.routers.find import find_routers
 from equipoise.routers.kind import MoELayer
+from equipoise.routers.names import named_modules
 from equipoise.routing import route, score
 from equipoise.saved import BIASES_FILE, frozen_strategy, read_biases
 from equipoise_lab.models.folders import model_folder
@@ -104,7 +105,7 @@ def check_export(folder: str | Path) -> ExportCheck:
     checkpoint = _Checkpoint(file, weights)
     structure = build_structure(file, weights.dtypes)
     model = structure.model
-    names = {module: plain_name(name) for name, module in model.named_modules()}
+    names = {module: name for name, module, _ in named_modules(model)}
     checks = []
     for layer in find_routers(model):
         # if config.json does not name the file, it counts only for biases that no slot can hold

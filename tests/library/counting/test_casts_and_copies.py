@@ -1,7 +1,7 @@
 """Models that are cast, moved, averaged, copied, wrapped or attached again."""
 
 import io
-from copy import deepcopy
+from copy import copy, deepcopy
 
 import models
 import pytest
@@ -229,3 +229,99 @@ def test_a_weight_average_may_be_attached_itself():
     assert sums(average_balance.load) == [K * 8] * 2 and sums(balance.load) == [K * 14] * 2
     with pytest.raises(EquipoiseError, match="is attached already"):
         attach(average)
+
+
+def _by_dict(router):
+    """Another instance of the same class with the same attributes, as some libraries make them by hand."""
+    twin = type(router).__new__(type(router))
+    twin.__dict__.update(vars(router))
+    return twin
+
+
+@pytest.mark.parametrize("copy_of", [copy, _by_dict])
+def test_a_shallow_copy_of_a_router_is_steered_alike_and_not_counted(copy_of):
+    net = block_net()
+    balance = attach(net, "loss-free:rate=0.1+lbl")
+    twins = {name: copy_of(router) for name, (router, _) in routers_of(net).items()}
+    for batch in BATCHES[:2]:
+        for name, (router, _) in routers_of(net).items():
+            hidden = torch.randn(5, router.weight.shape[1])
+            (weights := twins[name](hidden)[1]).sum().backward()  # without a ticket: a counted call would raise
+            with balance.paused():
+                assert all(map(torch.equal, twins[name](hidden), router(hidden)))
+            assert weights.shape == (5, K)
+        net.zero_grad()
+        (net(*batch) + balance.loss()).backward()
+        balance.step()
+    assert sums(balance.load) == [K * 8] * 2 and all(bias.any() for bias in balance.biases.values())
+    net.blocks[1].gate = twins["blocks.1.gate"]
+    with pytest.raises(EquipoiseError, match="is attached already.*shallow copy"):
+        attach(net, STRATEGY)
+    balance.detach()
+    assert all(map(torch.equal, twins["blocks.0.gate"](hidden), net.blocks[0].gate(hidden)))
+    again = attach(net, STRATEGY)
+    (net(*BATCHES[0]) + again.loss()).backward()
+    again.step()
+    assert sums(again.load) == [K * 14] * 2
+
+
+@pytest.mark.parametrize("kind", ["sigmoid", "softmax"])
+def test_two_routers_that_share_a_slot_are_counted_but_not_steered(kind):
+    net = block_net((kind, kind))
+    net.blocks[1].gate = copy(net.blocks[0].gate)
+    with pytest.raises(EquipoiseError, match=r"blocks\.1\.gate and blocks\.0\.gate share"):
+        attach(net, STRATEGY)
+    balance = attach(net, "lbl")
+    (net(*BATCHES[1]) + balance.loss()).backward()
+    balance.step()
+    assert sums(balance.load) == [K * 8] * 2
+    net.blocks[1].gate = deepcopy(net.blocks[0].gate)
+    balance.detach()
+    assert attach(net, STRATEGY).layers
+
+
+def test_a_shallow_copy_of_a_model_or_block_holds_the_same_routers():
+    net = block_net()
+    balance = attach(net, "loss-free+lbl")
+    for twin in (copy(net), net):
+        (twin(*BATCHES[1]) + balance.loss()).backward()  # the mask is the same too
+    part = copy(net.blocks[0])
+    part(torch.randn(1, 5, net.embed.weight.shape[1]))
+    with pytest.raises(EquipoiseError, match="is attached already"):
+        attach(copy(net))
+    balance.loss()
+    balance.step()
+    assert sums(balance.load) == [K * (8 + 8 + 5), K * (8 + 8)]
+    balance.detach()
+    assert attach(copy(net)).layers
+
+
+def test_a_call_with_other_tensors_is_a_call_of_the_router():
+    net = block_net()
+    balance = attach(net, STRATEGY)
+    tensors = {name: parameter * 1.5 for name, parameter in net.named_parameters()}
+    (torch.func.functional_call(net, tensors, tuple(BATCHES[1])) + balance.loss()).backward()
+    balance.step()
+    assert sums(balance.load) == [K * 8] * 2
+
+
+def test_a_compiled_graph_of_a_shallow_copy_never_serves_the_router():
+    """A graph that leaves the tap out must not fit the router that it was copied from, nor another one."""
+    torch._dynamo.reset()
+    net = block_net(("softmax", "softmax"))
+    balance = attach(net, "loss-free")
+    choose = torch.compile(lambda router, hidden: router(hidden)[1], backend="eager", fullgraph=True)
+    first, second = (block.gate for block in net.blocks)
+    one, other = copy(first), copy(second)
+    hidden = torch.randn(5, first.weight.shape[1])
+    for router in (one, first, other, second, first, one, second, other):
+        choose(router, hidden)
+    balance.step()
+    assert sums(balance.load) == [K * 10] * 2
+    balance.detach()
+    choose(first, hidden)
+    balance = attach(net, "loss-free")
+    choose(first, hidden)
+    choose(second, hidden)
+    balance.step()
+    assert sums(balance.load) == [K * 5] * 2

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 import equipoise
 from equipoise import EquipoiseError, LossFree, RouterKind, attach
 from equipoise.load import expert_load
-from equipoise.routers.find import find_routers, plain_name
+from equipoise.routers.find import find_routers
 from equipoise.routers.kind import ADDED_SLOT
 from equipoise.routers.prove import prove
 from equipoise.routing import route
@@ -587,22 +587,6 @@ def test_attach_works_in_any_surrounding(name, where):
     balance.step()
     _holds(model, balance)
     assert all(bias.any() for bias in balance.biases.values())
-
-
-@pytest.mark.parametrize(
-    ("name", "plain"),
-    [
-        ("layers.1.gate", "layers.1.gate"),
-        ("module._orig_mod.layers.1.gate", "layers.1.gate"),
-        ("_orig_mod.module.layers.1._checkpoint_wrapped_module.gate", "layers.1.gate"),
-        ("_fsdp_wrapped_module.layers.1._fsdp_wrapped_module.gate", "layers.1.gate"),
-        ("layers.module.gate", "layers.module.gate"),
-        ("layers.1.gate._checkpoint_wrapped_module", "layers.1.gate"),
-        ("", ""),
-    ],
-)
-def test_plain_name_is_without_wrappers(name, plain):
-    assert plain_name(name) == plain
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,7 @@
-"""Attaches the model of a Trainer: biases stay fixed if no router is trained; unused copies of PEFT are left out."""
+"""Attaches the model of a Trainer: biases stay fixed if no router is trained."""
 
 import logging
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 from torch import nn
@@ -14,7 +13,6 @@ from equipoise.errors import UsageError
 
 __all__ = ["attach_for_training"]
 
-UNUSED_COPY = ".original_module"  # PEFT's modules_to_save keeps the original module there and never calls it
 _log = logging.getLogger("equipoise")
 
 
@@ -25,8 +23,6 @@ def attach_for_training(
 
     With ``move_frozen`` biases move in any case. Raises ``UsageError`` if multiplicative biases would stay fixed.
     """
-    if any(UNUSED_COPY in name for name, _ in model.named_modules()):
-        arguments = {**arguments, "where": partial(_is_used, arguments.get("where"))}
     balancers = resolve(strategy)
     balance = attach(model, *strategy, **arguments)
     routers = [layer.router for layer in balance.layers]
@@ -44,10 +40,6 @@ def attach_for_training(
         "they are then saved beside the adapters."
     )
     return attach(model, *(Frozen() if balancer.has_bias else balancer for balancer in balancers), **arguments)
-
-
-def _is_used(where: Any, name: str, router: nn.Module) -> bool:
-    return UNUSED_COPY not in name and (where is None or where(name, router))
 
 
 def _is_trained(router: nn.Module, model: nn.Module) -> bool:
