@@ -32,10 +32,10 @@ _UNUSED_MASK = (
     "loss() or step()."
 )
 _NOT_CALLED = (
-    "attached routers must be called in training mode, with gradients, between two steps: none was.{} Call step() once "
-    "per optimizer step, after a forward (follow(optimizer) calls it already). If forwards without gradients count, run "
-    "them in `with balance.counting():`. If a copy took a router's place since, as when adapters of PEFT that train it "
-    "in full are added or switched, attach again."
+    "attached routers must be called in training mode, with gradients, between two steps: none was.{} Call step() "
+    "once per optimizer step, after a forward (follow(optimizer) calls it already). If forwards without gradients "
+    "count, run them in `with balance.counting():`. If a copy took a router's place since, as when adapters of PEFT "
+    "that train it in full are added or switched, attach again."
 )
 _LOST = (
     "an attached router must keep the class that attach gave it: the class of {} was set back since, so its calls are "

@@ -188,7 +188,7 @@ def _named_class(content: dict[str, Any]) -> Any:
 
     for name in _architectures(content):
         cls = getattr(transformers, name, None) if name.isidentifier() else None
-        if inspect.isclass(cls) and issubclass(cls, transformers.PreTrainedModel) and cls.config_class is not None:
+        if inspect.isclass(cls) and issubclass(cls, transformers.PreTrainedModel) and getattr(cls, "config_class", None):
             return cls
     return None
 
