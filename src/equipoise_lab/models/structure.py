@@ -188,7 +188,8 @@ def _named_class(content: dict[str, Any]) -> Any:
 
     for name in _architectures(content):
         cls = getattr(transformers, name, None) if name.isidentifier() else None
-        if inspect.isclass(cls) and issubclass(cls, transformers.PreTrainedModel) and getattr(cls, "config_class", None):
+        is_model = inspect.isclass(cls) and issubclass(cls, transformers.PreTrainedModel)
+        if is_model and getattr(cls, "config_class", None) is not None:
             return cls
     return None
 
