@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from equipoise.torch_internals import has_no_numbers
+
 __all__ = [
     "coefficient_of_variation",
     "dead_experts",
@@ -44,7 +46,7 @@ def _check_sign(load: Tensor) -> None:
     """Skipped on a GPU, where the check would wait, and under tracing, where a tensor has no numbers."""
     if torch.compiler.is_compiling() or type(load) is not Tensor or load.device.type != "cpu" or not load.is_signed():
         return
-    if not torch._C._functorch.is_functorch_wrapped_tensor(load) and (load < 0).any():
+    if not has_no_numbers(load) and (load < 0).any():
         raise ValueError(f"load must hold counts, 0 or more: got {load.min().item():g}.")
 
 

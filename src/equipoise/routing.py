@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from equipoise.torch_internals import softmax_backward
+
 __all__ = [
     "SCORE_FUNCTIONS",
     "Routing",
@@ -98,7 +100,7 @@ def score_backward(
 ) -> TokensExperts:
     """The gradient at the logits, in their dtype, from ``gradient`` at ``scores = score(logits, score_function)``."""
     if score_function == "softmax":
-        logit_gradient = torch.ops.aten._softmax_backward_data(gradient, scores, -1, scores.dtype)
+        logit_gradient = softmax_backward(gradient, scores)
     elif score_function == "sigmoid":
         logit_gradient = torch.ops.aten.sigmoid_backward(gradient, scores)
     else:

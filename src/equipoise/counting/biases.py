@@ -23,6 +23,7 @@ from equipoise.routers import MoELayer, Slot
 from equipoise.routers.kind import ADDED_SLOT
 from equipoise.routers.tap import tap_of
 from equipoise.routing import Routing, score
+from equipoise.torch_internals import copy_each
 
 _STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # a checkpoint may have rounded our bias
 
@@ -95,7 +96,7 @@ class LayerGroup:
         """Writes the biases into plain slots, in one operation."""
         if self._rows[0] != biases.data_ptr():
             self._rows = biases.data_ptr(), biases.detach().unbind()
-        torch._foreach_copy_(slots, self._rows[1])
+        copy_each(slots, self._rows[1])
 
 
 class Biases:

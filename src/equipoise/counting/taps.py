@@ -13,6 +13,8 @@ class Taps:
         self._recorder = recorder
         self._hooks = recorder.context.listen({layer.router for layer in recorder.layers})
         self._taps = [self._tap(index) for index in range(len(recorder.layers))]
+        uses_mode = any(tap.uses_topk_mode for tap in self._taps)
+        self._end_compile_over_checkpoint = allow_compile_over_checkpoint(recorder) if uses_mode else None
         self.are_removed = False
 
     def _tap(self, index: int) -> Tap:
@@ -23,7 +25,6 @@ class Taps:
         if group.slots[row].name == ADDED_SLOT and group.steering is not None and group.biases is not None:
             added_slot = group.biases[row].clone()
             tap.multiplies = group.steering.multiplies
-            allow_compile_over_checkpoint()
         tap_router(layer, tap, added_slot)
         biases.restore(index)
         return tap
@@ -36,4 +37,6 @@ class Taps:
             tap.observer = None
             untap_router(layer.router, layer.slot)
         self._hooks, self._taps = [], []
+        if self._end_compile_over_checkpoint is not None:
+            self._end_compile_over_checkpoint()
         self.are_removed = True

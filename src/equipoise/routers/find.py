@@ -19,11 +19,11 @@ from equipoise.errors import EquipoiseError
 from equipoise.routers.fingerprint import NotComparable, fingerprint, tensor_shapes
 from equipoise.routers.kind import MoELayer, RouterKind
 from equipoise.routers.prove import Proof, Refused, chooses_by_id, discover, find_slot, prove
+from equipoise.torch_internals import WRAPPER_PREFIXES
 
 _log = logging.getLogger("equipoise")
 
 _ROUTER_NAME = re.compile(r"(router|gate|gating)$", re.IGNORECASE)
-_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
 
 
 def find_routers(model: nn.Module, allow_empty: bool = False) -> list[MoELayer]:
@@ -111,7 +111,7 @@ def plain_name(name: str) -> str:
     'layers.1.gate'
     """
     name += "."  # a wrapper may stand at the end too
-    for wrapper in _WRAPPERS:
+    for wrapper in WRAPPER_PREFIXES:
         name = name.replace(wrapper, "")
     name = name.removesuffix(".")
     while name.startswith("module."):
