@@ -185,6 +185,7 @@ class Window:
     def micro_batch(self, device: torch.device) -> MicroBatch:
         """The open micro-batch; begins one if there is none."""
         if self.current is None:
+            self.exchange.pool.check_no_rank_leaves()
             with outside_inference_mode():
                 self.current = MicroBatch(self.layout, self._num_losses, Statistics(self._biases.gathered), device)
             self.micro_batches.append(self.current)
