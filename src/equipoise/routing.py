@@ -22,6 +22,7 @@ __all__ = [
     "route",
     "score",
     "score_backward",
+    "widest_float",
     "without_autocast",
 ]
 
@@ -46,6 +47,15 @@ class Routing(NamedTuple):
         (tokens, experts), k = self.scores.shape, self.expert_ids.shape[-1]
         is_masked = self.mask is not None
         return f"Routing({tokens=}, {experts=}, {k=}, {is_masked=}, num_sequences={self.num_sequences})"
+
+
+DEVICES_WITHOUT_FLOAT64 = {"mps"}
+
+
+def widest_float(device: torch.device | None) -> torch.dtype:
+    """The dtype of sums and means: float64, or float32 on a device that has no wider one."""
+    lacks_float64 = device is not None and device.type in DEVICES_WITHOUT_FLOAT64
+    return torch.float32 if lacks_float64 else torch.float64
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:

@@ -313,6 +313,6 @@ def slot_value(layer: MoELayer, multiplies: bool = False) -> Float[Tensor, " exp
     if slot.name == ADDED_SLOT and tap is not None and tap.multiplies != multiplies:  # a copy, steered the other way
         bias = None
     if bias is None or bias.device.type == "meta":
-        device = next(router.parameters()).device
+        device = layer.device
         return torch.zeros(layer.num_experts, dtype=torch.float32, device="cpu" if device.type == "meta" else device)
     return bias.float().clone()

@@ -18,6 +18,7 @@ from equipoise.counting.exchange import Exchange
 from equipoise.counting.layout import Layout, Statistics, outside_inference_mode
 from equipoise.counting.pool import Pool
 from equipoise.errors import EquipoiseError
+from equipoise.routing import widest_float
 
 WARN_AFTER_MICRO_BATCHES = 256  # hardly anybody accumulates as many: step() is forgotten
 
@@ -52,7 +53,7 @@ class MicroBatch:
         self.statistics = statistics  # handed to the window when this closes
         self.losses = vector[:0]  # by balancer with a loss, and layer: the loss, summed over the tokens
         if num_losses:
-            self.losses = vector.new_zeros(num_losses, layout.num_layers, dtype=torch.float64)
+            self.losses = vector.new_zeros(num_losses, layout.num_layers, dtype=widest_float(device))
         self.dtype = torch.float32  # of the losses, or wider
         self.factor: Tensor | None = None  # that the caller gave the loss; known when its ticket's backward has run
         self.first_layer: int | None = None
