@@ -201,6 +201,13 @@ class Other(nn.Module):
         self.block = tiny_lm().blocks[0]
 
 
+def shuffled(rank: int) -> str:
+    """A mesh in whose dimensions the first rank is not the first by number."""
+    mesh = dist.DeviceMesh("cpu", [[3, 1], [0, 2]], mesh_dim_names=("dp", "cp"))
+    pool = equipoise.attach(tiny_lm(), "none", group=mesh)._pool
+    return str(pool.group.group_name)
+
+
 def refused(rank: int) -> dict[str, str]:
     """What cannot be, and what each rank says of it."""
     attach, odd = equipoise.attach, rank == 3
@@ -229,5 +236,6 @@ def everything(rank: int) -> dict[str, Any]:
         "tensor_parallel, counted twice": tensor_parallel(rank, None),
         "expert_parallel": expert_parallel(rank),
         "pipelines": pipelines(rank),
+        "shuffled": shuffled(rank),
         "refused": refused(rank),
     }

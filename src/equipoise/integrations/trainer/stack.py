@@ -36,8 +36,8 @@ def find_calling_trainer() -> tuple[Any, Path | None]:
         frame = frame.f_back
     if trainer is not None:
         raise EquipoiseError(
-            f"Trainer.train() must have a variable {CHECKPOINT}, None or a folder, that says where its training begins: "
-            f"that of Transformers {transformers.__version__} has not. Seen in 5.23. Install that version, or an "
-            "equipoise that knows this one."
+            f"Trainer.train() must have a variable {CHECKPOINT}, None or a folder, that says where its training "
+            f"begins: that of Transformers {transformers.__version__} has not. Seen in 5.23. Install that version, or "
+            "an equipoise that knows this one."
         )
     return None, None
