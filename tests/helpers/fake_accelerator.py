@@ -240,8 +240,9 @@ def _captures(counts: bool, measures: bool = False) -> None:
     """A forward while a graph of the device's kernels is captured, of a call that counts or does not."""
     module = torch.get_device_module(torch.device(DEVICE))
     balance = _balance(parse_strategy("lbl"))
-    before = getattr(module, "is_current_stream_capturing", None)
-    module.is_current_stream_capturing = lambda: True
+    names = ("is_current_stream_capturing", "is_initialized")
+    before = {name: getattr(module, name, lambda: False) for name in names}
+    vars(module).update(dict.fromkeys(names, lambda: True))
     logits = torch.zeros(10, EXPERTS, device=DEVICE)
     choice = route(logits, K)
     call = RouterCall(0, logits, choice.expert_ids, choice.weights, None, None, 2, is_training=counts)
@@ -249,7 +250,7 @@ def _captures(counts: bool, measures: bool = False) -> None:
         with balance.measuring() if measures else nullcontext():
             assert balance._recorder.observe(call) == UNCOUNTED
     finally:
-        module.is_current_stream_capturing = before or (lambda: False)
+        vars(module).update(before)
 
 
 def _offloaded() -> None:

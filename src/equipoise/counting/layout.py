@@ -20,10 +20,11 @@ def outside_inference_mode() -> AbstractContextManager[Any]:
 def check_no_capture(device: torch.device) -> None:
     """Raises while a graph of this device's kernels is captured. Its replays run no Python: nothing would be counted,
     and the gradient of a loss would be the one of the capture."""
-    is_capturing = None
-    if device.type != "cpu":
-        is_capturing = getattr(torch.get_device_module(device), "is_current_stream_capturing", None)
-    if is_capturing is not None and is_capturing():
+    if device.type == "cpu":
+        return
+    of_device = torch.get_device_module(device)
+    can_capture = hasattr(of_device, "is_current_stream_capturing") and of_device.is_initialized()
+    if can_capture and of_device.is_current_stream_capturing():
         raise EquipoiseError(
             "a router must be counted outside a CUDA graph: one is being captured, and its replays run no Python. "
             "Leave the routers out of the capture, or capture an evaluation (eval(), or inside balance.paused()). "
