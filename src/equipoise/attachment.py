@@ -157,7 +157,7 @@ def resolve(balancers: Sequence[Balancer | str]) -> list[Balancer]:
 def unwrap(model: nn.Module) -> nn.Module:
     """The model inside the wrappers of torch.compile and DistributedDataParallel."""
     while (inner := model.module if isinstance(model, _DDP) else without_compile(model)) is not model:
-        model = inner  # type: ignore[assignment]
+        model = inner
     return model
 
 

@@ -170,7 +170,7 @@ def test_operations_without_a_public_name_do_what_they_say():
     scores = logits.softmax(-1)
     (expected,) = torch.autograd.grad(scores, logits, gradient)
     torch.testing.assert_close(torch_internals.softmax_backward(gradient, scores.detach()), expected)
-    targets, sources = [torch.zeros(2), torch.zeros(3)], [torch.ones(2), torch.full((3,), 2.0)]
+    targets, sources = [torch.zeros(2), torch.zeros(3)], (torch.ones(2), torch.full((3,), 2.0))
     torch_internals.copy_each(targets, sources)
     assert [target.tolist() for target in targets] == [[1.0, 1.0], [2.0, 2.0, 2.0]]
     view = torch_internals.view_without_base(logits * 1, (5, 3))
