@@ -76,19 +76,28 @@ def unequal(rank: int, naming: str) -> dict[str, Any]:
         return {"names": names, "counts": counts, "made": c10d._world.group_count - before, "config": config}
 
 
-def bound(rank: int) -> tuple[int, Any]:
-    """Two of three ranks attach while a device is bound: torch would split the world, with all of its ranks."""
+def bound(rank: int) -> tuple[int, list[Any], Any]:
+    """Two of three ranks attach while a device is bound: torch would split the world, with all of its ranks.
+
+    Returns what was counted, which device was bound while the group was made, and which after it.
+    """
     world, device = dist.group.WORLD, torch.device("cuda", rank)
     pair = dist.new_group([0, 1], timeout=TIMEOUT)
     if rank == 2:
-        return 0, device
-    world.bound_device_id = device
+        return 0, [], device
+    make, seen = c10d._new_process_group_helper, []
+
+    def note(*args: Any, **kwargs: Any) -> Any:
+        seen.append((world.bound_device_id, kwargs["device_id"]))
+        return make(*args, **kwargs)
+
+    world.bound_device_id, c10d._new_process_group_helper = device, note
     try:
         model = tiny_lm()
         balance = equipoise.attach(model, "none", group=pair)
-        return _window(model, balance, rank), world.bound_device_id
+        return _window(model, balance, rank), seen, world.bound_device_id
     finally:
-        world.bound_device_id = None
+        world.bound_device_id, c10d._new_process_group_helper = None, make
 
 
 def everything(rank: int) -> dict[str, Any]:
