@@ -199,7 +199,7 @@ def new_group_named(name: str, ranks: Sequence[int], like: dist.ProcessGroup) ->
     # With a device bound, NCCL splits the communicator of the world, and the ranks outside would have to take part.
     bound, torch_names = world.bound_device_id, c10d._process_group_name
     try:
-        c10d._process_group_name = lambda *_, **__: name  # type: ignore[assignment, return-value]
+        c10d._process_group_name = lambda *_, **__: name  # type: ignore[assignment]
         if bound is not None:
             world.bound_device_id = None
         group = dist.new_group(ranks, timeout=_timeout(like), backend=backend, use_local_synchronization=True)

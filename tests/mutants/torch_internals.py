@@ -114,6 +114,6 @@ MUTANTS = [
         "private: float64 on a device that has none",
         "    return torch.float32 if lacks_float64 else torch.float64",
         "    return torch.float64",
-        "test_no_synchronisation -k no_float64",
+        "test_no_synchronisation -k 'ask_nothing and float64'",
     ),
 ]
