@@ -34,7 +34,7 @@ ALLOWED = {f"equipoise.{name}": {f"equipoise.{other}" for other in LIBRARY[:rank
 CORE = {f"equipoise.{name}" for name in LIBRARY}
 PUBLIC = {"equipoise", "equipoise.integrations", "equipoise.nn", "equipoise.testing", *CORE}
 ALLOWED |= {
-    "equipoise.nn": {"equipoise.errors", "equipoise.routing", "equipoise.load", "equipoise.routers"},
+    "equipoise.nn": {f"equipoise.{name}" for name in ("errors", "torch_internals", "routing", "load", "routers")},
     "equipoise.testing": {"equipoise", *CORE},
     "equipoise.integrations": {*CORE, "equipoise.nn"},
     "equipoise": PUBLIC,  # __init__: imported when first used

@@ -21,10 +21,11 @@ from equipoise.routers import MoELayer
 from equipoise.routers.find import find_routers, proof_of, refusal, unknown_routers
 from equipoise.routers.prove import Refused
 from equipoise.routers.tap import has_live_tap, tap_of, untap_router
-from equipoise.torch_internals import drop_compiled_graphs
+from equipoise.torch_internals import check_private_names, without_compile
 
 __all__ = ["attach", "base_model", "resolve", "unwrap"]
 
+_DDP = nn.parallel.DistributedDataParallel
 _log = logging.getLogger("equipoise")
 _Where = Callable[[str, nn.Module], bool] | None
 
@@ -66,6 +67,7 @@ def attach(
     error if they differ. Raises ``EquipoiseError`` if no router can be proven, if one does not select as its declared
     ``router_kind`` says, or is attached already. Other routers that cannot be proven are left out with a warning.
     """
+    check_private_names()
     pool = Pool(group)
     plan, error = None, None
     try:
@@ -75,11 +77,6 @@ def attach(
     _compare_ranks(pool.agree("attach", None if plan is None else plan.in_common(), error))
     assert plan is not None  # agree raises every rank's error
     _warn(plan, balancers, has_filter=where is not None)
-    if drop_compiled_graphs(model):
-        _log.warning(
-            "attach: the model was compiled and called before. Compiled graphs are dropped (torch._dynamo.reset) and "
-            "made anew. Attach before the first call to save that."
-        )
     for layer in plan.layers:
         if tap_of(layer.router) is not None:  # a copy of an attached model: take its inert tap off
             untap_router(layer.router, layer.slot)
@@ -178,8 +175,8 @@ def resolve(balancers: Sequence[Balancer | str]) -> list[Balancer]:
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The model inside the wrappers of torch.compile and DistributedDataParallel."""
-    while hasattr(model, "_orig_mod") or isinstance(model, nn.parallel.DistributedDataParallel):
-        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module  # type: ignore[assignment]
+    while (inner := model.module if isinstance(model, _DDP) else without_compile(model)) is not model:
+        model = inner
     return model
 
 

@@ -23,7 +23,7 @@ from equipoise.errors import EquipoiseError
 from equipoise.routers import MoELayer
 from equipoise.routers.forward import TokenMask
 from equipoise.saved import check_saved_model, holds_adapter, write_biases
-from equipoise.torch_internals import after_each_step
+from equipoise.torch_internals import after_each_step, outside_graphs
 
 __all__ = ["Balance"]
 
@@ -97,7 +97,7 @@ class Balance:
         """
         return self._close_micro_batch()
 
-    @torch._disable_dynamo  # as torch.compiler.disable, which would load Dynamo at once
+    @outside_graphs
     def _close_micro_batch(self) -> Tensor:
         if self.layers and self._context.has_unused_mask:
             raise EquipoiseError(_UNUSED_MASK)

@@ -2,7 +2,8 @@
 
 A load is a tensor ``(..., experts)`` of counts. Leading dimensions (layers, steps) are kept. For a mapping from layer
 name to load, as from ``Balance.load`` or ``Balance.measuring``, a metric is the mean over the layers. A load without
-tokens gives nan, because an idle layer is not a balanced one. Results are float64.
+tokens gives nan, because an idle layer is not a balanced one. Results are float64
+(float32 on a device without it).
 """
 
 import math
@@ -12,6 +13,9 @@ from functools import cache
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from equipoise.routing import widest_float
+from equipoise.torch_internals import has_no_numbers
 
 __all__ = [
     "coefficient_of_variation",
@@ -37,14 +41,14 @@ def _by_layer(metric: Callable[[Tensor], Tensor], load: Load) -> Tensor:
     if load.dim() == 0 or load.shape[-1] == 0:
         raise ValueError(f"load must have the shape (..., experts), experts > 0: got {tuple(load.shape)}.")
     _check_sign(load)
-    return metric(load.double())
+    return metric(load.to(widest_float(load.device)))
 
 
 def _check_sign(load: Tensor) -> None:
     """Skipped on a GPU, where the check would wait, and under tracing, where a tensor has no numbers."""
     if torch.compiler.is_compiling() or type(load) is not Tensor or load.device.type != "cpu" or not load.is_signed():
         return
-    if not torch._C._functorch.is_functorch_wrapped_tensor(load) and (load < 0).any():
+    if not has_no_numbers(load) and (load < 0).any():
         raise ValueError(f"load must hold counts, 0 or more: got {load.min().item():g}.")
 
 
@@ -55,7 +59,7 @@ def _by_domain(load: Tensor) -> Tensor:
     if load.is_floating_point():
         raise ValueError(f"load must hold counts, integers: got {load.dtype}. Shares lack the number of tokens.")
     _check_sign(load)
-    return load.double()
+    return load.to(widest_float(load.device))
 
 
 def max_violation(load: Load) -> Float[Tensor, "*layers"]:
@@ -88,7 +92,8 @@ def coefficient_of_variation(load: Load) -> Float[Tensor, "*layers"]:
 
 def _entropy(c: Tensor) -> Tensor:
     share = c / c.sum(-1, keepdim=True)
-    return -torch.where(share > 0, share * share.clamp_min(1e-300).log(), share).sum(-1)  # a nan share stays nan
+    smallest = torch.finfo(share.dtype).tiny
+    return -torch.where(share > 0, share * share.clamp_min(smallest).log(), share).sum(-1)  # a nan share stays nan
 
 
 def load_entropy(load: Load) -> Float[Tensor, "*layers"]:
@@ -123,7 +128,7 @@ def dead_experts(load: Load) -> Float[Tensor, "*layers"]:
     """
     if isinstance(load, Mapping) and load:
         return torch.stack([dead_experts(layer) for layer in load.values()]).sum(0)
-    return _by_layer(lambda c: torch.where(c.sum(-1) > 0, (c == 0).double().sum(-1), math.nan), load)
+    return _by_layer(lambda c: torch.where(c.sum(-1) > 0, (c == 0).to(c.dtype).sum(-1), math.nan), load)
 
 
 @cache
@@ -181,13 +186,13 @@ def domain_information(load: Int[Tensor, "domains *layers experts"]) -> Float[Te
     """
     counts = _by_domain(load).movedim(0, -2)  # (..., domains, experts)
     n = counts.sum(-1)  # assignments of each domain
-    used = (n > 0).double()
+    used = (n > 0).to(n.dtype)
     weight = used / used.sum(-1, keepdim=True)
     share = counts / n.clamp_min(1).unsqueeze(-1)
     mixture = (weight.unsqueeze(-1) * share).sum(-2)
 
     def entropy(p: Tensor, n: Tensor) -> Tensor:
-        return -(p * p.clamp_min(1e-300).log()).sum(-1) + ((p > 0).sum(-1) - 1) / (2 * n)
+        return -(p * p.clamp_min(torch.finfo(p.dtype).tiny).log()).sum(-1) + ((p > 0).sum(-1) - 1) / (2 * n)
 
     within = (weight * entropy(share, n.clamp_min(1))).sum(-1)
     return (entropy(mixture, 1 / (weight.square() / n.clamp_min(1)).sum(-1)) - within) / math.log(2)

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from equipoise.torch_internals import softmax_backward
+
 __all__ = [
     "SCORE_FUNCTIONS",
     "Routing",
@@ -20,6 +22,7 @@ __all__ = [
     "route",
     "score",
     "score_backward",
+    "widest_float",
     "without_autocast",
 ]
 
@@ -44,6 +47,15 @@ class Routing(NamedTuple):
         (tokens, experts), k = self.scores.shape, self.expert_ids.shape[-1]
         is_masked = self.mask is not None
         return f"Routing({tokens=}, {experts=}, {k=}, {is_masked=}, num_sequences={self.num_sequences})"
+
+
+DEVICES_WITHOUT_FLOAT64 = {"mps"}
+
+
+def widest_float(device: torch.device | None) -> torch.dtype:
+    """The dtype of sums and means: float64, or float32 on a device that has no wider one."""
+    lacks_float64 = device is not None and device.type in DEVICES_WITHOUT_FLOAT64
+    return torch.float32 if lacks_float64 else torch.float64
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
@@ -98,7 +110,7 @@ def score_backward(
 ) -> TokensExperts:
     """The gradient at the logits, in their dtype, from ``gradient`` at ``scores = score(logits, score_function)``."""
     if score_function == "softmax":
-        logit_gradient = torch.ops.aten._softmax_backward_data(gradient, scores, -1, scores.dtype)
+        logit_gradient = softmax_backward(gradient, scores)
     elif score_function == "sigmoid":
         logit_gradient = torch.ops.aten.sigmoid_backward(gradient, scores)
     else:

@@ -1,17 +1,64 @@
-"""Questions about torch that it has no public answer to. Everything that leans on a private name of torch is here.
+"""All that leans on a private name of torch, on its stack frames, or on a global option of it. Nothing elsewhere does.
 
-Seen in torch 2.13.0.
+Seen in torch 2.10.0, 2.13.0 and 2.14.1; where a version differs, the function says so. ``tests/library/
+test_torch_internals.py`` shows of each name that it exists and does what is needed. If one is gone, ``attach`` raises;
+names of modules that are loaded later are looked up where they are used.
 """
 
+import operator
 import sys
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from types import FrameType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from equipoise.errors import UsageError
+from equipoise.errors import EquipoiseError, UsageError
+
+SEEN_IN = "2.10 to 2.14"
+
+PRIVATE_NAMES = {  # below torch, and what cannot be done without
+    "_disable_dynamo": "keep a function out of compiled graphs",
+    "_foreach_copy_": "write all biases at once",
+    "_C._current_graph_task_id": "tell a recomputation from a forward",
+    "_C._len_torch_dispatch_stack": "tell a forward that is traced",
+    "_C._functorch.is_functorch_wrapped_tensor": "tell a tensor without numbers",
+    "_C._functorch.peek_interpreter_stack": "tell a forward that is transformed",
+    "ops.aten._softmax_backward_data": "differentiate softmax scores",
+    "ops.aten._unsafe_view": "return what is no view",
+    "optim.Optimizer.profile_hook_step": "tell a step of the training loop from one inside a step",
+}
+PRIVATE_NAMES_OF_RANKS = {  # where torch is built with torch.distributed
+    "distributed.ProcessGroup._device_types": "take over the timeout of a process group",
+    "distributed.ProcessGroup._get_backend": "take over the timeout of a process group",
+    "distributed.ProcessGroup.bound_device_id": "make a process group without the ranks outside",
+    "distributed.distributed_c10d._new_group_with_tag": "give a process group a name that all its ranks know",
+    "distributed.distributed_c10d._process_group_name": "give a process group a name that all its ranks know",
+    "nn.parallel.DistributedDataParallel._active_ddp_module": "tell unequal numbers of inputs (join)",
+}
+
+
+def check_private_names() -> None:
+    """Raises ``EquipoiseError`` if a private name is gone without which something would be counted wrong, or hang."""
+    for name, purpose in (PRIVATE_NAMES | (PRIVATE_NAMES_OF_RANKS if dist.is_available() else {})).items():
+        try:
+            operator.attrgetter(name)(torch)
+        except AttributeError:
+            raise _is_gone(f"torch.{name}", purpose) from None
+
+
+def _is_gone(name: str, purpose: str) -> EquipoiseError:
+    return EquipoiseError(
+        f"torch must have {name}, to {purpose}: torch {torch.__version__} has not. It is a private name, seen in torch "
+        f"{SEEN_IN}. Install one of these, or an equipoise that knows this torch."
+    )
+
+
+# ---- what kind of forward this is ----
 
 
 def is_backward_running() -> bool:
@@ -69,20 +116,51 @@ def is_traced() -> bool:
     )
 
 
+def has_no_numbers(tensor: Tensor) -> bool:
+    """Whether functorch stands in for this tensor, so that its numbers cannot be read."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+_PIPELINING = "torch.distributed.pipelining.stage"
+_SHAPE_INFERENCE = ("_forward_metadata_inference", "_shape_inference")  # from 2.12; before
+
+
 def is_shape_inference() -> bool:
     """Whether ``torch.distributed.pipelining`` runs this forward to find out shapes.
 
     So it does before the first step of a stage made without ``input_args``, in training mode and on uninitialised
     memory; only the caller tells such a forward from a real one.
     """
-    if "torch.distributed.pipelining" not in sys.modules:
+    module = sys.modules.get(_PIPELINING)
+    if module is None:
         return False
+    if not any(hasattr(module.PipelineStage, name) for name in _SHAPE_INFERENCE):
+        raise _is_gone(f"{_PIPELINING}.PipelineStage.{_SHAPE_INFERENCE[0]}", "tell a forward that only asks for shapes")
     frame: FrameType | None = sys._getframe()
     while frame is not None:
-        if frame.f_code.co_name in ("_forward_metadata_inference", "_shape_inference"):
-            return frame.f_globals.get("__name__") == "torch.distributed.pipelining.stage"
+        if frame.f_code.co_name in _SHAPE_INFERENCE:
+            return frame.f_globals.get("__name__") == _PIPELINING
         frame = frame.f_back
     return False
+
+
+def is_joined_ddp_running() -> bool:
+    """Whether this forward runs in a DistributedDataParallel whose ranks may leave one by one.
+
+    ``DDP.join()`` and ``Join([...])`` switch this on, and it stays on after their block. A join that raises on all
+    ranks as soon as one leaves (``throw_on_early_termination``) is none: no rank is left alone.
+    """
+    if not dist.is_available():
+        return False
+    ddp = nn.parallel.DistributedDataParallel._active_ddp_module
+    if ddp is None:
+        return False
+    if not hasattr(ddp, "_join_config"):
+        raise _is_gone("DistributedDataParallel._join_config", "tell unequal numbers of inputs (join)")
+    return ddp._join_config.enable and not ddp._join_config.throw_on_early_termination
+
+
+# ---- steps of an optimizer ----
 
 
 def after_each_step(optimizer: torch.optim.Optimizer, call: Callable[[bool | Tensor], Any], owner: Any) -> Any:
@@ -92,6 +170,8 @@ def after_each_step(optimizer: torch.optim.Optimizer, call: Callable[[bool | Ten
     """
     hooks = getattr(optimizer, "_optimizer_step_post_hooks", None)
     if not isinstance(hooks, Mapping):
+        if type(optimizer).__module__.startswith("torch.optim"):
+            raise _is_gone("Optimizer._optimizer_step_post_hooks", "tell an optimizer that is followed already")
         raise TypeError(
             f"optimizer must be one of torch, whose steps have hooks: got {type(optimizer).__name__}. Pass the one "
             "that it wraps, as optimizer.optimizer, or call step() yourself."
@@ -117,12 +197,18 @@ def step_was_applied(optimizer: torch.optim.Optimizer) -> bool | Tensor:
     return found_inf == 0 if isinstance(found_inf, Tensor) else True
 
 
+_CHECKPOINT = "torch.distributed.checkpoint.state_dict"
+
+
 def _is_outermost_step(optimizer: torch.optim.Optimizer) -> bool:
     """Whether a hook after a step was called by the training loop's ``optimizer.step()``.
 
     torch calls the hooks after a ``super().step()`` inside a step too, and after the step that makes an optimizer's
     state before a checkpoint is loaded.
     """
+    checkpoint = sys.modules.get(_CHECKPOINT)
+    if checkpoint is not None and not hasattr(checkpoint, "_init_optim_state"):
+        raise _is_gone(f"{_CHECKPOINT}._init_optim_state", "tell a step that only makes an optimizer's state")
     frame: FrameType | None = sys._getframe()
     depth = 0
     while frame is not None:
@@ -132,32 +218,88 @@ def _is_outermost_step(optimizer: torch.optim.Optimizer) -> bool:
         if frame.f_code.co_name == "_init_optim_state":
             return False
         frame = frame.f_back
+    if depth == 0:  # somebody called this hook, and no step is seen: never to step would be silent
+        raise _is_gone("a frame of Optimizer.profile_hook_step with self", "tell whose step has ended")
     return depth == 1
 
 
-def allow_compile_over_checkpoint() -> None:
+# ---- process groups ----
+
+
+def new_group_named(name: str, ranks: Sequence[int], like: dist.ProcessGroup) -> Any:
+    """A process group of this name that only ``ranks`` make, with the backends and the timeout of ``like``.
+
+    torch has no argument for the name. It hashes the ranks with what this rank did before: how many process groups it
+    has (to 2.13), or made (from 2.14). Ranks that differ in it wait for each other under different names, forever.
+    """
+    c10d, world = dist.distributed_c10d, dist.group.WORLD
+    if "_process_group_name" not in c10d._new_group_with_tag.__code__.co_names:
+        raise _is_gone("new_group asking _process_group_name", PRIVATE_NAMES_OF_RANKS[_NAMING])
+    config = dist.get_backend_config(like)
+    backend = None if config == dist.get_backend_config(world) else config
+    # With a device bound, NCCL splits the communicator of the world, and the ranks outside would have to take part.
+    bound, torch_names = world.bound_device_id, c10d._process_group_name
+    try:
+        c10d._process_group_name = lambda *_, **__: name  # type: ignore[assignment]
+        if bound is not None:
+            world.bound_device_id = None
+        group = dist.new_group(ranks, timeout=_timeout(like), backend=backend, use_local_synchronization=True)
+    finally:
+        c10d._process_group_name = torch_names
+        if bound is not None:
+            world.bound_device_id = bound
+    if group.group_name != name:
+        raise _is_gone("new_group that names as _process_group_name does", PRIVATE_NAMES_OF_RANKS[_NAMING])
+    return group
+
+
+_NAMING = "distributed.distributed_c10d._process_group_name"
+
+
+def _timeout(group: dist.ProcessGroup) -> timedelta | None:
+    """The timeout of the collectives of ``group``; None, torch's default, if none of its backends says it."""
+    backends = [group._get_backend(device) for device in group._device_types]
+    options = [backend.options for backend in backends if hasattr(backend, "options")]
+    return max((option._timeout for option in options if hasattr(option, "_timeout")), default=None)
+
+
+# ---- compiled graphs ----
+
+_OPTION = "skip_fwd_side_effects_in_bwd_under_checkpoint"  # from torch 2.10
+_num_owners, _users_value = 0, False
+
+
+def allow_compile_over_checkpoint(owner: Any) -> Callable[[], Any]:
     """Lets a compiled graph hold our top-k mode inside an activation checkpoint.
 
     Dynamo takes the mode for a side effect of the checkpointed function and refuses, unless the recomputation may skip
-    side effects. Skipping is right here: a router's forward leaves the mode that it entered.
+    side effects. Skipping is right here: a router's forward leaves the mode that it entered. The option is one for the
+    whole process. It gets its value back when the last ``owner`` calls what this returns, or is gone.
     """
+    global _num_owners, _users_value
     import torch._dynamo
 
-    torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
+    if not hasattr(torch._dynamo.config, _OPTION):
+        raise _is_gone(f"torch._dynamo.config.{_OPTION}", "compile a router without a slot inside a checkpoint")
+    if _num_owners == 0:
+        _users_value = getattr(torch._dynamo.config, _OPTION)
+    _num_owners += 1
+    setattr(torch._dynamo.config, _OPTION, True)
+    end = weakref.finalize(owner, _one_owner_less)
+    end.atexit = False
+    return end
 
 
-def drop_compiled_graphs(model: nn.Module) -> bool:
-    """Drops the graphs of a model that was called before: they would run on without our taps. False: there was none."""
-    dynamo = sys.modules.get("torch._dynamo")
-    if dynamo is None or not is_compiled(model) or not dynamo.utils.counters["frames"]["total"]:
-        return False
-    dynamo.reset()
-    return True
+def _one_owner_less() -> None:
+    global _num_owners
+    _num_owners -= 1
+    if _num_owners == 0 and getattr(torch._dynamo.config, _OPTION):  # else the user has switched it off since
+        setattr(torch._dynamo.config, _OPTION, _users_value)
 
 
-def is_compiled(model: nn.Module) -> bool:
-    """Whether the model, or a module in it, was given to ``torch.compile``."""
-    return hasattr(model, "_orig_mod") or any(module._compiled_call_impl is not None for module in model.modules())
+def outside_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
+    """As ``torch.compiler.disable``, which would load Dynamo at once."""
+    return torch._disable_dynamo(function)
 
 
 def runs_while_traced(function: Any) -> Any:
@@ -167,3 +309,37 @@ def runs_while_traced(function: Any) -> Any:
     """
     function._dynamo_marked_constant = True
     return function
+
+
+# ---- wrappers around a model ----
+
+# What torch.compile, checkpoint wrappers and FSDP1 call the module that they wrap.
+WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+
+
+def without_compile(model: nn.Module) -> nn.Module:
+    """The model inside what ``torch.compile`` made of it, or the model itself."""
+    return model._orig_mod if hasattr(model, "_orig_mod") else model  # type: ignore[return-value]
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether the model, or a module in it, was given to ``torch.compile``."""
+    return hasattr(model, "_orig_mod") or any(module._compiled_call_impl is not None for module in model.modules())
+
+
+# ---- operations without a public name ----
+
+
+def copy_each(targets: list[Tensor], sources: tuple[Tensor, ...]) -> None:
+    """Copies each source into its target, in one operation."""
+    torch._foreach_copy_(targets, sources)
+
+
+def softmax_backward(gradient: Tensor, softmax: Tensor) -> Tensor:
+    """The gradient at the logits of a softmax over the last dimension."""
+    return torch.ops.aten._softmax_backward_data(gradient, softmax, -1, softmax.dtype)
+
+
+def view_without_base(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """A view that autograd does not take for one."""
+    return torch.ops.aten._unsafe_view(tensor, shape)

@@ -1,5 +1,6 @@
 """Four ranks that hold tokens, layers, experts and weights in every usual way; importable by spawned ranks."""
 
+from datetime import timedelta
 from typing import Any
 
 import pipeline_ranks
@@ -201,6 +202,16 @@ class Other(nn.Module):
         self.block = tiny_lm().blocks[0]
 
 
+def shuffled(rank: int) -> str:
+    """A mesh in whose dimensions the first rank is not the first by number."""
+    order, names = [[3, 1], [0, 2]], ("dp", "cp")
+    lines = [dist.new_group(line, timeout=timedelta(seconds=5)) for line in ([3, 0], [1, 2], *order)]
+    mine = [lines[rank in (1, 2)], lines[2 + (rank in (0, 2))]]
+    mesh = dist.DeviceMesh.from_group(mine, "cpu", mesh=order, mesh_dim_names=names)
+    pool = equipoise.attach(tiny_lm(), "none", group=mesh)._pool
+    return str(pool.group.group_name)
+
+
 def refused(rank: int) -> dict[str, str]:
     """What cannot be, and what each rank says of it."""
     attach, odd = equipoise.attach, rank == 3
@@ -229,5 +240,6 @@ def everything(rank: int) -> dict[str, Any]:
         "tensor_parallel, counted twice": tensor_parallel(rank, None),
         "expert_parallel": expert_parallel(rank),
         "pipelines": pipelines(rank),
+        "shuffled": shuffled(rank),
         "refused": refused(rank),
     }

@@ -36,6 +36,11 @@ def test_every_rank_ends_with_the_counts_biases_and_gradient_of_one_process(name
         assert distance(found["gradients"], expected["gradients"]) < 1e-6
 
 
+def test_ranks_of_a_shuffled_mesh_agree_on_one_group():
+    names = _found("shuffled")
+    assert len(set(names)) == 1 and names[0].startswith("equipoise-")
+
+
 def test_pooling_ranks_with_the_same_tokens_counts_them_twice():
     """Why ``group`` leaves tensor parallel ranks out."""
     once, twice = _found("tensor_parallel"), _found("tensor_parallel, counted twice")

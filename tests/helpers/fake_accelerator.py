@@ -10,18 +10,22 @@ This file runs as a program, because such an accelerator stays in the process. I
 import json
 import traceback
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from equipoise import metrics, routing
 from equipoise.alerts import PATIENCE, Alerts
 from equipoise.balance import Balance
 from equipoise.balancers import Balancer, parse_strategy
+from equipoise.counting.biases import slot_value
 from equipoise.counting.pool import Pool
 from equipoise.routers import MoELayer
-from equipoise.routers.kind import RouterKind, Slot
+from equipoise.routers.kind import ADDED_SLOT, RouterKind, Slot
 from equipoise.routers.tap import UNCOUNTED, RouterCall
 from equipoise.routing import route
 
@@ -37,6 +41,7 @@ STRATEGIES = [
     "quantile:bins=0",
     "frozen",
 ]
+NARROW = [s for s in STRATEGIES if s != "quantile:bins=0"] + [f"loss-free+{LOSSES}"]
 POOLED = ["loss-free", "lbl:coefficient=0.1", "quantile", "lbl:coefficient=0.1+quantile"]
 WAITING: dict[str, Callable[[Tensor], Any]] = {
     "item": lambda load: load.sum().item(),
@@ -206,6 +211,71 @@ def _alerts() -> None:
         assert alerts.see(load, loss, {name: counts.float() for name, counts in load.items()}) == []
 
 
+class _NoFloat64(TorchDispatchMode):
+    """A device that has no float64, as Apple's."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        for tensor in output if isinstance(output, tuple | list) else (output,):
+            if isinstance(tensor, Tensor) and tensor.dtype == torch.float64 and tensor.device.type != "cpu":
+                raise TypeError("no float64 on this device")
+        return output
+
+
+def _narrow(strategy: str, is_told: bool) -> None:
+    """A training and the metrics on a device without float64; ``is_told``: the library knows that it has none."""
+    before = routing.DEVICES_WITHOUT_FLOAT64
+    routing.DEVICES_WITHOUT_FLOAT64 = before | ({torch.device(DEVICE).type} if is_told else set())
+    try:
+        with _NoFloat64():
+            balance = _balance(parse_strategy(strategy))
+            _windows(balance, masked=True)
+            for metric in (metrics.max_violation, metrics.load_entropy, metrics.dead_experts):
+                assert metric(balance.load).dtype == torch.float32
+    finally:
+        routing.DEVICES_WITHOUT_FLOAT64 = before
+
+
+def _captures(counts: bool, measures: bool = False) -> None:
+    """A forward while a graph of the device's kernels is captured, of a call that counts or does not."""
+    module = torch.get_device_module(torch.device(DEVICE))
+    balance = _balance(parse_strategy("lbl"))
+    names = ("is_current_stream_capturing", "is_initialized")
+    before = {name: getattr(module, name, lambda: False) for name in names}
+    vars(module).update(dict.fromkeys(names, lambda: True))
+    logits = torch.zeros(10, EXPERTS, device=DEVICE)
+    choice = route(logits, K)
+    call = RouterCall(0, logits, choice.expert_ids, choice.weights, None, None, 2, is_training=counts)
+    try:
+        with balance.measuring() if measures else nullcontext():
+            assert balance._recorder.observe(call) == UNCOUNTED
+    finally:
+        vars(module).update(before)
+
+
+def _offloaded() -> None:
+    """Weights that FSDP2 keeps on the host: what steers and counts must be where the router computes."""
+    from torch.distributed.tensor import DeviceMesh, DTensor, Replicate
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
+    kind = torch.device(DEVICE).type
+    with unset_fake_temporarily():
+        mesh = DeviceMesh(kind, torch.arange(1, device="cpu"), _init_backend=False, _rank=0)
+    on_host = torch.zeros(EXPERTS, DIM, device="cpu")
+    spec = DTensorSpec(mesh, (Replicate(),), TensorMeta(on_host.shape, on_host.stride(), on_host.dtype))
+    router = _Router()
+    router.weight = nn.Parameter(DTensor(on_host, spec, requires_grad=True))
+    assert router.weight.device.type == "cpu"
+    layer = MoELayer("0", router, RouterKind("softmax", None), EXPERTS, K, None)
+    assert layer.device == slot_value(layer).device == torch.device(DEVICE)
+    start = {"0": slot_value(layer)}
+    balance = Balance(nn.ModuleList([router]), [layer], parse_strategy("quantile"), Pool(None), start)
+    assert router._buffers[ADDED_SLOT].device == torch.device(DEVICE)
+    assert balance._recorder.device == balance.biases["0"].device == torch.device(DEVICE)
+    assert all(load.device == torch.device(DEVICE) for load in balance.load.values())
+    assert all(value.device == torch.device(DEVICE) for value in balance._biases.empty_statistics().summed)
+
+
 def main() -> None:
     if not torch.backends.cuda.is_built():
         from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
@@ -219,6 +289,13 @@ def main() -> None:
     for strategy in POOLED:
         for verdict in (False, True):
             errors[f"{strategy}, two ranks, {verdict}"] = _run(lambda s=strategy, v=verdict: _pools(s, v))
+    for strategy in NARROW:
+        errors[f"{strategy}, no float64"] = _run(lambda s=strategy: _narrow(s, is_told=True))
+    errors["float64"] = _run(lambda: _narrow("quantile", is_told=False))
+    errors["evaluation captured"] = _run(lambda: _captures(counts=False))
+    errors["training captured"] = _run(lambda: _captures(counts=True))
+    errors["measuring captured"] = _run(lambda: _captures(counts=False, measures=True))
+    errors["offloaded"] = _run(_offloaded)
     errors["alerts"] = _run(_alerts)
     for name, wait in WAITING.items():
         errors[name] = _run(lambda w=wait: _windows(_balance([_Waits(w)]), masked=False))

@@ -17,11 +17,24 @@ from mutants import (
     measures,
     nn,
     routers,
+    torch_internals,
 )
 from mutants.mutant import Mutant
 
 __all__ = ["MUTANTS", "Mutant"]
 
-_AREAS = (counting, balancers, routers, attachment, measures, nn, integrations, lab_train, lab_models, lab_results)
+_AREAS = (
+    counting,
+    balancers,
+    routers,
+    attachment,
+    torch_internals,
+    measures,
+    nn,
+    integrations,
+    lab_train,
+    lab_models,
+    lab_results,
+)
 
 MUTANTS: list[Mutant] = [mutant for area in _AREAS for mutant in area.MUTANTS]

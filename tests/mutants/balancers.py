@@ -78,8 +78,8 @@ MUTANTS = [
     ),
     Mutant(
         "the proportional error is in tokens",
-        "return _error(load).double() / load.sum(-1, keepdim=True).clamp_min(1)",
-        "return _error(load).double() / load.shape[-1]",
+        "return _error(load).to(widest_float(load.device)) / load.sum(-1, keepdim=True).clamp_min(1)",
+        "return _error(load).to(widest_float(load.device)) / load.shape[-1]",
         "test_loss_free -k 'hand or reference'",
     ),
     Mutant(
@@ -102,7 +102,7 @@ MUTANTS = [
     ),
     Mutant(
         "82: signs of micro-batches are summed",
-        "return (signs[:, :-1].double() / signs[:, -1:].clamp_min(1)).to(self._bias.dtype)",
+        "return (signs[:, :-1].to(widest_float(signs.device)) / signs[:, -1:].clamp_min(1)).to(self._bias.dtype)",
         "return signs[:, :-1].to(self._bias.dtype)",
         "test_loss_free -k micro_batch",
     ),
@@ -114,8 +114,8 @@ MUTANTS = [
     ),
     Mutant(
         "80: the quantile is taken from the other tail",
-        "wanted = (num_tokens * k).double() / histogram.shape[-2]",
-        "wanted = (num_tokens * (histogram.shape[-2] - k)).double() / histogram.shape[-2]",
+        "wanted = (num_tokens * k).to(widest_float(histogram.device)) / histogram.shape[-2]",
+        "wanted = (num_tokens * (histogram.shape[-2] - k)).to(widest_float(histogram.device)) / histogram.shape[-2]",
         "test_quantile -k 'reference or even'",
     ),
     Mutant(

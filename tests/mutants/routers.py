@@ -195,7 +195,7 @@ MUTANTS = [
         "107: a module of one's own that is called as a wrapper's part loses its name",
         '    elif any(cls.__module__.partition(".")[0] == "peft" for cls in type(module).__mro__):',
         "    else:",
-        "test_names -k ones_own",
+        "routers/test_names -k ones_own",
     ),
     Mutant(
         "107: biases beside an adapter are not written",

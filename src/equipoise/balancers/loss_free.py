@@ -20,6 +20,7 @@ from equipoise.balancers.base import (
     check_number,
     check_whole,
 )
+from equipoise.routing import widest_float
 
 __all__ = ["RULES", "Frozen", "LossFree", "Rule", "Schedule"]
 
@@ -41,11 +42,11 @@ def sign_step(load: Load) -> Int[Tensor, "layers experts"]:
 
 
 def proportional_step(load: Load) -> Step:
-    return _error(load).double() / load.sum(-1, keepdim=True).clamp_min(1)  # 0 without tokens
+    return _error(load).to(widest_float(load.device)) / load.sum(-1, keepdim=True).clamp_min(1)  # 0 without tokens
 
 
 def rms_step(load: Load) -> Step:
-    error = _error(load).double()
+    error = _error(load).to(widest_float(load.device))
     size = error.square().mean(-1, keepdim=True).sqrt()
     return error / size.clamp_min(torch.finfo(size.dtype).tiny)  # 0 at balance
 
@@ -187,7 +188,7 @@ class LossFree(Balancer):
             if statistic is None:
                 raise ValueError("scope=micro_batch must have the signs of the micro-batches: got no statistic.")
             signs = torch.stack(list(statistic))  # the last column counts the micro-batches with tokens
-            return (signs[:, :-1].double() / signs[:, -1:].clamp_min(1)).to(self._bias.dtype)
+            return (signs[:, :-1].to(widest_float(signs.device)) / signs[:, -1:].clamp_min(1)).to(self._bias.dtype)
         assert self.rule is not None
         options = {} if self.sharpness is None else {"sharpness": self.sharpness}
         return RULES[self.rule].step(load, **options).to(self._bias.dtype)

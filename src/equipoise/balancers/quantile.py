@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from equipoise.balancers.base import Balancer, LayerStack, Load, check_load, check_number, check_whole
-from equipoise.routing import Routing
+from equipoise.routing import Routing, widest_float
 
 __all__ = ["Quantile"]
 
@@ -36,7 +36,7 @@ def _exact(margins: Float[Tensor, "tokens experts"], k: int) -> tuple[Float[Tens
 
 def edges(bins: int, device: torch.device | None = None) -> Float[Tensor, " edges"]:
     """The bins + 1 edges of the histogram: 0 in the middle, ``bins / 64`` bins per octave from 2^-29 to 2^3."""
-    step = torch.arange(bins // 2 + 1, dtype=torch.float64, device=device)
+    step = torch.arange(bins // 2 + 1, dtype=widest_float(device), device=device)
     per_octave = bins // (2 * OCTAVES)
     octave = (step / per_octave).floor()
     positive = torch.exp2(SMALLEST + octave) * (1 + (step - octave * per_octave) / per_octave)
@@ -57,7 +57,7 @@ def _from_histogram(
 ) -> tuple[Float[Tensor, "*layers experts"], Int[Tensor, "*layers experts"]]:
     """The margin at which the cumulated count passes N k / E, interpolated within its bin, and N."""
     num_tokens = histogram.sum(-1)
-    wanted = (num_tokens * k).double() / histogram.shape[-2]
+    wanted = (num_tokens * k).to(widest_float(histogram.device)) / histogram.shape[-2]
     cumulated = histogram.cumsum(-1)
     index = (cumulated <= wanted.unsqueeze(-1)).sum(-1, keepdim=True).clamp(max=histogram.shape[-1] - 1)
     in_bin = histogram.gather(-1, index).squeeze(-1)
@@ -146,9 +146,10 @@ class Quantile(Balancer):
             num_tokens = num_tokens[:, None]
         else:
             missing, num_tokens = _from_histogram(torch.stack(list(statistic)), self._k)
-        target = self._bias.double() + missing
+        bias = self._bias.to(widest_float(self._bias.device))
+        target = bias + missing
         target = self.ema * self._bias + (1 - self.ema) * (target - target.mean(-1, keepdim=True))
-        self._bias.copy_(torch.where(num_tokens > 0, target, self._bias.double()))
+        self._bias.copy_(torch.where(num_tokens > 0, target, bias))
 
 
 def _draw(logits: Float[Tensor, "tokens experts"], fraction: float) -> Bool[Tensor, " tokens"]:

@@ -24,6 +24,7 @@ from equipoise.routers import MoELayer, Slot
 from equipoise.routers.kind import ADDED_SLOT
 from equipoise.routers.tap import tap_of
 from equipoise.routing import Routing, score
+from equipoise.torch_internals import copy_each
 
 _STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # a checkpoint may have rounded our bias
 
@@ -119,7 +120,7 @@ class LayerGroup:
         """Writes the biases into plain slots, in one operation."""
         if self._rows[0] != biases.data_ptr():
             self._rows = biases.data_ptr(), biases.detach().unbind()
-        torch._foreach_copy_(slots, self._rows[1])
+        copy_each(slots, self._rows[1])
 
 
 class Biases:
@@ -336,6 +337,6 @@ def slot_value(layer: MoELayer, multiplies: bool = False) -> Float[Tensor, " exp
     if slot.name == ADDED_SLOT and tap is not None and tap.multiplies != multiplies:  # a copy, steered the other way
         bias = None
     if bias is None or bias.device.type == "meta":
-        device = next(router.parameters()).device
+        device = layer.device
         return torch.zeros(layer.num_experts, dtype=torch.float32, device="cpu" if device.type == "meta" else device)
     return bias.float().clone()

@@ -24,7 +24,7 @@ from equipoise.counting.window import CountedCall, MicroBatch, Window
 from equipoise.errors import EquipoiseError
 from equipoise.routers import MoELayer
 from equipoise.routers.tap import RECOMPUTED, UNCOUNTED, RouterCall
-from equipoise.routing import Routing, score, score_backward, without_autocast
+from equipoise.routing import Routing, score, score_backward, widest_float, without_autocast
 
 
 class _Ticket(torch.autograd.Function):
@@ -83,7 +83,7 @@ class Losses:
         if self.number == 0:
             return torch.zeros((), device=micro_batch.vector.device)
         num_tokens = micro_batch.num_tokens.clamp_min(1)
-        value = torch.zeros((), dtype=torch.float64, device=num_tokens.device)
+        value = torch.zeros((), dtype=widest_float(num_tokens.device), device=num_tokens.device)
         for balancer, losses in zip(self.balancers, micro_batch.losses, strict=True):
             value = value + balancer.coefficient * (losses / num_tokens).sum()
         value = value.to(micro_batch.dtype)

@@ -9,10 +9,27 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from equipoise.errors import EquipoiseError
+
 
 def outside_inference_mode() -> AbstractContextManager[Any]:
     """For tensors that outlive the forward: a tensor made in inference mode could not be changed later."""
     return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
+
+
+def check_no_capture(device: torch.device) -> None:
+    """Raises while a graph of this device's kernels is captured. Its replays run no Python: nothing would be counted,
+    and the gradient of a loss would be the one of the capture."""
+    if device.type == "cpu":
+        return
+    of_device = torch.get_device_module(device)
+    can_capture = hasattr(of_device, "is_current_stream_capturing") and of_device.is_initialized()
+    if can_capture and of_device.is_current_stream_capturing():
+        raise EquipoiseError(
+            "a router must be counted outside a CUDA graph: one is being captured, and its replays run no Python. "
+            "Leave the routers out of the capture, or capture an evaluation (eval(), or inside balance.paused()). "
+            'torch.compile(mode="reduce-overhead") leaves them out by itself.'
+        )
 
 
 class Layout:
@@ -49,7 +66,11 @@ class Layout:
         return vector[self.slices[layer]]
 
     def count(self, vector: Tensor, layer: int, expert_ids: Tensor, mask: Tensor | None) -> None:
-        """Adds one call, in place: k assignments for each unmasked token. Waits for no GPU."""
+        """Adds one call, in place: k assignments for each unmasked token. Waits for no GPU.
+
+        Raises ``EquipoiseError`` while a CUDA graph is captured.
+        """
+        check_no_capture(expert_ids.device)
         ids, load = expert_ids.reshape(-1), self.load(vector, layer)
         num_tokens: Tensor | int = expert_ids.shape[0]
         if mask is None and ids.device.type == "cpu":

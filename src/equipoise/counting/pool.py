@@ -1,14 +1,15 @@
 """Which ranks are pooled, those that hold different tokens, and a process group of our own over them."""
 
 import hashlib
+import uuid
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from equipoise.errors import EquipoiseError
+from equipoise.torch_internals import is_joined_ddp_running, new_group_named
 
 
 class Pool:
@@ -38,6 +39,16 @@ class Pool:
                 "attach must come after torch.distributed.init_process_group (with Accelerate, after Accelerator()): "
                 f"it came before, and the counts of {dist.get_world_size()} ranks would each be alone. Call detach() "
                 "and attach again."
+            )
+
+    def check_no_rank_leaves(self) -> None:
+        """Raises in the forward of a DDP whose ranks may leave one by one: the others would wait for them forever."""
+        if self.size > 1 and is_joined_ddp_running():
+            raise EquipoiseError(
+                "every rank must have the same number of windows: this model is in DDP's join(), where a rank without "
+                "further inputs leaves and the others would wait for its counts. Give all ranks equally many inputs "
+                "(drop_last), or let all stop with the first: join(throw_on_early_termination=True). DDP stays in this "
+                "mode after the block; join(enable=False) ends it."
             )
 
     def close(self) -> None:
@@ -101,55 +112,19 @@ def _ranks(group: Any) -> list[int]:
     return ranks
 
 
-# For the name of our next process group on this rank; never used twice. It begins where nobody's process groups reach.
-_next_number = 4096
-
-
 def _new_group(ranks: list[int], existing: list[Any]) -> Any:
     """A process group that only ``ranks`` make. The process groups ``existing`` reach all of them.
 
-    torch names such a process group after the number of process groups that the rank has. Ranks with unequal numbers
-    would wait for each other under different names, forever. After a process group was destroyed a name comes again,
-    and is refused. So the ranks agree on a number that none of them has used, and for a moment pretend to have that
-    many process groups.
+    Each rank draws a name that nobody has used, and all take the first one by the alphabet. Along several dimensions
+    of a mesh it is passed on from one to the next.
     """
-    global _next_number
+    name = f"equipoise-{uuid.uuid4().hex}"
     for group in existing:
-        numbers = [0] * dist.get_world_size(group)
-        dist.all_gather_object(numbers, _next_number, group=group)
-        _next_number = max(numbers)
-    names, world = dist.distributed_c10d._world.pg_names, dist.group.WORLD
-    config = dist.get_backend_config(existing[0])
-    pretended = {object(): f"equipoise/{place}" for place in range(_next_number - len(names))}
-    # With a device bound, NCCL splits the communicator of the world, and the ranks outside would have to take part.
-    bound = getattr(world, "bound_device_id", None)
-    names.update(pretended)  # type: ignore[arg-type]
-    try:
-        if bound is not None:
-            world.bound_device_id = None
-        return dist.new_group(
-            ranks,
-            timeout=_timeout(existing[0]),
-            backend=None if config == dist.get_backend_config(world) else config,
-            use_local_synchronization=True,
-        )
-    finally:
-        if bound is not None:
-            world.bound_device_id = bound
-        for place in pretended:
-            names.pop(place, None)  # type: ignore[call-overload]
-        _next_number += 1
+        names = [name] * dist.get_world_size(group)
+        dist.all_gather_object(names, name, group=group)
+        name = min(names)
+    return new_group_named(name, ranks, existing[0])
 
 
 def _is_initialised() -> bool:
     return dist.is_available() and dist.is_initialized()
-
-
-def _timeout(group: Any) -> Any:
-    """The timeout of the collectives of ``group``; None, torch's default, if its backend does not say."""
-    for device in ("cpu", "cuda"):
-        try:
-            return group._get_backend(torch.device(device)).options._timeout
-        except (RuntimeError, AttributeError):
-            continue
-    return None

@@ -83,7 +83,7 @@ class Recorder:
         """The device of counts if no call determines it."""
         if not self.layers:
             return self._device_of_model
-        return next(self.layers[0].router.parameters()).device  # a router may have its matrix in a module inside
+        return self.layers[0].device
 
     # ---- modes ----
 

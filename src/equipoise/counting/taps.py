@@ -16,6 +16,8 @@ class Taps:
         if any(group.balancers for group in recorder.biases.groups):
             self._hooks += warn_of_model_loss(recorder.context.model)
         self._taps = [self._tap(index) for index in range(len(recorder.layers))]
+        uses_mode = any(ADDED_SLOT in layer.router._buffers for layer in recorder.layers)
+        self._end_compile_over_checkpoint = allow_compile_over_checkpoint(recorder) if uses_mode else None
         self.are_removed = False
 
     def _tap(self, index: int) -> Tap:
@@ -26,7 +28,6 @@ class Taps:
         if group.slots[row].name == ADDED_SLOT and group.steering is not None and group.biases is not None:
             added_slot = group.biases[row].clone()
             tap.multiplies = group.steering.multiplies
-            allow_compile_over_checkpoint()
         tap_router(layer, tap, added_slot)
         biases.restore(index)
         return tap
@@ -43,4 +44,6 @@ class Taps:
             tap.observer = tap.router = None
             untap_router(layer.router, layer.slot)
         self._hooks, self._taps = [], []
+        if self._end_compile_over_checkpoint is not None:
+            self._end_compile_over_checkpoint()
         self.are_removed = True

@@ -19,6 +19,7 @@ from equipoise.counting.exchange import Exchange
 from equipoise.counting.layout import Layout, Statistics, outside_inference_mode
 from equipoise.counting.pool import Pool
 from equipoise.errors import EquipoiseError
+from equipoise.routing import widest_float
 
 WARN_AFTER_MICRO_BATCHES = 256  # hardly anybody accumulates as many: step() is forgotten
 
@@ -56,7 +57,7 @@ class MicroBatch:
         self.statistics = statistics  # handed to the window when this closes
         self.losses = vector[:0]  # by balancer with a loss, and layer: the loss, summed over the tokens
         if num_losses:
-            self.losses = vector.new_zeros(num_losses, layout.num_layers, dtype=torch.float64)
+            self.losses = vector.new_zeros(num_losses, layout.num_layers, dtype=widest_float(device))
         self.dtype = torch.float32  # of the losses, or wider
         self.factor: Tensor | None = None  # that the caller gave the loss; known when its ticket's backward has run
         self._repeated: list[CountedCall] = []  # their forward had called the layer with the same tokens before
@@ -209,6 +210,7 @@ class Window:
     def micro_batch(self, device: torch.device, forward: object) -> MicroBatch:
         """The open micro-batch; begins one in ``forward`` if there is none."""
         if self.current is None:
+            self.exchange.pool.check_no_rank_leaves()
             with outside_inference_mode():
                 statistics = Statistics(self._biases.gathered)
                 self.current = MicroBatch(self.layout, self._num_losses, statistics, device, forward)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from equipoise.nn.grouped import sort_by_expert, swiglu, swiglu_experts
 from equipoise.nn.router import INIT_STD, Router, check_positive, check_sizes, is_int
 from equipoise.routing import ScoreFunction
+from equipoise.torch_internals import view_without_base
 
 __all__ = ["MoE"]
 
@@ -132,7 +133,7 @@ class MoE(nn.Module):
         if self.shared_hidden:
             output = output + swiglu(x @ self.shared_gate_up.to(x.dtype)) @ self.shared_down.to(x.dtype)
         # not a view: FSDP2 warns if a module returns one
-        return torch.ops.aten._unsafe_view(output.to(hidden.dtype), hidden.shape)
+        return view_without_base(output.to(hidden.dtype), hidden.shape)
 
     def capacity(self, num_tokens: int) -> int:
         """The most assignments that an expert takes in a call with this many tokens."""

@@ -103,5 +103,14 @@ class MoELayer(NamedTuple):
     k: int
     slot: Slot | None  # None if the router has no tensor of its own that steers it
 
+    @property
+    def device(self) -> torch.device:
+        """Where the router computes. FSDP2 with CPU offloading keeps its weights on the host between two forwards."""
+        weight = next(self.router.parameters())
+        mesh = getattr(weight, "device_mesh", None)  # of a DTensor
+        if mesh is None or weight.device.type in (mesh.device_type, "meta"):
+            return weight.device
+        return torch.device(mesh.device_type, torch.get_device_module(mesh.device_type).current_device())
+
     def __repr__(self) -> str:
         return f"MoELayer({self.name!r}, num_experts={self.num_experts}, k={self.k}, kind={self.kind!r})"

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")  # by torch.compile, checkpoints, FSDP1
+from equipoise.torch_internals import WRAPPED
+
 _WRAPPED_BY_PEFT = ("base_model", "model", "base_layer", "original_module")
 _WRAPPERS_OF_MODULE = (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel)
 
@@ -47,7 +48,7 @@ def _walk(module: nn.Module, name: str, parent: nn.Module | None, seen: set[nn.M
 
 def _wrapped(module: nn.Module) -> nn.Module | None:
     """The module that a wrapper runs in its own place; None if it is no wrapper."""
-    names: tuple[str, ...] = _WRAPPED
+    names: tuple[str, ...] = WRAPPED
     if isinstance(module, _WRAPPERS_OF_MODULE):
         names = ("module",)
     elif any(cls.__module__.partition(".")[0] == "peft" for cls in type(module).__mro__):

@@ -337,16 +337,19 @@ class _EagerTap(torch.autograd.Function):
 
 
 # ---- the two opaque operators ----
+# They run Python, so no CUDA graph may hold them: a replay would leave it out.
 
 torch.library.define(
     "equipoise::tap",
     "(Tensor weights, Tensor logits, Tensor expert_ids, Tensor? mask, Tensor? sequence_ids, SymInt rows, "
     "SymInt length, SymInt[] leading, Tensor key, bool training, bool has_gradient, Tensor? unique) "
     "-> (Tensor, Tensor)",
+    tags=(torch.Tag.cudagraph_unsafe,),
 )
 torch.library.define(
     "equipoise::tap_backward",
     "(Tensor grad_weights, Tensor logits, Tensor expert_ids, Tensor weights, Tensor call_id, Tensor key) -> Tensor",
+    tags=(torch.Tag.cudagraph_unsafe,),
 )
 
 
