@@ -421,7 +421,7 @@ def test_a_report_of_several_audits_is_refused(tmp_path):
     [
         (lambda audit: audit.update(format=7), "must have format 1: got 7"),
         (lambda audit: audit.pop("layers"), "must contain layers"),
-        (lambda audit: audit.update(layers=[]), "must contain at least one layer"),
+        (lambda audit: audit.update(layers=[]), "must contain layers in the right form: list should have at least 1 item"),
         (lambda audit: audit["layers"][0]["load_by_domain"][0].pop(), "4 experts in 2 domains"),
     ],
 )
@@ -732,7 +732,7 @@ def test_the_page_of_a_large_model_fits_into_eight_megabytes(tmp_path):
         for step in range(1, 4):
             run.append("loads", {"step": step, "load": random.poisson(32, (layers, experts)).tolist()})
         audit = make_audit({d: rows[:2] for d, rows in load.items()})
-        one = audit["layers"][0] | {"experts": experts, "k": 2}
+        one = audit["layers"][0] | {"experts": experts, "k": 2, "partners": []}
         audit["layers"] = [
             one
             | {
