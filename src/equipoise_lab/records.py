@@ -124,7 +124,7 @@ class Step(Record):
     maxvio_batch: NotRequired[Amount]
     maxvio_micro: NotRequired[Amount]
     bias_max: NotRequired[Amount]
-    seconds: NotRequired[Amount]
+    seconds: NotRequired[Annotated[float, Field(allow_inf_nan=False, ge=0, le=1e305)]]
     alerts: NotRequired[list[str] | None]
 
 

@@ -23,7 +23,7 @@ from typing import Annotated, Any, Protocol
 from pydantic import AfterValidator
 
 from equipoise.errors import EquipoiseError
-from equipoise_lab.records import Record, Run, read_json, write_json
+from equipoise_lab.records import Record, Run, read_json, require_keys, write_json
 from equipoise_lab.reproduce.claim import Job
 
 __all__ = ["Progress", "Results", "execute", "key_of"]
@@ -85,7 +85,10 @@ class Results:
         job = self.in_precision(job)
         self.folder.mkdir(parents=True, exist_ok=True)
         run.require("began", "device", "dtype", "versions")
-        config, seconds = run.config, sum(row.get("seconds") or 0.0 for row in run.rows("steps"))
+        config, seconds = run.config, 0.0
+        for row in run.rows("steps"):
+            require_keys(f"{run.path / 'steps.jsonl'}, step {row['step']},", row, ["seconds"])
+            seconds += row["seconds"]
         step = _diverged(run)
         result = run.result if step is None else {"diverged": step}
         by_domain = {name: row["nats"] for name, row in result.get("domains", {}).items()}
