@@ -32,10 +32,10 @@ import reprlib
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Literal
+from typing import Annotated, Any, BinaryIO, Literal, NotRequired
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
-from typing_extensions import NotRequired, TypedDict  # pydantic needs this TypedDict before Python 3.12
+from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
 from equipoise.errors import EquipoiseError, UsageError
 

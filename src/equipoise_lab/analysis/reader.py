@@ -2,6 +2,7 @@
 
 import os
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,16 @@ from equipoise.errors import EquipoiseError
 from equipoise_lab.analysis.summary import COLUMNS
 from equipoise_lab.records import Audit, Run, check, find_runs, read_json, require_keys
 
-__all__ = ["AUDIT", "Experts", "Problem", "RecordedRun", "experts_of_audit", "read_audit", "read_runs", "relative_message"]
+__all__ = [
+    "AUDIT",
+    "Experts",
+    "Problem",
+    "RecordedRun",
+    "experts_of_audit",
+    "read_audit",
+    "read_runs",
+    "relative_message",
+]
 
 AUDIT = "audit.json"
 AUDIT_FORMAT = 1
@@ -219,4 +229,23 @@ def _read_run(run: Run, name: str) -> RecordedRun:
                 f"{run.path / log}.jsonl must contain {run.config['steps']} steps, because the run is finished: it "
                 f"contains {number}. Restore the file or train again."
             )
+    if result is not None and evaluation is not None:
+        _check_equal(run, evaluation, result)
     return RecordedRun(run, name, steps, evaluation, result)
+
+
+def _check_equal(run: Run, evaluation: Mapping[str, Any], result: Mapping[str, Any]) -> None:
+    """The result of a finished run repeats its last evaluation, on the test text after the last step."""
+    evaluated = {"step": evaluation["step"], "split": evaluation.get("split", "test")}
+    stored = {"step": run.config["steps"], "split": "test"}
+    for key in evaluation.keys() & result.keys() - {"domains"}:
+        evaluated[key], stored[key] = evaluation[key], result[key]
+    for domain, losses in result["domains"].items():
+        figures = evaluation["domains"].get(domain, {})
+        evaluated[f"nats of {domain}"], stored[f"nats of {domain}"] = figures.get("nats", losses["nats"]), losses["nats"]
+    for key, value in stored.items():
+        if evaluated[key] != value:
+            raise EquipoiseError(
+                f"The last line of {run.path / 'evaluations.jsonl'} must be what {run.path / 'result.json'} repeats: "
+                f"{key} is {evaluated[key]!r} and {value!r}. One of them is damaged; restore it or train again."
+            )

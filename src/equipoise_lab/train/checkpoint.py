@@ -122,12 +122,12 @@ def _write_state(path: Path, state: dict[str, Any]) -> None:
 
     tensors: dict[str, Tensor] = {}
     values: dict[str, Any] = {}
-    memory, contiguous = set[int](), torch.contiguous_format  # tensors that share memory, as tied weights do, are refused
+    memory: set[int] = set()  # safetensors refuses tensors that share it, as tied weights do
 
     def collect(path: str, value: Any) -> None:
         if isinstance(value, Tensor):
             place = value.untyped_storage().data_ptr()
-            tensors[path] = value.clone(memory_format=contiguous) if place in memory else value.contiguous()
+            tensors[path] = (value.clone() if place in memory else value).contiguous()
             memory.add(place)
         else:
             values[path] = value
@@ -227,8 +227,8 @@ def _kind(value: Any) -> Any:
 def _refuse(folder: Path, reasons: list[str]) -> None:
     raise EquipoiseError(
         f"A run can only be resumed from a complete checkpoint: all {len(reasons)} in {folder} are damaged, or of "
-        f"another version: {reasons[0]}. Restore one, continue with the version of equipoise that wrote them, or remove "
-        "the run's folder and train again."
+        f"another version: {reasons[0]}. Restore one, continue with the version of equipoise that wrote them, or "
+        "remove the run's folder and train again."
     )
 
 

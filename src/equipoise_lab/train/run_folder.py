@@ -94,10 +94,10 @@ class _FolderLock:
             fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(self.descriptor)
+            holder = self.path.read_text(encoding="utf-8", errors="replace")
             raise EquipoiseError(
-                "only one process may train in a folder: "
-                f"{folder} is in use by {self.path.read_text(encoding='utf-8', errors='replace')}. Wait for it, stop it, or choose "
-                "another folder."
+                f"only one process may train in a folder: {folder} is in use by {holder}. Wait for it, stop it, or "
+                "choose another folder."
             ) from None
         except (ImportError, OSError):  # Windows, or a file system without locks
             return

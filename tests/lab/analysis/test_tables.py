@@ -20,7 +20,10 @@ def make_run(path, strategy="lbl", seed=0, *, steps=5, finish=True):
     config = {"strategy": strategy, "seed": seed, "steps": steps, "num_experts": 2, "layers": ["a", "b"]}
     run = Run.create(path, config | {"domains": list(LOAD), "experts_per_token": 2})
     for step in range(1, steps + 1):
-        run.append("steps", {"step": step, "loss": 1 / step, "maxvio_batch": 0, "alerts": ["x"], **({"bias_max": 0.5} if seed else {})})
+        run.append(
+            "steps",
+            {"step": step, "loss": 1 / step, "maxvio_batch": 0, "alerts": ["x"], **({"bias_max": 0.5} if seed else {})},
+        )
         run.append("loads", {"step": step, "load": [[step, 1], [0, 2]]})
     if finish:
         names = [column.key for column in COLUMNS]

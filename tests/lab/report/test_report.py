@@ -421,7 +421,10 @@ def test_a_report_of_several_audits_is_refused(tmp_path):
     [
         (lambda audit: audit.update(format=7), "must have format 1: got 7"),
         (lambda audit: audit.pop("layers"), "must contain layers"),
-        (lambda audit: audit.update(layers=[]), "must contain layers in the right form: list should have at least 1 item"),
+        (
+            lambda audit: audit.update(layers=[]),
+            "must contain layers in the right form: list should have at least 1 item",
+        ),
         (lambda audit: audit["layers"][0]["load_by_domain"][0].pop(), "4 experts in 2 domains"),
     ],
 )

@@ -32,8 +32,6 @@ def _files(folder):
     return [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
 
 
-
-
 @pytest.fixture
 def interrupted(tiny, new_watcher):
     with pytest.raises(KeyboardInterrupt):

@@ -191,7 +191,9 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_previous_one_used(tiny,
     _flip_a_bit(newest / "state.safetensors")
     watcher = new_watcher()
     resumed = train(tiny(out=tmp_path / "cut", resume=True), watcher)
-    assert any("step-00000010 cannot be read (ValueError: state.safetensors is not the one" in line for line in watcher.said)
+    assert any(
+        "step-00000010 cannot be read (ValueError: state.safetensors is not the one" in line for line in watcher.said
+    )
     assert watcher.done == 5
     assert _without_times(resumed) == _without_times(whole)
 
