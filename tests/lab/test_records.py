@@ -8,7 +8,6 @@ import shutil
 import pytest
 
 from equipoise.errors import EquipoiseError, UsageError
-from equipoise_lab import records
 from equipoise_lab.records import Run, find_runs, write_json
 
 
@@ -145,7 +144,7 @@ def test_write_json_leaves_the_old_text_or_the_new(tmp_path, monkeypatch, broken
         raise OSError("killed")
 
     if broken != "value":
-        monkeypatch.setattr(records.os, broken, fail)
+        monkeypatch.setattr(os, broken, fail)
     with pytest.raises((OSError, TypeError)):
         write_json(path, {"new": 2} if broken != "value" else {"new": object()})
     monkeypatch.undo()

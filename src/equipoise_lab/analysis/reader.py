@@ -242,7 +242,10 @@ def _check_equal(run: Run, evaluation: Mapping[str, Any], result: Mapping[str, A
         evaluated[key], stored[key] = evaluation[key], result[key]
     for domain, losses in result["domains"].items():
         figures = evaluation["domains"].get(domain, {})
-        evaluated[f"nats of {domain}"], stored[f"nats of {domain}"] = figures.get("nats", losses["nats"]), losses["nats"]
+        evaluated[f"nats of {domain}"], stored[f"nats of {domain}"] = (
+            figures.get("nats", losses["nats"]),
+            losses["nats"],
+        )
     for key, value in stored.items():
         if evaluated[key] != value:
             raise EquipoiseError(
