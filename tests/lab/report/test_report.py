@@ -507,6 +507,33 @@ def test_damaged_run_is_named_and_the_others_are_drawn(tmp_path, name, content, 
     assert [row[0] for row in cells(text, "h-table")] == ["none"]
 
 
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"val_nats": 2.5}, "val_nats is 2.5 and 2.0"),
+        ({"split": "selection"}, "split is 'selection' and 'test'"),
+        ({"step": 19}, "step is 19 and 20"),
+        ({"domains": {"prose": {"load": EVEN["prose"], "nats": 9.0}}}, "nats of prose is 9.0 and 2.0"),
+    ],
+)
+def test_a_finished_run_must_agree_with_its_last_evaluation(tmp_path, change, reason):
+    make_run(tmp_path / "a", "none")
+    broken = make_run(tmp_path / "broken", "lbl")
+    row = list(broken.rows("evaluations"))[-1] | change
+    (broken.path / "evaluations.jsonl").write_text(json.dumps(row) + "\n")
+    (problem,) = read_records(tmp_path).problems
+    assert problem.kind == "damaged" and reason in problem.reason and "broken/evaluations.jsonl" in problem.reason
+
+
+def test_a_diverged_difference_beyond_any_exponent_is_drawn(tmp_path):
+    make_run(tmp_path / "a", "none", nats=2.0)
+    run = make_run(tmp_path / "b", "lbl", nats=600.0)
+    for name in ("result.json", "evaluations.jsonl"):
+        text = (run.path / name).read_text().replace('"val_nats": 600.0', '"val_nats": 900.0')
+        (run.path / name).write_text(text.replace('"val_nats":600.0', '"val_nats":900.0'))
+    assert "898.000 nats higher" in own_text(write_report(tmp_path))
+
+
 def test_second_run_of_the_same_strategy_and_seed_is_left_out(tmp_path):
     make_run(tmp_path / "a", nats=2.0)
     make_run(tmp_path / "b", nats=3.0)
