@@ -33,7 +33,7 @@ class Config(Record, total=False):
     """config.json: what a run stores of its options, model, text and machine."""
 
     strategy: str
-    seed: Count
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
     steps: Size
     num_experts: Size
     experts_per_token: Size | None
