@@ -8,8 +8,7 @@ import shutil
 import pytest
 
 from equipoise.errors import EquipoiseError, UsageError
-from equipoise_lab import records
-from equipoise_lab.records import Run, find_runs, write_json
+from equipoise_lab.records import Run, files, find_runs, read_json, write_json
 
 
 def _run(tmp_path, steps=3):
@@ -145,7 +144,7 @@ def test_write_json_leaves_the_old_text_or_the_new(tmp_path, monkeypatch, broken
         raise OSError("killed")
 
     if broken != "value":
-        monkeypatch.setattr(records.os, broken, fail)
+        monkeypatch.setattr(os, broken, fail)
     with pytest.raises((OSError, TypeError)):
         write_json(path, {"new": 2} if broken != "value" else {"new": object()})
     monkeypatch.undo()
@@ -172,3 +171,128 @@ def test_numbers_that_are_not_finite_are_written_as_null(tmp_path):
     assert run.config["rate"] is None
     assert list(run.rows("steps")) == [{"step": 1, "loss": None, "load": [1, None]}]
     assert b"NaN" not in (run.path / "steps.jsonl").read_bytes()
+
+
+CONFIG = {"strategy": "none", "num_experts": 2, "layers": ["a", "b"]}
+
+
+@pytest.mark.parametrize(
+    ("log", "row", "reason"),
+    [
+        ("steps", {"step": "1"}, r"steps\.jsonl, line 1, must contain step .* valid integer, got '1'"),
+        ("steps", {"step": True}, "must contain step .* valid integer, got True"),
+        ("steps", {"step": 1, "loss": "low"}, "must contain loss .* valid number, got 'low'"),
+        ("steps", {"step": 1, "maxvio_batch": -0.5}, "must contain maxvio_batch .* greater than or equal to 0"),
+        ("steps", {"step": 1, "alerts": "dead"}, "must contain alerts .* valid list"),
+        ("steps", {"step": 2}, "line 1, must follow step 0: it is of step 2"),
+        ("loads", {"step": 1}, r"loads\.jsonl, line 1, must contain load: it does not"),
+        ("loads", {"step": 1, "load": [[1, 2]]}, r"the load of 2 layers of 2 experts: it has layers of \[2\]"),
+        ("loads", {"step": 1, "load": [[1, 2], [3]]}, r"it has layers of \[2, 1\]"),
+        ("loads", {"step": 1, "load": [[1, 2], [3, -4]]}, r"must contain load\.1\.1 .* greater than or equal to 0"),
+        ("loads", {"step": 1, "load": [[1, 2], [3, 2**49]]}, r"must contain load\.1\.1 .* less than or equal to"),
+        ("evaluations", {"step": 1, "domains": {}}, "must contain domains"),
+        ("evaluations", {"step": 1, "domains": {"law": {"load": [[1]]}}}, "for domain 'law' must contain the load"),
+        ("evaluations", {"step": 1, "domains": {"law": {"nats": [1]}}}, r"must contain domains\.law\.nats"),
+    ],
+)
+def test_a_row_in_the_wrong_form_is_an_error_that_names_file_line_and_value(tmp_path, log, row, reason):
+    run = Run.create(tmp_path / "run", CONFIG)
+    run.append(log, row)
+    with pytest.raises(EquipoiseError, match=reason):
+        list(run.rows(log))
+
+
+@pytest.mark.parametrize("order", [[1, 1], [1, 3], [2, 1]])
+def test_a_line_that_is_missing_twice_or_out_of_order_is_an_error(tmp_path, order):
+    run = Run.create(tmp_path / "run", CONFIG)
+    for step in order:
+        run.append("steps", {"step": step})
+    with pytest.raises(EquipoiseError, match=r"must follow step \d: it is of step"):
+        list(run.rows("steps"))
+
+
+def test_two_evaluations_after_one_step_are_right_and_an_earlier_one_after_a_later_is_not(tmp_path):
+    run = Run.create(tmp_path / "run", CONFIG)
+    for step in (4, 8, 8):
+        run.append("evaluations", {"step": step})
+    assert [row["step"] for row in run.rows("evaluations")] == [4, 8, 8]
+    run.append("evaluations", {"step": 4})
+    with pytest.raises(EquipoiseError, match="line 4, must follow step 8: it is of step 4"):
+        list(run.rows("evaluations"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("seed", -1), ("seed", 1.5), ("steps", 0), ("layers", []), ("layers", ["a", "a"]), ("domains", "law"),
+        ("notes", [1]), ("options", []), ("versions", {"torch": 2}), ("began", None), ("dtype", "float64"),
+        ("learning_rate", "3e-3"), ("num_experts", 10**30),
+    ],
+)  # fmt: skip
+def test_a_config_in_the_wrong_form_is_refused(tmp_path, key, value):
+    with pytest.raises(EquipoiseError, match=rf"config\.json must contain {key}"):
+        Run.create(tmp_path / "run", CONFIG | {key: value})
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"NaN", "NaN is no JSON"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"a": "\\ud800"}', "surrogates not allowed"),
+        (b"\xff\xfe[\x00]\x00", "invalid start byte"),
+        (b"9" * 5000, "Exceeds the limit"),
+        (b"", "Expecting value"),
+    ],
+)
+def test_what_is_no_json_is_one_error(tmp_path, content, reason):
+    (tmp_path / "result.json").write_bytes(content)
+    with pytest.raises(EquipoiseError, match=f"result.json must be JSON: .*{reason}"):
+        read_json(tmp_path / "result.json")
+
+
+def test_a_record_beyond_the_limit_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "MAX_BYTES", 1000)
+    run = Run.create(tmp_path / "run", CONFIG)
+    run.append("steps", {"step": 1, "text": "a" * 900})
+    run.append("steps", {"step": 2})
+    assert len(list(run.rows("steps"))) == 2, "the limit is for a line, not for the file"
+    run.append("steps", {"step": 3, "text": "a" * 1000})
+    with pytest.raises(EquipoiseError, match=r"A line of .*steps\.jsonl must have at most 1,000 bytes"):
+        list(run.rows("steps"))
+    (run.path / "result.json").write_bytes(b"[" + b" " * 1000 + b"]")
+    with pytest.raises(EquipoiseError, match=r"result\.json must have at most 1,000 bytes"):
+        read_json(run.path / "result.json")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+@pytest.mark.parametrize("name", ["config.json", "steps.jsonl"])
+def test_a_pipe_or_folder_in_place_of_a_record_is_refused_at_once(tmp_path, name):
+    """Reading a pipe would wait for ever."""
+    for make in (os.mkfifo, os.mkdir):
+        run = Run.create(tmp_path / make.__name__, CONFIG)
+        (run.path / name).unlink(missing_ok=True)
+        make(run.path / name)
+        with pytest.raises(EquipoiseError, match=f"A record must be a file: .*{name} is none"):
+            list(Run(run.path).rows("steps"))
+
+
+def test_a_link_in_place_of_a_temporary_file_leads_nowhere(tmp_path):
+    mine = tmp_path / "mine.txt"
+    mine.write_text("years of work")
+    run = _run(tmp_path)
+    for name in ("config.json", "steps.jsonl"):
+        (run.path / f".{name}.tmp").symlink_to(mine)
+    write_json(run.path / "config.json", run.config)
+    run.rewind(1)
+    assert mine.read_text() == "years of work" and [row["step"] for row in run.rows("steps")] == [1]
+
+
+def test_every_column_of_the_table_is_checked_in_a_result(tmp_path):
+    from equipoise_lab.analysis.summary import COLUMNS
+
+    run = _run(tmp_path)
+    for column in COLUMNS:
+        run.finish({column.key: "much"})
+        with pytest.raises(EquipoiseError, match=f"result.json must contain {column.key} in the right form"):
+            run.result  # noqa: B018

@@ -302,7 +302,8 @@ def _folder(config, watcher):
 
 
 def _step(folder, step, load):
-    folder.step({"step": step, "loss": 1.0, "maxvio_batch": 3.0, "seconds": 1.0}, [load])
+    row = {"step": step, "loss": 1.0, "maxvio_batch": 3.0, "maxvio_micro": 3.0, "seconds": 1.0}
+    folder.step(row, [load])
 
 
 @pytest.fixture

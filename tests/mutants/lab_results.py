@@ -24,8 +24,8 @@ MUTANTS = [
     ),
     Mutant(
         "report: typical tokens are taken from the audit of another text",
-        "if audited.domains == domains and all(map(np.array_equal, audited.load, load)):",
-        "if audited.domains == domains:",
+        "if audited.domains == domains and audited.layers == layers and all(map(np.array_equal, audited.load, load)):",
+        "if audited.domains == domains and audited.layers == layers:",
         "test_report -k typical_tokens",
     ),
     Mutant(
@@ -328,5 +328,29 @@ MUTANTS = [
         "    compared, unrelated = _split_by_common_seed(finite_rows)\n",
         "    compared, unrelated = finite_rows, []\n",
         "test_report -k common_seed",
+    ),
+    Mutant(
+        "records: a line of a log is not checked against its schema",
+        "        check(where, row, LOGS[log])\n",
+        "",
+        "test_records -k wrong_form",
+    ),
+    Mutant(
+        "records: a log may miss a line",
+        'if row["step"] != last + 1 if log != "evaluations" else row["step"] < last:',
+        'if row["step"] < last:',
+        "test_records -k 'out_of_order or wrong_form'",
+    ),
+    Mutant(
+        "records: the size of a record is not limited",
+        "    if len(content) > MAX_BYTES:\n",
+        "    if False:\n",
+        "test_records -k beyond_the_limit",
+    ),
+    Mutant(
+        "reader: a result that is not the last evaluation's is shown",
+        "        if evaluated[key] != value:\n",
+        "        if False:\n",
+        "test_report -k agree",
     ),
 ]

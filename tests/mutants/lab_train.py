@@ -299,4 +299,40 @@ MUTANTS = [
         "if False and",
         "test_data -k unknown_words",
     ),
+    Mutant(
+        "lab: a checkpoint with another content than its digest names is loaded",
+        'if _digest(path / STATE) != facts.get("blake2b"):',
+        "if False:",
+        "test_train -k damaged_newest",
+    ),
+    Mutant(
+        "lab: a tensor of another shape or dtype is loaded from a checkpoint",
+        "if _kind(value) != _kind(expected):",
+        "if False:",
+        "test_checkpoint -k does_not_fit",
+    ),
+    Mutant(
+        "lab: a checkpoint may hold tensors that the model does not have",
+        "    if unread:\n        raise ValueError",
+        "    if False:\n        raise ValueError",
+        "test_checkpoint -k does_not_fit",
+    ),
+    Mutant(
+        "lab: what is no tensor is not restored from a checkpoint",
+        "            value = file.get_tensor(path) if isinstance(expected, Tensor) else values[path]\n",
+        "            value = file.get_tensor(path) if isinstance(expected, Tensor) else expected\n",
+        "test_checkpoint -k reads_back",
+    ),
+    Mutant(
+        "text: a small file that unfolds to any size fills the memory",
+        "                _check_size(len(content), file.path)\n",
+        "",
+        "test_data -k 'unfolds and xz'",
+    ),
+    Mutant(
+        "text: the size of the rows of a parquet is not known before they are unfolded",
+        "        _check_size(num_bytes, path)\n",
+        "",
+        "test_data -k 'unfolds and parquet'",
+    ),
 ]

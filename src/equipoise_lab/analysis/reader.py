@@ -2,7 +2,7 @@
 
 import os
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,23 @@ from jaxtyping import Int
 
 from equipoise.errors import EquipoiseError
 from equipoise_lab.analysis.summary import COLUMNS
-from equipoise_lab.records import Run, find_runs, read_json
+from equipoise_lab.records import Audit, Run, check, find_runs, read_json, require_keys
 
-__all__ = ["AUDIT", "Experts", "Problem", "RecordedRun", "experts_of_audit", "read_audit", "read_runs"]
+__all__ = [
+    "AUDIT",
+    "Experts",
+    "Problem",
+    "RecordedRun",
+    "experts_of_audit",
+    "read_audit",
+    "read_runs",
+    "relative_message",
+]
 
 AUDIT = "audit.json"
 AUDIT_FORMAT = 1
 
-SETTINGS = {"strategy": str, "seed": int, "steps": int, "num_experts": int, "layers": list, "domains": list}
+SETTINGS = ("strategy", "seed", "steps", "num_experts", "layers", "domains")
 
 
 @dataclass(frozen=True)
@@ -93,7 +102,7 @@ class RecordedRun:
         partners: list[list[list[list[float]]]] = [[] for _ in layers]
         if self.audit is not None and self.result is not None:
             audited = experts_of_audit(self.name, self.audit)
-            if audited.domains == domains and all(map(np.array_equal, audited.load, load)):
+            if audited.domains == domains and audited.layers == layers and all(map(np.array_equal, audited.load, load)):
                 typical, partners = audited.typical, audited.partners
         step = self.evaluation["step"]
         return Experts(self.name, self.strategy, self.seed, step, layers, domains, k, load, typical, partners)
@@ -125,22 +134,26 @@ def read_audit(folder: str | Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     audit = read_json(path)
-    _require_keys(path, audit, ["format", "domains", "layers", "tokens", "mean"])
-    if audit["format"] != AUDIT_FORMAT:
+    if isinstance(audit, dict) and audit.get("format", AUDIT_FORMAT) != AUDIT_FORMAT:
         raise EquipoiseError(
             f"{path} must have format {AUDIT_FORMAT}: got {audit['format']!r}. Another version of equipoise wrote it; "
             "audit the model again."
         )
-    if not audit["layers"]:
-        raise EquipoiseError(f"{path} must contain at least one layer: it contains none. Audit the model again.")
+    check(str(path), audit, Audit)
+    require_keys(f"{path}, tokens,", audit["tokens"], audit["domains"])
     for layer in audit["layers"]:
-        _require_keys(path, layer, ["layer", "experts", "k", "load_by_domain", "typical_tokens", "maxvio"])
         sizes = [len(row) for row in layer["load_by_domain"]]
         if sizes != [layer["experts"]] * len(audit["domains"]):
             raise EquipoiseError(
                 f"{path} must contain the load of {layer['experts']} experts in {len(audit['domains'])} domains for "
                 f"{layer['layer']}: its rows have lengths {sizes}. The file is damaged; audit the model again."
             )
+        for name in ("typical_tokens", "partners"):
+            if len(layer.get(name, [])) not in (0, layer["experts"]):
+                raise EquipoiseError(
+                    f"{path} must contain the {name} of {layer['experts']} experts for {layer['layer']}: it contains "
+                    f"those of {len(layer[name])}. The file is damaged; audit the model again."
+                )
     return audit
 
 
@@ -153,12 +166,12 @@ def read_runs(folder: str | Path) -> tuple[list[RecordedRun], list[Problem]]:
         try:
             run = _read_run(files, name)
         except (EquipoiseError, OSError) as error:
-            problems.append(Problem(name, "damaged", _relative_message(folder, error)))
+            problems.append(Problem(name, "damaged", relative_message(folder, error)))
             continue
         try:
             run = replace(run, audit=read_audit(files.path))
         except EquipoiseError as error:
-            problems.append(Problem(name, "without its audit", _relative_message(folder, error)))
+            problems.append(Problem(name, "without its audit", relative_message(folder, error)))
         first = recorded_runs.setdefault((run.strategy, run.seed), run)
         if first is not run:
             reason = f"it has the same strategy and seed as {first.name}, which is shown"
@@ -186,69 +199,56 @@ def _find_readable_runs(folder: Path, problems: list[Problem]) -> list[Run]:
         try:
             runs += find_runs(run_folder)
         except EquipoiseError as error:
-            problems.append(Problem(run_folder.name, "damaged", _relative_message(folder, error)))
+            problems.append(Problem(run_folder.name, "damaged", relative_message(folder, error)))
     return runs
 
 
-def _relative_message(folder: str | Path, error: Exception) -> str:
+def relative_message(folder: str | Path, error: Exception) -> str:
     """The message with paths relative to ``folder``, so that the page does not depend on where the folder is."""
     return str(error).replace(f"{Path(folder)}{os.sep}", "")
 
 
 def _read_run(run: Run, name: str) -> RecordedRun:
-    config = run.config
-    _require_keys(run.path / "config.json", config, SETTINGS)
-    for key, kind in SETTINGS.items():
-        if not isinstance(config[key], kind):
-            raise EquipoiseError(
-                f"{run.path / 'config.json'} must contain {key} as a {kind.__name__}: got {config[key]!r}. The file is "
-                "damaged; restore it or train again."
-            )
+    run.require(*SETTINGS)
     steps = list(run.rows("steps"))
+    for row in steps:
+        require_keys(f"{run.path / 'steps.jsonl'}, step {row['step']},", row, ("loss", "maxvio_batch"))
+    num_loads = sum(1 for _ in run.rows("loads"))
     evaluation = next(iter(deque(run.rows("evaluations"), maxlen=1)), None)
     if evaluation is not None:
-        _check_evaluation(run.path / "evaluations.jsonl", config, evaluation)
+        where = f"{run.path / 'evaluations.jsonl'}, last line,"
+        require_keys(where, evaluation, ["domains"])
+        for domain, figures in evaluation["domains"].items():
+            require_keys(f"{where} domain {domain!r},", figures, ["load"])
     result = run.result if run.complete else None
     if result is not None:
-        _require_keys(run.path / "result.json", result, [column.key for column in COLUMNS] + ["domains"])
-        _check_result(run.path / "result.json", result)
-        if len(steps) != config["steps"]:
+        require_keys(str(run.path / "result.json"), result, [*(column.key for column in COLUMNS), "domains"])
+    for log, number in (("steps", len(steps)), ("loads", num_loads)):
+        if result is not None and number != run.config["steps"]:
             raise EquipoiseError(
-                f"{run.path / 'steps.jsonl'} must contain {config['steps']} steps, because the run is finished: it "
-                f"contains {len(steps)}. Restore the file or train again."
+                f"{run.path / log}.jsonl must contain {run.config['steps']} steps, because the run is finished: it "
+                f"contains {number}. Restore the file or train again."
             )
+    if result is not None and evaluation is not None:
+        _check_equal(run, evaluation, result)
     return RecordedRun(run, name, steps, evaluation, result)
 
 
-def _require_keys(path: Path, content: Any, keys: Iterable[str]) -> None:
-    missing = [key for key in keys if not isinstance(content, dict) or key not in content]
-    if missing:
-        raise EquipoiseError(
-            f"{path} must contain {', '.join(missing)}: it does not. The file is damaged or of another version; "
-            "restore it or make it again."
+def _check_equal(run: Run, evaluation: Mapping[str, Any], result: Mapping[str, Any]) -> None:
+    """The result of a finished run repeats its last evaluation, on the test text after the last step."""
+    evaluated = {"step": evaluation["step"], "split": evaluation.get("split", "test")}
+    stored = {"step": run.config["steps"], "split": "test"}
+    for key in evaluation.keys() & result.keys() - {"domains"}:
+        evaluated[key], stored[key] = evaluation[key], result[key]
+    for domain, losses in result["domains"].items():
+        figures = evaluation["domains"].get(domain, {})
+        evaluated[f"nats of {domain}"], stored[f"nats of {domain}"] = (
+            figures.get("nats", losses["nats"]),
+            losses["nats"],
         )
-
-
-def _check_evaluation(path: Path, config: dict[str, Any], evaluation: dict[str, Any]) -> None:
-    _require_keys(path, evaluation, ["domains"])
-    layers, experts = len(config["layers"]), config["num_experts"]
-    for domain, figures in evaluation["domains"].items():
-        _require_keys(path, figures, ["load"])
-        load = figures["load"] if isinstance(figures["load"], list) else []
-        sizes = [len(layer) if isinstance(layer, list) else 0 for layer in load]
-        if sizes != [experts] * layers:
+    for key, value in stored.items():
+        if evaluated[key] != value:
             raise EquipoiseError(
-                f"{path} must contain the load of {layers} layers of {experts} experts for domain {domain!r}: the "
-                f"layers of the last line have {sizes} experts. The file is damaged; restore it or train again."
+                f"The last line of {run.path / 'evaluations.jsonl'} must be what {run.path / 'result.json'} repeats: "
+                f"{key} is {evaluated[key]!r} and {value!r}. One of them is damaged; restore it or train again."
             )
-
-
-def _check_result(path: Path, result: dict[str, Any]) -> None:
-    for column in COLUMNS:
-        if not isinstance(result[column.key], int | float | None):
-            raise EquipoiseError(
-                f"{path} must contain {column.key} as a number: got {result[column.key]!r}. The file is damaged; "
-                "restore it or train again."
-            )
-    for domain in result["domains"]:
-        _require_keys(path, result["domains"][domain], ["nats"])

@@ -22,11 +22,13 @@ from equipoise_lab.analysis.reader import (
     experts_of_audit,
     read_audit,
     read_runs,
+    relative_message,
 )
 from equipoise_lab.records import find_runs
 
 __all__ = ["Records", "read_records"]
 
+MAX = 1e305  # of a number: sums of them are finite
 KEYS = pa.schema([("run", pa.string()), ("strategy", pa.string()), ("seed", pa.int64())])
 
 
@@ -228,7 +230,7 @@ def _read_audits(folder: Path) -> tuple[dict[str, dict[str, Any]], list[Problem]
             assert audit is not None
             audits[name] = audit
         except EquipoiseError as error:
-            problems.append(Problem(name, "damaged", str(error).replace(f"{folder}/", "")))
+            problems.append(Problem(name, "damaged", relative_message(folder, error)))
     return audits, problems
 
 
@@ -265,4 +267,5 @@ def _numeric_keys(row: Mapping[str, Any]) -> list[str]:
 
 
 def _float(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) else None
+    """None for what is no number, or too large for a float."""
+    return float(value) if not isinstance(value, bool) and isinstance(value, int | float) and abs(value) < MAX else None

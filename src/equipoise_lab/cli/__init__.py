@@ -46,6 +46,8 @@ def main(arguments: list[str] | None = None) -> None:
         can_resume = bool(arguments) and arguments[0] in RESUMABLE
         message += ", then continue with --resume if a run had begun." if can_resume else "."
         _report_and_exit(error, message, 1)
+    except MemoryError:
+        _report_and_exit(MemoryError(), "memory must suffice: it ran out. Use less text or a smaller model.", 1)
     except KeyboardInterrupt as stop:
         if rank() == 0:
             print_stderr(f"equipoise: stopped. {str(stop) or 'To continue, run the same command with --resume.'}")

@@ -199,7 +199,7 @@ def _quality(best: Mapping[str, Any], comparisons: Sequence[Comparison]) -> Mark
     nearest = comparisons[0]
     estimate = nearest.nats.estimate
     text += Markup(" Next is {}: {} nats higher, {} % in perplexity").format(
-        _code(nearest.strategy), number(estimate.mean, 3), number(100 * math.expm1(estimate.mean), 1)
+        _code(nearest.strategy), number(estimate.mean, 3), number(100 * math.expm1(min(estimate.mean, 700.0)), 1)
     )
     if estimate.n == 1:
         return text + Markup(

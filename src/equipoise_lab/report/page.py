@@ -27,7 +27,7 @@ from equipoise_lab.analysis.figures import CAP, layer_labels, strategy_styles
 from equipoise_lab.analysis.reader import Experts, RecordedRun
 from equipoise_lab.analysis.summary import COLUMNS, mean_and_sd, number, summary_rows, unequal_terms
 from equipoise_lab.analysis.tables import Records, read_records, summed_loads
-from equipoise_lab.records import finite
+from equipoise_lab.records import Config, finite
 from equipoise_lab.report.findings import compare_runs
 
 __all__ = ["write_report"]
@@ -145,7 +145,7 @@ def _run_page_values(records: Records) -> dict[str, Any]:
     costs = rank_loads.to_pylist()
     if costs:
         figure_data["cost"] = _figure_data(figures.cost(rank_loads))
-    config = recorded_runs[0].config
+    config: dict[str, Any] = dict.fromkeys(Config.__annotations__) | recorded_runs[0].config  # a page shows None as "?"
     return {
         "data": _packed_data(
             cap=CAP,

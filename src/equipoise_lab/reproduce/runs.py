@@ -18,22 +18,37 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
+
+from pydantic import AfterValidator
 
 from equipoise.errors import EquipoiseError
-from equipoise_lab.records import Run, write_json
+from equipoise_lab.records import Record, Run, read_json, require_keys, write_json
 from equipoise_lab.reproduce.claim import Job
 
 __all__ = ["Progress", "Results", "execute", "key_of"]
 
-STORED: dict[str, type | tuple[type, ...]] = {
-    "options": dict,
-    "result": dict,
-    "seconds": (int, float),
-    "began": str,
-    "hardware": str,
-    "versions": dict,
-}
+TEXTS = ("strategy", "alerts")  # all else in a result is numbers
+
+
+def _figures(result: dict[str, Any]) -> dict[str, Any]:
+    for name, value in result.items():
+        if name not in TEXTS and (isinstance(value, bool) or not isinstance(value, int | float | None)):
+            raise ValueError(f"{name} must be a number")
+    return result
+
+
+class Stored(Record):
+    """A file of stored results."""
+
+    options: dict[str, Any]
+    result: Annotated[dict[str, Any], AfterValidator(_figures)]
+    seconds: float
+    began: str
+    hardware: str
+    versions: dict[str, str]
+
+
 OVERHEAD = 15.0  # seconds of a run outside its steps (start, evaluations); a guess until one is measured
 
 
@@ -69,10 +84,14 @@ class Results:
         """Stores a complete run, or the step at which it diverged. Returns the seconds that its steps took."""
         job = self.in_precision(job)
         self.folder.mkdir(parents=True, exist_ok=True)
-        config, seconds = run.config, sum(row["seconds"] for row in run.rows("steps"))
+        run.require("began", "device", "dtype", "versions")
+        config, seconds = run.config, 0.0
+        for row in run.rows("steps"):
+            require_keys(f"{run.path / 'steps.jsonl'}, step {row['step']},", row, ["seconds"])
+            seconds += row["seconds"]
         step = _diverged(run)
-        result = run.result if step is None else {"diverged": step, "domains": {}}
-        by_domain = {name: row["nats"] for name, row in result["domains"].items()}
+        result = run.result if step is None else {"diverged": step}
+        by_domain = {name: row["nats"] for name, row in result.get("domains", {}).items()}
         write_json(
             self.folder / f"{key_of(job)}.json",
             {
@@ -95,12 +114,9 @@ class Results:
 def _checked(path: Path, job: Job) -> dict[str, Any]:
     """The content of a result file. Raises ``EquipoiseError`` if it is damaged or belongs to another run."""
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise EquipoiseError(f"{path} must be JSON: {error}. Remove it to run it again.") from None
-    for name, kind in STORED.items():
-        if not isinstance(stored, dict) or not isinstance(stored.get(name), kind):
-            raise EquipoiseError(f"{path} must hold the {name} of a run: it does not. Remove it to run it again.")
+        stored: dict[str, Any] = read_json(path, Stored)
+    except EquipoiseError as error:
+        raise EquipoiseError(f"{error} To run it again, remove it.") from None
     if stored["options"] != dict(job.options):
         raise EquipoiseError(
             f"{path} must hold the result of the options that its name stands for: it holds another. Remove it."

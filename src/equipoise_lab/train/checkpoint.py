@@ -1,21 +1,23 @@
 """Saves checkpoints that survive a kill at any moment, and the trained model for plain Transformers.
 
-Rank 0 writes and reads the full state. So a run can be resumed with any number of ranks and any wrapper.
+    step-N/state.safetensors   every tensor of the state by its path; what is no tensor, as JSON in the metadata
+    step-N/facts.json          the step, and the blake2b of the state
+
+Rank 0 writes and reads the full state. So a run can be resumed with any number of ranks and any wrapper. Neither file
+can run code when it is read: a run folder may come from somebody else. ``torch.distributed.checkpoint`` is not used
+for files, because it unpickles its ``.metadata``.
 """
 
+import hashlib
 import json
 import os
 import shutil
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch import nn
-from torch.distributed.checkpoint.api import CheckpointException
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_state_dict,
@@ -26,7 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
 from equipoise.balance import Balance
 from equipoise.errors import EquipoiseError
 from equipoise.saved import frozen_strategy, read_biases
-from equipoise_lab.records import write_json
+from equipoise_lab.records import read_json, write_json
 from equipoise_lab.train.data import end_of_text
 from equipoise_lab.train.ranks import ONE_PROCESS, Ranks
 from equipoise_lab.train.wrappers import state_to_save
@@ -34,6 +36,8 @@ from equipoise_lab.train.wrappers import state_to_save
 __all__ = ["load_newest", "save", "save_model"]
 
 NUM_KEPT = 2  # the newest, and the one before it in case the newest is damaged
+STATE, FACTS = "state.safetensors", "facts.json"
+FORMER_FORMAT = ".metadata"  # a pickle, which torch.distributed.checkpoint wrote
 
 
 def _state(model: nn.Module, optimizer: torch.optim.Optimizer, balance: Balance) -> dict[str, Any]:
@@ -48,12 +52,13 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer, balance: Balance)
     }
 
 
-@contextmanager
-def _one_process() -> Iterator[None]:
-    """Silences the warning of torch that it saves in a single process: that is intended."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
+def _map_leaves(state: Any, function: Callable[[str, Any], Any], path: str = "") -> Any:
+    """``state`` with every value that is no dict, list or tuple replaced by ``function(path, value)``."""
+    if isinstance(state, dict):
+        return {key: _map_leaves(value, function, f"{path}/{key}") for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        return type(state)(_map_leaves(value, function, f"{path}/{i}") for i, value in enumerate(state))
+    return function(path, state)
 
 
 def _sync(path: Path) -> None:
@@ -64,14 +69,15 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _reason(error: BaseException) -> str:
-    """One line for an error that torch may have wrapped. A wrapped KeyboardInterrupt is raised again as itself."""
-    if isinstance(error, CheckpointException):
-        error = next(iter(error.failures.values()))[0]
-    if isinstance(error, KeyboardInterrupt):
-        raise KeyboardInterrupt from None
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()
+
+
+def _reason(error: Exception) -> str:
+    """One line."""
     reason = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {reason[0][:100]}"
+    return f"{type(error).__name__}: {reason[0][:300]}"
 
 
 def save(
@@ -88,19 +94,20 @@ def save(
 
 
 def _write(folder: Path, step: int, state: dict[str, Any]) -> None:
+    from safetensors import SafetensorError
+
     target, temporary = _path(folder, step), folder / f".step-{step:08d}.tmp"
     for old in (temporary, target):
         shutil.rmtree(old, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        with _one_process():
-            dcp.save(state, checkpoint_id=temporary, no_dist=True)
-        write_json(temporary / "facts.json", {"step": step})
+        _write_state(temporary / STATE, state)
+        write_json(temporary / FACTS, {"step": step, "blake2b": _digest(temporary / STATE)})
         for file in temporary.iterdir():
             _sync(file)
         temporary.rename(target)
         _sync(folder)
-    except (OSError, RuntimeError, CheckpointException) as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise EquipoiseError(
             f"A checkpoint must be written completely: {target}: {_reason(error)}. The earlier checkpoints are "
@@ -108,6 +115,25 @@ def _write(folder: Path, step: int, state: dict[str, Any]) -> None:
         ) from None
     for old in sorted(folder.glob("step-*"))[:-NUM_KEPT]:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_state(path: Path, state: dict[str, Any]) -> None:
+    from safetensors.torch import save_file
+
+    tensors: dict[str, Tensor] = {}
+    values: dict[str, Any] = {}
+    memory: set[int] = set()  # safetensors refuses tensors that share it, as tied weights do
+
+    def collect(path: str, value: Any) -> None:
+        if isinstance(value, Tensor):
+            place = value.untyped_storage().data_ptr()
+            tensors[path] = (value.clone() if place in memory else value).contiguous()
+            memory.add(place)
+        else:
+            values[path] = value
+
+    _map_leaves(state, collect)
+    save_file(tensors, path, metadata={"values": json.dumps(values)})
 
 
 def load_newest(
@@ -122,12 +148,13 @@ def load_newest(
 
     ``balance_of(step)`` returns the Balance of ``step``: the state in a checkpoint depends on the strategy.
     """
-    steps = ranks.run_on_first(_find_steps, folder)
+    steps, reasons = ranks.run_on_first(_find_steps, folder), list[str]()
     for step in steps:
         balance = balance_of(step)
         state = _state(model, optimizer, balance)
         loaded = ranks.run_on_first(_read, _path(folder, step), state, warn)
-        if loaded is None:
+        if isinstance(loaded, str):
+            reasons.append(loaded)
             continue
         facts, balance_state, random = loaded
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=ranks.size > 1)
@@ -137,7 +164,7 @@ def load_newest(
         torch.set_rng_state(random)
         return facts
     if steps:
-        ranks.run_on_first(_refuse, folder, len(steps))
+        ranks.run_on_first(_refuse, folder, reasons)
     return None
 
 
@@ -151,23 +178,56 @@ def _find_steps(folder: Path) -> list[int]:
     return sorted((int(number) for number in numbers if number.isdigit()), reverse=True)
 
 
-def _read(path: Path, state: dict[str, Any], warn: Any) -> tuple[dict[str, Any], dict[str, Any], torch.Tensor] | None:
-    """Fills ``state`` from a checkpoint. Returns its facts, Balance state and random state; None if it is damaged."""
+def _read(path: Path, state: dict[str, Any], warn: Any) -> tuple[dict[str, Any], dict[str, Any], Tensor] | str:
+    """Fills ``state`` from a checkpoint. Returns its facts, Balance state and random state; why not if it cannot."""
     try:
-        facts = json.loads((path / "facts.json").read_text())
+        facts = read_json(path / FACTS)
         if not isinstance(facts, dict) or path.name != f"step-{facts.get('step', -1):08d}":
-            raise ValueError(f"facts.json belongs to another step: {facts}")
-        with _one_process():
-            dcp.load(state, checkpoint_id=path, no_dist=True)
-    except (Exception, CheckpointException) as error:  # torch, json and the disk fail in many ways on a damaged file
-        warn(f"checkpoint {path} is damaged ({_reason(error)}); trying the previous one")
-        return None
+            raise ValueError(f"{FACTS} belongs to another step: {facts}")
+        if not (path / STATE).exists() and (path / FORMER_FORMAT).exists():
+            raise ValueError(f"{FORMER_FORMAT} is a pickle, which can run code: former versions wrote such checkpoints")
+        if _digest(path / STATE) != facts.get("blake2b"):
+            raise ValueError(f"{STATE} is not the one that {FACTS} names")
+        state.update(_read_state(path / STATE, state))
+        torch.Generator().set_state(state["random"])  # raises for what is no state of a generator
+    except Exception as error:  # safetensors, torch, json and the disk fail in many ways on a damaged file
+        reason = f"checkpoint {path} cannot be read ({_reason(error)})"
+        warn(f"{reason}; trying the previous one")
+        return reason
     return facts, state["balance"], state["random"]
 
 
-def _refuse(folder: Path, num: int) -> None:
+def _read_state(path: Path, template: dict[str, Any]) -> Any:
+    """The state in a file. It must have the structure, shapes and types of ``template``, and nothing else."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        values = json.loads((file.metadata() or {})["values"])
+        unread = {*file.keys(), *values}
+
+        def stored(path: str, expected: Any) -> Any:
+            if path not in unread:
+                raise ValueError(f"it has no {path}")
+            unread.remove(path)
+            value = file.get_tensor(path) if isinstance(expected, Tensor) else values[path]
+            if _kind(value) != _kind(expected):
+                raise ValueError(f"{path} must be {_kind(expected)}: got {_kind(value)}")
+            return value
+
+        state = _map_leaves(template, stored)
+    if unread:
+        raise ValueError(f"the model has no {min(unread)}")
+    return state
+
+
+def _kind(value: Any) -> Any:
+    return (value.dtype, tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
+
+
+def _refuse(folder: Path, reasons: list[str]) -> None:
     raise EquipoiseError(
-        f"A run can only be resumed from a complete checkpoint: all {num} in {folder} are damaged. Restore one, or "
+        f"A run can only be resumed from a complete checkpoint: all {len(reasons)} in {folder} are damaged, or of "
+        f"another version: {reasons[0]}. Restore one, continue with the version of equipoise that wrote them, or "
         "remove the run's folder and train again."
     )
 

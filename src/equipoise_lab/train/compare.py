@@ -12,7 +12,7 @@ import torch
 from equipoise.balancers import format_strategy
 from equipoise.errors import EquipoiseError, UsageError
 from equipoise_lab.cores import num_cores
-from equipoise_lab.records import Run, is_new, read_json, write_json
+from equipoise_lab.records import Comparison, Run, is_new, read_json, write_json
 from equipoise_lab.report import write_report
 from equipoise_lab.train.balancers import parse_lab_strategy
 from equipoise_lab.train.config import Compare, Train
@@ -139,7 +139,7 @@ def _check_folder(config: Compare) -> None:
             f"--resume needs the folder of a comparison: {out} has no compare.json. Give the folder that was passed as "
             "--out, or leave --resume out and choose a new folder."
         )
-    options = config.recorded(read_json(out / "compare.json")["options"])
+    options = config.recorded(read_json(out / "compare.json", Comparison)["options"])
     dropped = [s for s in options["strategies"] if s not in config.strategies]
     if dropped or config.seeds < options["seeds"]:
         raise EquipoiseError(

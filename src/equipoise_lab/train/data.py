@@ -40,6 +40,7 @@ __all__ = ["SPLITS", "Corpus", "end_of_text", "load_corpus"]
 SPLITS = ("train", "selection", "test")
 FORMAT = 2  # of the cache: increase it when the same input gives different files
 ENDS = ("<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "<eos>", "</s>", "<|eot_id|>", "<|im_end|>")
+TOKEN_DTYPES = ("<u2", "<u4")
 MIN_VOCAB_SIZE = 300  # 256 bytes, the end-of-text token and some merges
 TOKENIZER_BYTES = 8_000_000  # training text of the tokenizer, with equal shares of the domains
 MAX_TOKENIZER_BYTES_PER_DOMAIN = 1_000_000
@@ -302,7 +303,7 @@ def _write(folder: Path, texts: dict[str, list[str]], tokenizer: "Tokenizer", pr
     tokenizer.save(str(folder / "tokenizer.json"))
     tokenizer.encode_special_tokens = True  # set after saving: "<|endoftext|>" inside a document is plain text
     vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-    dtype = np.dtype("<u2" if vocab_size < 2**16 else "<u4")
+    dtype = np.dtype(TOKEN_DTYPES[vocab_size >= 2**16])
     fingerprint = hashlib.blake2b((folder / "tokenizer.json").read_bytes(), digest_size=16)
     entries: dict[str, dict[str, dict[str, Any]]] = {}
     for number, (domain, documents) in enumerate(texts.items(), start=1):
@@ -335,6 +336,8 @@ def _open(folder: Path) -> Corpus | None:
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         dtype, entries = np.dtype(manifest["dtype"]), manifest["domains"]
+        if dtype.str not in TOKEN_DTYPES:
+            return None
         if any((folder / name).stat().st_size != size for name, size in manifest["sizes"].items()):
             return None
         tokens: dict[str, dict[str, np.ndarray]] = {split: {} for split in SPLITS}
@@ -348,5 +351,5 @@ def _open(folder: Path) -> Corpus | None:
             num_bytes={split: {name: entries[name][split]["bytes"] for name in entries} for split in SPLITS},
             fingerprint=manifest["fingerprint"],
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None

@@ -50,7 +50,7 @@ def _read(path: Path, domains: list[str]) -> dict[str, list[str]]:
         if "domain" in content:
             raise ValueError('no level may be called "domain": the domains themselves are the last level')
         return {str(level): [str(labels[domain]) for domain in domains] for level, labels in content.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UsageError(
             f'{path} must be JSON like {{"language": {{"law_fr": "French"}}}}, with a label for every domain at every '
             f"level: {type(error).__name__}: {error}. Correct the file, or remove it."

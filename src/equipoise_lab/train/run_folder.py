@@ -26,6 +26,9 @@ from equipoise_lab.train.levels import levels_of
 from equipoise_lab.train.selection import evaluates_by_token, evaluation_note
 from equipoise_lab.train.switch import has_positive_rate
 
+KEPT = ("strategy", "seed", "steps", "layers", "domains", "num_experts", "experts_per_token", "num_parameters")
+AVERAGED = ("loss", "maxvio_batch", "maxvio_micro", "seconds")  # numbers of a step that the result needs
+
 __all__ = ["RunFolder", "SilentWatcher", "Watcher", "complete_result", "resume_options"]
 
 
@@ -81,17 +84,20 @@ class _FolderLock:
     def __init__(self, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / LOCK
-        self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT)
+        try:  # a link would lead to a file that is not ours to write
+            self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0))
+        except OSError as error:
+            raise EquipoiseError(f"A lock must be a file: {self.path}: {error.strerror}. Remove it.") from None
         try:
             import fcntl
 
             fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(self.descriptor)
+            holder = self.path.read_text(encoding="utf-8", errors="replace")
             raise EquipoiseError(
-                "only one process may train in a folder: "
-                f"{folder} is in use by {self.path.read_text(encoding='utf-8')}. Wait for it, stop it, or choose "
-                "another folder."
+                f"only one process may train in a folder: {folder} is in use by {holder}. Wait for it, stop it, or "
+                "choose another folder."
             ) from None
         except (ImportError, OSError):  # Windows, or a file system without locks
             return
@@ -160,11 +166,19 @@ class RunFolder:
                 )
             self.records = Run(config.out)
             _check_same_options(self.records, config)
+            self.records.require("dtype", "notes", "corpus_fingerprint", *KEPT)
             if self.records.config["corpus_fingerprint"] != facts["corpus_fingerprint"]:
                 raise EquipoiseError(
                     f"a resumed run must keep its text: the text of {config.out} has changed. Restore the text, or "
                     "choose another folder."
                 )
+            for name in KEPT:
+                if self.records.config[name] != facts[name]:
+                    raise EquipoiseError(
+                        f"a resumed run must keep its {name}: {self.records.path / 'config.json'} has "
+                        f"{self.records.config[name]!r}, this run has {facts[name]!r}. Restore the file, install the "
+                        "versions that it names, or choose another folder."
+                    )
             recorded = {"wrapper": "none", "num_ranks": 1, **self.records.config}
             changed = [
                 name.replace("num_ranks", "number of ranks") for name in machine if recorded.get(name) != machine[name]
@@ -187,6 +201,12 @@ class RunFolder:
                 raise EquipoiseError(
                     f"a resumed run needs the records of all {done} steps before its checkpoint: {records.path / log}"
                     f".jsonl has {len(steps)}. Restore the file, or remove the newest checkpoint in {self.checkpoints}."
+                )
+        for row in records.rows("steps"):
+            if row["step"] <= done and any(row.get(name) is None for name in AVERAGED):
+                raise EquipoiseError(
+                    f"{records.path / 'steps.jsonl'} must contain {', '.join(AVERAGED)} of every step: step "
+                    f"{row['step']} lacks some. Restore the file, or remove the run's folder and train again."
                 )
         records.rewind(done)
         self.watcher.begin(self.config, done)

@@ -34,9 +34,12 @@ CORPUS = Path(__file__).parents[1] / "corpus"
 LEVELS_FILE = "levels.json"  # groups of domains: see equipoise_lab.train.levels
 KINDS = (".txt", ".jsonl", ".parquet")
 FORMS = "one file or one sub-folder per domain: .txt, .jsonl or .parquet, each optionally .xz"
+PIECE = 2**20  # bytes
 HELD_OUT_SHARE = 20  # one byte in 20 is held out,
 HELD_OUT_TOKENS = 20_000  # and at least this many tokens (selection and test together),
 MAX_HELD_OUT_SHARE = 4  # but at most one byte in 4
+MAX_BYTES = 2**30  # of the text of one file: a few KB of .xz or .parquet can unfold to any size
+MAX_LINE = 2**27  # characters of a line of .jsonl: as objects they need up to fifty times the memory
 MIN_DOCUMENTS = 4  # one for selection, one for test, and more than one to train on
 
 Documents = dict[str, list[str]]
@@ -282,15 +285,16 @@ def _read_domains(domains: dict[str, list[_File]], progress: Progress) -> Docume
 
 
 def _read(file: _File) -> list[str]:
+    is_xz, content = file.path.name.lower().endswith(".xz"), bytearray()
     try:
-        content = file.path.read_bytes()
+        with lzma.open(file.path) if is_xz else open(file.path, "rb") as opened:
+            while piece := opened.read(PIECE):
+                content += piece
+                _check_size(len(content), file.path)
+    except (lzma.LZMAError, EOFError) as error:
+        raise EquipoiseError(f"{file.path} must be an xz file: {error}. The file is damaged; restore it.") from None
     except OSError as error:
         raise _unreadable(file.path, error) from None
-    if file.path.name.lower().endswith(".xz"):
-        try:
-            content = lzma.decompress(content)
-        except lzma.LZMAError as error:
-            raise EquipoiseError(f"{file.path} must be an xz file: {error}. The file is damaged; restore it.") from None
     if not content:
         raise _empty(file.path)
     if _kind(file.path) == ".parquet":
@@ -309,11 +313,24 @@ def _read(file: _File) -> list[str]:
     return [document.strip("\r\n") for document in re.split(r"\n[ \t\r]*\n", text)]
 
 
+def _check_size(num_bytes: int, path: Path) -> None:
+    if num_bytes > MAX_BYTES:
+        raise EquipoiseError(
+            f"A file must hold at most {MAX_BYTES:,} bytes of text, unfolded: {path} holds more. Split it into several "
+            "files in one sub-folder, or remove it."
+        )
+
+
 def _read_jsonl(text: str, path: Path) -> list[str]:
     documents = []
     for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: JSON strings may contain U+2028
         if not line.strip():
             continue
+        if len(line) > MAX_LINE:
+            raise EquipoiseError(
+                f"A line of .jsonl must have at most {MAX_LINE:,} characters: {path}, line {number} has {len(line):,}. "
+                "Split the document, or remove the file."
+            )
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
@@ -324,27 +341,46 @@ def _read_jsonl(text: str, path: Path) -> list[str]:
     return documents
 
 
-def _read_parquet(content: bytes, path: Path) -> list[str]:
+def _read_parquet(content: bytearray, path: Path) -> list[str]:
     import pyarrow
     from pyarrow import parquet
 
+    source = pyarrow.BufferReader(content)
     try:
-        file = parquet.ParquetFile(pyarrow.BufferReader(content))
-        columns = file.schema_arrow.names
-        if columns.count("text") > 1:
+        schema = parquet.read_schema(source)
+        if schema.names.count("text") != 1:
             raise EquipoiseError(
-                f'A parquet file must have one column "text": {path} has {columns.count("text")}. Rename the others.'
+                f'A parquet file must have one column "text": {path} has the columns {schema.names}. Rename columns.'
             )
-        rows = file.read(columns=["text"]).column("text").to_pylist() if "text" in columns else None
+        kind = schema.field("text").type
+        kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+        if kind not in (pyarrow.string(), pyarrow.large_string()):
+            _text_of(None, f"{path}, row 1")
+        return _documents(parquet.ParquetFile(source, read_dictionary=["text"]).iter_batches(columns=["text"]), path)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise EquipoiseError(
             f"{path} must be a parquet file: {_first_line(error)}. The file is damaged; restore it."
         ) from None
-    if rows is None:
-        raise EquipoiseError(
-            f'A parquet file must have the column "text": {path} has the columns {columns}. Rename one.'
-        )
-    return [_text_of(row, f"{path}, row {number}") for number, row in enumerate(rows, start=1)]
+
+
+def _documents(batches: Iterable[Any], path: Path) -> list[str]:
+    """The documents in batches of a column of strings.
+
+    Strings stay in the file's dictionary, in which one long string may stand for any number of rows, until their size
+    is known.
+    """
+    from pyarrow import compute
+
+    documents: list[str] = []
+    num_bytes = 0
+    for batch in batches:
+        column = batch.column(0)
+        lengths = compute.binary_length(column.dictionary).take(column.indices)
+        num_bytes += len(column) + (compute.sum(lengths).as_py() or 0)
+        _check_size(num_bytes, path)
+        first = len(documents) + 1
+        documents += [_text_of(row, f"{path}, row {i}") for i, row in enumerate(column.to_pylist(), start=first)]
+    return documents
 
 
 def _text_of(value: Any, where: str) -> str:

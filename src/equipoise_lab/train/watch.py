@@ -13,8 +13,8 @@ from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from equipoise_lab.analysis.reader import read_runs
 from equipoise_lab.analysis.summary import COLUMNS, summary_rows
-from equipoise_lab.records import find_runs
 from equipoise_lab.train.config import Train
 
 __all__ = ["Runs", "Terminal", "Tokens", "print_rows", "print_table"]
@@ -103,13 +103,15 @@ class Terminal:
 
 
 def print_table(folder: Any) -> None:
-    """Prints one row per strategy to stderr, with the figures and formats of the report page."""
-    summary = summary_rows(find_runs(folder))
+    """Prints one row per strategy to stderr, with the figures and formats of the report page. Names damaged runs."""
+    runs, problems = read_runs(folder)
+    summary = summary_rows(run.files for run in runs)
     rows = [(row["strategy"], *(column.text(row).replace("± ", "±") for column in COLUMNS)) for row in summary]
     has_deviations = any("±" in cell for row in rows for cell in row)
     print_rows(("strategy", *(column.short for column in COLUMNS)), rows, justify="right")
-    if has_deviations:
-        Console(stderr=True, highlight=False).print("±: standard deviation over seeds", style="dim")
+    notes = ["±: standard deviation over seeds"] if has_deviations else []
+    for note in [*notes, *(f"{p.name}: {p.kind}: {p.reason}" for p in problems if p.kind == "damaged")]:
+        Console(stderr=True, highlight=False).print(note, style="dim", markup=False, soft_wrap=True)
 
 
 class _Bar:

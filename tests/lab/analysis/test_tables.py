@@ -20,7 +20,10 @@ def make_run(path, strategy="lbl", seed=0, *, steps=5, finish=True):
     config = {"strategy": strategy, "seed": seed, "steps": steps, "num_experts": 2, "layers": ["a", "b"]}
     run = Run.create(path, config | {"domains": list(LOAD), "experts_per_token": 2})
     for step in range(1, steps + 1):
-        run.append("steps", {"step": step, "loss": 1 / step, "alerts": ["x"], **({"bias_max": 0.5} if seed else {})})
+        run.append(
+            "steps",
+            {"step": step, "loss": 1 / step, "maxvio_batch": 0, "alerts": ["x"], **({"bias_max": 0.5} if seed else {})},
+        )
         run.append("loads", {"step": step, "load": [[step, 1], [0, 2]]})
     if finish:
         names = [column.key for column in COLUMNS]
@@ -45,7 +48,7 @@ def test_steps_have_every_number_and_null_where_a_run_has_none(tmp_path):
     make_run(tmp_path / "a")
     make_run(tmp_path / "b", seed=1)
     table = read_records(tmp_path).steps()
-    assert table.column_names == ["run", "strategy", "seed", "step", "loss", "bias_max"]
+    assert table.column_names == ["run", "strategy", "seed", "step", "loss", "maxvio_batch", "bias_max"]
     assert table.num_rows == 10 and table["bias_max"].null_count == 5
     assert table["loss"].to_pylist()[:2] == [1.0, 0.5]
 
@@ -90,13 +93,18 @@ def test_loads_are_of_single_steps_or_sums_of_neighbouring_steps(tmp_path):
 
 
 def audit(load=LOAD):
+    measured = {"value": 0.0, "bound": 0.0, "share": 0.0}
+    figures = dict.fromkeys(
+        ("maxvio", "maxvio_floor", "dead_experts", "starved_experts", "effective_experts", "topk_score_sum"), 0
+    )
+    figures |= {"router_entropy": 0, "domain_information_bits": measured, "domain_distance": measured}
     layers = [
-        {"layer": name, "experts": 2, "k": 2, "load_by_domain": [load[d][i] for d in load], "maxvio": 0.0,
+        {"layer": name, "experts": 2, "k": 2, "load_by_domain": [load[d][i] for d in load], **figures,
          "typical_tokens": [[{"text": " a", "share": 0.5, "count": 3}], []]}
         for i, name in enumerate("ab")
     ]  # fmt: skip
-    tokens = dict.fromkeys(load, 2)
-    return {"format": 1, "model": "m", "domains": list(load), "tokens": tokens, "mean": {}, "layers": layers}
+    tokens, mean = dict.fromkeys(load, 2), {"maxvio": 0.0, "domain_information_bits": 0.0}
+    return {"format": 1, "model": "m", "domains": list(load), "tokens": tokens, "mean": mean, "layers": layers}
 
 
 def test_an_audit_gives_experts_and_typical_tokens(tmp_path):

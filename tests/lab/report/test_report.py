@@ -421,7 +421,10 @@ def test_a_report_of_several_audits_is_refused(tmp_path):
     [
         (lambda audit: audit.update(format=7), "must have format 1: got 7"),
         (lambda audit: audit.pop("layers"), "must contain layers"),
-        (lambda audit: audit.update(layers=[]), "must contain at least one layer"),
+        (
+            lambda audit: audit.update(layers=[]),
+            "must contain layers in the right form: list should have at least 1 item",
+        ),
         (lambda audit: audit["layers"][0]["load_by_domain"][0].pop(), "4 experts in 2 domains"),
     ],
 )
@@ -502,6 +505,33 @@ def test_damaged_run_is_named_and_the_others_are_drawn(tmp_path, name, content, 
     assert "<code>broken</code>: <strong>damaged</strong>" in text and reason in text
     assert str(tmp_path) not in text
     assert [row[0] for row in cells(text, "h-table")] == ["none"]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"val_nats": 2.5}, "val_nats is 2.5 and 2.0"),
+        ({"split": "selection"}, "split is 'selection' and 'test'"),
+        ({"step": 19}, "step is 19 and 20"),
+        ({"domains": {"prose": {"load": EVEN["prose"], "nats": 9.0}}}, "nats of prose is 9.0 and 2.0"),
+    ],
+)
+def test_a_finished_run_must_agree_with_its_last_evaluation(tmp_path, change, reason):
+    make_run(tmp_path / "a", "none")
+    broken = make_run(tmp_path / "broken", "lbl")
+    row = list(broken.rows("evaluations"))[-1] | change
+    (broken.path / "evaluations.jsonl").write_text(json.dumps(row) + "\n")
+    (problem,) = read_records(tmp_path).problems
+    assert problem.kind == "damaged" and reason in problem.reason and "broken/evaluations.jsonl" in problem.reason
+
+
+def test_a_diverged_difference_beyond_any_exponent_is_drawn(tmp_path):
+    make_run(tmp_path / "a", "none", nats=2.0)
+    run = make_run(tmp_path / "b", "lbl", nats=600.0)
+    for name in ("result.json", "evaluations.jsonl"):
+        text = (run.path / name).read_text().replace('"val_nats": 600.0', '"val_nats": 900.0')
+        (run.path / name).write_text(text.replace('"val_nats":600.0', '"val_nats":900.0'))
+    assert "898.000 nats higher" in own_text(write_report(tmp_path))
 
 
 def test_second_run_of_the_same_strategy_and_seed_is_left_out(tmp_path):
@@ -732,7 +762,7 @@ def test_the_page_of_a_large_model_fits_into_eight_megabytes(tmp_path):
         for step in range(1, 4):
             run.append("loads", {"step": step, "load": random.poisson(32, (layers, experts)).tolist()})
         audit = make_audit({d: rows[:2] for d, rows in load.items()})
-        one = audit["layers"][0] | {"experts": experts, "k": 2}
+        one = audit["layers"][0] | {"experts": experts, "k": 2, "partners": []}
         audit["layers"] = [
             one
             | {

@@ -253,11 +253,12 @@ def test_an_evaluation_without_a_number_is_stored(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "must be JSON: .* Remove it to run it again"),
-        ("[]", "must hold the options of a run"),
-        ("{}", "must hold the options of a run"),
-        ('{"options": {}, "result": null}', "must hold the result of a run"),
-        ('{"options": {}, "result": {}, "seconds": null}', "must hold the seconds of a run"),
+        ("{", "must be JSON: .* To run it again, remove it"),
+        ("[]", "must contain a record in the right form"),
+        ("{}", "must contain options"),
+        ('{"options": {}, "result": null}', "must contain result in the right form"),
+        ('{"options": {}, "result": {"val_nats": "1"}}', "must contain result .*val_nats must be a number"),
+        ('{"options": {}, "result": {}, "seconds": null}', "must contain seconds in the right form"),
     ],
 )
 def test_a_damaged_result_is_named(tmp_path, text, message):

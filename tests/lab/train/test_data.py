@@ -4,8 +4,10 @@ import hashlib
 import json
 import lzma
 import math
+import os
 import subprocess
 import sys
+import tracemalloc
 import types
 from collections import Counter
 from pathlib import Path
@@ -19,7 +21,7 @@ from equipoise.errors import EquipoiseError, UsageError
 from equipoise_lab.train import data, text
 from equipoise_lab.train.batches import Batches
 from equipoise_lab.train.data import SPLITS, Corpus, load_corpus
-from equipoise_lab.train.text import count_held_out, max_held_out
+from equipoise_lab.train.text import count_held_out, find_text, max_held_out, stream_text
 
 END = "<|endoftext|>"
 
@@ -664,16 +666,77 @@ def test_parquet_without_text_is_refused(tmp_path):
 
     parquet.write_table(pyarrow.table({"content": ["a"]}), tmp_path / "a.parquet")
     with pytest.raises(
-        EquipoiseError, match=r'must have the column "text": .*a\.parquet has the columns \[\'content\'\]'
+        EquipoiseError, match=r'must have one column "text": .*a\.parquet has the columns \[\'content\'\]'
     ):
         load(tmp_path / "a.parquet", tmp_path / "cache")
     twice = pyarrow.table([["a"], ["b"]], names=["text", "text"])
     parquet.write_table(twice, tmp_path / "a.parquet")
-    with pytest.raises(EquipoiseError, match=r'must have one column "text": .*a\.parquet has 2'):
+    with pytest.raises(EquipoiseError, match=r'must have one column "text": .*has the columns \[\'text\', \'text\'\]'):
         load(tmp_path / "a.parquet", tmp_path / "cache")
     parquet.write_table(pyarrow.table({"text": ["a", None]}), tmp_path / "a.parquet")
     with pytest.raises(EquipoiseError, match=r'string in its field "text": .*a\.parquet, row 2 has none'):
         load(tmp_path / "a.parquet", tmp_path / "cache")
+
+
+def _many_rows_of_one_string(path):
+    """20 MB of text in less than a kilobyte."""
+    import pyarrow
+    from pyarrow import parquet
+
+    rows = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 200, pyarrow.int32()), ["a" * 100_000])
+    parquet.write_table(pyarrow.table({"text": rows}), path, compression="zstd")
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("a.txt.xz", lambda path: path.write_bytes(lzma.compress(bytes(20_000_000), preset=0))),
+        ("a.jsonl.xz", lambda path: path.write_bytes(lzma.compress(GOOD) + lzma.compress(bytes(20_000_000), preset=0))),
+        ("a.parquet", _many_rows_of_one_string),
+        ("a.txt", lambda path: os.truncate(os.open(path, os.O_CREAT | os.O_WRONLY), 20_000_000)),
+    ],
+    ids=["xz", "second stream of xz", "parquet dictionary", "sparse file"],
+)
+@pytest.mark.parametrize("reader", ["train", "audit"])
+def test_a_file_that_unfolds_beyond_the_limit_is_refused_before_it_fills_the_memory(
+    tmp_path, monkeypatch, name, write, reader
+):
+    monkeypatch.setattr(text, "MAX_BYTES", 1_000_000)
+    write(tmp_path / name)
+    read = {
+        "train": lambda: find_text(tmp_path, print).read(print),
+        "audit": lambda: [read() for _, read in stream_text(tmp_path, print)],
+    }[reader]
+    tracemalloc.start()
+    with pytest.raises(EquipoiseError, match=rf"must hold at most 1,000,000 bytes of text, unfolded: .*{name} holds"):
+        read()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 10_000_000
+
+
+def test_a_line_beyond_the_limit_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(text, "MAX_LINE", 100)
+    write_jsonl(tmp_path / "a.jsonl", ["short", "long" * 30])
+    with pytest.raises(EquipoiseError, match=r"at most 100 characters: .*a\.jsonl, line 2 has 132"):
+        find_text(tmp_path, print).read(print)
+
+
+def test_rows_without_text_count_too(tmp_path, monkeypatch):
+    """A column of empty strings needs no space in a file, but each row needs memory."""
+    import pyarrow
+    from pyarrow import parquet
+
+    monkeypatch.setattr(text, "MAX_BYTES", 1000)
+    parquet.write_table(pyarrow.table({"text": [""] * 1001}), tmp_path / "a.parquet")
+    with pytest.raises(EquipoiseError, match="at most 1,000 bytes of text"):
+        find_text(tmp_path, print).read(print)
+
+
+def test_files_at_the_limit_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(text, "MAX_BYTES", 3_000_000)
+    (tmp_path / "a.txt.xz").write_bytes(lzma.compress(b"a" * 1_500_000) + lzma.compress(b"b" * 1_500_000))
+    assert find_text(tmp_path, print).read(print) == {"a": ["a" * 1_500_000 + "b" * 1_500_000]}
 
 
 @pytest.mark.parametrize("path", ["/no/such/folder", "./nothing", "a/b/c", "nothing.txt", "owner/nothing.jsonl.xz"])
