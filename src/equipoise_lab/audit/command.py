@@ -1,6 +1,5 @@
 """`equipoise audit`: a model and a text -> a folder that says what the model's experts do on the text."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from equipoise_lab.audit.run import IncompleteAudit, Progress, audit_model
 from equipoise_lab.experts.result import RESULT, AuditData, summarise
 from equipoise_lab.models.folders import model_folder
 from equipoise_lab.models.load import load_model
-from equipoise_lab.records import write_json
+from equipoise_lab.records import read_json, write_json
 from equipoise_lab.train.levels import levels_of
 from equipoise_lab.train.text import HELD_OUT_TOKENS
 
@@ -106,8 +105,8 @@ def _audit(options: Audit, progress: Progress, command: str, *, has_complete_aud
 def _refuse_run_without_model(folder: Path) -> None:
     """Only the model of a run is read, so any version of the lab may have written its records."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        config = read_json(folder / "config.json")
+    except EquipoiseError:
         return
     if not (folder / "model").is_dir() and isinstance(config, dict) and {"format", "strategy"} <= config.keys():
         path = folder / RESULT
@@ -121,8 +120,8 @@ def _refuse_run_without_model(folder: Path) -> None:
 def _training_text_notes(options: Audit, tokens: dict[str, int], length: int) -> list[str]:
     """A note if the audit read further than the part of a run's own text that the run held out."""
     try:
-        training_data = json.loads((options.model / "config.json").read_text(encoding="utf-8")).get("data")
-    except (OSError, ValueError, AttributeError):
+        training_data = read_json(options.model / "config.json", dict).get("data")
+    except EquipoiseError:
         return []
     share = min(HELD_OUT_TOKENS, options.tokens // len(tokens) // length * length)
     if training_data != options.data or all(share <= number <= HELD_OUT_TOKENS for number in tokens.values()):
@@ -139,13 +138,13 @@ def _read_earlier_audit(options: Audit) -> dict[str, Any]:
     An ``audit.json`` without a command is part of a run, and is never replaced.
     """
     path = options.out / RESULT
-    try:
-        earlier: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    if not path.exists():
         return {}
+    earlier: dict[str, Any] = read_json(path, dict)  # a damaged one is named, not replaced: it may be part of a run
     is_run = "command" not in earlier
-    if is_run or (earlier["model"], earlier["data"]) != (str(options.model), options.data):
-        content = "a run" if is_run else f"the audit of {earlier['model']} on {earlier['data']}"
+    model, data = earlier.get("model"), earlier.get("data")
+    if is_run or (model, data) != (str(options.model), options.data):
+        content = "a run" if is_run else f"the audit of {model} on {data}"
         remedy = "Choose another with --out" + ("." if is_run else f", or delete {path}.")
         raise UsageError(f"--out must be a folder of this audit: {options.out} holds {content}. {remedy}")
     return earlier
