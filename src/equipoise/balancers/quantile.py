@@ -12,30 +12,51 @@ from equipoise.routing import Routing
 
 __all__ = ["Quantile"]
 
-OCTAVES, SMALLEST = 32, -29  # bins reach from 2^-29, the resolution of a float32 bias, to 2^3
+OCTAVES, SMALLEST = 64, -61  # bins reach from 2^-61 to 2^3: a peaked softmax router chooses by scores of 1e-12
+SIGNIFICANT_LAYER, SIGNIFICANT_EXPERT = 3.0, 4.0  # standard deviations beyond which an imbalance is not chance
 
 
 def _margins(
     scores: Float[Tensor, "tokens experts"], expert_ids: Int[Tensor, "tokens k"], bias: Float[Tensor, " experts"]
 ) -> Float[Tensor, "tokens experts"]:
-    """``a_t - s_te - b_e``: what each expert lacks to be chosen. a_t is the best ``s + b`` that was not chosen."""
+    """``a_t - s_te - b_e``: what each expert lacks to be chosen, below 0 for the chosen ones."""
     biased = scores.detach() + bias
-    threshold = biased.scatter(-1, expert_ids, float("-inf")).amax(-1, keepdim=True)
-    return threshold - biased
+    last_chosen = biased.gather(-1, expert_ids).amin(-1, keepdim=True)
+    first_other = biased.scatter(-1, expert_ids, float("-inf")).amax(-1, keepdim=True)
+    return torch.lerp(last_chosen, first_other, 0.5) - biased
 
 
-def _exact(margins: Float[Tensor, "tokens experts"], k: int) -> tuple[Float[Tensor, " experts"], Int[Tensor, ""]]:
-    """The (N k / E + 1)-th smallest margin of each expert, and N, the number of rows that are finite."""
+def _gain(load: Load, k: int) -> Float[Tensor, "layers experts"]:
+    """The part of each expert's deviation from its share that is not chance, 0 to 1.
+
+    If N tokens choose evenly, a count has the variance ``v = N p (1 - p)``, ``p = k / E``. The counts sum to N k, so the
+    sum of their squared deviations is ``v E / (E - 1)`` times a chi-square of E - 1 degrees of freedom. A layer counts
+    from 3 standard deviations of this sum on, a single expert from 4 of its count.
+    """
+    num_experts = load.shape[-1]
+    share = load.sum(-1, keepdim=True).double() / num_experts
+    variance = share * (1 - k / num_experts)
+    squares = (load - share).square()
+    by_chance = num_experts * variance * (1 + SIGNIFICANT_LAYER * (2 / (num_experts - 1)) ** 0.5)
+    of_layer = 1 - by_chance / squares.sum(-1, keepdim=True).clamp_min(1e-9)
+    return torch.maximum(of_layer, 1 - SIGNIFICANT_EXPERT**2 * variance / squares.clamp_min(1e-9)).clamp_min(0)
+
+
+def _exact(
+    margins: Float[Tensor, "tokens experts"], k: int, gain: Float[Tensor, " experts"]
+) -> tuple[Float[Tensor, " experts"], Int[Tensor, ""]]:
+    """The margin of each expert at the wanted count, the next larger of two, and N, the number of rows that are finite."""
     margins = margins.masked_fill(~margins.isfinite().all(-1, keepdim=True), float("inf"))  # nan logits do not count
     num_tokens = (margins[:, :1] < float("inf")).sum()
     if margins.shape[0] == 0:
         return margins.new_zeros(margins.shape[-1]), num_tokens
-    place = (num_tokens * k // margins.shape[-1]).clamp(max=margins.shape[0] - 1)
-    return margins.sort(0).values.index_select(0, place.reshape(1))[0], num_tokens
+    wanted = torch.lerp((margins < 0).sum(0).double(), (num_tokens * k).double() / margins.shape[-1], gain)
+    place = wanted.long().clamp(max=margins.shape[0] - 1)
+    return margins.sort(0).values.gather(0, place[None])[0], num_tokens
 
 
 def edges(bins: int, device: torch.device | None = None) -> Float[Tensor, " edges"]:
-    """The bins + 1 edges of the histogram: 0 in the middle, ``bins / 64`` bins per octave from 2^-29 to 2^3."""
+    """The bins + 1 edges of the histogram: 0 in the middle, ``bins / 128`` bins per octave from 2^-61 to 2^3."""
     step = torch.arange(bins // 2 + 1, dtype=torch.float64, device=device)
     per_octave = bins // (2 * OCTAVES)
     octave = (step / per_octave).floor()
@@ -53,18 +74,22 @@ def _bin(margins: Float[Tensor, "tokens experts"], bins: int) -> Int[Tensor, "to
 
 
 def _from_histogram(
-    histogram: Int[Tensor, "*layers experts bins"], k: int
+    histogram: Int[Tensor, "*layers experts bins"], k: int, gain: Float[Tensor, "*layers experts"]
 ) -> tuple[Float[Tensor, "*layers experts"], Int[Tensor, "*layers experts"]]:
-    """The margin at which the cumulated count passes N k / E, interpolated within its bin, and N."""
+    """The margin at which the cumulated count passes the wanted count, interpolated within its bin, and N."""
+    num_experts, bins = histogram.shape[-2:]
     num_tokens = histogram.sum(-1)
-    wanted = (num_tokens * k).double() / histogram.shape[-2]
+    chosen = histogram[..., : bins // 2].sum(-1).double()
+    wanted = torch.lerp(chosen, (num_tokens * k).double() / num_experts, gain)
     cumulated = histogram.cumsum(-1)
-    index = (cumulated <= wanted.unsqueeze(-1)).sum(-1, keepdim=True).clamp(max=histogram.shape[-1] - 1)
+    index = (cumulated <= wanted.unsqueeze(-1)).sum(-1, keepdim=True).clamp(max=bins - 1)
     in_bin = histogram.gather(-1, index).squeeze(-1)
     below = cumulated.gather(-1, index).squeeze(-1) - in_bin
-    edge = edges(histogram.shape[-1], histogram.device)
-    lower, upper = edge[index.squeeze(-1)], edge[index.squeeze(-1) + 1]
-    return lower + (upper - lower) * (wanted - below) / in_bin.clamp_min(1), num_tokens
+    index = index.squeeze(-1)
+    edge = edges(bins, histogram.device)
+    lower, upper = edge[index], edge[index + 1]
+    margin = lower + (upper - lower) * (wanted - below) / in_bin.clamp_min(1)
+    return margin.masked_fill((index == bins // 2) | (index == bins // 2 - 1), 0), num_tokens
 
 
 @final
@@ -141,14 +166,17 @@ class Quantile(Balancer):
             return
         if statistic is None:
             raise ValueError("quantile balancing must have the statistic of its calls: got none.")
+        gain = _gain(load, self._k)
         if self.gathers:
-            missing, num_tokens = map(torch.stack, zip(*(_exact(m, self._k) for m in statistic), strict=True))
+            exact = (_exact(m, self._k, g) for m, g in zip(statistic, gain, strict=True))
+            missing, num_tokens = map(torch.stack, zip(*exact, strict=True))
             num_tokens = num_tokens[:, None]
         else:
-            missing, num_tokens = _from_histogram(torch.stack(list(statistic)), self._k)
-        target = self._bias.double() + missing
-        target = self.ema * self._bias + (1 - self.ema) * (target - target.mean(-1, keepdim=True))
-        self._bias.copy_(torch.where(num_tokens > 0, target, self._bias.double()))
+            missing, num_tokens = _from_histogram(torch.stack(list(statistic)), self._k, gain)
+        target = self._bias.double() + missing.masked_fill(gain == 0, 0)
+        target = self.ema * self._bias + (1 - self.ema) * (target - target.median(-1, keepdim=True).values)
+        moves = (num_tokens > 0) & (gain > 0).any(-1, keepdim=True)
+        self._bias.copy_(torch.where(moves, target, self._bias.double()))
 
 
 def _draw(logits: Float[Tensor, "tokens experts"], fraction: float) -> Bool[Tensor, " tokens"]:
