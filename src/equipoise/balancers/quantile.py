@@ -35,7 +35,7 @@ def _gain(load: Load, k: int) -> Float[Tensor, "layers experts"]:
     """
     num_experts = load.shape[-1]
     share = load.sum(-1, keepdim=True).double() / num_experts
-    variance = share * (1 - k / num_experts)
+    variance = (share * (1 - k / num_experts)).clamp_min(1e-9)  # without tokens there is no gain
     squares = (load - share).square()
     by_chance = num_experts * variance * (1 + SIGNIFICANT_LAYER * (2 / (num_experts - 1)) ** 0.5)
     of_layer = 1 - by_chance / squares.sum(-1, keepdim=True).clamp_min(1e-9)
@@ -96,26 +96,38 @@ def _from_histogram(
 class Quantile(Balancer):
     """Quantile balancing: a bias without a step size. Once per window, over its N tokens on all ranks:
 
-        a_t   = (k + 1)-th largest of s_t + b                              what a token asks of an expert
-        b_e  <- b with which N k / E of the tokens have s_te + b > a_t;  then minus the mean over e
+        a_t   = half-way between the k-th and the (k + 1)-th largest of s_t + b    what a token asks of an expert
+        n_e   = tokens with s_te + b_e > a_t: those that chose e
+        b_e  <- b with which n_e + g_e (N k / E - n_e) tokens have s_te + b > a_t;  then minus the median over e
 
-    This is the exact minimum, expert by expert, of the dual problem on which Loss-Free's sign rule takes small steps.
-    It works on scores of any range. Where a router selects by logits, s are the logits. Tokens are routed with the
-    bias of the window before, so nothing leaks from later tokens. Ties follow the sort.
+    With g = 1 this is the exact minimum, expert by expert, of the dual problem on which Loss-Free's sign rule takes
+    small steps. The gain g_e is the part of the deviation that is not chance: 1 - (what chance gives) / deviation^2, at
+    least 0, from 3 standard deviations of a layer or 4 of an expert on. An even layer stays as it is.
+
+    Where a router selects by logits, s are the logits. Tokens are routed with the bias of the window before, so nothing
+    leaks from later tokens. Ties follow the sort.
 
     Args:
-        bins: bins of each expert's histogram of ``a_t - s_te - b_e``; a power of two from 64. The new bias is
-            interpolated within a bin. There are ``bins / 64`` bins per octave from 2^-29 to 2^3 around the present
+        bins: bins of each expert's histogram of ``a_t - s_te - b_e``; a power of two from 128. The new bias is
+            interpolated within a bin. There are ``bins / 128`` bins per octave from 2^-61 to 2^3 around the present
             bias: the first, long moves are coarse, and resolution grows as the load evens out, whatever the range of
-            the scores. 0: exact, for small batches: all values of the window are gathered (4 N E bytes per layer).
+            the scores. Margins below 2^-61 count as 0. 0: exact, for small batches: all values of the window are
+            gathered (4 N E bytes per layer).
         ema: share of the old bias that is kept, from 0 to below 1.
         fraction: share of the tokens that is looked at, above 0 to 1. A hash of a token's logits decides, so it is the
             same on every rank and never just the first tokens.
 
     Without tokens, and with k = E, the bias stays. Tokens with logits that are not finite do not count if bins = 0.
+    In windows with less than about 16 tokens per expert, a dead expert may be chance, and is revived later.
 
-    Source: Su 2026, kexue.fm/archives/11619; Kimi K3, arXiv:2607.24653, section 2.3.3. Where we differ: K3 keeps 1000
-    bins of equal width on [min b - 1, max b + 1]. Ours are fewer and also resolve the 1e-7 of a peaked softmax router.
+    Limit: a bias is float32 and the same for all tokens. A softmax router whose logits spread by 10 or more *and* that
+    prefers some experts in the mean has tokens with scores of 1e-12, which no bias of 1e-3 tells apart. It becomes more
+    even, but not even. Sigmoid routers and selection by logits have no such tokens.
+
+    Source: Su 2026, kexue.fm/archives/11619; Kimi K3, arXiv:2607.24653, section 2.3.3. Where we differ: they take the
+    (k + 1)-th largest, with which experts that have too few tokens wait for the others to sink; they have no gain, so
+    noise moves an even layer; they subtract the mean, which costs float32 its resolution if one expert has a large
+    bias; and K3 keeps 1000 bins of equal width on [min b - 1, max b + 1].
     With group-limited routing it is approximate: the best expert that was not chosen may lie in a closed expert group.
     """
 
