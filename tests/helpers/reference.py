@@ -1055,7 +1055,7 @@ def _self_check():
     #   S = 1200: expert 0 deviates by 30, 16 v / 900 = 1/3; the layer 1 - 258.71/1200 = 0.784
     _expect("gain, collapsed", quantile_gain([55, 15, 15, 15], 1, 100), [1 - limit / 1200] * 4)
     _expect("no gain", [quantile_gain([30, 20, 25, 25], 1, 100), quantile_gain([25] * 4, 1, 100)], [[0.0] * 4] * 2)
-    #   one of 401, 400 expected each, v = 400 * (1 - 1/401): its own deviation 400 is 20 sd, the layer's sum is not much
+    #   one of 401, 400 expected each, v = 400 * (1 - 1/401): its own deviation is 20 sd, the layer's sum not much
     counts = [0] + [401] * 400
     own = 1.0 - 16.0 * (400.0 * 400.0 / 401.0) / 400.0**2
     _expect("gain of an expert", quantile_gain(counts, 1, 400 * 401)[0], own)

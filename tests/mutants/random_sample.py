@@ -322,7 +322,8 @@ def main() -> None:
     ours = [results[mutation.key] for mutation in chosen]
     survivors = [result for result in ours if result["verdict"] == "survived"]
     for result in survivors:
-        print(f"\n{result['key']} ({result.get('reason') or 'run: %s of %s tests' % (result['tests'], result['of'])})")
+        why = result.get("reason") or f"{result['tests']} of {result['of']} tests pass"
+        print(f"\n{result['key']}: {why}")
         print(result["diff"])
     changing = [result for result in ours if result["verdict"] != "equivalent"]
     print(

@@ -29,9 +29,9 @@ def _margins(
 def _gain(load: Load, k: int) -> Float[Tensor, "layers experts"]:
     """The part of each expert's deviation from its share that is not chance, 0 to 1.
 
-    If N tokens choose evenly, a count has the variance ``v = N p (1 - p)``, ``p = k / E``. The counts sum to N k, so the
-    sum of their squared deviations is ``v E / (E - 1)`` times a chi-square of E - 1 degrees of freedom. A layer counts
-    from 3 standard deviations of this sum on, a single expert from 4 of its count.
+    If N tokens choose evenly, a count has the variance ``v = N p (1 - p)``, ``p = k / E``. The counts sum to N k, so
+    the sum of their squared deviations is ``v E / (E - 1)`` times a chi-square of E - 1 degrees of freedom. A layer
+    counts from 3 standard deviations of this sum on, a single expert from 4 of its count.
     """
     num_experts = load.shape[-1]
     share = load.sum(-1, keepdim=True).double() / num_experts
@@ -45,7 +45,7 @@ def _gain(load: Load, k: int) -> Float[Tensor, "layers experts"]:
 def _exact(
     margins: Float[Tensor, "tokens experts"], k: int, gain: Float[Tensor, " experts"]
 ) -> tuple[Float[Tensor, " experts"], Int[Tensor, ""]]:
-    """The margin of each expert at the wanted count, the next larger of two, and N, the number of rows that are finite."""
+    """The margin of each expert at the wanted count, the larger of the two there, and N, the number of finite rows."""
     margins = margins.masked_fill(~margins.isfinite().all(-1, keepdim=True), float("inf"))  # nan logits do not count
     num_tokens = (margins[:, :1] < float("inf")).sum()
     if margins.shape[0] == 0:
