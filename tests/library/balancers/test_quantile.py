@@ -43,7 +43,7 @@ def _step(balancer, logits, k=2, score_function="sigmoid", mask=None, parts=1):
 
 
 def test_the_exact_bias_by_hand():
-    # ten times each of four tokens; half-way .55 .65 .4 .5; lacking, expert 0: -.35 -.15 -.3 -.1, expert 1: the same up.
+    # ten times each of four tokens; half-way .55 .65 .4 .5; lacking, expert 0: -.35 -.15 -.3 -.1, expert 1: up.
     # 40 and 0 of 20: v = 10, S = 800, by chance 20 (1 + 3 sqrt 2) = 104.9, so 1 - .131 = .869 of the way: the 40 - 17.4
     # = 22.6th and the 17.4th smallest, from 0, -.15 and .15. The median, the lower of two, is -.15
     scores = torch.tensor([[0.9, 0.2], [0.8, 0.5], [0.7, 0.1], [0.6, 0.4]], dtype=torch.float64).repeat(10, 1)
