@@ -3,6 +3,7 @@
 # make bench     measures what balancing costs and how fast the lab is: benchmarks/results and docs/speed.md
 # make test      everything that CI runs
 # make mutants   breaks the source on purpose, one known defect at a time; the tests must notice every break
+# make random-mutants   200 random breaks of the core, each run against the tests that reach its line; runs/random_mutants
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,7 +12,7 @@ DEMO ?= runs/demo
 TORCH ?=
 CONSTRAINTS := $(if $(TORCH),$(VENV)/constraints.txt,constraints.txt)
 
-.PHONY: install demo bench test mutants clean
+.PHONY: install demo bench test mutants random-mutants clean
 
 install: $(VENV)/.installed
 
@@ -37,6 +38,11 @@ test: install
 
 mutants: install
 	PYTHONPATH=tests $(BIN)/python -m mutants $(ONLY)
+
+# Goes on where it was stopped; remove runs/random_mutants after a change of the source or the tests.
+random-mutants: install
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable ".[mutants]"
+	PYTHONPATH=tests $(BIN)/python -m mutants.random_sample
 
 clean:
 	rm -rf $(VENV) runs build dist

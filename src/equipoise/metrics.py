@@ -144,16 +144,19 @@ def _expected_max_of_normals(n: int) -> float:
 
 
 def sampling_floor(num_tokens: float, k: int, num_experts: int) -> float:
-    """The MaxVio that chance alone gives to a perfectly even router, ``m(E) * sqrt((1 - k/E) / (N * k/E))``.
+    """The MaxVio that chance alone gives to a perfectly even router:
+
+        m(E) * sqrt(E / (E - 1)) * sqrt((1 - k/E) / (N k/E))
 
     N tokens choose independently, each expert with probability k/E. m(E) is the expected maximum of E standard normals:
-    1.42, 2.07, 2.34, 2.83 for 8, 32, 64, 256. A MaxVio this low cannot be told from balance. 0 at k = E, inf at N = 0.
+    1.42, 2.07, 2.34, 2.83 for 8, 32, 64, 256. The second factor is there because counts sum to N k: a count that is
+    above the mean takes from the others. A MaxVio this low cannot be told from balance. 0 at k = E, inf at N = 0.
 
     It is a lower bound: the tokens of a text are not independent. It takes counts as normal, which fails for few: with
     64 experts and k = 1, chance gives about 1.1 times as much at 16 assignments per expert and 1.3 times at one.
 
     >>> round(sampling_floor(8192, k=4, num_experts=32), 4)
-    0.0605
+    0.0615
     """
     if int(k) != k or int(num_experts) != num_experts or not 1 <= k <= num_experts:
         raise ValueError(f"k must be an integer between 1 and the number of experts: got {k=}, {num_experts=}.")
@@ -164,7 +167,8 @@ def sampling_floor(num_tokens: float, k: int, num_experts: int) -> float:
     if k == num_experts:
         return 0.0
     p = k / num_experts
-    return _expected_max_of_normals(num_experts) * math.sqrt((1 - p) / (num_tokens * p))
+    of_sum = num_experts / (num_experts - 1)  # deviations from a common mean are negatively correlated
+    return _expected_max_of_normals(num_experts) * math.sqrt(of_sum * (1 - p) / (num_tokens * p))
 
 
 def domain_information(load: Int[Tensor, "domains *layers experts"]) -> Float[Tensor, "*layers"]:

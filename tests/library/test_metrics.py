@@ -1,4 +1,6 @@
 import math
+import statistics
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -139,27 +141,40 @@ def test_every_metric_tells_an_even_router_from_a_skewed_one():
 @pytest.mark.parametrize(("experts", "m"), [(8, 1.42), (32, 2.07), (64, 2.34), (256, 2.83)])
 def test_sampling_floor_has_the_documented_constants(experts, m):
     # k = E/2 and one token: sqrt((1/2) / (1/2)) = 1
-    assert round(sampling_floor(1, experts // 2, experts), 2) == m
-    assert sampling_floor(1, experts // 2, experts) == pytest.approx(reference.expected_maximum(experts), rel=1e-5)
+    of_sum = math.sqrt(experts / (experts - 1))
+    assert round(sampling_floor(1, experts // 2, experts) / of_sum, 2) == m
+    expected = reference.expected_maximum(experts) * of_sum
+    assert sampling_floor(1, experts // 2, experts) == pytest.approx(expected, rel=1e-5)
 
 
 def test_sampling_floor_by_hand():
-    # m(2) = 1/sqrt(pi), m(3) = 3/(2 sqrt(pi)); 2 of 8 experts and 300 tokens: sqrt((3/4) / 75) = 1/10
-    assert sampling_floor(100, 1, 2) == pytest.approx(0.1 / math.sqrt(math.pi), rel=1e-5)
-    assert sampling_floor(50, 1, 3) == pytest.approx(1.5 / math.sqrt(math.pi) * 0.2, rel=1e-5)
-    assert sampling_floor(300, 2, 8) == pytest.approx(reference.expected_maximum(8) / 10, rel=1e-5)
+    # two experts deviate by |Z| one way and the other: E|Z| = sqrt(2/pi), times 1/10
+    assert sampling_floor(100, 1, 2) == pytest.approx(0.1 * math.sqrt(2 / math.pi), rel=1e-5)
+    # m(3) = 3/(2 sqrt(pi)), sqrt(3/2); 2 of 8 experts and 300 tokens: sqrt((3/4) / 75) = 1/10, sqrt(8/7)
+    assert sampling_floor(50, 1, 3) == pytest.approx(1.5 / math.sqrt(math.pi) * math.sqrt(1.5) * 0.2, rel=1e-5)
+    assert sampling_floor(300, 2, 8) == pytest.approx(reference.expected_maximum(8) / 10 * math.sqrt(8 / 7), rel=1e-5)
     assert sampling_floor(300, 8, 8) == 0
     assert sampling_floor(0, 2, 8) == math.inf
 
 
-def test_sampling_floor_is_the_mean_violation_of_an_even_router():
-    generator = torch.Generator().manual_seed(0)
+@pytest.mark.parametrize("tokens", [100, 1000])
+def test_sampling_floor_of_two_experts_is_the_mean_of_all_outcomes(tokens):
+    """n of N tokens choose the first expert with the probability C(N, n) / 2^N; then MaxVio is |2n - N| / N."""
+    outcomes = (math.comb(tokens, n) * abs(2 * n - tokens) for n in range(tokens + 1))
+    exact = float(Fraction(sum(outcomes), tokens * 2**tokens))
+    assert sampling_floor(tokens, 1, 2) == pytest.approx(exact, rel=1 / tokens)  # normal to the order 1 / (4 N)
+
+
+@pytest.mark.parametrize(("tokens", "k", "experts"), [(4096, 1, 2), (4096, 2, 3), (4096, 2, 8), (4096, 4, 32)])
+def test_sampling_floor_is_the_mean_violation_of_an_even_router(tokens, k, experts):
+    generator, windows = torch.Generator().manual_seed(0), 200
     violations = []
-    for _ in range(40):
-        ids = torch.rand(4096, 32, generator=generator).topk(4).indices
-        violations.append(float(max_violation(expert_load(ids, 32))))
-    # 40 windows, each scattered by about a fifth of the floor: 0.2 / sqrt(40) = 3 %, three times that
-    assert sum(violations) / 40 == pytest.approx(sampling_floor(4096, 4, 32), rel=0.1)
+    for _ in range(windows):
+        ids = torch.rand(tokens, experts, generator=generator).topk(k).indices
+        violations.append(float(max_violation(expert_load(ids, experts))))
+    mean, sigma = statistics.mean(violations), statistics.stdev(violations) / math.sqrt(windows)
+    # a normal maximum is right to the order of the counts' skewness, about 1/sqrt(512) of a standard deviation
+    assert mean == pytest.approx(sampling_floor(tokens, k, experts), abs=4 * sigma, rel=0.01)
 
 
 @pytest.mark.parametrize("k", [0, 9, 1.5])

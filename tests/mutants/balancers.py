@@ -114,9 +114,39 @@ MUTANTS = [
     ),
     Mutant(
         "80: the quantile is taken from the other tail",
-        "wanted = (num_tokens * k).to(widest_float(histogram.device)) / histogram.shape[-2]",
-        "wanted = (num_tokens * (histogram.shape[-2] - k)).to(widest_float(histogram.device)) / histogram.shape[-2]",
+        "torch.lerp(chosen, (num_tokens * k).to(precise) / num_experts, gain)",
+        "torch.lerp(chosen, (num_tokens * (num_experts - k)).to(precise) / num_experts, gain)",
         "test_quantile -k 'reference or even'",
+    ),
+    Mutant(
+        "108: quantile moves biases on counts that are chance",
+        "torch.maximum(of_layer, 1 - SIGNIFICANT_EXPERT**2 * variance / squares.clamp_min(1e-9)).clamp_min(0)",
+        "torch.ones_like(squares)",
+        "test_quantile -k 'gain or hardly_ever or stays_even'",
+    ),
+    Mutant(
+        "108: quantile overlooks a single dead expert of many",
+        "torch.maximum(of_layer, 1 - SIGNIFICANT_EXPERT**2 * variance / squares.clamp_min(1e-9)).clamp_min(0)",
+        "of_layer.clamp_min(0).expand_as(squares)",
+        "test_quantile -k single_dead",
+    ),
+    Mutant(
+        "108: the threshold of quantile is the first score that was not chosen",
+        "torch.lerp(last_chosen, first_other, 0.5) - biased",
+        "first_other - biased",
+        "test_quantile -k 'reference or skewed_peaked'",
+    ),
+    Mutant(
+        "108: quantile steps across the bin next to zero",
+        "margin.masked_fill((index == bins // 2) | (index == bins // 2 - 1), 0)",
+        "margin",
+        "test_quantile -k next_to_zero",
+    ),
+    Mutant(
+        "108: a large bias takes resolution from the others",
+        "target.median(-1, keepdim=True).values",
+        "target.mean(-1, keepdim=True)",
+        "test_quantile -k large_bias",
     ),
     Mutant(
         "80: the first tokens are taken instead of a random subset",

@@ -113,6 +113,12 @@ MUTANTS = [
         "test_metrics",
     ),
     Mutant(
+        "109: the floor takes counts as independent although they sum to N k",
+        "math.sqrt(of_sum * (1 - p) / (num_tokens * p))",
+        "math.sqrt((1 - p) / (num_tokens * p))",
+        "test_metrics -k sampling_floor",
+    ),
+    Mutant(
         "92: layers are pooled before the metric",
         "return torch.stack([_by_layer(metric, layer) for layer in load.values()]).mean(0)",
         "return _by_layer(metric, torch.stack(list(load.values())).sum(0))",

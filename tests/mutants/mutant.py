@@ -40,7 +40,7 @@ def judge(mutant: Mutant) -> str:
     """``seen``, or what went wrong. Works on a copy of the repository."""
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
-        _copy(root)
+        copy_repository(root)
         in_source, to_run = places(mutant.original, root), find_tests(mutant.tests, root)
         if len(in_source) != 1:
             return f"its text is in the source {len(in_source)} times"
@@ -57,7 +57,7 @@ def judge(mutant: Mutant) -> str:
     return f"pytest could not run: {(done.stdout + done.stderr)[-300:]}"
 
 
-def _copy(root: Path) -> None:
+def copy_repository(root: Path) -> None:
     for name in ("src", "tests", "docs", "benchmarks"):
         shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "Makefile", "constraints.txt", "CONTRIBUTING.md"):

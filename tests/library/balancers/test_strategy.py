@@ -99,7 +99,7 @@ def test_a_plus_in_a_number_does_not_split():
         ("loss-free:momentum=0.5", "momentum must go with rule=momentum"),
         ("loss-free:rule=momentum,momentum=1", "momentum must be below 1"),
         ("loss-free:rule=momentum,sharpness=0", "sharpness must be above 0"),
-        ("quantile:bins=100", "bins must be 0 .exact. or a power of two from 64 to 1048576: got 100"),
+        ("quantile:bins=100", "bins must be 0 .exact. or a power of two from 128 to 1048576: got 100"),
         ("quantile:bins=16", "bins must be 0"),
         ("quantile:bins=-1", "bins must be at least 0"),
         ("quantile:bins=nan", "bins must be a whole number"),

@@ -43,8 +43,8 @@ LIBRARY_BALANCERS = {
     "loss-free:rate=0.02,rule=sign,schedule=linear,zero_from=20": LOSS_FREE,
     "loss-free:rate=0.02,schedule=drop,zero_from=10": LOSS_FREE,
     "loss-free:rate=0.01,rule=momentum,momentum=0.9,sharpness=5": LOSS_FREE,
-    **{f"quantile:bins={bins}": QUANTILE for bins in (64, 128)},
-    **{f"quantile:bins={bins},ema=0.5,fraction=0.5": QUANTILE for bins in (64, 128)},
+    **{f"quantile:bins={bins}": QUANTILE for bins in (128, 256)},
+    **{f"quantile:bins={bins},ema=0.5,fraction=0.5": QUANTILE for bins in (128, 256)},
     "quantile:bins=0": QUANTILE - {"huge counts"},
     "quantile:bins=0,fraction=0.5": QUANTILE - {"huge counts"},
     **{
