@@ -233,8 +233,8 @@ MUTANTS = [
     ),
     Mutant(
         "families: a nested config that no class reads is ignored without a note",
-        "    if unread:\n",
-        "    if False:\n",
+        "    if unread:\n        notes.append(",
+        "    if False:\n        notes.append(",
         "test_structure -k nested_config_of",
     ),
     Mutant(
