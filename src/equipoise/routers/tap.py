@@ -69,6 +69,7 @@ class Tap:
     has_loss: bool = False
     uses_topk_mode: bool = False  # by BiasedTopK, with the buffer that attach added
     multiplies: bool = False  # the buffer holds w - 1; scores are multiplied by w
+    dimensions: tuple[int, ...] = (2, 3)  # of the inputs that the router was proven on
 
     def __post_init__(self) -> None:
         if self.observer is not None:
@@ -98,21 +99,47 @@ class BiasedTopK(TorchFunctionMode):
     def __init__(self, bias: Float[Tensor, " experts"], multiplies: bool = False):
         super().__init__()
         self.bias, self.multiplies = bias, multiplies
+        self._dimensions: list[int] = []  # of the arguments that were steered
+
+    @property
+    def num_choices(self) -> int:
+        """How many choices of experts were steered.
+
+        A top-k of more dimensions beside the choice ranks the experts inside a single expert group: [tokens, 1,
+        experts]. A bias on it chooses nothing.
+        """
+        return self._dimensions.count(min(self._dimensions)) if self._dimensions else 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self.is_choice(func, args):
-            scores = args[0]
-            plain = scores.detach()
-            choice = plain * (1 + self.bias) if self.multiplies else plain + self.bias
-            ids = torch.topk(choice, *args[1:], **(kwargs or {})).indices
-            return torch.return_types.topk((scores.gather(-1, ids), ids))
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func in (torch.topk, Tensor.topk) and kwargs.get("out") is None:
+            scores, k, is_sorted = _topk_of_experts(self.bias.shape[0], *args, **kwargs)
+            if scores is not None:
+                self._dimensions.append(scores.dim())
+                plain = scores.detach()
+                choice = plain * (1 + self.bias) if self.multiplies else plain + self.bias
+                ids = torch.topk(choice, k, sorted=is_sorted).indices
+                return torch.return_types.topk((scores.gather(-1, ids), ids))
+        return func(*args, **kwargs)
 
-    def is_choice(self, func: Any, args: Any) -> bool:
-        """Whether a call is a top-k of tokens over the experts, and not one over expert groups."""
-        if func not in (torch.topk, Tensor.topk) or not args:
-            return False
-        return args[0].dim() == 2 and args[0].shape[-1] == self.bias.shape[0]
+
+def _topk_of_experts(
+    num_experts: int, input: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True, out: Any = None
+) -> tuple[Tensor | None, int, bool]:
+    """The scores, k and ``sorted`` of a call of ``torch.topk``; no scores if it ranks anything but the experts."""
+    is_last = input.dim() >= 2 and dim in (-1, input.dim() - 1)
+    ranks_experts = is_last and largest and input.shape[-1] == num_experts  # expert groups are fewer
+    return input if ranks_experts else None, k, sorted
+
+
+def _check_input(router: nn.Module, tap: Tap, hidden: Tensor, *others: Any) -> None:
+    """Raises for an input of another form than the one on which the router was proven."""
+    if min(hidden.dim(), 3) not in tap.dimensions:
+        forms = {2: "[tokens, dim]", 3: "[batch, sequence, dim]"}
+        raise EquipoiseError(
+            f"a {type(router).__name__} must be called with {forms[tap.dimensions[0]]}: got the shape "
+            f"{tuple(hidden.shape)}, on which it chooses otherwise than by its scores. Reshape what it is called with."
+        )
 
 
 @cache
@@ -120,13 +147,22 @@ def _tapped_class(base: Any) -> Any:
     def forward(self, *args, **kwargs):
         tap = self._equipoise
         if tap.uses_topk_mode:
-            with BiasedTopK(self._buffers[ADDED_SLOT], tap.multiplies):
+            top_k = BiasedTopK(self._buffers[ADDED_SLOT], tap.multiplies)
+            with top_k:
                 output = base.forward(self, *args, **kwargs)
+            if top_k.num_choices != 1:
+                raise EquipoiseError(
+                    "a router without a bias of its own must choose by one torch.topk over its experts, as it did when "
+                    f"it was attached: in this call {type(self).__name__} took {top_k.num_choices}, so no bias steers "
+                    "it. Call detach() before a router is changed, and attach again after."
+                )
         else:
             output = base.forward(self, *args, **kwargs)
         context = tap.context
         if context is None:  # a copy of the model
             return output
+        if len(tap.dimensions) == 1:
+            _check_input(self, tap, *args, *kwargs.values())
         logits, weights, expert_ids = tap.kind.read(output, tap.k)
         if type(logits).__name__ == "DTensor":
             raise EquipoiseError(
@@ -197,6 +233,7 @@ def plain_class(module: nn.Module) -> Any:
 def tap_router(layer: MoELayer, tap: Tap, added_slot: Float[Tensor, " experts"] | None) -> None:
     """Swaps the class of the router and of its slot's holder. ``added_slot`` becomes a buffer no checkpoint sees."""
     router, slot = layer.router, layer.slot
+    tap.dimensions = layer.dimensions
     if added_slot is not None:
         router.register_buffer(ADDED_SLOT, added_slot, persistent=False)
         tap.uses_topk_mode = True
