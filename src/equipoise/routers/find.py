@@ -55,9 +55,10 @@ def find_routers(model: nn.Module, allow_empty: bool = False) -> list[MoELayer]:
         name, module, parent, _ = candidate
         try:
             kind, num_experts, k, dimensions, obstacle = proof_of(module, parent)
-        except Refused as reason:
+        except Refused as refusal_of_router:
+            reason = _reason_outside(model, module) or refusal_of_router
             if _declared_kind(module) is not None:
-                raise refusal(name, module, reason) from None
+                raise _refusal(name, module, reason) from None
             refused.append((candidate, reason))
             continue
         slot = find_slot(module, parent, kind)
@@ -69,7 +70,7 @@ def find_routers(model: nn.Module, allow_empty: bool = False) -> list[MoELayer]:
     raise _no_router(model, [(candidate, reason) for candidate, reason in refused if candidate.is_certain])
 
 
-def refusal(name: str, router: nn.Module, reason: Refused) -> EquipoiseError:
+def _refusal(name: str, router: nn.Module, reason: Refused) -> EquipoiseError:
     """The error for a router that cannot be attached."""
     kind = _declared_kind(router)
     must = f"as its router_kind says, {kind}" if kind is not None else "in a way that can be proven"
@@ -82,7 +83,6 @@ def _no_router(model: nn.Module, refused: list[tuple["_Candidate", Refused]]) ->
     if refused:
         (name, module, *_), reason = refused[0]
         others = f" ({len(refused) - 1} more of its routers are refused)" if len(refused) > 1 else ""
-        reason = _reason_outside(model, module) or reason
         came = f"{name} ({type(module).__name__}) cannot be: {reason}{others}"
         return EquipoiseError(f"a model must hold a router that can be proven: {came}. {reason.remedy}.")
     names = {type(module).__name__ for module in model.modules()}
@@ -106,7 +106,7 @@ def _reason_outside(model: nn.Module, module: nn.Module) -> Refused | None:
     if not has_matrix and any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
         return Refused(
             "FullyShardedDataParallel has flattened its weights",
-            "Attach before FullyShardedDataParallel wraps the model, or shard it by fully_shard",
+            "Attach before it wraps the model with use_orig_params=True, or shard the model by fully_shard",
         )
     version = getattr(sys.modules.get("transformers"), "__version__", None)
     if version is None or not type(module).__module__.startswith("transformers."):

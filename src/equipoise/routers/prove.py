@@ -284,9 +284,9 @@ class _Trial:
         if not widths:
             raise Refused("it has no matrix of weights", CONTRACT)
         self.inputs, output = self._fitting_inputs(widths, random)
-        _check_output(output, router)
-        if not self.inputs:
+        if not self.inputs and _num_tokens(output) is not None:
             raise Refused(f"its forward gives {_num_tokens(output)} rows for {TOKENS} tokens", CONTRACT)
+        _check_output(output, router)
         self.is_dense = _is_dense(output)
         self.num_experts = int(output[1 if self.is_dense else 0].shape[-1])
         chosen = (output[0] != 0).sum(-1).max() if self.is_dense else output[2].shape[-1]
@@ -423,9 +423,9 @@ def prove(
 
     Proven, for tokens [tokens, dim] and [batch, sequence, dim], whichever the forward takes: the outputs are what
     ``kind.gives`` says. The weights are the scores of the chosen experts, up to one factor per token. The choice
-    depends on nothing but the logits and the slot. A bias moves the choice and leaves the scores alone. Without a slot, exactly
-    one top-k is taken over the experts; if it is not, ``Proof.obstacle`` says so. With ``multiplies`` the bias is w - 1
-    of a factor w on the scores, for which no family has a slot. Raises ``Refused`` with the reason.
+    depends on nothing but the logits and the slot. A bias moves the choice and leaves the scores alone. Without a slot,
+    exactly one top-k is taken over the experts; if it is not, ``Proof.obstacle`` says so. With ``multiplies`` the bias
+    is w - 1 of a factor w on the scores, for which no family has a slot. Raises ``Refused`` with the reason.
     """
     if multiplies and kind.selection == "logits":
         raise Refused("the choice is made by logits: a factor reverses the order of experts where they are negative")
@@ -460,6 +460,11 @@ def _prove(trials: _Trials, kind: RouterKind, multiplies: bool = False) -> tuple
     if trial.is_dense != (kind.gives == "dense"):
         raise Refused(f"its forward does not return what gives={kind.gives!r} says", CONTRACT)
     _check_slot(trial, kind.slot)
+    if trial.router.training:
+        runs = (trial.run_plain(trial.inputs[0], kind.slot), trial.run(trial.inputs[0], kind.slot))
+        if not all(map(torch.equal, *(kind.read(run, trial.k) for run in runs))):
+            what_to_do = "Call eval() before attach, and train() after"
+            raise Refused("it draws random numbers in training", what_to_do, progress=3)
     results: list[tuple[int, str | None, bool]] = []
     failure: Refused | None = None
     for hidden in trial.inputs:
@@ -504,16 +509,13 @@ def _check(trial: _Trial, hidden: Tensor, kind: RouterKind, multiplies: bool) ->
     if any(name != kind.slot for name in trial.by_expert):  # what else has a number for each expert must not choose
         other = kind.read(trial.run_plain(hidden, kind.slot, is_neutral=False), trial.k)
         _check_experts(other, trial, kind, zero, multiplies)
-    if trial.router.training and hidden is trial.inputs[0]:
-        again = kind.read(trial.run(hidden, kind.slot), trial.k)
-        if not all(map(torch.equal, again, plain)):
-            what_to_do = "Call eval() before attach, and train() after"
-            raise Refused("it draws random numbers in training", what_to_do, progress=3)
     try:
         for bias in _trial_biases(trial.num_experts, kind, multiplies):
             is_shown &= _check_bias(trial, hidden, kind, bias, multiplies, plain)
     except Refused as refused:
-        if kind.slot is not None or multiplies:
+        if kind.slot is not None and not multiplies:
+            raise Refused(f"{kind.slot} is no slot that steers it: {refused}", progress=refused.progress) from None
+        if multiplies:
             raise
         return str(refused), is_shown
     return None, is_shown
