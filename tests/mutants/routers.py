@@ -5,8 +5,8 @@ from mutants.mutant import Mutant
 MUTANTS = [
     Mutant(
         "expert groups that are chosen before the bias is added are attached",
-        "if (not is_grouped or is_blocked) and",
-        "if not is_grouped and",
+        "if not is_best and is_blocked and not is_plain:",
+        "if False:",
         "test_every_family -k groups_chosen_before",
     ),
     Mutant(
@@ -117,20 +117,20 @@ MUTANTS = [
     # routers are known by what they do
     Mutant(
         "routers: any weights are taken for the gate's",
-        "if not torch.allclose(factor, factor[:, :1].expand_as(factor), rtol=1e-4):",
-        "if False:",
+        "    if torch.allclose(factor, reference.expand_as(factor), rtol=1e-4):\n",
+        "    if True:\n",
         "test_find -k found_out",
     ),
     Mutant(
         "routers: the best by other scores are good enough",
-        "if (not is_grouped or is_blocked) and (expert_ids.sort().values != best.sort().values).any():",
-        "if False:",
+        "    if not is_best and not trial.has_groups:\n",
+        "    if False:\n",
         "test_every_family -k 'gpt_oss or kolibri1'",
     ),
     Mutant(
         "routers: groups are limited before the bias",
-        "is_blocked = is_grouped and (multiplies or kind.slot is None)",
-        "is_blocked = is_grouped and multiplies",
+        "is_blocked = trial.has_groups and (multiplies or kind.slot is None)",
+        "is_blocked = trial.has_groups and multiplies",
         "test_every_family -k groups",
     ),
     Mutant(
@@ -141,8 +141,8 @@ MUTANTS = [
     ),
     Mutant(
         "routers: a slot in the block around is not looked for",
-        "argument = None if parent is None else _slot_argument(router)",
-        "argument = None",
+        "    return {name: tensors[name] for name in _arguments(router)[1:] if tensors.get(name) is not None}",
+        "    return {}",
         "test_every_family -k 'afmoe or minimax_m2'",
     ),
     Mutant(
@@ -195,13 +195,13 @@ MUTANTS = [
     ),
     Mutant(
         "routers: noise is not looked for",
-        "if first is None and router.training:",
-        "if False:",
+        "    if trial.router.training:\n        runs",
+        "    if False:\n        runs",
         "test_own_routers",
     ),
     Mutant(
         "routers: a block without one is left out without a word",
-        "for name, module in _moe_blocks(model)]",
+        "for name, module in _moe_blocks(model, candidates)]",
         "for name, module in ()]",
         "test_own_routers -k named_beside",
     ),

@@ -303,7 +303,8 @@ def _refused_routers(candidates: list[_Candidate]) -> Iterator[tuple[str, nn.Mod
 
 def _may_be_router(module: nn.Module) -> bool:
     """Not every gate is a router: attention has forget gates."""
-    if not _has_router_name(type(module)):
+    cls: Any = type(module)
+    if not _has_router_name(cls):
         return True  # known by what it returns
     weight = module._parameters.get("weight")
     has_name = any(re.search("router|gating", cls.__name__, re.IGNORECASE) for cls in _own_classes(type(module)))

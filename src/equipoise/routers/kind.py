@@ -38,6 +38,7 @@ class RouterKind(NamedTuple):
         """(logits, weights, expert_ids) of what the router's forward returned, a row per token; ``dense`` needs k."""
         if self.gives == "dense":
             dense, logits = map(_by_token, output)
+            assert k is not None
             expert_ids = dense.detach().topk(k, dim=-1).indices
             return logits, dense.gather(-1, expert_ids), expert_ids
         first, weights, expert_ids = map(_by_token, output[:3])

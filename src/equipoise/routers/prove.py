@@ -232,9 +232,14 @@ def _check_output(output: Any, router: nn.Module) -> None:
     if not isinstance(output, tuple | list):
         raise Refused(f"{must} but a {type(output).__name__}", CONTRACT)
     shapes = [tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__ for value in output]
-    if "expert_ids" not in names or "weights" not in names:
+    if "expert_ids" not in names or "weights" not in names or _is_mask(output[names.index("expert_ids")]):
         raise Refused(f"{must} but {len(shapes)} outputs: {', '.join(map(str, shapes))}", CONTRACT)
     raise Refused(f"{must} but ({', '.join(names)}){' in a list' * isinstance(output, list)}", _adapter(router, names))
+
+
+def _is_mask(ids: Tensor) -> bool:
+    """Whether integers are no ids: the experts of a token are different ones."""
+    return bool((ids.sort(-1).values.diff(dim=-1) == 0).any())
 
 
 def _adapter(router: nn.Module, names: list[str]) -> str:
@@ -301,7 +306,7 @@ class _Trial:
         output, others = None, []
         for width in widths:
             tokens = random.normal(TOKENS, width) / width**0.5
-            inputs = []
+            inputs: list[Tensor] = []
             for hidden in (tokens, tokens.view(2, TOKENS // 2, width)):
                 try:
                     new = self._forward(hidden)
@@ -372,9 +377,11 @@ class _Trial:
     @cached_property
     def acting(self) -> list[str]:
         """Names of the tensors on which the choice depends beyond the logits."""
+        if not self.by_expert:
+            return []
         names = []
         self.fill(is_neutral=False)
-        logits, expert_ids = self._choice() if self.by_expert else (None, None)
+        logits, expert_ids = self._choice()
         for name, tensor in self.by_expert.items():
             tensor.put(tensor.random[1])
             new_logits, new_ids = self._choice()
