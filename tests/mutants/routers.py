@@ -279,6 +279,12 @@ MUTANTS = [
         "test_behaviour -k tensor_named",
     ),
     Mutant(
+        "102: a tensor in the logits and in the choice is not seen",
+        "_check_experts(other, trial, kind, zero, multiplies)",
+        "pass",
+        "test_behaviour -k tensor_named",
+    ),
+    Mutant(
         "102: a choice by several tensors is attached",
         "others = [name for name in trial.acting if name != slot]",
         "others: list[str] = []",

@@ -394,11 +394,26 @@ class ProductRouter(PlainRouter):
 
     def __init__(self):
         super().__init__()
-        self.register_buffer("moving", torch.zeros(EXPERTS))
-        self.register_buffer("strength", torch.zeros(EXPERTS))
+        self.register_buffer("bias", torch.zeros(EXPERTS))
+        self.register_buffer("bias_strength", torch.zeros(EXPERTS))
 
     def choose(self, logits):
-        expert_ids = (logits.sigmoid() + self.moving * self.strength).topk(K, -1).indices
+        expert_ids = (logits.sigmoid() + self.bias * self.bias_strength).topk(K, -1).indices
+        return logits.sigmoid().gather(-1, expert_ids), expert_ids
+
+
+class TwiceRouter(PlainRouter):
+    """Its term is in the logits, and is added to the scores again."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(EXPERTS))
+
+    def logits(self, x):
+        return super().logits(x) + self.bias
+
+    def choose(self, logits):
+        expert_ids = (logits.sigmoid() + self.bias).topk(K, -1).indices
         return logits.sigmoid().gather(-1, expert_ids), expert_ids
 
 
@@ -409,7 +424,8 @@ class ProductRouter(PlainRouter):
         (StackedRouter, "its choice depends on modalities beside its logits"),
         (MaskedRouter, "its choice depends on is_dead beside its logits"),
         (UnregisteredRouter, "its choice depends on moving beside its logits"),
-        (ProductRouter, "its choice depends on moving and strength beside its logits"),
+        (ProductRouter, "its choice depends on bias and bias_strength beside its logits"),
+        (TwiceRouter, "the experts that it chooses are not the best by its sigmoid scores"),
         (TrainedRouter, "prior is no slot that steers it: a bias on its choice changes the weights of the same choice"),
     ],
 )
