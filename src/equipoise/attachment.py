@@ -18,7 +18,7 @@ from equipoise.counting.start import BiasesOrPath, starting_biases
 from equipoise.errors import EquipoiseError, UsageError
 from equipoise.recipes import RECIPES
 from equipoise.routers import MoELayer
-from equipoise.routers.find import find_routers, proof_of, refusal, unknown_routers
+from equipoise.routers.find import find_routers, proof_of, unknown_routers
 from equipoise.routers.prove import Refused
 from equipoise.routers.tap import has_live_tap, tap_of, untap_router
 from equipoise.torch_internals import check_private_names, without_compile
@@ -121,6 +121,12 @@ def _plan(
                 f"a router must be attached once: {layer.name} is attached already. Call detach() on its Balance "
                 "first. A shallow copy shares the tensors of the router: make copies with copy.deepcopy."
             )
+        if any(balancer.has_bias for balancer in resolved) and layer.obstacle is not None:
+            raise EquipoiseError(
+                f"a bias must be able to steer every router: {layer.name} ({type(layer.router).__name__}) cannot be "
+                f"steered: {layer.obstacle}. Attach lbl, which balances by a loss, or nothing, which counts. Or leave "
+                "the router out with where=..."
+            )
         if any(balancer.multiplies for balancer in resolved):
             _check_factor(layer)
     if any(balancer.has_bias for balancer in resolved):
@@ -154,8 +160,10 @@ def _check_factor(layer: MoELayer) -> None:
     try:
         proof_of(layer.router, None if layer.slot is None else layer.slot.holder, multiplies=True)
     except Refused as reason:
-        problem = f"{reason}, and a factor must be all that steers it"
-        raise refusal(layer.name, layer.router, problem, layer.kind) from None
+        raise EquipoiseError(
+            f"a multiplicative bias must be all that steers a router: of {layer.name} ({type(layer.router).__name__}) "
+            f"it is not: {reason}. Take a rule that adds, or leave the router out with where=..."
+        ) from None
 
 
 def resolve(balancers: Sequence[Balancer | str]) -> list[Balancer]:

@@ -763,8 +763,11 @@ def test_a_router_that_declares_its_kind_is_recognised():
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        (RouterKind("sigmoid", None), "a OwnRouter must select by sigmoid scores"),
-        (RouterKind("softmax", SLOT), f"there is no buffer {SLOT}"),
+        (
+            RouterKind("sigmoid", None),
+            "must select as its router_kind says.*: its weights are not in proportion to the sig",
+        ),
+        (RouterKind("softmax", SLOT), f"its slot {SLOT} is no buffer or parameter"),
         (
             "softmax",
             r"router_kind of a OwnRouter must be an equipoise.RouterKind\(score_function, slot\): got 'softmax'",
@@ -795,8 +798,7 @@ def test_the_proof_holds_for_every_router(score_function, options, k):
     router = Router(16, 8, k, score_function=score_function, **options)
     state = {name: value.clone() for name, value in router.state_dict().items()}
     assert router.router_kind == RouterKind(score_function, SLOT)
-    assert prove(router, router.router_kind)[1:] == (8, k)
+    assert prove(router, router.router_kind) == (router.router_kind, 8, k, (2, 3), None)
     assert all(torch.equal(value, state[name]) for name, value in router.state_dict().items())
-    if k > 1:  # one weight is in proportion to anything
-        with pytest.raises(EquipoiseError, match="not the best|not in proportion"):
-            prove(router, RouterKind("softmax" if score_function != "softmax" else "sigmoid", SLOT))
+    with pytest.raises(EquipoiseError, match="not the best|not in proportion"):
+        prove(router, RouterKind("softmax" if score_function != "softmax" else "sigmoid", SLOT))

@@ -5,8 +5,8 @@ from mutants.mutant import Mutant
 MUTANTS = [
     Mutant(
         "expert groups that are chosen before the bias is added are attached",
-        "if (not is_grouped or is_blocked) and",
-        "if not is_grouped and",
+        "if not is_best and is_blocked and not is_plain:",
+        "if False:",
         "test_every_family -k groups_chosen_before",
     ),
     Mutant(
@@ -213,20 +213,20 @@ MUTANTS = [
     # routers are known by what they do
     Mutant(
         "routers: any weights are taken for the gate's",
-        "if not torch.allclose(factor, factor[:, :1].expand_as(factor), rtol=1e-4):",
-        "if False:",
+        "    if torch.allclose(factor, reference.expand_as(factor), rtol=1e-4):\n",
+        "    if True:\n",
         "test_find -k found_out",
     ),
     Mutant(
         "routers: the best by other scores are good enough",
-        "if (not is_grouped or is_blocked) and (expert_ids.sort().values != best.sort().values).any():",
-        "if False:",
+        "    if not is_best and not trial.has_groups:\n",
+        "    if False:\n",
         "test_every_family -k 'gpt_oss or kolibri1'",
     ),
     Mutant(
         "routers: groups are limited before the bias",
-        "is_blocked = is_grouped and (multiplies or kind.slot is None)",
-        "is_blocked = is_grouped and multiplies",
+        "is_blocked = trial.has_groups and (multiplies or kind.slot is None)",
+        "is_blocked = trial.has_groups and multiplies",
         "test_every_family -k groups",
     ),
     Mutant(
@@ -237,8 +237,8 @@ MUTANTS = [
     ),
     Mutant(
         "routers: a slot in the block around is not looked for",
-        "argument = None if parent is None else _slot_argument(router)",
-        "argument = None",
+        "    return {name: tensors[name] for name in _arguments(router)[1:] if tensors.get(name) is not None}",
+        "    return {}",
         "test_every_family -k 'afmoe or minimax_m2'",
     ),
     Mutant(
@@ -291,13 +291,13 @@ MUTANTS = [
     ),
     Mutant(
         "routers: noise is not looked for",
-        "if first is None and router.training:",
-        "if False:",
+        "    if trial.router.training:\n        runs",
+        "    if False:\n        runs",
         "test_own_routers",
     ),
     Mutant(
         "routers: a block without one is left out without a word",
-        "for name, module in _moe_blocks(model)]",
+        "for name, module in _moe_blocks(model, candidates)]",
         "for name, module in ()]",
         "test_own_routers -k named_beside",
     ),
@@ -315,8 +315,8 @@ MUTANTS = [
     ),
     Mutant(
         "routers: k is what an attribute says",
-        "1 if trial.is_top_1 else int(expert_ids.shape[-1])",
-        "getattr(router, 'top_k', None) or int(expert_ids.shape[-1])",
+        "if self.is_dense else output[2].shape[-1]",
+        "if self.is_dense else getattr(router, 'top_k', 0) or output[2].shape[-1]",
         "test_own_routers",
     ),
     Mutant(
@@ -327,8 +327,8 @@ MUTANTS = [
     ),
     Mutant(
         "routers: steered weights never reach dense scores",
-        "return torch.zeros_like(dense).scatter(-1, expert_ids, weights), logits",
-        "return dense, logits",
+        "            return new.view(dense.shape), logits",
+        "            return dense, logits",
         "test_every_family -k 'tiny and llama4'",
     ),
     Mutant(
@@ -336,5 +336,84 @@ MUTANTS = [
         "yield name, module, None if chooses_by_id(module) else reason_text",
         "yield name, module, reason_text",
         "test_every_family -k hash",
+    ),
+    # what is proven is what runs
+    Mutant(
+        "98: a top-k over batch and sequence is not steered",
+        "is_last = input.dim() >= 2 and dim in",
+        "is_last = input.dim() == 2 and dim in",
+        "test_behaviour -k dimensions",
+    ),
+    Mutant(
+        "98: a call that is not steered is let through",
+        "            if top_k.num_choices != 1:\n                raise EquipoiseError(",
+        "            if False:\n                raise EquipoiseError(",
+        "test_behaviour -k steered_once",
+    ),
+    Mutant(
+        "98: an input of another form than the proven one is let through",
+        "        if len(tap.dimensions) == 1:\n",
+        "        if False:\n",
+        "test_behaviour -k held_to_tokens",
+    ),
+    Mutant(
+        "98: outputs of batch and sequence are not flattened",
+        "    return value if value.dim() == 2 else value.reshape(-1, value.shape[-1])",
+        "    return value",
+        "test_behaviour -k dimensions",
+    ),
+    Mutant(
+        "98: a single expert group is taken for the choice",
+        "self._dimensions.count(min(self._dimensions)) if",
+        "len(self._dimensions) if",
+        "test_behaviour -k dimensions",
+    ),
+    Mutant(
+        "102: what has a number for each expert stays zero in the trial",
+        "tensor.put(tensor.neutral if is_neutral else tensor.random[0])",
+        "tensor.put(tensor.neutral)",
+        "test_behaviour -k tensor_named",
+    ),
+    Mutant(
+        "102: a tensor in the logits and in the choice is not seen",
+        "_check_experts(other, trial, kind, zero, multiplies)",
+        "pass",
+        "test_behaviour -k tensor_named",
+    ),
+    Mutant(
+        "102: a choice by several tensors is attached",
+        "others = [name for name in trial.acting if name != slot]",
+        "others: list[str] = []",
+        "test_behaviour -k 'tensor_named or declared_router'",
+    ),
+    Mutant(
+        "111: k = 1 is proven with k = 2",
+        "        return _Trial(self.router, self.parent, self.random)\n",
+        "        return self.top_2 or _Trial(self.router, self.parent, self.random)\n",
+        "test_behaviour -k maximum",
+    ),
+    Mutant(
+        "111: a constant weight shows any score function",
+        "    if len(functions) > 1:\n",
+        "    if False:\n",
+        "test_behaviour -k declared",
+    ),
+    Mutant(
+        "111: a router is known by the name of its class only",
+        'form = "named" if is_named else _form_of(named.module)',
+        'form = "named" if is_named else None',
+        "test_behaviour -k whatever_its_class",
+    ),
+    Mutant(
+        "a router that no bias steers is given one",
+        "and layer.obstacle is not None:",
+        "and False:",
+        "test_every_family -k cannot_be_steered",
+    ),
+    Mutant(
+        "a hook of the model runs while its modules are looked at",
+        "            inside._forward_hooks, inside._forward_pre_hooks = OrderedDict(), OrderedDict()",
+        "            pass",
+        "test_behaviour -k nor_run",
     ),
 ]

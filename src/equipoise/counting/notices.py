@@ -16,7 +16,8 @@ _NOT_CALLED = (
 _UNREACHED = (
     "step: the balancing loss gave {names} no gradient: the routing weights were part of no loss that was "
     "differentiated. This is right if a branch ends early or is detached. Otherwise the block computes its own "
-    "weights. It must multiply the outputs of experts by the weights of the router."
+    "weights: let it multiply the outputs of experts by the weights of the router, or at least add 0 * weights.sum() "
+    "to its output, through which the gradient comes."
 )
 _OTHER_TOKENS = (
     "step: {names} routes {num_tokens} tokens, and the attention_mask or the sequences of the forward have the shape "

@@ -1,16 +1,19 @@
 """Finds the routers of a model.
 
-A module is a candidate if its class is called a router, a gate or a gating, or if it declares how it selects: an
-attribute or property ``router_kind``, a ``RouterKind``. ``prove`` then finds out by experiment how a candidate selects,
-or why it is refused. A declared kind is proven in the same way.
+A module is a candidate if its forward takes tokens alone and returns what a router does, whatever its class is called.
+So is one whose class is called a router, a gate or a gating, so that it can be named if it is refused, and one that
+declares how it selects: an attribute or property ``router_kind``, a ``RouterKind``. ``prove`` then finds out by
+experiment how a candidate selects, or why it is refused. A declared kind is proven in the same way.
 """
 
 import logging
 import re
+import sys
 import weakref
 from collections.abc import Iterator
 from functools import cache
-from typing import Any
+from itertools import islice
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -18,12 +21,25 @@ from torch import nn
 from equipoise.errors import EquipoiseError
 from equipoise.routers.fingerprint import NotComparable, fingerprint, tensor_shapes
 from equipoise.routers.kind import MoELayer, RouterKind
-from equipoise.routers.names import NamedModule, named_modules
-from equipoise.routers.prove import Proof, Refused, chooses_by_id, discover, find_slot, prove
+from equipoise.routers.names import named_modules
+from equipoise.routers.prove import (
+    CONTRACT,
+    Proof,
+    Refused,
+    chooses_by_id,
+    discover,
+    find_slot,
+    prove,
+    returned_form,
+    takes_tokens_alone,
+)
+from equipoise.routers.tap import plain_class
 
 _log = logging.getLogger("equipoise")
 
 _ROUTER_NAME = re.compile(r"(router|gate|gating)$", re.IGNORECASE)
+OLDEST_TRANSFORMERS = (5, 23)  # that pyproject.toml allows
+_MAX_MODULES = 16  # in a router whose class has another name; nothing larger is looked at
 
 
 def find_routers(model: nn.Module, allow_empty: bool = False) -> list[MoELayer]:
@@ -33,37 +49,75 @@ def find_routers(model: nn.Module, allow_empty: bool = False) -> list[MoELayer]:
     was seen. Raises it too for a router that declares its kind wrongly.
     """
     _PROOFS_OF_THIS_MODEL.clear()
-    layers, refused = [], []
-    for name, module, parent in _candidates(model):
+    layers: list[MoELayer] = []
+    refused: list[tuple[_Candidate, Refused]] = []
+    for candidate in _candidates(model):
+        name, module, parent, _ = candidate
         try:
-            kind, num_experts, k = proof_of(module, parent)
-        except Refused as reason:
+            kind, num_experts, k, dimensions, obstacle = proof_of(module, parent)
+        except Refused as refusal_of_router:
+            reason = _reason_outside(model, module) or refusal_of_router
             if _declared_kind(module) is not None:
-                raise refusal(name, module, str(reason)) from None
-            refused.append(f"{name} ({type(module).__name__}: {reason})")
+                raise _refusal(name, module, reason) from None
+            refused.append((candidate, reason))
             continue
-        layers.append(MoELayer(name, module, kind, num_experts, k, find_slot(module, parent, kind)))
+        slot = find_slot(module, parent, kind)
+        layers.append(MoELayer(name, module, kind, num_experts, k, slot, obstacle, dimensions))
     if layers:
         return _without_nested(layers)
     if allow_empty and not any(_is_moe_name(type(m).__name__) for m in model.modules() if m is not model):
         return []
-    raise _no_router(model, refused)
+    raise _no_router(model, [(candidate, reason) for candidate, reason in refused if candidate.is_certain])
 
 
-def _no_router(model: nn.Module, refused: list[str]) -> EquipoiseError:
+def _refusal(name: str, router: nn.Module, reason: Refused) -> EquipoiseError:
+    """The error for a router that cannot be attached."""
+    kind = _declared_kind(router)
+    must = f"as its router_kind says, {kind}" if kind is not None else "in a way that can be proven"
+    return EquipoiseError(
+        f"a router must select {must}: {name} ({type(router).__name__}) does not: {reason}. {reason.remedy}."
+    )
+
+
+def _no_router(model: nn.Module, refused: list[tuple["_Candidate", Refused]]) -> EquipoiseError:
+    if refused:
+        (name, module, *_), reason = refused[0]
+        others = f" ({len(refused) - 1} more of its routers are refused)" if len(refused) > 1 else ""
+        came = f"{name} ({type(module).__name__}) cannot be: {reason}{others}"
+        return EquipoiseError(f"a model must hold a router that can be proven: {came}. {reason.remedy}.")
     names = {type(module).__name__ for module in model.modules()}
     similar = [n for n in sorted(names) if any(word in n.lower() for word in ("router", "moe", "expert", "gating"))]
-    if refused:
-        holds = f"none that it knows: {refused[0]}" + (f" and {len(refused) - 1} more" if len(refused) > 1 else "")
-    elif similar:
-        holds = f"none, but {', '.join(similar)}, which it does not know"
+    if similar:
+        came = f"{type(model).__name__} holds {', '.join(similar)}, and no module that returns a choice of experts"
+        outside = _reason_outside(model, next(m for m in model.modules() if type(m).__name__ in similar))
+        advice = CONTRACT if outside is None else f"{str(outside)[0].upper()}{str(outside)[1:]}. {outside.remedy}"
     else:
-        holds = "none and no other mixture-of-experts layer"
+        came = f"{type(model).__name__} holds none and no other mixture-of-experts layer"
+        advice = "A pipeline stage of dense layers takes allow_empty=True. " + CONTRACT
     return EquipoiseError(
-        f"the model must hold a router that equipoise knows: {type(model).__name__} holds {holds}. `equipoise "
-        "families` lists the model families that can be attached. In a model of your own use equipoise.nn.Router, or "
-        "give your router an attribute router_kind, an equipoise.RouterKind(score_function, slot). A pipeline stage of "
-        "dense layers takes allow_empty=True."
+        f"a model must hold a router that can be proven: {came}. {advice}. `equipoise families` lists the model "
+        "families that can be attached."
+    )
+
+
+def _reason_outside(model: nn.Module, module: nn.Module) -> Refused | None:
+    """Why a module of the model is not what it would be elsewhere: an old library, a wrapper."""
+    has_matrix = any(parameter.dim() > 1 for parameter in module.parameters())
+    if not has_matrix and any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
+        return Refused(
+            "FullyShardedDataParallel has flattened its weights",
+            "Attach before it wraps the model with use_orig_params=True, or shard the model by fully_shard",
+        )
+    version = getattr(sys.modules.get("transformers"), "__version__", None)
+    if version is None or not type(module).__module__.startswith("transformers."):
+        return None
+    numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+    if numbers >= OLDEST_TRANSFORMERS:
+        return None
+    oldest = ".".join(map(str, OLDEST_TRANSFORMERS))
+    return Refused(
+        f"its class is of Transformers {version}, and the oldest version that is supported is {oldest}",
+        f"Install transformers>={oldest}",
     )
 
 
@@ -82,28 +136,44 @@ def _without_nested(layers: list[MoELayer]) -> list[MoELayer]:
     return [layer for layer in layers if layer.router not in dropped]
 
 
-def refusal(name: str, router: nn.Module, reason: str, kind: RouterKind | None = None) -> EquipoiseError:
-    """The error for a router that cannot be attached."""
-    kind = _declared_kind(router) if kind is None else kind
-    must = "select in a way that can be proven"
-    if kind is not None:
-        must = f"select by {kind.score_function} {kind.selection}"
-        must += f" plus its {kind.slot}" if kind.slot else " with one top-k over its experts"
-    return EquipoiseError(
-        f"a {type(router).__name__} must {must}: in {name} {reason}. Such a router is not supported. Leave it out with "
-        "attach(where=...)."
-    )
-
-
 # ---- candidates ----
 
 
-def _candidates(model: nn.Module) -> list[NamedModule]:
-    def is_candidate(module: nn.Module) -> bool:
-        cls: Any = type(module)
-        return _has_router_name(cls) or _declared_kind(module) is not None
+class _Candidate(NamedTuple):
+    name: str
+    module: nn.Module
+    parent: nn.Module | None
+    is_certain: bool  # it is called a router, or returns the ids and weights of experts
 
-    return [named for named in named_modules(model) if is_candidate(named.module)]
+
+def _candidates(model: nn.Module) -> list[_Candidate]:
+    candidates = []
+    for named in named_modules(model):
+        cls: Any = type(named.module)
+        is_named = _has_router_name(cls) or _declared_kind(named.module) is not None
+        form = "named" if is_named else _form_of(named.module)
+        if form is not None:
+            candidates.append(_Candidate(*named, is_certain=form != "dense"))
+    return candidates
+
+
+_FORMS: dict[Any, str | None] = {}  # by class, forward and shapes: what the forward returns
+
+
+def _form_of(module: nn.Module) -> str | None:
+    """What a module returns if it may be a router: ``choice`` or ``dense``. Cheap for all that are none."""
+    cls = plain_class(module)
+    has_matrix = module._modules or any(p is not None and p.dim() == 2 for p in module._parameters.values())
+    if not has_matrix or not takes_tokens_alone(cls, cls.forward):
+        return None
+    parameters = list(islice(module.parameters(), 2 * _MAX_MODULES))
+    if max((parameter.dim() for parameter in parameters), default=0) != 2:
+        return None
+    key = (cls, cls.forward, tuple(parameter.shape for parameter in parameters))
+    if key not in _FORMS:
+        is_small = len(list(islice(module.modules(), _MAX_MODULES + 1))) <= _MAX_MODULES
+        _FORMS[key] = returned_form(module) if is_small else None
+    return _FORMS[key]
 
 
 def _declared_kind(module: nn.Module) -> RouterKind | None:
@@ -137,17 +207,17 @@ def _is_moe_name(name: str) -> bool:
 
 # ---- proofs, one for all routers that are alike ----
 
-_PROOFS: dict[Any, Proof | str] = {}  # by fingerprint; of a refused router the reason
+_PROOFS: dict[Any, Proof | Refused] = {}  # by fingerprint; of a refused router the reason
 # Of routers without a fingerprint, while one model is looked at.
-_PROOFS_OF_THIS_MODEL: "weakref.WeakKeyDictionary[nn.Module, dict[Any, Proof | str]]" = weakref.WeakKeyDictionary()
+_PROOFS_OF_THIS_MODEL: "weakref.WeakKeyDictionary[nn.Module, dict[Any, Proof | Refused]]" = weakref.WeakKeyDictionary()
 
 
 def proof_of(router: nn.Module, parent: nn.Module | None = None, multiplies: bool = False) -> Proof:
     """How a router selects, proven once for all that are alike. Raises ``Refused`` with the reason."""
     if "forward" in vars(router):
         raise Refused(
-            "its forward was replaced on the instance, as the hooks of accelerate do (device_map, offload): attach "
-            "before that"
+            "its forward was replaced on the instance, as the hooks of accelerate do (device_map, offload)",
+            "Attach before that",
         )
     declared = _declared_kind(router)
     try:
@@ -159,20 +229,22 @@ def proof_of(router: nn.Module, parent: nn.Module | None = None, multiplies: boo
     if key not in proofs:
         proofs[key] = _prove(router, parent, declared, multiplies)
     proof = proofs[key]
-    if isinstance(proof, str):
-        raise Refused(proof)
+    if isinstance(proof, Refused):
+        raise Refused(str(proof), proof.remedy)  # an error that is raised twice would keep the first traceback
     return proof
 
 
-def _prove(router: nn.Module, parent: nn.Module | None, declared: RouterKind | None, multiplies: bool) -> Proof | str:
+def _prove(
+    router: nn.Module, parent: nn.Module | None, declared: RouterKind | None, multiplies: bool
+) -> Proof | Refused:
     try:
         with torch.random.fork_rng(devices=[]):  # some routers draw noise
             proof = discover(router, parent) if declared is None else prove(router, declared, parent, multiplies)
             return prove(router, proof.kind, parent, multiplies) if declared is None and multiplies else proof
     except Refused as reason:
-        return str(reason)
-    except Exception as error:  # a forward may raise anything on random tokens
-        return f"its forward fails on random tokens ({type(error).__name__}: {error})"
+        return Refused(str(reason), reason.remedy)
+    except Exception as error:  # a forward may raise anything once a bias moves its choice
+        return Refused(f"its forward raised {type(error).__name__}: {error}, on random tokens", CONTRACT)
 
 
 # ---- routers that are not attached ----
@@ -180,47 +252,52 @@ def _prove(router: nn.Module, parent: nn.Module | None, declared: RouterKind | N
 
 def unknown_routers(model: nn.Module) -> list[str]:
     """Routers and mixture-of-experts blocks that cannot be attached, and why. Hash layers are named in the log only."""
-    refused = list(_refused_routers(model))
+    candidates = _candidates(model)
+    refused = list(_refused_routers(candidates))
     if hashed := [name for name, _, reason in refused if reason is None]:
         _log.warning(
             f"attach: {', '.join(hashed)} {'is a hash layer' if len(hashed) == 1 else 'are hash layers'}, which choose "
             "by the id of the token: neither counted nor balanced; the other layers are."
         )
-    refused += [(name, module, "nothing in it is called a router or a gate") for name, module in _moe_blocks(model)]
+    no_router = f"no module in it returns a choice of experts. {CONTRACT}"
+    refused += [(name, module, no_router) for name, module in _moe_blocks(model, candidates)]
     return [f"{name} ({type(module).__name__}: {reason})" for name, module, reason in refused if reason is not None]
 
 
 def hash_routers(model: nn.Module) -> list[str]:
     """Names of the routers that choose by the id of the token. No bias steers them."""
-    return [name for name, _, reason in _refused_routers(model) if reason is None]
+    return [name for name, _, reason in _refused_routers(_candidates(model)) if reason is None]
 
 
-def _refused_routers(model: nn.Module) -> Iterator[tuple[str, nn.Module, str | None]]:
+def _refused_routers(candidates: list[_Candidate]) -> Iterator[tuple[str, nn.Module, str | None]]:
     """Name, module and reason; None as the reason for a hash router."""
     inside_router: set[nn.Module] = set()
     refused: list[tuple[str, nn.Module, str]] = []
-    for name, module, parent in _candidates(model):
+    for name, module, parent, is_certain in candidates:
         try:
             proof_of(module, parent)
             inside_router.update(module.modules())
         except Refused as reason:
-            refused.append((name, module, str(reason)))
+            if is_certain and _may_be_router(module):
+                refused.append((name, module, str(reason)))
     for name, module, reason_text in refused:
-        if module not in inside_router and _may_be_router(module):
+        if module not in inside_router:
             yield name, module, None if chooses_by_id(module) else reason_text
 
 
 def _may_be_router(module: nn.Module) -> bool:
     """Not every gate is a router: attention has forget gates."""
+    cls: Any = type(module)
+    if not _has_router_name(cls):
+        return True  # known by what it returns
     weight = module._parameters.get("weight")
     has_name = any(re.search("router|gating", cls.__name__, re.IGNORECASE) for cls in _own_classes(type(module)))
     has_matrix = any(p.dim() == 2 for p in module.parameters())
     return has_matrix and (has_name or getattr(weight, "ndim", 0) == 2)
 
 
-def _moe_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _moe_blocks(model: nn.Module, candidates: list[_Candidate]) -> Iterator[tuple[str, nn.Module]]:
     """Name and module of the mixture-of-experts blocks without a candidate inside."""
-    candidates = _candidates(model)
     modules = {candidate.module for candidate in candidates}
     seen: set[nn.Module] = set()  # modules of blocks that hold a router, such as their experts
     for candidate in candidates:

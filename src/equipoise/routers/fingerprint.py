@@ -36,11 +36,12 @@ def fingerprint(router: nn.Module) -> Any:
 
 
 def tensor_shapes(module: nn.Module | None) -> tuple[Any, ...]:
-    """Names and shapes of a module's own parameters and buffers."""
+    """Names and shapes of a module's own parameters and buffers, and which hold floating-point numbers."""
     if module is None:
         return ()
     tensors = {**module._buffers, **module._parameters}
-    return tuple((name, tuple(t.shape)) for name, t in tensors.items() if t is not None and name != ADDED_SLOT)
+    present = ((name, tensor) for name, tensor in tensors.items() if tensor is not None and name != ADDED_SLOT)
+    return tuple((name, tuple(tensor.shape), tensor.is_floating_point()) for name, tensor in present)
 
 
 def _value(value: Any, seen: dict[int, tuple[int, Any]]) -> Any:

@@ -20,12 +20,13 @@ class RouterKind(NamedTuple):
         frozen parameter of the router, of a module inside it (``"moe_statics.e_score_correction_bias"``), or of the
         module around it that passes it to the router's forward.
     selection: what the router ranks, and so what a bias is added to: ``scores`` or ``logits``.
-    gives: what its forward returns. ``logits``: (logits [tokens, experts], weights [tokens, k], expert_ids [tokens, k])
-        and perhaps more. ``probabilities``: the same, with softmax probabilities in place of the logits. ``dense``:
-        (scores [tokens, experts], zero for experts that were not chosen; logits [tokens, experts]).
+    gives: what its forward returns. ``logits``: (logits [..., experts], weights [..., k], expert_ids [..., k]) and
+        perhaps more. ``probabilities``: the same, with softmax probabilities in place of the logits. ``dense``:
+        (scores [..., experts], zero for experts that were not chosen; logits [..., experts]). The leading dimensions
+        are tokens, or batch and sequence.
 
-    A module of yours with an attribute or property ``router_kind`` is a router for ``attach``, whatever its class is
-    called. It must have at least one 2-D parameter and return what ``gives`` says.
+    A module of yours with an attribute or property ``router_kind`` is proven as this kind and no other. It must have at
+    least one 2-D parameter and return what ``gives`` says.
     """
 
     score_function: ScoreFunction
@@ -34,26 +35,33 @@ class RouterKind(NamedTuple):
     gives: Literal["logits", "probabilities", "dense"] = "logits"
 
     def read(self, output: Any, k: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """(logits, weights, expert_ids) of what the router's forward returned; ``dense`` needs k."""
+        """(logits, weights, expert_ids) of what the router's forward returned, a row per token; ``dense`` needs k."""
         if self.gives == "dense":
-            dense, logits = output
+            dense, logits = map(_by_token, output)
+            assert k is not None
             expert_ids = dense.detach().topk(k, dim=-1).indices
             return logits, dense.gather(-1, expert_ids), expert_ids
-        first, weights, expert_ids = output[:3]
+        first, weights, expert_ids = map(_by_token, output[:3])
         if self.gives == "probabilities":
             first = first.clamp_min(torch.finfo(first.dtype).tiny).log()
         return first, weights, expert_ids
 
     def write(self, output: Any, weights: Tensor, expert_ids: Tensor) -> Any:
-        """``output`` with other weights of the same choice."""
+        """``output`` with other weights of the same choice, in the shape that the router gave."""
         if self.gives == "dense":
             dense, logits = output
-            return torch.zeros_like(dense).scatter(-1, expert_ids, weights), logits
-        return (output[0], weights, *output[2:])
+            new = torch.zeros_like(_by_token(dense)).scatter(-1, expert_ids, weights)
+            return new.view(dense.shape), logits
+        return (output[0], weights if output[1].dim() == 2 else weights.view(output[1].shape), *output[2:])
 
     def ranked(self, logits: Tensor) -> Tensor:
         """What the router ranks, before a bias is added."""
         return logits if self.selection == "logits" else score(logits, self.score_function)
+
+
+def _by_token(value: Tensor) -> Tensor:
+    """[batch, sequence, n] as [tokens, n]."""
+    return value if value.dim() == 2 else value.reshape(-1, value.shape[-1])
 
 
 class Slot(NamedTuple):
@@ -102,6 +110,8 @@ class MoELayer(NamedTuple):
     num_experts: int
     k: int
     slot: Slot | None  # None if the router has no tensor of its own that steers it
+    obstacle: str | None = None  # why no bias can steer it; it can still be counted, and balanced by a loss
+    dimensions: tuple[int, ...] = (2, 3)  # of the inputs that it was proven on: [tokens, dim], [batch, sequence, dim]
 
     @property
     def device(self) -> torch.device:
@@ -113,4 +123,5 @@ class MoELayer(NamedTuple):
         return torch.device(mesh.device_type, torch.get_device_module(mesh.device_type).current_device())
 
     def __repr__(self) -> str:
-        return f"MoELayer({self.name!r}, num_experts={self.num_experts}, k={self.k}, kind={self.kind!r})"
+        obstacle = f", obstacle={self.obstacle!r}" if self.obstacle else ""
+        return f"MoELayer({self.name!r}, num_experts={self.num_experts}, k={self.k}, kind={self.kind!r}{obstacle})"

@@ -80,6 +80,7 @@ class Tap:
     has_loss: bool = False
     multiplies: bool = False  # the buffer that attach added holds w - 1; scores are multiplied by w
     router: nn.Module | None = field(default=None, init=False)  # the one whose calls it reports
+    dimensions: tuple[int, ...] = (2, 3)  # of the inputs that the router was proven on
 
     def __post_init__(self) -> None:
         if self.observer is not None:
@@ -109,21 +110,78 @@ class BiasedTopK(TorchFunctionMode):
     def __init__(self, bias: Float[Tensor, " experts"], multiplies: bool = False):
         super().__init__()
         self.bias, self.multiplies = bias, multiplies
+        self._dimensions: list[int] = []  # of the arguments that were steered
+
+    @property
+    def num_choices(self) -> int:
+        """How many choices of experts were steered.
+
+        A top-k of more dimensions beside the choice ranks the experts inside a single expert group: [tokens, 1,
+        experts]. A bias on it chooses nothing.
+        """
+        return self._dimensions.count(min(self._dimensions)) if self._dimensions else 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self.is_choice(func, args):
-            scores = args[0]
-            plain = scores.detach()
-            choice = plain * (1 + self.bias) if self.multiplies else plain + self.bias
-            ids = torch.topk(choice, *args[1:], **(kwargs or {})).indices
-            return torch.return_types.topk((scores.gather(-1, ids), ids))
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func in (torch.topk, Tensor.topk) and kwargs.get("out") is None:
+            scores, k, is_sorted = _topk_of_experts(self.bias.shape[0], *args, **kwargs)
+            if scores is not None:
+                self._dimensions.append(scores.dim())
+                plain = scores.detach()
+                choice = plain * (1 + self.bias) if self.multiplies else plain + self.bias
+                ids = torch.topk(choice, k, sorted=is_sorted).indices
+                return torch.return_types.topk((scores.gather(-1, ids), ids))
+        return func(*args, **kwargs)
 
-    def is_choice(self, func: Any, args: Any) -> bool:
-        """Whether a call is a top-k of tokens over the experts, and not one over expert groups."""
-        if func not in (torch.topk, Tensor.topk) or not args:
-            return False
-        return args[0].dim() == 2 and args[0].shape[-1] == self.bias.shape[0]
+
+def _topk_of_experts(
+    num_experts: int, input: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True, out: Any = None
+) -> tuple[Tensor | None, int, bool]:
+    """The scores, k and ``sorted`` of a call of ``torch.topk``; no scores if it ranks anything but the experts."""
+    is_last = input.dim() >= 2 and dim in (-1, input.dim() - 1)
+    ranks_experts = is_last and largest and input.shape[-1] == num_experts  # expert groups are fewer
+    return input if ranks_experts else None, k, sorted
+
+
+def _check_input(router: nn.Module, tap: Tap, hidden: Tensor, *others: Any) -> None:
+    """Raises for an input of another form than the one on which the router was proven."""
+    if min(hidden.dim(), 3) not in tap.dimensions:
+        forms = {2: "[tokens, dim]", 3: "[batch, sequence, dim]"}
+        raise EquipoiseError(
+            f"a {type(router).__name__} must be called with {forms[tap.dimensions[0]]}: got the shape "
+            f"{tuple(hidden.shape)}, on which it chooses otherwise than by its scores. Reshape what it is called with."
+        )
+
+
+def _report(router: nn.Module, tap: Tap, output: Any, hidden: Any) -> Any:
+    """Reports a call of ``router`` on ``hidden``. The output, behind the tap if there is a loss."""
+    kind, context = tap.kind, tap.context
+    assert context is not None  # the tap is live
+    logits, weights, expert_ids = kind.read(output, tap.k)
+    if type(logits).__name__ == "DTensor":
+        raise EquipoiseError(
+            f"a router must give plain tensors: {type(router).__name__} gives a DTensor. Leave it out of the plan of "
+            "parallelize_module: every tensor parallel rank has the same tokens and routes them by itself."
+        )
+    if not tap.has_loss:
+        logits = logits.detach()
+    mask, sequence_ids = context.mask_and_sequences()
+    forward = (mask, sequence_ids, context.inputs.rows, context.inputs.length)
+    has_gradient = are_gradients_wanted() if context.has_gradient is None else context.has_gradient
+    if is_traced():
+        shape = list(hidden.shape[:-1]) if isinstance(hidden, Tensor) and hidden.dim() == 3 else []
+        # A compiler merges two calls with the same arguments. It takes no two empty tensors for the same.
+        unique = torch.empty(0, device=weights.device) if torch.compiler.is_compiling() else None
+        modes = (router.training, has_gradient, unique)
+        weights, _ = torch.ops.equipoise.tap(weights, logits, expert_ids, *forward, shape, tap.key, *modes)
+        return kind.write(output, weights, expert_ids)
+    leading = leading_dimensions(hidden) if context.uses_places else ()
+    call = RouterCall(tap.layer, logits, expert_ids, weights, *forward, leading, router.training, has_gradient)
+    if tap.has_loss:
+        return kind.write(output, _EagerTap.apply(weights, logits, expert_ids, call, tap), expert_ids)
+    with torch.no_grad():
+        tap.observe(call)
+    return output
 
 
 @cache
@@ -132,8 +190,15 @@ def _tapped_class(base: Any) -> Any:
         tap = getattr(self, "_equipoise", None)
         added_slot = None if tap is None else self._buffers.get(ADDED_SLOT)
         if added_slot is not None:
-            with BiasedTopK(added_slot, tap.multiplies):
+            top_k = BiasedTopK(added_slot, tap.multiplies)
+            with top_k:
                 output = base.forward(self, *args, **kwargs)
+            if top_k.num_choices != 1:
+                raise EquipoiseError(
+                    "a router without a bias of its own must choose by one torch.topk over its experts, as it did when "
+                    f"it was attached: in this call {type(self).__name__} took {top_k.num_choices}, so no bias steers "
+                    "it. Call detach() before a router is changed, and attach again after."
+                )
         else:
             output = base.forward(self, *args, **kwargs)
         if tap is None or tap.router is None:  # detached, or a deep copy
@@ -141,57 +206,10 @@ def _tapped_class(base: Any) -> Any:
         if tap.router is not self:
             id(self)  # Dynamo guards the graph of a shallow copy by this: it would serve the router too, uncounted
             return output
-        context = tap.context
-        logits, weights, expert_ids = tap.kind.read(output, tap.k)
-        if type(logits).__name__ == "DTensor":
-            raise EquipoiseError(
-                f"a router must give plain tensors: {type(self).__name__} gives a DTensor. Leave it out of the plan of "
-                "parallelize_module: every tensor parallel rank has the same tokens and routes them by itself."
-            )
-        mask, sequence_ids = context.mask_and_sequences()
-        rows, length = context.inputs.rows, context.inputs.length
-        has_gradient = are_gradients_wanted() if context.has_gradient is None else context.has_gradient
+        if len(tap.dimensions) == 1:
+            _check_input(self, tap, *args, *kwargs.values())
         hidden = args[0] if args else next(iter(kwargs.values()), None)
-        if not tap.has_loss:
-            logits = logits.detach()
-        if is_traced():
-            shape = list(hidden.shape[:-1]) if isinstance(hidden, Tensor) and hidden.dim() == 3 else []
-            # A compiler merges two calls with the same arguments. It takes no two empty tensors for the same.
-            unique = torch.empty(0, device=weights.device) if torch.compiler.is_compiling() else None
-            weights, _ = torch.ops.equipoise.tap(
-                weights,
-                logits,
-                expert_ids,
-                mask,
-                sequence_ids,
-                rows,
-                length,
-                shape,
-                tap.key,
-                self.training,
-                has_gradient,
-                unique,
-            )
-            return tap.kind.write(output, weights, expert_ids)
-        leading = leading_dimensions(hidden) if context.uses_places else ()
-        call = RouterCall(
-            tap.layer,
-            logits,
-            expert_ids,
-            weights,
-            mask,
-            sequence_ids,
-            rows,
-            length,
-            leading,
-            self.training,
-            has_gradient,
-        )
-        if tap.has_loss:
-            return tap.kind.write(output, _EagerTap.apply(weights, logits, expert_ids, call, tap), expert_ids)
-        with torch.no_grad():
-            tap.observe(call)
-        return output
+        return _report(self, tap, output, hidden)
 
     forward.__wrapped__ = base.forward  # type: ignore[attr-defined]  # for inspect.signature
     return _subclass(base, _tapped_class, {"forward": forward})
@@ -278,6 +296,7 @@ def _take_off(module: nn.Module) -> None:
 def tap_router(layer: MoELayer, tap: Tap, added_slot: Float[Tensor, " experts"] | None) -> None:
     """Swaps the class of the router and of its slot's holder. ``added_slot`` becomes a buffer no checkpoint sees."""
     router, slot = layer.router, layer.slot
+    tap.dimensions = layer.dimensions
     if added_slot is not None:
         router.register_buffer(ADDED_SLOT, added_slot, persistent=False)
     tap.router = router
@@ -357,22 +376,9 @@ torch.library.define(
 def _tap(weights, logits, expert_ids, mask, sequence_ids, rows, length, leading, key, training, has_gradient, unique):
     tap, call_id = _TAPS.get(int(key)), UNCOUNTED
     if tap is not None:
-        sizes, dimensions = (int(rows), int(length)), tuple(map(int, leading))
-        call_id = tap.observe(
-            RouterCall(
-                tap.layer,
-                logits,
-                expert_ids,
-                weights,
-                mask,
-                sequence_ids,
-                *sizes,
-                dimensions,
-                training,
-                has_gradient,
-                is_compiled=unique is not None,
-            )
-        )
+        forward = (mask, sequence_ids, int(rows), int(length), tuple(map(int, leading)))
+        modes = (training, has_gradient, unique is not None)
+        call_id = tap.observe(RouterCall(tap.layer, logits, expert_ids, weights, *forward, *modes))
     return weights.clone(), torch.tensor(call_id)
 
 

@@ -136,7 +136,9 @@ def _family(module: Any, cls: type[nn.Module], model_type: str, has_hash_layers:
         if built is None:
             raise Refused("it cannot be built from the default config")
         router, parent = built
-        kind, _, _ = proof_of(router, parent)
+        kind, _, _, _, obstacle = proof_of(router, parent)
+        if obstacle is not None:
+            raise Refused(obstacle)
     except Refused as reason:
         if "expert" not in inspect.getsource(cls):
             return None

@@ -22,13 +22,13 @@ from equipoise_lab.models.families import TESTED, families, load_tested_routers
 ROUTERS: dict[str, list[str]] = json.loads(TESTED.read_text())["routers"]
 WHOLE = sorted(name for name, routers in ROUTERS.items() if set(routers) - set(PARTS))
 REFUSED = {  # router classes that cannot be balanced, and the beginning of the reason that the listing gives
-    "DbrxRouter": "forward does not return (logits, weights, expert_ids)",
+    "DbrxRouter": "its forward does not return (logits, weights, expert_ids) but one tensor",
     "DeepseekV4HashRouter": "it chooses by the id of the token (a hash router), which no bias moves",
-    "JetMoeTopKGating": "forward does not return (logits, weights, expert_ids)",
-    "NllbMoeTop2Router": "it chooses without torch.topk",  # argmax twice, the second of logits with noise
-    "PhimoeTopKRouter": "it chooses without torch.topk",  # sampled in training
-    "SwitchTransformersTop1Router": "it chooses without torch.topk",  # argmax, and a capacity
-    "ZayaRouter": "the chosen experts are not the best by these scores and the bias",  # one choice is no expert
+    "JetMoeTopKGating": "its forward does not return (logits, weights, expert_ids) but 5 outputs",
+    "NllbMoeTop2Router": "its forward does not return (logits, weights, expert_ids) but 3 outputs",  # masks, and no ids
+    "PhimoeTopKRouter": "it draws random numbers in training",  # sampled
+    "SwitchTransformersTop1Router": "its forward does not return (logits, weights, expert_ids) but 3 outputs",  # a mask
+    "ZayaRouter": "its weights are in proportion to none",  # one choice is no expert
     None: "its router is not a module of its own",
 }
 WITHOUT_FACTOR = "factor moves the choice only"  # does not apply to a choice by logits
@@ -134,10 +134,33 @@ def test_expert_groups_that_are_switched_off_are_no_obstacle():
     attach(model, "loss-free").detach()
 
 
-def test_expert_groups_chosen_before_the_bias_is_added_are_refused():
-    model = shrunken.build("deepseek_v2", topk_method="group_limited_greedy", n_group=4, topk_group=2)
-    with pytest.raises(EquipoiseError, match="there are groups, which are chosen before the bias is added"):
-        attach(model)
+def _grouped():
+    return shrunken.build("deepseek_v2", topk_method="group_limited_greedy", n_group=4, topk_group=2)
+
+
+def test_expert_groups_chosen_before_the_bias_is_added_cannot_be_steered():
+    with pytest.raises(EquipoiseError, match="cannot be steered: there are groups, which are chosen before.*lbl"):
+        attach(_grouped(), "loss-free")
+    (layer,) = find_routers(_grouped())
+    assert layer.obstacle == "there are groups, which are chosen before the bias is added"
+
+
+def test_expert_groups_chosen_before_the_bias_are_counted_and_balanced_by_a_loss():
+    model = _grouped()
+    balance = attach(model, "lbl:coefficient=0.1")
+    (layer,) = balance.layers
+    seen = []
+    layer.router.register_forward_hook(lambda module, args, output: seen.append(output))
+    output = model(**shrunken.batch())
+    value = balance.loss()
+    (0 * output.logits.sum() + value).backward()
+    balance.step()
+    logits, _, expert_ids = seen[0]
+    load = torch.bincount(expert_ids.flatten(), minlength=8)
+    assert torch.equal(balance.load[layer.name], load) and load.sum() == 2 * 16
+    share, mean_score = load.double() / load.sum(), logits.double().softmax(-1).mean(0)
+    assert_close(value.double(), 0.1 * 8 * (share * mean_score).sum(), rtol=1e-5, atol=0)
+    assert layer.router.weight.grad.any()
 
 
 @pytest.mark.parametrize("first", [2, 3])

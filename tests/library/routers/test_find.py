@@ -382,7 +382,9 @@ def test_a_router_whose_forward_was_replaced_on_the_instance_is_refused_and_late
 
     model = _family("qwen3_moe")
     dispatch_model(model, {"": "cpu"}, force_hooks=True)
-    with pytest.raises(EquipoiseError, match="its forward was replaced on the instance.*attach before that"):
+    with pytest.raises(
+        EquipoiseError, match=r"its forward was replaced on the instance.*offload\) \(1 more.*\. Attach before that\.$"
+    ):
         attach(model, "loss-free")
     later = _family("qwen3_moe")  # of the same class: nothing of the other one was kept
     balance = attach(later, "loss-free")
@@ -440,12 +442,13 @@ class StrangeRouter(nn.Module):
 
 def test_an_unknown_model_is_refused_naming_what_it_saw():
     with pytest.raises(
-        EquipoiseError, match=r"Sequential holds none that it knows: 1 \(StrangeRouter: its forward needs"
+        EquipoiseError,
+        match=r"1 \(StrangeRouter\) cannot be: its forward raised NotImplementedError: .*gate and the top-k",
     ):
         attach(nn.Sequential(nn.Linear(2, 2), StrangeRouter()))
     with pytest.raises(EquipoiseError, match="Linear holds none and no other mixture-of-experts layer"):
         attach(nn.Linear(2, 2))
-    with pytest.raises(EquipoiseError, match="`equipoise families` lists the model families"):
+    with pytest.raises(EquipoiseError, match="allow_empty=True.*`equipoise families` lists the model families"):
         attach(nn.Linear(2, 2))
 
 
@@ -511,13 +514,16 @@ def _bias_subtracted(self, hidden):
 
 
 OTHERWISE = {
-    "qwen3_moe": [_two_topks, _no_topk, _argument_by_name, _two_outputs],
-    "glm4_moe": [_biased_weights, _bias_ignored, _bias_subtracted, _two_outputs],
+    "qwen3_moe": [_two_topks, _no_topk, _two_outputs],
+    "glm4_moe": [_biased_weights, _bias_subtracted, _two_outputs],
 }
+COUNTED_ONLY = (_two_topks, _no_topk)  # no bias can steer them
 ANOTHER_WAY = {
     _topk_of_logits: ("qwen3_moe", RouterKind("softmax", None, "logits")),
     _sigmoid: ("qwen3_moe", RouterKind("sigmoid", None)),
     _bias_on_logits: ("glm4_moe", RouterKind("sigmoid", SLOT, "logits")),
+    _bias_ignored: ("glm4_moe", RouterKind("sigmoid", None)),  # a slot that does nothing is none
+    _argument_by_name: ("qwen3_moe", RouterKind("softmax", None)),
 }
 
 
@@ -528,9 +534,19 @@ def test_a_router_that_behaves_otherwise_is_refused_by_the_proof(monkeypatch, na
     router = _routers(model)[0]
     monkeypatch.setattr(type(router), "forward", forward)
     before = type(router)
-    with pytest.raises(EquipoiseError, match=r"holds none that it knows: model.layers.0.mlp.gate \(\w+: .+ 1 more"):
+    with pytest.raises(EquipoiseError, match=r"must.*: model.layers.0.mlp.gate \(\w+\) cannot be"):
         attach(model, "loss-free:rate=0.1")
     assert type(router) is before and not model._forward_hooks
+    if forward in COUNTED_ONLY:
+        balance = attach(model, "lbl")
+        seen = _record(model)
+        (model(**_batch()).loss + balance.loss()).backward()
+        balance.step()
+        for load, (_, _, ids) in zip(balance.load.values(), seen, strict=True):
+            assert torch.equal(load, torch.bincount(ids.flatten(), minlength=8)) and load.sum() == k * 18
+    else:
+        with pytest.raises(EquipoiseError):
+            attach(model)
 
 
 @pytest.mark.parametrize("k", [2, 1])
@@ -559,7 +575,7 @@ def test_the_proof_finds_k_and_touches_nothing(name, k):
     expected = torch.rand(1)
     torch.manual_seed(0)
     for _, router, kind, *_ in find_routers(model):
-        assert prove(router, kind)[1:] == (8, k)
+        assert prove(router, kind) == (kind, 8, k, (2, 3), None)
     assert torch.equal(torch.rand(1), expected), "the global generator was used"
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 

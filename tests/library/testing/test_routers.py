@@ -358,11 +358,11 @@ BROKEN_MODELS = [
     (Model(BiasOnTheLogits), "bias moves the choice only", "the best by score and bias are"),
     (Model(NoBiasInEvaluation), "bias moves the choice only", "training False"),
     (Model(BiasIn16Bits), "cast keeps float32 biases", "the best by score and bias are"),
-    (Model(TwoTopKs), "bias moves the choice only", "layer blocks.0.gate"),
+    (Model(TwoTopKs), "bias moves the choice only", "one torch.topk over its experts"),
     (Model(TwoTopKsAlways), "bias moves the choice only", "it calls torch.topk 2 times over the experts"),
-    (Model(SortsInsteadOfTopK), "bias moves the choice only", "the best by score and bias are"),
-    (Model(SortsInsteadOfTopK), "factor moves the choice only", "the best by score and bias are"),
-    (Model(SortsInsteadOfTopK), "step reaches the router", "the best by score and bias are"),
+    (Model(SortsInsteadOfTopK), "bias moves the choice only", "one torch.topk over its experts"),
+    (Model(SortsInsteadOfTopK), "factor moves the choice only", "one torch.topk over its experts"),
+    (Model(SortsInsteadOfTopK), "step reaches the router", "one torch.topk over its experts"),
     (Model(SameExpertTwice), "bias moves the choice only", "the same expert twice"),
     (Model(LogitsWithoutGradient), "loss gradient", "logits without a gradient"),
     (Model(OtherLogits), "bias moves the choice only", "the best by score and bias are"),
@@ -506,27 +506,27 @@ def _attaches_twice(patch):
     patch.setattr(equipoise.attachment, "has_live_tap", lambda router: False)
 
 
-def _biased_weights(patch):
-    correct = BiasedTopK.__torch_function__
+class _BiasesWeights(BiasedTopK):
+    num_choices = 1
 
-    def steer(self, func, types, args=(), kwargs=None):
-        if type(self) is not BiasedTopK:  # attach's own trial must pass
-            return correct(self, func, types, args, kwargs)
+    def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is torch.topk:
             choice = args[0] * (1 + self.bias) if self.multiplies else args[0] + self.bias
             return torch.topk(choice, *args[1:], **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
-    patch.setattr(BiasedTopK, "__torch_function__", steer)
+
+class _Adds(BiasedTopK):
+    def __init__(self, bias, multiplies=False):
+        super().__init__(bias)
+
+
+def _biased_weights(patch):
+    patch.setattr(equipoise.routers.tap, "BiasedTopK", _BiasesWeights)  # not in attach's own trial, which must pass
 
 
 def _adds_instead_of_multiplying(patch):
-    init = BiasedTopK.__init__
-
-    def adds(self, bias, multiplies=False):
-        init(self, bias, multiplies and type(self) is not BiasedTopK)  # attach's own trial must pass
-
-    patch.setattr(BiasedTopK, "__init__", adds)
+    patch.setattr(equipoise.routers.tap, "BiasedTopK", _Adds)
 
 
 def _moves_when_skipped(patch):
