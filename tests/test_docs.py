@@ -28,8 +28,8 @@ def test_every_page_is_listed_once_in_the_index():
     assert sorted(pages) == [page.name for page in PAGES if page.name != "README.md"]
 
 
-def test_known_defects_are_numbered_from_1_to_97():
-    assert [int(number) for number, *_ in _defects()] == list(range(1, 98))
+def test_known_defects_are_numbered_without_a_gap():
+    assert [int(number) for number, *_ in _defects()] == list(range(1, 123))
 
 
 def test_every_known_defect_names_a_test_or_a_reason():
