@@ -8,7 +8,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO ?= runs/demo
-# make test TORCH=2.9.0 tests another version of torch than constraints.txt pins
+# make test TORCH=2.10.0 tests another version of torch than constraints.txt pins
 TORCH ?=
 CONSTRAINTS := $(if $(TORCH),$(VENV)/constraints.txt,constraints.txt)
 
