@@ -12,8 +12,14 @@ from torch import Tensor, nn
 from equipoise.errors import EquipoiseError
 
 _TOKENS = ("input_ids", "inputs_embeds")  # the arguments of Transformers that hold one entry per token
-_POSITIONS = "position_ids"
-_SEGMENTS = ("seq_idx", "segment_ids", "document_ids")  # by token, the number of its sequence
+_POSITIONS = ("position_ids", "positions")
+_SEGMENTS = (
+    "seq_idx",
+    "segment_ids",
+    "document_ids",
+    "doc_ids",
+    "sequence_ids",
+)  # by token, the number of its sequence
 _ENDS = ("cu_seq_lens_q", "cu_seq_lens", "cu_seqlens_q", "cu_seqlens")  # 0, then the end of each sequence of queries
 
 
@@ -67,12 +73,15 @@ def sequence_starts(arguments: Mapping[str, Any], rows: int, length: int) -> Boo
     """Where a sequence begins, by every form in which the arguments of a forward show it. None: they show nothing.
 
     The forms are: ``position_ids`` that do not grow, a change of ``seq_idx`` or of a mask that numbers its segments,
-    the ends in ``cu_seq_lens``, and a 4-D mask under which a token may not attend to the one before it. A row begins a
-    sequence in any case. Raises ``EquipoiseError`` for a form that cannot be read.
+    the ends in ``cu_seq_lens``, and a mask of queries and keys under which a token may not attend to the one before it.
+    A row begins a sequence in any case. Raises ``EquipoiseError`` for a form that cannot be read.
     """
     shape = (rows, length)
+    packed = arguments.get("packed_seq_params")  # of Megatron
+    if packed is not None:
+        arguments = {**arguments, "cu_seqlens_q": getattr(packed, "cu_seqlens_q", None)}
     forms = [
-        _from_positions(arguments.get(_POSITIONS), shape),
+        *(_from_positions(arguments.get(name), shape) for name in _POSITIONS),
         *(_from_segments(arguments.get(name), shape, name) for name in _SEGMENTS),
         *(_from_ends(arguments.get(name), shape, name) for name in _ENDS),
         _from_mask(padding_argument(arguments), shape),
@@ -132,8 +141,9 @@ def _from_segments(ids: Any, shape: tuple[int, int], name: str) -> Tensor | None
 
 
 def _from_ends(ends: Any, shape: tuple[int, int], name: str) -> Tensor | None:
-    if not isinstance(ends, Tensor):
+    if ends is None:
         return None
+    ends = torch.as_tensor(ends)
     if ends.dim() != 1:
         raise _unreadable(name, f"of shape {tuple(ends.shape)}")
     tokens = torch.arange(shape[0] * shape[1], device=ends.device)
@@ -148,9 +158,10 @@ def _from_mask(mask: Any, shape: tuple[int, int]) -> Tensor | None:
     if mask.dim() == 2:
         is_number = not (mask.is_floating_point() or mask.dtype == torch.bool)
         return _from_numbered_mask(mask) if is_number and tuple(mask.shape) == shape else None
-    if mask.dim() != 4 or tuple(mask.shape[-2:]) != (shape[1], shape[1]) or mask.shape[0] not in (1, shape[0]):
+    is_square = mask.dim() in (3, 4) and tuple(mask.shape[-2:]) == (shape[1], shape[1])
+    if not is_square or mask.shape[0] not in (1, shape[0]):
         return None  # of a cache, whose tokens belong to one sequence per row
-    to_previous = mask[:, 0].diagonal(-1, -2, -1)
+    to_previous = (mask if mask.dim() == 3 else mask[:, 0]).diagonal(-1, -2, -1)
     is_seen = to_previous == 0 if mask.is_floating_point() else to_previous != 0  # floats are added to the scores
     starts = torch.ones(shape, dtype=torch.bool, device=mask.device)
     starts[:, 1:] = ~is_seen

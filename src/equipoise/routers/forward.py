@@ -215,7 +215,8 @@ class ForwardContext:
         else:
             self._drop_interrupted_forwards(module)
             self._begin(module, sys.exc_info()[1], sys._getframe(2))  # of the module's __call__, which runs its forward
-        self._read(module, {**dict(zip(names, args, strict=False)), **kwargs})
+        if len(self._forwards) == 1 or "attention_mask" in names:  # the hidden states of a part show no rows
+            self._read(module, {**dict(zip(names, args, strict=False)), **kwargs})
 
     def _begin(self, module: nn.Module, error: BaseException | None, frame: FrameType | None) -> None:
         is_outermost = not self._forwards
@@ -341,27 +342,29 @@ class _Hook:
 
 
 def _modules_to_hook(model: nn.Module, routers: set[nn.Module]) -> list[nn.Module]:
-    """The model, and whole models inside it, which may be called by themselves.
+    """The modules that may be called by themselves: the model, all inside it that hold every router, whole models.
 
-    If the model is a wrapper that takes no mask: also the first module in it that does, on the way to all routers. If
-    it has no forward, as a list of pipeline stages: the modules in it instead.
+    A wrapper may have its network called (a training step), and a model its base. If the model has no forward, as a
+    list of pipeline stages: the modules in it instead.
     """
-    if type(model).forward is nn.Module.forward and "forward" not in model.__dict__:
+    if not _has_forward(model):
         holders = [child for child in model.children() if child not in routers and routers & {*child.modules()}]
         return [module for child in holders for module in _modules_to_hook(child, routers)]
-    modules = [model]
-    inner = model
-    while "attention_mask" not in argument_names(inner):
-        inner = next((m for m in inner.children() if routers and routers <= {*m.modules()} - {m}), model)
-        if inner is model:
-            break
-        if "attention_mask" in argument_names(inner):
+    modules: list[nn.Module] = [model]
+    inner: nn.Module | None = model
+    while inner is not None and routers:
+        inner = next((child for child in inner.children() if routers <= {*child.modules()} - {child}), None)
+        if inner is not None and _has_forward(inner):
             modules.append(inner)
     for module in model.modules():
         is_whole_model = {"input_ids", "attention_mask"} <= {*argument_names(module)}
         if module not in modules and is_whole_model and routers & {*module.modules()}:
             modules.append(module)
     return modules
+
+
+def _has_forward(module: nn.Module) -> bool:
+    return type(module).forward is not nn.Module.forward or "forward" in module.__dict__
 
 
 def _is_ambiguous(module: nn.Module, hooked: Sequence[nn.Module], routers: set[nn.Module]) -> bool:

@@ -229,6 +229,34 @@ def test_a_hundred_forwards_of_four_loops_do_not_look_like_a_forgotten_step(capl
     balance.step()
 
 
+class TrainingStep(nn.Module):
+    """A wrapper whose forward nobody calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.ModuleDict({"looped": Looped()})
+
+    def forward(self, batch):
+        raise AssertionError
+
+    def training_step(self, batch):
+        return self.net["looped"](batch)
+
+
+def test_the_forward_of_a_wrapped_network_is_a_micro_batch():
+    model = TrainingStep().train()
+    balance = attach(model, "loss-free+lbl:scope=micro_batch")
+    balance.loss_scale = 1.0
+    for seed in range(2):
+        model.training_step(random_ids(seed=seed)).backward()
+        assert balance.num_tokens == 14
+        with torch.no_grad():
+            model.training_step(random_ids(rows=3))
+    balance.step()
+    assert load_sums(balance) == {"net.looped.block.gate": K * 14 * 4 * 2}
+    assert len(balance.metrics()) > 0
+
+
 class Stage(nn.Module):
     def __init__(self, seed):
         super().__init__()

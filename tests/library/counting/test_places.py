@@ -1,6 +1,7 @@
 """Which tokens of a forward a router call has: tiles, sequence-first models, other tokens, packed sequences."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -288,8 +289,14 @@ FORMS = {
     "segments in the mask": {"attention_mask": torch.tensor([[1, 1, 1, 2, 2, 2, 2], [1, 1, 2, 2, 2, 2, 2]])},
     "falling segments": {"attention_mask": torch.tensor([[9, 9, 9, 2, 2, 2, 2], [5, 5, 1, 1, 1, 1, 1]])},
     "seq_idx": {"seq_idx": SEQUENCES.int()},
+    "positions": {"positions": POSITIONS},
     "cu_seq_lens": {"cu_seq_lens_q": torch.tensor([0, 3, 7, 9, 14], dtype=torch.int32)},
+    "cu_seq_lens as a list": {"cu_seq_lens": [0, 3, 7, 9, 14]},
+    "parameters of packed sequences": {
+        "packed_seq_params": SimpleNamespace(cu_seqlens_q=torch.tensor([0, 3, 7, 9, 14]))
+    },
     "a mask of blocks": {"attention_mask": BLOCKS},
+    "a mask of blocks without heads": {"attention_mask": BLOCKS[:, 0]},
     "a causal mask of blocks": {"attention_mask": CAUSAL},
     "an additive mask of blocks": {"attention_mask": torch.where(CAUSAL, 0.0, float("-inf"))},
     "a mask by kind of attention": {"attention_mask": {"full_attention": CAUSAL, "sliding_attention": None}},
