@@ -443,7 +443,7 @@ def test_an_unknown_router_beside_known_ones_is_named(caplog):
     attach(model, "lbl", where=lambda name, router: True).detach()
     assert not caplog.records
     attach(model, "lbl")
-    assert "strange (StrangeRouter: its forward needs more than tokens" in caplog.text
+    assert "strange (StrangeRouter: its forward raised" in caplog.text
     assert "is neither counted nor balanced" in caplog.text
 
 

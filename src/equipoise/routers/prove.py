@@ -364,9 +364,13 @@ class _Trial:
                 is_by_expert = self.num_experts in (value.shape[-1], value.numel())
                 if not is_by_expert or not (value.is_floating_point() or value.dtype == torch.bool):
                     continue
-                # Positive, for a tensor that is divided by.
-                draws = torch.rand(2, *value.shape, generator=generator, device="cpu", dtype=torch.float32)
-                first, second = draws + 0.5 if value.is_floating_point() else draws > 0.5
+                # All different, and then in the opposite order. Positive, for a tensor that is divided by.
+                order = torch.randperm(value.numel(), generator=generator, device="cpu").view(value.shape)
+                if value.is_floating_point():
+                    first = 0.5 + order.float() / max(value.numel() - 1, 1)
+                    second = 2 - first
+                else:
+                    first, second = order % 2 == 0, order % 2 == 1
                 may_be_slot = is_registered and value.is_floating_point() and value.numel() == self.num_experts
                 yield prefix + name, _Tensor(place, name, value.detach(), (first, second), may_be_slot)
 

@@ -74,6 +74,7 @@ def _attach_and_run(loaded: LoadedModel) -> ExaminedModel:
         moe_layers = find_routers(model)
         balance = attach(model)
         notes += [f"{name} is neither counted nor balanced" for name in unknown_routers(model)]
+        notes += [f"no bias steers {layer.name}: {layer.obstacle}" for layer in moe_layers if layer.obstacle]
         notes += [f"{name} is a hash layer: neither counted nor balanced" for name in hash_routers(model)]
     finally:
         log.setLevel(level)

@@ -262,6 +262,25 @@ def test_a_slot_is_found_by_what_it_does_and_not_by_its_name(slot):
     assert torch.equal(saved.view(-1), balance.biases["0.router"]) and not torch.equal(saved.view(-1), tensor.view(-1))
 
 
+@pytest.mark.parametrize("num_experts", [2, 3, 64])
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_a_slot_is_found_for_few_experts_and_for_many(num_experts, k):
+    class Sized(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(_normal(num_experts, DIM))
+            self.register_buffer("moving", torch.zeros(num_experts))
+
+        def forward(self, x):
+            scores = F.linear(x, self.weight).sigmoid()
+            expert_ids = (scores + self.moving).topk(min(k, num_experts), -1).indices
+            return scores.logit(), scores.gather(-1, expert_ids), expert_ids
+
+    (layer,) = find_routers(nn.Sequential(Block(Sized())))
+    assert layer.kind == RouterKind("sigmoid", "moving")
+    assert (layer.num_experts, layer.k) == (num_experts, min(k, num_experts))
+
+
 def test_a_slot_that_the_block_passes_on_may_have_any_name():
     class PassedRouter(PlainRouter):
         def forward(self, x, moving):
