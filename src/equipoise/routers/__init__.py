@@ -2,10 +2,15 @@
 
 kind          how a router selects (``RouterKind``), and where its bias is kept (``Slot``)
 find          the routers of a model
-prove         how a router selects, found out by experiment on a stand-in
+names         the modules of a model by the names that they have without wrappers
+outputs       what a router's forward returns, and refusals of what it should not
+stand_in      a router with random tensors in place of its weights
+trial         runs of a stand-in with several biases
+prove         how a router selects, found out by such runs
 fingerprint   whether two routers are alike, so that one proof serves both
 tap           where one router is observed and steered
-forward       what the model's forward was called with: padding, rows
+arguments     reads the arguments of a model's forward: rows, padding, where sequences begin
+forward       the forwards under way: what each was called with, whether gradients are on
 """
 
 from equipoise.routers.kind import MoELayer, RouterKind, Slot

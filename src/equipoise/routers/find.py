@@ -22,17 +22,9 @@ from equipoise.errors import EquipoiseError
 from equipoise.routers.fingerprint import NotComparable, fingerprint, tensor_shapes
 from equipoise.routers.kind import MoELayer, RouterKind
 from equipoise.routers.names import named_modules
-from equipoise.routers.prove import (
-    CONTRACT,
-    Proof,
-    Refused,
-    chooses_by_id,
-    discover,
-    find_slot,
-    prove,
-    returned_form,
-    takes_tokens_alone,
-)
+from equipoise.routers.outputs import CONTRACT, Refused
+from equipoise.routers.prove import Proof, chooses_by_id, discover, find_slot, prove
+from equipoise.routers.stand_in import returned_form, takes_tokens_alone
 from equipoise.routers.tap import plain_class
 
 _log = logging.getLogger("equipoise")

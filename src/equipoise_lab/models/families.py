@@ -20,7 +20,8 @@ import torch
 from torch import nn
 
 from equipoise.routers.find import proof_of
-from equipoise.routers.prove import Refused, find_slot
+from equipoise.routers.outputs import Refused
+from equipoise.routers.prove import find_slot
 
 __all__ = ["Family", "families", "load_tested_routers"]
 

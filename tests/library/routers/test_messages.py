@@ -13,7 +13,7 @@ from torch import nn
 from equipoise import EquipoiseError, attach
 from equipoise.nn import MoE
 from equipoise.routers.find import OLDEST_TRANSFORMERS, unknown_routers
-from equipoise.routers.prove import CONTRACT
+from equipoise.routers.outputs import CONTRACT
 
 DIM, EXPERTS, K = 16, 8, 2
 GATE_AND_TOP_K = "A router has the gate and the top-k in one module"

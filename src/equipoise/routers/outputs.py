@@ -1,0 +1,110 @@
+"""What a router's forward returns: told by shapes and dtypes, and what to do about it if it is something else."""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from equipoise.errors import EquipoiseError
+from equipoise.routers.tap import plain_class
+
+TOKENS = 64  # on which a router is tried
+CONTRACT = (
+    "A router has the gate and the top-k in one module. Its forward takes tokens [..., dim] and returns (logits [..., "
+    "experts], weights [..., k], expert_ids [..., k]). The block around multiplies the outputs of the experts by these "
+    "weights. equipoise.nn.Router is one"
+)
+LEAVE_OUT = "Leave it out with attach(where=...), or choose experts with equipoise.nn.Router"
+
+
+class Refused(EquipoiseError):
+    """A router selects in no way that equipoise knows. The message is the reason, ``remedy`` what to do about it.
+
+    ``progress`` orders reasons: a kind that is refused later in its proof fits better.
+    """
+
+    def __init__(self, reason: str, remedy: str = LEAVE_OUT, progress: int = 0):
+        super().__init__(reason)
+        self.remedy, self.progress = remedy, progress
+
+
+def is_dense(output: Any) -> bool:
+    """Whether it may be (scores, logits), both with a number for each token and expert."""
+    if not isinstance(output, tuple) or len(output) != 2 or not all(isinstance(value, Tensor) for value in output):
+        return False
+    return output[0].dim() >= 2 and output[0].shape == output[1].shape and all(v.is_floating_point() for v in output)
+
+
+def output_names(output: Any) -> list[str]:
+    """What the outputs of a router are, by shapes and dtypes: logits, weights, expert_ids, or ``_`` for others."""
+    values = list(output) if isinstance(output, tuple | list) else [output]
+    tensors = [value for value in values if isinstance(value, Tensor) and value.dim() >= 2]
+    ids = next((value for value in tensors if value.dtype in (torch.int64, torch.int32)), None)
+    like_ids = [v for v in tensors if ids is not None and v.is_floating_point() and v.shape == ids.shape]
+    names = ["_"] * len(values)
+    if len(like_ids) == 2:  # all experts are chosen: only the order tells logits from weights
+        in_order = len(values) > 2 and values[0] is like_ids[0] and values[1] is like_ids[1] and values[2] is ids
+        return ["logits", "weights", "expert_ids", *names[3:]] if in_order else names
+    for number, value in enumerate(values):
+        if not isinstance(value, Tensor) or value.dim() < 2:
+            continue
+        if value is ids:
+            names[number] = "expert_ids"
+        elif like_ids and value is like_ids[0]:
+            names[number] = "weights"
+        elif value.is_floating_point() and "logits" not in names and len(value.flatten(0, -2)) == TOKENS:
+            names[number] = "logits"
+    return names
+
+
+def check_output(output: Any, router: nn.Module) -> None:
+    """Raises ``Refused`` for what is neither (logits, weights, expert_ids, ...) nor (scores, logits)."""
+    names = output_names(output)
+    if isinstance(output, tuple) and (names[:3] == ["logits", "weights", "expert_ids"] or is_dense(output)):
+        if names[2:3] == ["expert_ids"] and output[2].dtype != torch.int64:
+            raise Refused(
+                f"the ids of its experts must be int64, and are {output[2].dtype}", "Convert them, ids.long()"
+            )
+        return
+    must = "its forward does not return (logits, weights, expert_ids)"
+    if isinstance(output, Tensor):
+        raise Refused(f"{must} but one tensor of shape {tuple(output.shape)} for {TOKENS} tokens", CONTRACT)
+    if not isinstance(output, tuple | list):
+        raise Refused(f"{must} but a {type(output).__name__}", CONTRACT)
+    shapes = [tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__ for value in output]
+    if "expert_ids" not in names or "weights" not in names or _is_mask(output[names.index("expert_ids")]):
+        raise Refused(f"{must} but {len(shapes)} outputs: {', '.join(map(str, shapes))}", CONTRACT)
+    raise Refused(f"{must} but ({', '.join(names)}){' in a list' * isinstance(output, list)}", _adapter(router, names))
+
+
+def _is_mask(ids: Tensor) -> bool:
+    """Whether integers are no ids: the experts of a token are different ones."""
+    return bool((ids.sort(-1).values.diff(dim=-1) == 0).any())
+
+
+def _adapter(router: nn.Module, names: list[str]) -> str:
+    """A subclass of the router that returns what ``attach`` reads."""
+    cls, hidden = plain_class(router).__name__, forward_arguments(router)[0]
+    weight = next((name for name, p in router.named_parameters() if p.dim() == 2), "weight")
+    logits = "logits" if "logits" in names else f"F.linear({hidden}.flatten(0, -2).float(), self.{weight}.float())"
+    return (
+        "Return them in that order, and take them so in the block that calls it:\n"
+        f"    class Adapted{cls}({cls}):\n"
+        f"        def forward(self, {hidden}):\n"
+        f"            {', '.join(names)} = super().forward({hidden})\n"
+        f"            return {logits}, weights, expert_ids\n"
+    )
+
+
+def num_tokens_of(output: Any) -> int | None:
+    """Rows of the first output, once batch and sequence are flattened."""
+    first = output[0] if isinstance(output, tuple | list) and output else output
+    return first.numel() // first.shape[-1] if isinstance(first, Tensor) and first.dim() >= 2 else None
+
+
+def forward_arguments(module: nn.Module, required: bool = False) -> list[str]:
+    """Names of the arguments of a module's forward."""
+    _, *parameters = inspect.signature(plain_class(module).forward).parameters.values()
+    named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    return [p.name for p in named if not required or p.default is p.empty]

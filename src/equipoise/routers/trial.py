@@ -1,0 +1,188 @@
+"""A trial of a router: its stand-in is run with several biases on the same random tokens."""
+
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from equipoise.routers.kind import RouterKind
+from equipoise.routers.outputs import (
+    CONTRACT,
+    TOKENS,
+    Refused,
+    check_output,
+    forward_arguments,
+    is_dense,
+    num_tokens_of,
+    output_names,
+)
+from equipoise.routers.stand_in import RandomTensors, make_stand_in, matrix_widths, stand_in_tensor
+
+# Where routers keep their number of groups.
+GROUP_ATTRIBUTES = ("num_group", "num_groups", "n_group", "n_groups", "num_expert_group")
+
+
+class ExpertTensor(NamedTuple):
+    """A tensor of a stand-in with a number for each expert."""
+
+    place: dict[str, Any]  # what holds it
+    name: str  # there
+    neutral: Tensor  # the choice and the weights as they are without it
+    random: tuple[Tensor, Tensor]
+    may_be_slot: bool
+
+    def put(self, value: Tensor) -> None:
+        is_parameter = isinstance(self.place[self.name], nn.Parameter)
+        self.place[self.name] = nn.Parameter(value, requires_grad=False) if is_parameter else value
+
+
+class Trial:
+    """A stand-in that is run with several biases on the same random tokens."""
+
+    def __init__(self, router: nn.Module, parent: nn.Module | None, random: RandomTensors, top_k: int | None = None):
+        random.next = 0
+        self.router = make_stand_in(router, random)
+        if top_k is not None:
+            self.router.__dict__["top_k"] = top_k
+        passed = _tensors_passed(router, parent)
+        self.arguments = {name: stand_in_tensor(name, value, random) for name, value in passed.items()}
+        if needed := [name for name in forward_arguments(router, required=True)[1:] if name not in self.arguments]:
+            raise Refused(f"its forward needs {' and '.join(needed)} beside the tokens", CONTRACT)
+        widths = matrix_widths(self.router)
+        if not widths:
+            raise Refused("it has no matrix of weights", CONTRACT)
+        self.inputs, output = self._fitting_inputs(widths, random)
+        if not self.inputs and num_tokens_of(output) is not None:
+            raise Refused(f"its forward gives {num_tokens_of(output)} rows for {TOKENS} tokens", CONTRACT)
+        check_output(output, router)
+        self.is_dense = is_dense(output)
+        self.num_experts = int(output[1 if self.is_dense else 0].shape[-1])
+        chosen = (output[0] != 0).sum(-1).max() if self.is_dense else output[2].shape[-1]
+        self.k = int(chosen)
+        self.has_groups = any((getattr(self.router, name, 1) or 1) > 1 for name in GROUP_ATTRIBUTES)
+        self.by_expert = dict(self._tensors_by_expert())
+        self._plain: dict[Any, Any] = {}
+
+    def _fitting_inputs(self, widths: list[int], random: RandomTensors) -> tuple[list[Tensor], Any]:
+        """The tokens that the forward takes, [tokens, dim] and [batch, sequence, dim], and an output."""
+        errors: list[Exception] = []
+        output, others = None, []
+        for width in widths:
+            tokens = random.normal(TOKENS, width) / width**0.5
+            inputs: list[Tensor] = []
+            for hidden in (tokens, tokens.view(2, TOKENS // 2, width)):
+                try:
+                    new = self._forward(hidden)
+                except Exception as error:  # a forward may raise anything on random tokens
+                    errors.append(error)
+                    continue
+                if num_tokens_of(new) != TOKENS:  # it reshaped the tokens to another width
+                    others.append(new)
+                elif not inputs or output_names(new) == output_names(output):
+                    output = output if inputs else new
+                    inputs.append(hidden)
+            if inputs:
+                return inputs, output
+        if not others:
+            raise self._failure(errors[0])
+        return [], others[0]
+
+    def _failure(self, error: Exception) -> Refused:
+        """Why the forward failed on every input."""
+        text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        was_training = self.router.training
+        if any(p.dim() >= 2 and not p.is_floating_point() for p in self.router.parameters()):
+            return Refused(
+                f"its weights are quantised, and its forward raised {text}",
+                "Attach before the weights are quantised, or keep routers out of the quantisation",
+            )
+        self.router.train(not was_training)
+        try:
+            self._forward(torch.zeros(TOKENS, matrix_widths(self.router)[0], device="cpu"))
+        except Exception:
+            return Refused(f"its forward raised {text}, on random tokens [{TOKENS}, dim]", CONTRACT)
+        finally:
+            self.router.train(was_training)
+        mode, other = ("training", "eval()") if was_training else ("evaluation", "train()")
+        return Refused(
+            f"its forward raised {text}, in {mode} mode only",
+            f"Take a version of the model that runs in {mode} mode, or call {other} before attach if it stays so",
+        )
+
+    def _forward(self, hidden: Tensor) -> Any:
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            return self.router.forward(hidden.clone(), **self.arguments)  # some routers add noise in place
+
+    def _tensors_by_expert(self) -> Iterator[tuple[str, ExpertTensor]]:
+        generator = torch.Generator().manual_seed(2)
+        places: list[tuple[str, dict[str, Any], bool]] = [("", self.arguments, True)]
+        for path, module in self.router.named_modules():
+            prefix = f"{path}." if path else ""
+            places += [(prefix, place, True) for place in (module._parameters, module._buffers)]
+            places.append((prefix, module.__dict__, False))
+        for prefix, place, is_registered in places:
+            for name, value in list(place.items()):
+                if not isinstance(value, Tensor) or value.dim() == 0:
+                    continue
+                is_by_expert = self.num_experts in (value.shape[-1], value.numel())
+                if not is_by_expert or not (value.is_floating_point() or value.dtype == torch.bool):
+                    continue
+                # All different, and then in the opposite order. Positive, for a tensor that is divided by.
+                order = torch.randperm(value.numel(), generator=generator, device="cpu").view(value.shape)
+                if value.is_floating_point():
+                    first = 0.5 + order.float() / max(value.numel() - 1, 1)
+                    second = 2 - first
+                else:
+                    first, second = order % 2 == 0, order % 2 == 1
+                may_be_slot = is_registered and value.is_floating_point() and value.numel() == self.num_experts
+                yield prefix + name, ExpertTensor(place, name, value.detach(), (first, second), may_be_slot)
+
+    def fill(self, is_neutral: bool) -> None:
+        for tensor in self.by_expert.values():
+            tensor.put(tensor.neutral if is_neutral else tensor.random[0])
+
+    @cached_property
+    def acting(self) -> list[str]:
+        """Names of the tensors on which the choice depends beyond the logits."""
+        if not self.by_expert:
+            return []
+        names = []
+        self.fill(is_neutral=False)
+        logits, expert_ids = self._choice()
+        for name, tensor in self.by_expert.items():
+            tensor.put(tensor.random[1])
+            new_logits, new_ids = self._choice()
+            tensor.put(tensor.random[0])
+            if torch.equal(logits, new_logits) and not torch.equal(expert_ids, new_ids):
+                names.append(name)
+        return names
+
+    def _choice(self) -> tuple[Tensor, Tensor]:
+        kind = RouterKind("softmax", gives="dense" if self.is_dense else "logits")  # of any score function
+        logits, _, expert_ids = kind.read(self._forward(self.inputs[0]), self.k)
+        return logits, expert_ids if self.k == self.num_experts else expert_ids.sort().values
+
+    def run(self, hidden: Tensor, slot: str | None, bias: Tensor | None = None, is_neutral: bool = True) -> Any:
+        """What the forward returns with a bias in the slot, or 0."""
+        self.fill(is_neutral)
+        if slot is not None:
+            tensor = self.by_expert[slot]
+            tensor.put(torch.zeros_like(tensor.neutral) if bias is None else bias.view(tensor.neutral.shape))
+        return self._forward(hidden)
+
+    def run_plain(self, hidden: Tensor, slot: str | None, is_neutral: bool = True) -> Any:
+        """The same without a bias, computed once for all kinds."""
+        key = (hidden.dim(), slot, is_neutral)
+        if key not in self._plain:
+            self._plain[key] = self.run(hidden, slot, is_neutral=is_neutral)
+        return self._plain[key]
+
+
+def _tensors_passed(router: nn.Module, parent: nn.Module | None) -> dict[str, Any]:
+    """Tensors of the module around that it passes to the router's forward: an argument has the tensor's name."""
+    if parent is None:
+        return {}
+    tensors = {**parent._buffers, **parent._parameters}
+    return {name: tensors[name] for name in forward_arguments(router)[1:] if tensors.get(name) is not None}
