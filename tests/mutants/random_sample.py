@@ -65,13 +65,24 @@ def pytest_runtest_logstart(nodeid: str) -> None:
     """The test is the context of coverage. Processes that it starts have none."""
     coverage = sys.modules.get("coverage")
     if REPORTS_VARIABLE in os.environ and coverage is not None and coverage.Coverage.current() is not None:
-        coverage.Coverage.current().switch_context(nodeid)
+        coverage.Coverage.current().switch_context(_name(nodeid))
 
 
 def pytest_runtest_logreport(report: Any) -> None:
-    if REPORTS_VARIABLE in os.environ and report.when == "call" and report.passed:
+    if REPORTS_VARIABLE in os.environ and (report.when == "call" or report.failed):
         with open(Path(os.environ[REPORTS_VARIABLE]) / f"{os.getpid()}.jsonl", "a", encoding="utf-8") as file:
-            print(json.dumps([report.nodeid, report.duration]), file=file)
+            print(json.dumps([_name(report.nodeid), report.duration, report.outcome]), file=file)
+
+
+def _name(nodeid: str) -> str:
+    """xdist adds the group to the name of a test that has one."""
+    return re.sub(r"@[\w.-]+$", "", nodeid)
+
+
+def _read_reports(folder: Path) -> list[tuple[str, float, str]]:
+    """Name, seconds and outcome of each test that ran."""
+    lines = [line for file in folder.glob("*.jsonl") for line in file.read_text(encoding="utf-8").splitlines()]
+    return [(name, seconds, outcome) for name, seconds, outcome in map(json.loads, lines)]
 
 
 def record_coverage(out: Path, workers: int, tests: list[str]) -> dict[str, Any]:
@@ -104,9 +115,7 @@ def record_coverage(out: Path, workers: int, tests: list[str]) -> dict[str, Any]
             )
         combined = coverage.Coverage(data_file=str(reports / "data"), config_file=False)
         combined.combine([str(reports)])
-        seconds: dict[str, float] = {}
-        for file in reports.glob("*.jsonl"):
-            seconds |= dict(json.loads(line) for line in file.read_text(encoding="utf-8").splitlines())
+        seconds = {test: duration for test, duration, outcome in _read_reports(reports) if outcome == "passed"}
         data, lines = combined.get_data(), {}
         for path in map(Path, data.measured_files()):
             contexts = data.contexts_by_lineno(str(path))
@@ -241,17 +250,17 @@ def judge(mutation: Mutation, coverage: dict[str, Any], root: Path, limit: float
     if not tests:
         return result | {"verdict": "survived", "reason": "no test reaches the line", "tests": 0}
     file.write_text(mutated, encoding="utf-8")
-    verdict, by, run = "survived", None, 0
+    verdict, by, run = "survived", [], 0
     try:
-        for stage in _stages(tests, coverage["seconds"]):
+        for stage in _stages([test for test in tests if test in coverage["seconds"]], coverage["seconds"]):
             if time.time() - started > limit:
                 break
             expected = sum(coverage["seconds"][test] for test in stage)
-            rc, failed = _run_tests(root, stage, min(limit, START_SECONDS + SLOWER * expected))
+            failed = run_tests(root, stage, min(limit, START_SECONDS + SLOWER * expected))
             run += len(stage)
-            if rc is None:
-                verdict, by = "hangs", None
-            elif rc not in (0, 5):
+            if failed is None:
+                verdict = "hangs"
+            elif failed:
                 verdict, by = "seen", failed
             if verdict != "survived":
                 break
@@ -260,26 +269,38 @@ def judge(mutation: Mutation, coverage: dict[str, Any], root: Path, limit: float
     return result | {"verdict": verdict, "by": by, "tests": run, "of": len(tests), "seconds": time.time() - started}
 
 
-def _run_tests(root: Path, tests: list[str], limit: float) -> tuple[int | None, str | None]:
-    """pytest's return code, None where it took longer than the limit, and the test that failed."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider", *tests]
-    process = subprocess.Popen(
-        command,
-        cwd=root,
-        env=_environment(root),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,  # ranks that a test started end with it
-    )
-    try:
-        output, _ = process.communicate(timeout=limit)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        return None, None
-    failures = [line for line in output.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    return process.returncode, failures[0] if failures else output[-300:]
+def run_tests(root: Path, tests: list[str], limit: float | None, *, stop: bool = True) -> list[str] | None:
+    """The tests that failed: all of these, if pytest could not run them. None if they took longer than the limit."""
+    with tempfile.TemporaryDirectory() as reports:
+        command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider"]
+        process = subprocess.Popen(
+            command + ["-x"] * stop + ["-p", "mutants.random_sample", *tests],
+            cwd=root,
+            env=_environment(root) | {REPORTS_VARIABLE: reports},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # ranks that a test started end with it
+        )
+        try:
+            process.wait(limit)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return None
+        failed = [test for test, _, outcome in _read_reports(Path(reports)) if outcome == "failed"]
+        return failed or (tests if process.returncode else [])
+
+
+def tests_that_fail_anyway(results: list[dict[str, Any]], root: Path) -> set[str]:
+    """Of the tests that noticed a mutation, those that fail without one. They would notice everything."""
+    noticed = sorted({test for result in results for test in result.get("by") or []})
+    return set(run_tests(root, noticed, None, stop=False) or []) if noticed else set()
+
+
+def _write(path: Path, content: Any) -> None:
+    partial = path.with_suffix(".part")
+    partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    partial.replace(path)  # a run that is stopped leaves the file whole
 
 
 def main() -> None:
@@ -294,7 +315,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     recorded, verdicts = options.out / "coverage.json", options.out / "mutations.json"
     if not recorded.is_file():
-        recorded.write_text(json.dumps(record_coverage(options.out, options.workers, options.tests)), encoding="utf-8")
+        _write(recorded, record_coverage(options.out, options.workers, options.tests))
     coverage = json.loads(recorded.read_text(encoding="utf-8"))
     results = {entry["key"]: entry for entry in json.loads(verdicts.read_text())} if verdicts.is_file() else {}
     chosen = sample(options.number, options.seed)
@@ -311,14 +332,19 @@ def main() -> None:
             finally:
                 copies.put(root)
 
-        remaining = [mutation for mutation in chosen if mutation.key not in results]
-        with ThreadPoolExecutor(options.workers) as pool:
-            for result in pool.map(run, remaining):
-                results[result["key"]] = result
-                partial = verdicts.with_suffix(".part")
-                partial.write_text(json.dumps(list(results.values()), indent=1), encoding="utf-8")
-                partial.replace(verdicts)
-                print(f"{result['verdict']:10} {result['key']}", flush=True)
+        while remaining := [mutation for mutation in chosen if mutation.key not in results]:
+            with ThreadPoolExecutor(options.workers) as pool:
+                for result in pool.map(run, remaining):
+                    results[result["key"]] = result
+                    _write(verdicts, list(results.values()))
+                    print(f"{result['verdict']:10} {result['key']}", flush=True)
+            broken = tests_that_fail_anyway(list(results.values()), Path(name) / "0")
+            if broken:
+                print(f"these tests fail without a mutation and are left out: {', '.join(sorted(broken))}", flush=True)
+                coverage["seconds"] = {t: s for t, s in coverage["seconds"].items() if t not in broken}
+                results = {key: r for key, r in results.items() if not broken & set(r.get("by") or [])}
+                _write(recorded, coverage)
+                _write(verdicts, list(results.values()))
     ours = [results[mutation.key] for mutation in chosen]
     survivors = [result for result in ours if result["verdict"] == "survived"]
     for result in survivors:
