@@ -252,7 +252,7 @@ def test_a_slot_is_found_by_what_it_does_and_not_by_its_name(slot):
     x = _normal(4, 5, DIM, seed=1)
     for _ in range(2):
         bias = balance.biases["0.router"]
-        with torch.no_grad():
+        with torch.no_grad(), balance.counting():
             model(x)
         logits = x.double().reshape(20, DIM) @ model[0].router.weight.detach().double().T
         expected = torch.bincount((logits.sigmoid() + bias).topk(K).indices.flatten(), minlength=EXPERTS)
