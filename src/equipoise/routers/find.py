@@ -84,7 +84,7 @@ def _no_router(model: nn.Module, refused: list[tuple["_Candidate", Refused]]) ->
         outside = _reason_outside(model, next(m for m in model.modules() if type(m).__name__ in similar))
         advice = CONTRACT if outside is None else f"{str(outside)[0].upper()}{str(outside)[1:]}. {outside.remedy}"
     else:
-        came = f"{type(model).__name__} holds none and no other mixture-of-experts layer"
+        came = f"{type(model).__name__} holds none, and nothing that is called a mixture of experts"
         advice = "A pipeline stage of dense layers takes allow_empty=True. " + CONTRACT
     return EquipoiseError(
         f"a model must hold a router that can be proven: {came}. {advice}. `equipoise families` lists the model "

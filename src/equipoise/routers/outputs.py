@@ -94,6 +94,7 @@ def _adapter(router: nn.Module, names: list[str]) -> str:
         f"        def forward(self, {hidden}):\n"
         f"            {', '.join(names)} = super().forward({hidden})\n"
         f"            return {logits}, weights, expert_ids\n"
+        "Then attach"
     )
 
 

@@ -446,7 +446,7 @@ def test_an_unknown_model_is_refused_naming_what_it_saw():
         match=r"1 \(StrangeRouter\) cannot be: its forward raised NotImplementedError: .*gate and the top-k",
     ):
         attach(nn.Sequential(nn.Linear(2, 2), StrangeRouter()))
-    with pytest.raises(EquipoiseError, match="Linear holds none and no other mixture-of-experts layer"):
+    with pytest.raises(EquipoiseError, match="Linear holds none, and nothing that is called a mixture of experts"):
         attach(nn.Linear(2, 2))
     with pytest.raises(EquipoiseError, match="allow_empty=True.*`equipoise families` lists the model families"):
         attach(nn.Linear(2, 2))
