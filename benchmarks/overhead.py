@@ -181,13 +181,17 @@ def update(layers: int, experts: int, tokens: int, rounds: int) -> dict[str, Any
     slots = [router.e_score_correction_bias for router in model]
     balance = equipoise.attach(model, "loss-free")
     hidden, milliseconds, floor = torch.randn(tokens, 16), [], []
-    for window in range(2 * rounds + 3):
-        for router in model:
-            router(hidden)
-        if window % 2:  # right after the forwards, as step() is
-            load, bias = torch.stack(list(balance.load.values())), torch.stack(list(balance.biases.values()))
+
+    def call_routers() -> None:
+        with balance.counting():
             for router in model:
                 router(hidden)
+
+    for window in range(2 * rounds + 3):
+        call_routers()
+        if window % 2:  # right after the forwards, as step() is
+            load, bias = torch.stack(list(balance.load.values())), torch.stack(list(balance.biases.values()))
+            call_routers()
             started = time.perf_counter()
             bare_step(slots, bias, load)
             floor.append(1000 * (time.perf_counter() - started))

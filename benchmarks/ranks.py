@@ -148,7 +148,8 @@ def growth(layers: int, experts: int, num_pairs: int) -> dict[str, Any]:
     for pair in range(num_pairs + 2):
         x = torch.randn(TOKENS, WIDTH)
         order = (plain, attached) if pair % 2 else (attached, plain)
-        seconds = {model: time_call(model, x) for model in order}
+        with balance.counting():
+            seconds = {model: time_call(model, x) for model in order}
         calls.append((seconds[attached] - seconds[plain]) / layers)
         steps.append(time_call(balance.step))
     return {

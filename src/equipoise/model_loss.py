@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from equipoise.torch_internals import is_traced, runs_while_traced
+from equipoise.torch_internals import is_traced, outside_graphs, runs_while_traced
 
 __all__ = ["REMEDY", "model_loss_in_config", "warn_of_model_loss", "watch_model_loss"]
 
@@ -100,7 +100,7 @@ class _Watch:
             weight = "an unknown coefficient" if coefficient is None else f"{name}={coefficient:g}"
             self._say(f"the forward returns one, with {weight}")
 
-    @torch._disable_dynamo  # compiled autograd would trace it
+    @outside_graphs  # compiled autograd would trace it
     def _judge_by_gradient(self, gradient: Tensor) -> None:
         if self.report is not None and gradient.any():
             self._say("the one that its forward returns has a gradient")

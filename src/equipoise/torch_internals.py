@@ -99,6 +99,11 @@ def leading_dimensions(hidden: Any) -> tuple[int, ...]:
     return ()
 
 
+def frame_above(number: int) -> FrameType:
+    """The frame so many calls above the function that asks."""
+    return sys._getframe(number + 1)
+
+
 def is_frame_running(frame: FrameType, thread: int) -> bool:
     """Whether a thread, known by its ``threading.get_ident()``, still runs this frame."""
     running = sys._current_frames().get(thread)

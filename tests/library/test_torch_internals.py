@@ -179,7 +179,16 @@ def test_operations_without_a_public_name_do_what_they_say():
 
 OURS = {"_equipoise", "_equipoise_base", "_equipoise_held"}
 OF_EVERYBODY = {  # the tables of a module, methods that a subclass overrides, those of a namedtuple
-    *("_buffers", "_parameters", "_modules", "_forward_hooks", "_apply", "_load_from_state_dict", "_replace")
+    *(
+        "_buffers",
+        "_parameters",
+        "_modules",
+        "_forward_hooks",
+        "_forward_pre_hooks",
+        "_apply",
+        "_load_from_state_dict",
+        "_replace",
+    )
 }
 
 

@@ -26,7 +26,13 @@ from equipoise.routers.arguments import (
     sequence_length,
     sequence_starts,
 )
-from equipoise.torch_internals import are_gradients_wanted, is_backward_running, is_frame_running, is_traced
+from equipoise.torch_internals import (
+    are_gradients_wanted,
+    frame_above,
+    is_backward_running,
+    is_frame_running,
+    is_traced,
+)
 
 
 class CallCounter(Protocol):
@@ -214,7 +220,7 @@ class ForwardContext:
             self._begin(module, None, None)
         else:
             self._drop_interrupted_forwards(module)
-            self._begin(module, sys.exc_info()[1], sys._getframe(2))  # of the module's __call__, which runs its forward
+            self._begin(module, sys.exc_info()[1], frame_above(2))  # of the module's __call__, which runs its forward
         if len(self._forwards) == 1 or "attention_mask" in names:  # the hidden states of a part show no rows
             self._read(module, {**dict(zip(names, args, strict=False)), **kwargs})
 
