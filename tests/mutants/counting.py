@@ -225,14 +225,14 @@ MUTANTS = [
     ),
     Mutant(
         "100: a micro-batch begins with every loop",
-        "        if current is not None and (\n            current.forward is not self.context.outermost or",
-        "        if current is not None and (\n            layer in current.called_layers or",
+        "if (current is not None and current.forward is not outermost) or is_outside:",
+        "if current is not None:",
         "library/counting/test_forwards -k looped",
     ),
     Mutant(
         "100: a token counts in every loop",
-        "        if is_repeated:",
-        "        if False:",
+        "            if before >= rows * length:",
+        "            if False:",
         "library/counting/test_forwards -k looped",
     ),
     Mutant(

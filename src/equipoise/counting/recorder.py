@@ -20,7 +20,7 @@ from equipoise.counting.gradient import Losses
 from equipoise.counting.layout import Layout
 from equipoise.counting.masks import Tokens
 from equipoise.counting.pool import Pool
-from equipoise.counting.window import CountedCall, Window
+from equipoise.counting.window import CountedCall, MicroBatch, Window
 from equipoise.errors import EquipoiseError
 from equipoise.routers import MoELayer
 from equipoise.routers.forward import ForwardContext, ForwardTokens
@@ -187,61 +187,68 @@ class Recorder:
             if forward is None or calls[0].forward is forward:
                 del self._undecided[layer]
                 for undecided in calls:
-                    self._add(undecided)
+                    self._fit(undecided)
 
     # ---- counting ----
 
     def _measure(self, call: RouterCall) -> None:
-        call = self.tokens.on_grid(call)
         forward = ForwardTokens() if self._is_outside(call) else self.context.innermost
         before = forward.add(call.layer, call.num_tokens)
-        self._place(_Undecided(call, None, forward), before)
+        self._place(_Undecided(self.tokens.on_grid(call), None, forward), before)
 
     def _count(self, call: RouterCall) -> int:
-        window, layer = self.window, call.layer
-        is_outside = self._is_outside(call)
-        if self.forward_is_a_micro_batch():
-            self._split_by_forward(layer, is_outside)
-        micro_batch = window.micro_batch(call.expert_ids.device, self.context.outermost)
-        micro_batch.continue_in(self.context.outermost)
+        window, context, layer = self.window, self.context, call.layer
+        outermost, is_outside = context.outermost, self._is_outside(call)
+        current = window.current
+        if (current is not None and current.forward is not outermost) or is_outside:
+            self._begin_forward(current, layer, outermost, is_outside)
+        micro_batch = window.micro_batch(call.expert_ids.device, outermost)
         if window.num_calls == 0:  # statistics depend on the biases: adopt what was written into slots since
             for group in self.biases.groups:
                 if group.has_statistics:
                     self.biases.adopt_writes(group)
-        needs_gradient = call.num_tokens > 0 and call.logits.requires_grad
-        counted = CountedCall(window.num_calls, layer, micro_batch, needs_gradient)
+        num_tokens = call.num_tokens
+        counted = CountedCall(window.num_calls, layer, micro_batch, num_tokens > 0 and call.logits.requires_grad)
         call_id = window.record(counted, call.expert_ids)
-        call = self.tokens.on_grid(call)
-        forward = ForwardTokens() if is_outside else self.context.innermost
-        before = forward.add(layer, call.num_tokens)
-        self._place(_Undecided(call, counted, forward), before)
-        rows, length = self.tokens.grid(call)
-        is_repeated = before >= rows * length if rows * length else before > 0
-        if is_repeated:
-            micro_batch.add_repeated(counted)
+        forward = ForwardTokens() if is_outside else context.innermost
+        before = forward.add(layer, num_tokens)
+        if call.mask is None and call.sequence_ids is None and not (self._needs_sequences or context.masks_by_layer):
+            counted.num_tokens = num_tokens
+            self._add(call, counted)
+        else:
+            call = self.tokens.on_grid(call)
+            self._place(_Undecided(call, counted, forward), before)
+        if before:
+            rows, length = self.tokens.grid(call)
+            if before >= rows * length:
+                micro_batch.add_repeated(counted)
         return call_id
 
-    def _split_by_forward(self, layer: int, is_outside: bool) -> None:
+    def _begin_forward(
+        self, current: MicroBatch | None, layer: int, outermost: ForwardTokens, is_outside: bool
+    ) -> None:
         """Where no ticket separates micro-batches, each forward of the model is one.
 
         Outside a forward, where a router is called by itself, one begins when its layer comes again.
         """
-        current = self.window.current
-        if current is not None and (
-            current.forward is not self.context.outermost or (is_outside and layer in current.called_layers)
-        ):
+        if current is None:
+            return
+        is_new = current.forward is not outermost
+        if self.forward_is_a_micro_batch() and (is_new or layer in current.called_layers):
             self.window.close_micro_batch()
+        elif is_new:
+            current.continue_in(outermost)
 
     def _is_outside(self, call: RouterCall) -> bool:
         """Whether a router is called by itself, not by a forward of the model."""
         return not (self.context.is_under_way or call.is_compiled)
 
     def _place(self, undecided: _Undecided, before: int) -> None:
-        """Counts a call; one with a part of its forward's tokens when the other parts have come."""
+        """Finds the tokens of a call, and counts it; a part of its forward's tokens when the other parts have come."""
         call = undecided.call
         is_followed = self.context.is_under_way and not call.is_compiled  # a graph reuses the memory of a call
         if not (is_followed and self.context.uses_places and self.tokens.may_be_tile(call)):
-            self._add(undecided)
+            self._fit(undecided)
             return
         rows, length = self.tokens.grid(call)
         reached = before % (rows * length) + call.num_tokens
@@ -251,13 +258,13 @@ class Recorder:
             del self._undecided[call.layer]
             start = 0
             for tile in waiting:
-                self._add(tile, start, is_tile=True)
+                self._fit(tile, start, is_tile=True)
                 start += tile.call.num_tokens
         elif reached > rows * length:
             self.settle(undecided.forward)
 
-    def _add(self, undecided: _Undecided, before: int = 0, is_tile: bool = False) -> None:
-        """Counts a call, and adds its statistics and losses to its micro-batch."""
+    def _fit(self, undecided: _Undecided, before: int = 0, is_tile: bool = False) -> None:
+        """Counts a call with the mask and the sequences of its tokens."""
         call, counted, _ = undecided
         fitted = self.tokens.fit(call, before, is_tile)
         if counted is None:
@@ -267,7 +274,6 @@ class Recorder:
             return
         if is_tile and self._needs_sequences:
             self.tokens.check_whole_sequences(call, before)
-        layer, micro_batch, expert_ids = call.layer, counted.micro_batch, call.expert_ids
         rows, length = self.tokens.grid(call)
         counted.mask, counted.num_tokens = fitted.mask, call.num_tokens if fitted.mask is None else fitted.mask.sum()
         if self._needs_sequences and fitted.sequence_ids is not None:
@@ -275,7 +281,12 @@ class Recorder:
         elif self._needs_sequences:
             ids, counted.num_sequences = self.tokens.rows_as_sequences(call, before, is_tile)
             counted.sequence_ids = ids
-        self.layout.count(micro_batch.vector, layer, expert_ids, fitted.mask)
+        self._add(call, counted)
+
+    def _add(self, call: RouterCall, counted: CountedCall) -> None:
+        """Adds a call, its statistics and its losses to its micro-batch."""
+        layer, micro_batch, expert_ids = call.layer, counted.micro_batch, call.expert_ids
+        self.layout.count(micro_batch.vector, layer, expert_ids, counted.mask)
         group, row = self.biases.group_of[layer]
         if self.losses.number or group.has_statistics:
             routing = self.losses.routing(counted, call.logits, expert_ids, call.weights)

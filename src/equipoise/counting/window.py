@@ -85,10 +85,9 @@ class MicroBatch:
         return num_tokens
 
     def continue_in(self, forward: object) -> None:
-        """Another call was counted, in ``forward``."""
-        if forward is not self.forward:
-            self.forward = forward
-            self.num_forwards += 1
+        """Another forward begins, whose calls belong to this micro-batch too."""
+        self.forward = forward
+        self.num_forwards += 1
 
     def add_repeated(self, call: CountedCall) -> None:
         self._repeated.append(call)
