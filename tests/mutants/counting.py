@@ -25,7 +25,7 @@ MUTANTS = [
         "a longer mask of other rows is cut",
         "if call.rows == rows else not call.length",
         "",
-        "library/balance -k 'square or one_of_another_size'",
+        "library/balance -k called_by_itself",
     ),
     Mutant(
         "follow does not know a compiled step",

@@ -6,6 +6,7 @@ import math
 import models
 import pytest
 import torch
+from models import DIM
 from torch import nn
 from windows import (
     LAYERS,
@@ -123,6 +124,15 @@ def test_the_end_of_a_token_mask_with_a_cached_prefix_applies():
     model(random_ids(length=3))
     balance.step()
     assert_tokens_counted(balance, 6)
+
+
+def test_a_router_called_by_itself_has_the_end_of_a_longer_mask():
+    model, balance = attach_tiny("none")
+    balance.token_mask(torch.tensor([[0, 0, 0, 0, 1, 1, 0], [1, 1, 1, 1, 0, 1, 1]]))
+    for name in LAYERS:
+        model.get_submodule(name)(torch.randn(6, DIM, generator=torch.Generator().manual_seed(0)))
+    balance.step()
+    assert_tokens_counted(balance, 4)
 
 
 def test_a_four_dimensional_mask_is_ignored_and_one_of_another_size_refused():
