@@ -75,22 +75,39 @@ def are_gradients_wanted() -> bool:
         return torch.is_grad_enabled()
     frame: FrameType | None = sys._getframe()
     while frame is not None:
-        if frame.f_code.co_name == "forward" and frame.f_code.co_argcount:
-            first = frame.f_locals.get(frame.f_code.co_varnames[0])
-            if isinstance(first, torch.autograd.function.FunctionCtx):
-                return True
+        code = frame.f_code
+        is_candidate = code.co_name == "forward" and code.co_argcount > 0 and code.co_varnames[0] != "self"
+        if is_candidate and isinstance(frame.f_locals.get(code.co_varnames[0]), torch.autograd.function.FunctionCtx):
+            return True
         frame = frame.f_back
     return False
+
+
+PICKED = (-1,)
+_MAX_NODES = 6
+# Names of autograd's nodes. These pick tokens:
+_PICKING = ("IndexBackward", "IndexSelect", "Gather", "MaskedSelect", "Take")
+# These leave each token where it is:
+_BY_TOKEN = ("ToCopy", "NativeDropout", "NativeLayerNorm", "FusedRmsNorm", "Mul", "Div", "Alias", "View", "UnsafeView")
 
 
 def leading_dimensions(hidden: Any) -> tuple[int, ...]:
     """The dimensions before the last, of hidden states ``[batch, sequence, dim]`` or of what was flattened from them.
 
-    () if they cannot be known: of a copy without gradients, or of tokens that were picked.
+    () if they cannot be known, as of a copy without gradients; ``PICKED`` for tokens that were picked.
     """
     if not isinstance(hidden, Tensor):
         return ()
-    shapes: list[Any] = [hidden.shape, getattr(hidden.grad_fn, "_saved_self_sym_sizes", ())]
+    shapes: list[Any] = [hidden.shape]
+    node = hidden.grad_fn
+    for _ in range(_MAX_NODES):  # what was done to the tokens since they were flattened
+        name = "" if node is None else node.name()
+        if name.startswith(_PICKING):
+            return PICKED
+        shapes.append(getattr(node, "_saved_self_sym_sizes", ()))
+        if node is None or not name.startswith(_BY_TOKEN):
+            break
+        node = next((n for n, _ in node.next_functions if n is not None and "AccumulateGrad" not in n.name()), None)
     if hidden._base is not None:
         shapes.append(hidden._base.shape)
     for shape in shapes:

@@ -96,8 +96,8 @@ MUTANTS = [
     ),
     Mutant(
         "104: positions that begin anew are not seen",
-        "starts[:, 1:] = positions[:, 1:] <= positions[:, :-1]",
-        "starts[:, 1:] = False",
+        "starts[:, 1:] |= positions[:, 1:] < positions[:, :-1]",
+        "starts[:, :] = False",
         "library/counting/test_places -k visible_form",
     ),
     Mutant(

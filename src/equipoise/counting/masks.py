@@ -21,6 +21,7 @@ from equipoise.errors import EquipoiseError
 from equipoise.routers import MoELayer
 from equipoise.routers.forward import ForwardContext
 from equipoise.routers.tap import RouterCall
+from equipoise.torch_internals import PICKED
 
 _PREDICTS_FURTHER = re.compile("mtp|nextn|multi_?token", re.IGNORECASE)
 _JOINS_EMBEDDINGS = "eh_proj"  # in DeepSeek's models: joins hidden states with the embeddings of later tokens
@@ -49,7 +50,7 @@ class Tokens:
         self.other_tokens: dict[int, tuple[tuple[int, ...], int]] = {}
         self._sequence_first: set[int] = set()
         self._has_columns: dict[int, bool] = {}  # by layer with tiles: whether they are parts of all rows
-        further = layers_predicting_further(model)
+        further = layers_predicting_further(model, {layer.router for layer in layers})
         self._predicts_further = {index for index, layer in enumerate(layers) if layer.router in further}
 
     # ---- what is known of a call ----
@@ -88,7 +89,8 @@ class Tokens:
     def may_be_tile(self, call: RouterCall) -> bool:
         """Whether it has fewer tokens than its forward, and may be followed by calls that have the others."""
         rows, length = self.grid(call)
-        return 0 < call.num_tokens < rows * length and self._end(call) is None
+        is_picked = call.leading == PICKED
+        return 0 < call.num_tokens < rows * length and not is_picked and self._end(call) is None
 
     def _end(self, call: RouterCall) -> Place | None:
         """The end of each row, for a layer that predicts further than the next token."""
@@ -145,7 +147,7 @@ class Tokens:
 
     def _tile(self, values: Tensor, call: RouterCall, before: int, is_sequence_first: bool) -> Place:
         rows, num_tokens = values.shape[0], call.num_tokens
-        if call.leading:
+        if len(call.leading) == 2:
             self._has_columns[call.layer] = call.leading[0] == rows
         is_columns = self._has_columns.get(call.layer, False)
         is_known = call.layer in self._has_columns or is_sequence_first or rows == 1 or num_tokens % rows
@@ -188,7 +190,7 @@ class Tokens:
         if length and (is_tile or num_tokens == rows * length):
             ids = torch.arange(rows, device=device)[:, None].expand(rows, length)
             return self._fit(ids, call, before, is_tile), rows
-        rows = rows or (call.leading[0] if call.leading else 0)
+        rows = rows or (call.leading[0] if len(call.leading) == 2 else 0)
         if num_tokens == 0:
             return torch.zeros(0, dtype=torch.int64, device=device), 0
         if rows <= 0 or num_tokens % rows:
@@ -196,11 +198,16 @@ class Tokens:
         return torch.arange(num_tokens, device=device) // (num_tokens // rows), rows
 
 
-def layers_predicting_further(model: nn.Module) -> set[nn.Module]:
-    """The modules of multi-token prediction, which see rows without their first tokens. Known by their names."""
+def layers_predicting_further(model: nn.Module, routers: set[nn.Module]) -> set[nn.Module]:
+    """The modules of multi-token prediction, which see rows without their first tokens. Known by their names.
+
+    A class with all ``routers`` inside is that of the model itself, whatever it is called.
+    """
     further: set[nn.Module] = set()
     for path, module in model.named_modules(remove_duplicate=False):
-        names = (path.rpartition(".")[-1], type(module).__name__)
-        if path and (any(map(_PREDICTS_FURTHER.search, names)) or _JOINS_EMBEDDINGS in module._modules):
-            further.update(module.modules())
+        inside = {*module.modules()}
+        is_named_so = path != "" and _PREDICTS_FURTHER.search(path.rpartition(".")[-1])
+        is_class_so = _PREDICTS_FURTHER.search(type(module).__name__) or _JOINS_EMBEDDINGS in module._modules
+        if is_named_so or (is_class_so and not routers <= inside):
+            further |= inside
     return further

@@ -12,14 +12,9 @@ from torch import Tensor, nn
 from equipoise.errors import EquipoiseError
 
 _TOKENS = ("input_ids", "inputs_embeds")  # the arguments of Transformers that hold one entry per token
-_POSITIONS = ("position_ids", "positions")
-_SEGMENTS = (
-    "seq_idx",
-    "segment_ids",
-    "document_ids",
-    "doc_ids",
-    "sequence_ids",
-)  # by token, the number of its sequence
+_POSITIONS = ("position_ids", "positions", "input_pos")
+# By token, the number of its sequence.
+_SEGMENTS = ("seq_idx", "segment_ids", "document_ids", "document_id", "doc_ids", "sequence_ids")
 _ENDS = ("cu_seq_lens_q", "cu_seq_lens", "cu_seqlens_q", "cu_seqlens")  # 0, then the end of each sequence of queries
 
 
@@ -40,15 +35,35 @@ def rows_and_length(arguments: Mapping[str, Any], is_sequence_first: bool = Fals
 
     ``is_sequence_first`` says that a forward takes hidden states as ``[sequence, batch, dim]``.
     """
+    num_tokens = _num_flat_tokens(arguments)
     for name in (*_TOKENS, *arguments):
         value = arguments.get(name)
         if isinstance(value, Tensor) and (value.dim() >= 3 or (value.dim() == 2 and not value.is_floating_point())):
             first, second = value.shape[:2]
+            if name not in _TOKENS and num_tokens not in (None, first, first * second):
+                continue  # a grid of patches, an index: it is not about the tokens
             if value.dim() == 3 and name not in _TOKENS and is_sequence_first:
                 return second, first
             # An image has four dimensions, and the second are its channels.
             return first, second if value.dim() < 4 else 0
     return 0, 0
+
+
+def _num_flat_tokens(arguments: Mapping[str, Any]) -> int | None:
+    """The tokens of a forward whose first tensor is ``[tokens]`` or hidden states ``[tokens, dim]``; else None."""
+    first = next((value for value in arguments.values() if isinstance(value, Tensor)), None)
+    if first is None or any(arguments.get(name) is not None for name in _TOKENS):
+        return None
+    is_flat = first.dim() == 1 or (first.dim() == 2 and first.is_floating_point())
+    return first.shape[0] if is_flat else None
+
+
+def flat_tokens(arguments: Mapping[str, Any]) -> int:
+    """How many tokens a forward without rows takes: ``[tokens]`` or ``[tokens, dim]``; 0 if it takes none."""
+    tokens = next((arguments[name] for name in _TOKENS if arguments.get(name) is not None), None)
+    if isinstance(tokens, Tensor):
+        return tokens.shape[0] if tokens.dim() == 1 else 0
+    return _num_flat_tokens(arguments) or 0
 
 
 def sequence_length(arguments: Mapping[str, Any]) -> int:
@@ -72,7 +87,7 @@ def padding_argument(arguments: Mapping[str, Any]) -> Any:
 def sequence_starts(arguments: Mapping[str, Any], rows: int, length: int) -> Bool[Tensor, "rows length"] | None:
     """Where a sequence begins, by every form in which the arguments of a forward show it. None: they show nothing.
 
-    The forms are: ``position_ids`` that do not grow, a change of ``seq_idx`` or of a mask that numbers its segments,
+    The forms are: ``position_ids`` that are 0 or fall, a change of ``seq_idx`` or of a mask that numbers its segments,
     the ends in ``cu_seq_lens``, and a mask of queries and keys under which a token may not attend to the one before it.
     A row begins a sequence in any case. Raises ``EquipoiseError`` for a form that cannot be read.
     """
@@ -84,7 +99,8 @@ def sequence_starts(arguments: Mapping[str, Any], rows: int, length: int) -> Boo
         *(_from_positions(arguments.get(name), shape) for name in _POSITIONS),
         *(_from_segments(arguments.get(name), shape, name) for name in _SEGMENTS),
         *(_from_ends(arguments.get(name), shape, name) for name in _ENDS),
-        _from_mask(padding_argument(arguments), shape),
+        _from_mask(padding_argument(arguments), shape, "attention_mask"),
+        *(_from_mask(value, shape, name) for name, value in arguments.items() if _is_other_mask(name, value)),
     ]
     starts: Tensor | None = None
     for form in forms:
@@ -123,8 +139,8 @@ def _from_positions(positions: Any, shape: tuple[int, int]) -> Tensor | None:
     if positions.dim() == 3:  # one plane per axis: text begins where all are zero
         starts = (positions == 0).all(0)
     else:
-        starts = torch.ones_like(positions, dtype=torch.bool)
-        starts[:, 1:] = positions[:, 1:] <= positions[:, :-1]
+        starts = positions == 0  # tokens of an image may share a position
+        starts[:, 1:] |= positions[:, 1:] < positions[:, :-1]
     starts = starts.expand(shape).clone()  # models broadcast positions over the rows
     starts[:, 0] = True
     return starts
@@ -150,11 +166,18 @@ def _from_ends(ends: Any, shape: tuple[int, int], name: str) -> Tensor | None:
     return changes(torch.searchsorted(ends.to(tokens.dtype).contiguous(), tokens, right=True).view(shape))
 
 
-def _from_mask(mask: Any, shape: tuple[int, int]) -> Tensor | None:
+def _is_other_mask(name: str, value: Any) -> bool:
+    """Whether an argument of another name says which token may attend to which."""
+    is_square = isinstance(value, Tensor) and value.dim() in (3, 4) and value.shape[-1] == value.shape[-2]
+    is_mask = "mask" in name and name != "attention_mask"
+    return is_mask and (is_square or type(value).__name__ == "BlockMask")
+
+
+def _from_mask(mask: Any, shape: tuple[int, int], name: str) -> Tensor | None:
     if mask is None or isinstance(mask, Mapping):
         return None
     if not isinstance(mask, Tensor):
-        raise _unreadable("attention_mask", f"of type {type(mask).__name__}")
+        raise _unreadable(name, f"of type {type(mask).__name__}")
     if mask.dim() == 2:
         is_number = not (mask.is_floating_point() or mask.dtype == torch.bool)
         return _from_numbered_mask(mask) if is_number and tuple(mask.shape) == shape else None

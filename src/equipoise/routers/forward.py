@@ -19,6 +19,7 @@ from equipoise.errors import EquipoiseError
 from equipoise.routers.arguments import (
     argument_names,
     changes,
+    flat_tokens,
     has_cache,
     numbered,
     padding_argument,
@@ -77,6 +78,7 @@ class _Inputs(NamedTuple):
     sequence_ids: Tensor | None = None  # numbers the sequences; None: sequences are rows
     rows: int = 0  # of the batch; 0 if unknown
     length: int = 0  # tokens of a row; 0 if unknown
+    ids: Tensor | None = None  # the argument input_ids
     problem: str | None = None  # why its mask or its sequences cannot be used
 
 
@@ -272,9 +274,16 @@ class ForwardContext:
         rows, length = rows_and_length(arguments, self._is_sequence_first)
         if rows:
             self.inputs = self.inputs._replace(rows=rows, length=length)
-        mask = padding_argument(arguments)
+        mask, ids = padding_argument(arguments), arguments.get("input_ids")
+        if isinstance(ids, Tensor):
+            if self.inputs.ids is not None and ids is not self.inputs.ids and not is_traced():
+                # Other tokens than those of the forward around: a decoder inside an encoder-decoder.
+                self.inputs = self.inputs._replace(mask=None, sequence_ids=None, problem=None)
+            self.inputs = self.inputs._replace(ids=ids)
         if isinstance(mask, Tensor) and mask.dim() == 2:
             self._read_padding(mask, module, arguments)
+        if rows == 0 and self.needs_sequences:  # packed sequences may be flat
+            rows, length = 1, flat_tokens(arguments)
         if self.needs_sequences and self.model.training and rows and length:
             try:
                 starts = sequence_starts(arguments, rows, length)

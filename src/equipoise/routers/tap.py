@@ -48,7 +48,7 @@ class RouterCall(NamedTuple):
     length: int = 0  # tokens of a row of the batch; 0 if unknown
     leading: tuple[int, ...] = ()  # of the router's input, the dimensions before the last; () if it was flattened
     is_training: bool = True
-    has_gradient: bool = True  # gradients were on when the forward of the model began
+    has_gradient: bool = True  # gradients were on when the forward of the model began, and are wanted now
     is_compiled: bool = False  # in a graph, where the context is not kept
 
     @property
@@ -167,7 +167,7 @@ def _report(router: nn.Module, tap: Tap, output: Any, hidden: Any) -> Any:
         logits = logits.detach()
     mask, sequence_ids = context.mask_and_sequences()
     forward = (mask, sequence_ids, context.inputs.rows, context.inputs.length)
-    has_gradient = are_gradients_wanted() if context.has_gradient is None else context.has_gradient
+    has_gradient = context.has_gradient is not False and are_gradients_wanted()
     if is_traced():
         shape = list(hidden.shape[:-1]) if isinstance(hidden, Tensor) and hidden.dim() == 3 else []
         # A compiler merges two calls with the same arguments. It takes no two empty tensors for the same.

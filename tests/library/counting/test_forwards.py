@@ -79,6 +79,30 @@ def test_reentrant_checkpointing_switches_gradients_off_only_inside(reentrant, p
             balance.step()
 
 
+class Step(nn.Module):
+    """A training step as a module: a pass without gradients, then one with."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = tiny_lm()
+
+    def forward(self, ids):
+        with torch.no_grad():
+            reference = self.model(ids)
+        return self.model(ids) - 0 * reference
+
+
+def test_a_pass_without_gradients_inside_the_forward_of_a_wrapper_does_not_count():
+    plain, step = tiny_lm(), Step().train()
+    plain_balance, balance = attach(plain, "lbl"), attach(step, "lbl")
+    (plain(random_ids()) + plain_balance.loss()).backward()
+    (step(random_ids()) + balance.loss()).backward()
+    assert balance.num_tokens == 14
+    balance.step()
+    assert set(load_sums(balance).values()) == {K * 14}
+    assert_gradients_close(clone_gradients(step.model), clone_gradients(plain), rtol=0)
+
+
 def test_blocks_called_outside_a_forward_count_by_the_gradient_mode_around_them():
     model, balance = attach_tiny("loss-free")
     x = torch.randn(2, 7, DIM, generator=torch.Generator().manual_seed(0)).requires_grad_()

@@ -121,9 +121,8 @@ class Picked(nn.Module):
         self.embed, self.block = nn.Embedding(VOCAB, DIM), Block("softmax")
 
     def forward(self, input_ids, attention_mask=None):
-        x = self.embed(input_ids)
-        with torch.no_grad():
-            return sum(self.block(x[:, part].reshape(-1, DIM)).sum() for part in (slice(0, 4), slice(4, 8)))
+        x = self.embed(input_ids).detach()
+        return sum(self.block(x[:, part].reshape(-1, DIM)).sum() for part in (slice(0, 4), slice(4, 8)))
 
 
 def test_flattened_tiles_whose_tokens_cannot_be_known_are_refused():
@@ -147,21 +146,27 @@ class SequenceFirst(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.embed, self.block = nn.Embedding(VOCAB, DIM), Block("softmax")
+        self.norm = nn.LayerNorm(DIM)
         self.form, self.batch_first_inside = form, batch_first
 
     def forward(self, input_ids, attention_mask=None):
         x = self.embed(input_ids)
         x = x if self.batch_first_inside else x.transpose(0, 1)
         x = x.contiguous() * 1.0 if self.form == "view" else x
-        y = self.block(x)
+        if self.form in ("norm", "cast"):  # after the tokens were flattened
+            flat = x.reshape(-1, DIM)
+            flat = self.norm(flat) if self.form == "norm" else flat.double().float()
+            y = self.block(flat).view(x.shape)
+        else:
+            y = self.block(x)
         y = y if self.batch_first_inside else y.transpose(0, 1)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         return (y.square().mean(-1) * mask).sum() / mask.sum()
 
 
-@pytest.mark.parametrize("form", ["view", "copy"])
+@pytest.mark.parametrize("form", ["view", "copy", "norm", "cast"])
 def test_in_a_sequence_first_model_masks_and_sequences_follow_the_tokens(form):
-    expected = SequenceFirst(batch_first=True).train()
+    expected = SequenceFirst(form, batch_first=True).train()
     model = SequenceFirst(form).train()
     balance, expected_balance = attach(model, STRATEGY), attach(expected, STRATEGY)
     for mask in (MASK, None):
@@ -261,6 +266,84 @@ def test_a_measurement_follows_tiles(tiles):
     assert load_sums(balance) == {"block.gate": K * 12}
 
 
+class Shared(nn.Module):
+    """One router gets the text first, then the images, each picked out of the sequence."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.block = nn.Embedding(VOCAB, DIM), Block("softmax")
+
+    def forward(self, input_ids, attention_mask=None):
+        x, is_image = self.embed(input_ids), input_ids < 8
+        return self.block(x[~is_image]).square().mean() + self.block(x[is_image]).square().mean()
+
+
+def test_picked_tokens_that_together_are_all_are_no_tiles(caplog):
+    model = Shared().train()
+    balance = attach(model, "loss-free+lbl")
+    with caplog.at_level(logging.WARNING, "equipoise"):
+        (model(IDS, MASK) + balance.loss()).backward()
+        balance.step()
+    assert load_sums(balance) == {"block.gate": K * 16}
+    assert "they belong to other tokens" in caplog.text
+
+
+class EncoderDecoder(nn.Module):
+    """The decoder has no mask of its own, as where only labels are given."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.decoder = tiny_lm(), tiny_lm()
+
+    def forward(self, input_ids, attention_mask=None, labels=None):
+        return self.encoder(input_ids, attention_mask=attention_mask) + self.decoder(labels)
+
+
+def test_a_decoder_without_a_mask_does_not_get_that_of_the_encoder():
+    model = EncoderDecoder().train()
+    balance = attach(model, "loss-free")
+    model(IDS, MASK, random_ids(length=8, seed=1))
+    balance.step()
+    sums = load_sums(balance)
+    assert {sums[f"encoder.{name}"] for name in LAYERS} == {K * 12}
+    assert {sums[f"decoder.{name}"] for name in LAYERS} == {K * 16}
+
+
+class MyMTPForCausalLM(Tiled):
+    """A whole model whose name says that it has multi-token prediction."""
+
+    def __init__(self):
+        super().__init__("sequence")
+        self.other = Block("softmax")
+
+    def forward(self, input_ids, attention_mask=None):
+        return super().forward(input_ids, attention_mask) + self.other(self.embed(input_ids)).sum() * 0
+
+
+def test_a_model_that_is_called_after_multi_token_prediction_does_not_predict_further():
+    class Wrapper(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module = MyMTPForCausalLM()
+
+        def forward(self, *args):
+            return self.module(*args)
+
+    model = Wrapper().train()
+    calls = []
+    model.module.block.gate.register_forward_hook(lambda m, a, output: calls.append(output[2]))
+    balance = attach(model, "loss-free")
+    model(IDS, MASK)
+    balance.step()
+    by_hand = torch.zeros(6, dtype=torch.int64)
+    for tile, expert_ids in enumerate(calls):  # two rows of two tokens each
+        mask = MASK[:, 2 * tile : 2 * tile + 2].reshape(-1) == 1
+        by_hand += torch.bincount(expert_ids[mask].reshape(-1), minlength=6)
+    (load,) = [load for name, load in balance.load.items() if name.endswith("block.gate")]
+    assert torch.equal(load, by_hand)
+
+
 # ---- where sequences begin ----
 
 
@@ -290,6 +373,8 @@ FORMS = {
     "falling segments": {"attention_mask": torch.tensor([[9, 9, 9, 2, 2, 2, 2], [5, 5, 1, 1, 1, 1, 1]])},
     "seq_idx": {"seq_idx": SEQUENCES.int()},
     "positions": {"positions": POSITIONS},
+    "positions that image tokens share": {"position_ids": POSITIONS.clamp(max=2)},
+    "a mask of another name": {"block_mask": BLOCKS},
     "cu_seq_lens": {"cu_seq_lens_q": torch.tensor([0, 3, 7, 9, 14], dtype=torch.int32)},
     "cu_seq_lens as a list": {"cu_seq_lens": [0, 3, 7, 9, 14]},
     "parameters of packed sequences": {
@@ -350,6 +435,35 @@ def test_an_explicit_mask_keeps_the_sequences_that_the_forward_shows():
     flat = PADDING_MASK.reshape(-1).tolist()
     right = loss_by_hand(calls, {"sequence": 0.5}, flat, SEQUENCES.reshape(-1).tolist())
     assert _sequence_loss(balance) == pytest.approx(right, abs=1e-5)
+
+
+class Flat(nn.Module):
+    """Takes tokens, or hidden states, without rows."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.block = nn.Embedding(VOCAB, DIM), Block("softmax")
+
+    def forward(self, tokens, grid=None, cu_seqlens=None):
+        x = self.embed(tokens) if tokens.dim() == 1 else tokens
+        return self.block(x).square().mean()
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_flat_tokens_with_the_ends_of_their_sequences(hidden):
+    model = Flat().train()
+    balance = attach(model, "lbl:scope=sequence,coefficient=0.5")
+    tokens = random_ids(rows=1, length=14)[0]
+    tokens = model.embed(tokens) if hidden else tokens
+    ends, grid = torch.tensor([0, 3, 7, 9, 14]), torch.ones(3, 3, dtype=torch.int64)
+    model(tokens, grid=grid, cu_seqlens=ends)
+    value = _sequence_loss(balance)
+    balance.token_mask(None, SEQUENCES.reshape(-1))
+    model(tokens)
+    assert value == pytest.approx(_sequence_loss(balance), abs=1e-6)
+    with pytest.raises(ValueError, match="must say which token belongs to which sequence"):
+        model(tokens, grid=grid)  # a grid of patches shows no rows
 
 
 class BlockMask:
