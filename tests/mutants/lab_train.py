@@ -271,8 +271,8 @@ MUTANTS = [
     ),
     Mutant(
         "audit: Ctrl-C prints the message of a training run",
-        "{str(stop) or 'To continue, run the same command with --resume.'}",
-        "To continue, run the same command with --resume.",
+        "{str(stop) or how}",
+        "{how}",
         "test_command -k before_the_first_batch",
     ),
     Mutant(

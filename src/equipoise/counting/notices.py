@@ -19,6 +19,10 @@ _UNREACHED = (
     "weights: let it multiply the outputs of experts by the weights of the router, or at least add 0 * weights.sum() "
     "to its output, through which the gradient comes."
 )
+_DETACHED = (
+    "step: the balancing loss gives {names} no gradient: the logits that the router returns are detached from its "
+    "weights. Return the logits of which the scores are made, without detach() or no_grad()."
+)
 _OTHER_TOKENS = (
     "step: {names} routes {num_tokens} tokens, and the attention_mask or the sequences of the forward have the shape "
     "{shape}: they belong to other tokens. All tokens of the layer were counted. Say which are padding with "
@@ -55,6 +59,7 @@ class Notices:
             self._warn(_NOT_CALLED, (layer for layer in range(len(recorder.layers)) if layer not in called_layers))
         if recorder.losses.number:
             self._warn(_UNREACHED, recorder.window.unreached_layers())
+            self._warn(_DETACHED, sorted(recorder.detached_layers))
         self._warn(_OTHER_TOKENS, sorted(recorder.tokens.other_tokens))
         if WITHOUT_GRADIENT in recorder.uncounted:
             self.say_uncounted(WITHOUT_GRADIENT)

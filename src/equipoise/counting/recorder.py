@@ -1,7 +1,7 @@
 """Counts each router call once.
 
-A call counts if the router is in training mode, the model's forward began with gradients on, counting is not paused,
-and no backward is running: inside a backward a forward is a recomputation. While an evaluation is measured, calls count
+A call counts if the router is in training mode, gradients are on (but for reentrant checkpointing), counting is not
+paused, and no backward is running: inside a backward a forward is a recomputation. While an evaluation is measured, calls count
 in any mode, apart from the window.
 """
 
@@ -71,6 +71,7 @@ class Recorder:
         self.context = ForwardContext(model, self, self._needs_sequences)
         self.tokens = Tokens(model, layers, self.context)
         self.uncounted: set[str] = set()  # since the last step: why calls that look like training were not counted
+        self.detached_layers: set[int] = set()  # whose logits carry no gradient to a router that is trained
         self._undecided: dict[int, list[_Undecided]] = {}  # by layer: calls with a part of their forward's tokens
         self._device_of_model = next(model.parameters(), torch.zeros(())).device
         self._mode = Mode.COUNTING
@@ -156,6 +157,9 @@ class Recorder:
 
     def gradient(self, call: RouterCall, call_id: int) -> Float[Tensor, "tokens experts"]:
         return self.losses.gradient(call, call_id)
+
+    def note_detached_logits(self, layer: int) -> None:
+        self.detached_layers.add(layer)
 
     def restore_bias(self, layer: int) -> None:
         self.biases.restore(layer)

@@ -86,8 +86,10 @@ def _is_mask(ids: Tensor) -> bool:
 def _adapter(router: nn.Module, names: list[str]) -> str:
     """A subclass of the router that returns what ``attach`` reads."""
     cls, hidden = plain_class(router).__name__, forward_arguments(router)[0]
-    weight = next((name for name, p in router.named_parameters() if p.dim() == 2), "weight")
-    logits = "logits" if "logits" in names else f"F.linear({hidden}.flatten(0, -2).float(), self.{weight}.float())"
+    logits = "logits" if "logits" in names else _logits_of(router, f"{hidden}.flatten(0, -2)")
+    if logits is None:
+        must = "Return (logits, weights, expert_ids) from its forward: logits are what its gate computes, before the "
+        return must + "scores. Take them so in the block that calls it"
     return (
         "Return them in that order, and take them so in the block that calls it:\n"
         f"    class Adapted{cls}({cls}):\n"
@@ -96,6 +98,17 @@ def _adapter(router: nn.Module, names: list[str]) -> str:
         f"            return {logits}, weights, expert_ids\n"
         "Then attach"
     )
+
+
+def _logits_of(router: nn.Module, tokens: str) -> str | None:
+    """How its logits are computed from tokens, if a single product does it; else None."""
+    names = [name for name, _ in router.named_parameters()]
+    (path, gate), *others = [(p, m) for p, m in router.named_modules() if m._parameters] or [("", router)]
+    if not others and path and isinstance(gate, nn.Linear):
+        return f"self.{path}({tokens})"
+    if len(names) == 1 and not path:
+        return f"F.linear({tokens}.float(), self.{names[0]}.float())"
+    return None
 
 
 def num_tokens_of(output: Any) -> int | None:

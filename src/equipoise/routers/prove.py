@@ -91,7 +91,7 @@ def _prove(trials: _Trials, kind: RouterKind, multiplies: bool = False) -> tuple
         runs = (trial.run_plain(trial.inputs[0], kind.slot), trial.run(trial.inputs[0], kind.slot))
         if not all(map(torch.equal, *(kind.read(run, trial.k) for run in runs))):
             what_to_do = "Call eval() before attach, and train() after"
-            raise Refused("it draws random numbers in training", what_to_do, progress=3)
+            raise Refused("it gives another result each time that it runs in training", what_to_do, progress=3)
     results: list[tuple[int, str | None, bool]] = []
     failure: Refused | None = None
     for hidden in trial.inputs:

@@ -61,6 +61,7 @@ class Observer(Protocol):
 
     def observe(self, call: RouterCall) -> int: ...  # counts it; gives its id, which its backward brings back
     def gradient(self, call: RouterCall, call_id: int) -> Float[Tensor, "tokens experts"]: ...  # of the losses
+    def note_detached_logits(self, layer: int) -> None: ...  # no loss reaches the router through them
     def restore_bias(self, layer: int) -> None: ...  # the slot was cast or moved: write the bias into it again
     def adopt_bias(self, layer: int) -> None: ...  # a checkpoint was loaded into the slot: take over what it holds
 
@@ -175,6 +176,9 @@ def _report(router: nn.Module, tap: Tap, output: Any, hidden: Any) -> Any:
         modes = (router.training, has_gradient, unique)
         weights, _ = torch.ops.equipoise.tap(weights, logits, expert_ids, *forward, shape, tap.key, *modes)
         return kind.write(output, weights, expert_ids)
+    is_detached = tap.has_loss and not logits.requires_grad and torch.is_grad_enabled()
+    if is_detached and tap.observer is not None and any(p.requires_grad for p in router.parameters()):
+        tap.observer.note_detached_logits(tap.layer)
     leading = leading_dimensions(hidden) if context.uses_places else ()
     call = RouterCall(tap.layer, logits, expert_ids, weights, *forward, leading, router.training, has_gradient)
     if tap.has_loss:

@@ -49,8 +49,10 @@ def main(arguments: list[str] | None = None) -> None:
     except MemoryError:
         _report_and_exit(MemoryError(), "memory must suffice: it ran out. Use less text or a smaller model.", 1)
     except KeyboardInterrupt as stop:
+        can_resume = bool(arguments) and arguments[0] in RESUMABLE
+        how = "To continue, run the same command with --resume." if can_resume else "Run the same command again."
         if rank() == 0:
-            print_stderr(f"equipoise: stopped. {str(stop) or 'To continue, run the same command with --resume.'}")
+            print_stderr(f"equipoise: stopped. {str(stop) or how}")
         exit_process(130)
     except Exception as error:
         if num_ranks() == 1:

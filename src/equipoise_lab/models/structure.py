@@ -51,6 +51,8 @@ class Structure(NamedTuple):
 
 # ---- the file ----
 
+MAX_CONFIG_BYTES = 2**24  # those of the Hub have some kilobytes
+
 
 def read_config(path: Path) -> ConfigFile:
     """The config.json at ``path``, a folder or the file itself."""
@@ -71,6 +73,8 @@ def read_config(path: Path) -> ConfigFile:
 
 def _read_json(file: Path) -> Any:
     try:
+        if file.stat().st_size > MAX_CONFIG_BYTES:
+            raise ValueError(f"it has more than {MAX_CONFIG_BYTES:,} bytes")
         return json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:
         raise UsageError(f"MODEL must have a {file.name} of Transformers: {file} cannot be read ({error}).") from None
@@ -116,6 +120,7 @@ def build_structure(file: ConfigFile, tensor_names: Iterable[str] = ()) -> Struc
     content = _drop_unread_parts(config_class, content, notes)
     config = _build(config_class.__name__, lambda: config_class.from_dict(content), file)
     model_class, part = _model_class(config, file, notes)
+    _use_plain_attention(part)
     with torch.device("meta"):
         model: nn.Module = _build(model_class.__name__, lambda: model_class._from_config(part), file)
     if file.content.get("auto_map"):
@@ -126,6 +131,12 @@ def build_structure(file: ConfigFile, tensor_names: Iterable[str] = ()) -> Struc
     notes += _unread_values(config, content)
     notes += _mtp_notes(model, file.content, tensor_names)
     return Structure(model, model_class, part, notes)
+
+
+def _use_plain_attention(config: Any) -> None:
+    """Routers do not depend on the attention, whose kernels may not be installed."""
+    for part in (config, *(value for value in vars(config).values() if hasattr(value, "_attn_implementation"))):
+        part._attn_implementation = "eager"
 
 
 def _build(class_name: str, build: Callable[[], Any], file: ConfigFile) -> Any:

@@ -11,7 +11,7 @@ from torch import nn
 from equipoise import UsageError
 from equipoise_lab.cli import main
 from equipoise_lab.models.load import load_model
-from equipoise_lab.models.structure import _mtp_notes
+from equipoise_lab.models.structure import _mtp_notes, read_config
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:transformers.*")
 
@@ -326,3 +326,16 @@ def test_nothing_is_allocated_for_a_model_of_any_size(tmp_path):
     loaded, _ = _load(tmp_path, {"model_type": "mixtral"})
     assert loaded.num_parameters == sum(p.numel() for p in loaded.model.parameters()) > 46e9
     assert all(tensor.device == torch.device("meta") for tensor in loaded.model.parameters())
+
+
+@pytest.mark.parametrize("key", ["_attn_implementation", "attn_implementation"])
+def test_a_kernel_of_attention_that_is_not_installed_hides_no_router(tmp_path, key):
+    loaded, _ = _load(tmp_path, _small("qwen3_moe", **{key: "flash_attention_2"}))
+    assert type(loaded.model).__name__ == "Qwen3MoeForCausalLM"
+
+
+def test_a_config_file_that_is_too_large_is_named(tmp_path):
+    with open(tmp_path / "config.json", "wb") as file:
+        file.truncate(2**24 + 1)  # sparse: it takes no place
+    with pytest.raises(UsageError, match="cannot be read .it has more than 16,777,216 bytes"):
+        read_config(tmp_path)

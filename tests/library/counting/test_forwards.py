@@ -185,6 +185,47 @@ def test_a_loss_that_covers_several_forwards_says_so_once(caplog):
     assert_tokens_counted(balance, 14)
 
 
+class Detaching(nn.Module):
+    """Wraps a router, and gives out logits that its weights do not get a gradient from."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = Block("softmax")
+        gate = self.block.gate
+        plain = type(gate).forward
+
+        class DetachingRouter(type(gate)):
+            def forward(self, hidden_states):
+                logits, weights, expert_ids = plain(self, hidden_states)
+                return logits.detach(), weights, expert_ids
+
+        gate.__class__ = DetachingRouter
+
+    def forward(self, x):
+        return self.block(x).square().mean()
+
+
+def test_logits_without_a_gradient_are_said(caplog):
+    model = Detaching().train()
+    balance = attach(model, "lbl:coefficient=1")
+    x = torch.randn(2, 7, DIM, generator=torch.Generator().manual_seed(0))
+    with caplog.at_level(logging.WARNING, "equipoise"):
+        for _ in range(2):
+            (model(x) + balance.loss()).backward()
+            balance.step()
+        model.block.gate.weight.requires_grad_(False)
+    (record,) = [record for record in caplog.records if "detached" in record.message]
+    assert "the balancing loss gives block.gate no gradient" in record.message
+    caplog.clear()
+    model, balance = attach_tiny("lbl")
+    model.embed.weight.requires_grad_(False)
+    model.blocks[0].gate.weight.requires_grad_(False)
+    with caplog.at_level(logging.WARNING, "equipoise"):
+        (model(random_ids()) + balance.loss()).backward()
+        balance.step()
+    assert not [record for record in caplog.records if "detached" in record.message]
+
+
 # ---- where a micro-batch begins ----
 
 

@@ -26,7 +26,7 @@ REFUSED = {  # router classes that cannot be balanced, and the beginning of the 
     "DeepseekV4HashRouter": "it chooses by the id of the token (a hash router), which no bias moves",
     "JetMoeTopKGating": "its forward does not return (logits, weights, expert_ids) but 5 outputs",
     "NllbMoeTop2Router": "its forward does not return (logits, weights, expert_ids) but 3 outputs",  # masks, and no ids
-    "PhimoeTopKRouter": "it draws random numbers in training",  # sampled
+    "PhimoeTopKRouter": "it gives another result each time that it runs in training",  # sampled
     "SwitchTransformersTop1Router": "its forward does not return (logits, weights, expert_ids) but 3 outputs",  # a mask
     "ZayaRouter": "its weights are in proportion to none",  # one choice is no expert
     None: "its router is not a module of its own",

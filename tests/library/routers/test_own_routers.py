@@ -150,7 +150,9 @@ def test_a_router_with_noise_in_training_says_when_to_attach_and_counts_then():
 
     model = _model(NoisyRouter())
     before = torch.get_rng_state()
-    with pytest.raises(EquipoiseError, match=r"it draws random numbers in training. Call eval\(\) before attach"):
+    with pytest.raises(
+        EquipoiseError, match=r"it gives another result each time that it runs in training. Call eval\(\) before attach"
+    ):
         attach(model)
     assert torch.equal(torch.get_rng_state(), before), "a proof takes no number of the user's"
     balance = attach(model.eval())
