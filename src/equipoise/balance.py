@@ -195,7 +195,7 @@ class Balance:
         Args:
             mask: 1 for a token that counts, 0 for padding; ``[batch, sequence]`` or flat. None: all count. Of a 2-D
                 mask that is longer than what a router sees (a cached prefix, multi-token prediction) the end is taken.
-                A block that is computed in tiles, one after the other, has the mask of its tiles, if it is not compiled.
+                A block that is computed in tiles, one after the other, has the mask of its tiles (not if compiled).
             sequence_ids: an integer that changes where a new packed sequence begins; the same shape. None: as the
                 forward shows it (``position_ids``, ``cu_seq_lens_q``, ``seq_idx``, an ``attention_mask`` that numbers
                 segments or shows blocks), else rows.

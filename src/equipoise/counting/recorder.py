@@ -1,8 +1,8 @@
 """Counts each router call once.
 
 A call counts if the router is in training mode, gradients are on (but for reentrant checkpointing), counting is not
-paused, and no backward is running: inside a backward a forward is a recomputation. While an evaluation is measured, calls count
-in any mode, apart from the window.
+paused, and no backward is running: inside a backward a forward is a recomputation. While an evaluation is measured,
+calls count in any mode, apart from the window.
 """
 
 from collections.abc import Iterator, Sequence
