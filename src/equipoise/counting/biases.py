@@ -76,13 +76,13 @@ class LayerGroup:
 
         A slot value that is the bias or its rounding is ours; a damaged number is not adopted. Waits for no GPU.
         """
-        kept = [value[rows] for value in self.steering_values]
+        present = [value[rows] for value in self.steering_values]
         remembered = [value[rows] for value in self.remembered]
-        is_ours, is_remembered = (_is_stored(bias, in_slots) for bias in (kept[0], remembered[0]))
+        is_ours, is_remembered = (_is_stored(bias, in_slots) for bias in (present[0], remembered[0]))
         is_new = ~is_ours.all(-1, keepdim=True)
         comes_back = is_new & is_remembered.all(-1, keepdim=True)
-        new = [torch.where(is_ours, kept[0], in_slots), *(value * ~is_new for value in kept[1:])]
-        for value, new_value, old_value in zip(kept, new, remembered, strict=True):
+        new = [torch.where(is_ours, present[0], in_slots), *(value * ~is_new for value in present[1:])]
+        for value, new_value, old_value in zip(present, new, remembered, strict=True):
             value.copy_(torch.where(comes_back, old_value, new_value))
 
     def load(self, vector: Tensor) -> Int[Tensor, "layers experts"]:

@@ -205,9 +205,8 @@ def layers_predicting_further(model: nn.Module, routers: set[nn.Module]) -> set[
     """
     further: set[nn.Module] = set()
     for path, module in model.named_modules(remove_duplicate=False):
-        inside = {*module.modules()}
-        is_named_so = path != "" and _PREDICTS_FURTHER.search(path.rpartition(".")[-1])
-        is_class_so = _PREDICTS_FURTHER.search(type(module).__name__) or _JOINS_EMBEDDINGS in module._modules
-        if is_named_so or (is_class_so and not routers <= inside):
-            further |= inside
+        has_name = path != "" and _PREDICTS_FURTHER.search(path.rpartition(".")[-1])
+        has_class = _PREDICTS_FURTHER.search(type(module).__name__) or _JOINS_EMBEDDINGS in module._modules
+        if has_name or (has_class and not routers <= {*module.modules()}):
+            further.update(module.modules())
     return further

@@ -253,8 +253,8 @@ def _subclass(base: Any, class_of: Any, namespace: dict[str, Any]) -> Any:
 
 def _live_taps(module: nn.Module) -> list[Any]:
     """The taps whose slot a module holds: its own, or those of routers around it or inside it."""
-    own = module.__dict__.get("_equipoise")
-    taps = (() if own is None else (own,)) + module.__dict__.get("_equipoise_held", ())
+    tap = module.__dict__.get("_equipoise")
+    taps = (() if tap is None else (tap,)) + module.__dict__.get("_equipoise_held", ())
     return [tap for tap in taps if tap.observer is not None]
 
 

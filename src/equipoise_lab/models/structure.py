@@ -264,18 +264,18 @@ def _unread_values(config: Any, content: dict[str, Any]) -> Iterator[str]:
     """What the file gives at its top although only a part of the config reads it, and reads another value."""
     text = config.get_text_config()
     parts = sorted(_parts(config, content), key=lambda part: part[0] is not text)
-    given, used = [], []
+    unread, used = [], []
     for key, value in content.items():
         if key in _fields(type(config)) or key.endswith("_token_id"):
             continue
         part, given_for_part = next((part for part in parts if key in _fields(type(part[0]))), (None, {}))
         if part is None or key in given_for_part or (read := _plain(getattr(part, key, None))) == value:
             continue
-        given.append(f"{key}={value}")
+        unread.append(f"{key}={value}")
         used.append(f"{key}={read}")
-    if given:
+    if unread:
         yield (
-            f"config.json gives {', '.join(given)} at its top, where {type(config).__name__} does not look: the model "
+            f"config.json gives {', '.join(unread)} at its top, where {type(config).__name__} does not look: the model "
             f"was built with {', '.join(used)}, so it may be another"
         )
 
@@ -284,10 +284,10 @@ def _fields(config_class: type) -> set[str]:
     """The names that only this config class reads, without those that every config has."""
     from transformers import PretrainedConfig
 
-    own = inspect.signature(config_class.__init__).parameters.keys()  # type: ignore[misc]
+    parameters = inspect.signature(config_class.__init__).parameters.keys()  # type: ignore[misc]
     common = inspect.signature(PretrainedConfig.__init__).parameters.keys()
     aliases = getattr(config_class, "attribute_map", {})
-    return {*own, *aliases} - {*common, "kwargs", "use_cache", "initializer_range"}
+    return {*parameters, *aliases} - {*common, "kwargs", "use_cache", "initializer_range"}
 
 
 def _plain(value: Any) -> Any:

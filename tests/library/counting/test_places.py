@@ -85,8 +85,8 @@ def test_tiles_of_a_block_have_the_masks_and_sequences_of_their_tokens(tiles, ch
         assert outcome[3] == (16 if mask is None else 12)
         _assert_same(outcome, expected)
         # as a mask that is said, and with the forward's own beside it
-        for given in (MASK, MASK.reshape(-1)):
-            balance.token_mask(given)
+        for token_mask in (MASK, MASK.reshape(-1)):
+            balance.token_mask(token_mask)
             (model(IDS, torch.ones_like(MASK)) + balance.loss()).backward()
             balance.step()
             assert load_sums(balance) == {"block.gate": K * 12}
