@@ -90,7 +90,7 @@ class Balance:
         micro-batch: weight it as you would a mean cross-entropy. 0 if no balancer has a loss or nothing was
         counted. Its value is for logging, by the counts known now. Its backward records the factor that the loss was
         given (1 / accumulation steps, a GradScaler's scale); each router then adds the gradient by the counts known
-        then. That gradient is a constant to autograd: a second derivative leaves the balancing out.
+        then. Counts are constants to autograd, also in a second derivative.
 
         If a gradient is taken for some tensors only (``backward(inputs=...)``), or from outputs that were cached
         (GradCache), set ``loss_scale`` instead. Then every forward is a micro-batch.

@@ -8,7 +8,8 @@ names of modules that are loaded later are looked up where they are used.
 import operator
 import sys
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from types import FrameType
 from typing import Any
@@ -24,8 +25,12 @@ SEEN_IN = "2.10 to 2.14"
 PRIVATE_NAMES = {  # below torch, and what cannot be done without
     "_disable_dynamo": "keep a function out of compiled graphs",
     "_foreach_copy_": "write all biases at once",
+    "_C._autograd._top_saved_tensors_default_hooks": "tell that a checkpoint or an offload keeps something else",
+    "_C._current_autograd_node": "find the scores in their backward",
     "_C._current_graph_task_id": "tell a recomputation from a forward",
     "_C._len_torch_dispatch_stack": "tell a forward that is traced",
+    "_C._dispatch_tls_local_exclude_set": "differentiate below autograd",
+    "_C._ForceDispatchKeyGuard": "differentiate below autograd",
     "_C._functorch.is_functorch_wrapped_tensor": "tell a tensor without numbers",
     "_C._functorch.peek_interpreter_stack": "tell a forward that is transformed",
     "ops.aten._softmax_backward_data": "differentiate softmax scores",
@@ -116,6 +121,56 @@ def leading_dimensions(hidden: Any) -> tuple[int, ...]:
     return ()
 
 
+# ---- the scores that autograd keeps ----
+
+_SCORES = {"softmax": "SoftmaxBackward0", "sigmoid": "SigmoidBackward0"}
+_MAX_NODES_TO_SCORES = 8  # from the weights: a scale, a division by their sum, a gather, casts and views
+
+
+def node_of_scores(weights: Tensor, logits: Tensor, score_function: str) -> Any:
+    """The node of autograd that made of these logits the scores of which these weights are; None if it is not seen.
+
+    A checkpoint or an offload puts something else in place of what autograd keeps. To look at it would spend it.
+    """
+    name = _SCORES.get(score_function)
+    if name is None or logits.grad_fn is None:
+        return None
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        return None
+    made_logits, node = _before_casts(logits.grad_fn), weights.grad_fn
+    for _ in range(_MAX_NODES_TO_SCORES):
+        if node is None:
+            return None
+        if node.name() == name and _before_casts(node.next_functions[0][0]) is made_logits:
+            return node if _is_of_logits(node, logits) else None
+        node = next((following for following, _ in node.next_functions if following is not None), None)
+    return None
+
+
+def _before_casts(node: Any) -> Any:
+    while node is not None and node.name().startswith(("ToCopy", "View", "UnsafeView", "ReshapeAlias")):
+        node = node.next_functions[0][0]
+    return node
+
+
+def _is_of_logits(node: Any, logits: Tensor) -> bool:
+    """Whether a node kept scores over the last dimension in the shape of the logits, in float32 and as wide as they."""
+    scores = node._saved_result
+    is_last = getattr(node, "_saved_dim", -1) in (scores.dim() - 1, 2**64 - 1, -1)
+    has_shape = scores.numel() == logits.numel() and scores.shape[-1] == logits.shape[-1]
+    return is_last and has_shape and scores.dtype == torch.promote_types(logits.dtype, torch.float32)
+
+
+def saved_scores(node: Any, like: Tensor) -> Tensor:
+    """What a node of ``node_of_scores`` keeps, in the shape of ``like``."""
+    return node._saved_result.view(like.shape)
+
+
+def running_node() -> Any:
+    """The node whose backward is about to run."""
+    return torch._C._current_autograd_node()
+
+
 def frame_above(number: int) -> FrameType:
     """The frame so many calls above the function that asks."""
     return sys._getframe(number + 1)
@@ -136,6 +191,20 @@ def is_traced() -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
     )
+
+
+@contextmanager
+def autograd_on() -> Iterator[None]:
+    """Turns autograd on, also below it: inside an operator that a dispatch mode (FlopCounterMode) has called."""
+    excluded, key = torch._C._dispatch_tls_local_exclude_set(), torch._C.DispatchKey
+    if not excluded.has(key.AutogradFunctionality):
+        with torch.enable_grad():
+            yield
+        return
+    for below in (key.AutogradFunctionality, key.AutogradOther, key.AutogradNestedTensor, key.ADInplaceOrView):
+        excluded = excluded.remove(below)
+    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded), torch.enable_grad():
+        yield
 
 
 def has_no_numbers(tensor: Tensor) -> bool:

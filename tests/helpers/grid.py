@@ -39,6 +39,12 @@ def cells(wrapper: str) -> list[Cell]:
     return [cell for cell in map(Cell._make, product) if not impossible(cell)]
 
 
+def keeps_scores(mode: str) -> bool:
+    """Whether autograd has the scores, in the forward or in its recomputation: gradients are added there, in float32.
+    Otherwise they are added at the logits, and in bfloat16 both have been rounded."""
+    return mode in ("eager", "reentrant")
+
+
 def impossible(cell: Cell) -> str | None:
     """Why torch rules a cell out, with or without balancing; None if it does not."""
     if cell.wrapper != "none" and cell.mode == "reentrant" and cell.order == "forwards_first":
@@ -68,29 +74,30 @@ def micro_batches(rank: int) -> list[Micro]:
 
 def plain_forward(
     router: nn.Module, hidden: Tensor, bias: Tensor, score_function: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """A router of the tiny model, written again after the code of its family."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A router of the tiny model, written again after the code of its family. Last, what its scores are made of."""
     if score_function == "sigmoid":
-        logits = F.linear(hidden.float(), router.weight.float())
+        logits = wide = F.linear(hidden.float(), router.weight.float())
         scores = logits.sigmoid()
     else:
         logits = F.linear(hidden, router.weight)
-        scores = logits.float().softmax(-1)
+        wide = logits.float()
+        scores = wide.softmax(-1)
     ids = (scores + bias).topk(K, -1, sorted=score_function != "sigmoid").indices
     weights = scores.gather(-1, ids)
     weights = weights / (weights.sum(-1, keepdim=True) + (1e-20 if score_function == "sigmoid" else 0))
-    return logits, weights.to(logits.dtype), ids
+    return logits, weights.to(logits.dtype), ids, wide
 
 
-def exact(dtype: str, order: str, num_ranks: int) -> tuple[dict[str, Tensor], list[list[int]]]:
+def exact(dtype: str, order: str, num_ranks: int, at_scores: bool) -> tuple[dict[str, Tensor], list[list[int]]]:
     """Parameter gradients, averaged over ranks, and counts by layer."""
     model = tiny_lm()
     outputs: list[tuple[Tensor, Tensor]] = []
     for block, score_function, bias in zip(model.blocks, ("sigmoid", "softmax"), BIASES.values(), strict=True):
 
         def forward(hidden, router=block.gate, bias=bias, score_function=score_function):
-            logits, weights, ids = plain_forward(router, hidden, bias, score_function)
-            outputs.append((logits, ids))
+            logits, weights, ids, wide = plain_forward(router, hidden, bias, score_function)
+            outputs.append((wide if at_scores else logits, ids))
             return logits, weights, ids
 
         block.gate.forward = forward

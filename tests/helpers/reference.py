@@ -611,20 +611,12 @@ def histogram_edges(bins):
 
 
 def find_bin(value, edges):
-    """The bin j of a value: edges[j] <= value < edges[j+1] from 0 on, edges[j] < value <= edges[j+1] below 0.
-
-    A value beyond the edges, or on the outermost edge, falls in the outermost bin.
-    """
+    """The bin j of a value: edges[j] <= value < edges[j+1]. A value beyond the edges falls in the outermost bin."""
     bins = len(edges) - 1
-    if value >= 0.0:
-        for j in range(bins // 2, bins):
-            if edges[j] <= value < edges[j + 1]:
-                return j
-        return bins - 1
-    for j in range(bins // 2):
-        if edges[j] < value <= edges[j + 1]:
+    for j in range(bins):
+        if edges[j] <= value < edges[j + 1]:
             return j
-    return 0
+    return 0 if value < edges[0] else bins - 1
 
 
 def quantile_histogram(scores, k, bias, mask=None, bins=128):
@@ -1098,9 +1090,9 @@ def _self_check():
         edges = histogram_edges(bins)
         _expect(f"{bins} edges rise", [len(edges), sorted(set(edges)) == edges], [bins + 1, True])
 
-    # 256 bins: 0 is in bin 128 and [4, 6) is bin 128 + 63 * 2 = 254, its mirror 127 - 126 = 1; below 3/2 2^-61 the bin
-    # next to 0, 128 or 127, at it the next, 129 or 126; at 8 and beyond the last. 1 = 2^(-61 + 61): 128 + 122 = 250 and
-    # 127 - 122 = 5; just below 1: one nearer to 0, 249 and 6
+    # 256 bins: 0 is in bin 128 and [4, 6) is bin 128 + 63 * 2 = 254, its mirror 127 - 126 = 1. Below 3/2 2^-61 the bin
+    # next to 0, 128 or 127; at it the next, 129, but 127 holds its lower edge; at 8 and beyond the last. 1 =
+    # 2^(-61 + 61) is the lower edge of 128 + 122 = 250, -1 that of 128 - 122 = 6; just below 1: 249 and 6
     step = 1.5 * 2.0**-61
     edges = histogram_edges(256)
     for x, low, high in (
@@ -1109,8 +1101,8 @@ def _self_check():
         (7.0, 0, 255),
         (2.0**-62, 127, 128),
         (2.0**-61, 127, 128),
-        (step, 126, 129),
-        (1.0, 5, 250),
+        (step, 127, 129),
+        (1.0, 6, 250),
         (1.0 - 2.0**-40, 6, 249),
         (8.0 - 2.0**-40, 0, 255),
         (8.0, 0, 255),
@@ -1118,18 +1110,19 @@ def _self_check():
     ):
         _expect(f"bins of {x}", [find_bin(-x, edges), find_bin(0.0, edges), find_bin(x, edges)], [low, 128, high])
 
-    # the margins of the three tokens in 128 bins: [1/8, 1/4) is 2^(-61 + 58), bin 64 + 58 = 122, mirror 63 - 58 = 5
+    # the margins of the three tokens in 128 bins: [1/8, 1/4) is 2^(-61 + 58), bin 64 + 58 = 122; [-1/8, -1/16) is
+    # 63 - 57 = 6
     got = quantile_histogram(s, 1, b, mask, 128)
     wanted = [[0] * 128 for _ in range(3)]
-    wanted[0][5], wanted[0][6] = 1, 2
+    wanted[0][6], wanted[0][7] = 1, 2
     wanted[1][122], wanted[1][123] = 2, 1
     wanted[2][121], wanted[2][123] = 2, 1
     _expect("histogram", got, wanted)
-    #   q = 1, not exceeded by a count of 1: (-1/8, -1/16] at its lower end, half of [1/8, 1/4), half of [1/16, 1/8):
-    #   b + delta = -1/8 3/16 11/32
+    #   q = 1, not exceeded by a count of 1: [-1/16, -1/32) at its lower end, half of [1/8, 1/4), half of [1/16, 1/8):
+    #   b + delta = -1/16 3/16 11/32
     got = quantile_from_histogram(got, 1, 3, b, gain=full)
-    _expect("quantile of bins", got, [-5 / 16, 0.0, 5 / 32])
-    # q = 5/2. Two in [1/4, 1/2), three in [1/2, 1): 1/2 + (1/2)/3 * 1/2 = 7/12. Four in (-1/2, -1/4], one in [4, 8):
+    _expect("quantile of bins", got, [-1 / 4, 0.0, 5 / 32])
+    # q = 5/2. Two in [1/4, 1/2), three in [1/2, 1): 1/2 + (1/2)/3 * 1/2 = 7/12. Four in [-1/2, -1/4), one in [4, 8):
     # -1/2 + (5/2)/4 * 1/4 = -11/32. b + delta = 7/12 and 21/32 = 112/192 and 126/192
     counts = [[0] * 128, [0] * 128]
     counts[0][123], counts[0][124] = 2, 3

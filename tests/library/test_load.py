@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from equipoise.balancers import load_balancing_loss
+from equipoise.counting.call import FittedMask
 from equipoise.counting.layout import Layout
 from equipoise.load import expert_load, sequence_load
 from equipoise.routing import route
@@ -102,11 +103,11 @@ def test_sequence_load_refuses_ids_that_do_not_fit(length, num_sequences):
 def test_a_token_counts_if_its_mask_is_not_zero():
     """The same in expert_load, in the counts of a window and in the loss."""
     ids, mask = torch.tensor([[0], [1], [2], [1]]), torch.tensor([0.5, 0.5, 0.0, 1.0])
-    layout = Layout([3])
+    layout = Layout([3], [1])
     vector = layout.zeros(torch.device("cpu"))
-    layout.count(vector, 0, ids, mask)
+    layout.count(vector, 0, ids, FittedMask(mask))
     assert layout.load(vector, 0).tolist() == expert_load(ids, 3, mask).tolist() == [1, 2, 0]
-    assert int(vector[layout.tokens]) == 3
+    assert int(layout.num_tokens(vector, 0)) == 3
     logits = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
     halves, whole = (load_balancing_loss(route(logits, 1, mask=m)) for m in (mask, (mask != 0).float()))
     assert torch.equal(halves, whole)

@@ -60,6 +60,7 @@ class Balancer:
     scope: Scope | Literal["token"] = "global_batch"  # whose counts reach ``loss``; sequence and token: none
     pooling: Pooling = "window"  # as for ``LoadBalancingLoss``
     coefficient: float = 0.0  # weight of the loss
+    normalise: bool = False  # for ``slopes``
     multiplies: bool = False  # the choice is made by ``score * (1 + bias)`` instead of ``score + bias``
     gathers: bool = False  # statistics of calls and ranks are concatenated instead of summed; for small batches
 
@@ -88,11 +89,13 @@ class Balancer:
         its logits. ``load`` holds the counts of the balancer's scope (None for ``sequence`` and ``token``)."""
         return None
 
-    def score_gradient(
-        self, routing: Routing, load: Int[Tensor, " experts"] | None, factor: float | Float[Tensor, ""] = 1.0
-    ) -> Float[Tensor, "tokens experts"] | None:
-        """The gradient of ``factor * loss`` at ``routing.scores`` in closed form, for a loss that depends on the logits
-        through the scores only. If it is None, autograd computes it, which is slower."""
+    def slopes(self, load: Int[Tensor, "*scopes experts"]) -> Float[Tensor, "*scopes experts"] | None:
+        """For a loss that is linear in the scores, given the counts:
+
+            loss = mean_t sum_e slope_e p_te        p: the scores, divided by their sum if ``normalise``
+
+        The slopes for the counts of one or several scopes. Then ``loss`` itself is not called, and its gradient has a
+        closed form. None: autograd computes it, which is slower."""
         return None
 
     def update(self, load: Load, statistic: Sequence[Tensor] | None = None, window: int = 0) -> None:
@@ -106,6 +109,10 @@ class Balancer:
     @property
     def has_loss(self) -> bool:
         return type(self).loss is not Balancer.loss
+
+    @property
+    def has_slopes(self) -> bool:
+        return type(self).slopes is not Balancer.slopes
 
     def notes(self, num_steps: int) -> list[str]:
         """What a user should know before a run of this many steps, such as a rate that is too small for it."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from equipoise.balancers.base import POOLINGS, SCOPES, Balancer, Pooling, Scope, check_bool, check_choice, check_number
 from equipoise.load import expert_load, sequence_load
-from equipoise.routing import Routing
+from equipoise.routing import Routing, widest_float
 
 __all__ = ["LoadBalancingLoss", "load_balancing_loss", "sequence_load_balancing_loss"]
 
@@ -120,25 +120,7 @@ class LoadBalancingLoss(Balancer):
             return sequence_load_balancing_loss(routing, normalise=self.normalise)
         return load_balancing_loss(routing, load, normalise=self.normalise)
 
-    @torch.no_grad()
-    def score_gradient(
-        self, routing: Routing, load: Int[Tensor, " experts"] | None, factor: float | Float[Tensor, ""] = 1.0
-    ) -> Float[Tensor, "tokens experts"]:
-        """Raw scores: ``c_e = factor E f_e / N``. Normalised ones: ``(c_e - sum_j p_j c_j) / sum_j s_j``."""
-        scores = routing.scores
-        factor = factor * (scores.shape[-1] / _num_tokens(routing))
-        if self.scope == "sequence":
-            load = sequence_load(routing)
-        elif load is None:
-            load = expert_load(routing.expert_ids, scores.shape[-1], routing.mask)
-        by_count = factor / load.sum(-1, keepdim=True).clamp_min(1).to(scores.dtype)
-        slope = load * by_count.to(scores.dtype)  # c_e
-        if self.scope == "sequence":
-            slope = slope[routing.sequence_ids]
-        masked = None if routing.mask is None else (routing.mask == 0)[:, None]
-        if not self.normalise:
-            return slope.expand_as(scores) if masked is None else slope.expand_as(scores).masked_fill(masked, 0)
-        total = scores.sum(-1, keepdim=True).clamp_min_(torch.finfo(scores.dtype).tiny)
-        mean = (scores * slope).sum(-1, keepdim=True) if slope.dim() == 2 else (scores @ slope)[:, None]
-        gradient = (slope - mean.div_(total)).div_(total)
-        return gradient if masked is None else gradient.masked_fill_(masked, 0)
+    def slopes(self, load: Int[Tensor, "*scopes experts"]) -> Float[Tensor, "*scopes experts"]:
+        """``E f_e``"""
+        precise = load.to(widest_float(load.device))
+        return precise * (load.shape[-1] / precise.sum(-1, keepdim=True).clamp_min(1))

@@ -1,7 +1,7 @@
 """Quantile balancing: the bias jumps to where every expert would have got its share of the window's tokens."""
 
 from collections.abc import Sequence
-from typing import final
+from typing import NamedTuple, final
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -17,13 +17,12 @@ SIGNIFICANT_LAYER, SIGNIFICANT_EXPERT = 3.0, 4.0  # standard deviations beyond w
 
 
 def _margins(
-    scores: Float[Tensor, "tokens experts"], expert_ids: Int[Tensor, "tokens k"], bias: Float[Tensor, " experts"]
+    scores: Float[Tensor, "tokens experts"], bias: Float[Tensor, " experts"], k: int
 ) -> Float[Tensor, "tokens experts"]:
-    """``a_t - s_te - b_e``: what each expert lacks to be chosen, below 0 for the chosen ones."""
+    """``a_t - s_te - b_e``: what each expert lacks to be among the k best, below 0 for these."""
     biased = scores.detach() + bias
-    last_chosen = biased.gather(-1, expert_ids).amin(-1, keepdim=True)
-    first_other = biased.scatter(-1, expert_ids, float("-inf")).amax(-1, keepdim=True)
-    return torch.lerp(last_chosen, first_other, 0.5) - biased
+    last, first_other = biased.topk(k + 1).values[:, -2:].split(1, dim=-1)
+    return torch.lerp(last, first_other, 0.5) - biased
 
 
 def _gain(load: Load, k: int) -> Float[Tensor, "layers experts"]:
@@ -43,16 +42,18 @@ def _gain(load: Load, k: int) -> Float[Tensor, "layers experts"]:
 
 
 def _exact(
-    margins: Float[Tensor, "tokens experts"], k: int, gain: Float[Tensor, " experts"]
+    margins: Float[Tensor, "tokens experts"], wanted: Float[Tensor, " experts"]
 ) -> tuple[Float[Tensor, " experts"], Int[Tensor, ""]]:
-    """The margin of each expert at the wanted count, the larger of the two there, and N, the number of finite rows."""
+    """How far each bias moves, by all margins, and N, the number of finite rows.
+
+    ``wanted`` is how many tokens an expert lacks, by token.
+    """
     margins = margins.masked_fill(~margins.isfinite().all(-1, keepdim=True), float("inf"))  # nan logits do not count
     num_tokens = (margins[:, :1] < float("inf")).sum()
     if margins.shape[0] == 0:
         return margins.new_zeros(margins.shape[-1]), num_tokens
-    num_chosen, num_wanted = (margins < 0).sum(0).to(gain.dtype), (num_tokens * k).to(gain.dtype) / margins.shape[-1]
-    wanted = torch.lerp(num_chosen, num_wanted, gain)
-    place = wanted.long().clamp(max=margins.shape[0] - 1)
+    place = (margins < 0).sum(0) + wanted * num_tokens
+    place = place.long().clamp(0, margins.shape[0] - 1)
     return margins.sort(0).values.gather(0, place[None])[0], num_tokens
 
 
@@ -66,31 +67,38 @@ def edges(bins: int, device: torch.device | None = None) -> Float[Tensor, " edge
     return torch.cat([-positive.flip(0)[:-1], positive])
 
 
-def _bin(margins: Float[Tensor, "tokens experts"], bins: int) -> Int[Tensor, "tokens experts"]:
-    margins = margins.float()  # a bin is the exponent and the first mantissa bits
-    mantissa_bits = (bins // (2 * OCTAVES)).bit_length() - 1
-    index = (margins.abs().view(torch.int32) >> (23 - mantissa_bits)) - ((127 + SMALLEST) << mantissa_bits)
-    index = index.clamp(0, bins // 2 - 1)
-    return torch.where(margins < 0, bins // 2 - 1 - index, bins // 2 + index).long()
+class _Bins(NamedTuple):
+    """What the histograms of one device need."""
+
+    edges: Float[Tensor, " edges"]
+    inner: Float[Tensor, " edges"]  # float32; exact
+    one: Int[Tensor, ""]
+
+    @classmethod
+    def on(cls, device: torch.device, bins: int) -> "_Bins":
+        edge = edges(bins, device)
+        return cls(edge, edge[1:-1].float(), torch.ones((), dtype=torch.int64, device=device))
+
+    def of(self, margins: Float[Tensor, "tokens experts"]) -> Int[Tensor, "tokens experts"]:
+        """The bin of each. A bin holds its lower edge; the first and the last one also what lies beyond."""
+        return torch.bucketize(margins.float(), self.inner, right=True)
 
 
 def _from_histogram(
-    histogram: Int[Tensor, "*layers experts bins"], k: int, gain: Float[Tensor, "*layers experts"]
-) -> tuple[Float[Tensor, "*layers experts"], Int[Tensor, "*layers experts"]]:
-    """The margin at which the cumulated count passes the wanted count, interpolated within its bin, and N."""
-    num_experts, bins = histogram.shape[-2:]
-    num_tokens = histogram.sum(-1)
-    precise = widest_float(histogram.device)
-    chosen = histogram[..., : bins // 2].sum(-1).to(precise)
-    wanted = torch.lerp(chosen, (num_tokens * k).to(precise) / num_experts, gain)
-    cumulated = histogram.cumsum(-1)
-    index = (cumulated <= wanted.unsqueeze(-1)).sum(-1, keepdim=True).clamp(max=bins - 1)
-    in_bin = histogram.gather(-1, index).squeeze(-1)
-    below = cumulated.gather(-1, index).squeeze(-1) - in_bin
-    index = index.squeeze(-1)
-    edge = edges(bins, histogram.device)
-    lower, upper = edge[index], edge[index + 1]
-    margin = lower + (upper - lower) * (wanted - below) / in_bin.clamp_min(1)
+    histogram: Int[Tensor, "layers bins experts"],
+    wanted: Float[Tensor, "layers experts"],
+    edge: Float[Tensor, " edges"],
+) -> tuple[Float[Tensor, "layers experts"], Int[Tensor, "layers experts"]]:
+    """How far each bias moves, interpolated within the bin, and N. ``wanted`` as for ``_exact``."""
+    bins = histogram.shape[-2]
+    cumulated = histogram.cumsum(-2)
+    num_tokens, num_chosen = cumulated[:, -1], cumulated[:, bins // 2 - 1]
+    place = num_chosen + wanted * num_tokens
+    index = (cumulated <= place[:, None]).sum(-2, keepdim=True).clamp(max=bins - 1)
+    in_bin = histogram.gather(-2, index).squeeze(-2)
+    below = cumulated.gather(-2, index).squeeze(-2) - in_bin
+    index = index.squeeze(-2)
+    margin = torch.lerp(edge[index], edge[index + 1], (place - below) / in_bin.clamp_min(1))
     return margin.masked_fill((index == bins // 2) | (index == bins // 2 - 1), 0), num_tokens
 
 
@@ -99,8 +107,8 @@ class Quantile(Balancer):
     """Quantile balancing: a bias without a step size. Once per window, over its N tokens on all ranks:
 
         a_t   = half-way between the k-th and the (k + 1)-th largest of s_t + b    what a token asks of an expert
-        n_e   = tokens with s_te + b_e > a_t: those that chose e
-        b_e  <- b with which n_e + g_e (N k / E - n_e) tokens have s_te + b > a_t;  then minus the median over e
+        n_e   = tokens with s_te + b_e > a_t;  c_e = tokens that chose e, n_e unless expert groups limit the choice
+        b_e  <- b with which n_e + g_e (N k / E - c_e) tokens have s_te + b > a_t;  then minus the median over e
 
     With g = 1 this is the exact minimum, expert by expert, of the dual problem on which Loss-Free's sign rule takes
     small steps. The gain g_e is the part of the deviation that is not chance: 1 - (what chance gives) / deviation^2, at
@@ -129,8 +137,8 @@ class Quantile(Balancer):
     Source: Su 2026, kexue.fm/archives/11619; Kimi K3, arXiv:2607.24653, section 2.3.3. Where we differ: they take the
     (k + 1)-th largest, with which experts that have too few tokens wait for the others to sink; they have no gain, so
     noise moves an even layer; they subtract the mean, which costs float32 its resolution if one expert has a large
-    bias; and K3 keeps 1000 bins of equal width on [min b - 1, max b + 1].
-    With group-limited routing it is approximate: the best expert that was not chosen may lie in a closed expert group.
+    bias; and K3 keeps 1000 bins of equal width on [min b - 1, max b + 1]. Their n_e is our c_e: if expert groups limit
+    the choice, their update stops before the load is even.
     """
 
     name = "quantile"
@@ -149,45 +157,53 @@ class Quantile(Balancer):
 
     def prepare(self, layers: LayerStack) -> None:
         self._bias, self._k, self._by_logits = layers.bias.clone(), layers.k, layers.selection == "logits"
+        self._bins = None if self.gathers else _Bins.on(self._bias.device, self.bins)
 
     def bias(self) -> Float[Tensor, "layers experts"]:
         return self._bias
 
     @torch.no_grad()
     def statistic(self, routing: Routing, row: int) -> Tensor | None:
-        """The margins of a call's tokens: a histogram, int64 ``[experts, bins]``; exact: ``[tokens, experts]``."""
+        """The margins of a call's tokens: a histogram, int64 ``[bins, experts]``; exact: ``[tokens, experts]``."""
         num_experts = routing.scores.shape[-1]
         if self._k == num_experts:  # every expert is chosen, whatever the bias
             return None
         values = routing.logits if self._by_logits else routing.scores
-        margins = _margins(values.to(routing.scores.dtype), routing.expert_ids, self._bias[row])
+        margins = _margins(values.to(routing.scores.dtype), self._bias[row], self._k)
         counted = None if routing.mask is None else routing.mask != 0
         if self.fraction < 1:
             drawn = _draw(routing.logits, self.fraction)
             counted = drawn if counted is None else counted & drawn
         if self.gathers:
             return margins if counted is None else margins.masked_fill(~counted[:, None], float("inf"))
-        cell = torch.arange(num_experts, device=margins.device) * self.bins + _bin(margins, self.bins)
-        one = torch.ones((), dtype=torch.int64, device=cell.device) if counted is None else counted.long()[:, None]
-        histogram = torch.zeros(num_experts * self.bins, dtype=torch.int64, device=cell.device)
-        histogram.scatter_add_(0, cell.reshape(-1), one.expand_as(cell).reshape(-1))
-        return histogram.view(num_experts, self.bins)
+        bins = self._bins_on(margins.device)
+        index, one = bins.of(margins), bins.one if counted is None else counted.long()[:, None]
+        histogram = torch.zeros(self.bins, num_experts, dtype=torch.int64, device=index.device)
+        return histogram.scatter_add_(0, index, one.expand_as(index))
+
+    def _bins_on(self, device: torch.device) -> _Bins:
+        if self._bins is None or self._bins.edges.device != device:
+            self._bins = _Bins.on(device, self.bins)
+        return self._bins
 
     @torch.no_grad()
     def update(self, load: Load, statistic: Sequence[Tensor] | None = None, window: int = 0) -> None:
         check_load(load, self._bias)
-        if self._k == load.shape[-1]:
+        num_experts = load.shape[-1]
+        if self._k == num_experts:
             return
         if statistic is None:
             raise ValueError("quantile balancing must have the statistic of its calls: got none.")
         gain = _gain(load, self._k)
+        bias = self._bias.to(gain.dtype)
+        share = load.to(gain.dtype) / load.sum(-1, keepdim=True).clamp_min(1)
+        wanted = gain * (1 / num_experts - share) * self._k  # tokens that each expert lacks, by token
         if self.gathers:
-            exact = (_exact(m, self._k, g) for m, g in zip(statistic, gain, strict=True))
-            missing, num_tokens = map(torch.stack, zip(*exact, strict=True))
+            missing, num_tokens = map(torch.stack, zip(*map(_exact, statistic, wanted), strict=True))
             num_tokens = num_tokens[:, None]
         else:
-            missing, num_tokens = _from_histogram(torch.stack(list(statistic)), self._k, gain)
-        bias = self._bias.to(gain.dtype)
+            histogram = torch.stack(list(statistic))
+            missing, num_tokens = _from_histogram(histogram, wanted, self._bins_on(load.device).edges)
         target = bias + missing.masked_fill(gain == 0, 0)
         target = self.ema * bias + (1 - self.ema) * (target - target.median(-1, keepdim=True).values)
         moves = (num_tokens > 0) & (gain > 0).any(-1, keepdim=True)

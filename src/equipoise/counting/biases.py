@@ -14,7 +14,7 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from equipoise.balancers import Balancer, LayerStack, LossFree
@@ -23,10 +23,8 @@ from equipoise.errors import EquipoiseError
 from equipoise.routers import MoELayer, Slot
 from equipoise.routers.kind import ADDED_SLOT
 from equipoise.routers.tap import tap_of
-from equipoise.routing import Routing, score
+from equipoise.routing import Routing, score, widest_float
 from equipoise.torch_internals import copy_each
-
-_STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # a checkpoint may have rounded our bias
 
 
 class LayerGroup:
@@ -39,6 +37,12 @@ class LayerGroup:
         self.layers = indices  # into the layers of the model
         self.balancers = balancers
         self.losses = [balancer for balancer in balancers if balancer.has_loss]
+        with_slopes = [balancer for balancer in self.losses if balancer.has_slopes]
+        # Which scores the losses with slopes are linear in: True for those that are divided by their sum.
+        self.pooled_masses = tuple({b.normalise for b in with_slopes if b.scope != "sequence"})
+        self.sequence_masses = tuple({b.normalise for b in with_slopes if b.scope == "sequence"})
+        self.masses = tuple({*self.pooled_masses, *self.sequence_masses})
+        self.k, self.is_softmax = layers[0].k, layers[0].kind.score_function == "softmax"
         self.steering = next((balancer for balancer in balancers if balancer.has_bias), None)
         self.has_statistics = any(type(b).statistic is not Balancer.statistic for b in balancers)
         device = slot_value(layers[0]).device  # a balancer's state is there too
@@ -49,7 +53,7 @@ class LayerGroup:
         self.slots = [self._slot(layer) for layer in layers]
         self._block = layout.block(indices)
         self._layout = layout
-        self._rows: tuple[int, tuple[Tensor, ...]] = (0, ())  # the address of the biases, and their rows
+        self._rows: tuple[int, tuple[Tensor, ...]] = (-1, ())  # the address of the biases, and their rows
         self.remember()
 
     def _slot(self, layer: MoELayer) -> Slot:
@@ -78,10 +82,12 @@ class LayerGroup:
         """
         present = [value[rows] for value in self.steering_values]
         remembered = [value[rows] for value in self.remembered]
-        is_ours, is_remembered = (_is_stored(bias, in_slots) for bias in (present[0], remembered[0]))
-        is_new = ~is_ours.all(-1, keepdim=True)
-        comes_back = is_new & is_remembered.all(-1, keepdim=True)
-        new = [torch.where(is_ours, present[0], in_slots), *(value * ~is_new for value in present[1:])]
+        in_slots = torch.where(in_slots.abs() < float("inf"), in_slots, present[0])
+        is_stored = _is_stored(torch.stack([present[0], remembered[0]]), in_slots)
+        is_whole = is_stored.all(-1, keepdim=True)
+        is_new = ~is_whole[0]
+        comes_back = is_new & is_whole[1]
+        new = [torch.where(is_stored[0], present[0], in_slots), *(value * ~is_new for value in present[1:])]
         for value, new_value, old_value in zip(present, new, remembered, strict=True):
             value.copy_(torch.where(comes_back, old_value, new_value))
 
@@ -90,6 +96,16 @@ class LayerGroup:
         if self._block is not None:
             return vector[self._block].view(len(self.layers), -1).clone()
         return torch.stack([self._layout.load(vector, layer) for layer in self.layers])
+
+    def num_tokens(self, vector: Tensor) -> Float[Tensor, " layers"]:
+        """The unmasked tokens of the layers, at least 1."""
+        num_assignments = self.load(vector).sum(-1).to(widest_float(vector.device))
+        return (num_assignments / self.k).clamp_min(1)
+
+    def with_slopes(self, normalise: bool, in_sequences: bool) -> list[Balancer]:
+        """The losses that are linear in these scores."""
+        of_kind = [b for b in self.losses if b.has_slopes and b.normalise == normalise]
+        return [b for b in of_kind if (b.scope == "sequence") == in_sequences]
 
     def states(self) -> dict[str, Float[Tensor, "layers experts"]]:
         """What the balancers move besides the bias, by the key under which it is saved.
@@ -321,11 +337,11 @@ def _moved_by_update(balancer: Balancer) -> list[Tensor]:
     return [*([] if bias is None else [bias]), *balancer.state().values()]
 
 
-def _is_stored(bias: Tensor, in_slot: Tensor) -> Tensor:
-    """By number, whether a slot holds the bias, its rounding to 16 bits, or a damaged number."""
-    is_stored = ~in_slot.isfinite()
-    for dtype in _STORED_DTYPES:
-        is_stored |= bias.to(dtype).float() == in_slot
+def _is_stored(biases: Float[Tensor, "kinds rows experts"], in_slots: Tensor) -> Bool[Tensor, "kinds rows experts"]:
+    """By number, whether a slot holds a bias or its rounding to 16 bits."""
+    is_stored = biases == in_slots
+    for dtype in (torch.bfloat16, torch.float16):  # a checkpoint may have rounded our bias
+        is_stored |= biases.to(dtype).float() == in_slots
     return is_stored
 
 

@@ -20,11 +20,15 @@ from torch import Tensor
 
 from equipoise.balancers import Balancer
 from equipoise.counting.biases import Biases
-from equipoise.counting.window import CountedCall, MicroBatch, Window
+from equipoise.counting.call import CountedCall
+from equipoise.counting.layout import outside_inference_mode
+from equipoise.counting.loss_sums import Counts
+from equipoise.counting.window import MicroBatch, Window
 from equipoise.errors import EquipoiseError
 from equipoise.routers import MoELayer
 from equipoise.routers.tap import RECOMPUTED, UNCOUNTED, RouterCall
-from equipoise.routing import Routing, score, score_backward, widest_float, without_autocast
+from equipoise.routing import Routing, score, score_backward
+from equipoise.torch_internals import autograd_on
 
 
 class _Ticket(torch.autograd.Function):
@@ -50,6 +54,7 @@ class Losses:
         self.window = window
         self.balancers = biases.groups[0].losses if biases.groups else []
         self.number = len(self.balancers)
+        self._waits = any(b.scope == "global_batch" and b.pooling == "window" for b in self.balancers)
         self.separates = False  # loss() was called, and so separates micro-batches
         self._loss_scale: float | Tensor | None = None
 
@@ -65,112 +70,158 @@ class Losses:
             raise ValueError(f"loss_scale must be a finite number, a one-element tensor or None: got {value!r}.")
         self._loss_scale = value.reshape(()) if isinstance(value, Tensor) else value
 
-    def routing(self, call: CountedCall, logits: Tensor, expert_ids: Tensor, weights: Tensor) -> Routing:
-        scores = score(logits, self.layers[call.layer].kind.score_function)
-        return Routing(logits, scores, expert_ids, weights, call.mask, call.sequence_ids, call.num_sequences)
+    def routing(self, call: CountedCall, routed: RouterCall) -> Routing:
+        """What a counted call decided, for the balancers."""
+        logits, scores, mask, sequences = routed.logits, routed.scores, call.mask, call.sequences
+        if scores is None:
+            scores = score(logits, self.layers[call.layer].kind.score_function)
+        routing = Routing(logits, scores, routed.expert_ids, routed.weights, None if mask is None else mask.numbers)
+        if sequences is None:
+            return routing
+        return routing._replace(sequence_ids=sequences.ids, num_sequences=sequences.number)
 
     def add(self, call: CountedCall, routing: Routing) -> None:
-        """Adds the losses of one call to its micro-batch, by the counts known now."""
-        group, _ = self.biases.group_of[call.layer]
-        for index, balancer in enumerate(group.losses):
-            value = balancer.loss(routing, self._load(balancer, call))
-            assert value is not None  # a balancer in ``losses`` has one
-            call.micro_batch.add_loss(index, call.layer, value, call.num_tokens)
+        """Adds the losses of one call to its micro-batch."""
+        micro_batch = call.micro_batch
+        assert micro_batch.sums is not None  # there is a loss
+
+        def load_of_call(balancer: Balancer) -> Tensor | None:
+            return self._load(balancer, call, self.window.counts_so_far(micro_batch))
+
+        micro_batch.sums.add(call, routing, load_of_call)
+
+    def values(self, micro_batch: MicroBatch) -> Float[Tensor, "losses layers"]:
+        """The losses of a closed micro-batch, without coefficients: means over its tokens, by the counts then known."""
+        assert micro_batch.sums is not None and micro_batch.counts is not None
+        with outside_inference_mode():
+            return micro_batch.sums.values(micro_batch.counts)
+
+    @torch.no_grad()
+    def _value(self, micro_batch: MicroBatch) -> Float[Tensor, ""]:
+        total = torch.stack(
+            [b.coefficient * v.sum() for b, v in zip(self.balancers, self.values(micro_batch), strict=True)]
+        )
+        assert micro_batch.sums is not None
+        return total.sum().to(micro_batch.sums.dtype)
 
     def ticket(self, micro_batch: MicroBatch) -> Float[Tensor, ""]:
         """The balancing loss of a closed micro-batch: see ``Balance.loss``."""
         self.separates = True
         if self.number == 0:
             return torch.zeros((), device=micro_batch.vector.device)
-        num_tokens = micro_batch.num_tokens.clamp_min(1)
-        value = torch.zeros((), dtype=widest_float(num_tokens.device), device=num_tokens.device)
-        for balancer, losses in zip(self.balancers, micro_batch.losses, strict=True):
-            value = value + balancer.coefficient * (losses / num_tokens).sum()
-        value = value.to(micro_batch.dtype)
+        value = self._value(micro_batch)
         if not torch.is_grad_enabled():
             return value
         leaf = torch.zeros_like(value, requires_grad=True)
         return _Ticket.apply(leaf, value, self.window, micro_batch)
 
-    def gradient(self, call: RouterCall, call_id: int) -> Float[Tensor, "tokens experts"]:
+    # ---- backward ----
+
+    def score_gradient(self, routed: RouterCall, call_id: int) -> Float[Tensor, "*tokens experts"] | None:
+        """The gradient of the losses at the scores of a router call, to be broadcast; None if it was not counted.
+
+        Only if all losses have slopes.
+        """
+        served = None if call_id == UNCOUNTED else self._serve(routed, call_id)
+        if served is None:
+            return None
+        counted, factor = served
+        return self._by_slopes(counted, self.routing(counted, routed), factor)
+
+    def gradient(self, routed: RouterCall, call_id: int) -> Float[Tensor, "tokens experts"]:
         """The gradient of the losses at the logits of a router call."""
-        logits, expert_ids, weights = call.logits.detach(), call.expert_ids, call.weights
-        if call_id == UNCOUNTED:
+        logits = routed.logits
+        served = None if call_id == UNCOUNTED else self._serve(routed, call_id)
+        if served is None:
             return torch.zeros_like(logits)
-        counted, factor = self._serve(call, call_id)
-        micro_batch = counted.micro_batch
-        if micro_batch is self.window.current or not self.separates:  # no loss() closed it: loss_scale stands in
-            self.window.close_micro_batch()
+        counted, factor = served
+        routing = self.routing(counted, routed)
+        at_scores = self._by_slopes(counted, routing, factor)
+        by_autograd = self._by_autograd(counted, routed, factor)
+        if at_scores is None:
+            assert by_autograd is not None  # taps ask only if there is a loss
+            return by_autograd
+        score_function = self.layers[routed.layer].kind.score_function
+        gradient = score_backward(at_scores.expand_as(routing.scores), logits, routing.scores, score_function)
+        return gradient if by_autograd is None else gradient + by_autograd
+
+    def _by_slopes(
+        self, call: CountedCall, routing: Routing, factor: Tensor | float
+    ) -> Float[Tensor, "*tokens experts"] | None:
+        assert call.micro_batch.sums is not None  # there is a loss
+        return call.micro_batch.sums.gradient(call, routing, factor, self._counts(call.micro_batch))
+
+    def _by_autograd(
+        self, call: CountedCall, routed: RouterCall, factor: Tensor | float
+    ) -> Float[Tensor, "tokens experts"] | None:
+        """The gradient of the losses without slopes."""
+        without_slopes = [b for b in self.biases.group_of[call.layer][0].losses if not b.has_slopes]
+        if not without_slopes:
+            return None
+        micro_batch, counts, is_differentiated = (
+            call.micro_batch,
+            self._counts(call.micro_batch),
+            _is_differentiated(routed),
+        )
         if micro_batch.has_several_calls(call.layer):  # the loss is a mean over all tokens of the micro-batch
-            factor = factor * counted.num_tokens / micro_batch.num_tokens[call.layer].clamp_min(1)
-        routing = self.routing(counted, logits, expert_ids, weights)
-        score_gradient, without_closed_form = self._closed_form(counted, routing, factor)
-        gradient = None
-        if score_gradient is not None:
-            score_function = self.layers[call.layer].kind.score_function
-            gradient = score_backward(score_gradient, logits, routing.scores, score_function)
-        if without_closed_form:
-            logits.requires_grad_()
-            with torch.enable_grad():
-                routing = self.routing(counted, logits, expert_ids, weights)
-                total = torch.zeros((), dtype=routing.scores.dtype, device=logits.device)
-                for balancer, load in without_closed_form:
-                    total = total + balancer.coefficient * balancer.loss(routing, load)
-            (by_autograd,) = torch.autograd.grad(total, logits, grad_outputs=torch.ones_like(total) * factor)
-            gradient = by_autograd if gradient is None else gradient + by_autograd
-        assert gradient is not None  # taps ask only if there is a loss
+            factor = factor * call.num_tokens / micro_batch.num_tokens(call.layer).clamp_min(1)
+        with autograd_on():
+            logits = routed.logits if is_differentiated else routed.logits.detach().requires_grad_()
+            routing = self.routing(call, routed._replace(logits=logits))
+            total = torch.zeros((), dtype=routing.scores.dtype, device=logits.device)
+            for balancer in without_slopes:
+                total = total + balancer.coefficient * balancer.loss(routing, self._load(balancer, call, counts))
+            grad_outputs = torch.ones_like(total) * factor
+            (gradient,) = torch.autograd.grad(total, logits, grad_outputs, create_graph=is_differentiated)
         return gradient
 
-    def _closed_form(
-        self, call: CountedCall, routing: Routing, factor: Tensor | float
-    ) -> tuple[Tensor | None, list[tuple[Balancer, Tensor | None]]]:
-        """The gradient with respect to the scores of losses with a closed form; other losses, with their load."""
-        score_gradient, others = None, []
-        for balancer in self.biases.group_of[call.layer][0].losses:
-            waits = balancer.scope == "global_batch" and balancer.pooling == "window"
-            load = self._load(balancer, call, self.window.pooled_vector() if waits else None)
-            with without_autocast(routing.logits.device):  # the caller's backward may run under autocast
-                gradient = balancer.score_gradient(routing, load, balancer.coefficient * factor)
-            if gradient is None:
-                others.append((balancer, load))
-            else:
-                score_gradient = gradient if score_gradient is None else score_gradient + gradient
-        return score_gradient, others
+    def _counts(self, micro_batch: MicroBatch) -> Counts:
+        """The counts known now. Waits for those of other ranks, if a loss needs them."""
+        counts = micro_batch.counts
+        assert counts is not None  # it was closed
+        return counts._replace(pooled=self.window.pooled_vector()) if self._waits else counts
 
-    def _load(
-        self, balancer: Balancer, call: CountedCall, pooled_vector: Tensor | None = None
-    ) -> Int[Tensor, " experts"] | None:
-        """The load over a loss's scope: in a backward the pooled counts, in a forward those known by then."""
-        window, layer = self.window, call.layer
+    def _load(self, balancer: Balancer, call: CountedCall, counts: Counts) -> Int[Tensor, " experts"] | None:
+        """The counts over the scope of a loss without slopes, for one layer."""
         if balancer.scope in ("sequence", "token"):
             return None
-        if balancer.scope == "micro_batch":
-            return call.micro_batch.load(layer)
-        if balancer.pooling == "window":
-            return window.load_so_far(layer) if pooled_vector is None else window.layout.load(pooled_vector, layer)
-        if window.last is None:  # before the first window ends: an even share
-            return call.micro_batch.vector.new_ones(self.layers[layer].num_experts)
-        return window.layout.load(window.last.vector, layer)
+        group, row = self.biases.group_of[call.layer]
+        return counts.over_scope(balancer, group)[row]
 
-    def _serve(self, call: RouterCall, call_id: int) -> tuple[CountedCall, Tensor | float]:
-        """The counted call that this backward belongs to, and the factor of its loss."""
+    def _serve(self, routed: RouterCall, call_id: int) -> tuple[CountedCall, Tensor | float] | None:
+        """The counted call that this backward belongs to, and the factor of its loss.
+
+        None in the backward of a gradient, which goes through the router again: a second derivative.
+        """
         window, factor = self.window, self.loss_scale
         if call_id == RECOMPUTED:
-            counted = window.recomputed_call(call.layer, call.expert_ids, has_factor=factor is not None)
+            counted = window.recomputed_call(routed.layer, routed.expert_ids, has_factor=factor is not None)
         else:
             counted = window.call(call_id)
-        if counted is not None and counted.micro_batch.factor is not None:
-            factor = counted.micro_batch.factor
-            if not counted.micro_batch.is_unserved(counted):
+        if counted is not None and not counted.micro_batch.is_unserved(counted):
+            if counted.has_differentiable_gradient:
+                return None
+            if counted.micro_batch.factor is not None:
                 factor = None  # this backward is a second one, without a ticket of its own
+        elif counted is not None and counted.micro_batch.factor is not None:
+            factor = counted.micro_batch.factor
         if counted is None or factor is None:
             raise EquipoiseError(
                 "balance.loss() must be added to the loss of every micro-batch, between its forward and its backward: "
-                f"in the backward of {self.layers[call.layer].name} it was missing. Write `loss = model(...).loss + "
+                f"in the backward of {self.layers[routed.layer].name} it was missing. Write `loss = model(...).loss + "
                 "balance.loss()`. If it cannot be added, or the gradient is taken for some tensors only "
                 "(torch.autograd.grad, backward(inputs=...), a pipeline stage, outputs with a gradient that was cached "
                 "before, as by GradCache), set balance.loss_scale to the factor of the loss. A "
                 "loss() is 0 before a forward, when called twice, and after a forward that raised."
             )
-        counted.micro_batch.mark_served(counted, was_recomputed=call_id == RECOMPUTED)
+        counted.has_differentiable_gradient = _is_differentiated(routed)
+        micro_batch = counted.micro_batch
+        micro_batch.mark_served(counted, was_recomputed=call_id == RECOMPUTED)
+        if micro_batch is self.window.current or not self.separates:  # no loss() closed it: loss_scale stands in
+            self.window.close_micro_batch()
         return counted, factor
+
+
+def _is_differentiated(routed: RouterCall) -> bool:
+    """Whether the gradient that is made now will be differentiated again: the backward is one with create_graph."""
+    return torch.is_grad_enabled() and routed.logits.requires_grad

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from equipoise.counting.call import FittedMask
 from equipoise.errors import EquipoiseError
 
 
@@ -35,24 +36,24 @@ def check_no_capture(device: torch.device) -> None:
 class Layout:
     """The layout of an int64 vector of counts,
 
-        [ load of layer 0 | load of layer 1 | ... | three numbers for ``Exchange`` | unmasked tokens of each layer ]
+        [ load of layer 0 | load of layer 1 | ... | three numbers for ``Exchange`` ]
 
-    so that one all-reduce of its beginning pools every layer. The three numbers, summed over the ranks: how many ranks
-    close the window; how many micro-batches these had; the others' micro-batch numbers.
+    so that one all-reduce of it pools every layer. The three numbers, summed over the ranks: how many ranks close the
+    window; how many micro-batches these had; the others' micro-batch numbers. ``k``: experts per token, by layer.
     """
 
-    def __init__(self, num_experts: Sequence[int]):
-        self.num_experts = tuple(num_experts)
+    def __init__(self, num_experts: Sequence[int], k: Sequence[int]):
+        self.num_experts, self.k = tuple(num_experts), tuple(k)
         ends = list(itertools.accumulate(num_experts))
         self.slices = [slice(end - size, end) for size, end in zip(num_experts, ends, strict=True)]
         self.num_layers = len(num_experts)
         self.loads = slice(0, ends[-1] if ends else 0)
         self.header = slice(self.loads.stop, self.loads.stop + 3)
-        self.tokens = slice(self.header.stop, self.header.stop + self.num_layers)
+        self._ones: dict[torch.device, Tensor] = {}
 
     def zeros(self, device: torch.device) -> Int[Tensor, " numbers"]:
         with outside_inference_mode():
-            return torch.zeros(self.tokens.stop, dtype=torch.int64, device=device)
+            return torch.zeros(self.header.stop, dtype=torch.int64, device=device)
 
     def block(self, layers: Sequence[int]) -> slice | None:
         """Where the loads of these layers are, if they are adjacent and of equal size; else None."""
@@ -65,23 +66,29 @@ class Layout:
         """The load of one layer. A view."""
         return vector[self.slices[layer]]
 
-    def count(self, vector: Tensor, layer: int, expert_ids: Tensor, mask: Tensor | None) -> None:
+    def num_tokens(self, vector: Tensor, layer: int) -> Int[Tensor, ""]:
+        """The unmasked tokens of one layer: each has k assignments."""
+        return self.load(vector, layer).sum() // self.k[layer]
+
+    def count(self, vector: Tensor, layer: int, expert_ids: Tensor, mask: FittedMask | None) -> None:
         """Adds one call, in place: k assignments for each unmasked token. Waits for no GPU.
 
         Raises ``EquipoiseError`` while a CUDA graph is captured.
         """
         check_no_capture(expert_ids.device)
         ids, load = expert_ids.reshape(-1), self.load(vector, layer)
-        num_tokens: Tensor | int = expert_ids.shape[0]
-        if mask is None and ids.device.type == "cpu":
+        if mask is not None:
+            load.scatter_add_(0, ids, mask.assignments(expert_ids.shape[-1]))
+        elif ids.device.type == "cpu":
             load.add_(torch.bincount(ids, minlength=len(load)))  # on a GPU bincount would make the host wait
-        elif mask is None:
-            load.scatter_add_(0, ids, torch.ones((), dtype=torch.int64, device=ids.device).expand_as(ids))
         else:
-            unmasked = (mask != 0).long()
-            load.scatter_add_(0, ids, unmasked[:, None].expand_as(expert_ids).reshape(-1))
-            num_tokens = unmasked.sum()
-        vector[self.tokens.start + layer].add_(num_tokens)
+            load.scatter_add_(0, ids, self._one(ids.device).expand_as(ids))
+
+    def _one(self, device: torch.device) -> Int[Tensor, ""]:
+        if device not in self._ones:
+            with outside_inference_mode():
+                self._ones[device] = torch.ones((), dtype=torch.int64, device=device)
+        return self._ones[device]
 
 
 class Statistics:

@@ -12,14 +12,15 @@ Others have
 
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from equipoise.counting.call import FittedMask, Sequences
 from equipoise.errors import EquipoiseError
 from equipoise.routers import MoELayer
-from equipoise.routers.forward import ForwardContext
+from equipoise.routers.forward import ForwardContext, ForwardTokens
 from equipoise.routers.tap import RouterCall
 from equipoise.torch_internals import PICKED
 
@@ -34,9 +35,14 @@ class Place(NamedTuple):
     is_sequence_first: bool = False
     tokens: slice = slice(None)  # of the flattened columns
 
-    def of(self, values: Tensor) -> Tensor:
+    @property
+    def key(self) -> tuple[Any, ...]:
+        columns, tokens = self.columns, self.tokens
+        return columns.start, columns.stop, self.is_sequence_first, tokens.start, tokens.stop
+
+    def of(self, values: Tensor, device: torch.device | None = None) -> Tensor:
         """Their values, flat, of ``values`` on the grid."""
-        values = values[:, self.columns]
+        values = (values if device is None else values.to(device))[:, self.columns]
         return (values.T if self.is_sequence_first else values).reshape(-1)[self.tokens]
 
 
@@ -101,20 +107,29 @@ class Tokens:
 
     # ---- fitting ----
 
-    def fit(self, call: RouterCall, before: int = 0, is_tile: bool = False) -> RouterCall:
-        """The call with the mask and the sequence ids of its own tokens, flat.
+    def fit(
+        self, call: RouterCall, forward: ForwardTokens, before: int = 0, is_tile: bool = False
+    ) -> tuple[FittedMask | None, Sequences | None]:
+        """The mask and the sequences of a call's own tokens. None: all count; the forward does not show sequences.
 
         ``is_tile`` says that it has the tokens of its forward that follow the first ``before``.
         """
         if self.context.inputs.problem is not None and not self.is_explicit(call.layer):
             raise EquipoiseError(self.context.inputs.problem)
         if call.num_tokens == 0 or (call.mask is None and call.sequence_ids is None):
-            return call._replace(mask=None, sequence_ids=None)
-        mask, ids = (self._fit(values, call, before, is_tile) for values in (call.mask, call.sequence_ids))
-        for what, values, fitted in (("the mask", call.mask, mask), ("sequence_ids", call.sequence_ids, ids)):
-            if values is not None and fitted is None:
+            return None, None
+        mask, ids = call.mask, call.sequence_ids
+        mask_place, ids_place = (self._place(values, call, before, is_tile) for values in (mask, ids))
+        for what, values, place in (("the mask", mask, mask_place), ("sequence_ids", ids, ids_place)):
+            if values is not None and place is None:
                 self._note_other_tokens(what, values, call)
-        return call._replace(mask=None if mask is None else (mask != 0).float(), sequence_ids=ids)
+        fitted, sequences, device = None, None, call.expert_ids.device
+        if mask is not None and mask_place is not None:
+            fitted = forward.share(mask, (*mask_place.key, device), lambda: FittedMask(mask_place.of(mask, device)))
+        if ids is not None and ids_place is not None:
+            how = ("sequences", *ids_place.key, device)
+            sequences = forward.share(ids, how, lambda: _numbered_sequences(ids, ids_place, device))
+        return fitted, sequences
 
     def _note_other_tokens(self, what: str, values: Tensor, call: RouterCall) -> None:
         shape = tuple(values.shape)
@@ -126,27 +141,26 @@ class Tokens:
             )
         self.other_tokens.setdefault(call.layer, (shape, call.num_tokens))
 
-    def _fit(self, values: Tensor | None, call: RouterCall, before: int, is_tile: bool) -> Tensor | None:
-        """The values of the call's tokens; None if it has others."""
-        if values is None:
-            return None
-        rows, length = values.shape
+    def _place(self, values: Tensor | None, call: RouterCall, before: int, is_tile: bool) -> Place | None:
+        """Where the call's tokens are among ``values``; None if it has others."""
+        return None if values is None else self._place_on(tuple(values.shape), call, before, is_tile)
+
+    def _place_on(self, shape: tuple[int, ...], call: RouterCall, before: int, is_tile: bool) -> Place | None:
+        rows, length = shape
+        num_values = rows * length
         leading, layer = call.leading, call.layer
         if leading == (length, rows) and rows != length:
             self._sequence_first.add(layer)
         is_sequence_first = layer in self._sequence_first
-        place: Place | None = None
-        if call.num_tokens == values.numel():
-            self._check_order(values, call)
-            place = Place(is_sequence_first=is_sequence_first)
-        elif is_tile:
-            place = self._tile(values, call, before, is_sequence_first)
-        elif call.num_tokens < values.numel():
-            place = self._end(call)
-        return None if place is None else place.of(values.to(call.expert_ids.device))
+        if call.num_tokens == num_values:
+            self._check_order(shape, call)
+            return Place(is_sequence_first=is_sequence_first)
+        if is_tile:
+            return self._tile(shape, call, before, is_sequence_first)
+        return self._end(call) if call.num_tokens < num_values else None
 
-    def _tile(self, values: Tensor, call: RouterCall, before: int, is_sequence_first: bool) -> Place:
-        rows, num_tokens = values.shape[0], call.num_tokens
+    def _tile(self, shape: tuple[int, ...], call: RouterCall, before: int, is_sequence_first: bool) -> Place:
+        (rows, length), num_tokens = shape, call.num_tokens
         if len(call.leading) == 2:
             self._has_columns[call.layer] = call.leading[0] == rows
         is_columns = self._has_columns.get(call.layer, False)
@@ -154,18 +168,19 @@ class Tokens:
         if not is_known:
             raise EquipoiseError(
                 f"a router that is called for parts of a forward must show which tokens each part has: "
-                f"{self._name(call)} got {num_tokens} of {values.numel()} tokens, flattened. Call it with hidden "
+                f"{self._name(call)} got {num_tokens} of {rows * length} tokens, flattened. Call it with hidden "
                 "states [batch, part of the sequence, dim], or once with all tokens."
             )
         if is_columns and before % rows == 0:
             return Place(slice(before // rows, (before + num_tokens) // rows))
         return Place(slice(None), is_sequence_first, slice(before, before + num_tokens))
 
-    def _check_order(self, mask: Tensor, call: RouterCall) -> None:
-        if self.context.token_mask is not None and 1 < call.rows == mask.shape[1] != mask.shape[0] > 1:
+    def _check_order(self, shape: tuple[int, ...], call: RouterCall) -> None:
+        rows, length = shape
+        if self.context.token_mask is not None and 1 < call.rows == length != rows > 1:
             raise EquipoiseError(
                 f"the mask must have a row for each of the {call.rows} rows of the batch: got shape "
-                f"{tuple(mask.shape)}, which has them as columns. Pass mask.T."
+                f"{shape}, which has them as columns. Pass mask.T."
             )
 
     def _name(self, call: RouterCall) -> str:
@@ -184,18 +199,35 @@ class Tokens:
                 "micro_batch or global_batch, or compute the block for all tokens at once."
             )
 
-    def rows_as_sequences(self, call: RouterCall, before: int, is_tile: bool) -> tuple[Tensor | None, int]:
-        """The sequence ids of a call, and how many sequences there are, if every row is one. None: unknown."""
+    def rows_as_sequences(
+        self, call: RouterCall, forward: ForwardTokens, before: int, is_tile: bool
+    ) -> Sequences | None:
+        """The sequences of a call if every row is one. None: unknown."""
         rows, length, num_tokens, device = call.rows, call.length, call.num_tokens, call.expert_ids.device
-        if length and (is_tile or num_tokens == rows * length):
-            ids = torch.arange(rows, device=device)[:, None].expand(rows, length)
-            return self._fit(ids, call, before, is_tile), rows
-        rows = rows or (call.leading[0] if len(call.leading) == 2 else 0)
         if num_tokens == 0:
-            return torch.zeros(0, dtype=torch.int64, device=device), 0
-        if rows <= 0 or num_tokens % rows:
-            return None, 0
-        return torch.arange(num_tokens, device=device) // (num_tokens // rows), rows
+            return Sequences(torch.zeros(0, dtype=torch.int64, device=device), 0)
+        if length and (is_tile or num_tokens == rows * length):
+            place = self._place_on((rows, length), call, before, is_tile)
+            if place is None:
+                return None
+            is_whole = place == Place()
+        else:
+            rows = rows or (call.leading[0] if len(call.leading) == 2 else 0)
+            if rows <= 0 or num_tokens % rows:
+                return None
+            place, length, is_whole = Place(), num_tokens // rows, True
+
+        def make() -> Sequences:
+            ids = place.of(torch.arange(rows, device=device)[:, None].expand(rows, length))
+            return Sequences(ids, rows, length if is_whole else 0)
+
+        return forward.share(None, (*place.key, rows, length, device), make)
+
+
+def _numbered_sequences(ids: Tensor, place: Place, device: torch.device) -> Sequences:
+    own = place.of(ids, device).clone()  # a copy: a compiled graph reuses its memory
+    is_bound = device.type != "cpu"
+    return Sequences(own, ids.numel() if is_bound else int(own.max()) + 1, is_bound=is_bound)
 
 
 def layers_predicting_further(model: nn.Module, routers: set[nn.Module]) -> set[nn.Module]:

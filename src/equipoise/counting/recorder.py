@@ -61,11 +61,11 @@ class Recorder:
         start: dict[str, Tensor],
     ):
         self.layers = layers
-        self.layout = Layout([layer.num_experts for layer in layers])
+        self.layout = Layout([layer.num_experts for layer in layers], [layer.k for layer in layers])
         self.biases = Biases(layers, balancers, start, self.layout)
-        num_losses = sum(balancer.has_loss for balancer in balancers)
-        pools_each = any(b.has_loss and b.scope == "global_batch" and b.pooling == "window" for b in balancers)
-        self.window = Window(self.layout, pool, num_losses, pools_each, self.biases)
+        losses = [balancer for balancer in balancers if balancer.has_loss]
+        pools_each = any(b.scope == "global_batch" and b.pooling == "window" for b in losses)
+        self.window = Window(self.layout, pool, bool(losses), pools_each, self.biases)
         self.losses = Losses(layers, self.biases, self.window)
         self._needs_sequences = any(b.has_loss and b.scope == "sequence" for b in balancers)
         self.context = ForwardContext(model, self, self._needs_sequences)
@@ -158,6 +158,9 @@ class Recorder:
     def gradient(self, call: RouterCall, call_id: int) -> Float[Tensor, "tokens experts"]:
         return self.losses.gradient(call, call_id)
 
+    def score_gradient(self, call: RouterCall, call_id: int) -> Float[Tensor, "*tokens experts"] | None:
+        return self.losses.score_gradient(call, call_id)
+
     def note_detached_logits(self, layer: int) -> None:
         self.detached_layers.add(layer)
 
@@ -182,7 +185,9 @@ class Recorder:
         self.window.forward_failed(num_calls)
 
     def forward_ended(self) -> None:
-        self.settle(self.context.innermost)
+        forward = self.context.innermost
+        self.settle(forward)
+        forward.end()
 
     @torch.no_grad()
     def settle(self, forward: ForwardTokens | None = None) -> None:
@@ -212,12 +217,12 @@ class Recorder:
                 if group.has_statistics:
                     self.biases.adopt_writes(group)
         num_tokens = call.num_tokens
-        counted = CountedCall(window.num_calls, layer, micro_batch, num_tokens > 0 and call.logits.requires_grad)
-        call_id = window.record(counted, call.expert_ids)
+        needs_gradient = num_tokens > 0 and call.logits.requires_grad
+        counted = CountedCall(window.num_calls, layer, micro_batch, num_tokens, needs_gradient)
+        call_id = window.record(counted, self._choice(call))
         forward = ForwardTokens() if is_outside else context.innermost
         before = forward.add(layer, num_tokens)
         if call.mask is None and call.sequence_ids is None and not (self._needs_sequences or context.masks_by_layer):
-            counted.num_tokens = num_tokens
             self._add(call, counted)
         else:
             call = self.tokens.on_grid(call)
@@ -227,6 +232,12 @@ class Recorder:
             if before >= rows * length:
                 micro_batch.add_repeated(counted)
         return call_id
+
+    def _choice(self, call: RouterCall) -> Tensor | None:
+        """What a recomputation of the call will be known by. A copy: a compiled graph reuses its buffers."""
+        if not self.losses.number or call.keeps_scores:
+            return None
+        return call.expert_ids.to(torch.int16)
 
     def _begin_forward(
         self, current: MicroBatch | None, layer: int, outermost: ForwardTokens, is_outside: bool
@@ -269,22 +280,22 @@ class Recorder:
 
     def _fit(self, undecided: _Undecided, before: int = 0, is_tile: bool = False) -> None:
         """Counts a call with the mask and the sequences of its tokens."""
-        call, counted, _ = undecided
-        fitted = self.tokens.fit(call, before, is_tile)
+        call, counted, forward = undecided
+        if call.is_compiled:  # its graph may have the context of another forward
+            forward = ForwardTokens()
+        mask, sequences = self.tokens.fit(call, forward, before, is_tile)
         if counted is None:
             if self._measured is None:
                 self._measured = self.layout.zeros(call.expert_ids.device)
-            self.layout.count(self._measured, call.layer, call.expert_ids, fitted.mask)
+            self.layout.count(self._measured, call.layer, call.expert_ids, mask)
             return
         if is_tile and self._needs_sequences:
             self.tokens.check_whole_sequences(call, before)
-        rows, length = self.tokens.grid(call)
-        counted.mask, counted.num_tokens = fitted.mask, call.num_tokens if fitted.mask is None else fitted.mask.sum()
-        if self._needs_sequences and fitted.sequence_ids is not None:
-            counted.sequence_ids, counted.num_sequences = fitted.sequence_ids, rows * length
-        elif self._needs_sequences:
-            ids, counted.num_sequences = self.tokens.rows_as_sequences(call, before, is_tile)
-            counted.sequence_ids = ids
+        counted.mask = mask
+        if self._needs_sequences:
+            if sequences is None:
+                sequences = self.tokens.rows_as_sequences(call, forward, before, is_tile)
+            counted.sequences = sequences
         self._add(call, counted)
 
     def _add(self, call: RouterCall, counted: CountedCall) -> None:
@@ -293,12 +304,13 @@ class Recorder:
         self.layout.count(micro_batch.vector, layer, expert_ids, counted.mask)
         group, row = self.biases.group_of[layer]
         if self.losses.number or group.has_statistics:
-            routing = self.losses.routing(counted, call.logits, expert_ids, call.weights)
+            routing = self.losses.routing(counted, call)
             for number, balancer in enumerate(group.balancers):
                 statistic = balancer.statistic(routing, row)
                 if statistic is not None:
                     micro_batch.statistics.add(layer, number, statistic)
-            self.losses.add(counted, routing)
+            if self.losses.number:
+                self.losses.add(counted, routing)
 
     # ---- checks ----
 

@@ -23,7 +23,9 @@ class Taps:
     def _tap(self, index: int) -> Tap:
         recorder, biases = self._recorder, self._recorder.biases
         layer, (group, row) = recorder.layers[index], biases.group_of[index]
-        tap = Tap(layer.kind, layer.k, index, recorder, recorder.context, has_loss=bool(group.losses))
+        has_slopes = bool(group.losses) and all(balancer.has_slopes for balancer in group.losses)
+        tap = Tap(layer.kind, layer.k, index, recorder, recorder.context, bool(group.losses), has_slopes)
+        tap.reads_scores = bool(group.losses) or group.has_statistics
         added_slot = None
         if group.slots[row].name == ADDED_SLOT and group.steering is not None and group.biases is not None:
             added_slot = group.biases[row].clone()

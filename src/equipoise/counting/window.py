@@ -7,19 +7,19 @@ A window is what is counted between two calls of ``Balance.step``. It owns its m
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from equipoise.counting.biases import Biases
+from equipoise.counting.call import CountedCall
 from equipoise.counting.exchange import Exchange
 from equipoise.counting.layout import Layout, Statistics, outside_inference_mode
+from equipoise.counting.loss_sums import Counts, LossSums
 from equipoise.counting.pool import Pool
 from equipoise.errors import EquipoiseError
-from equipoise.routing import widest_float
 
 WARN_AFTER_MICRO_BATCHES = 256  # hardly anybody accumulates as many: step() is forgotten
 
@@ -29,36 +29,20 @@ _TOO_LATE = (
 )
 
 
-@dataclass(eq=False, slots=True)
-class CountedCall:
-    """One router call that was counted. What is known of its tokens may come at the end of its forward only."""
-
-    number: int  # in its window
-    layer: int
-    micro_batch: "MicroBatch"
-    needs_gradient: bool  # its logits are differentiated
-    mask: Float[Tensor, " tokens"] | None = None
-    sequence_ids: Int[Tensor, " tokens"] | None = None
-    num_sequences: int = 0
-    num_tokens: Tensor | int = 0
-
-
 class MicroBatch:
     """What was counted between two calls of ``Balance.loss``, on this rank.
 
     Calls are known by their number in the window. A call is *served* when its backward has got its gradient.
     """
 
-    def __init__(self, layout: Layout, num_losses: int, statistics: Statistics, device: torch.device, forward: object):
+    def __init__(self, layout: Layout, statistics: Statistics, device: torch.device, forward: object):
         self.layout = layout
         self.forward = forward  # the outermost one that was counted last
         self.num_forwards = 1
-        self.vector = vector = layout.zeros(device)
+        self.vector = layout.zeros(device)
         self.statistics = statistics  # handed to the window when this closes
-        self.losses = vector[:0]  # by balancer with a loss, and layer: the loss, summed over the tokens
-        if num_losses:
-            self.losses = vector.new_zeros(num_losses, layout.num_layers, dtype=widest_float(device))
-        self.dtype = torch.float32  # of the losses, or wider
+        self.sums: LossSums | None = None  # of its losses, if there are any
+        self.counts: Counts | None = None  # that its losses go by, as far as they were known when it closed
         self.factor: Tensor | None = None  # that the caller gave the loss; known when its ticket's backward has run
         self._repeated: list[CountedCall] = []  # their forward had called the layer with the same tokens before
         self._calls: dict[int, list[int]] = {}  # by layer
@@ -69,19 +53,15 @@ class MicroBatch:
     def called_layers(self) -> set[int]:
         return set(self._calls)
 
-    @property
-    def num_tokens(self) -> Int[Tensor, " layers"]:
+    def num_tokens(self, layer: int) -> Int[Tensor, ""]:
         """Of all calls: a layer that is called twice in a forward has twice its tokens."""
-        return self.vector[self.layout.tokens]
+        return self.layout.num_tokens(self.vector, layer)
 
-    @property
-    def num_distinct_tokens(self) -> Int[Tensor, " layers"]:
-        if not self._repeated:
-            return self.num_tokens
-        num_tokens = self.num_tokens.clone()
+    def num_distinct_tokens(self, layer: int) -> Int[Tensor, ""]:
+        num_tokens = self.num_tokens(layer)
         for call in self._repeated:
-            repeated = call.num_tokens
-            num_tokens[call.layer] -= repeated.long() if isinstance(repeated, Tensor) else repeated
+            if call.layer == layer:
+                num_tokens = num_tokens - call.num_tokens
         return num_tokens
 
     def continue_in(self, forward: object) -> None:
@@ -97,11 +77,6 @@ class MicroBatch:
 
     def load(self, layer: int) -> Int[Tensor, " experts"]:
         return self.layout.load(self.vector, layer)
-
-    def add_loss(self, index: int, layer: int, value: Tensor, num_tokens: Tensor | int) -> None:
-        """Adds a loss that is a mean over the tokens of one call."""
-        self.losses[index, layer].add_(value * num_tokens)
-        self.dtype = torch.promote_types(self.dtype, value.dtype)
 
     def add_call(self, call: CountedCall, choice: Tensor | None) -> None:
         self._calls.setdefault(call.layer, []).append(call.number)
@@ -140,8 +115,11 @@ class MicroBatch:
         choice = self._choices.get(number)
         return -1 if choice is None or choice.shape != expert_ids.shape else int((choice == expert_ids).sum())
 
-    def forget_choices(self) -> None:
+    def forget_calls(self) -> None:
         self._choices.clear()
+        self._repeated.clear()
+        if self.sums is not None:
+            self.sums.forget_tokens()
 
 
 class ClosedWindow(NamedTuple):
@@ -156,12 +134,12 @@ class ClosedWindow(NamedTuple):
 class Window:
     """The open window, and the last closed one. ``pools_each``: a loss needs every micro-batch's pooled counts."""
 
-    def __init__(self, layout: Layout, pool: Pool, num_losses: int, pools_each: bool, biases: Biases):
+    def __init__(self, layout: Layout, pool: Pool, has_losses: bool, pools_each: bool, biases: Biases):
         self.layout = layout
         self.exchange = Exchange(layout, pool, pools_each)
         self.num_closed = 0
         self.last: ClosedWindow | None = None
-        self._num_losses = num_losses
+        self._has_losses = has_losses
         self._biases = biases
         self._number = -1  # of the open window, dropped ones included
         self._latest: MicroBatch | None = None  # that was closed
@@ -203,16 +181,18 @@ class Window:
         micro_batch = self.current or self._latest
         if micro_batch is None:
             return torch.zeros((), dtype=torch.int64, device=device)
-        num_tokens = micro_batch.num_distinct_tokens
-        return torch.stack([num_tokens[layer] for layer in sorted(micro_batch.called_layers)]).min()
+        return torch.stack(
+            [micro_batch.num_distinct_tokens(layer) for layer in sorted(micro_batch.called_layers)]
+        ).min()
 
     def micro_batch(self, device: torch.device, forward: object) -> MicroBatch:
         """The open micro-batch; begins one in ``forward`` if there is none."""
         if self.current is None:
             self.exchange.pool.check_no_rank_leaves()
             with outside_inference_mode():
-                statistics = Statistics(self._biases.gathered)
-                self.current = MicroBatch(self.layout, self._num_losses, statistics, device, forward)
+                self.current = MicroBatch(self.layout, Statistics(self._biases.gathered), device, forward)
+                if self._has_losses:
+                    self.current.sums = LossSums(self._biases.groups, self._biases.group_of)
             self.micro_batches.append(self.current)
             if len(self.micro_batches) == WARN_AFTER_MICRO_BATCHES:
                 _log.warning(
@@ -222,11 +202,9 @@ class Window:
                 )
         return self.current
 
-    def record(self, call: CountedCall, expert_ids: Tensor) -> int:
-        """Keeps a call. Returns its id, which its backward brings back."""
+    def record(self, call: CountedCall, choice: Tensor | None) -> int:
+        """Keeps a call, and its choice of experts. Returns its id, which its backward brings back."""
         self._calls.append(call)
-        # A copy: a compiled graph reuses its buffers.
-        choice = expert_ids.to(torch.int16) if self._num_losses else None
         call.micro_batch.add_call(call, choice)
         return self._number << 32 | call.number
 
@@ -285,11 +263,11 @@ class Window:
 
     # ---- counts known so far ----
 
-    def load_so_far(self, layer: int) -> Int[Tensor, " experts"]:
-        """The load of a layer by the counts of the open micro-batch and those that have arrived. Does not wait."""
-        assert self.current is not None
-        load = self.current.load(layer)
-        return load if self._sum_of_closed is None else self.layout.load(self._sum_of_closed, layer) + load
+    def counts_so_far(self, micro_batch: MicroBatch) -> Counts:
+        """By the counts of an open micro-batch and those that have arrived. Does not wait."""
+        own = micro_batch.vector[: self.exchange.width]
+        pooled = own if self._sum_of_closed is None else self._sum_of_closed + own
+        return Counts(micro_batch.vector, pooled, None if self.last is None else self.last.vector)
 
     def pooled_vector(self) -> Tensor:
         """The counts of all closed micro-batches, over all ranks. Waits for collectives that are under way."""
@@ -309,6 +287,8 @@ class Window:
                 self._biases.add_micro_batch_statistics(closed.vector, closed.statistics)
                 self._statistics.merge(closed.statistics)
                 closed.statistics = Statistics(self._biases.gathered)
+                if self._has_losses:
+                    closed.counts = self.counts_so_far(closed)
                 vector = closed.vector[: self.exchange.width]
                 if self.exchange.pools_each:
                     vector = vector.clone()
@@ -363,7 +343,7 @@ class Window:
                 vector, applied = self.exchange.close(vector, statistics.summed, applied, len(self.micro_batches))
                 statistics.gather(self.exchange.gather)
         for micro_batch in self.micro_batches:
-            micro_batch.forget_choices()
+            micro_batch.forget_calls()
         self.last = ClosedWindow(vector, self.micro_batches, self.exchange.collectives, self.exchange.num_bytes)
         self.num_closed += 1
         self._open()

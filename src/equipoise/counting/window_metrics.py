@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from equipoise import metrics
-from equipoise.balancers import Balancer
 from equipoise.counting.recorder import Recorder
 from equipoise.counting.window import MicroBatch
 
@@ -32,21 +31,27 @@ def window_metrics(recorder: Recorder) -> dict[str, float]:
     if closed.micro_batches:  # none after a resume
         loads = (_with_tokens(recorder.by_name(m.vector.cpu())) for m in closed.micro_batches)
         result["maxvio_micro"] = float(torch.stack([metrics.max_violation(load) for load in loads]).nanmean())
-        result |= _losses(closed.micro_batches, recorder.losses.balancers)
+        result |= _losses(closed.micro_batches, recorder)
     if recorder.biases.steers:
         result["bias_max"] = max(float(bias.abs().max()) for bias in recorder.biases.by_name().values())
     result["collectives"], result["collective_bytes"] = float(closed.collectives), float(closed.num_bytes)
     return result
 
 
-def _losses(micro_batches: Sequence[MicroBatch], balancers: Sequence[Balancer]) -> dict[str, float]:
+def _losses(micro_batches: Sequence[MicroBatch], recorder: Recorder) -> dict[str, float]:
     """By balancer with a loss, the mean over layers and micro-batches that had tokens."""
-    result: dict[str, float] = {}
-    with_tokens = [m for m in micro_batches if m.num_tokens.any()]
-    for index, balancer in enumerate(balancers):
-        values = [(m.losses[index] / m.num_tokens)[m.num_tokens > 0] for m in with_tokens]
+    balancers = recorder.losses.balancers
+    if not balancers:
+        return {}
+    found: list[Tensor] = []
+    for micro_batch in micro_batches:
+        num_layers = range(len(recorder.layers))
+        has_tokens = torch.stack([micro_batch.load(layer).any() for layer in num_layers])
+        found.append(recorder.losses.values(micro_batch)[:, has_tokens])
+    values, result = torch.cat(found, dim=-1), {}
+    for balancer, of_balancer in zip(balancers, values, strict=True):
         name = balancer.metric if balancer.metric not in result else f"{balancer.metric}_{balancer.scope}"
-        result[name] = float(torch.cat(values).mean()) if values else 0.0
+        result[name] = float(of_balancer.mean()) if len(of_balancer) else 0.0
     return result
 
 

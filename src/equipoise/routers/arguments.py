@@ -185,7 +185,7 @@ def _from_mask(mask: Any, shape: tuple[int, int], name: str) -> Tensor | None:
     if not is_square or mask.shape[0] not in (1, shape[0]):
         return None  # of a cache, whose tokens belong to one sequence per row
     to_previous = (mask if mask.dim() == 3 else mask[:, 0]).diagonal(-1, -2, -1)
-    is_seen = to_previous == 0 if mask.is_floating_point() else to_previous != 0  # floats are added to the scores
+    is_seen = to_previous == 0 if mask.is_floating_point() else to_previous.bool()  # floats are added to the scores
     starts = torch.ones(shape, dtype=torch.bool, device=mask.device)
     starts[:, 1:] = ~is_seen
     return starts

@@ -5,7 +5,7 @@
 
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NamedTuple, Protocol
@@ -82,17 +82,36 @@ class _Inputs(NamedTuple):
     problem: str | None = None  # why its mask or its sequences cannot be used
 
 
+class Shared(Protocol):
+    """What the calls of a forward share."""
+
+    def end(self) -> None: ...  # the forward has ended
+
+
 class ForwardTokens:
-    """One forward, as an object of its own, and how many tokens each layer's calls in it have had."""
+    """One forward, as an object of its own: how many tokens each layer's calls in it have had, and what they share."""
 
     def __init__(self) -> None:
         self._by_layer: dict[int, int] = {}
+        self._shared: dict[tuple[Any, ...], tuple[Tensor | None, Shared]] = {}
 
     def add(self, layer: int, num_tokens: int) -> int:
         """Adds those of a call. Returns how many came before it."""
         before = self._by_layer.get(layer, 0)
         self._by_layer[layer] = before + num_tokens
         return before
+
+    def share(self, source: Tensor | None, how: tuple[Any, ...], make: Callable[[], Shared]) -> Any:
+        """What ``make()`` gives, or gave to an earlier call with the same tensor and the same ``how``."""
+        key = (id(source), *how)
+        if key not in self._shared:
+            self._shared[key] = source, make()  # the tensor is kept, so that no other gets its id
+        return self._shared[key][1]
+
+    def end(self) -> None:
+        for _, shared in self._shared.values():
+            shared.end()
+        self._shared.clear()
 
 
 class _Forward(NamedTuple):

@@ -12,7 +12,9 @@ state. The key is a tensor. An integer would be a constant of the graph: layers 
 graph of their own, and Dynamo refuses the ninth. The backward operator takes the incoming gradient as an argument.
 Without it the compiler may move the operator into the forward, where the pooled load is not known yet.
 
-An eager forward does the same through a plain ``autograd.Function``: an operator's dispatch takes as long as counting.
+An eager forward does the same without these operators, whose dispatch takes as long as counting. If autograd keeps the
+scores of the call, a hook adds the gradient at the scores: their own backward is the rest of the formula, and nothing
+else is kept. Otherwise (activation checkpointing, offloading) a plain ``autograd.Function`` does what the operators do.
 """
 
 import itertools
@@ -29,7 +31,14 @@ from torch.overrides import TorchFunctionMode
 from equipoise.errors import EquipoiseError
 from equipoise.routers.forward import ForwardContext
 from equipoise.routers.kind import ADDED_SLOT, MoELayer, RouterKind, Slot
-from equipoise.torch_internals import are_gradients_wanted, is_traced, leading_dimensions
+from equipoise.torch_internals import (
+    are_gradients_wanted,
+    is_traced,
+    leading_dimensions,
+    node_of_scores,
+    running_node,
+    saved_scores,
+)
 
 UNCOUNTED = -1  # id of a call that does not count: evaluation, paused
 RECOMPUTED = -2  # id of a call that a backward makes again
@@ -50,6 +59,8 @@ class RouterCall(NamedTuple):
     is_training: bool = True
     has_gradient: bool = True  # gradients were on when the forward of the model began, and are wanted now
     is_compiled: bool = False  # in a graph, where the context is not kept
+    scores: Float[Tensor, "tokens experts"] | None = None  # that the router made of the logits, if they were seen
+    keeps_scores: bool = False  # autograd has them, so it will not make the call again
 
     @property
     def num_tokens(self) -> int:
@@ -61,6 +72,7 @@ class Observer(Protocol):
 
     def observe(self, call: RouterCall) -> int: ...  # counts it; gives its id, which its backward brings back
     def gradient(self, call: RouterCall, call_id: int) -> Float[Tensor, "tokens experts"]: ...  # of the losses
+    def score_gradient(self, call: RouterCall, call_id: int) -> Tensor | None: ...  # at the scores, to be broadcast
     def note_detached_logits(self, layer: int) -> None: ...  # no loss reaches the router through them
     def restore_bias(self, layer: int) -> None: ...  # the slot was cast or moved: write the bias into it again
     def adopt_bias(self, layer: int) -> None: ...  # a checkpoint was loaded into the slot: take over what it holds
@@ -79,6 +91,8 @@ class Tap:
     observer: Observer | None = None
     context: ForwardContext | None = None
     has_loss: bool = False
+    has_slopes: bool = False  # all losses have: their gradient is known at the scores
+    reads_scores: bool = False  # what is counted depends on the scores
     multiplies: bool = False  # the buffer that attach added holds w - 1; scores are multiplied by w
     router: nn.Module | None = field(default=None, init=False)  # the one whose calls it reports
     dimensions: tuple[int, ...] = (2, 3)  # of the inputs that the router was proven on
@@ -90,7 +104,7 @@ class Tap:
             _TAPS[number] = self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Tap, (self.kind, self.k, -1, None, None, False, self.multiplies)
+        return Tap, (self.kind, self.k, -1, None, None, False, False, False, self.multiplies)
 
     def observe(self, call: RouterCall) -> int:
         return UNCOUNTED if self.observer is None else self.observer.observe(call)
@@ -99,6 +113,9 @@ class Tap:
         if self.observer is None:  # detached between forward and backward
             return torch.zeros_like(call.logits)
         return self.observer.gradient(call, call_id)
+
+    def score_gradient(self, call: RouterCall, call_id: int) -> Tensor | None:
+        return None if self.observer is None else self.observer.score_gradient(call, call_id)
 
 
 _KEYS = itertools.count()
@@ -164,8 +181,6 @@ def _report(router: nn.Module, tap: Tap, output: Any, hidden: Any) -> Any:
             f"a router must give plain tensors: {type(router).__name__} gives a DTensor. Leave it out of the plan of "
             "parallelize_module: every tensor parallel rank has the same tokens and routes them by itself."
         )
-    if not tap.has_loss:
-        logits = logits.detach()
     mask, sequence_ids = context.mask_and_sequences()
     forward = (mask, sequence_ids, context.inputs.rows, context.inputs.length)
     has_gradient = context.has_gradient is not False and are_gradients_wanted()
@@ -174,6 +189,7 @@ def _report(router: nn.Module, tap: Tap, output: Any, hidden: Any) -> Any:
         # A compiler merges two calls with the same arguments. It takes no two empty tensors for the same.
         unique = torch.empty(0, device=weights.device) if torch.compiler.is_compiling() else None
         modes = (router.training, has_gradient, unique)
+        logits = logits if tap.has_loss else logits.detach()
         weights, _ = torch.ops.equipoise.tap(weights, logits, expert_ids, *forward, shape, tap.key, *modes)
         return kind.write(output, weights, expert_ids)
     is_detached = tap.has_loss and not logits.requires_grad and torch.is_grad_enabled()
@@ -181,11 +197,34 @@ def _report(router: nn.Module, tap: Tap, output: Any, hidden: Any) -> Any:
         tap.observer.note_detached_logits(tap.layer)
     leading = leading_dimensions(hidden) if context.uses_places else ()
     call = RouterCall(tap.layer, logits, expert_ids, weights, *forward, leading, router.training, has_gradient)
-    if tap.has_loss:
+    needs_gradient = tap.has_loss and logits.requires_grad
+    scores = node_of_scores(weights, logits, kind.score_function) if tap.reads_scores else None
+    if scores is not None:
+        call = call._replace(scores=saved_scores(scores, logits).detach(), keeps_scores=tap.has_slopes)
+    if needs_gradient and not call.keeps_scores:
         return kind.write(output, _EagerTap.apply(weights, logits, expert_ids, call, tap), expert_ids)
     with torch.no_grad():
-        tap.observe(call)
+        call_id = tap.observe(call)
+    if needs_gradient and scores is not None:
+        scores.register_prehook(_AtScores(tap, expert_ids, call_id))
     return output
+
+
+class _AtScores:
+    """Adds the gradient of the losses to that of the scores, before the backward goes on to the logits."""
+
+    def __init__(self, tap: Tap, expert_ids: Tensor, call_id: int):
+        self.tap, self.expert_ids, self.call_id = tap, expert_ids, call_id
+
+    def __call__(self, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        if gradient is None:
+            return gradients
+        by_token = gradient.reshape(-1, gradient.shape[-1])
+        scores = saved_scores(running_node(), by_token)
+        call = RouterCall(self.tap.layer, scores, self.expert_ids, scores, scores=scores)
+        added = self.tap.score_gradient(call, self.call_id)
+        return gradients if added is None else ((by_token + added).view(gradient.shape),)
 
 
 @cache

@@ -112,6 +112,39 @@ def test_tiles_of_a_forward_that_failed_do_not_continue_in_the_next():
     assert load_sums(balance) == {"block.gate": K * 12}
 
 
+def test_tiles_are_not_ended_by_a_forward_inside_their_own():
+    model = Tiled("sequence").train()
+    balance = attach(model, "loss-free")
+    plain, calls = model._block, []
+
+    def look_ahead_between_two_tiles(part):
+        calls.append(part)
+        if len(calls) == 2:
+            with torch.no_grad():
+                model(IDS, MASK)
+        return plain(part)
+
+    model._block = look_ahead_between_two_tiles
+    model(IDS, MASK)
+    balance.step()
+    assert len(calls) > 4 and load_sums(balance) == {"block.gate": K * 12}
+
+
+def test_tokens_that_wait_for_further_tiles_are_in_a_loss_that_is_asked_for_inside_the_forward():
+    """Four of the eight tokens of each row are routed: not those of the mask, as far as anybody can know."""
+    model = Tiled("whole").train()
+    balance, found = attach(model, "lbl"), []
+
+    def forward(input_ids, attention_mask):
+        y = model.block(model.embed(input_ids)[:, :4])
+        found.extend([balance.loss(), int(balance.num_tokens)])
+        return y.sum() + found[0]
+
+    model.forward = forward
+    model(IDS, MASK).backward()
+    assert found[1] == 8 and found[0] > 0
+
+
 class Picked(nn.Module):
     """Flattens parts of the sequence where nothing shows which tokens they are."""
 

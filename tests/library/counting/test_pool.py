@@ -56,10 +56,10 @@ def test_flags_on_their_way_from_a_gpu_are_read_before_the_next_collective(flags
 
 
 def test_loads_come_first_in_the_vector_of_a_window():
-    layout = Layout([3, 2])
-    assert (layout.loads, layout.header, layout.tokens) == (slice(0, 5), slice(5, 8), slice(8, 10))
-    assert len(layout.zeros(torch.device("cpu"))) == 10
-    assert len(Layout([]).zeros(torch.device("cpu"))) == 3
+    layout = Layout([3, 2], [1, 2])
+    assert (layout.loads, layout.header) == (slice(0, 5), slice(5, 8))
+    assert len(layout.zeros(torch.device("cpu"))) == 8
+    assert len(Layout([], []).zeros(torch.device("cpu"))) == 3
 
 
 def test_a_digest_depends_on_the_content_only():

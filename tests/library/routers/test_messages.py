@@ -95,7 +95,30 @@ class AList(TopKRouter):
         return list(self.choose(x))
 
 
+class LinearGate(nn.Module):
+    """The logits are not among its outputs. They are what its only layer computes."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Linear(DIM, EXPERTS)
+
+    def forward(self, x):
+        scores = self.gate(x.reshape(-1, DIM)).softmax(-1)
+        weights, expert_ids = scores.topk(K, -1)
+        return expert_ids, weights
+
+
+class TwoLayers(LinearGate):
+    def __init__(self):
+        super().__init__()
+        self.before = nn.Linear(DIM, DIM)
+
+    def forward(self, x):
+        return super().forward(x + self.before(x))
+
+
 ORDERS = {
+    LinearGate: "(expert_ids, weights)",
     IdsFirst: "(expert_ids, weights)",
     IdsWeightsLoss: "(expert_ids, weights, _)",
     IdsWeightsLogits: "(expert_ids, weights, logits)",
@@ -116,7 +139,12 @@ def test_another_order_of_outputs_is_recognised_and_the_adapter_that_is_shown_wo
     balance = attach(model := nn.Sequential(Block(scope[f"Adapted{router.__name__}"]())), "loss-free:rate=0.1+lbl")
     (model(torch.randn(2, 5, DIM)).sum() + balance.loss()).backward()
     balance.step()
-    assert balance.load["0.router"].sum() == 20 and model[0].router.weight.grad.any()
+    assert balance.load["0.router"].sum() == 20 and all(p.grad.any() for p in model[0].router.parameters())
+
+
+def test_no_adapter_is_shown_where_the_logits_are_not_known():
+    message = _refusal(TwoLayers())
+    assert "Return (logits, weights, expert_ids) from its forward" in message and "class Adapted" not in message
 
 
 class ShortIds(TopKRouter):

@@ -92,7 +92,8 @@ def do_not_count_recomputation(subject: Subject) -> None:
                 require(any(calls.values()), "no recomputation in the backward: nothing can be compared")
                 balance.step()
                 require_load(balance.load, forward_calls, subject.batch)
-                require_close_gradients(gradients_of(model), expected)
+                dtypes = [call.logits.dtype for layer_calls in forward_calls.values() for call in layer_calls]
+                require_close_gradients(gradients_of(model), expected, dtypes)
     if not any_tried:
         raise NotApplicable
 
