@@ -5,8 +5,8 @@ from mutants.mutant import Mutant
 MUTANTS = [
     Mutant(
         "2: counts are divided by the tokens of this micro-batch",
-        "by_count = factor / load.sum(-1, keepdim=True).clamp_min(1).to(scores.dtype)",
-        "by_count = torch.as_tensor(factor / (_num_tokens(routing) * routing.expert_ids.shape[-1]))",
+        "            return group.load(self.pooled)",
+        "            return group.load(self.pooled) + group.load(self.own)",
         "library/balance -k uneven",
     ),
     Mutant(
@@ -23,8 +23,8 @@ MUTANTS = [
     ),
     Mutant(
         "closed form: the gradient forgets that scores are normalised",
-        "gradient = (slope - mean.div_(total)).div_(total)",
-        "gradient = (slope - mean).div_(total)",
+        "return (slope - mean.div_(total)).div_(total)",
+        "return (slope - mean).div_(total)",
         "test_load_balancing",
     ),
     Mutant(
@@ -41,7 +41,7 @@ MUTANTS = [
     ),
     Mutant(
         "42: padding gets the gradient of the loss",
-        "return gradient if masked is None else gradient.masked_fill_(masked, 0)",
+        "return gradient.masked_fill(call.mask.masked, 0)",
         "return gradient",
         "test_load_balancing",
     ),
@@ -114,8 +114,8 @@ MUTANTS = [
     ),
     Mutant(
         "80: the quantile is taken from the other tail",
-        "torch.lerp(chosen, (num_tokens * k).to(precise) / num_experts, gain)",
-        "torch.lerp(chosen, (num_tokens * (num_experts - k)).to(precise) / num_experts, gain)",
+        "place = num_chosen + wanted * num_tokens",
+        "place = num_tokens - num_chosen + wanted * num_tokens",
         "test_quantile -k 'reference or even'",
     ),
     Mutant(
@@ -132,7 +132,7 @@ MUTANTS = [
     ),
     Mutant(
         "108: the threshold of quantile is the first score that was not chosen",
-        "torch.lerp(last_chosen, first_other, 0.5) - biased",
+        "torch.lerp(last, first_other, 0.5) - biased",
         "first_other - biased",
         "test_quantile -k 'reference or skewed_peaked'",
     ),

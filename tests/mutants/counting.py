@@ -54,20 +54,20 @@ MUTANTS = [
     # A. scale and normalisation
     Mutant(
         "1: the global loss is weaker by the number of micro-batches",
-        "balancer.score_gradient(routing, load, balancer.coefficient * factor)",
-        "balancer.score_gradient(routing, load, balancer.coefficient * factor / len(self.window.micro_batches))",
+        "by_token = (factor / group.num_tokens(counts.own))[:, None]",
+        "by_token = (factor / group.num_tokens(counts.own) / 3)[:, None]",
         "library/balance -k 'factor or uneven'",
     ),
     Mutant(
         "8: the coefficient is never applied",
-        "balancer.score_gradient(routing, load, balancer.coefficient * factor)",
-        "balancer.score_gradient(routing, load, factor)",
+        "slopes = [_slopes(b, counts.over_scope(b, group)) * b.coefficient for b in losses]",
+        "slopes = [_slopes(b, counts.over_scope(b, group)) for b in losses]",
         "library/balance -k uneven",
     ),
     Mutant(
         "8: the coefficient of a loss that autograd differentiates is never applied",
-        "total = total + balancer.coefficient * balancer.loss(routing, load)",
-        "total = total + balancer.loss(routing, load)",
+        "total = total + balancer.coefficient * balancer.loss(routing, self._load(balancer, call, counts))",
+        "total = total + balancer.loss(routing, self._load(balancer, call, counts))",
         "library/balance -k autograd_loss",
     ),
     Mutant(
@@ -78,32 +78,92 @@ MUTANTS = [
     ),
     Mutant(
         "9: the factor that the loss was given is ignored",
-        "balancer.score_gradient(routing, load, balancer.coefficient * factor)",
-        "balancer.score_gradient(routing, load, balancer.coefficient)",
+        "by_token = (factor / group.num_tokens(counts.own))[:, None]",
+        "by_token = (1 / group.num_tokens(counts.own))[:, None]",
         "library/balance -k factor",
     ),
     Mutant(
         "14: the layers' counts are one",
-        "if pooled_vector is None else window.layout.load(pooled_vector, layer)",
-        "if pooled_vector is None else sum(window.layout.load(pooled_vector, i) for i in (0, 1))",
+        "            return group.load(self.pooled)",
+        "            return group.load(self.pooled).sum(0, keepdim=True)",
         "test_grid -k 'eager and float32 and one_process'",
     ),
     Mutant(
+        "at the scores: padding gets the gradient of the loss",
+        "return call.mask.numbers[:, None] * gradient",
+        "return gradient",
+        "library/counting/test_ways_of_gradients",
+    ),
+    Mutant(
+        "at the scores: a checkpoint is taken for what it keeps",
+        "if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:",
+        "if False:",
+        "library/counting/test_ways_of_gradients -k 'checkpoint or kept or keeps'",
+    ),
+    Mutant(
+        "at the scores: any softmax is taken for the one of the logits",
+        "if node.name() == name and _before_casts(node.next_functions[0][0]) is made_logits:",
+        "if node.name() == name:",
+        "library/counting/test_ways_of_gradients -k as_models_have_them",
+    ),
+    Mutant(
+        "at the scores: scores of 16 bits are fine enough",
+        "return is_last and has_shape and scores.dtype == torch.promote_types(logits.dtype, torch.float32)",
+        "return is_last and has_shape",
+        "library/counting/test_ways_of_gradients -k coarser",
+    ),
+    Mutant(
+        "a second derivative has the gradient of the losses once more",
+        "            if counted.has_differentiable_gradient:\n                return None\n",
+        "",
+        "library/counting/test_ways_of_gradients -k second_derivative",
+    ),
+    Mutant(
+        "slopes: made once a micro-batch, whatever counts come after",
+        "return self.factor is factor and self.pooled is counts.pooled",
+        "return self.factor is factor",
+        "library/counting/test_ways_of_gradients -k changed",
+    ),
+    Mutant(
+        "slopes: made once a micro-batch, whatever the factor",
+        "return self.factor is factor and self.pooled is counts.pooled",
+        "return self.pooled is counts.pooled",
+        "library/counting/test_ways_of_gradients -k changed",
+    ),
+    Mutant(
+        "42: the mask that a caller changes after the forward is the one of the backward",
+        "mask.clone() if mask.dtype == torch.bool else mask != 0",
+        "mask != 0 if mask.dtype != torch.bool else mask",
+        "library/counting/test_ways_of_gradients -k changed_in_place",
+    ),
+    Mutant(
+        "42: a mask that was changed in place is that of the forward before",
+        "            shared.end()\n        self._shared.clear()",
+        "            shared.end()",
+        "library/counting/test_ways_of_gradients -k changed_in_place",
+    ),
+    Mutant(
+        "43: sequences that a caller changes after the forward are those of the backward",
+        "own = place.of(ids, device).clone()",
+        "own = place.of(ids, device)",
+        "library/counting/test_ways_of_gradients -k changed_in_place",
+    ),
+    Mutant(
         "closed form: under autocast it is rounded",
-        "with without_autocast(routing.logits.device):",
+        "with without_autocast(scores.device):",
         "if True:",
         "library/balance -k under_autocast",
     ),
     Mutant(
         "closed form: a second call of a layer has the whole gradient",
-        "factor = factor * counted.num_tokens / micro_batch.num_tokens[call.layer].clamp_min(1)",
+        "factor = factor * call.num_tokens / micro_batch.num_tokens(call.layer).clamp_min(1)",
         "pass",
         "library/counting",
     ),
     Mutant(
         "closed form: losses that have one push out those that have none",
-        "gradient = by_autograd if gradient is None else gradient + by_autograd",
-        "gradient = by_autograd if gradient is None else gradient",
+        "return gradient if by_autograd is None else gradient + by_autograd",
+        "return gradient",
         "test_mechanisms -k add_up",
     ),
     # C. silent no-op
@@ -121,8 +181,8 @@ MUTANTS = [
     ),
     Mutant(
         "42: the mask of a text is taken for images",
-        "elif call.num_tokens < values.numel():\n            place = self._end(call)",
-        "elif call.num_tokens < values.numel():\n            place = Place(tokens=slice(0, call.num_tokens))",
+        "return self._end(call) if call.num_tokens < num_values else None",
+        "return Place(tokens=slice(0, call.num_tokens)) if call.num_tokens < num_values else None",
         "library/counting/test_places -k images",
     ),
     Mutant(
@@ -175,8 +235,8 @@ MUTANTS = [
     ),
     Mutant(
         "43: packed sequences are one",
-        "if self._needs_sequences and fitted.sequence_ids is not None:",
-        "if False:",
+        "            if sequences is None:\n                sequences = self.tokens",
+        "            if True:\n                sequences = self.tokens",
         "library/balance -k pack",
     ),
     Mutant(
@@ -201,8 +261,8 @@ MUTANTS = [
     ),
     Mutant(
         "62: f is what was known when the micro-batch closed",
-        "self.window.pooled_vector() if waits else None",
-        "self.window.micro_batches[0].vector if waits else None",
+        "counts._replace(pooled=self.window.pooled_vector()) if self._waits else counts",
+        "counts",
         "test_grid -k 'eager and float32 and one_process'",
     ),
     Mutant(
@@ -388,14 +448,14 @@ MUTANTS = [
     ),
     Mutant(
         "116: a bias that comes back has lost its momentum",
-        "comes_back = is_new & is_remembered.all(-1, keepdim=True)",
+        "comes_back = is_new & is_whole[1]",
         "comes_back = is_new & False",
         "test_swapped_weights -k never_been_there",
     ),
     Mutant(
         "116: some numbers of the earlier bias bring its momentum",
-        "comes_back = is_new & is_remembered.all(-1, keepdim=True)",
-        "comes_back = is_new & is_remembered.any(-1, keepdim=True)",
+        "comes_back = is_new & is_whole[1]",
+        "comes_back = is_new & is_stored[1].any(-1, keepdim=True)",
         "test_swapped_weights -k 'one_expert or foreign'",
     ),
     Mutant(

@@ -80,8 +80,8 @@ MUTANTS = [
     # D. masks, packing, context
     Mutant(
         "42, 44: padding is counted",
-        "            unmasked = (mask != 0).long()",
-        "            unmasked = torch.ones_like(mask).long()",
+        "load.scatter_add_(0, ids, mask.assignments(expert_ids.shape[-1]))",
+        "load.scatter_add_(0, ids, torch.ones_like(ids))",
         "library/balance -k padding",
     ),
     Mutant(

@@ -133,7 +133,7 @@ MUTANTS = [
     ),
     Mutant(
         "74: a copy of the model is counted",
-        "        return Tap, (self.kind, self.k, -1, None, None, False, self.multiplies)",
+        "        return Tap, (self.kind, self.k, -1, None, None, False, False, False, self.multiplies)",
         "        return (lambda tap: tap), (self,)",
         "test_find -k copy",
     ),

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import equipoise
 from equipoise import LoadBalancingLoss
 from equipoise.balancers import Balancer, ZLoss
+from equipoise.load import expert_load
 from equipoise.nn import Router
 from equipoise.routers import tap
 from equipoise.routing import SCORE_FUNCTIONS, route
@@ -51,7 +52,7 @@ class _Model(nn.Module):
             nn.init.normal_(router.weight)
         self.to(dtype)
 
-    def forward(self, inputs_embeds, attention_mask=None):
+    def forward(self, inputs_embeds, attention_mask=None, seq_idx=None):
         return sum((router(inputs_embeds)[1] * 0.7).square().sum() for router in self.routers)
 
 
@@ -285,3 +286,66 @@ def test_a_looped_layer_has_one_mean_over_the_tokens_of_all_its_calls(way):
         (total + value).backward()
     assert_close(router.weight.grad, expected, rtol=1e-9, atol=1e-12)
     assert_close(value.detach(), COEFFICIENT * loss.detach(), rtol=1e-12, atol=0)
+
+
+def test_a_gradient_follows_counts_and_factors_that_have_changed():
+    """Backwards of one micro-batch: before and after another was counted, and with another factor."""
+    model, hidden, others = _Model("sigmoid"), _hidden(1), _hidden(2)
+    weights = [router.weight for router in model.routers]
+    loss = LoadBalancingLoss(COEFFICIENT)
+    loads = []
+    for batches in ([hidden], [hidden, others]):
+        tokens = torch.cat(batches).reshape(-1, DIM)
+        routed = [route(tokens @ weight.T, K, score_function="sigmoid").expert_ids for weight in weights]
+        loads.append([expert_load(ids, EXPERTS) for ids in routed])
+
+    def expected(load, factor):
+        total = 0.0
+        for weight, of_layer in zip(weights, load, strict=True):
+            routing = route(hidden.reshape(-1, DIM) @ weight.T, K, score_function="sigmoid")
+            total = total + factor * COEFFICIENT * loss.loss(routing, of_layer)
+        return torch.autograd.grad(total, weights)
+
+    balance = equipoise.attach(model, loss)
+    value = model(hidden) * 0
+    ticket = balance.loss()
+    found = []
+    for factor in (1.0, 2.0, None):
+        if factor is None:  # another micro-batch
+            model(others)
+            balance.loss()
+        model.zero_grad()
+        (value + ticket * (factor or 1.0)).backward(retain_graph=True)
+        found.append([weight.grad.clone() for weight in weights])
+    for gradients, wanted in zip(
+        found, (expected(loads[0], 1.0), expected(loads[0], 2.0), expected(loads[1], 1.0)), strict=True
+    ):
+        for gradient, one in zip(gradients, wanted, strict=True):
+            assert_close(gradient, one, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("way", ["at the scores", "function"])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64])
+def test_a_mask_that_is_changed_in_place_is_the_one_of_its_forward(way, dtype):
+    """A static buffer: the next batch is written into the mask and the ids, perhaps before the backward."""
+    model, loss = _Model("sigmoid"), LoadBalancingLoss(COEFFICIENT, scope="sequence")
+    buffer, numbers = MASK.to(dtype), PACKED.clone()
+    expected = [_expected(model, _hidden(1), loss, MASK, PACKED_NUMBERS)]
+    expected.append(_expected(model, _hidden(2), loss, torch.ones_like(MASK), ROW_NUMBERS))
+    balance = equipoise.attach(model, loss)
+    with WAYS[way]():
+        for number, wanted in enumerate(expected):
+            total = model(_hidden(number + 1), attention_mask=buffer, seq_idx=numbers) + balance.loss()
+            buffer.fill_(1)
+            numbers.fill_(0)
+            model.zero_grad()
+            total.backward()
+            for found, one in zip(_gradients(model), wanted, strict=True):
+                assert_close(found, one, rtol=1e-9, atol=1e-12)
+
+
+def test_scores_that_are_coarser_than_the_logits_are_not_taken():
+    """A router in float64 whose softmax is in float32, as those of Transformers are."""
+    model, hidden = _Block(lambda p, logits: logits.softmax(-1, dtype=torch.float32).topk(K, -1)), _hidden()
+    model.double()
+    assert _way_taken(model, hidden) == "function"
