@@ -7,25 +7,30 @@ On a GPU each operation is a kernel launch. The difference between the two, and 
 layers, gives what one router call adds and what each micro-batch adds once. Views and empty tensors are no operations.
 
 A call's bytes are those of the tensors that live between forward and backward, attached less plain. They are given by
-token. Tensors whose size does not grow with the tokens are left out: the difference of two numbers of tokens.
+token and layer. What does not grow with the tokens is left out.
 
 The last line on stdout is the result as JSON.
 """
 
+import argparse
 import json
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 from weakref import WeakSet
 
 import torch
+from paired import run_facts
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from equipoise.balance import Balance
 from equipoise.balancers import parse_strategy
@@ -33,12 +38,26 @@ from equipoise.counting.pool import Pool
 from equipoise.nn import Router
 from equipoise.routers import MoELayer
 from equipoise.routers.kind import Slot
+from equipoise.routing import ScoreFunction
+from equipoise_lab.records import write_json
 
 STORED = Path(__file__).parent / "results" / "operations.json"
 DEVICE = "fakegpu:0"
 DIM, EXPERTS, K, ROWS = 64, 128, 8, 2
 FEW, MANY = 2, 6  # layers
-STRATEGIES = ("frozen", "loss-free", "lbl", "lbl:scope=micro_batch", "lbl:scope=sequence", "quantile", "z")
+TOKENS, LAYERS = 512, 64  # layers of the model whose micro-batches and steps are counted
+STRATEGIES = ("loss-free", "lbl", "lbl:scope=micro_batch", "lbl:scope=sequence", "quantile", "z")
+LIMITS = {  # of the operations of a call, by strategy and whether there is a mask: forward, backward
+    ("loss-free", False): (3, 0),
+    ("loss-free", True): (4, 0),
+    ("lbl", False): (5, 7),
+    ("lbl", True): (6, 8),
+    ("lbl:scope=sequence", False): (7, 9),
+    ("lbl:scope=sequence", True): (8, 10),
+    ("quantile", False): (9, 0),
+}
+STEP_LIMIT = 30  # of loss-free, 64 layers
+BYTES_LIMIT = 40  # by token and layer, with a loss
 SLOT = "e_score_correction_bias"
 _NO_LAUNCH = ("aten::empty", "aten::new_empty", "aten::_unsafe_view", "prim::")
 
@@ -52,6 +71,11 @@ class Counted(NamedTuple):
     @property
     def number(self) -> int:
         return self.operations.total()
+
+    def minus(self, other: "Counted") -> "Counted":
+        operations = Counter(self.operations)
+        operations.subtract(other.operations)
+        return Counted(operations, self.kept - other.kept)
 
 
 class _Count(TorchDispatchMode):
@@ -89,9 +113,9 @@ def _counting() -> Iterator[list[Counted]]:
 class Routers(nn.Module):
     """Routers that see the same tokens. Its output depends on all of their weights."""
 
-    def __init__(self, layers: int, **options: Any):
+    def __init__(self, layers: int, score_function: ScoreFunction):
         super().__init__()
-        self.routers = nn.ModuleList(Router(DIM, EXPERTS, K, **options) for _ in range(layers))
+        self.routers = nn.ModuleList(Router(DIM, EXPERTS, K, score_function=score_function) for _ in range(layers))
 
     def forward(self, inputs_embeds: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         return torch.stack([router(inputs_embeds)[1].sum() for router in self.routers]).sum()
@@ -107,10 +131,13 @@ def attach(model: Routers, strategy: str) -> Balance:
     return Balance(model, layers, parse_strategy(strategy), Pool(None), start)
 
 
-def run_step(strategy: str | None, layers: int, tokens: int, masked: bool, **options: Any) -> dict[str, Counted]:
+@cache
+def run_step(
+    strategy: str | None, layers: int, tokens: int, masked: bool, score_function: ScoreFunction
+) -> dict[str, Counted]:
     """The second step of a model: what is made once was made in the first. ``None``: it is not attached."""
     with FakeTensorMode(), torch.device(DEVICE):
-        model = Routers(layers, **options)
+        model = Routers(layers, score_function)
         balance = None if strategy is None else attach(model, strategy)
         hidden = torch.zeros(ROWS, tokens // ROWS, DIM)
         mask = torch.ones(ROWS, tokens // ROWS, dtype=torch.int64) if masked else None
@@ -132,39 +159,29 @@ def run_step(strategy: str | None, layers: int, tokens: int, masked: bool, **opt
     return parts
 
 
-def measure(strategy: str, masked: bool, **options: Any) -> dict[str, Any]:
-    """What a router call adds in forward and backward, what a micro-batch and a step add once, and bytes by token."""
+def measure(strategy: str, masked: bool, score_function: ScoreFunction) -> dict[str, Any]:
+    """What a router call adds in forward and backward, what a micro-batch and a step add, and bytes by token."""
 
-    def added(layers: int, tokens: int = 512) -> dict[str, Counted]:
-        plain = run_step(None, layers, tokens, masked, **options)
-        attached = run_step(strategy, layers, tokens, masked, **options)
-        result = {}
-        for name, part in attached.items():
-            operations = Counter(part.operations)
-            operations.subtract(plain[name].operations)
-            result[name] = Counted(operations, part.kept - plain[name].kept)
-        return result
+    def added(layers: int, tokens: int = TOKENS) -> dict[str, Counted]:
+        plain, attached = (run_step(s, layers, tokens, masked, score_function) for s in (None, strategy))
+        return {name: attached[name].minus(plain[name]) for name in attached}
 
-    few, many, longer = added(FEW), added(MANY), added(MANY, tokens=1024)
-    by_call = {name: (many[name].number - few[name].number) / (MANY - FEW) for name in many}
-    once = {name: few[name].number - FEW * by_call[name] for name in few}
-    names: Counter[str] = Counter(many["forward"].operations)
-    names.subtract(few["forward"].operations)
-    back: Counter[str] = Counter(many["backward"].operations)
-    back.subtract(few["backward"].operations)
+    few, many, longer = added(FEW), added(MANY), added(MANY, 2 * TOKENS)
+    difference = {name: many[name].minus(few[name]) for name in many}
+    by_call = {name: part.number / (MANY - FEW) for name, part in difference.items()}
+    once = sum(few[name].number - FEW * by_call[name] for name in ("forward", "loss", "backward"))
+    forward_limit, backward_limit = LIMITS.get((strategy, masked), (None, None))
     return {
         "strategy": strategy,
         "masked": masked,
-        **options,
+        "score_function": score_function,
         "forward": by_call["forward"],
+        "forward_limit": forward_limit,
         "backward": by_call["backward"],
-        "once": once["forward"] + once["loss"] + once["backward"] + (MANY if False else 0),
-        "loss_by_layer": by_call["loss"],
-        "step_by_layer": by_call["step"],
-        "step_once": once["step"],
-        "kept_by_token": (longer["forward"].kept - many["forward"].kept) / 512 / MANY,
-        "forward_operations": {name: number / (MANY - FEW) for name, number in names.items() if number},
-        "backward_operations": {name: number / (MANY - FEW) for name, number in back.items() if number},
+        "backward_limit": backward_limit,
+        "micro_batch": once + LAYERS * by_call["loss"],
+        "step": few["step"].number + (LAYERS - FEW) * by_call["step"],
+        "bytes": (longer["forward"].kept - many["forward"].kept) / TOKENS / MANY,
     }
 
 
@@ -179,19 +196,28 @@ def eager_on_fake_tensors() -> Iterator[None]:
         yield
 
 
-def main() -> None:
-    from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+def measure_all() -> dict[str, Any]:
+    rows = [
+        measure(strategy, masked, score_function)
+        for score_function in ("softmax", "sigmoid")
+        for strategy in STRATEGIES
+        for masked in (False, True)
+    ]
+    facts = run_facts("python benchmarks/operations.py", "torch")
+    sizes = {"layers": LAYERS, "experts": EXPERTS, "k": K, "rows": ROWS}
+    return {**facts, **sizes, "step_limit": STEP_LIMIT, "bytes_limit": BYTES_LIMIT, "calls": rows}
 
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=STORED, help="where the result is written")
+    options = parser.parse_args()
     _setup_privateuseone_for_python_backend("fakegpu")
-    rows = []
-    with eager_on_fake_tensors():
-        for score_function in ("softmax", "sigmoid"):
-            for strategy in STRATEGIES:
-                for masked in (False, True):
-                    row = measure(strategy, masked, score_function=score_function)
-                    rows.append(row)
-                    print({k: v for k, v in row.items()})
-    print(json.dumps(rows))
+    with eager_on_fake_tensors(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+        result = measure_all()
+    write_json(options.out, result)
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ MUTANTS = [
         "closed form: the gradient forgets that scores are normalised",
         "return (slope - mean.div_(total)).div_(total)",
         "return (slope - mean).div_(total)",
-        "test_load_balancing",
+        "library/counting/test_ways_of_gradients",
     ),
     Mutant(
         "24: sigmoid scores are not normalised",
@@ -43,7 +43,7 @@ MUTANTS = [
         "42: padding gets the gradient of the loss",
         "return gradient.masked_fill(call.mask.masked, 0)",
         "return gradient",
-        "test_load_balancing",
+        "library/counting/test_ways_of_gradients",
     ),
     Mutant(
         "42: padding that is not finite spoils the z-loss",

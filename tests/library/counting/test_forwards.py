@@ -284,6 +284,17 @@ def test_num_tokens_weighs_uneven_micro_batches_exactly():
     assert all(0.4 < value < 1.5 for value in values), "a mean over tokens does not grow with the loops"
 
 
+def test_a_mask_that_is_changed_in_place_after_the_forward_does_not_change_its_tokens():
+    """Of a layer with several calls: the tokens of those that came again are only asked for when somebody reads."""
+    model, mask = Looped(), PADDING_MASK.bool()
+    balance = attach(model, "loss-free")
+    balance.token_mask(mask)
+    model(random_ids())
+    num_tokens = int(mask.sum())
+    mask.fill_(True)
+    assert balance.num_tokens == num_tokens < 14
+
+
 def test_a_hundred_forwards_of_four_loops_do_not_look_like_a_forgotten_step(caplog):
     model = Looped()
     balance = attach(model, "loss-free")
@@ -382,8 +393,9 @@ def test_a_forward_that_calls_the_model_again_loses_nothing(gradients):
     balance = attach(model, "loss-free+lbl")
     for _ in range(2):
         (model(random_ids(), PADDING_MASK) + balance.loss()).backward()
-        balance.step()
         inner = 7 if gradients else 0
+        assert balance.num_tokens == 10 + inner, "the outer forward routes its tokens twice, the inner one others"
+        balance.step()
         assert set(load_sums(balance).values()) == {K * (10 + inner + 10)}
 
 

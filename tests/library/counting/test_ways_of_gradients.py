@@ -270,22 +270,39 @@ def test_losses_with_and_without_slopes_act_together(way):
         assert_close(found, one + other - own, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("way", ["at the scores", "function"])
+def test_a_backward_under_autocast_is_not_rounded(way):
+    found = []
+    for under in (False, True):
+        model, logits = _Model("sigmoid", layers=1, dtype=torch.float32), []
+        balance = equipoise.attach(model, LoadBalancingLoss(COEFFICIENT))
+        model.routers[0].register_forward_hook(lambda module, args, output, logits=logits: logits.append(output[0]))
+        with WAYS[way]():
+            total = 0 * model(_hidden(dtype=torch.float32)) + balance.loss()
+            logits[0].retain_grad()
+            with torch.autocast("cpu", torch.bfloat16, enabled=under):
+                total.backward()
+        found.append(logits[0].grad)
+    assert found[0].any() and torch.equal(*found)
+
+
+@pytest.mark.parametrize("loss", [LoadBalancingLoss(COEFFICIENT), ZLoss(COEFFICIENT)], ids=["lbl", "z"])
 @pytest.mark.parametrize("way", WAYS)
-def test_a_looped_layer_has_one_mean_over_the_tokens_of_all_its_calls(way):
+def test_a_looped_layer_has_one_mean_over_the_tokens_of_all_its_calls(way, loss):
     """Two calls of one router in a forward: counts of both, and N of both."""
     model, first, second = _Model("softmax", layers=1), _hidden(1), _hidden(2)
     router = model.routers[0]
     model.forward = lambda inputs_embeds: sum((router(h)[1] * 0.7).square().sum() for h in (inputs_embeds, second))
     both = torch.cat([first, second]).reshape(-1, DIM)
-    loss = LoadBalancingLoss().loss(route(both @ router.weight.T, K), None)
-    (expected,) = torch.autograd.grad(model.forward(first) + COEFFICIENT * loss, router.weight)
-    balance = equipoise.attach(model, LoadBalancingLoss(COEFFICIENT))
+    by_definition = loss.loss(route(both @ router.weight.T, K), None)
+    (expected,) = torch.autograd.grad(model.forward(first) + COEFFICIENT * by_definition, router.weight)
+    balance = equipoise.attach(model, loss)
     with WAYS[way]():
         total = model(first)
         value = balance.loss()
         (total + value).backward()
     assert_close(router.weight.grad, expected, rtol=1e-9, atol=1e-12)
-    assert_close(value.detach(), COEFFICIENT * loss.detach(), rtol=1e-12, atol=0)
+    assert_close(value.detach(), COEFFICIENT * by_definition.detach(), rtol=1e-12, atol=0)
 
 
 def test_a_gradient_follows_counts_and_factors_that_have_changed():
@@ -322,6 +339,26 @@ def test_a_gradient_follows_counts_and_factors_that_have_changed():
     ):
         for gradient, one in zip(gradients, wanted, strict=True):
             assert_close(gradient, one, rtol=1e-9, atol=1e-12)
+
+
+def test_a_gradient_without_tickets_follows_counts_that_have_changed():
+    """The backward of a graph that is kept, with the same factor, before and after another micro-batch is counted."""
+    model, hidden = _Model("sigmoid", layers=1), _hidden(1)
+    weight, loss = model.routers[0].weight, LoadBalancingLoss(COEFFICIENT)
+    first, both = (torch.cat(batches).reshape(-1, DIM) for batches in ([hidden], [hidden, _hidden(2)]))
+    expected = []
+    for tokens in (first, both):
+        load = expert_load(route(tokens @ weight.T, K, score_function="sigmoid").expert_ids, EXPERTS)
+        of_first = loss.loss(route(first @ weight.T, K, score_function="sigmoid"), load)
+        expected += torch.autograd.grad(COEFFICIENT * of_first, weight)
+    balance = equipoise.attach(model, loss)
+    balance.loss_scale = 1.0
+    total = model(hidden) * 0
+    found = [*torch.autograd.grad(total, weight, retain_graph=True)]
+    model(_hidden(2))
+    found += torch.autograd.grad(total, weight)
+    for gradient, wanted in zip(found, expected, strict=True):
+        assert_close(gradient, wanted, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("way", ["at the scores", "function"])
