@@ -27,7 +27,8 @@ BIAS = {
     "masked tokens do not matter",
     "moves against the load",
 }
-LOSS = {name for name in BALANCER_INVARIANTS if name.startswith("loss ")}
+SLOPES = {"loss slopes"}
+LOSS = {name for name in BALANCER_INVARIANTS if name.startswith("loss ")} - SLOPES
 ANY = {"specification", "copies", "strategy string", "inputs unchanged", "no host synchronisation"}
 EVEN, STATISTIC = {"even load moves nothing"}, {"statistic"}
 LOSS_FREE, QUANTILE = ANY | BIAS | EVEN, ANY | BIAS | STATISTIC
@@ -48,10 +49,10 @@ LIBRARY_BALANCERS = {
     "quantile:bins=0": QUANTILE - {"huge counts"},
     "quantile:bins=0,fraction=0.5": QUANTILE - {"huge counts"},
     **{
-        f"lbl:scope={scope},normalise={normalise}": ANY | LOSS
+        f"lbl:scope={scope},normalise={normalise}": ANY | LOSS | SLOPES
         for scope, normalise in itertools.product(("sequence", "micro_batch", "global_batch"), ("true", "false"))
     },
-    "lbl:coefficient=0.5,pooling=previous": ANY | LOSS,
+    "lbl:coefficient=0.5,pooling=previous": ANY | LOSS | SLOPES,
     "z:coefficient=0.1": ANY | LOSS,
     "frozen": ANY | {"bias is the state", "float64 stays"},
 }
@@ -59,7 +60,7 @@ LIBRARY_BALANCERS = {
 
 def test_every_registered_balancer_is_listed():
     assert {type(parse_strategy(text)[0]) for text in LIBRARY_BALANCERS} == set(BALANCERS.values())
-    assert {*BIAS, *LOSS, *ANY, *EVEN, *STATISTIC} == set(BALANCER_INVARIANTS)
+    assert {*BIAS, *LOSS, *SLOPES, *ANY, *EVEN, *STATISTIC} == set(BALANCER_INVARIANTS)
 
 
 @pytest.mark.parametrize("strategy", LIBRARY_BALANCERS)
@@ -466,6 +467,13 @@ class LossWithTheCoefficient(LossOnly):
         return self.coefficient * super().loss(routing, load)
 
 
+class SlopesOfTheLoads(LossOnly):
+    """They are not shares: as large as the counts."""
+
+    def slopes(self, load):
+        return load.double()
+
+
 class LossThroughTheWeights(AllHooks):
     def loss(self, routing, load):
         return super().loss(routing, load) + routing.weights.mean() * (len(routing.logits) > 0)
@@ -560,6 +568,7 @@ BROKEN = [
     (LossIsASum, "loss is a mean over tokens", "from the parts"),
     (LossWithoutTokensIsNan, "loss finite", "a loss of nan"),
     (LossWithTheCoefficient, "loss without its coefficient", "coefficient 1.3"),
+    (SlopesOfTheLoads, "loss slopes", "by its slopes"),
     (LossThroughTheWeights, "loss gradient by the logits only", "a gradient through routing.weights"),
     (LossWithoutGradient, "loss gradient by the logits only", "a loss without a gradient"),
     (LossIn16Bits, "loss dtype", "torch.bfloat16, not torch.float32"),

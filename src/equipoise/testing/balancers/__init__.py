@@ -37,6 +37,7 @@ _INVARIANTS: dict[str, Callable[[Factory, ScoreFunction], None]] = {
     "loss permutes": loss.is_independent_of_expert_order,
     "loss dtype": loss.has_the_right_dtype,
     "loss without its coefficient": loss.leaves_the_coefficient_out,
+    "loss slopes": loss.has_slopes_that_agree,
     "no host synchronisation": device.never_synchronises,
 }
 BALANCER_INVARIANTS: tuple[str, ...] = tuple(_INVARIANTS)

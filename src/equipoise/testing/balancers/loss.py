@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from equipoise.balancers import Balancer
+from equipoise.load import sequence_load
 from equipoise.routing import Routing, ScoreFunction, score
 from equipoise.testing._common import NotApplicable, case, is_close, require, require_same
 from equipoise.testing.balancers._windows import (
@@ -215,3 +216,26 @@ def leaves_the_coefficient_out(factory: Factory, score_function: ScoreFunction) 
             require(
                 value == expected, f"{value.item()}, with a coefficient of {balancer.coefficient} {expected.item()}"
             )
+
+
+def has_slopes_that_agree(factory: Factory, score_function: ScoreFunction) -> None:
+    """The slopes must give the loss: mean over the unmasked tokens of sum_e slope_e p_te, with the same gradient."""
+    for inputs, balancer, routing, load in _loss_cases(factory, score_function):
+        if not balancer.has_slopes:
+            raise NotApplicable
+        with case(**inputs):
+            slopes = balancer.slopes(sequence_load(routing) if load is None else load)
+            require(isinstance(slopes, Tensor), f"slopes {slopes!r}, not a tensor")
+            assert slopes is not None
+            of_token = slopes[routing.sequence_ids] if load is None else slopes.expand_as(routing.scores)
+            p = routing.scores
+            if balancer.normalise:
+                p = p / p.sum(-1, keepdim=True)
+            counts = torch.ones(TOKENS, dtype=torch.bool) if routing.mask is None else routing.mask != 0
+            by_slopes = (p * of_token)[counts].sum() / counts.sum()
+            value = _loss_of(balancer, routing, load)
+            require(
+                is_close(by_slopes, value, 1e-10, 1e-12), f"a loss of {value.item()}, by its slopes {by_slopes.item()}"
+            )
+            gradient, expected = (_gradient_of(one, routing.logits) for one in (by_slopes, value))
+            require_same(gradient, expected, "a gradient of", rtol=1e-9, atol=1e-12)
