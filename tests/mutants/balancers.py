@@ -131,9 +131,21 @@ MUTANTS = [
         "test_quantile -k single_dead",
     ),
     Mutant(
+        "124: quantile moves by the tokens whose threshold an expert passes",
+        "wanted = gain * (1 / num_experts - share) * self._k",
+        "wanted = gain * (self._k / num_experts - (torch.stack(list(statistic))[:, : self.bins // 2].sum(-2) / load.sum(-1, keepdim=True) * self._k if not self.gathers else share * self._k))",
+        "test_quantile -k becomes_even",
+    ),
+    Mutant(
+        "124: quantile takes the choice for the k best where expert groups limit it",
+        "if not (first_other > last).any():",
+        "if True:",
+        "test_quantile -k k_best_of_all",
+    ),
+    Mutant(
         "108: the threshold of quantile is the first score that was not chosen",
-        "torch.lerp(last, first_other, 0.5) - biased",
-        "first_other - biased",
+        "torch.lerp(*_around_threshold(biased, expert_ids), 0.5) - biased",
+        "_around_threshold(biased, expert_ids)[1] - biased",
         "test_quantile -k 'reference or skewed_peaked'",
     ),
     Mutant(

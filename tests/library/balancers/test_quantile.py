@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from equipoise import Quantile
 from equipoise.balancers import LayerStack
-from equipoise.balancers.quantile import _Bins, _from_histogram, _gain, edges
+from equipoise.balancers.quantile import _Bins, _from_histogram, _gain, _margins, edges
 from equipoise.load import expert_load
 from equipoise.metrics import max_violation, sampling_floor
 from equipoise.routing import SCORE_FUNCTIONS, Routing, route
@@ -135,6 +135,20 @@ def test_a_router_with_expert_groups_becomes_even(bins, score_function, skew):
     assert sum(history[-5:]) / 5 < 1.5 * sampling_floor(4096, k, experts), history
 
 
+@pytest.mark.parametrize("num_groups", [1, 4])
+def test_margins_are_those_of_the_k_best_of_all(num_groups):
+    """On a CPU they are read from the choice; where expert groups limit it, and on accelerators, by a top-k."""
+    routing = route(
+        _logits(200, 8, seed=2), 3, score_function="sigmoid", num_groups=num_groups, top_groups=1 + num_groups // 2
+    )
+    bias = 0.1 * _logits(1, 8, seed=3)[0]
+    expected = reference.margins(routing.scores.tolist(), 3, bias.tolist())
+    chosen = (routing.scores + bias).topk(3).indices if num_groups == 1 else routing.expert_ids
+    assert_close(
+        _margins(routing.scores, chosen, bias), torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-14
+    )
+
+
 def test_margins_next_to_zero_do_not_move_a_bias():
     """Below 2^-61 the grid cannot tell margins apart, and a step across the bin would pass all of them."""
     histogram = torch.zeros(1, 128, 4, dtype=torch.int64)
@@ -174,6 +188,10 @@ def test_every_margin_falls_into_its_bin(bins):
     inside = (edge[1:] + edge[:-1]) / 2
     assert torch.equal(index_of(inside), torch.arange(bins))
     assert torch.equal(index_of(edge[:-1]), torch.arange(bins))  # a lower edge belongs to it
+    on_accelerators = _Bins.on(torch.device("cpu"), bins).inner
+    numbers = torch.randn(10000, generator=torch.Generator().manual_seed(0)).mul_(3).exp2()
+    many = torch.cat([numbers, -numbers, edge.float(), torch.tensor([math.nan, math.inf, -math.inf, -0.0, -1e-40])])
+    assert torch.equal(index_of(many), torch.bucketize(many, on_accelerators, right=True))
     far = torch.tensor([-math.inf, -1e9, -0.0, 0.0, 1e-30, 1e9, math.inf])
     assert index_of(far).tolist() == [0, 0, bins // 2, bins // 2, bins // 2, bins - 1, bins - 1]
 
