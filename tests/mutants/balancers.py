@@ -144,8 +144,8 @@ MUTANTS = [
     ),
     Mutant(
         "108: the threshold of quantile is the first score that was not chosen",
-        "torch.lerp(*_around_threshold(biased, expert_ids), 0.5) - biased",
-        "_around_threshold(biased, expert_ids)[1] - biased",
+        "torch.lerp(last, first_other, 0.5) - biased",
+        "first_other - biased",
         "test_quantile -k 'reference or skewed_peaked'",
     ),
     Mutant(

@@ -33,7 +33,8 @@ def _margins(
 ) -> Float[Tensor, "tokens experts"]:
     """``a_t - s_te - b_e``: what each expert lacks to be among the k best, below 0 for these."""
     biased = scores.detach() + bias
-    return torch.lerp(*_around_threshold(biased, expert_ids), 0.5) - biased
+    last, first_other = _around_threshold(biased, expert_ids)
+    return torch.lerp(last, first_other, 0.5) - biased
 
 
 def _gain(load: Load, k: int) -> Float[Tensor, "layers experts"]:
