@@ -21,7 +21,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "speed.md"
 UPDATE_LIMIT = 0.3  # milliseconds
 HELP_LIMIT, IMPORT_LIMIT = 0.5, 0.1  # seconds
-RESULT_NAMES = ("overhead", "experts", "trainer", "lab_step", "attach", "audit", "attention", "ranks")
+RESULT_NAMES = ("overhead", "operations", "experts", "trainer", "lab_step", "attach", "audit", "attention", "ranks")
 UNKNOWN_REASON = "The reason is not known."
 MOST_CORES_OF_OTHERS = 0.2  # above it the page warns that other programs disturbed the measurement
 
@@ -89,9 +89,8 @@ def explain_misses(targets: Iterable[Target]) -> list[str]:
 # ---- what balancing costs ----
 STEP_REASONS = {
     "loss-free": "Loss-Free counts every choice and moves biases once. The counting is what costs.",
-    "lbl:scope=global_batch": "The loss computes a value and a gradient at every router, in every micro-batch. That is "
-    "some fifty operations, and most of them take as long for few tokens as for many. All of the cost is added at the "
-    "router (see the next section). It shows because the lab's experts are small.",
+    "lbl:scope=global_batch": "The loss keeps sums of scores in every forward and adds a gradient in every backward. "
+    "Most of its operations take as long for few tokens as for many, and it shows because the lab's experts are small.",
     "quantile": "Every router call sorts every token's margin at every expert into a histogram.",
 }
 INTERVAL_REASON = "The median is within the target, but the interval is too wide to say that the cost is."
@@ -189,6 +188,41 @@ def routers(stored: dict[str, Any]) -> Section:
                 for row in rows
             ),
         ),
+    ]
+    return Section(title, [*lines, *explain_misses(targets), *source_line(stored)], targets)
+
+
+SEQUENCE_REASON = (
+    "The loss within sequences counts by sequence. With a mask, or with packed sequences, their number is not known "
+    "without waiting for the GPU: a table with a row for each token is made in the forward, and again in the backward."
+)
+
+
+def operations(stored: dict[str, Any]) -> Section:
+    title = "Operations and bytes"
+    rows, targets = [], []
+    for row in stored["calls"]:
+        limits = row["forward_limit"], row["backward_limit"]
+        name = f"`{row['strategy']}`, {row['score_function']} scores{', masked' if row['masked'] else ''}"
+        measured = f"{row['forward']:g} + {row['backward']:g}"
+        limit, is_met = "", None
+        if None not in limits:
+            limit, is_met = f"{limits[0]} + {limits[1]}", row["forward"] <= limits[0] and row["backward"] <= limits[1]
+            targets.append(
+                Target(f"operations of a router call, {name}", measured, limit, is_met, title, SEQUENCE_REASON)
+            )
+        once, kept = f"{row['micro_batch']:g} + {row['step']:g}", f"{row['bytes']:.3g}"
+        rows.append((name, measured, limit, format_verdict(is_met), once, kept))
+    layers, experts, k = stored["layers"], stored["experts"], stored["k"]
+    lines = [
+        "What balancing adds to a router call, in forward and backward: operations, each a kernel launch on a GPU, and "
+        "bytes by token that live until the backward. Counted exactly, on an accelerator that exists in Python only: "
+        f"{experts} experts, {k} per token. A micro-batch and the `step()` add some once, for {layers} layers.",
+        "",
+        *table(("strategy", "a call", "target", "", "a micro-batch + `step()`", "bytes by token and layer"), rows),
+        "The losses keep nothing where autograd keeps the scores. `z` has no closed form: autograd makes its gradient "
+        "from the logits, which are kept.",
+        "",
     ]
     return Section(title, [*lines, *explain_misses(targets), *source_line(stored)], targets)
 
@@ -598,6 +632,7 @@ def page(stored: dict[str, dict[str, Any]]) -> str:
     maybe_sections = [
         balancing(overhead_result),
         routers(overhead_result),
+        operations(stored["operations"]),
         updates(overhead_result),
         alerts(overhead_result),
         memory_and_start(overhead_result, stored["attach"], audit_result),
