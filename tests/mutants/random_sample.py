@@ -41,6 +41,7 @@ OUTSIDE = ("integrations", "testing")  # folders of the package that are not the
 TESTS = ("tests/library", "tests/distributed", CORE)
 EQUIVALENT = Path(__file__).with_name("equivalent.toml")
 REPORTS_VARIABLE = "EQUIPOISE_REPORTS"
+NOT_RUN = "pytest did not run"
 STARTS_RANKS = r"run_on_ranks|torchrun|subprocess"
 STAGES = (12, 60, 400)  # tests of the first, second and third call of pytest: most mutations die in the first
 SLOWER = 5.0  # a mutation that makes tests so many times slower hangs
@@ -224,17 +225,19 @@ def reason_of_equivalence(mutation: Mutation, change: str) -> str | None:
 # ---- 3. the verdicts ----
 
 
-def _stages(tests: list[str], seconds: dict[str, float]) -> Iterator[list[str]]:
+def _stages(tests: list[str], seconds: dict[str, float], ranks: set[str]) -> Iterator[list[str]]:
     """The quickest tests first. Tests that take less than a tenth of a second are equally quick: their order is random
-    by a fixed seed, so that the first stage is of many files."""
+    by a fixed seed, so that the first stage is of many files. Tests that start processes come last: those of a file
+    share what the first one has started, so their seconds do not show what one alone takes."""
     order = sorted(tests)
     random.Random(0).shuffle(order)
     order.sort(key=lambda test: max(0.1, round(seconds[test], 1)))
-    start = 0
-    for size in STAGES:
-        if order[start : start + size]:
-            yield order[start : start + size]
-        start += size
+    for in_stages, sizes in (([t for t in order if t not in ranks], STAGES), ([t for t in order if t in ranks], (60,))):
+        start = 0
+        for size in sizes:
+            if in_stages[start : start + size]:
+                yield in_stages[start : start + size]
+            start += size
 
 
 def judge(mutation: Mutation, coverage: dict[str, Any], root: Path, limit: float) -> dict[str, Any]:
@@ -252,7 +255,8 @@ def judge(mutation: Mutation, coverage: dict[str, Any], root: Path, limit: float
     file.write_text(mutated, encoding="utf-8")
     verdict, by, run = "survived", [], 0
     try:
-        for stage in _stages([test for test in tests if test in coverage["seconds"]], coverage["seconds"]):
+        passed = [test for test in tests if test in coverage["seconds"]]
+        for stage in _stages(passed, coverage["seconds"], set(coverage["ranks"])):
             if time.time() - started > limit:
                 break
             expected = sum(coverage["seconds"][test] for test in stage)
@@ -270,7 +274,7 @@ def judge(mutation: Mutation, coverage: dict[str, Any], root: Path, limit: float
 
 
 def run_tests(root: Path, tests: list[str], limit: float | None, *, stop: bool = True) -> list[str] | None:
-    """The tests that failed: all of these, if pytest could not run them. None if they took longer than the limit."""
+    """The tests that failed; ``NOT_RUN`` if pytest could not run them. None if they took longer than the limit."""
     with tempfile.TemporaryDirectory() as reports:
         command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider"]
         process = subprocess.Popen(
@@ -288,13 +292,13 @@ def run_tests(root: Path, tests: list[str], limit: float | None, *, stop: bool =
             process.wait()
             return None
         failed = [test for test, _, outcome in _read_reports(Path(reports)) if outcome == "failed"]
-        return failed or (tests if process.returncode else [])
+        return failed or ([NOT_RUN] if process.returncode else [])
 
 
 def tests_that_fail_anyway(results: list[dict[str, Any]], root: Path) -> set[str]:
     """Of the tests that noticed a mutation, those that fail without one. They would notice everything."""
-    noticed = sorted({test for result in results for test in result.get("by") or []})
-    return set(run_tests(root, noticed, None, stop=False) or []) if noticed else set()
+    noticed = sorted({test for result in results for test in result.get("by") or []} - {NOT_RUN})
+    return set(run_tests(root, noticed, None, stop=False) or []) - {NOT_RUN} if noticed else set()
 
 
 def _write(path: Path, content: Any) -> None:
