@@ -315,6 +315,11 @@ def test_notes_say_that_a_run_is_too_short():
     assert "at most 1 before centring;" in note and "it would be 0.1, which is too little" in note
     assert LossFree(rate=1e-2, rule="sign").notes(1000) == []
     assert LossFree(rate=1e-3, rule="proportional").notes(100) == []
+    (note,) = LossFree(rate=1e-3, rule="multiplicative").notes(100)
+    assert "a factor moves by at most 0.1, from 1" in note
+    assert LossFree(rate=1e-3, rule="multiplicative").notes(500) == []
+    (note,) = LossFree(rate=1e-3, rule="momentum").notes(100)
+    assert "a bias moves by at most 0.1" in note
     (note,) = LossFree(rate=0.5, rule="sign").notes(1000)
     assert "swings" in note and LossFree(rate=0.1, rule="sign").notes(1000) == []
     (note,) = LossFree(rate=1e-2, rule="sign", schedule="drop", zero_from=20).notes(1000)
