@@ -327,7 +327,7 @@ class ForwardContext:
         """As far as the host can see without waiting for a GPU. It waits once: for the first mask of floats."""
         if module in self._ambiguous and isinstance(arguments.get("decoder_attention_mask"), Tensor):
             return "there is a decoder_attention_mask beside it, and nothing says which of them a router has"
-        if type(mask) is not Tensor or mask.dtype == torch.bool:  # a fake tensor has no values
+        if type(mask) is not Tensor:  # a fake tensor has no values
             return None
         on_host = mask.device.type == "cpu"
         if not on_host and (self._has_checked_values or not mask.is_floating_point() or mask.device.type == "meta"):

@@ -154,14 +154,15 @@ def test_a_four_dimensional_mask_is_ignored_and_one_of_another_size_refused():
         balance.token_mask(None, torch.zeros(1, 1, 1))
 
 
-def test_a_square_causal_mask_is_not_taken_for_padding():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.bool])
+def test_a_square_causal_mask_is_not_taken_for_padding(dtype):
     model, balance = attach_tiny("none")
     model(random_ids(rows=1), torch.ones(7, 7).tril())
     balance.step()
     assert_tokens_counted(balance, 7)
     with pytest.raises(EquipoiseError, match="it is a causal attention mask.*token_mask"):
-        model(random_ids(rows=2)[:, :2], torch.ones(2, 2).tril())
-    model(random_ids(rows=2)[:, :2], torch.tensor([[1, 1], [1, 0]]))
+        model(random_ids(rows=2)[:, :2], torch.ones(2, 2).tril().to(dtype))
+    model(random_ids(rows=2)[:, :2], torch.tensor([[1, 1], [1, 0]]).to(dtype))
     balance.step()
     assert_tokens_counted(balance, 3)
     balance.token_mask(torch.ones(7, 7).tril())

@@ -73,8 +73,9 @@ def test_the_loss_metric_covers_only_layers_that_were_called():
     assert balance.metrics()["load_balancing_loss"] == pytest.approx(loss.item())
 
 
+@pytest.mark.parametrize("num_tokens", [1, 3])
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_a_loss_that_reaches_no_router_is_warned_about_once(checkpointed, caplog):
+def test_a_loss_that_reaches_no_router_is_warned_about_once(checkpointed, num_tokens, caplog):
     """A block that computes its own weights ignores those of the router, which carry the gradient of the loss."""
 
     class Block(nn.Module):
@@ -89,7 +90,7 @@ def test_a_loss_that_reaches_no_router_is_warned_about_once(checkpointed, caplog
 
     model = nn.Sequential(Block(True), Block(False), Block(True))
     balance = attach(model, "lbl")
-    hidden = torch.randn(1, 3, DIM, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    hidden = torch.randn(1, num_tokens, DIM, generator=torch.Generator().manual_seed(0), requires_grad=True)
     with caplog.at_level(logging.WARNING, "equipoise"):
         for _ in range(2):
             if checkpointed:

@@ -431,3 +431,10 @@ def test_attach_needs_no_more_than_torch():
     """
     found = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True)
     assert (found.returncode, found.stdout) == (0, "5\n"), found.stderr
+
+
+def test_weights_come_back_in_the_shape_that_the_router_gave_whatever_that_of_its_ids():
+    ids = torch.zeros(6, 2, dtype=torch.int64)
+    for shape, ids_shape in (((2, 3, 2), (6, 2)), ((6, 2), (2, 3, 2))):
+        output = torch.zeros(6, EXPERTS), torch.zeros(shape), ids.view(ids_shape)
+        assert RouterKind("softmax").write(output, torch.ones(6, 2), ids)[1].shape == shape
