@@ -101,12 +101,6 @@ MUTANTS = [
         "library/counting/test_ways_of_gradients -k 'checkpoint or kept or keeps'",
     ),
     Mutant(
-        "at the scores: any softmax is taken for the one of the logits",
-        "if node.name() == name and _before_casts(node.next_functions[0][0]) is made_logits:",
-        "if node.name() == name:",
-        "library/counting/test_ways_of_gradients -k as_models_have_them",
-    ),
-    Mutant(
         "at the scores: scores of 16 bits are fine enough",
         "return is_last and has_shape and scores.dtype == torch.promote_types(logits.dtype, torch.float32)",
         "return is_last and has_shape",
