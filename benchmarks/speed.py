@@ -211,8 +211,8 @@ def operations(stored: dict[str, Any]) -> Section:
             targets.append(
                 Target(f"operations of a router call, {name}", measured, limit, is_met, title, SEQUENCE_REASON)
             )
-        once, kept = f"{row['micro_batch']:g} + {row['step']:g}", f"{row['bytes']:.3g}"
-        rows.append((name, measured, limit, format_verdict(is_met), once, kept))
+        once, num_bytes = f"{row['micro_batch']:g} + {row['step']:g}", f"{row['bytes']:.3g}"
+        rows.append((name, measured, limit, format_verdict(is_met), once, num_bytes))
     layers, experts, k = stored["layers"], stored["experts"], stored["k"]
     lines = [
         "What balancing adds to a router call, in forward and backward: operations, each a kernel launch on a GPU, and "

@@ -163,7 +163,7 @@ def _is_of_logits(node: Any, logits: Tensor) -> bool:
 
 def saved_scores(node: Any, like: Tensor) -> Tensor:
     """What a node of ``node_of_scores`` keeps, in the shape of ``like``."""
-    return node._saved_result.view(like.shape)
+    return node._saved_result.reshape(like.shape)
 
 
 def running_node() -> Any:

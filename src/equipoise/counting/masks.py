@@ -225,9 +225,9 @@ class Tokens:
 
 
 def _numbered_sequences(ids: Tensor, place: Place, device: torch.device) -> Sequences:
-    own = place.of(ids, device).clone()  # a copy: a compiled graph reuses its memory
+    of_tokens = place.of(ids, device).clone()  # a copy: a compiled graph reuses its memory
     is_bound = device.type != "cpu"
-    return Sequences(own, ids.numel() if is_bound else int(own.max()) + 1, is_bound=is_bound)
+    return Sequences(of_tokens, ids.numel() if is_bound else int(of_tokens.max()) + 1, is_bound=is_bound)
 
 
 def layers_predicting_further(model: nn.Module, routers: set[nn.Module]) -> set[nn.Module]:

@@ -265,8 +265,8 @@ class Window:
 
     def counts_so_far(self, micro_batch: MicroBatch) -> Counts:
         """By the counts of an open micro-batch and those that have arrived. Does not wait."""
-        own = micro_batch.vector[: self.exchange.width]
-        pooled = own if self._sum_of_closed is None else self._sum_of_closed + own
+        vector = micro_batch.vector[: self.exchange.width]
+        pooled = vector if self._sum_of_closed is None else self._sum_of_closed + vector
         return Counts(micro_batch.vector, pooled, None if self.last is None else self.last.vector)
 
     def pooled_vector(self) -> Tensor:

@@ -224,7 +224,7 @@ class _AtScores:
         scores = saved_scores(running_node(), by_token)
         call = RouterCall(self.tap.layer, scores, self.expert_ids, scores, scores=scores)
         added = self.tap.score_gradient(call, self.call_id)
-        return gradients if added is None else ((by_token + added).view(gradient.shape),)
+        return gradients if added is None else ((by_token + added).reshape(gradient.shape),)
 
 
 @cache
