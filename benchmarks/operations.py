@@ -3,8 +3,9 @@
     python benchmarks/operations.py    # writes benchmarks/results/operations.json
 
 Models of routers run a training step on fake tensors of an accelerator that exists in Python only, attached and plain.
-On a GPU each operation is a kernel launch. The difference between the two, and between models of few and of many
-layers, gives what one router call adds and what each micro-batch adds once. Views and empty tensors are no operations.
+On a GPU each operation is a kernel launch, and so is each kernel of ``fused=True``. The difference between the two, and
+between models of few and of many layers, gives what one router call adds and what each micro-batch adds once. Views and
+empty tensors are no operations.
 
 A call's bytes are those of the tensors that live between forward and backward, attached less plain. They are given by
 token and layer. What does not grow with the tokens is left out.
@@ -32,6 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
+from equipoise import kernels
 from equipoise.balance import Balance
 from equipoise.balancers import parse_strategy
 from equipoise.counting.pool import Pool
@@ -56,6 +58,7 @@ LIMITS = {  # of the operations of a call, by strategy and whether there is a ma
     ("lbl:scope=sequence", True): (8, 10),
     ("quantile", False): (9, 0),
 }
+FUSED_LIMITS = {"loss-free": (2, 0), "lbl": (2, 2), "lbl:scope=sequence": (3, 3), "quantile": (3, 0)}
 STEP_LIMIT = 30  # of loss-free, 64 layers
 BYTES_LIMIT = 40  # by token and layer, with a loss
 SLOT = "e_score_correction_bias"
@@ -97,6 +100,10 @@ class _Count(TorchDispatchMode):
                 self.storages.add(tensor.untyped_storage())
         return output
 
+    def launch(self, kernel: Any, *_: Any, **__: Any) -> None:
+        """In place of a launch of one of our kernels."""
+        self.operations[kernel.__name__] += 1
+
     def counted(self) -> Counted:
         return Counted(self.operations, sum(storage.nbytes() for storage in self.storages))
 
@@ -105,7 +112,7 @@ class _Count(TorchDispatchMode):
 def _counting() -> Iterator[list[Counted]]:
     """Gives a list with what was counted inside, once it has ended."""
     result: list[Counted] = []
-    with _Count() as count:
+    with _Count() as count, mock.patch.object(kernels, "_launch", count.launch):
         yield result
     result.append(count.counted())
 
@@ -121,24 +128,24 @@ class Routers(nn.Module):
         return torch.stack([router(inputs_embeds)[1].sum() for router in self.routers]).sum()
 
 
-def attach(model: Routers, strategy: str) -> Balance:
+def attach(model: Routers, strategy: str, fused: bool) -> Balance:
     """As ``equipoise.attach``, without the proof, which needs numbers."""
     layers = [
         MoELayer(str(index), router, router.router_kind, EXPERTS, K, Slot(router, SLOT))
         for index, router in enumerate(model.routers)
     ]
     start = {layer.name: torch.zeros(EXPERTS, device=DEVICE) for layer in layers}
-    return Balance(model, layers, parse_strategy(strategy), Pool(None), start)
+    return Balance(model, layers, parse_strategy(strategy), Pool(None), start, fused)
 
 
 @cache
 def run_step(
-    strategy: str | None, layers: int, tokens: int, masked: bool, score_function: ScoreFunction
+    strategy: str | None, layers: int, tokens: int, masked: bool, score_function: ScoreFunction, fused: bool = False
 ) -> dict[str, Counted]:
     """The second step of a model: what is made once was made in the first. ``None``: it is not attached."""
     with FakeTensorMode(), torch.device(DEVICE):
         model = Routers(layers, score_function)
-        balance = None if strategy is None else attach(model, strategy)
+        balance = None if strategy is None else attach(model, strategy, fused)
         hidden = torch.zeros(ROWS, tokens // ROWS, DIM)
         mask = torch.ones(ROWS, tokens // ROWS, dtype=torch.int64) if masked else None
         for _ in range(2):
@@ -159,21 +166,24 @@ def run_step(
     return parts
 
 
-def measure(strategy: str, masked: bool, score_function: ScoreFunction) -> dict[str, Any]:
+def measure(strategy: str, masked: bool, score_function: ScoreFunction, fused: bool) -> dict[str, Any]:
     """What a router call adds in forward and backward, what a micro-batch and a step add, and bytes by token."""
 
     def added(layers: int, tokens: int = TOKENS) -> dict[str, Counted]:
-        plain, attached = (run_step(s, layers, tokens, masked, score_function) for s in (None, strategy))
+        plain = run_step(None, layers, tokens, masked, score_function)
+        attached = run_step(strategy, layers, tokens, masked, score_function, fused)
         return {name: attached[name].minus(plain[name]) for name in attached}
 
     few, many, longer = added(FEW), added(MANY), added(MANY, 2 * TOKENS)
     difference = {name: many[name].minus(few[name]) for name in many}
     by_call = {name: part.number / (MANY - FEW) for name, part in difference.items()}
     once = sum(few[name].number - FEW * by_call[name] for name in ("forward", "loss", "backward"))
-    forward_limit, backward_limit = LIMITS.get((strategy, masked), (None, None))
+    limits = FUSED_LIMITS.get(strategy) if fused else LIMITS.get((strategy, masked))
+    forward_limit, backward_limit = limits or (None, None)
     return {
         "strategy": strategy,
         "masked": masked,
+        "fused": fused,
         "score_function": score_function,
         "forward": by_call["forward"],
         "forward_limit": forward_limit,
@@ -192,13 +202,15 @@ def eager_on_fake_tensors() -> Iterator[None]:
         mock.patch("equipoise.routers.tap.is_traced", return_value=False),
         mock.patch("equipoise.routers.forward.is_traced", return_value=False),
         mock.patch("equipoise.counting.biases.Tensor", FakeTensor),
+        mock.patch.object(kernels, "can_take", lambda values: values.device.type == DEVICE.split(":")[0]),
     ):
         yield
 
 
 def measure_all() -> dict[str, Any]:
     rows = [
-        measure(strategy, masked, score_function)
+        measure(strategy, masked, score_function, fused)
+        for fused in (False, True)
         for score_function in ("softmax", "sigmoid")
         for strategy in STRATEGIES
         for masked in (False, True)

@@ -200,31 +200,47 @@ SEQUENCE_REASON = (
 
 def operations(stored: dict[str, Any]) -> Section:
     title = "Operations and bytes"
+    fused = {_call(row): row for row in stored["calls"] if row["fused"]}
     rows, targets = [], []
     for row in stored["calls"]:
-        limits = row["forward_limit"], row["backward_limit"]
-        name = f"`{row['strategy']}`, {row['score_function']} scores{', masked' if row['masked'] else ''}"
-        measured = f"{row['forward']:g} + {row['backward']:g}"
-        limit, is_met = "", None
-        if None not in limits:
-            limit, is_met = f"{limits[0]} + {limits[1]}", row["forward"] <= limits[0] and row["backward"] <= limits[1]
-            targets.append(
-                Target(f"operations of a router call, {name}", measured, limit, is_met, title, SEQUENCE_REASON)
-            )
-        once, num_bytes = f"{row['micro_batch']:g} + {row['step']:g}", f"{row['bytes']:.3g}"
-        rows.append((name, measured, limit, format_verdict(is_met), once, num_bytes))
+        if not row["fused"]:
+            cells: list[str] = []
+            for version, kind in ((row, ""), (fused[_call(row)], ", `fused=True`")):
+                measured, limit, is_met = _operations_of_call(version)
+                cells += [measured, limit, format_verdict(is_met)]
+                if is_met is not None:
+                    name = f"operations of a router call, {_call(row)}{kind}"
+                    targets.append(Target(name, measured, limit, is_met, title, SEQUENCE_REASON))
+            once, num_bytes = f"{row['micro_batch']:g} + {row['step']:g}", f"{row['bytes']:.3g}"
+            rows.append((_call(row), *cells, once, num_bytes))
     layers, experts, k = stored["layers"], stored["experts"], stored["k"]
+    columns = ("strategy", "a call", "target", "", "fused", "target", "", "a micro-batch + `step()`", "bytes")
     lines = [
         "What balancing adds to a router call, in forward and backward: operations, each a kernel launch on a GPU, and "
-        "bytes by token that live until the backward. Counted exactly, on an accelerator that exists in Python only: "
-        f"{experts} experts, {k} per token. A micro-batch and the `step()` add some once, for {layers} layers.",
+        "bytes by token and layer that live until the backward. Counted exactly, on an accelerator that exists in "
+        f"Python only: {experts} experts, {k} per token. A micro-batch and the `step()` add some once, for {layers} "
+        "layers. Fused: with the Triton kernels of `attach(..., fused=True)`, which run in Triton's interpreter in the "
+        "tests and compile for GPUs, but have not yet run on one.",
         "",
-        *table(("strategy", "a call", "target", "", "a micro-batch + `step()`", "bytes by token and layer"), rows),
+        *table(columns, rows),
         "The losses keep nothing where autograd keeps the scores. `z` has no closed form: autograd makes its gradient "
         "from the logits, which are kept.",
         "",
     ]
     return Section(title, [*lines, *explain_misses(targets), *source_line(stored)], targets)
+
+
+def _call(row: dict[str, Any]) -> str:
+    return f"`{row['strategy']}`, {row['score_function']} scores{', masked' if row['masked'] else ''}"
+
+
+def _operations_of_call(row: dict[str, Any]) -> tuple[str, str, bool | None]:
+    """In forward and backward: measured, the target, and whether it is met; None without one."""
+    forward, backward, most = row["forward"], row["backward"], (row["forward_limit"], row["backward_limit"])
+    measured = f"{forward:g} + {backward:g}"
+    if None in most:
+        return measured, "", None
+    return measured, f"{most[0]} + {most[1]}", forward <= most[0] and backward <= most[1]
 
 
 def updates(stored: dict[str, Any]) -> Section:

@@ -69,12 +69,13 @@ class Balance:
         balancers: Sequence[Balancer],
         pool: Pool,
         start: dict[str, Tensor],
+        fused: bool = False,
     ):
         self.layers = tuple(layers)
         self.strategy = format_strategy(balancers)
         self.multiplies = any(balancer.multiplies for balancer in balancers)
         self._pool = pool
-        self._recorder = Recorder(model, self.layers, balancers, pool, start)
+        self._recorder = Recorder(model, self.layers, balancers, pool, start, fused)
         self._window, self._biases = self._recorder.window, self._recorder.biases
         self._context, self._losses = self._recorder.context, self._recorder.losses
         self._notices = Notices(self._recorder)

@@ -23,9 +23,5 @@ def test_no_count_is_beyond_its_limit_but_those_that_are_known():
     for row in json.loads(STORED.read_text(encoding="utf-8"))["calls"]:
         for part in ("forward", "backward"):
             if row[f"{part}_limit"] is not None and row[part] > row[f"{part}_limit"]:
-                beyond.add((row["strategy"], row["score_function"], row["masked"], part))
-    in_sequences = "lbl:scope=sequence"
-    assert beyond == {
-        (in_sequences, "sigmoid", False, "forward"),
-        *((in_sequences, name, True, part) for name in ("softmax", "sigmoid") for part in ("forward", "backward")),
-    }
+                beyond.add((row["strategy"], row["masked"], row["fused"]))
+    assert beyond == {("lbl:scope=sequence", True, False)}

@@ -6,6 +6,7 @@ Ranks are forked from a server that has imported torch and the models once, so t
 import multiprocessing
 import os
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Mapping
 from datetime import timedelta
@@ -17,7 +18,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 PRELOADED = ["torch", "torch.distributed.fsdp", "models", "equipoise.attachment", "equipoise_lab.train.compare"]
-TIMEOUT = timedelta(seconds=60)
+TIMEOUT = timedelta(seconds=60)  # of a collective of the world; other groups have torch's half an hour
+LIMIT = 300  # seconds until ranks that wait for each other are stopped
 
 
 def _rank(rank: int, num_ranks: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
@@ -38,7 +40,14 @@ def run_on_ranks(num_ranks: int, function: Callable[..., Any], *args: Any) -> li
     """``function(rank, *args)`` on each rank; a traceback in place of what a rank could not return."""
     multiprocessing.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(_rank, (num_ranks, folder, function, args), nprocs=num_ranks, start_method="forkserver")
+        arguments = (num_ranks, folder, function, args)
+        ranks = mp.start_processes(_rank, arguments, nprocs=num_ranks, start_method="forkserver", join=False)
+        end = time.monotonic() + LIMIT
+        while not ranks.join(timeout=max(end - time.monotonic(), 0)):
+            if time.monotonic() >= end:
+                for process in ranks.processes:
+                    process.kill()
+                raise TimeoutError(f"the ranks must end within {LIMIT} seconds: some still wait for each other.")
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(num_ranks)]
 
 

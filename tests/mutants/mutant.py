@@ -49,7 +49,10 @@ def judge(mutant: Mutant) -> str:
         source = in_source[0].read_text(encoding="utf-8")
         in_source[0].write_text(source.replace(mutant.original, mutant.mutated), encoding="utf-8")
         _, _, options = mutant.tests.partition(" ")
-        done = _pytest(root, f"{to_run[0]} {options}")
+        try:
+            done = _pytest(root, f"{to_run[0]} {options}")
+        except subprocess.TimeoutExpired:
+            return f"HANGS in {mutant.tests}"
     if done.returncode == 1:
         return "seen"
     if done.returncode == 0:

@@ -45,6 +45,7 @@ class LayerStack:
     k: int
     bias: Float[Tensor, "layers experts"]  # to start from, in float32; zeros where there are none
     selection: Selection = "scores"  # what the bias is added to: the scores or the logits
+    fused: bool = False  # a statistic may come from a kernel, where there is one
 
     def __repr__(self) -> str:
         layers, experts = self.bias.shape
@@ -77,7 +78,8 @@ class Balancer:
 
     def statistic(self, routing: Routing, row: int) -> Tensor | None:
         """What ``update`` needs from one counted router call of layer ``row`` besides its load: int64 of a fixed shape,
-        0 for masked tokens. It is summed over the calls of the window and over the ranks."""
+        0 for masked tokens. It is summed over the calls of the window and over the ranks. A new tensor each time: it is
+        kept, and the next ones are added to it."""
         return None
 
     def micro_batch_statistic(self, load: Load) -> Int[Tensor, "layers numbers"] | None:

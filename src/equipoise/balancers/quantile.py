@@ -181,6 +181,7 @@ class Quantile(Balancer):
     def prepare(self, layers: LayerStack) -> None:
         self._bias, self._k, self._by_logits = layers.bias.clone(), layers.k, layers.selection == "logits"
         self._bins = None if self.gathers else _Bins.on(self._bias.device, self.bins)
+        self._fused = layers.fused and not self.gathers
 
     def bias(self) -> Float[Tensor, "layers experts"]:
         return self._bias
@@ -192,15 +193,21 @@ class Quantile(Balancer):
         if self._k == num_experts:  # every expert is chosen, whatever the bias
             return None
         values = routing.logits if self._by_logits else routing.scores
-        margins = _margins(values.to(routing.scores.dtype), routing.expert_ids, self._bias[row])
-        counted = None if routing.mask is None else routing.mask != 0
+        values = values.to(routing.scores.dtype)
+        mask: Tensor | None = routing.mask
         if self.fraction < 1:
             drawn = _draw(routing.logits, self.fraction)
-            counted = drawn if counted is None else counted & drawn
+            mask = drawn if mask is None else (mask != 0) & drawn
+        if self._fused:
+            from equipoise import kernels
+
+            if kernels.can_take(values):
+                return kernels.margin_histogram(values, self._bias[row], self._k, mask, self.bins, SMALLEST)
+        margins = _margins(values, routing.expert_ids, self._bias[row])
         if self.gathers:
-            return margins if counted is None else margins.masked_fill(~counted[:, None], float("inf"))
+            return margins if mask is None else margins.masked_fill((mask == 0)[:, None], float("inf"))
         bins = self._bins_on(margins.device)
-        index, one = bins.of(margins), bins.one if counted is None else counted.long()[:, None]
+        index, one = bins.of(margins), bins.one if mask is None else (mask != 0).long()[:, None]
         histogram = torch.zeros(self.bins, num_experts, dtype=torch.int64, device=index.device)
         return histogram.scatter_add_(0, index, one.expand_as(index))
 

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from equipoise.balancers import Balancer, LayerStack, LossFree
+from equipoise.balancers import Balancer, LayerStack, LoadBalancingLoss, LossFree
 from equipoise.counting.layout import Layout, Statistics
 from equipoise.errors import EquipoiseError
 from equipoise.routers import MoELayer, Slot
@@ -33,7 +33,14 @@ class LayerGroup:
     Layers are of one kind if they have the same number of experts, k, score function and selection.
     """
 
-    def __init__(self, indices: list[int], balancers: list[Balancer], layers: Sequence[MoELayer], layout: Layout):
+    def __init__(
+        self,
+        indices: list[int],
+        balancers: list[Balancer],
+        layers: Sequence[MoELayer],
+        layout: Layout,
+        fused: bool = False,
+    ):
         self.layers = indices  # into the layers of the model
         self.balancers = balancers
         self.losses = [balancer for balancer in balancers if balancer.has_loss]
@@ -42,7 +49,11 @@ class LayerGroup:
         self.pooled_masses = tuple({b.normalise for b in with_slopes if b.scope != "sequence"})
         self.sequence_masses = tuple({b.normalise for b in with_slopes if b.scope == "sequence"})
         self.masses = tuple({*self.pooled_masses, *self.sequence_masses})
-        self.k, self.is_softmax = layers[0].k, layers[0].kind.score_function == "softmax"
+        in_sequences = [b for b in with_slopes if b.scope == "sequence"]
+        # The kernels know the formula of one loss within sequences.
+        self.fused = fused and all(isinstance(b, LoadBalancingLoss) for b in in_sequences)
+        self.k = layers[0].k
+        self._is_softmax = layers[0].kind.score_function == "softmax"
         self.steering = next((balancer for balancer in balancers if balancer.has_bias), None)
         self.has_statistics = any(type(b).statistic is not Balancer.statistic for b in balancers)
         device = slot_value(layers[0]).device  # a balancer's state is there too
@@ -90,6 +101,18 @@ class LayerGroup:
         new = [torch.where(is_stored[0], present[0], in_slots), *(value * ~is_new for value in present[1:])]
         for value, new_value, old_value in zip(present, new, remembered, strict=True):
             value.copy_(torch.where(comes_back, old_value, new_value))
+
+    def takes_kernels(self, values: Tensor) -> bool:
+        """Whether what is computed of a call with these values is computed by kernels."""
+        if not self.fused:
+            return False
+        from equipoise import kernels
+
+        return kernels.can_take(values)
+
+    def divides(self, normalise: bool) -> bool:
+        """Whether scores must be divided by their sum: those of a softmax sum to 1."""
+        return normalise and not self._is_softmax
 
     def load(self, vector: Tensor) -> Int[Tensor, "layers experts"]:
         """The loads of the layers. A copy."""
@@ -143,7 +166,12 @@ class Biases:
     """The layer groups of one attached model, and the biases of their layers."""
 
     def __init__(
-        self, layers: Sequence[MoELayer], balancers: Sequence[Balancer], start: dict[str, Tensor], layout: Layout
+        self,
+        layers: Sequence[MoELayer],
+        balancers: Sequence[Balancer],
+        start: dict[str, Tensor],
+        layout: Layout,
+        fused: bool = False,
     ):
         self.layers = layers
         self.gathered = [balancer.gathers for balancer in balancers]  # by balancer; see Statistics
@@ -158,8 +186,8 @@ class Biases:
             prepared = [deepcopy(balancer) for balancer in balancers]
             biases = torch.stack([start[layers[index].name] for index in indices])
             for balancer in prepared:
-                balancer.prepare(LayerStack(score_function, k, biases, selection))
-            group = LayerGroup(indices, prepared, [layers[index] for index in indices], layout)
+                balancer.prepare(LayerStack(score_function, k, biases, selection, fused))
+            group = LayerGroup(indices, prepared, [layers[index] for index in indices], layout, fused)
             self.groups.append(group)
             self.group_of.update({index: (group, row) for row, index in enumerate(indices)})
 

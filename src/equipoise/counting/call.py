@@ -89,10 +89,15 @@ class Sequences:
         self, expert_ids: Int[Tensor, "tokens k"], num_experts: int, mask: FittedMask | None
     ) -> Int[Tensor, "sequences experts"]:
         """Assignments of each expert in each sequence."""
-        cells = (self._first_cells(num_experts) + expert_ids).reshape(-1)
-        ones = self._one.expand_as(cells) if mask is None else mask.assignments(expert_ids.shape[-1])
-        load = torch.zeros(self.number * num_experts, dtype=torch.int64, device=cells.device)
-        return load.scatter_add_(0, cells, ones).view(self.number, num_experts)
+        load = torch.zeros(self.number, num_experts, dtype=torch.int64, device=expert_ids.device)
+        ones = None if mask is None else mask.assignments(expert_ids.shape[-1])
+        if self.length:
+            by_row = expert_ids.reshape(self.number, -1)
+            load.scatter_add_(1, by_row, self._one.expand_as(by_row) if ones is None else ones.view_as(by_row))
+        else:
+            cells = (self._first_cells(num_experts) + expert_ids).reshape(-1)
+            load.view(-1).scatter_add_(0, cells, self._one.expand_as(cells) if ones is None else ones)
+        return load
 
     @cached_property
     def _one(self) -> Int[Tensor, ""]:
@@ -117,6 +122,17 @@ class CountedCall:
     def num_tokens(self) -> Tensor | int:
         """Unmasked ones."""
         return self.num_routed if self.mask is None else self.mask.num_tokens
+
+    def count_by_kernel(
+        self, expert_ids: Int[Tensor, "tokens k"], num_experts: int, load: Int[Tensor, " experts"] | None = None
+    ) -> Int[Tensor, "sequences experts"]:
+        """The load by sequence, of a call whose sequences are known. Adds the call to ``load`` too, if it is given."""
+        from equipoise import kernels
+
+        assert self.sequences is not None
+        counts = None if self.mask is None else self.mask.counts
+        ids, number = self.sequences.ids, self.sequences.number
+        return kernels.count_by_sequence(expert_ids, ids, counts, number, num_experts, load)
 
     def load_by_sequence(self, routing: Routing) -> Int[Tensor, "sequences experts"]:
         if self.sequences is None:

@@ -22,7 +22,7 @@ from equipoise.balancers import Balancer
 from equipoise.counting.biases import Biases
 from equipoise.counting.call import CountedCall
 from equipoise.counting.layout import outside_inference_mode
-from equipoise.counting.loss_sums import Counts
+from equipoise.counting.loss_sums import Counts, LossSums
 from equipoise.counting.window import MicroBatch, Window
 from equipoise.errors import EquipoiseError
 from equipoise.routers import MoELayer
@@ -83,12 +83,11 @@ class Losses:
     def add(self, call: CountedCall, routing: Routing) -> None:
         """Adds the losses of one call to its micro-batch."""
         micro_batch = call.micro_batch
-        assert micro_batch.sums is not None  # there is a loss
 
         def load_of_call(balancer: Balancer) -> Tensor | None:
             return self._load(balancer, call, self.window.counts_so_far(micro_batch))
 
-        micro_batch.sums.add(call, routing, load_of_call)
+        self._sums(micro_batch).add(call, routing, load_of_call)
 
     def values(self, micro_batch: MicroBatch) -> Float[Tensor, "losses layers"]:
         """The losses of a closed micro-batch, without coefficients: means over its tokens, by the counts then known."""
@@ -117,16 +116,16 @@ class Losses:
 
     # ---- backward ----
 
-    def score_gradient(self, routed: RouterCall, call_id: int) -> Float[Tensor, "*tokens experts"] | None:
-        """The gradient of the losses at the scores of a router call, to be broadcast; None if it was not counted.
-
-        Only if all losses have slopes.
-        """
+    def add_score_gradient(
+        self, routed: RouterCall, call_id: int, onto: Float[Tensor, "tokens experts"]
+    ) -> Float[Tensor, "tokens experts"]:
+        """The gradient of the losses at the scores of a router call, added to ``onto``. Only if all have slopes."""
         served = None if call_id == UNCOUNTED else self._serve(routed, call_id)
         if served is None:
-            return None
+            return onto
         counted, factor = served
-        return self._by_slopes(counted, self.routing(counted, routed), factor)
+        sums, counts = self._sums(counted.micro_batch), self._counts(counted.micro_batch)
+        return sums.add_gradient(counted, self.routing(counted, routed), factor, counts, onto)
 
     def gradient(self, routed: RouterCall, call_id: int) -> Float[Tensor, "tokens experts"]:
         """The gradient of the losses at the logits of a router call."""
@@ -136,7 +135,8 @@ class Losses:
             return torch.zeros_like(logits)
         counted, factor = served
         routing = self.routing(counted, routed)
-        at_scores = self._by_slopes(counted, routing, factor)
+        counts = self._counts(counted.micro_batch)
+        at_scores = self._sums(counted.micro_batch).gradient(counted, routing, factor, counts)
         by_autograd = self._by_autograd(counted, routed, factor)
         if at_scores is None:
             assert by_autograd is not None  # taps ask only if there is a loss
@@ -145,11 +145,9 @@ class Losses:
         gradient = score_backward(at_scores.expand_as(routing.scores), logits, routing.scores, score_function)
         return gradient if by_autograd is None else gradient + by_autograd
 
-    def _by_slopes(
-        self, call: CountedCall, routing: Routing, factor: Tensor | float
-    ) -> Float[Tensor, "*tokens experts"] | None:
-        assert call.micro_batch.sums is not None  # there is a loss
-        return call.micro_batch.sums.gradient(call, routing, factor, self._counts(call.micro_batch))
+    def _sums(self, micro_batch: MicroBatch) -> LossSums:
+        assert micro_batch.sums is not None  # there is a loss
+        return micro_batch.sums
 
     def _by_autograd(
         self, call: CountedCall, routed: RouterCall, factor: Tensor | float

@@ -91,6 +91,11 @@ class Layout:
         return self._ones[device]
 
 
+def _address(value: Tensor) -> int:
+    """Of its memory; different for all tensors that are alive. Empty ones have none, and a number of their own."""
+    return value.untyped_storage().data_ptr() or id(value)
+
+
 class Statistics:
     """The statistics of balancers, by (layer, number of the balancer).
 
@@ -100,10 +105,12 @@ class Statistics:
     def __init__(self, gathered: Sequence[bool]):
         self.gathered = gathered
         self.values: dict[tuple[int, int], Tensor] = {}
+        self._held: set[int] = set()  # the addresses of the values
 
     def add(self, layer: int, balancer: int, value: Tensor) -> None:
-        with outside_inference_mode():  # a copy: the balancer may change its tensor later
-            self._put(layer, balancer, value.clone(memory_format=torch.contiguous_format))
+        """Takes ``value`` over, and adds to it later."""
+        with outside_inference_mode():
+            self._put(layer, balancer, value.clone() if value.is_inference() else value.contiguous())
 
     def merge(self, other: "Statistics") -> None:
         """Takes over what ``other`` holds."""
@@ -115,13 +122,20 @@ class Statistics:
         self.values = other.values | self.values
 
     def _put(self, layer: int, balancer: int, value: Tensor) -> None:
+        if _address(value) in self._held:
+            raise EquipoiseError(
+                "a balancer's statistic() must return a new tensor each time: it returned one, or a view of one, that "
+                "it had returned for an earlier call. Return a clone."
+            )
         before = self.values.get((layer, balancer))
-        if before is None:
-            self.values[layer, balancer] = value
-        elif self.gathered[balancer]:
-            self.values[layer, balancer] = torch.cat([before, value])
-        else:
+        if before is not None and not self.gathered[balancer]:
             before.add_(value)
+            return
+        if before is not None:
+            self._held.remove(_address(before))
+            value = torch.cat([before, value])
+        self.values[layer, balancer] = value
+        self._held.add(_address(value))
 
     def of(self, layers: Sequence[int], balancer: int) -> list[Tensor] | None:
         """One balancer's statistics of these layers; None if it has none."""

@@ -59,10 +59,10 @@ class LossSums:
     def __init__(self, groups: Sequence[LayerGroup], group_of: dict[int, tuple[LayerGroup, int]]):
         self.groups, self.group_of = groups, group_of
         self.dtype = torch.float32  # of the scores, or wider
-        self._masses: dict[tuple[int, bool], Tensor] = {}  # by layer: [experts]
+        self._masses: dict[tuple[int, bool], Tensor] = {}  # by layer: [parts, experts]
         self._sequence_calls: list[CountedCall] = []  # whose loads by sequence are kept
         self._sequence_masses: dict[int, Masses] = {}  # by number of the call: [sequences, experts]
-        self._others: dict[tuple[int, int], Tensor] = {}  # by number of the balancer, and layer: summed over tokens
+        self._others: dict[tuple[int, int], Tensor] = {}  # by number of the balancer, and layer: [parts], over tokens
         self._values: Tensor | None = None
         self._slopes: _Slopes | None = None
 
@@ -72,26 +72,52 @@ class LossSums:
         """Adds a call. ``load_of_call`` gives a loss without slopes the counts known now."""
         group, _ = self.group_of[call.layer]
         self.dtype = torch.promote_types(self.dtype, routing.scores.dtype)
-        by_sequence: Masses = {}
-        for normalise in group.masses:
-            p = routing.scores
-            if normalise and not group.is_softmax:
-                p = p / _total(p)
-            if call.mask is not None:
-                p = p.masked_fill(call.mask.masked, 0)  # nan too
-            if normalise in group.pooled_masses:
-                key, mass = (call.layer, normalise), p.sum(0)
-                self._masses[key] = self._masses[key] + mass if key in self._masses else mass
-            if normalise in group.sequence_masses:
-                by_sequence[normalise] = p
-        if by_sequence:
-            self._add_sequences(call, routing, by_sequence)
+        if group.takes_kernels(routing.scores):
+            self._add_by_kernels(call, routing, group)
+        else:
+            self._add_masses(call, routing, group)
         for number, balancer in enumerate(group.losses):
             if not balancer.has_slopes:
                 value = balancer.loss(routing, load_of_call(balancer))
                 assert value is not None  # a balancer in ``losses`` has one
                 self.dtype = torch.promote_types(self.dtype, value.dtype)
                 self._add(number, call.layer, value.to(widest_float(value.device)) * call.num_tokens)
+
+    def _add_masses(self, call: CountedCall, routing: Routing, group: LayerGroup) -> None:
+        by_sequence: Masses = {}
+        for normalise in group.masses:
+            p = routing.scores
+            if group.divides(normalise):
+                p = p / _total(p)
+            if call.mask is not None:
+                p = p.masked_fill(call.mask.masked, 0)  # nan too
+            if normalise in group.pooled_masses:
+                self._add_mass(call.layer, normalise, p.sum(0, keepdim=True))
+            if normalise in group.sequence_masses:
+                by_sequence[normalise] = p
+        if by_sequence:
+            self._add_sequences(call, routing, by_sequence)
+
+    def _add_by_kernels(self, call: CountedCall, routing: Routing, group: LayerGroup) -> None:
+        from equipoise import kernels
+
+        scores, counts = routing.scores, None if call.mask is None else call.mask.counts
+        for normalise in group.pooled_masses:
+            self._add_mass(call.layer, normalise, kernels.masses(scores, counts, group.divides(normalise)))
+        for normalise in group.sequence_masses:
+            load = call.sequence_load
+            if load is None or call.sequences is None:
+                load = call.load_by_sequence(routing)  # raises
+            assert call.sequences is not None
+            value = kernels.values_in_sequences(scores, counts, call.sequences.ids, load, group.divides(normalise))
+            for number, balancer in enumerate(group.losses):
+                if balancer in group.with_slopes(normalise, in_sequences=True):
+                    self._add(number, call.layer, value)
+        call.sequence_load = None  # too large to be kept
+
+    def _add_mass(self, layer: int, normalise: bool, mass: Float[Tensor, "parts experts"]) -> None:
+        key = layer, normalise
+        self._masses[key] = torch.cat([self._masses[key], mass]) if key in self._masses else mass
 
     def _add_sequences(self, call: CountedCall, routing: Routing, p: Masses) -> None:
         load = call.load_by_sequence(routing)
@@ -114,8 +140,8 @@ class LossSums:
                     self._add(number, layer, value)
 
     def _add(self, number: int, layer: int, value: Tensor) -> None:
-        key = number, layer
-        self._others[key] = self._others[key] + value if key in self._others else value
+        key, parts = (number, layer), value.reshape(-1)
+        self._others[key] = torch.cat([self._others[key], parts]) if key in self._others else parts
 
     # ---- values ----
 
@@ -133,16 +159,16 @@ class LossSums:
 
     def _values_of(self, group: LayerGroup, counts: Counts) -> Float[Tensor, "losses layers"]:
         num_tokens = group.num_tokens(counts.own)
-        zero = num_tokens.new_zeros(())
+        zero = num_tokens.new_zeros(1)
         values = []
         for number, balancer in enumerate(group.losses):
             if balancer.has_slopes and balancer.scope != "sequence":
                 slopes = _slopes(balancer, counts.over_scope(balancer, group))
-                no_mass = torch.zeros_like(slopes[0], dtype=self.dtype)
+                no_mass = torch.zeros_like(slopes[:1], dtype=self.dtype)
                 masses = [self._masses.get((layer, balancer.normalise), no_mass) for layer in group.layers]
-                values.append((slopes * torch.stack(masses)).sum(-1))
+                values.append((slopes * _sum_parts(masses)).sum(-1))
             else:
-                values.append(torch.stack([self._others.get((number, layer), zero) for layer in group.layers]))
+                values.append(_sum_parts([self._others.get((number, layer), zero) for layer in group.layers]))
         return torch.stack(values) / num_tokens
 
     def loads_by_sequence(self) -> list[tuple[LayerGroup, list[CountedCall], Tensor]]:
@@ -168,23 +194,66 @@ class LossSums:
     def gradient(
         self, call: CountedCall, routing: Routing, factor: Tensor | float, counts: Counts
     ) -> Float[Tensor, "*tokens experts"] | None:
-        """The gradient at the scores of a call of ``factor`` times the losses with slopes; None if there are none.
-
-        The slopes of all layers are made once, and again when the factor or the pooled counts have changed.
-        """
-        if self._slopes is None or not self._slopes.are_of(factor, counts):
-            self._slopes = _Slopes(self, factor, counts)
+        """The gradient at the scores of a call of ``factor`` times the losses with slopes; None if there are none."""
         group, _ = self.group_of[call.layer]
+        slopes = self._slopes_of(factor, counts)
         gradient: Tensor | None = None
+        if group.takes_kernels(routing.scores):
+            return self._gradient_by_kernels(call, routing, group, slopes)
         for normalise in group.masses:
-            slope = self._slopes.of(call, routing, group, normalise)
-            part = _at_scores(slope, routing.scores) if normalise and not group.is_softmax else slope
+            slope = slopes.of(call, routing, group, normalise)
+            part = _at_scores(slope, routing.scores) if group.divides(normalise) else slope
             gradient = part if gradient is None else gradient + part
         if gradient is None or call.mask is None:
             return gradient
         if gradient.dim() == 1:
             return call.mask.numbers[:, None] * gradient
         return gradient.masked_fill(call.mask.masked, 0)
+
+    def add_gradient(
+        self,
+        call: CountedCall,
+        routing: Routing,
+        factor: Tensor | float,
+        counts: Counts,
+        onto: Float[Tensor, "tokens experts"],
+    ) -> Float[Tensor, "tokens experts"]:
+        """The same, added to ``onto``."""
+        group, _ = self.group_of[call.layer]
+        if group.takes_kernels(routing.scores):
+            added = self._gradient_by_kernels(call, routing, group, self._slopes_of(factor, counts), onto)
+            return onto if added is None else added
+        gradient = self.gradient(call, routing, factor, counts)
+        return onto if gradient is None else onto + gradient
+
+    def _gradient_by_kernels(
+        self, call: CountedCall, routing: Routing, group: LayerGroup, slopes: "_Slopes", onto: Tensor | None = None
+    ) -> Float[Tensor, "tokens experts"] | None:
+        from equipoise import kernels
+
+        counts = None if call.mask is None else call.mask.counts
+        ids = None if call.sequences is None else call.sequences.ids
+        load = call.count_by_kernel(routing.expert_ids, routing.scores.shape[-1]) if group.sequence_masses else None
+        for normalise in group.masses:
+            key = call.layer, normalise
+            in_sequences = normalise in group.sequence_masses
+            onto = kernels.score_gradient(
+                routing.scores,
+                counts,
+                group.divides(normalise),
+                slopes=slopes.of_layer.get(key),
+                sequence_ids=ids if in_sequences else None,
+                by_sequence=load if in_sequences else None,
+                scale=slopes.in_sequences.get(key),
+                onto=onto,
+            )
+        return onto
+
+    def _slopes_of(self, factor: Tensor | float, counts: Counts) -> "_Slopes":
+        """Those of all layers. They are made once, and again when the factor or the pooled counts have changed."""
+        if self._slopes is None or not self._slopes.are_of(factor, counts):
+            self._slopes = _Slopes(self, factor, counts)
+        return self._slopes
 
 
 class _Slopes:
@@ -195,6 +264,7 @@ class _Slopes:
         self.by_token: dict[int, Tensor] = {}  # by layer: factor / N
         self.of_layer: dict[tuple[int, bool], Tensor] = {}  # [experts]
         self.of_call: dict[tuple[int, bool], Tensor] = {}  # by number: [sequences, experts]
+        self.in_sequences: dict[tuple[int, bool], Tensor] = {}  # by layer: what kernels multiply ``E f_e`` by
         for group in sums.groups:
             by_token = (factor / group.num_tokens(counts.own))[:, None]
             self.by_token.update(zip(group.layers, by_token.unbind(), strict=True))
@@ -203,6 +273,10 @@ class _Slopes:
                 slopes = [_slopes(b, counts.over_scope(b, group)) * b.coefficient for b in losses]
                 rows = (_sum(slopes) * by_token).to(self.dtype).unbind()
                 self.of_layer.update(((layer, normalise), row) for layer, row in zip(group.layers, rows, strict=True))
+            for normalise in group.sequence_masses if group.fused else ():
+                coefficient = sum(b.coefficient for b in group.with_slopes(normalise, in_sequences=True))
+                scales = (by_token[:, 0] * coefficient).unbind()
+                self.in_sequences.update(((n, normalise), scale) for n, scale in zip(group.layers, scales, strict=True))
         for group, calls, loads in sums.loads_by_sequence():
             by_token = torch.stack([self.by_token[call.layer] for call in calls])[..., None]
             for normalise in group.sequence_masses:
@@ -234,6 +308,14 @@ def _slopes(balancer: Balancer, load: Tensor) -> Tensor:
     slopes = balancer.slopes(load)
     assert slopes is not None  # the balancer has slopes
     return slopes
+
+
+def _sum_parts(values: list[Tensor]) -> Tensor:
+    """The sum of each over its first dimension, stacked."""
+    if any(value.shape != values[0].shape for value in values):
+        return torch.stack([value.sum(0) for value in values])
+    stacked = torch.stack(values)
+    return stacked.squeeze(1) if stacked.shape[1] == 1 else stacked.sum(1)
 
 
 def _sum(values: list[Tensor]) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from equipoise.balancers import Balancer
 from equipoise.counting.biases import Biases
 from equipoise.counting.gradient import Losses
-from equipoise.counting.layout import Layout
+from equipoise.counting.layout import Layout, check_no_capture
 from equipoise.counting.masks import Tokens
 from equipoise.counting.pool import Pool
 from equipoise.counting.window import CountedCall, MicroBatch, Window
@@ -59,10 +59,11 @@ class Recorder:
         balancers: Sequence[Balancer],
         pool: Pool,
         start: dict[str, Tensor],
+        fused: bool = False,
     ):
         self.layers = layers
         self.layout = Layout([layer.num_experts for layer in layers], [layer.k for layer in layers])
-        self.biases = Biases(layers, balancers, start, self.layout)
+        self.biases = Biases(layers, balancers, start, self.layout, fused)
         losses = [balancer for balancer in balancers if balancer.has_loss]
         pools_each = any(b.scope == "global_batch" and b.pooling == "window" for b in losses)
         self.window = Window(self.layout, pool, bool(losses), pools_each, self.biases)
@@ -158,8 +159,10 @@ class Recorder:
     def gradient(self, call: RouterCall, call_id: int) -> Float[Tensor, "tokens experts"]:
         return self.losses.gradient(call, call_id)
 
-    def score_gradient(self, call: RouterCall, call_id: int) -> Float[Tensor, "*tokens experts"] | None:
-        return self.losses.score_gradient(call, call_id)
+    def add_score_gradient(
+        self, call: RouterCall, call_id: int, onto: Float[Tensor, "tokens experts"]
+    ) -> Float[Tensor, "tokens experts"]:
+        return self.losses.add_score_gradient(call, call_id, onto)
 
     def note_detached_logits(self, layer: int) -> None:
         self.detached_layers.add(layer)
@@ -301,8 +304,13 @@ class Recorder:
     def _add(self, call: RouterCall, counted: CountedCall) -> None:
         """Adds a call, its statistics and its losses to its micro-batch."""
         layer, micro_batch, expert_ids = call.layer, counted.micro_batch, call.expert_ids
-        self.layout.count(micro_batch.vector, layer, expert_ids, counted.mask)
         group, row = self.biases.group_of[layer]
+        if counted.sequences is not None and group.takes_kernels(expert_ids):
+            check_no_capture(expert_ids.device)
+            load = self.layout.load(micro_batch.vector, layer)
+            counted.sequence_load = counted.count_by_kernel(expert_ids, len(load), load)
+        else:
+            self.layout.count(micro_batch.vector, layer, expert_ids, counted.mask)
         if self.losses.number or group.has_statistics:
             routing = self.losses.routing(counted, call)
             for number, balancer in enumerate(group.balancers):

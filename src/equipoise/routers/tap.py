@@ -72,7 +72,7 @@ class Observer(Protocol):
 
     def observe(self, call: RouterCall) -> int: ...  # counts it; gives its id, which its backward brings back
     def gradient(self, call: RouterCall, call_id: int) -> Float[Tensor, "tokens experts"]: ...  # of the losses
-    def score_gradient(self, call: RouterCall, call_id: int) -> Tensor | None: ...  # at the scores, to be broadcast
+    def add_score_gradient(self, call: RouterCall, call_id: int, onto: Tensor) -> Tensor: ...  # of the losses
     def note_detached_logits(self, layer: int) -> None: ...  # no loss reaches the router through them
     def restore_bias(self, layer: int) -> None: ...  # the slot was cast or moved: write the bias into it again
     def adopt_bias(self, layer: int) -> None: ...  # a checkpoint was loaded into the slot: take over what it holds
@@ -114,8 +114,8 @@ class Tap:
             return torch.zeros_like(call.logits)
         return self.observer.gradient(call, call_id)
 
-    def score_gradient(self, call: RouterCall, call_id: int) -> Tensor | None:
-        return None if self.observer is None else self.observer.score_gradient(call, call_id)
+    def add_score_gradient(self, call: RouterCall, call_id: int, onto: Tensor) -> Tensor:
+        return onto if self.observer is None else self.observer.add_score_gradient(call, call_id, onto)
 
 
 _KEYS = itertools.count()
@@ -223,8 +223,7 @@ class _AtScores:
         by_token = gradient.reshape(-1, gradient.shape[-1])
         scores = saved_scores(running_node(), by_token)
         call = RouterCall(self.tap.layer, scores, self.expert_ids, scores, scores=scores)
-        added = self.tap.score_gradient(call, self.call_id)
-        return gradients if added is None else ((by_token + added).reshape(gradient.shape),)
+        return (self.tap.add_score_gradient(call, self.call_id, by_token).reshape(gradient.shape),)
 
 
 @cache

@@ -113,7 +113,7 @@ def test_a_forward_stopped_by_a_keyboard_interrupt_can_be_retried():
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("strategy", ["loss-free", "lbl"])
+@pytest.mark.parametrize("strategy", ["loss-free", "lbl", "z"])
 def test_a_model_may_write_into_the_weights_of_a_router(strategy, compiled):
     class Scaled(nn.Module):
         def __init__(self):

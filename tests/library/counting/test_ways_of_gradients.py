@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import equipoise
-from equipoise import LoadBalancingLoss
+from equipoise import LoadBalancingLoss, kernels
 from equipoise.balancers import Balancer, ZLoss
 from equipoise.load import expert_load
 from equipoise.nn import Router
@@ -86,19 +86,21 @@ def _gradients(model):
 @pytest.mark.parametrize(
     ("scope", "packed"), [("sequence", False), ("sequence", True), ("micro_batch", False), ("global_batch", False)]
 )
-def test_every_way_equals_autograd_through_the_definition(way, score_function, normalise, masked, scope, packed):
+@pytest.mark.parametrize("fused", [False, True])
+def test_every_way_equals_autograd_through_the_definition(way, score_function, normalise, masked, scope, packed, fused):
     model, hidden = _Model(score_function), _hidden()
     loss = LoadBalancingLoss(coefficient=COEFFICIENT, scope=scope, normalise=normalise)
     mask = MASK if masked else None
     expected = _expected(model, hidden, loss, mask, PACKED_NUMBERS if packed else ROW_NUMBERS)
-    balance = equipoise.attach(model, loss)
+    balance = equipoise.attach(model, loss, fused=fused)
     if packed:
         balance.token_mask(mask, PACKED)
-    with WAYS[way]():
+    with WAYS[way](), mock.patch.object(kernels, "_launch", wraps=kernels._launch) as launched:
         total = model(hidden, attention_mask=mask)
         (total + balance.loss()).backward()
     for found, wanted in zip(_gradients(model), expected, strict=True):
         assert_close(found, wanted, rtol=1e-9, atol=1e-12)
+    assert launched.called == fused
 
 
 def _way_taken(model, hidden, context=nullcontext):

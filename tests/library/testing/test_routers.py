@@ -433,9 +433,13 @@ def _counts_padding(patch):
 
 
 def _twice_the_gradient(patch):
-    for name in ("gradient", "score_gradient"):
-        gradient = getattr(Recorder, name)
-        patch.setattr(Recorder, name, lambda self, *args, gradient=gradient: 2 * gradient(self, *args))
+    gradient, add_score_gradient = Recorder.gradient, Recorder.add_score_gradient
+    patch.setattr(Recorder, "gradient", lambda self, *args: 2 * gradient(self, *args))
+
+    def add_twice(self, call, call_id, onto):
+        return 2 * add_score_gradient(self, call, call_id, onto) - onto
+
+    patch.setattr(Recorder, "add_score_gradient", add_twice)
 
 
 def _ignores_the_factor(patch):
