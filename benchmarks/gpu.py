@@ -166,7 +166,8 @@ def run_all(
 
 
 def facts(setting: Setting) -> dict[str, Any]:
-    command = "make gpu" if setting.has_gpu and not setting.small else "python benchmarks/gpu.py"
+    options = f" --device {setting.device.type}{' --small' if setting.small else ''}"
+    command = "make gpu" if setting.has_gpu and not setting.small else f"python benchmarks/gpu.py{options}"
     result = run_facts(command, "transformers") | {"device": setting.device.type, "small": setting.small}
     if setting.has_gpu:
         properties = torch.cuda.get_device_properties(0)

@@ -70,6 +70,19 @@ def test_a_part_that_fails_loses_no_other():
     assert "Failed: Two." in page and "broken on purpose" in page
 
 
+def test_a_row_that_fails_fails_its_part_and_says_where():
+    def rows(setting):
+        yield make_row("right", dict)
+        yield make_row("wrong", lambda: gpu_exactness.check_at_most("an error", 2, 1))
+        yield make_row("not here", lambda: gpu_graphs.require_gpu(setting))
+
+    (part,) = gpu.run_all(SETTING, lambda r: None, [_part("one", rows)], gpu.run_in_process)["parts"]
+    assert [row["status"] for row in part["rows"]] == [OK, FAILED, NOT_RUN]
+    assert part["status"] == FAILED
+    assert "1 of 3 rows failed. First, wrong: AssertionError: an error must be at most 1: got 2" in part["message"]
+    assert "benchmarks/gpu_exactness.py, line" in part["message"]
+
+
 def test_no_part_begins_when_no_time_is_left():
     result = gpu.run_all(SETTING, lambda r: None, [_part("one", _good)], gpu.run_in_process, limit=0.5)
     assert result["parts"][0]["status"] == NOT_RUN and "no time was left" in result["parts"][0]["message"]
@@ -126,7 +139,8 @@ def test_a_wrong_count_fails_every_part_that_counts(monkeypatch):
     wrong = _failures(strategies)
     assert len(wrong) == len(strategies) and all("the load of routers." in message for message in wrong.values())
     ways = list(gpu_exactness.ways(SETTING))
-    assert len(_failures(ways)) == len(ways)
+    wrong = _failures(ways)
+    assert len(wrong) == len(ways) and all("a token was counted twice" in message for message in wrong.values())
     pooled = list(gpu_graphs.pooled_counts(SETTING))
     assert len(_failures(pooled)) == len(pooled)
 
