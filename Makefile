@@ -1,6 +1,7 @@
 # make install   a virtual environment in .venv with the tested set of constraints.txt
 # make demo      the main job on the packaged corpus: table on the terminal, page in runs/demo/report.html
 # make bench     measures what balancing costs and how fast the lab is: benchmarks/results and docs/speed.md
+# make gpu       what a GPU alone can show, in eight minutes on a machine with one: benchmarks/results and docs/gpu.md
 # make test      everything that CI runs
 # make mutants   breaks the source on purpose, one known defect at a time; the tests must notice every break
 # make random-mutants   200 random breaks of the core, each run against the tests that reach its line; runs/random_mutants
@@ -12,7 +13,7 @@ DEMO ?= runs/demo
 TORCH ?=
 CONSTRAINTS := $(if $(TORCH),$(VENV)/constraints.txt,constraints.txt)
 
-.PHONY: install demo bench test mutants random-mutants clean
+.PHONY: install demo bench gpu test mutants random-mutants clean
 
 install: $(VENV)/.installed
 
@@ -29,6 +30,9 @@ demo: install
 
 bench: install
 	for name in overhead operations experts trainer attach audit speed; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+
+gpu: install
+	$(BIN)/python benchmarks/gpu.py
 
 test: install
 	$(BIN)/ruff format --check .

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from paired import in_turn, ratio, run_facts
+from paired import in_turn, ratio, run_facts, stopwatch
 from torch import nn
 from transformers import AutoConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
@@ -37,6 +37,7 @@ SHAPES = ((256, 256, 16, 2, 4096), (256, 128, 64, 6, 4096), (512, 512, 32, 4, 20
 WAYS = ("eager", "batched_mm", "grouped_mm")
 LIMIT = 0.9
 WARM_UP = 2
+CPU = torch.device("cpu")
 MOST_BYTES = 3e9  # batched_mm gathers the weights of every assignment
 
 
@@ -69,7 +70,9 @@ def stock(way: str, dim: int, hidden: int, experts: int, k: int) -> nn.Module:
     return block
 
 
-def layers(dim: int, hidden: int, experts: int, k: int, tokens: int, dtype: torch.dtype) -> dict[str, nn.Module]:
+def layers(
+    dim: int, hidden: int, experts: int, k: int, tokens: int, dtype: torch.dtype, device: torch.device = CPU
+) -> dict[str, nn.Module]:
     torch.manual_seed(0)
     ours = MoE(dim, hidden, experts, k, score_function="softmax")
     by_name: dict[str, nn.Module] = {"ours": ours, "dense": Dense(dim, k * hidden)}
@@ -78,7 +81,7 @@ def layers(dim: int, hidden: int, experts: int, k: int, tokens: int, dtype: torc
             continue  # does not fit; if it does, it is the slowest way
         by_name[way] = stock(way, dim, hidden, experts, k)
         by_name[way].gate.weight.data.copy_(ours.router.weight.data)
-    return {name: layer.to(dtype) for name, layer in by_name.items()}
+    return {name: layer.to(device, dtype) for name, layer in by_name.items()}
 
 
 def step(layer: nn.Module, inputs: Sequence[torch.Tensor], gradient: torch.Tensor) -> Callable[[], None]:
@@ -96,12 +99,15 @@ def step(layer: nn.Module, inputs: Sequence[torch.Tensor], gradient: torch.Tenso
     return call
 
 
-def measure(shape: tuple[int, int, int, int, int], dtype: torch.dtype, rounds: int) -> dict[str, Any]:
+def measure(
+    shape: tuple[int, int, int, int, int], dtype: torch.dtype, rounds: int, device: torch.device = CPU
+) -> dict[str, Any]:
     dim, hidden, experts, k, tokens = shape
-    inputs = [torch.randn(1, tokens, dim, dtype=dtype, requires_grad=True) for _ in range(WARM_UP + rounds)]
-    gradient = torch.randn(1, tokens, dim, dtype=dtype)
-    calls = {name: step(layer, inputs, gradient) for name, layer in layers(*shape, dtype).items()}
-    seconds = in_turn(calls, rounds, WARM_UP)
+    place = dict(dtype=dtype, device=device)
+    inputs = [torch.randn(1, tokens, dim, **place, requires_grad=True) for _ in range(WARM_UP + rounds)]
+    gradient = torch.randn(1, tokens, dim, **place)
+    calls = {name: step(layer, inputs, gradient) for name, layer in layers(*shape, dtype, device).items()}
+    seconds = in_turn(calls, rounds, WARM_UP, seconds_of=stopwatch(device))
     milliseconds = {name: 1000 * sorted(values)[len(values) // 2] for name, values in seconds.items()}
     best = min((name for name in seconds if name in WAYS), key=lambda name: milliseconds[name])
     return {

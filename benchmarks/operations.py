@@ -120,22 +120,22 @@ def _counting() -> Iterator[list[Counted]]:
 class Routers(nn.Module):
     """Routers that see the same tokens. Its output depends on all of their weights."""
 
-    def __init__(self, layers: int, score_function: ScoreFunction):
+    def __init__(self, layers: int, score_function: ScoreFunction, dim: int = DIM, experts: int = EXPERTS, k: int = K):
         super().__init__()
-        self.routers = nn.ModuleList(Router(DIM, EXPERTS, K, score_function=score_function) for _ in range(layers))
+        self.routers = nn.ModuleList(Router(dim, experts, k, score_function=score_function) for _ in range(layers))
 
     def forward(self, inputs_embeds: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         return torch.stack([router(inputs_embeds)[1].sum() for router in self.routers]).sum()
 
 
-def attach(model: Routers, strategy: str, fused: bool) -> Balance:
+def attach(model: Routers, strategy: str, fused: bool = False, pool: Pool | None = None) -> Balance:
     """As ``equipoise.attach``, without the proof, which needs numbers."""
     layers = [
-        MoELayer(str(index), router, router.router_kind, EXPERTS, K, Slot(router, SLOT))
+        MoELayer(str(index), router, router.router_kind, router.num_experts, router.k, Slot(router, SLOT))
         for index, router in enumerate(model.routers)
     ]
-    start = {layer.name: torch.zeros(EXPERTS, device=DEVICE) for layer in layers}
-    return Balance(model, layers, parse_strategy(strategy), Pool(None), start, fused)
+    start = {layer.name: torch.zeros(layer.num_experts, device=layer.device) for layer in layers}
+    return Balance(model, layers, parse_strategy(strategy), Pool(None) if pool is None else pool, start, fused)
 
 
 @cache

@@ -15,7 +15,29 @@ from typing import Any
 import torch
 from scipy import stats
 
-__all__ = ["in_turn", "ratio", "run_facts"]
+__all__ = ["in_turn", "ratio", "run_facts", "stopwatch"]
+
+
+def wall_seconds(call: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def cuda_seconds(call: Callable[[], Any]) -> float:
+    """By CUDA events, on an idle device: from when the call begins until the device has done all of it."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1000
+
+
+def stopwatch(device: torch.device) -> Callable[[Callable[[], Any]], float]:
+    """What times a call whose work is done on this device."""
+    return cuda_seconds if device.type == "cuda" else wall_seconds
 
 
 def in_turn(
@@ -23,18 +45,17 @@ def in_turn(
     rounds: int,
     warm_up: int = 2,
     between: Callable[[], Any] = lambda: None,
+    seconds_of: Callable[[Callable[[], Any]], float] = wall_seconds,
 ) -> dict[str, list[float]]:
     """Seconds of each call, without the first ``warm_up`` rounds. Every other round runs in reverse order.
 
-    ``between`` is called after each call and is not timed.
+    ``between`` is called after each call and is not timed. ``seconds_of`` makes a call and times it.
     """
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for round_number in range(warm_up + rounds):
         order = list(candidates.items())
         for name, call in reversed(order) if round_number % 2 else order:
-            started = time.perf_counter()
-            call()
-            seconds[name].append(time.perf_counter() - started)
+            seconds[name].append(seconds_of(call))
             between()
     return {name: values[warm_up:] for name, values in seconds.items()}
 

@@ -671,8 +671,7 @@ def page(stored: dict[str, dict[str, Any]]) -> str:
         "Candidates that are compared run in turn, so other work on the machine affects them alike. A ratio is the "
         "median of the ratios of neighbouring runs. In brackets, unless stated otherwise, is the 95 % interval of "
         "order statistics, or the extremes if there are too few rounds for that. Everything was measured on CPUs. "
-        "Nothing here "
-        "says how it is on a GPU.",
+        "Nothing here says how it is on a GPU: [gpu.md](gpu.md) says what has been seen on one.",
         "",
         "## Targets",
         "",

@@ -6,6 +6,7 @@ the parameters.
 """
 
 import itertools
+from functools import cache
 from typing import NamedTuple
 
 import reference
@@ -24,6 +25,11 @@ BIASES = {
 }
 MODES = ("eager", "non_reentrant", "reentrant", "compile", "compile_over_checkpoint", "checkpoint_over_compile")
 NUM_MICRO_BATCHES = 3
+CPU = torch.device("cpu")
+# of the norm over all parameters; float32 rounds to 6e-8, and in bfloat16 both round at the same place
+TOLERANCE = 5e-7
+# atomic additions come in any order, which may change how a few numbers are rounded
+TOLERANCE_ON_ACCELERATORS = {"float32": 5e-6, "bfloat16": 2e-3}
 
 
 class Cell(NamedTuple):
@@ -83,15 +89,18 @@ def plain_forward(
         logits = F.linear(hidden, router.weight)
         wide = logits.float()
         scores = wide.softmax(-1)
-    ids = (scores + bias).topk(K, -1, sorted=score_function != "sigmoid").indices
+    ids = (scores + bias.to(scores.device)).topk(K, -1, sorted=score_function != "sigmoid").indices
     weights = scores.gather(-1, ids)
     weights = weights / (weights.sum(-1, keepdim=True) + (1e-20 if score_function == "sigmoid" else 0))
     return logits, weights.to(logits.dtype), ids, wide
 
 
-def exact(dtype: str, order: str, num_ranks: int, at_scores: bool) -> tuple[dict[str, Tensor], list[list[int]]]:
+@cache
+def exact(
+    dtype: str, order: str, num_ranks: int, at_scores: bool, device: torch.device = CPU
+) -> tuple[dict[str, Tensor], list[list[int]]]:
     """Parameter gradients, averaged over ranks, and counts by layer."""
-    model = tiny_lm()
+    model = tiny_lm().to(device)
     outputs: list[tuple[Tensor, Tensor]] = []
     for block, score_function, bias in zip(model.blocks, ("sigmoid", "softmax"), BIASES.values(), strict=True):
 
@@ -105,8 +114,8 @@ def exact(dtype: str, order: str, num_ranks: int, at_scores: bool) -> tuple[dict
     for rank in range(num_ranks):
         for number, micro in enumerate(micro_batches(rank)):
             outputs.clear()
-            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
-                loss = model(*micro)
+            with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+                loss = model(*(tensor.to(device) for tensor in micro))
             passes.append((number, loss, micro.attention_mask.flatten().tolist(), list(outputs)))
     counts = [
         [reference.load(layers[layer][1].tolist(), EXPERTS, mask) for _, _, mask, layers in passes] for layer in (0, 1)
@@ -114,7 +123,7 @@ def exact(dtype: str, order: str, num_ranks: int, at_scores: bool) -> tuple[dict
     roots, gradients = [], []
     for index, (number, loss, mask, layers) in enumerate(passes):
         roots.append(loss)
-        gradients.append(torch.tensor(1.0 / NUM_MICRO_BATCHES / num_ranks))
+        gradients.append(torch.tensor(1.0 / NUM_MICRO_BATCHES / num_ranks, device=device))
         for layer, (logits, ids) in enumerate(layers):
             score_function = ("sigmoid", "softmax")[layer]
             rows = logits.double().tolist()
@@ -132,7 +141,7 @@ def exact(dtype: str, order: str, num_ranks: int, at_scores: bool) -> tuple[dict
             }
             total = sum(COEFFICIENTS[scope] * torch.tensor(part, dtype=torch.float64) for scope, part in parts.items())
             roots.append(logits)
-            gradients.append((total / NUM_MICRO_BATCHES / num_ranks).to(logits.dtype))
+            gradients.append((total / NUM_MICRO_BATCHES / num_ranks).to(device, logits.dtype))
     torch.autograd.backward(roots, gradients)
     parameter_gradients = {
         name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None
@@ -146,7 +155,7 @@ class Outcome(NamedTuple):
     biases: list[Tensor]
 
 
-def prepare(cell: Cell) -> tuple[nn.Module, TinyLM, equipoise.Balance]:
+def prepare(cell: Cell, device: torch.device = CPU) -> tuple[nn.Module, TinyLM, equipoise.Balance]:
     """The attached model of a cell, wrapped and compiled. Cells with the same mode, dtype and wrapper may share it."""
     checkpointing = {
         "non_reentrant": "non_reentrant",
@@ -154,7 +163,7 @@ def prepare(cell: Cell) -> tuple[nn.Module, TinyLM, equipoise.Balance]:
         "compile_over_checkpoint": "non_reentrant",
         "checkpoint_over_compile": "non_reentrant",
     }.get(cell.mode)
-    inner = tiny_lm(checkpointing)
+    inner = tiny_lm(checkpointing).to(device)
     model: nn.Module = inner
     if cell.mode == "checkpoint_over_compile":
         for block in inner.blocks:
@@ -186,10 +195,10 @@ def run(cell: Cell, prepared: tuple[nn.Module, TinyLM, equipoise.Balance], rank:
     model, inner, balance = prepared
     inner.zero_grad()
     balance.load_state_dict({"num_windows": 0, "biases": BIASES})
-    losses = []
+    losses, device = [], inner.embed.weight.device
     for micro in micro_batches(rank):
-        with torch.autocast("cpu", torch.bfloat16, enabled=cell.dtype == "bfloat16"):
-            loss = model(*micro)
+        with torch.autocast(device.type, torch.bfloat16, enabled=cell.dtype == "bfloat16"):
+            loss = model(*(tensor.to(device) for tensor in micro))
         loss = (loss + balance.loss()) / NUM_MICRO_BATCHES * cell.scale
         if cell.order == "plain":
             loss.backward()
@@ -216,6 +225,29 @@ def error(outcome: Outcome, expected: dict[str, Tensor]) -> float:
     distance = sum(float((gradient - expected_gradient).square().sum()) for gradient, expected_gradient in pairs)
     size = sum(float(expected_gradient.square().sum()) for _, expected_gradient in pairs)
     return (distance / size) ** 0.5
+
+
+def expected_biases(counts: list[list[int]]) -> list[Tensor]:
+    """By the sign rule for the sigmoid layer, the proportional rule for the softmax layer; rate 1e-2, centred."""
+    biases = []
+    for name, layer, rule in zip(BIASES, counts, (reference.sign_rule, reference.proportional_rule), strict=True):
+        biases.append(torch.tensor(rule(BIASES[name].tolist(), layer, 1e-2, True)))
+    return biases
+
+
+def check(cell: Cell, outcome: Outcome, num_ranks: int, device: torch.device = CPU) -> float:
+    """Raises ``AssertionError`` if a cell does not give the exact counts, gradients and biases.
+
+    Returns the error of its gradients.
+    """
+    gradients, counts = exact(cell.dtype, cell.order, num_ranks, keeps_scores(cell.mode), device)
+    assert outcome.counts == counts, "a token was counted twice, not at all, or on the wrong rank"
+    distance = error(outcome, gradients)
+    tolerance = TOLERANCE if device.type == "cpu" else TOLERANCE_ON_ACCELERATORS[cell.dtype]
+    assert distance < tolerance, f"relative distance of the gradients {distance:.2g}, at most {tolerance}"
+    for bias, expected in zip(outcome.biases, expected_biases(counts), strict=True):
+        torch.testing.assert_close(bias.cpu(), expected, rtol=0, atol=1e-6)  # float32 sums of six terms
+    return distance
 
 
 def run_cells(rank: int, wrapper: str) -> dict[Cell, Outcome]:

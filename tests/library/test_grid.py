@@ -18,36 +18,11 @@ from equipoise.counting.gradient import Losses
 from equipoise.counting.window import Window
 from equipoise.routers import tap
 
-# of the norm over all parameters; float32 rounds to 6e-8, and in bfloat16 both round at the same place
-TOLERANCE = 5e-7
-
-
-@cache
-def _exact(dtype, order, num_ranks, at_scores=False):
-    return grid.exact(dtype, order, num_ranks, at_scores)
-
 
 @cache
 def _prepared(mode, dtype):
     torch._dynamo.reset()
     return grid.prepare(grid.Cell(mode, dtype, 1, "plain", "none"))
-
-
-def _expected_biases(counts):
-    """By hand: the sign rule for the sigmoid layer, the proportional rule for the softmax layer; rate 1e-2, centred."""
-    biases = []
-    for name, layer, rule in zip(grid.BIASES, counts, ("sign", "proportional"), strict=True):
-        rule = getattr(grid.reference, f"{rule}_rule")
-        biases.append(torch.tensor(rule(grid.BIASES[name].tolist(), layer, 1e-2, True)))
-    return biases
-
-
-def _check(cell, outcome, num_ranks):
-    gradients, counts = _exact(cell.dtype, cell.order, num_ranks, grid.keeps_scores(cell.mode))
-    assert outcome.counts == counts, "a token was counted twice, not at all, or on the wrong rank"
-    assert grid.error(outcome, gradients) < TOLERANCE
-    for bias, expected in zip(outcome.biases, _expected_biases(counts), strict=True):
-        torch.testing.assert_close(bias, expected, rtol=0, atol=1e-6)  # float32 sums of six terms
 
 
 def _parameters(*wrappers):
@@ -60,7 +35,7 @@ def _parameters(*wrappers):
 
 @pytest.mark.parametrize("cell", list(_parameters("none")))
 def test_one_process(cell):
-    _check(cell, grid.run(cell, _prepared(cell.mode, cell.dtype)), 1)
+    grid.check(cell, grid.run(cell, _prepared(cell.mode, cell.dtype)), 1)
 
 
 @cache
@@ -72,13 +47,13 @@ def _on_two_ranks(wrapper):
 def test_two_ranks(cell):
     for results in _on_two_ranks(cell.wrapper):
         assert not isinstance(results, str), results
-        _check(cell, results[cell], 2)
+        grid.check(cell, results[cell], 2)
 
 
 def _eager_error(mode="eager", order="forwards_first"):
     cell = grid.Cell(mode, "float32", 1, order, "none")
     outcome = grid.run(cell, grid.prepare(cell))
-    gradients, counts = _exact("float32", order, 1)
+    gradients, counts = grid.exact("float32", order, 1, at_scores=False)
     return grid.error(outcome, gradients), outcome.counts == counts
 
 
@@ -108,7 +83,7 @@ def test_the_table_sees_a_bias_that_reaches_the_weights(monkeypatch):
     cell = grid.Cell("eager", "float32", 1, "plain", "none")
     prepared = grid.prepare(cell)
     monkeypatch.setattr(tap, "BiasedTopK", Biased)
-    assert grid.error(grid.run(cell, prepared), _exact("float32", "plain", 1)[0]) > 1e-2
+    assert grid.error(grid.run(cell, prepared), grid.exact("float32", "plain", 1, at_scores=False)[0]) > 1e-2
 
 
 @pytest.mark.parametrize("mode", ["non_reentrant", "reentrant", "checkpoint_over_compile"])
@@ -122,7 +97,7 @@ def test_the_table_sees_recomputation_that_counts(monkeypatch, mode):
         outcome = grid.run(cell, prepared)
     except (equipoise.EquipoiseError, ValueError):
         return  # an error shows the defect too
-    assert outcome.counts != _exact("float32", "plain", 1)[1]
+    assert outcome.counts != grid.exact("float32", "plain", 1, at_scores=False)[1]
 
 
 @pytest.mark.parametrize("mode", ["eager", "non_reentrant", "reentrant", "compile"])

@@ -168,8 +168,8 @@ MUTANTS = [
     ),
     Mutant(
         "47, 80: padding is in the quantile",
-        "counted = None if routing.mask is None else routing.mask != 0",
-        "counted = None",
+        "        mask: Tensor | None = routing.mask\n",
+        "        mask: Tensor | None = None\n",
         "test_quantile -k 'reference or nothing'",
     ),
     # I, J. frozen
