@@ -349,33 +349,48 @@ def test_a_factor_on_a_slot_that_is_not_zero_is_refused():
 
 
 class _Counts(equipoise.Balancer):
-    """Returns the same tensor for every call and records the pooled statistics."""
+    """Counts calls, and records the pooled statistics. Returns what ``form`` makes of its tensor."""
 
     name = "counts"
 
-    def __init__(self, amount=1, **others):
-        self.value = amount
+    def __init__(self, amount=1, form=torch.clone, **others):
+        self.value, self.form = amount, form
 
     def prepare(self, layers):
-        self.one, self.seen = torch.ones(1, dtype=torch.int64).expand(2), []
+        self.one, self.seen = torch.ones(1, dtype=torch.int64), []
 
     def statistic(self, routing, row):
-        return self.one
+        return self.form(self.one)
 
     def update(self, load, statistic=None, window=0):
         self.seen.append(torch.stack(list(statistic)).tolist())
 
 
-def test_a_statistic_stays_the_balancers_own():
+@pytest.mark.parametrize("form", [torch.clone, lambda one: one.expand(2)])  # an expanded tensor cannot be added to
+def test_statistics_are_summed_and_the_balancers_tensor_stays(form):
     model = tiny_lm()
-    balance = equipoise.attach(model, _Counts())
+    balance = equipoise.attach(model, _Counts(form=form))
     for window in range(3):
         for seed in range(2):
             model(ids(2 * window + seed))
         balance.step()
     for group in balance._biases.groups:
-        assert group.balancers[0].seen == [[[2, 2]]] * 3
-        assert group.balancers[0].one.tolist() == [1, 1]
+        assert group.balancers[0].seen == [[[2] * len(form(torch.ones(1)))]] * 3
+        assert group.balancers[0].one.tolist() == [1]
+
+
+@pytest.mark.parametrize("form", [lambda one: one, lambda one: one.view(1, 1)])
+@pytest.mark.parametrize("closes", [False, True])
+def test_a_statistic_that_was_returned_before_is_refused(form, closes):
+    """It would be added to itself: also in the next micro-batch of a window."""
+    model = tiny_lm()
+    balance = equipoise.attach(model, _Counts(form=form), "lbl")
+    model(ids(0))
+    if closes:
+        balance.loss()
+    with pytest.raises(equipoise.EquipoiseError, match=r"statistic\(\) must return a new tensor each time"):
+        model(ids(1))
+        balance.loss()
 
 
 def test_a_balancer_with_arguments_under_other_names_still_has_a_strategy_string():
