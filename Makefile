@@ -29,7 +29,7 @@ demo: install
 	$(BIN)/equipoise compare --out $(DEMO) --resume
 
 bench: install
-	for name in overhead operations experts trainer attach audit speed; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+	for name in overhead operations sample experts trainer attach audit speed; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 gpu: install
 	$(BIN)/python benchmarks/gpu.py

@@ -8,6 +8,7 @@ In all kernels a program goes over blocks of tokens, with all experts of a token
 each token, 0 for a masked one; None: all count.
 """
 
+import math
 import os
 from typing import Any
 
@@ -243,32 +244,43 @@ def margin_histogram(
     counts: Counts,
     num_bins: int,
     smallest: int,
+    drawn_by: Float[Tensor, "tokens experts"] | None = None,
+    fraction: float = 1.0,
 ) -> Int[Tensor, "bins experts"]:
     """The histogram of ``a_t - v_te - b_e`` of each expert, int64; see ``Quantile`` for a_t.
 
     The bins are those of its edges: on both sides of 0 as many for each octave, from 2^smallest to 2^(smallest + 64).
+    With ``drawn_by`` only a fraction of the tokens is added: those that ``Quantile`` draws by these numbers.
     """
     num_tokens, num_experts = values.shape
     mantissa_bits = (num_bins // 2 // OCTAVES).bit_length() - 1
     histogram = torch.zeros(num_bins, num_experts, dtype=torch.int64, device=values.device)
-    tensors = (values.contiguous(), bias, counts, histogram)
+    drawn_by = None if drawn_by is None else drawn_by.float().contiguous()
+    tensors = (values.contiguous(), bias, counts, drawn_by, histogram)
     first_exponent = (127 + smallest) << mantissa_bits
     constants = {"k": k, "half": num_bins // 2, "shift": 23 - mantissa_bits, "first_exponent": first_exponent}
+    constants["drawn_below"] = math.ceil(fraction * 2**24)
     _launch(_margin_histogram, num_tokens, num_experts, *tensors, **constants)
     return histogram
 
 
 @triton.jit
 def _margin_histogram(
-    values, bias, counts, histogram, num_tokens, num_experts,
-    k: tl.constexpr, half: tl.constexpr, shift: tl.constexpr, first_exponent: tl.constexpr,
+    values, bias, counts, drawn_by, histogram, num_tokens, num_experts,
+    k: tl.constexpr, half: tl.constexpr, shift: tl.constexpr, first_exponent: tl.constexpr, drawn_below: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     expert = tl.arange(0, COLUMNS)[None, :]
     b = tl.load(bias + expert, mask=expert < num_experts, other=0)
     for first in range(tl.program_id(0) * ROWS, num_tokens, tl.num_programs(0) * ROWS):
         token = first + tl.arange(0, ROWS).to(tl.int64)
-        value, _, does_count, _ = _read(values, counts, token, num_tokens, num_experts, ROWS, COLUMNS)
+        value, is_number, does_count, place = _read(values, counts, token, num_tokens, num_experts, ROWS, COLUMNS)
+        if drawn_by is not None:
+            number = tl.load(drawn_by + place, mask=is_number, other=0).to(tl.int32, bitcast=True).to(tl.int64)
+            mixed = tl.sum(number * (2 * expert.to(tl.int64) + 1) * 0x9E3779B97F4A7C1, 1)
+            for _ in tl.static_range(2):
+                mixed = (mixed ^ (mixed >> 29)) * 0x1B873593CC9E2D51
+            does_count = does_count & (((mixed >> 33) & 0xFFFFFF) < drawn_below)[:, None]
         biased = tl.where(expert < num_experts, value + b, float("-inf"))
         rest = biased
         last = tl.max(rest, 1)

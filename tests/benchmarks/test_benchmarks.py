@@ -1,12 +1,14 @@
 """Each benchmark measures what it says, on small sizes. Stored results are checked, never made here."""
 
 import importlib.util
+import json
 import mmap
 import random
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from equipoise_lab.train.config import Train
 
@@ -33,6 +35,39 @@ def test_growth_measures_the_shape_it_is_given():
     ranks = _load("ranks")
     row = ranks.growth(2, 16, 2)
     assert row["collective_bytes"] == 8 * 2 * 16 and row["step_milliseconds"] > 0
+
+
+def test_the_table_of_samples_is_the_stored_one():
+    sample = _load("sample")
+    stored = json.loads(sample.STORED.read_text(encoding="utf-8"))
+    text = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
+    names = {
+        **{(1 / part, None): f"1 token of {part}" for part in (4, 16, 64)},
+        (1.0, None): "all tokens",
+        **{(1.0, best): f"all tokens, the {best} best experts of each" for best in sample.BEST},
+    }
+    for (fraction, best), name in names.items():
+        of_both = [
+            next(row for row in stored["rows"] if (row["score_function"], row["fraction"], row["best"]) == key)
+            for key in ((score_function, fraction, best) for score_function in sample.SCORE_FUNCTIONS)
+        ]
+        windows = ", ".join(f"{row['windows_until_even']:g}" for row in of_both).replace("40, 40", "never")
+        digits = 1 if best else 2
+        last = ", ".join(f"{row['last_violation']:.{digits}f}" for row in of_both)
+        assert f"| {name} | {of_both[0]['additions_by_token']:g} | {windows} | {last} |" in text
+
+
+def test_samples_are_measured_on_what_they_say(monkeypatch):
+    sample = _load("sample")
+    for name, value in {"EXPERTS": 8, "K": 2, "TOKENS": 256, "WINDOWS": 6, "LAST": 2, "SEEDS": 1}.items():
+        monkeypatch.setattr(sample, name, value)
+    all_tokens, best = sample.measure("sigmoid"), sample.measure("sigmoid", best=3)
+    assert (all_tokens["additions_by_token"], best["additions_by_token"]) == (8, 3)
+    first, *_, last = sample.violations("sigmoid", 1.0, 0, seed=0)
+    assert first > 1 > last and all_tokens["last_violation"] < best["last_violation"]
+    routing = sample.route(torch.randn(256, 8, generator=torch.Generator().manual_seed(0)), 2)
+    histogram = sample.histogram_of_best(routing, torch.zeros(8), 3)
+    assert histogram.sum(0).tolist() == [256] * 8 and int(histogram[:-1].sum()) == 3 * 256
 
 
 @pytest.fixture

@@ -16,13 +16,16 @@ SIZES = {"num_tokens": "i32", "num_experts": "i32"}
 SCORES = {"scores": "*fp32", "counts": "*i1", **SIZES}
 SEQUENCES = {"sequence_ids": "*i64", "by_sequence": "*i32"}
 CONSTANTS = {"is_divided": True, "tiny": 1e-38, "ROWS": 32, "COLUMNS": 128}
-BINS = {"k": 8, "half": 64, "shift": 23, "first_exponent": 66, "ROWS": 32, "COLUMNS": 128}
+BINS = {"k": 8, "half": 64, "shift": 23, "first_exponent": 66, "drawn_below": 1 << 20, "ROWS": 32, "COLUMNS": 128}
 KERNELS: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
     "_count_by_sequence": (
         {"expert_ids": "*i64", "counts": "*i1", "load": "*i64", "k": "i32", **SEQUENCES, **SIZES},
         {"ROWS": 512, "COLUMNS": 8},
     ),
-    "_margin_histogram": ({"values": "*fp32", "bias": "*fp32", "counts": "*i1", "histogram": "*i64", **SIZES}, BINS),
+    "_margin_histogram": (
+        {"values": "*fp32", "bias": "*fp32", "counts": "*fp32", "drawn_by": "*fp32", "histogram": "*i64", **SIZES},
+        BINS,
+    ),
     "_masses": ({**SCORES, "parts": "*fp32"}, CONSTANTS),
     "_score_gradient": (
         {**SCORES, **SEQUENCES, "onto": "*fp32", "slopes": "*fp32", "scale": "*fp64", "gradient": "*fp32"},

@@ -19,7 +19,7 @@ import equipoise
 from equipoise import EquipoiseError, kernels
 from equipoise.balancers import Balancer, LayerStack, LoadBalancingLoss, Quantile
 from equipoise.balancers.quantile import edges
-from equipoise.routing import Routing
+from equipoise.routing import Routing, score
 
 TOKENS, EXPERTS, K, SEQUENCES = 45, 6, 2, 4  # six experts are no power of two
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, of nan in the interpreter
@@ -149,6 +149,23 @@ def test_histogram_of_margins(masked, bins):
                 expected[sum(edge <= margin for edge in lower), expert] += 1
     found = kernels.margin_histogram(scores, bias, K, counts, bins, -61)
     assert found.dtype == torch.int64 and torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
+def test_a_sample_is_that_of_the_plain_path(masked, score_function):
+    logits, _, _, counts = _inputs(torch.float32, masked=False)
+    scores = score(logits, score_function)
+    ids = scores.topk(K).indices
+    mask = (torch.arange(TOKENS) % 5 > 0).float() if masked else None
+    routing = Routing(logits, scores, ids, scores.gather(1, ids), mask)
+    statistics = []
+    for fused in (False, True):
+        balancer = Quantile(fraction=0.3)
+        balancer.prepare(LayerStack(score_function, K, torch.zeros(1, EXPERTS), fused=fused))
+        statistics.append(balancer.statistic(routing, 0))
+    assert torch.equal(*statistics)
+    assert 0 < int(statistics[0][:, 0].sum()) < TOKENS / 2
 
 
 def test_histogram_of_a_token_with_nan_is_that_of_the_plain_path():

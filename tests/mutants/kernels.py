@@ -40,6 +40,12 @@ MUTANTS = [
         "library/test_kernels -k histogram",
     ),
     Mutant(
+        "kernels: a sample is all tokens",
+        "            does_count = does_count & (((mixed >> 33) & 0xFFFFFF) < drawn_below)[:, None]",
+        "            pass",
+        "library/test_kernels -k sample",
+    ),
+    Mutant(
         "kernels: they are taken while a derivative is recorded",
         " and not torch.is_grad_enabled()",
         "",

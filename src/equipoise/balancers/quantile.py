@@ -148,7 +148,8 @@ class Quantile(Balancer):
             gathered (4 N E bytes per layer).
         ema: share of the old bias that is kept, from 0 to below 1.
         fraction: share of the tokens that is looked at, above 0 to 1. A hash of a token's logits decides, so it is the
-            same on every rank and never just the first tokens.
+            same on every rank and never just the first tokens. It saves time with ``attach(..., fused=True)`` only:
+            there the other tokens add nothing to a histogram.
 
     Without tokens, and with k = E, the bias stays. Tokens with logits that are not finite do not count if bins = 0.
     In windows with less than about 16 tokens per expert, a dead expert may be chance, and is revived later.
@@ -194,15 +195,17 @@ class Quantile(Balancer):
             return None
         values = routing.logits if self._by_logits else routing.scores
         values = values.to(routing.scores.dtype)
-        mask: Tensor | None = routing.mask
-        if self.fraction < 1:
-            drawn = _draw(routing.logits, self.fraction)
-            mask = drawn if mask is None else (mask != 0) & drawn
         if self._fused:
             from equipoise import kernels
 
             if kernels.can_take(values):
-                return kernels.margin_histogram(values, self._bias[row], self._k, mask, self.bins, SMALLEST)
+                drawn_by = routing.logits.detach() if self.fraction < 1 else None
+                how = (self.bins, SMALLEST, drawn_by, self.fraction)
+                return kernels.margin_histogram(values, self._bias[row], self._k, routing.mask, *how)
+        mask: Tensor | None = routing.mask
+        if self.fraction < 1:
+            drawn = _draw(routing.logits, self.fraction)
+            mask = drawn if mask is None else (mask != 0) & drawn
         margins = _margins(values, routing.expert_ids, self._bias[row])
         if self.gathers:
             return margins if mask is None else margins.masked_fill((mask == 0)[:, None], float("inf"))
