@@ -179,7 +179,7 @@ def _bare_loss(router: Router, hidden: torch.Tensor, rounds: int) -> float:
 
 @torch.no_grad()
 def update(layers: int, experts: int, tokens: int, rounds: int) -> dict[str, Any]:
-    """Milliseconds of ``step()``, and of its bare operations on the same tensors (the floor)."""
+    """Milliseconds of ``step()`` and of its bare operations on the same tensors (the floor), in turn."""
     model = nn.ModuleList(Router(16, experts, 8) for _ in range(layers)).train()
     slots = [router.e_score_correction_bias for router in model]
     balance = equipoise.attach(model, "loss-free")
@@ -208,6 +208,7 @@ def update(layers: int, experts: int, tokens: int, rounds: int) -> dict[str, Any
         "tokens": tokens,
         "milliseconds": statistics.median(milliseconds[2:]),
         "floor_milliseconds": statistics.median(floor[1:]),
+        "over_floor": ratio(milliseconds[2:], floor[1:]),
     }
 
 
@@ -391,7 +392,7 @@ def main() -> None:
     for row in update_rows:
         print(
             f"update {row['layers']} x {row['experts']}, {row['tokens']} tokens: {row['milliseconds']:.3f} ms, "
-            f"bare operations {row['floor_milliseconds']:.3f} ms"
+            f"bare operations {row['floor_milliseconds']:.3f} ms, ratio {row['over_floor']['median']:.3f}"
         )
     alert_rows = [alerts(*shape, rounds=4 * rounds) for shape in ALERT_SHAPES]
     for row in alert_rows:

@@ -5,12 +5,13 @@ All alerts but nan follow from the loads alone, so reading the loads again from 
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from equipoise.errors import EquipoiseError
 from equipoise.metrics import effective_experts, max_violation, sampling_floor
@@ -54,22 +55,37 @@ class _Stretch:
         self.dead, self.slow = torch.zeros(2, *counts.shape, dtype=torch.bool)
         self.collapsed = torch.zeros(len(names), dtype=torch.bool)
         self.num_windows = 0  # since ``_judge``
+        self._uncounted: list[Counts] = []  # windows: all at once take fewer operations than each by itself
 
-    def add(self, counts: Counts) -> None:  # never waits for a GPU
-        if self.counts.device != counts.device:
-            self.counts, self.pushed = self.counts.to(counts.device), self.pushed.to(counts.device)
-        above = counts * counts.shape[-1] > counts.sum(-1, keepdim=True)
-        self.counts += counts
-        was_called = counts.sum(-1, keepdim=True) > 0  # without a call the row of windows neither grows nor ends
-        self.pushed = torch.where(was_called, (self.pushed + 1) * above, self.pushed)
-        self.windows += 1
+    def add(self, counts: Counts) -> None:
+        self._uncounted.append(counts)
         self.num_windows += 1
 
+    def count(self) -> None:  # never waits for a GPU
+        """Brings what is known of the stretch up to its last window."""
+        if not self._uncounted:
+            return
+        device = self._uncounted[-1].device
+        windows = torch.stack([counts.to(device) for counts in self._uncounted])
+        total = windows.sum(-1, keepdim=True)
+        was_called = total > 0  # without a call the row of windows neither grows nor ends
+        mean = torch.where(was_called, total // windows.shape[-1], -1)  # rounded down: a whole number is above both
+        numbers = torch.arange(1, len(windows) + 1, dtype=torch.int16, device=device)[:, None, None]
+        last_end = ((windows <= mean) * numbers).amax(0).long()  # the last window that ended the row; 0: none
+        num_called = nn.functional.pad(was_called[..., 0].T.cumsum(-1), (1, 0))  # in the first 0, 1, ... windows
+        in_row = (num_called[:, -1:] - num_called).gather(-1, last_end)
+        self.pushed = self.pushed.to(device) * (last_end == 0) + in_row
+        self.counts = self.counts.to(device) + windows.sum(0)
+        self.windows += len(self._uncounted)
+        self._uncounted = []
+
     def state(self) -> dict[str, Any]:
-        return {name: value.clone() if isinstance(value, Tensor) else value for name, value in vars(self).items()}
+        self.count()
+        values = {name: value for name, value in vars(self).items() if name != "_uncounted"}
+        return {name: value.clone() if isinstance(value, Tensor) else value for name, value in values.items()}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        for name, current in vars(self).items():
+        for name, current in self.state().items():
             value = state[name]
             setattr(self, name, value.clone().to(current.device) if isinstance(current, Tensor) else value)
 
@@ -168,22 +184,28 @@ class Alerts:
             stretch.load(saved)
 
     def _check_finite(self, loss: float | Tensor | None, biases: Mapping[str, Tensor]) -> Iterator[Alert]:
-        is_finite = [(names, bias.isfinite().all(-1)) for names, bias in _by_size(biases)]
+        watched = list(_by_size(biases))
         if loss is not None:
-            is_finite.insert(0, (("the loss",), torch.as_tensor(loss).detach().isfinite().all().view(1)))
+            watched.insert(0, (("the loss",), torch.as_tensor(loss).detach().view(1, -1)))
         ends = self.num_seen % PATIENCE == 0
-        for names, finite in is_finite:
+        for names, values in watched:
+            is_on_cpu = values.device.type == "cpu"
+            was_fine = names not in self._bad and not (ends and self._nan)
+            if is_on_cpu and was_fine and math.isfinite(values.sum()):  # a finite sum has finite terms
+                continue
+            bad_now = ~values.isfinite().all(-1)
             bad = self._bad.get(names)
-            bad = self._bad[names] = ~finite if bad is None else bad.to(finite.device) | ~finite
-            if not ends and (bad.device.type != "cpu" or not bool(bad.any())):
+            bad = self._bad[names] = bad_now if bad is None else bad.to(bad_now.device) | bad_now
+            if not ends and (not is_on_cpu or not bool(bad.any())):
                 continue
             bad_names = [name for name, is_bad in zip(names, bad.tolist(), strict=True) if is_bad]
             started = [name for name in bad_names if name not in self._nan]
             ended = [name for name in self._nan if ends and name in names and name not in bad_names]
             self._nan = [name for name in self._nan if name not in ended] + started
             if started:
-                values = ["the loss" if name == "the loss" else f"a bias of {name}" for name in started]
-                text = f"nan: {_join(values)} {'is' if len(values) == 1 else 'are'} not finite. The training diverged: "
+                subjects = ["the loss" if name == "the loss" else f"a bias of {name}" for name in started]
+                verb = "is" if len(subjects) == 1 else "are"
+                text = f"nan: {_join(subjects)} {verb} not finite. The training diverged: "
                 text += "resume from a checkpoint with a lower learning rate."
                 yield Alert("nan", tuple(started), text, step=self.num_seen)
             if ended:
@@ -194,16 +216,18 @@ class Alerts:
     def _judge(self, stretch: _Stretch) -> Iterator[Alert]:
         """At the end of a stretch. Layers with too few assignments continue theirs."""
         stretch.num_windows = 0
+        stretch.count()
         counts, pushed = torch.stack([stretch.counts, stretch.pushed]).cpu()  # the only wait for a GPU
         mean = counts.double().mean(-1)
         judged = mean >= MIN_SHARE
         if not bool(judged.any()):
             return
+        violation = max_violation(counts)
         yield from self._judge_collapse(stretch, judged, effective_experts(counts))
         dead = (counts == 0) | (stretch.dead & (counts < REVIVED_SHARE * mean[:, None]))
         yield from self._judge_dead(stretch, torch.where(judged[:, None], dead, stretch.dead), mean)
-        yield from self._judge_slow(stretch, judged, counts, pushed)
-        stretch.last_violation = torch.where(judged, max_violation(counts), stretch.last_violation)
+        yield from self._judge_slow(stretch, judged, counts, pushed, violation)
+        stretch.last_violation = torch.where(judged, violation, stretch.last_violation)
         stretch.last_windows = torch.where(judged, stretch.windows, stretch.last_windows)
         stretch.windows = torch.where(judged, 0.0, stretch.windows)
         stretch.counts *= ~judged[:, None].to(stretch.counts.device)
@@ -229,22 +253,26 @@ class Alerts:
         remedy = "The strategy quantile revives them at once, a larger rate of loss-free sooner, a loss slowly."
         yield from self._changes("dead experts", stretch, dead, texts, remedy)
 
-    def _judge_slow(self, stretch: _Stretch, judged: Tensor, counts: Counts, pushed: Counts) -> Iterator[Alert]:
-        busiest, violation = counts.argmax(-1), max_violation(counts)
+    def _judge_slow(
+        self, stretch: _Stretch, judged: Tensor, counts: Counts, pushed: Counts, violation: Tensor
+    ) -> Iterator[Alert]:
         floor = sampling_floor(1, 1, counts.shape[-1]) / counts.sum(-1).clamp_min(1).double().sqrt()
+        threshold = torch.maximum(3 * floor, torch.full_like(floor, BUSY_VIOLATION))
+        busy = judged & (violation > threshold) & self.steers
+        if not bool(busy.any() | stretch.slow.any()):
+            return
+        busiest = counts.argmax(-1)
         steps_left = None if self.num_steps is None else max(0, self.num_steps - self.num_seen)
         quarter = SLOW_WINDOWS if self.num_steps is None else self.num_steps // 4
         min_pushed = max(2 * PATIENCE, min(SLOW_WINDOWS, quarter))
-        threshold = torch.maximum(3 * floor, torch.full_like(floor, BUSY_VIOLATION))
         num_pushed = pushed.gather(-1, busiest[:, None])[:, 0]
         fall = (stretch.last_violation - violation) / ((stretch.last_windows + stretch.windows) / 2)  # per window
         steps_needed = (violation - threshold) / fall - stretch.windows / 2
         steps_needed = torch.where(fall > 0, steps_needed, math.inf).clamp_min(1)
-        busy = judged & (violation > threshold) & self.steers
         starts = busy & (num_pushed >= min_pushed) & fall.isfinite()
         starts &= steps_needed > (-1 if steps_left is None else steps_left)
         stays = busy & (num_pushed >= PATIENCE) & stretch.slow.any(-1)
-        slow = torch.nn.functional.one_hot(busiest, stretch.slow.shape[-1]).bool() & (starts | stays)[:, None]
+        slow = nn.functional.one_hot(busiest, stretch.slow.shape[-1]).bool() & (starts | stays)[:, None]
         slow = torch.where(judged[:, None], slow, stretch.slow & self.steers)
         texts = {}
         for row in _true_rows(slow.any(-1)):
@@ -261,6 +289,8 @@ class Alerts:
         self, kind: str, stretch: _Stretch, flags: Bool[Tensor, "layers ..."], texts: dict[int, str], remedy: str
     ) -> Iterator[Alert]:
         before, now = (x.view(len(flags), -1) for x in (getattr(stretch, FLAGS[kind]), flags))
+        if torch.equal(before, now):
+            return
         setattr(stretch, FLAGS[kind], flags)
         by_expert = kind == "dead experts"
         started, ended = now & ~before, before & ~now
@@ -277,11 +307,11 @@ class Alerts:
 
 def _by_size(values: Mapping[str, Tensor]) -> Iterable[tuple[tuple[str, ...], Tensor]]:
     """The layers with the same number of experts: their names, and their values stacked ``[layers, experts]``."""
-    sizes: dict[int, list[str]] = {}
+    by_size: dict[int, dict[str, Tensor]] = defaultdict(dict)
     for name, value in values.items():
-        sizes.setdefault(value.shape[-1], []).append(name)
-    for names in sizes.values():
-        yield tuple(names), torch.stack([values[name].detach() for name in names])
+        by_size[value.numel()][name] = value
+    for of_size in by_size.values():
+        yield tuple(of_size), torch.stack(list(of_size.values())).detach()
 
 
 def _true_rows(flags: Bool[Tensor, " rows"]) -> list[int]:

@@ -379,6 +379,21 @@ def test_statistics_are_summed_and_the_balancers_tensor_stays(form):
         assert group.balancers[0].one.tolist() == [1]
 
 
+class _Empties(equipoise.Balancer):
+    """Writes into the load that it is given."""
+
+    def update(self, load, statistic=None, window=0):
+        load.zero_()
+
+
+def test_a_balancer_that_writes_into_its_load_changes_no_count():
+    model = tiny_lm()
+    balance = equipoise.attach(model, _Empties())
+    model(ids(0))
+    balance.step()
+    assert all(int(load.sum()) == K * ids(0).numel() for load in balance.load.values())
+
+
 @pytest.mark.parametrize("form", [lambda one: one, lambda one: one.view(1, 1)])
 @pytest.mark.parametrize("closes", [False, True])
 def test_a_statistic_that_was_returned_before_is_refused(form, closes):

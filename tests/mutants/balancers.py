@@ -72,8 +72,8 @@ MUTANTS = [
     ),
     Mutant(
         "76, 77: the step is not centred",
-        "            step = step - step.mean(-1, keepdim=True)",
-        "            step = step - 0",
+        "            step.sub_(step.mean(-1, keepdim=True))",
+        "            step.sub_(0)",
         "test_loss_free -k 'hand or reference'",
     ),
     Mutant(

@@ -54,14 +54,14 @@ MUTANTS = [
     ),
     Mutant(
         "levels: all domains with one label together weigh as much as one domain",
-        "within = sum(len(rows) * entropy(np.array(rows)) for rows in domains_by_label.values()) / len(n)",
-        "within = sum(entropy(np.array(rows)) for rows in domains_by_label.values()) / len(domains_by_label)",
+        "within = sum(len(rows) * entropy(rows) for rows in domains_by_label.values()) / num_domains",
+        "within = sum(entropy(rows) for rows in domains_by_label.values()) / len(domains_by_label)",
         "test_specialisation -k by_level",
     ),
     Mutant(
         "levels: the bits of a level include those of the coarser levels",
-        "        return np.diff(cumulative)\n",
-        "        return np.array(cumulative[1:])\n",
+        "return np.diff(np.stack(cumulative, axis=-1), prepend=0.0)",
+        "return np.stack(cumulative, axis=-1)",
         "test_specialisation -k by_level",
     ),
     # analysis
@@ -277,19 +277,19 @@ MUTANTS = [
     ),
     Mutant(
         "specialisation: the distance is the divergence without the root",
-        "return np.sqrt(np.clip((divergence(first, middle) + divergence(second, middle)) / 2, 0, 1))",
-        "return np.clip((divergence(first, middle) + divergence(second, middle)) / 2, 0, 1)",
+        "return np.sqrt(np.clip((to_middle + to_middle.T) / 2, 0, 1))",
+        "return np.clip((to_middle + to_middle.T) / 2, 0, 1)",
         "test_specialisation -k metric",
     ),
     Mutant(
         "specialisation: the bound at chance is the median",
-        "np.quantile(samples, 0.95, axis=0)",
-        "np.quantile(samples, 0.5, axis=0)",
+        "np.quantile(statistic(samples), 0.95, axis=0)",
+        "np.quantile(statistic(samples), 0.5, axis=0)",
         "test_specialisation -k hundred_samples",
     ),
     Mutant(
         "specialisation: information is not corrected for the size of the sample",
-        " + (len(used) - 1) / (2 * (len(rows) ** 2 / (1 / n[rows]).sum()))",
+        " + (is_used.sum(-1) - 1) / (2 * effective_size)",
         "",
         "test_specialisation -k 'metrics or nothing'",
     ),

@@ -36,8 +36,8 @@ MUTANTS = [
     ),
     Mutant(
         "alerts: an expert that was below the mean is still pushed down",
-        "torch.where(was_called, (self.pushed + 1) * above, self.pushed)",
-        "self.pushed + above",
+        "self.pushed.to(device) * (last_end == 0) + in_row",
+        "self.pushed.to(device) + (windows > mean).sum(0)",
         "test_alerts -k one_window",
     ),
     Mutant(
@@ -54,7 +54,7 @@ MUTANTS = [
     ),
     Mutant(
         "alerts: every window waits for a GPU",
-        'if not ends and (bad.device.type != "cpu" or not bool(bad.any())):',
+        "if not ends and (not is_on_cpu or not bool(bad.any())):",
         "if not ends and not bool(bad.any()):",
         "test_no_synchronisation -k alerts",
     ),

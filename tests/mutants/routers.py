@@ -145,7 +145,7 @@ MUTANTS = [
     ),
     Mutant(
         "110: a router under another class is tapped twice",
-        "    if not _has_layer(module, class_of):",
+        "    if not _has_layer(type(module), class_of):",
         "    if True:",
         "test_classes_of_routers -k counts_once",
     ),

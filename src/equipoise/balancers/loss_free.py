@@ -38,7 +38,7 @@ def _error(load: Load) -> Int[Tensor, "layers experts"]:
 
 
 def sign_step(load: Load) -> Int[Tensor, "layers experts"]:
-    return _error(load).sign()
+    return _error(load).sign_()
 
 
 def proportional_step(load: Load) -> Step:
@@ -175,7 +175,7 @@ class LossFree(Balancer):
             self._bias.copy_((factor / factor.mean(-1, keepdim=True) if self.center else factor) - 1)
             return
         if self.center:
-            step = step - step.mean(-1, keepdim=True)
+            step.sub_(step.mean(-1, keepdim=True))
         if self._momentum is not None:
             decay = 0.5 if self.momentum is None else self.momentum
             self._momentum.mul_(decay).add_(step, alpha=(1 - decay) * rate)

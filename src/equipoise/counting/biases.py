@@ -65,7 +65,7 @@ class LayerGroup:
         self._block = layout.block(indices)
         self._layout = layout
         self._rows: tuple[int, tuple[Tensor, ...]] = (-1, ())  # the address of the biases, and their rows
-        self.remember()
+        self._remembered: list[Tensor] | None = None  # None: what there is now
 
     def _slot(self, layer: MoELayer) -> Slot:
         """What steers a layer: the model's own slot, whose value is added to the scores, or one of ours."""
@@ -83,14 +83,21 @@ class LayerGroup:
         return [] if self.steering is None else _moved_by_update(self.steering)
 
     def remember(self) -> None:
-        """Keeps a copy of the biases and of what moves with them, as a step or a loaded state left them."""
-        self.remembered = [value.clone() for value in self.steering_values]
+        """The biases and what moves with them are now as a step or a loaded state left them."""
+        self._remembered = None
+
+    @property
+    def remembered(self) -> list[Tensor]:
+        """The biases and what moves with them, as the last step or the last loaded state left them."""
+        return self.steering_values if self._remembered is None else self._remembered
 
     def take_over(self, in_slots: Float[Tensor, "rows experts"], rows: slice = slice(None)) -> None:
         """What the slots of these rows hold becomes their bias, where somebody else wrote it.
 
         A slot value that is the bias or its rounding is ours; a damaged number is not adopted. Waits for no GPU.
         """
+        if self._remembered is None:  # a copy is needed only now, when they change
+            self._remembered = [value.clone() for value in self.steering_values]
         present = [value[rows] for value in self.steering_values]
         remembered = [value[rows] for value in self.remembered]
         in_slots = torch.where(in_slots.abs() < float("inf"), in_slots, present[0])
@@ -115,9 +122,9 @@ class LayerGroup:
         return normalise and not self._is_softmax
 
     def load(self, vector: Tensor) -> Int[Tensor, "layers experts"]:
-        """The loads of the layers. A copy."""
+        """The loads of the layers. Not a copy, if their loads are adjacent in the vector."""
         if self._block is not None:
-            return vector[self._block].view(len(self.layers), -1).clone()
+            return vector[self._block].view(len(self.layers), -1)
         return torch.stack([self._layout.load(vector, layer) for layer in self.layers])
 
     def num_tokens(self, vector: Tensor) -> Float[Tensor, " layers"]:
@@ -211,7 +218,15 @@ class Biases:
 
     def by_name(self) -> dict[str, Float[Tensor, " experts"]]:
         """Copies."""
-        return {layer.name: self.of(index).clone() for index, layer in enumerate(self.layers)}
+        by_layer: dict[int, Tensor] = {}
+        for group in self.groups:
+            if group.biases is None:
+                values = [slot_value(self.layers[layer]) for layer in group.layers]
+            else:
+                self.adopt_writes(group)
+                values = list(group.biases.clone().unbind())
+            by_layer.update(zip(group.layers, values, strict=True))
+        return {layer.name: by_layer[index] for index, layer in enumerate(self.layers)}
 
     def notes(self, num_steps: int) -> list[str]:
         balancers = [balancer for group in self.groups for balancer in group.balancers]
@@ -226,7 +241,7 @@ class Biases:
         """
         for group in self.groups:
             slots = self.adopt_writes(group)
-            load = group.load(vector)
+            load = group.load(vector).clone()  # the window's own counts stay, whatever a balancer does with it
             for number, balancer in enumerate(group.balancers):
                 moved = _moved_by_update(balancer) if isinstance(applied, Tensor) else []
                 before = [value.clone() for value in moved]

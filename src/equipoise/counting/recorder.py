@@ -359,4 +359,5 @@ class Recorder:
 
     def by_name(self, vector: Tensor) -> dict[str, Tensor]:
         """The loads in a vector of counts, by layer name. Views."""
-        return {layer.name: self.layout.load(vector, index) for index, layer in enumerate(self.layers)}
+        loads = vector[self.layout.loads].split(self.layout.num_experts)
+        return {layer.name: load for layer, load in zip(self.layers, loads, strict=True)}

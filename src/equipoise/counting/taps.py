@@ -12,7 +12,8 @@ class Taps:
 
     def __init__(self, recorder: Recorder):
         self._recorder = recorder
-        self._hooks = recorder.context.listen({layer.router for layer in recorder.layers})
+        self._routers = [layer.router for layer in recorder.layers]
+        self._hooks = recorder.context.listen(set(self._routers))
         if any(group.balancers for group in recorder.biases.groups):
             self._hooks += warn_of_model_loss(recorder.context.model)
         self._taps = [self._tap(index) for index in range(len(recorder.layers))]
@@ -36,7 +37,8 @@ class Taps:
 
     def lost_layers(self) -> list[str]:
         """Names of the layers whose router got another class since: it neither reports its calls nor is steered."""
-        return [layer.name for layer in self._recorder.layers if not is_tapped(layer.router)]
+        lost = {router_class for router_class in set(map(type, self._routers)) if not is_tapped(router_class)}
+        return [layer.name for layer in self._recorder.layers if type(layer.router) in lost] if lost else []
 
     def remove(self) -> None:
         """Removes what was added, and nothing that others put there since. A model's own slot keeps what it holds."""

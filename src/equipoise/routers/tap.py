@@ -309,13 +309,13 @@ def plain_class(module: nn.Module) -> Any:
     return cls
 
 
-def is_tapped(router: nn.Module) -> bool:
-    """Whether the class of a router is, or is derived from, the one that reports to its tap."""
-    return _has_layer(router, _tapped_class)
+def is_tapped(router_class: type) -> bool:
+    """Whether a class of routers is, or is derived from, one that reports to a tap."""
+    return _has_layer(router_class, _tapped_class)
 
 
-def _has_layer(module: nn.Module, class_of: Any) -> bool:
-    return hasattr(type(module), _mark(class_of))
+def _has_layer(cls: type, class_of: Any) -> bool:
+    return hasattr(cls, _mark(class_of))
 
 
 def _mark(class_of: Any) -> str:
@@ -325,7 +325,7 @@ def _mark(class_of: Any) -> str:
 
 def _put_on(module: nn.Module, class_of: Any) -> None:
     """Swaps the class for our subclass, unless one from an earlier attach is below a class that others put on."""
-    if not _has_layer(module, class_of):
+    if not _has_layer(type(module), class_of):
         module.__class__ = class_of(type(module))
 
 

@@ -33,6 +33,7 @@ __all__ = [
 ]
 
 Counts = Int[np.ndarray, "domains experts"]
+Samples = Int[np.ndarray, "*samples domains experts"]
 DRAWS = 200  # random samples at chance
 RANKS = (2, 4, 8, 16, 32, 64)  # numbers of expert-parallel ranks
 
@@ -67,16 +68,13 @@ def _check(load: Counts, name: str = "load") -> Int[np.ndarray, "domains experts
     return counts.astype(np.int64)
 
 
-def _at_chance(counts: Counts, statistic: Callable[[Counts], Any], seed: int = 0) -> Any:
-    """The 95 % quantile of ``statistic`` (one number or several) if every domain draws its experts from the same
-    distribution."""
-    generator = np.random.default_rng(seed)
-    share = counts / counts.sum(-1, keepdims=True)
-    samples = [
-        statistic(np.stack([generator.multinomial(int(n), share.mean(0)) for n in counts.sum(-1)]))
-        for _ in range(DRAWS)
-    ]
-    return np.quantile(samples, 0.95, axis=0)
+def _at_chance(counts: Counts, statistic: Callable[[Samples], Any], seed: int = 0) -> Any:
+    """The 95 % quantile of ``statistic`` (one number or several of each sample) if every domain draws its experts from
+    the same distribution."""
+    num_tokens = counts.sum(-1)
+    share = counts / num_tokens[:, None]
+    samples = np.random.default_rng(seed).multinomial(num_tokens, share.mean(0), size=(DRAWS, len(counts)))
+    return np.quantile(statistic(samples), 0.95, axis=0)
 
 
 def selection_frequency(
@@ -100,22 +98,26 @@ def selection_frequency(
     return counts / tokens[:, None], k / counts.shape[1]
 
 
-def _information(counts: Counts, labels: Sequence[Hashable] | None = None) -> float:
+def _information(
+    counts: Samples, labels: Sequence[Hashable] | None = None
+) -> Float[np.ndarray, "*samples"] | np.float64:
     """I(label; expert) in bits, with equal weight for every domain. By default each domain is its own label."""
     n = counts.sum(-1)
-    share = counts / n[:, None]
+    share, num_domains = counts / n[..., None], counts.shape[-2]
 
-    def entropy(rows: Int[np.ndarray, " some"]) -> float:
+    def entropy(rows: list[int]) -> Float[np.ndarray, "*samples"]:
         """In nats, of the mean distribution of some domains, Miller-Madow corrected for its effective sample size."""
-        p = share[rows].mean(0)
-        used = p[p > 0]
-        return float(-(used * np.log(used)).sum()) + (len(used) - 1) / (2 * (len(rows) ** 2 / (1 / n[rows]).sum()))
+        p = share[..., rows, :].mean(-2)
+        is_used = p > 0
+        effective_size = len(rows) ** 2 / (1 / n[..., rows]).sum(-1)
+        of_shares = -(p * np.log(p, where=is_used, out=np.zeros_like(p))).sum(-1)
+        return np.asarray(of_shares + (is_used.sum(-1) - 1) / (2 * effective_size))
 
     domains_by_label: dict[Hashable, list[int]] = {}
-    for domain, label in enumerate(range(len(n)) if labels is None else labels):
+    for domain, label in enumerate(range(num_domains) if labels is None else labels):
         domains_by_label.setdefault(label, []).append(domain)
-    within = sum(len(rows) * entropy(np.array(rows)) for rows in domains_by_label.values()) / len(n)
-    return float((entropy(np.arange(len(n))) - within) / math.log(2))
+    within = sum(len(rows) * entropy(rows) for rows in domains_by_label.values()) / num_domains
+    return (entropy(list(range(num_domains))) - within) / math.log(2)
 
 
 def domain_information(load: Counts) -> tuple[Measured, float]:
@@ -129,7 +131,7 @@ def domain_information(load: Counts) -> tuple[Measured, float]:
     (0.53, 0.53, True)
     """
     counts = _check(load)
-    value = _information(counts)
+    value = float(_information(counts))
     maximum = math.log2(len(counts))
     measured = Measured(value, 0.0, float(_at_chance(counts, _information)))
     return measured, value / maximum if maximum else 0.0
@@ -161,9 +163,9 @@ def information_by_level(load: Counts, levels: Mapping[str, Sequence[Hashable]])
             )
     joint_labels = [tuple(zip(*list(levels.values())[: depth + 1], strict=True)) for depth in range(len(levels))]
 
-    def bits_added(sample: Counts) -> Float[np.ndarray, " levels"]:
-        cumulative = [0.0, *(_information(sample, labels) for labels in joint_labels), _information(sample)]
-        return np.diff(cumulative)
+    def bits_added(samples: Samples) -> Float[np.ndarray, "*samples levels"]:
+        cumulative = [*(_information(samples, labels) for labels in joint_labels), _information(samples)]
+        return np.diff(np.stack(cumulative, axis=-1), prepend=0.0)
 
     names, bounds = [*levels, "domain"], _at_chance(counts, bits_added)
     return {
@@ -175,13 +177,9 @@ def information_by_level(load: Counts, levels: Mapping[str, Sequence[Hashable]])
 def _distances(counts: Counts) -> Float[np.ndarray, "domains domains"]:
     share = counts / counts.sum(-1, keepdims=True)
     first, second = share[:, None], share[None]
-    middle = (first + second) / 2
-
-    def divergence(p: Float[np.ndarray, "..."], q: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return np.where(p > 0, p * np.log2(p / q), 0.0).sum(-1)
-
-    return np.sqrt(np.clip((divergence(first, middle) + divergence(second, middle)) / 2, 0, 1))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        to_middle = np.where(first > 0, first * np.log2(first / ((first + second) / 2)), 0.0).sum(-1)
+    return np.sqrt(np.clip((to_middle + to_middle.T) / 2, 0, 1))
 
 
 def domain_distances(load: Counts) -> Float[np.ndarray, "domains domains"]:
@@ -209,7 +207,11 @@ def _mean_distance(counts: Counts) -> float:
 def mean_domain_distance(load: Counts) -> Measured:
     """The mean of ``domain_distances`` over pairs of domains. Chance 0, reached only with infinitely many tokens."""
     counts = _check(load)
-    return Measured(_mean_distance(counts), 0.0, float(_at_chance(counts, _mean_distance)))
+
+    def distances(samples: Samples) -> list[float]:  # one by one: all at once take memory by pairs of domains
+        return [_mean_distance(sample) for sample in samples]
+
+    return Measured(_mean_distance(counts), 0.0, float(_at_chance(counts, distances)))
 
 
 def coactivation(expert_ids: Int[np.ndarray, "tokens k"], num_experts: int) -> Float[np.ndarray, "experts experts"]:

@@ -115,11 +115,15 @@ def test_a_foreign_bias_begins_with_a_momentum_of_zero(way):
     assert_close(balance.biases["blocks.1.gate"].double(), expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("was_swapped", [False, True])
 @pytest.mark.parametrize("way", WAYS)
-def test_a_bias_that_a_step_has_moved_away_from_does_not_bring_the_later_momentum(way):
+def test_a_bias_that_a_step_has_moved_away_from_does_not_bring_the_later_momentum(way, was_swapped):
     """An earlier bias of the same run is not the one that the momentum belongs to."""
-    net, balance, _ = _trained(("sigmoid", "sigmoid"))
+    net, balance, average = _trained(("sigmoid", "sigmoid"))
     earlier = _tensors(net)
+    for tensors in (average, earlier) if was_swapped else ():
+        WAYS[way](net, tensors)
+        assert torch.equal(balance.biases["blocks.0.gate"], tensors[f"blocks.0.gate.{SLOT}"])
     _step(net, balance)
     WAYS[way](net, earlier)
     assert torch.equal(balance.biases["blocks.0.gate"], earlier[f"blocks.0.gate.{SLOT}"])
