@@ -179,4 +179,10 @@ MUTANTS = [
         '    name = "frozen"\n\n    def update(self, load, statistic=None, window=0):\n        self._bias += 1\n',
         "test_loss_free -k frozen",
     ),
+    Mutant(
+        "a balancer gets the window's own load",
+        "            load = group.load(vector).clone()",
+        "            load = group.load(vector)",
+        "library/test_mechanisms -k writes_into_its_load",
+    ),
 ]
