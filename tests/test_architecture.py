@@ -17,6 +17,7 @@ LIBRARY = [
     "torch_internals",
     "model_loss",
     "recipes",
+    "kernels",
     "routing",
     "load",
     "metrics",
@@ -194,9 +195,16 @@ def _third_party(path: Path) -> set[str]:
 
 
 def test_the_library_imports_nothing_but_torch_and_jaxtyping():
-    """Integrations import the framework that they are for; nothing imports them but their user."""
+    """Integrations import the framework that they are for; nothing imports them but their user. Kernels import Triton,
+    and are imported by functions that were asked for them."""
+    kernels = SRC / "equipoise" / "kernels.py"
     of_library = [path for path in (SRC / "equipoise").rglob("*.py") if "integrations" not in path.parts]
-    assert set().union(*map(_third_party, of_library)) == {"torch", "jaxtyping"}
+    assert set().union(*(_third_party(path) for path in of_library if path != kernels)) == {"torch", "jaxtyping"}
+    assert _third_party(kernels) == {"torch", "jaxtyping", "triton"}
+    for path in of_library:
+        at_import = "\n".join(ast.unparse(node) for node in ast.parse(path.read_text(encoding="utf-8")).body
+                              if isinstance(node, ast.Import | ast.ImportFrom))  # fmt: skip
+        assert "equipoise.kernels" not in set(imported_places(at_import)), path
 
 
 def _imported(statement: str, *names: str) -> str:
