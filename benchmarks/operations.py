@@ -199,7 +199,7 @@ def measure(strategy: str, masked: bool, score_function: ScoreFunction, fused: b
 def eager_on_fake_tensors() -> Iterator[None]:
     """A fake tensor is no plain one, and needs a dispatch mode, which otherwise means that a forward is traced."""
     with (
-        mock.patch("equipoise.routers.tap.is_traced", return_value=False),
+        mock.patch("equipoise.routers.tapped.is_traced", return_value=False),
         mock.patch("equipoise.routers.forward.is_traced", return_value=False),
         mock.patch("equipoise.counting.biases.Tensor", FakeTensor),
         mock.patch.object(kernels, "can_take", lambda values: values.device.type == DEVICE.split(":")[0]),

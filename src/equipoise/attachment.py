@@ -21,7 +21,7 @@ from equipoise.recipes import RECIPES
 from equipoise.routers import MoELayer
 from equipoise.routers.find import find_routers, proof_of, unknown_routers
 from equipoise.routers.outputs import Refused
-from equipoise.routers.tap import has_live_tap, tap_of, untap_router
+from equipoise.routers.tapped import has_live_tap, tap_of, untap_router
 from equipoise.torch_internals import check_private_names, without_compile
 
 __all__ = ["attach", "base_model", "resolve", "unwrap"]

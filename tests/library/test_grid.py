@@ -16,7 +16,7 @@ from ranks import run_on_ranks
 import equipoise
 from equipoise.counting.gradient import Losses
 from equipoise.counting.window import Window
-from equipoise.routers import tap
+from equipoise.routers import tapped
 
 
 @cache
@@ -72,7 +72,7 @@ def test_the_table_sees_a_factor_that_is_ignored(monkeypatch):
 
 
 def test_the_table_sees_a_bias_that_reaches_the_weights(monkeypatch):
-    class Biased(tap.BiasedTopK):
+    class Biased(tapped.BiasedTopK):
         num_choices = 1
 
         def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -82,7 +82,7 @@ def test_the_table_sees_a_bias_that_reaches_the_weights(monkeypatch):
 
     cell = grid.Cell("eager", "float32", 1, "plain", "none")
     prepared = grid.prepare(cell)
-    monkeypatch.setattr(tap, "BiasedTopK", Biased)
+    monkeypatch.setattr(tapped, "BiasedTopK", Biased)
     assert grid.error(grid.run(cell, prepared), grid.exact("float32", "plain", 1, at_scores=False)[0]) > 1e-2
 
 

@@ -22,7 +22,7 @@ from equipoise.counting.layout import Layout, Statistics
 from equipoise.errors import EquipoiseError
 from equipoise.routers import MoELayer, Slot
 from equipoise.routers.kind import ADDED_SLOT
-from equipoise.routers.tap import tap_of
+from equipoise.routers.tapped import tap_of
 from equipoise.routing import Routing, score, widest_float
 from equipoise.torch_internals import copy_each
 

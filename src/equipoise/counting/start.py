@@ -13,7 +13,7 @@ from equipoise.balancers import Balancer, format_strategy
 from equipoise.counting.biases import slot_value
 from equipoise.errors import EquipoiseError, UsageError
 from equipoise.routers import MoELayer
-from equipoise.routers.tap import tap_of
+from equipoise.routers.tapped import tap_of
 from equipoise.saved import BIASES_FILE, names_biases, read_biases, saved_beside
 
 _log = logging.getLogger("equipoise")

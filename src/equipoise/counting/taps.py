@@ -3,7 +3,8 @@
 from equipoise.counting.recorder import Recorder
 from equipoise.model_loss import warn_of_model_loss
 from equipoise.routers.kind import ADDED_SLOT
-from equipoise.routers.tap import Tap, is_tapped, tap_router, untap_router
+from equipoise.routers.tap import Tap
+from equipoise.routers.tapped import is_tapped, tap_router, untap_router
 from equipoise.torch_internals import allow_compile_over_checkpoint
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from equipoise.routers.tap import RouterKind
+from equipoise.routers.kind import RouterKind
 from equipoise.routing import ScoreFunction, route, without_autocast
 
 __all__ = ["Router"]

@@ -25,7 +25,7 @@ from equipoise.routers.names import named_modules
 from equipoise.routers.outputs import CONTRACT, Refused
 from equipoise.routers.prove import Proof, chooses_by_id, discover, find_slot, prove
 from equipoise.routers.stand_in import returned_form, takes_tokens_alone
-from equipoise.routers.tap import plain_class
+from equipoise.routers.tapped import plain_class
 
 _log = logging.getLogger("equipoise")
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from equipoise.errors import EquipoiseError
-from equipoise.routers.tap import plain_class
+from equipoise.routers.tapped import plain_class
 
 TOKENS = 64  # on which a router is tried
 CONTRACT = (

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from equipoise.routers.kind import RouterKind, Slot
 from equipoise.routers.outputs import CONTRACT, LEAVE_OUT, Refused, forward_arguments
 from equipoise.routers.stand_in import RandomTensors
-from equipoise.routers.tap import BiasedTopK
+from equipoise.routers.steering import BiasedTopK
 from equipoise.routers.trial import Trial
 from equipoise.routing import SCORE_FUNCTIONS, score
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from equipoise.routers.kind import ADDED_SLOT
 from equipoise.routers.outputs import TOKENS, is_dense, output_names
-from equipoise.routers.tap import plain_class
+from equipoise.routers.tapped import plain_class
 
 
 class RandomTensors:

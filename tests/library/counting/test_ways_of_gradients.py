@@ -20,7 +20,7 @@ from equipoise import LoadBalancingLoss, kernels
 from equipoise.balancers import Balancer, ZLoss
 from equipoise.load import expert_load
 from equipoise.nn import Router
-from equipoise.routers import tap
+from equipoise.routers import tapped
 from equipoise.routing import SCORE_FUNCTIONS, route
 
 DIM, EXPERTS, K, ROWS, LENGTH = 6, 8, 2, 3, 5
@@ -106,8 +106,8 @@ def test_every_way_equals_autograd_through_the_definition(way, score_function, n
 def _way_taken(model, hidden, context=nullcontext):
     balance = equipoise.attach(model, "lbl")
     with (
-        mock.patch.object(tap._EagerTap, "apply", wraps=tap._EagerTap.apply) as function,
-        mock.patch.object(tap, "_AtScores", wraps=tap._AtScores) as at_scores,
+        mock.patch.object(tapped.EagerTap, "apply", wraps=tapped.EagerTap.apply) as function,
+        mock.patch.object(tapped, "AtScores", wraps=tapped.AtScores) as at_scores,
         context(),
     ):
         (model(hidden) + balance.loss()).backward()

@@ -23,7 +23,8 @@ from equipoise.errors import EquipoiseError
 from equipoise.nn import MoE
 from equipoise.routers import RouterKind
 from equipoise.routers.kind import ADDED_SLOT
-from equipoise.routers.tap import BiasedTopK, Tap
+from equipoise.routers.steering import BiasedTopK
+from equipoise.routers.tap import Tap
 from equipoise.testing import ROUTER_INVARIANTS, ConformanceError, check_routers
 from equipoise.testing.routers._subject import Subject
 
@@ -533,11 +534,11 @@ class _Adds(BiasedTopK):
 
 
 def _biased_weights(patch):
-    patch.setattr(equipoise.routers.tap, "BiasedTopK", _BiasesWeights)  # not in attach's own trial, which must pass
+    patch.setattr(equipoise.routers.tapped, "BiasedTopK", _BiasesWeights)  # not in attach's own trial, which must pass
 
 
 def _adds_instead_of_multiplying(patch):
-    patch.setattr(equipoise.routers.tap, "BiasedTopK", _Adds)
+    patch.setattr(equipoise.routers.tapped, "BiasedTopK", _Adds)
 
 
 def _moves_when_skipped(patch):

@@ -1,0 +1,226 @@
+"""Puts taps on routers, and takes them off.
+
+A tapped router has a subclass of its class, of the same name. Its forward runs the router's own forward, steered by the
+bias, and reports the call. If a loss has a gradient at the router, it also prepares the way of that gradient.
+"""
+
+from functools import cache
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from equipoise.errors import EquipoiseError
+from equipoise.routers.gradient_paths import AtScores, EagerTap
+from equipoise.routers.kind import ADDED_SLOT, MoELayer, Slot
+from equipoise.routers.steering import BiasedTopK
+from equipoise.routers.tap import RouterCall, Tap
+from equipoise.torch_internals import (
+    are_gradients_wanted,
+    is_traced,
+    leading_dimensions,
+    node_of_scores,
+    saved_scores,
+)
+
+
+def _check_input(router: nn.Module, tap: Tap, hidden: Tensor, *others: Any) -> None:
+    """Raises for an input of another form than the one on which the router was proven."""
+    if min(hidden.dim(), 3) not in tap.dimensions:
+        forms = {2: "[tokens, dim]", 3: "[batch, sequence, dim]"}
+        raise EquipoiseError(
+            f"a {type(router).__name__} must be called with {forms[tap.dimensions[0]]}: got the shape "
+            f"{tuple(hidden.shape)}, on which it chooses otherwise than by its scores. Reshape what it is called with."
+        )
+
+
+def _report(router: nn.Module, tap: Tap, output: Any, hidden: Any) -> Any:
+    """Reports a call of ``router`` on ``hidden``. The output, behind the tap if there is a loss."""
+    kind, context = tap.kind, tap.context
+    assert context is not None  # the tap is live
+    logits, weights, expert_ids = kind.read(output, tap.k)
+    if type(logits).__name__ == "DTensor":
+        raise EquipoiseError(
+            f"a router must give plain tensors: {type(router).__name__} gives a DTensor. Leave it out of the plan of "
+            "parallelize_module: every tensor parallel rank has the same tokens and routes them by itself."
+        )
+    mask, sequence_ids = context.mask_and_sequences()
+    forward = (mask, sequence_ids, context.inputs.rows, context.inputs.length)
+    has_gradient = context.has_gradient is not False and are_gradients_wanted()
+    if is_traced():
+        shape = list(hidden.shape[:-1]) if isinstance(hidden, Tensor) and hidden.dim() == 3 else []
+        # A compiler merges two calls with the same arguments. It takes no two empty tensors for the same.
+        unique = torch.empty(0, device=weights.device) if torch.compiler.is_compiling() else None
+        modes = (router.training, has_gradient, unique)
+        logits = logits if tap.has_loss else logits.detach()
+        weights, _ = torch.ops.equipoise.tap(weights, logits, expert_ids, *forward, shape, tap.key, *modes)
+        return kind.write(output, weights, expert_ids)
+    is_detached = tap.has_loss and not logits.requires_grad and torch.is_grad_enabled()
+    if is_detached and tap.observer is not None and any(p.requires_grad for p in router.parameters()):
+        tap.observer.note_detached_logits(tap.layer)
+    leading = leading_dimensions(hidden) if context.uses_places else ()
+    call = RouterCall(tap.layer, logits, expert_ids, weights, *forward, leading, router.training, has_gradient)
+    needs_gradient = tap.has_loss and logits.requires_grad
+    scores = node_of_scores(weights, logits, kind.score_function) if tap.reads_scores else None
+    if scores is not None:
+        call = call._replace(scores=saved_scores(scores, logits).detach(), keeps_scores=tap.has_slopes)
+    if needs_gradient and not call.keeps_scores:
+        return kind.write(output, EagerTap.apply(weights, logits, expert_ids, call, tap), expert_ids)
+    with torch.no_grad():
+        call_id = tap.observe(call)
+    if needs_gradient and scores is not None:
+        scores.register_prehook(AtScores(tap, expert_ids, call_id))
+    return output
+
+
+@cache
+def _tapped_class(base: Any) -> Any:
+    def forward(self, *args, **kwargs):
+        tap = getattr(self, "_equipoise", None)
+        added_slot = None if tap is None else self._buffers.get(ADDED_SLOT)
+        if added_slot is not None:
+            top_k = BiasedTopK(added_slot, tap.multiplies)
+            with top_k:
+                output = base.forward(self, *args, **kwargs)
+            if top_k.num_choices != 1:
+                raise EquipoiseError(
+                    "a router without a bias of its own must choose by one torch.topk over its experts, as it did when "
+                    f"it was attached: in this call {type(self).__name__} took {top_k.num_choices}, so no bias steers "
+                    "it. Call detach() before a router is changed, and attach again after."
+                )
+        else:
+            output = base.forward(self, *args, **kwargs)
+        if tap is None or tap.router is None:  # detached, or a deep copy
+            return output
+        if tap.router is not self:
+            id(self)  # Dynamo guards the graph of a shallow copy by this: it would serve the router too, uncounted
+            return output
+        if len(tap.dimensions) == 1:
+            _check_input(self, tap, *args, *kwargs.values())
+        hidden = args[0] if args else next(iter(kwargs.values()), None)
+        return _report(self, tap, output, hidden)
+
+    forward.__wrapped__ = base.forward  # type: ignore[attr-defined]  # for inspect.signature
+    return _subclass(base, _tapped_class, {"forward": forward})
+
+
+@cache
+def _holding_class(base: Any) -> Any:
+    """A subclass of a module that holds the slot of a router, if that is not the router itself."""
+    return _subclass(base, _holding_class, {})
+
+
+def _subclass(base: Any, class_of: Any, namespace: dict[str, Any]) -> Any:
+    """Of a module with a slot: the bias survives a cast in float32, and a loaded checkpoint is adopted."""
+
+    def _apply(self, fn, recurse=True):
+        base._apply(self, fn, recurse)
+        for tap in _live_taps(self):
+            tap.observer.restore_bias(tap.layer)
+        return self
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        base._load_from_state_dict(self, *args, **kwargs)
+        for tap in _live_taps(self):
+            tap.observer.adopt_bias(tap.layer)
+
+    def __reduce_ex__(self, protocol):
+        if type(self) is not subclass:  # one that was put on top, which knows how to copy itself
+            return base.__reduce_ex__(self, protocol)
+        return _new, (class_of, base), self.__getstate__()
+
+    follows_its_slot = {"_apply": _apply, "_load_from_state_dict": _load_from_state_dict}
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    namespace = {**namespace, **follows_its_slot, **names, "__reduce_ex__": __reduce_ex__}
+    subclass: Any = type(base.__name__, (base,), {**namespace, "_equipoise_base": base, _mark(class_of): True})
+    return subclass
+
+
+def _live_taps(module: nn.Module) -> list[Any]:
+    """The taps whose slot a module holds: its own, or those of routers around it or inside it."""
+    tap = module.__dict__.get("_equipoise")
+    taps = (() if tap is None else (tap,)) + module.__dict__.get("_equipoise_held", ())
+    return [tap for tap in taps if tap.observer is not None]
+
+
+def _new(class_of: Any, base: Any) -> nn.Module:
+    cls = class_of(base)
+    return cls.__new__(cls)
+
+
+def plain_class(module: nn.Module) -> Any:
+    """The class that a module had before it was tapped. A tapped class below one that was put on later stays."""
+    cls: Any = type(module)
+    while "_equipoise_base" in vars(cls):
+        cls = cls._equipoise_base
+    return cls
+
+
+def is_tapped(router_class: type) -> bool:
+    """Whether a class of routers is, or is derived from, one that reports to a tap."""
+    return _has_layer(router_class, _tapped_class)
+
+
+def _has_layer(cls: type, class_of: Any) -> bool:
+    return hasattr(cls, _mark(class_of))
+
+
+def _mark(class_of: Any) -> str:
+    """The attribute by which a class and its subclasses show that they are made of ours."""
+    return "_equipoise" + class_of.__name__
+
+
+def _put_on(module: nn.Module, class_of: Any) -> None:
+    """Swaps the class for our subclass, unless one from an earlier attach is below a class that others put on."""
+    if not _has_layer(type(module), class_of):
+        module.__class__ = class_of(type(module))
+
+
+def _take_off(module: nn.Module) -> None:
+    """Swaps our class back. One below a class that others put on stays, and does nothing without a tap."""
+    if not module.__dict__.keys() & {"_equipoise", "_equipoise_held"}:
+        module.__class__ = plain_class(module)
+
+
+def tap_router(layer: MoELayer, tap: Tap, added_slot: Float[Tensor, " experts"] | None) -> None:
+    """Swaps the class of the router and of its slot's holder. ``added_slot`` becomes a buffer no checkpoint sees."""
+    router, slot = layer.router, layer.slot
+    tap.dimensions = layer.dimensions
+    if added_slot is not None:
+        router.register_buffer(ADDED_SLOT, added_slot, persistent=False)
+    tap.router = router
+    router.__dict__["_equipoise"] = tap
+    _put_on(router, _tapped_class)
+    if slot is not None and slot.holder is not router:
+        holder = slot.holder
+        holder.__dict__["_equipoise_held"] = (*holder.__dict__.get("_equipoise_held", ()), tap)
+        _put_on(holder, _holding_class)
+
+
+def untap_router(router: nn.Module, slot: Slot | None) -> None:
+    """Undoes ``tap_router``, and no more: what others put on the router since stays.
+
+    The model's own slot keeps what it holds.
+    """
+    tap = router.__dict__.pop("_equipoise")
+    if ADDED_SLOT in router._buffers:
+        delattr(router, ADDED_SLOT)
+    _take_off(router)
+    if slot is not None and "_equipoise_held" in slot.holder.__dict__:
+        holder = slot.holder
+        others = tuple(other for other in holder.__dict__.pop("_equipoise_held") if other is not tap)
+        if others:
+            holder.__dict__["_equipoise_held"] = others
+        _take_off(holder)
+
+
+def tap_of(router: nn.Module) -> Tap | None:
+    """The tap of a router, live or inert."""
+    return router.__dict__.get("_equipoise")
+
+
+def has_live_tap(router: nn.Module) -> bool:
+    """Whether a router is attached, or is a shallow copy of one, with which it shares its tensors."""
+    tap = tap_of(router)
+    return tap is not None and tap.observer is not None
