@@ -36,7 +36,8 @@ def _launch(kernel: Any, num_tokens: int, num_experts: int, *arguments: Any, **c
     columns = triton.next_power_of_2(num_experts)
     rows = max(BLOCK // columns, 1)
     constants |= {"ROWS": rows, "COLUMNS": columns}
-    kernel[(num_programs(num_tokens, num_experts),)](*arguments, num_tokens, num_experts, **constants)
+    with torch.cuda.device_of(arguments[0]):  # Triton launches on the current device, wherever the tensors are
+        kernel[(num_programs(num_tokens, num_experts),)](*arguments, num_tokens, num_experts, **constants)
 
 
 def num_programs(num_tokens: int, num_experts: int) -> int:

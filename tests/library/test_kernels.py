@@ -280,6 +280,15 @@ def test_another_loss_within_sequences_takes_the_plain_path():
         assert torch.equal(ours, expected)
 
 
+def test_a_kernel_is_launched_on_the_device_of_its_tensors():
+    """A layer of a model that is spread over GPUs need not be on the current one."""
+    scores = torch.rand(3, EXPERTS)
+    with mock.patch.object(torch.cuda, "device_of", wraps=torch.cuda.device_of) as device_of:
+        kernels.masses(scores, None, False)
+    ((launched_on,), _) = device_of.call_args
+    assert launched_on.data_ptr() == scores.data_ptr()
+
+
 def test_without_triton_it_is_refused():
     with mock.patch.dict(sys.modules, {"triton": None}):
         sys.modules.pop("equipoise.kernels", None)
