@@ -19,7 +19,7 @@ from equipoise_lab.records import read_json
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "speed.md"
-UPDATE_LIMIT = 0.3  # milliseconds
+UPDATE_LIMIT = 1.2  # of step() over its bare operations
 HELP_LIMIT, IMPORT_LIMIT = 0.5, 0.1  # seconds
 RESULT_NAMES = ("overhead", "operations", "experts", "trainer", "lab_step", "attach", "audit", "attention", "ranks")
 UNKNOWN_REASON = "The reason is not known."
@@ -87,10 +87,15 @@ def explain_misses(targets: Iterable[Target]) -> list[str]:
 
 
 # ---- what balancing costs ----
+LOSS_REASON = (
+    "The loss keeps sums of scores in every forward and adds a gradient in every backward. The lab's routers score in "
+    "bfloat16, and the loss in float32: so both make the scores again from the logits. Most operations take as long "
+    "for few tokens as for many, and it shows because the lab's experts are small."
+)
 STEP_REASONS = {
     "loss-free": "Loss-Free counts every choice and moves biases once. The counting is what costs.",
-    "lbl:scope=global_batch": "The loss keeps sums of scores in every forward and adds a gradient in every backward. "
-    "Most of its operations take as long for few tokens as for many, and it shows because the lab's experts are small.",
+    "lbl:scope=global_batch": LOSS_REASON,
+    "lbl:scope=sequence": LOSS_REASON,
     "quantile": "Every router call sorts every token's margin at every expert into a histogram.",
 }
 INTERVAL_REASON = "The median is within the target, but the interval is too wide to say that the cost is."
@@ -247,27 +252,28 @@ def updates(stored: dict[str, Any]) -> Section:
     title = "`step()`"
     first, *_ = rows = stored["updates"]
     target = Target(
-        f"`step()` of Loss-Free, {first['layers']} layers x {first['experts']} experts",
-        f"{first['milliseconds']:.2f} ms",
-        f"{UPDATE_LIMIT} ms",
-        first["milliseconds"] <= UPDATE_LIMIT,
+        f"`step()` of Loss-Free over its bare operations, {first['layers']} layers x {first['experts']} experts",
+        format_ratio(first["over_floor"]),
+        f"{UPDATE_LIMIT}",
+        first["over_floor"]["median"] <= UPDATE_LIMIT,
         title,
-        "The floor is given by the bare operations. They read and write every layer's bias, a separate tensor that "
-        "somebody may have written into. Some ten operations over all counts come on top. All this runs right after "
-        "the forwards, when nothing of it is in the caches.",
+        "Both read and write every layer's bias, a separate tensor that somebody may have written into. On top come "
+        "the look at each of these tensors, the end of the window, and the search for layers that were not called. "
+        "All this runs right after the forwards, when nothing of it is in the caches.",
     )
     lines = [
         "Closing a window and moving all biases under Loss-Free, once per optimizer step, one thread. The time must "
         "not depend on the number of tokens. Bare operations: the same work on the same tensors, without the library.",
         "",
         *table(
-            ("layers x experts", "tokens", "ms", "bare operations, ms", "target", ""),
+            ("layers x experts", "tokens", "ms", "bare operations, ms", "ratio", "target", ""),
             (
                 (
                     f"{row['layers']} x {row['experts']}",
                     f"{row['tokens']:,}",
                     f"{row['milliseconds']:.2f}",
-                    f"{row['floor_milliseconds']:.2f}" if "floor_milliseconds" in row else "",
+                    f"{row['floor_milliseconds']:.2f}",
+                    format_ratio(row["over_floor"]),
                     target.limit if row is first else "",
                     format_verdict(target.is_met) if row is first else "",
                 )
