@@ -11,8 +11,8 @@ strategy has a loss, `loss()` of every micro-batch is included. Then the same wi
 end. Calls have as many tokens as a step, or as a micro-batch. Target for the forward: 1.05 for `frozen` and
 `loss-free`, which only count. The floor for the loss is its bare operations on the same tensors, without the library.
 
-Updates: `step()` for routers alone. Shapes: 64 layers of 256 experts (target: 1.2 of its bare operations), half and twice the
-layers, a quarter of the experts, and four times the tokens. The time must not depend on the tokens.
+Updates: `step()` for routers alone. Shapes: 64 layers of 256 experts (target: 1.2 of its bare operations), half and
+twice the layers, a quarter of the experts, and four times the tokens. The time must not depend on the tokens.
 
 Alerts: `Alerts.see` once per window, including the read of loads and biases. Three times: in a usual window, in a
 window that ends a stretch and judges it, and the mean of all.
