@@ -66,6 +66,7 @@ OTHERS = ("loss-free+lbl:scope=sequence,coefficient=1e-4",)
 ROUTER = (128, 32, 4)  # dim, experts, k: the default model's
 TOKENS = (8192, 1024)  # of a call: the default model's in a step, and in a micro-batch
 LAYERS, MICRO_BATCHES = 3, 8
+ROUTER_STRATEGIES = ("frozen", "loss-free", "lbl:scope=global_batch", "quantile")
 FORWARD_LIMIT = 1.05
 COUNTING_ONLY = ("frozen", "loss-free")  # strategies that only count in the forward
 UPDATE_SHAPES = ((64, 256, 256), (32, 256, 256), (128, 256, 256), (64, 64, 256), (64, 256, 1024))
@@ -110,7 +111,7 @@ def routers(rounds: int) -> list[dict[str, Any]]:
     for tokens in TOKENS:
         hidden = torch.randn(tokens, dim)
         plain = nn.ModuleList(Router(dim, experts, k) for _ in range(LAYERS)).train()
-        rows += [_routers(strategy, plain, hidden, rounds) for strategy in ("frozen", *STEP_LIMITS)]
+        rows += [_routers(strategy, plain, hidden, rounds) for strategy in ROUTER_STRATEGIES]
     return rows
 
 

@@ -139,7 +139,7 @@ def test_overhead_measures_updates_and_routers_of_every_strategy():
     overhead = _load("overhead")
     row = overhead.update(layers=3, experts=8, tokens=16, rounds=2)
     assert (row["layers"], row["experts"], row["tokens"]) == (3, 8, 16) and 0 < row["milliseconds"] < 1000
-    for strategy in ("frozen", *overhead.STEP_LIMITS):
+    for strategy in overhead.ROUTER_STRATEGIES:
         plain = overhead.nn.ModuleList([overhead.Router(16, 8, 2), overhead.Router(16, 8, 2)]).train()
         row = overhead._routers(strategy, plain, overhead.torch.randn(64, 16), rounds=2)
         assert row["strategy"] == strategy and row["forward"]["rounds"] == 2 and row["forward"]["median"] > 0

@@ -34,9 +34,15 @@ KERNELS: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
     "_values_in_sequences": ({**SCORES, **SEQUENCES, "parts": "*fp64"}, CONSTANTS),
 }
 
-for target in TARGETS:
-    for name, (types, constants) in KERNELS.items():
-        kernel = getattr(kernels, name)
-        signature = {argument: types.get(argument, "constexpr") for argument in kernel.arg_names}
-        compiled = triton.compile(ASTSource(kernel, signature=signature, constexprs=constants), target=target)
-        print(f"{name}:{list(compiled.asm)[-1]}")
+
+def main() -> None:
+    for target in TARGETS:
+        for name, (types, constants) in KERNELS.items():
+            kernel = getattr(kernels, name)
+            signature = {argument: types.get(argument, "constexpr") for argument in kernel.arg_names}
+            compiled = triton.compile(ASTSource(kernel, signature=signature, constexprs=constants), target=target)
+            print(f"{name}:{list(compiled.asm)[-1]}")
+
+
+if __name__ == "__main__":
+    main()

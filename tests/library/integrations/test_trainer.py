@@ -701,7 +701,7 @@ def test_data_parallel_and_deepspeed_are_refused():
 
 
 def test_wrong_arguments_are_refused_at_once():
-    with pytest.raises(TypeError, match="group, biases, allow_empty.*got groups"):
+    with pytest.raises(TypeError, match="group, biases, fused, allow_empty.*got groups"):
         EquipoiseCallback("loss-free", groups=None)
     with pytest.raises(UsageError, match="must have a strategy"):
         Trainer(family("glm4_moe"), callbacks=[EquipoiseCallback])  # the class, as the Trainer allows
