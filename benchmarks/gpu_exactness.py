@@ -223,12 +223,12 @@ def distance(gradient: Tensor, expected: Tensor) -> float:
 def strategies(setting: Setting) -> Iterator[Row]:
     cases = CASES[:2] if setting.small else CASES
     for fused, strategy, score_function in product((False, True), STRATEGIES, SCORE_FUNCTIONS):
-        what, arguments = f"{strategy}, {score_function}", (setting, strategy, score_function)
-        how = ", fused" if fused else ""
+        name, arguments = f"{strategy}, {score_function}", (setting, strategy, score_function)
+        kind = ", fused" if fused else ""
         for case in cases:
-            yield make_row(f"{what}, {case}{how}", partial(check_strategy, *arguments, case, fused))
+            yield make_row(f"{name}, {case}{kind}", partial(check_strategy, *arguments, case, fused))
         if setting.has_gpu or not fused:  # the interpreter is slow
-            yield make_row(f"{what}, large{how}", partial(check_large, *arguments, fused))
+            yield make_row(f"{name}, large{kind}", partial(check_large, *arguments, fused))
 
 
 def ways(setting: Setting) -> Iterator[Row]:

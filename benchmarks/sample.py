@@ -52,28 +52,28 @@ def violations(score_function: ScoreFunction, fraction: float, best: int, seed: 
     preference = torch.randn(EXPERTS, generator=generator)
     balancer = Quantile(fraction=fraction)
     balancer.prepare(LayerStack(score_function, K, torch.zeros(1, EXPERTS)))
-    found = []
+    by_window = []
     for window in range(WINDOWS):
         logits = torch.randn(TOKENS, EXPERTS, generator=generator) + preference
         bias = balancer.bias()[0]
         routing = route(logits, K, score_function=score_function, bias=bias)
         load = expert_load(routing.expert_ids, EXPERTS)
-        found.append(float(max_violation(load)))
+        by_window.append(float(max_violation(load)))
         statistic = histogram_of_best(routing, bias, best) if best else balancer.statistic(routing, 0)
         balancer.update(load[None], [statistic], window)
-    return found
+    return by_window
 
 
 def measure(score_function: ScoreFunction, fraction: float = 1.0, best: int = 0) -> dict[str, Any]:
     by_seed = [violations(score_function, fraction, best, seed) for seed in range(SEEDS)]
-    first = [next((i for i, value in enumerate(found) if value < EVEN), WINDOWS) for found in by_seed]
+    first = [next((i for i, value in enumerate(by_window) if value < EVEN), WINDOWS) for by_window in by_seed]
     return {
         "score_function": score_function,
         "fraction": fraction,
         "best": best or None,
         "additions_by_token": fraction * (best or EXPERTS),
         "windows_until_even": statistics.median(first),  # the number of windows if it never is
-        "last_violation": statistics.mean(value for found in by_seed for value in found[-LAST:]),
+        "last_violation": statistics.mean(value for by_window in by_seed for value in by_window[-LAST:]),
     }
 
 

@@ -72,11 +72,11 @@ def attach(
     ``router_kind`` says, or is attached already. Other routers that cannot be proven are left out with a warning.
     """
     check_private_names()
-    if fused:
-        _check_triton()
     pool = Pool(group)
     plan, error = None, None
     try:
+        if fused:
+            _check_triton()
         plan = _plan(model, balancers, where, biases, allow_empty)
     except Exception as caught:
         error = caught

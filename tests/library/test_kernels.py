@@ -19,11 +19,17 @@ import equipoise
 from equipoise import EquipoiseError, kernels
 from equipoise.balancers import Balancer, LayerStack, LoadBalancingLoss, Quantile
 from equipoise.balancers.quantile import edges
+from equipoise.counting.pool import Pool
 from equipoise.routing import Routing, score
+
 
 TOKENS, EXPERTS, K, SEQUENCES = 45, 6, 2, 4  # six experts are no power of two
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, of nan in the interpreter
 COMPILED = Path(__file__).with_name("compiled_kernels.py")
+
+
+class Stop(Exception):
+    """Ends an ``attach`` where the test has seen enough."""
 
 
 @pytest.fixture(autouse=True)
@@ -296,6 +302,16 @@ def test_without_triton_it_is_refused():
             equipoise.attach(tiny_lm(), "lbl", fused=True)
         equipoise.attach(tiny_lm(), "lbl")
     sys.modules["equipoise.kernels"] = kernels
+
+
+def test_a_rank_without_triton_does_not_leave_the_others_waiting():
+    """They wait in ``agree``: so it must get there, with its error."""
+    with mock.patch.dict(sys.modules, {"triton": None}), mock.patch.object(Pool, "agree", side_effect=Stop) as agree:
+        sys.modules.pop("equipoise.kernels", None)
+        with pytest.raises(Stop):
+            equipoise.attach(tiny_lm(), "lbl", fused=True)
+    sys.modules["equipoise.kernels"] = kernels
+    assert isinstance(agree.call_args.args[2], EquipoiseError)
 
 
 def test_on_a_cpu_without_the_interpreter_nothing_changes():

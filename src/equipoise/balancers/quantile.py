@@ -200,8 +200,9 @@ class Quantile(Balancer):
 
             if kernels.can_take(values):
                 drawn_by = routing.logits.detach() if self.fraction < 1 else None
-                how = (self.bins, SMALLEST, drawn_by, self.fraction)
-                return kernels.margin_histogram(values, self._bias[row], self._k, routing.mask, *how)
+                return kernels.margin_histogram(
+                    values, self._bias[row], self._k, routing.mask, self.bins, SMALLEST, drawn_by, self.fraction
+                )
         mask: Tensor | None = routing.mask
         if self.fraction < 1:
             drawn = _draw(routing.logits, self.fraction)

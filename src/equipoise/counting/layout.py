@@ -132,7 +132,7 @@ class Statistics:
             before.add_(value)
             return
         if before is not None:
-            self._held.remove(_address(before))
+            self._held.discard(_address(before))
             value = torch.cat([before, value])
         self.values[layer, balancer] = value
         self._held.add(_address(value))
