@@ -22,7 +22,6 @@ from equipoise.balancers.quantile import edges
 from equipoise.counting.pool import Pool
 from equipoise.routing import Routing, score
 
-
 TOKENS, EXPERTS, K, SEQUENCES = 45, 6, 2, 4  # six experts are no power of two
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, of nan in the interpreter
 COMPILED = Path(__file__).with_name("compiled_kernels.py")
@@ -295,22 +294,24 @@ def test_a_kernel_is_launched_on_the_device_of_its_tensors():
     assert launched_on.data_ptr() == scores.data_ptr()
 
 
+@pytest.fixture
+def _without_triton(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "equipoise.kernels")
+
+
+@pytest.mark.usefixtures("_without_triton")
 def test_without_triton_it_is_refused():
-    with mock.patch.dict(sys.modules, {"triton": None}):
-        sys.modules.pop("equipoise.kernels", None)
-        with pytest.raises(EquipoiseError, match="fused=True must have Triton"):
-            equipoise.attach(tiny_lm(), "lbl", fused=True)
-        equipoise.attach(tiny_lm(), "lbl")
-    sys.modules["equipoise.kernels"] = kernels
+    with pytest.raises(EquipoiseError, match="fused=True must have Triton"):
+        equipoise.attach(tiny_lm(), "lbl", fused=True)
+    equipoise.attach(tiny_lm(), "lbl")
 
 
+@pytest.mark.usefixtures("_without_triton")
 def test_a_rank_without_triton_does_not_leave_the_others_waiting():
     """They wait in ``agree``: so it must get there, with its error."""
-    with mock.patch.dict(sys.modules, {"triton": None}), mock.patch.object(Pool, "agree", side_effect=Stop) as agree:
-        sys.modules.pop("equipoise.kernels", None)
-        with pytest.raises(Stop):
-            equipoise.attach(tiny_lm(), "lbl", fused=True)
-    sys.modules["equipoise.kernels"] = kernels
+    with mock.patch.object(Pool, "agree", side_effect=Stop) as agree, pytest.raises(Stop):
+        equipoise.attach(tiny_lm(), "lbl", fused=True)
     assert isinstance(agree.call_args.args[2], EquipoiseError)
 
 
