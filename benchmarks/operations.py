@@ -49,6 +49,10 @@ DIM, EXPERTS, K, ROWS = 64, 128, 8, 2
 FEW, MANY = 2, 6  # layers
 TOKENS, LAYERS = 512, 64  # layers of the model whose micro-batches and steps are counted
 STRATEGIES = ("loss-free", "lbl", "lbl:scope=micro_batch", "lbl:scope=sequence", "quantile", "z")
+MASKS = {  # the dtypes of a padding mask, None for no mask; integers may also number packed sequences
+    strategy: (None, "int64", "bool") if strategy == "lbl:scope=sequence" else (None, "int64")
+    for strategy in STRATEGIES
+}
 LIMITS = {  # of the operations of a call, by strategy and whether there is a mask: forward, backward
     ("loss-free", False): (3, 0),
     ("loss-free", True): (4, 0),
@@ -140,14 +144,19 @@ def attach(model: Routers, strategy: str, fused: bool = False, pool: Pool | None
 
 @cache
 def run_step(
-    strategy: str | None, layers: int, tokens: int, masked: bool, score_function: ScoreFunction, fused: bool = False
+    strategy: str | None,
+    layers: int,
+    tokens: int,
+    mask_dtype: str | None,
+    score_function: ScoreFunction,
+    fused: bool = False,
 ) -> dict[str, Counted]:
     """The second step of a model: what is made once was made in the first. ``None``: it is not attached."""
     with FakeTensorMode(), torch.device(DEVICE):
         model = Routers(layers, score_function)
         balance = None if strategy is None else attach(model, strategy, fused)
         hidden = torch.zeros(ROWS, tokens // ROWS, DIM)
-        mask = torch.ones(ROWS, tokens // ROWS, dtype=torch.int64) if masked else None
+        mask = torch.ones(ROWS, tokens // ROWS, dtype=getattr(torch, mask_dtype)) if mask_dtype else None
         for _ in range(2):
             parts = {}
             with _counting() as forward:
@@ -166,23 +175,23 @@ def run_step(
     return parts
 
 
-def measure(strategy: str, masked: bool, score_function: ScoreFunction, fused: bool) -> dict[str, Any]:
+def measure(strategy: str, mask_dtype: str | None, score_function: ScoreFunction, fused: bool) -> dict[str, Any]:
     """What a router call adds in forward and backward, what a micro-batch and a step add, and bytes by token."""
 
     def added(layers: int, tokens: int = TOKENS) -> dict[str, Counted]:
-        plain = run_step(None, layers, tokens, masked, score_function)
-        attached = run_step(strategy, layers, tokens, masked, score_function, fused)
+        plain = run_step(None, layers, tokens, mask_dtype, score_function)
+        attached = run_step(strategy, layers, tokens, mask_dtype, score_function, fused)
         return {name: attached[name].minus(plain[name]) for name in attached}
 
     few, many, longer = added(FEW), added(MANY), added(MANY, 2 * TOKENS)
     difference = {name: many[name].minus(few[name]) for name in many}
     by_call = {name: part.number / (MANY - FEW) for name, part in difference.items()}
     once = sum(few[name].number - FEW * by_call[name] for name in ("forward", "loss", "backward"))
-    limits = FUSED_LIMITS.get(strategy) if fused else LIMITS.get((strategy, masked))
+    limits = FUSED_LIMITS.get(strategy) if fused else LIMITS.get((strategy, mask_dtype is not None))
     forward_limit, backward_limit = limits or (None, None)
     return {
         "strategy": strategy,
-        "masked": masked,
+        "mask": mask_dtype,
         "fused": fused,
         "score_function": score_function,
         "forward": by_call["forward"],
@@ -209,11 +218,11 @@ def eager_on_fake_tensors() -> Iterator[None]:
 
 def measure_all() -> dict[str, Any]:
     rows = [
-        measure(strategy, masked, score_function, fused)
+        measure(strategy, mask_dtype, score_function, fused)
         for fused in (False, True)
         for score_function in ("softmax", "sigmoid")
         for strategy in STRATEGIES
-        for masked in (False, True)
+        for mask_dtype in MASKS[strategy]
     ]
     facts = run_facts("python benchmarks/operations.py", "torch")
     sizes = {"layers": LAYERS, "experts": EXPERTS, "k": K, "rows": ROWS}

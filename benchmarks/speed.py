@@ -199,8 +199,9 @@ def routers(stored: dict[str, Any]) -> Section:
 
 
 SEQUENCE_REASON = (
-    "The loss within sequences counts by sequence. With a mask, or with packed sequences, their number is not known "
-    "without waiting for the GPU: a table with a row for each token is made in the forward, and again in the backward."
+    "The loss within sequences counts by sequence. A mask of integers may number packed sequences, and how many is not "
+    "known without waiting for the GPU: a table with a row for each token is made in the forward, and again in the "
+    "backward. A boolean mask only marks padding, so pass `attention_mask.bool()` if nothing is packed."
 )
 
 
@@ -249,7 +250,8 @@ def operations(stored: dict[str, Any]) -> Section:
 
 
 def _call(row: dict[str, Any]) -> str:
-    return f"`{row['strategy']}`, {row['score_function']} scores{', masked' if row['masked'] else ''}"
+    mask = f", {row['mask']} mask" if row["mask"] else ""
+    return f"`{row['strategy']}`, {row['score_function']} scores{mask}"
 
 
 def _operations_of_call(row: dict[str, Any]) -> tuple[str, str, bool | None]:

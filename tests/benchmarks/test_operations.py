@@ -23,5 +23,5 @@ def test_no_count_is_beyond_its_limit_but_those_that_are_known():
     for row in json.loads(STORED.read_text(encoding="utf-8"))["calls"]:
         for part in ("forward", "backward"):
             if row[f"{part}_limit"] is not None and row[part] > row[f"{part}_limit"]:
-                beyond.add((row["strategy"], row["masked"], row["fused"]))
-    assert beyond == {("lbl:scope=sequence", True, False)}
+                beyond.add((row["strategy"], row["mask"], row["fused"]))
+    assert beyond == {("lbl:scope=sequence", "int64", False)}
