@@ -1,8 +1,10 @@
 # make install   a virtual environment in .venv with the tested set of constraints.txt
 # make demo      the main job on the packaged corpus: table on the terminal, page in runs/demo/report.html
-# make bench     measures what balancing costs and how fast the lab is: benchmarks/results and docs/speed.md
-# make gpu       what a GPU alone can show, in eight minutes on a machine with one: benchmarks/results and docs/gpu.md
+# make bench     measures what balancing costs and how fast the lab is: benchmarks/results and docs/evidence/speed.md
+# make gpu       what a GPU alone can show, in eight minutes on a machine with one: benchmarks/results and docs/evidence/gpu.md
 # make test      everything that CI runs
+# make docs      the handbook, in build/site; make docs-serve shows it while you write
+# make notebooks executes the notebooks of the handbook and stores their outputs
 # make mutants   breaks the source on purpose, one known defect at a time; the tests must notice every break
 # make random-mutants   200 random breaks of the core, each run against the tests that reach its line; runs/random_mutants
 PYTHON ?= python3
@@ -13,7 +15,7 @@ DEMO ?= runs/demo
 TORCH ?=
 CONSTRAINTS := $(if $(TORCH),$(VENV)/constraints.txt,constraints.txt)
 
-.PHONY: install demo bench gpu test mutants random-mutants clean
+.PHONY: install demo bench gpu test docs docs-serve notebooks mutants random-mutants clean
 
 install: $(VENV)/.installed
 
@@ -38,7 +40,17 @@ test: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/python docs/tools/handbook.py
 	$(BIN)/pytest -n 2 --dist loadgroup
+
+docs: install
+	$(BIN)/python docs/tools/handbook.py
+
+docs-serve: install
+	$(BIN)/python docs/tools/handbook.py --serve
+
+notebooks: install
+	$(BIN)/python docs/tools/notebooks.py
 
 mutants: install
 	PYTHONPATH=tests $(BIN)/python -m mutants $(ONLY)

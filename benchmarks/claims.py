@@ -1,33 +1,31 @@
 """Writes the page of results of the claims, and its figure, from the stored results.
 
     equipoise reproduce all                  # takes hours; continues where it was stopped
-    python benchmarks/claims.py              # writes docs/results.md, docs/figures/claims.png, the README's table
-    python benchmarks/claims.py --check      # fails if the page or the table is not what the stored results give
+    python benchmarks/claims.py              # writes docs/evidence/results.md and docs/figures/claims.png
+    python benchmarks/claims.py --check      # fails if the page is not what the stored results give
 
 Chromium draws the figure (needs playwright and /usr/bin/chromium).
 """
 
 import math
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
-import readme
 from picture import photograph
 from plotly.subplots import make_subplots
 
 from equipoise_lab.analysis import estimate, paired_differences
 from equipoise_lab.reproduce.claim import Claim, claim_names, load_claim
 from equipoise_lab.reproduce.frontier import FRONTIERS, Frontier
-from equipoise_lab.reproduce.page import FIGURE, LEADERBOARD, arms, page, summary, write
+from equipoise_lab.reproduce.page import FIGURE, LEADERBOARD, arms, page, write
 from equipoise_lab.reproduce.runs import Results
-from equipoise_lab.reproduce.verdict import Finding, findings
+from equipoise_lab.reproduce.verdict import findings
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "claims"
-PAGE = ROOT / "docs" / "results.md"
+PAGE = ROOT / "docs" / "evidence" / "results.md"
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#808080")
 DRAWN_FRONTIERS = ("global", "micro", "sequence", "loss-free", "phi", "shinka", "quantile", "none")
 LABEL_PLACES = (
@@ -127,27 +125,17 @@ def _leaderboard(figure: go.Figure, claim: Claim, results: Results) -> None:
     figure.update_xaxes(range=[math.log10(0.2), math.log10(3.6)], row=1, col=2)
 
 
-def table(results: Iterable[Finding]) -> str:
-    """The verdicts in short form, for the README."""
-    lines = ["| claim | here | verdict |", "|---|---|---|"]
-    path = PAGE.relative_to(ROOT).as_posix()
-    lines += [f"| {' | '.join(summary(finding, path))} |" for finding in results if finding.is_primary]
-    return "\n".join([*lines, ""])
-
-
 def main() -> None:
     results = Results(RESULTS)
     chosen = {name: frontier.chosen(results) for name, frontier in FRONTIERS.items()}
     claims = [load_claim(name).with_values(chosen) for name in claim_names()]
     all_findings = findings(claims, results)
     if sys.argv[1:] == ["--check"]:
-        is_current = page(claims, all_findings, results, FIGURE) == PAGE.read_text()
-        if not is_current or not readme.check("claims", table(all_findings)):
-            sys.exit(f"{PAGE.name} and README.md must match the stored results: run python benchmarks/claims.py")
+        if page(claims, all_findings, results, FIGURE) != PAGE.read_text():
+            sys.exit(f"{PAGE.name} must match the stored results: run python benchmarks/claims.py")
         return
     photograph(draw(next(c for c in claims if c.name == LEADERBOARD), results), PAGE.parent / FIGURE)
     write(PAGE, claims, all_findings, results)
-    readme.replace("claims", table(all_findings))
 
 
 if __name__ == "__main__":

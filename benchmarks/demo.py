@@ -1,24 +1,43 @@
-"""Writes the README's table and figure from a folder of `equipoise compare`.
+"""Writes the table of the tutorial on comparing, and the README's picture, from a folder of `equipoise compare`.
 
     equipoise compare --out runs/demo
-    python benchmarks/demo.py runs/demo      # stores benchmarks/results/demo.json, writes the README's table and figure
-    python benchmarks/demo.py --check        # fails if the README's table is not that of the stored result
-
-The figure is a screenshot of the report, taken by Chromium (needs playwright and /usr/bin/chromium).
+    python benchmarks/demo.py runs/demo      # stores benchmarks/results/demo.json, writes the table and the picture
+    python benchmarks/demo.py --check        # fails if the table is not that of the stored result
 """
 
 import json
 import os
 import platform
+import re
 import sys
 from pathlib import Path
+from typing import Any
 
-import readme
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
 
+from equipoise_lab.analysis import read_records
+from equipoise_lab.analysis.figures import DIVERGING
 from equipoise_lab.train.config import Compare
 
 ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "tutorials" / "compare.md"
+PICTURE = ROOT / "docs" / "figures" / "demo.png"
+MARKS = re.compile(r"(<!-- demo: .*? -->\n).*?(<!-- /demo -->)", re.DOTALL)
 STORED = ROOT / "benchmarks" / "results" / "demo.json"
+COLOURS = LinearSegmentedColormap.from_list("load", [tuple(stop) for stop in DIVERGING])
+OVER_STEPS = {
+    "none": "Without balancing: a few experts take everything",
+    "loss-free:rate=1e-2": "With Loss-Free Balancing",
+}
+BY_DOMAIN = {
+    "lbl:scope=micro_batch": "Loss over a micro-batch: every domain uses all experts",
+    "lbl:scope=global_batch": "Loss over the global batch: experts specialise",
+}
 COLUMNS = {
     "strategy": ("strategy", "`{}`"),
     "maxvio_global": ("MaxVio, test text", "{:.2f}"),
@@ -60,26 +79,49 @@ def table(stored: dict) -> str:
     return "\n".join(lines)
 
 
-def figure(folder: Path) -> None:
-    from playwright.sync_api import sync_playwright
+def picture(folder: Path) -> Figure:
+    """Above: the load of the last layer over the steps. Below: which domain uses which expert after training."""
+    records = read_records(folder)
+    figure = Figure(figsize=(10, 5.6), layout="constrained")
+    axes = figure.subplots(2, 2, height_ratios=(1.1, 1))
+    for axis, (strategy, title) in zip(axes[0], OVER_STEPS.items(), strict=True):
+        _, steps, load = last_layer(records.loads(), strategy, "step")
+        order = np.argsort(-load[len(load) // 2 :].sum(0), kind="stable")
+        image = _heat_map(axis, load[:, order].T, title, extent=(steps[0], steps[-1], len(order), 0))
+        axis.set(xlabel="step", ylabel="experts, busiest first", yticks=[])
+    for axis, (strategy, title) in zip(axes[1], BY_DOMAIN.items(), strict=True):
+        _, domains, load = last_layer(records.experts(), strategy, "domain")
+        share = load / load.sum(1, keepdims=True)
+        order = sorted(range(share.shape[1]), key=lambda e: (share[:, e].argmax(), -share[:, e].max()))
+        _heat_map(axis, load[:, order], title)
+        axis.set(xlabel="experts, sorted by domain", xticks=[], yticks=range(len(domains)), yticklabels=domains)
+        axis.tick_params(labelsize=8)
+    ticks = {"ticks": [0, 1, 2, 3, 4], "format": lambda value, _: f"{value:g}{'+' * (value == 4)}"}
+    figure.colorbar(image, ax=axes, label="load over an even load", shrink=0.6, **ticks)
+    return figure
 
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1100, "height": 900}, device_scale_factor=1.5)
-        page.goto((folder / "report.html").absolute().as_uri())
-        page.wait_for_timeout(2000)
-        page.add_style_tag(content="button { display: none }")
-        page.locator("section[aria-labelledby=h-heat] .grid").first.screenshot(
-            path=ROOT / "docs" / "figures" / "demo.png"
-        )
-        browser.close()
+
+def last_layer(table: pa.Table, strategy: str, key: str) -> tuple[str, list[Any], np.ndarray]:
+    """The last layer, the values of ``key`` (steps or domains), and loads [values, experts]."""
+    table = table.filter(pc.equal(table["strategy"], strategy))
+    layer = table["layer"][-1].as_py()
+    table = table.filter(pc.equal(table["layer"], layer))
+    values = pc.unique(table[key]).to_pylist()
+    return layer, values, table["load"].to_numpy().reshape(len(values), -1).astype(float)
+
+
+def _heat_map(axis: Axes, load: np.ndarray, title: str, **options: Any) -> Any:
+    even = load.sum(1 if "extent" not in options else 0, keepdims=True) / load.shape[1 if "extent" not in options else 0]
+    axis.set_title(title, loc="left", fontsize=10)
+    colours = {"cmap": COLOURS, "vmin": 0, "vmax": 4}
+    return axis.imshow(load / even, aspect="auto", interpolation="nearest", **colours, **options)
 
 
 def main() -> None:
     if sys.argv[1:] == ["--check"]:
         stored = json.loads(STORED.read_text())
-        if not readme.check("demo", table(stored)):
-            sys.exit("README.md must have the table of benchmarks/results/demo.json: run benchmarks/demo.py FOLDER.")
+        if table(stored) not in PAGE.read_text(encoding="utf-8"):
+            sys.exit(f"{PAGE.name} must have the table of benchmarks/results/demo.json: run benchmarks/demo.py FOLDER.")
         defaults = Compare(out=Path("runs/demo"))
         options = defaults.shared()  # an option newer than the result had its default then
         options |= {name: value for name, value in stored["options"].items() if name in options}
@@ -89,8 +131,9 @@ def main() -> None:
     if len(sys.argv) != 2:
         sys.exit(__doc__)
     folder = Path(sys.argv[1])
-    readme.replace("demo", table(store(folder)))
-    figure(folder)
+    rows = table(store(folder))
+    PAGE.write_text(MARKS.sub(lambda marks: marks[1] + rows + marks[2], PAGE.read_text(encoding="utf-8")))
+    picture(folder).savefig(PICTURE, dpi=150)
 
 
 if __name__ == "__main__":

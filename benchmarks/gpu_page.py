@@ -1,4 +1,4 @@
-"""The page of `gpu.py`: docs/gpu.md."""
+"""The page of `gpu.py`: docs/evidence/gpu.md."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,26 +6,30 @@ from typing import Any
 from gpu_parts import FAILED, NOT_RUN, OK, ROOT, Part, Row
 from speed import format_ratio, source_line, table
 
-PAGE = ROOT / "docs" / "gpu.md"
+PAGE = ROOT / "docs" / "evidence" / "gpu.md"
 INTRODUCTION = [
     "# On a GPU",
     "",
-    "Do not edit this page by hand: `python benchmarks/gpu.py` writes it. `make gpu` runs all of it on a machine with "
-    "one GPU, in at most eight minutes, and stores the result in `benchmarks/results/gpu.json`.",
+    "This page says what has been seen on a GPU, part by part, and what has not.",
+    "",
+    "Do not edit it by hand: `python benchmarks/gpu.py` writes it. `make gpu` runs all parts on a machine with one "
+    "GPU, in at most eight minutes. It stores the result in `benchmarks/results/gpu.json`.",
     "",
 ]
 NOTHING_SEEN = [
-    "**Nothing on this page has been seen on a GPU.** No result of one is stored. Until then this stands for it:",
+    "**Nothing on this page has been seen on a GPU.** No result of one is stored. Until there is one, these tests on a "
+    "CPU stand for it:",
     "",
-    "- Counts, losses, gradients and biases are tested on a CPU (`library/test_grid.py::test_one_process`).",
-    "- That the host does not wait is tested on fake tensors of an accelerator "
+    "- Counts, losses, gradients and biases are compared with an exact reference "
+    "(`library/test_grid.py::test_one_process`).",
+    "- The host must not wait for the device. This is tested on fake tensors of an accelerator "
     "(`library/test_no_synchronisation.py::test_counting_losses_gradients_and_steps_ask_nothing_of_the_device`).",
-    "- That a capture is refused is tested with a device that only claims to capture.",
-    "- Kernel launches are counted as operations: [speed.md](speed.md#operations-and-bytes).",
-    "- The kernels of `fused=True` run in Triton's interpreter, and are compiled for GPUs (`library/test_kernels.py`).",
-    "- NCCL is replaced by gloo.",
+    "- A capture of a counting forward must be refused. This is tested with a device that only claims to capture.",
+    "- Kernel launches are counted as operations: see [Operations and bytes](speed.md#operations-and-bytes).",
+    "- The kernels of `fused=True` run in Triton's interpreter and are compiled for GPUs (`library/test_kernels.py`).",
+    "- The backend gloo stands in for NCCL.",
     "",
-    "So neither time, nor memory, nor kernels, nor CUDA graphs, nor NCCL have been seen.",
+    "So no time, no memory, no kernel, no CUDA graph and no NCCL has been seen.",
     "",
 ]
 VERDICTS = {OK: "ok", FAILED: "**failed**", NOT_RUN: "not run"}

@@ -1,22 +1,21 @@
 """What does balancing cost on many ranks? Step time with and without it, and how its local part grows.
 
-    python benchmarks/ranks.py            # measures, stores results/ranks.json, writes docs/scale.md and docs/speed.md
-    python benchmarks/ranks.py --check    # fails if the tables of docs/scale.md are not those of the stored result
+    python benchmarks/ranks.py            # measures, stores results/ranks.json, writes docs/evidence/speed.md
 
 Step time: gloo ranks on this machine, one thread each, train the lab's default model under DistributedDataParallel.
 Each rank has the model twice, attached and not, and steps both in turn. The result is the ratio within a pair of steps:
 its median and quartiles over the pairs. If ranks share cores, a single step says nothing, but a pair does.
 
 Growth: one process has routers of up to 128 layers x 1024 experts, as each of 1024 ranks would have. Only local work is
-measured: `step()` and the counting of a router call. For the network docs/scale.md has a formula.
+measured: `step()` and the counting of a router call. For the network docs/how-to/many_ranks.md has a formula.
 """
 
 import argparse
 import datetime
 import importlib.metadata
+import json
 import os
 import platform
-import re
 import shlex
 import statistics
 import sys
@@ -42,8 +41,6 @@ from equipoise_lab.train.models import build_model
 
 ROOT = Path(__file__).parent.parent
 STORED = ROOT / "benchmarks" / "results" / "ranks.json"
-PAGE = ROOT / "docs" / "scale.md"
-MARKS = re.compile(r"(<!-- ranks: .*? -->\n).*?(<!-- /ranks -->)", re.DOTALL)
 STRATEGIES = ("none", "loss-free", "quantile", "lbl:pooling=previous", "lbl", "loss-free+lbl:scope=sequence")
 LAYERS, EXPERTS = (8, 32, 128), (64, 256, 1024)
 MICRO_BATCHES, SEQUENCES, LENGTH, VOCAB = 2, 4, 128, 2048
@@ -177,59 +174,15 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def tables(stored: dict[str, Any]) -> str:
-    lines = [
-        f"Step time on {stored['ranks']} gloo ranks over that without equipoise, {stored['step']}:",
-        "",
-        "| strategy | ratio, median (quartiles) | collectives a step | bytes per step and rank |",
-        "|---|---|---|---|",
-    ]
-    for row in stored["step_time"]:
-        low, median, high = row["ratio"]
-        lines.append(
-            f"| `{row['strategy']}` | {median:.3f} ({low:.3f} to {high:.3f}) | {row['collectives']} | "
-            f"{row['collective_bytes']:,} |"
-        )
-    lines += [
-        "",
-        "The local part of Loss-Free, one thread, no network:",
-        "",
-        "| layers x experts | `step()`, ms | counting a router call, µs | bytes per window, 8 L E |",
-        "|---|---|---|---|",
-    ]
-    for row in stored["growth"]:
-        lines.append(
-            f"| {row['layers']} x {row['experts']} | {row['step_milliseconds']:.1f} | {row['call_microseconds']:.0f} | "
-            f"{row['collective_bytes']:,} |"
-        )
-    versions = ", ".join(f"{name} {version}" for name, version in stored["versions"].items())
-    lines += [
-        "",
-        f"`{stored['command']}`, {stored['pairs']} pairs, {stored['hardware']}, {stored['date']}, {versions}.",
-        "",
-    ]
-    return "\n".join(lines)
-
-
-def page(stored: dict[str, Any]) -> str:
-    return MARKS.sub(lambda match: f"{match[1]}{tables(stored)}{match[2]}", PAGE.read_text())
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, default=4, help="number of gloo ranks")
     parser.add_argument("--pairs", type=int, default=20, help="measured pairs of steps")
-    parser.add_argument("--check", action="store_true", help="only compare docs/scale.md with the stored result")
     arguments = parser.parse_args()
-    if arguments.check:
-        if page(read_json(STORED)) != PAGE.read_text():
-            sys.exit("docs/scale.md must have the tables of benchmarks/results/ranks.json, and has others.")
-        return
     stored = measure(arguments)
     write_json(STORED, stored)
-    PAGE.write_text(page(stored))
     speed.write()
-    print(tables(stored))
+    print(json.dumps(stored))
 
 
 if __name__ == "__main__":

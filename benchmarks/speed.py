@@ -1,4 +1,4 @@
-"""Writes docs/speed.md, what balancing costs and how fast the lab is, from the stored results.
+"""Writes docs/evidence/speed.md, what balancing costs and how fast the lab is, from the stored results.
 
     make bench                            # measures, then writes the page
     python benchmarks/speed.py            # writes the page
@@ -18,7 +18,7 @@ from equipoise_lab.records import read_json
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGE = ROOT / "docs" / "speed.md"
+PAGE = ROOT / "docs" / "evidence" / "speed.md"
 UPDATE_LIMIT = 1.2  # of step() over its bare operations
 ALERT_LIMIT = 0.3  # milliseconds
 HELP_LIMIT, IMPORT_LIMIT = 0.5, 0.1  # seconds
@@ -63,8 +63,8 @@ def disturbance_note(stored: dict[str, Any]) -> list[str]:
     if cores is None or cores < MOST_CORES_OF_OTHERS:
         return []
     return [
-        f"Other programs took {cores:.1f} cores of this machine during the measurement. Times are too long, and rows "
-        "with several threads cannot be trusted.",
+        f"Other programs took {cores:.1f} cores of this machine during the measurement. So times are too long, and "
+        "rows with several threads cannot be trusted.",
         "",
     ]
 
@@ -79,27 +79,33 @@ def format_verdict(is_met: bool | None) -> str:
 
 
 def explain_misses(targets: Iterable[Target]) -> list[str]:
-    """A sentence for each reason, with the targets that are missed for it."""
+    """Each reason, below the targets that are missed for it."""
     names_by_reason: dict[str, list[str]] = {}
     for target in targets:
         if not target.is_met:
             names_by_reason.setdefault(target.reason, []).append(target.name)
-    return [line for reason, names in names_by_reason.items() for line in (f"Missed: {'; '.join(names)}. {reason}", "")]
+    lines = []
+    for reason, names in names_by_reason.items():
+        if len(names) == 1:
+            lines += [f"Missed: {names[0]}. {reason}", ""]
+        else:
+            lines += ["Missed:", "", *(f"- {name}" for name in names), "", reason, ""]
+    return lines
 
 
 # ---- what balancing costs ----
 LOSS_REASON = (
     "The loss keeps sums of scores in every forward and adds a gradient in every backward. The lab's routers score in "
-    "bfloat16, and the loss in float32: so both make the scores again from the logits. Most operations take as long "
-    "for few tokens as for many, and it shows because the lab's experts are small."
+    "bfloat16 and the loss in float32, so both make the scores again from the logits. Most operations take as long "
+    "for few tokens as for many. The cost shows because the lab's experts are small."
 )
 STEP_REASONS = {
-    "loss-free": "Loss-Free counts every choice and moves biases once. The counting is what costs.",
+    "loss-free": "Loss-Free counts every choice and moves the biases once. The counting is what costs.",
     "lbl:scope=global_batch": LOSS_REASON,
     "lbl:scope=sequence": LOSS_REASON,
     "quantile": "Every router call sorts every token's margin at every expert into a histogram.",
 }
-INTERVAL_REASON = "The median is within the target, but the interval is too wide to say that the cost is."
+INTERVAL_REASON = "The median is within the target. But the interval is so wide that the cost itself may not be."
 
 
 def balancing(stored: dict[str, Any]) -> Section:
@@ -118,9 +124,9 @@ def balancing(stored: dict[str, Any]) -> Section:
         if row["limit"] is not None
     ]
     lines = [
-        "Training steps of the lab's default model, one thread, with the strategies in turn. Each time is divided by "
-        f"the time of `none`, which counts and moves nothing ({unbalanced['seconds']:.2f} s a step). The target is for "
-        "the median. The upper end of the interval may lie up to 0.02 above it.",
+        "The lab's default model trains on one thread, under the strategies in turn. The time of a step is divided by "
+        f"that under `none`, which counts and moves nothing ({unbalanced['seconds']:.2f} s). The target is for the "
+        "median. The upper end of the interval may lie up to 0.02 above it.",
         "",
         *table(
             ("strategy", "step over `none`", "target", ""),
@@ -149,9 +155,8 @@ def routers(stored: dict[str, Any]) -> Section:
             f"{row['limit']}",
             row["holds"],
             title,
-            "A router alone is one small product and a top-k. Recording and counting the choice takes some ten "
-            "operations, however few the tokens. Next to a layer's experts the cost does not show: see the steps "
-            "above.",
+            "A router alone is one small product and a top-k. Recording and counting the choice takes nearly as long "
+            "for few tokens as for many. Next to a layer's experts the cost does not show: see the steps above.",
         )
         for row in rows
         if row["limit"] is not None
@@ -161,11 +166,13 @@ def routers(stored: dict[str, Any]) -> Section:
         return f"{(ratio['median'] - 1) * ratio['milliseconds_plain']:.2f}"
 
     lines = [
-        "Windows of eight micro-batches through the default model's routers alone, attached over not attached. If the "
-        'strategy has a loss, `loss()` of every micro-batch is included. "With backward" includes the backwards and '
-        "the `step()` at the end. Milliseconds are for one call. `frozen` only counts, so it is the floor for an "
-        "attached router. The floor for the loss is its bare operations on the same tensors, without the library. A "
-        "micro-batch of the default model has 1,024 tokens.",
+        "Windows of eight micro-batches run through the routers of the default model alone. The table compares "
+        "attached routers with the same routers that are not attached. If the strategy has a loss, the `loss()` of "
+        "every micro-batch is included. *With backward* includes the backwards and the `step()` at the end. "
+        "Milliseconds are for one call.",
+        "",
+        "`frozen` only counts, so it is the floor for an attached router. The floor for the loss is its *bare "
+        "operations* on the same tensors, without the library. A micro-batch of the default model has 1,024 tokens.",
         "",
         *table(
             (
@@ -199,9 +206,9 @@ def routers(stored: dict[str, Any]) -> Section:
 
 
 SEQUENCE_REASON = (
-    "The loss within sequences counts by sequence. A mask of integers may number packed sequences, and how many is not "
-    "known without waiting for the GPU: a table with a row for each token is made in the forward, and again in the "
-    "backward. A boolean mask only marks padding, so pass `attention_mask.bool()` if nothing is packed."
+    "The loss within sequences counts by sequence. A mask of integers may number packed sequences. Without waiting for "
+    "the GPU, nobody knows how many there are. So the forward makes a table with a row for each token, and the "
+    "backward makes it again. A boolean mask only marks padding: pass `attention_mask.bool()` if nothing is packed."
 )
 
 
@@ -235,15 +242,17 @@ def operations(stored: dict[str, Any]) -> Section:
     layers, experts, k = stored["layers"], stored["experts"], stored["k"]
     columns = ("strategy", "a call", "target", "", "fused", "target", "", "a micro-batch + `step()`", "bytes")
     lines = [
-        "What balancing adds to a router call, in forward and backward: operations, each a kernel launch on a GPU, and "
-        "bytes by token and layer that live until the backward. Counted exactly, on an accelerator that exists in "
-        f"Python only: {experts} experts, {k} per token. A micro-batch and the `step()` add some once, for {layers} "
-        "layers. Fused: with the Triton kernels of `attach(..., fused=True)`, which run in Triton's interpreter in the "
-        "tests and compile for GPUs, but have not yet run on one.",
+        "The table shows what balancing adds to a router call, written as forward + backward. An operation is a kernel "
+        "launch on a GPU. Bytes are those by token and layer that live until the backward. All are counted exactly, on "
+        f"an accelerator that exists in Python only, with {experts} experts and {k} per token. A micro-batch and the "
+        f"`step()` add some operations once, for {layers} layers.",
+        "",
+        "*Fused* means with the Triton kernels of `attach(..., fused=True)`. The tests run them in Triton's "
+        "interpreter, and they compile for GPUs. They have not run on a GPU yet.",
         "",
         *table(columns, rows),
-        "The losses keep nothing where autograd keeps the scores. `z` has no closed form: autograd makes its gradient "
-        "from the logits, which are kept.",
+        "Where autograd keeps the scores, the losses keep nothing. `z` has no closed form: autograd makes its gradient "
+        "from the logits, and these are kept.",
         "",
     ]
     return Section(title, [*lines, *explain_misses(targets), *source_line(stored)], targets)
@@ -272,13 +281,14 @@ def updates(stored: dict[str, Any]) -> Section:
         f"{UPDATE_LIMIT}",
         first["over_floor"]["median"] <= UPDATE_LIMIT,
         title,
-        "Both read and write every layer's bias, a separate tensor that somebody may have written into. On top come "
-        "the look at each of these tensors, the end of the window, and the search for layers that were not called. "
-        "All this runs right after the forwards, when nothing of it is in the caches.",
+        "The bare operations too read and write every layer's bias. Each bias is a separate tensor, and somebody may "
+        "have written into it. So `step()` also looks at each of these tensors. It ends the window, and searches for "
+        "layers that were not called. All this runs right after the forwards, when nothing of it is in the caches.",
     )
     lines = [
-        "Closing a window and moving all biases under Loss-Free, once per optimizer step, one thread. The time must "
-        "not depend on the number of tokens. Bare operations: the same work on the same tensors, without the library.",
+        "Once per optimizer step, `step()` closes the window and moves all biases, here under Loss-Free and on one "
+        "thread. The time should not depend on the number of tokens. *Bare operations* do the same work on the same "
+        "tensors, without the library.",
         "",
         *table(
             ("layers x experts", "tokens", "ms", "bare operations, ms", "ratio", "target", ""),
@@ -313,8 +323,9 @@ def alerts(stored: dict[str, Any]) -> Section | None:
         "caches. The judgement at the end of a stretch reads 20 windows at once.",
     )
     lines = [
-        "`Alerts.see` once per optimizer step, including the read of loads and biases. It adds loads up and judges "
-        f"them at the end of a stretch of windows. A step of the default model takes {1000 * step_seconds:.0f} ms.",
+        "`Alerts.see` runs once per optimizer step. Its time includes reading loads and biases. It adds loads up, and "
+        "judges them at the end of a stretch of windows. A step of the default model takes "
+        f"{1000 * step_seconds:.0f} ms.",
         "",
         *table(
             ("layers x experts", "ms a window, usual", "ms a window, when it judges", "ms a window, mean of all"),
@@ -385,8 +396,8 @@ def memory_and_start(stored: dict[str, Any], attach: dict[str, Any], audit: dict
             f"{limits['ratio']}",
             pair["holds"],
             title,
-            "Besides the forwards an audit counts experts by token, by domain and by pair, layer by layer. It shows "
-            "because the model is small.",
+            "Besides running the forwards, an audit counts experts by token, by domain and by pair, layer by layer. It "
+            "shows because the model is small.",
         ),
         Target(
             f"memory of an audit, {many['tokens']:,} tokens ({many['peak_mib']:.0f} MiB) over {few['tokens']:,}",
@@ -404,12 +415,25 @@ def memory_and_start(stored: dict[str, Any], attach: dict[str, Any], audit: dict
     return Section(title, lines, [*overhead_targets, attach_target, *audit_targets])
 
 
+MEMORY_ON_RANKS = [
+    "**Memory on every rank.**",
+    "",
+    "- Counts: 8 L E bytes for each micro-batch of the open window, and for the last one, which `maxvio_micro` needs.",
+    "- Biases: 4 L E bytes.",
+    "- With losses: one byte of mask by token for all layers, and nothing else by token. The exception is a checkpoint "
+    "or an offload that keeps something else than the scores. Then the chosen experts are kept until the backward: "
+    "2 k bytes per token and layer.",
+    "- `quantile`: two histograms of 8 L E bins bytes, one for the window and one for the open micro-batch.",
+    "",
+]
+
+
 def collectives(stored: dict[str, Any], ranks: dict[str, Any]) -> Section:
     lines = []
     if "collectives" in stored:  # an older result has none
         lines += [
-            "`step()` of Loss-Free on gloo ranks of one machine. Ranks that pool their counts are compared with the "
-            "same ranks, each alone. They run in turn, after a barrier.",
+            "This table times `step()` of Loss-Free on gloo ranks of one machine. Ranks that pool their counts are "
+            "compared with the same ranks, each alone. Both run in turn, after a barrier.",
             "",
             *table(
                 ("layers x experts", "ranks", "ms", "ms, each alone", "ratio", "collectives", "bytes per rank"),
@@ -429,8 +453,10 @@ def collectives(stored: dict[str, Any], ranks: dict[str, Any]) -> Section:
             *source_line(stored),
         ]
     lines += [
-        f"A whole step on {ranks['ranks']} gloo ranks, over a step without equipoise; {ranks['step']}. The ranks share "
-        "the cores of this machine. [scale.md](scale.md) says what travels, how it grows, and what a network adds.",
+        f"The next table compares a whole step on {ranks['ranks']} gloo ranks with one without equipoise, in "
+        f"{ranks['pairs']} pairs of steps. A step has {ranks['step']}. The ranks share the cores of this machine. "
+        "`none` only counts, so its quartiles show the noise of the machine. Losses cost more than counting, because "
+        "they have a gradient at every router. It shows because the model's experts are small.",
         "",
         *table(
             ("strategy", "ratio, median (quartiles)", "collectives a step", "bytes per step and rank"),
@@ -444,7 +470,27 @@ def collectives(stored: dict[str, Any], ranks: dict[str, Any]) -> Section:
                 for row in ranks["step_time"]
             ),
         ),
+        "The last table shows how the local part of Loss-Free grows with the number of layers L and of experts E. It "
+        "was measured on one thread, without a network. The time of counting a router call is the difference between "
+        "two forwards, so it is noisy.",
+        "",
+        *table(
+            ("layers x experts", "`step()`, ms", "counting a router call, µs", "bytes per window, 8 L E"),
+            (
+                (
+                    f"{row['layers']} x {row['experts']}",
+                    f"{row['step_milliseconds']:.1f}",
+                    f"{row['call_microseconds']:.0f}",
+                    f"{row['collective_bytes']:,}",
+                )
+                for row in ranks["growth"]
+            ),
+        ),
         *source_line(ranks),
+        "A network adds to this, and nothing of it was measured. [Many ranks](../how-to/many_ranks.md) has a formula, "
+        "and says what travels under which strategy.",
+        "",
+        *MEMORY_ON_RANKS,
     ]
     return Section("Collectives", lines)
 
@@ -465,7 +511,7 @@ def experts(stored: dict[str, Any]) -> Section:
         f"{limit}",
         stored["holds"],
         title,
-        f"These shapes miss it: {'; '.join(name for name, is_met in met.items() if not is_met)}. Both ways compute "
+        f"The shapes that miss it: {'; '.join(name for name, is_met in met.items() if not is_met)}. Both ways compute "
         "the same grouped products. The larger their share of the time, the less there is to gain around them.",
     )
     dense_target = Target(
@@ -474,13 +520,13 @@ def experts(stored: dict[str, Any]) -> Section:
         ", ".join(f"{limit} in {dtype}" for dtype, limit in stored["dense_limits"].items()),
         stored["dense_holds"],
         title,
-        "A product of few rows with a matrix of its own is slower than one large product, and every expert's matrix is "
-        "read and gets a gradient.",
+        "Each expert multiplies few rows by a matrix of its own, which is slower than one large product. And every "
+        "expert's matrix is read and gets a gradient.",
     )
     lines = [
-        "One layer, forward and backward. *Ours* is `nn.MoE`. It is compared with the block of Qwen3-MoE, under each "
-        "way in which Transformers computes experts; the best one is named. *Dense* is the floor: one dense SwiGLU "
-        "with as many operations as the experts of a token.",
+        "The table times forward and backward of one layer. *Ours* is `nn.MoE`. It is compared with the block of "
+        "Qwen3-MoE, under each way in which Transformers computes experts. The best of these ways is named. *Dense* is "
+        "the floor: one dense SwiGLU with as many operations as the experts of a token.",
         "",
         *table(
             ("D, F, E, k, tokens", "ours, ms", "best of Transformers", "ours over it", f"target {limit}",
@@ -523,7 +569,7 @@ def trainer(stored: dict[str, Any]) -> Section:
     title = "The lab beside transformers.Trainer"
     lab = next(row for row in stored["rows"] if row["side"] == "lab")
     target = Target(
-        "speed of the lab over transformers.Trainer, at least",
+        "speed of the lab over transformers.Trainer (at least)",
         format_ratio(lab["over_trainer"], 2),
         f"{stored['limit']}",
         stored["holds"],
@@ -531,8 +577,9 @@ def trainer(stored: dict[str, Any]) -> Section:
         "Attention, norms and dense products are those of Transformers on both sides.",
     )
     lines = [
-        f"The same model, weights and micro-batches ({stored['tokens_per_step']:,} tokens per step), with nothing "
-        "attached. The sides run in turn, each in its own processes.",
+        "Both sides train the same model from the same weights on the same micro-batches "
+        f"({stored['tokens_per_step']:,} tokens per step), with nothing attached. They run in turn, each in its own "
+        "processes.",
         "",
         *table(
             ("", "tokens/s", "speed over the Trainer", "target", ""),
@@ -568,10 +615,10 @@ def step_parts(stored: dict[str, Any]) -> Section:
     share = {row["part"]: row["share"] for row in step["parts"]}
     extra = sum(row["over_step"] for row in run["rows"])
     lines = [
-        f"The default model under `{stored['strategy']}`, {stored['dtype']}, one thread: {step['seconds']:.3f} s a "
-        f"step, {stored['tokens_per_step'] / step['seconds']:,.0f} tokens/s. Forward and backward are "
-        f"{share['forward'] + share['backward']:.1%} of it. Times are medians over {step['steps']} steps; together "
-        f"they are {step['seconds_of_parts']:.3f} s. Shares refer to the sum over all steps.",
+        f"The default model trains under `{stored['strategy']}` in {stored['dtype']}, on one thread. A step takes "
+        f"{step['seconds']:.3f} s, which is {stored['tokens_per_step'] / step['seconds']:,.0f} tokens/s. Forward and "
+        f"backward are {share['forward'] + share['backward']:.1%} of it. Times are medians over {step['steps']} steps; "
+        f"together they are {step['seconds_of_parts']:.3f} s. Shares refer to the sum over all steps.",
         "",
         *table(
             ("part", "ms", "share"),
@@ -611,8 +658,8 @@ def alternatives(stored: dict[str, Any], attention: dict[str, Any]) -> Section:
     page_faults = next(row for row in stored["remedies"] if "minor_faults_lab" in row)
     failed = [row for row in stored["compiled"] if row["error"] is not None]
     lines = [
-        "How long a step takes the other way, divided by how long it takes the lab's way. Above 1 the lab's way is "
-        "faster.",
+        "Each row compares a choice of the lab with another way. The ratio is the time of a step the other way, "
+        "divided by its time the lab's way. Above 1 the lab's way is faster.",
         "",
         *table(
             ("", "the lab's way", "the other way", "ms, lab", "ms, other", "other over lab", "faster"),
@@ -634,9 +681,9 @@ def alternatives(stored: dict[str, Any], attention: dict[str, Any]) -> Section:
         f"Minor page faults a step: {page_faults['minor_faults_lab']:,.0f} with freed memory kept, "
         f"{page_faults['minor_faults_other']:,.0f} without.",
         "",
-        "Decoder layers compiled by `torch.compile`, over the lab's own step in the same precision. The ratio excludes "
-        "the time to compile. The last column says how many steps pay it back, if compiling is faster. A default run "
-        f"has {stored['run']['steps']} steps.",
+        "The next table compares decoder layers that `torch.compile` compiled with the lab's own step, in the same "
+        "precision. The ratio excludes the time to compile. If compiling is faster, the last column says how many "
+        f"steps pay for it. A default run has {stored['run']['steps']} steps.",
         "",
         *table(
             ("", "compiled in, s", "ms, lab", "ms, compiled", "compiled over lab", "faster", "steps to pay it back"),
@@ -687,7 +734,11 @@ def floors(stored: dict[str, Any], experts: dict[str, Any], audit: dict[str, Any
         ("a router that counts", "the same router, not attached", f"{frozen['forward']['median']:.2f}"),
         ("an audit", "the forwards of its tokens", f"{audit['over_bare_forwards']['ratio']:.2f}"),
     ]
-    lines = table(("work", "its floor", "time over the floor"), rows)
+    lines = [
+        "A floor is the part of the work that nothing can leave out. The table divides the time by that of the floor.",
+        "",
+        *table(("work", "its floor", "time over the floor"), rows),
+    ]
     return Section("Floors", lines)
 
 
@@ -711,20 +762,22 @@ def page(stored: dict[str, dict[str, Any]]) -> str:
     lines = [
         "# What balancing costs, and how fast the lab is",
         "",
-        "Do not edit this page by hand: `python benchmarks/speed.py` writes it from "
-        "[benchmarks/results](../benchmarks/results). `make bench` measures these results, with two exceptions. "
-        "`python benchmarks/ranks.py` measures the whole step on ranks. `lab_step.py` and `attention.py` were removed "
-        "after they had answered their questions: commit `da71248` is the last one that has them.",
+        "This page says what balancing costs in time, operations and memory, and how fast the lab trains. Everything "
+        "was measured on CPUs. Nothing here says how it is on a GPU: [On a GPU](gpu.md) says what has been seen there.",
         "",
         "Candidates that are compared run in turn, so other work on the machine affects them alike. A ratio is the "
-        "median of the ratios of neighbouring runs. In brackets, unless stated otherwise, is the 95 % interval of "
-        "order statistics, or the extremes if there are too few rounds for that. Everything was measured on CPUs. "
-        "Nothing here says how it is on a GPU: [gpu.md](gpu.md) says what has been seen on one.",
+        "median of the ratios of neighbouring runs. Unless stated otherwise, brackets hold the 95 % interval of order "
+        "statistics. If there are too few rounds for that, they hold the extremes.",
+        "",
+        "Do not edit this page by hand: `python benchmarks/speed.py` writes it from "
+        "[benchmarks/results](../../benchmarks/results). `make bench` measures these results, with two exceptions. "
+        "`python benchmarks/ranks.py` measures steps on ranks. `lab_step.py` and `attention.py` were removed after "
+        "they had answered their questions: commit `da71248` is the last one that has them.",
         "",
         "## Targets",
         "",
-        f"Of {len(targets)} targets {sum(target.is_met for target in targets)} are met and "
-        f"{sum(not target.is_met for target in targets)} are missed.",
+        f"Of {len(targets)} targets, {sum(target.is_met for target in targets)} are met and "
+        f"{sum(not target.is_met for target in targets)} are missed. Each section gives the reason for a miss.",
         "",
         *table(
             ("", "measured", "target", "", "section"),
@@ -764,10 +817,14 @@ def write() -> None:
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--check", action="store_true", help="only compare docs/speed.md with the stored results")
+    options.add_argument(
+        "--check", action="store_true", help="only compare docs/evidence/speed.md with the stored results"
+    )
     if options.parse_args().check:
         if page(results()) != PAGE.read_text():
-            sys.exit("docs/speed.md must match benchmarks/results, and does not: run python benchmarks/speed.py.")
+            sys.exit(
+                "docs/evidence/speed.md must match benchmarks/results, and does not: run python benchmarks/speed.py."
+            )
         return
     write()
 

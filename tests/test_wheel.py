@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+import equipoise
+
 ROOT = Path(__file__).parents[1]
 
 ATTACHES = """
@@ -54,13 +56,20 @@ def _with_dependencies(requirements: list[Requirement]) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory):
+def built(tmp_path_factory):
+    """The folder with the source distribution, and the wheel that was made from it."""
+    folder = tmp_path_factory.mktemp("dist")
+    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+    done = subprocess.run(build, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def environment(built, tmp_path_factory):
     """An environment with the wheel and its dependencies, which are linked from this one: nothing is downloaded."""
-    folder = tmp_path_factory.mktemp("wheel")
-    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(folder)]
-    done = subprocess.run([*build, str(ROOT)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    (wheel,) = folder.glob("equipoise-*.whl")
+    folder = tmp_path_factory.mktemp("environment")
+    (wheel,) = built.glob("equipoise-*.whl")
     venv.create(folder / "env", with_pip=False, symlinks=True)
     packages = Path(sysconfig.get_path("purelib", vars={"base": str(folder / "env"), "platbase": str(folder / "env")}))
     with zipfile.ZipFile(wheel) as archive:
@@ -82,6 +91,24 @@ def environment(tmp_path_factory):
 def _run(python: Path, *arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
     command = [str(python), *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=folder, env={"PATH": "/usr/bin:/bin"})
+
+
+def test_a_package_index_would_take_both_distributions(built):
+    files = sorted(built.iterdir())
+    assert [file.suffix for file in files] == [".whl", ".gz"]
+    assert all(file.name.startswith(f"equipoise-{equipoise.__version__}") for file in files)
+    check = [sys.executable, "-m", "twine", "check", "--strict", *map(str, files)]
+    done = subprocess.run(check, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_wheel_holds_two_typed_packages_and_no_tests(built):
+    (wheel,) = built.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"equipoise", "equipoise_lab"}
+    assert "equipoise/py.typed" in names and "equipoise_lab/py.typed" in names
+    assert not [name for name in names if "test_" in name or "__pycache__" in name]
 
 
 def test_the_library_attaches_to_a_model_from_another_folder(environment, tmp_path):

@@ -29,7 +29,16 @@ Counts = Int[Tensor, "layers experts"]
 
 
 class Alert(NamedTuple):
-    """A problem that started in these layers, or ended (``over``)."""
+    """A problem that started in these layers, or ended.
+
+    Attributes:
+        kind: ``nan``, ``collapse``, ``dead experts`` or ``slow rate``.
+        layers: the names of the layers; for nan also ``the loss``.
+        text: a sentence for the user; ``str(alert)`` is the same.
+        over: whether the problem ended.
+        experts: for each layer the dead or slow experts.
+        step: the number of the window that showed it, from 1.
+    """
 
     kind: str  # "nan", "collapse", "dead experts" or "slow rate"
     layers: tuple[str, ...]
@@ -139,7 +148,7 @@ class Alerts:
 
     @property
     def mark(self) -> str:
-        """The problems that exist now, for a progress line: "3 dead experts, collapse of 2 layers"."""
+        """The problems that exist now, for a progress line: ``3 dead experts, collapse of 2 layers``."""
         words = []
         for kind, layers in self.holding.items():
             num_dead = sum(map(len, layers.values()))
@@ -153,7 +162,17 @@ class Alerts:
         loss: float | Tensor | None = None,
         biases: Mapping[str, Float[Tensor, " experts"]] | None = None,
     ) -> list[Alert]:
-        """Takes the loads of one more window, by layer, and returns the problems that start or end with it."""
+        """Takes the loads of one more window, by layer.
+
+        Args:
+            load: by layer, the counts of the window over all ranks: ``Balance.load``, or ``Balance.peek_load()``, which
+                does not wait for a GPU.
+            loss: of the step, to be watched for nan.
+            biases: by layer, to be watched for nan: ``Balance.biases``.
+
+        Returns:
+            The problems that start or end with this window.
+        """
         self.num_seen += 1
         alerts = list(self._check_finite(loss, biases or {}))
         for names, counts in _by_size(load):
@@ -175,6 +194,7 @@ class Alerts:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores what ``state_dict`` gave. Raises ``EquipoiseError`` if ``state`` is something else."""
         if not isinstance(state, Mapping) or not {"num_seen", "groups", "bad", "nan"} <= state.keys():
             raise EquipoiseError(f"the state must be what Alerts.state_dict() gave: got {type(state).__name__}.")
         self.num_seen, self._nan, self._bad = state["num_seen"], list(state["nan"]), dict(state["bad"])

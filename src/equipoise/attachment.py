@@ -43,7 +43,7 @@ def attach(
 ) -> Balance:
     """Attaches balancers to the mixture-of-experts model you already have.
 
-        balance = equipoise.attach(model, LossFree(rate=1e-3), LoadBalancingLoss(1e-4, scope="sequence"))
+        balance = equipoise.attach(model, "loss-free:rate=1e-3", LoadBalancingLoss(1e-4))
         loss = model(**micro_batch).loss + balance.loss()      # every micro-batch
         optimizer.step(); balance.step()                       # every optimizer step
 
@@ -61,15 +61,25 @@ def attach(
             launches, the same numbers. On a CPU nothing changes. Compiled for GPUs, but not yet run on one.
         allow_empty: accept a model without routers, a pipeline stage of dense layers. Its ``Balance`` does nothing.
 
+    Returns:
+        The ``Balance`` of the model. It closes micro-batches and windows, and holds what was counted.
+
+    Raises:
+        EquipoiseError: no router can be proven; one does not select as its declared ``router_kind`` says, cannot be
+            steered by the strategy, or is attached already; the ranks differ in layers, strategy or biases.
+        UsageError: a strategy string has an unknown name, option or value, or two balancers would move the bias.
+        TypeError: an argument has another type.
+
+    Collective over ``group``: every rank compares layers, strategies and biases, and raises the same error if they
+    differ. With ``where`` not given, routers that cannot be proven beside others that can are left out with a warning.
+
+    With balancers at bias zero and without losses, logits, weights, choices and gradients of the model are the same
+    bit for bit.
+
     Create an average of the weights (EMA) after ``attach``, and again after ``detach``: between the two, routers
     without a slot have one extra buffer. Likewise, install hooks that replace a module's forward, such as those of
     accelerate for offloading, only after ``attach``. What replaced a router's class or parameters before ``attach`` (a
     parametrization) must stay until ``detach``; what does so after may come and go.
-
-    With balancers at bias zero and without losses, logits, weights, choices and gradients of the model are the same
-    bit for bit. Collective over ``group``: every rank compares layers, strategies and biases, and raises the same
-    error if they differ. Raises ``EquipoiseError`` if no router can be proven, if one does not select as its declared
-    ``router_kind`` says, or is attached already. Other routers that cannot be proven are left out with a warning.
     """
     check_private_names()
     pool = Pool(group)

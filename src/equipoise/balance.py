@@ -22,7 +22,7 @@ from equipoise.counting.window_metrics import window_metrics
 from equipoise.errors import EquipoiseError
 from equipoise.routers import MoELayer
 from equipoise.routers.forward import TokenMask
-from equipoise.saved import check_saved_model, holds_adapter, write_biases
+from equipoise.saved import LayerBiases, check_saved_model, holds_adapter, write_biases
 from equipoise.torch_internals import after_each_step, outside_graphs
 
 __all__ = ["Balance"]
@@ -50,16 +50,12 @@ class Balance:
 
     Per micro-batch ``loss = model(...).loss + balance.loss()``; after each optimizer step ``balance.step()``.
 
+    A *micro-batch* is what is counted between two ``loss()``, a *window* what is counted between two ``step()``.
+
     Attributes:
-        load: by layer, the counts of the last closed window over all ranks, int64 ``[experts]``. Results are copies.
-        biases: by layer, what is added to the scores for the choice, float32 ``[experts]``.
-        num_tokens: unmasked tokens of the open micro-batch on this rank, or of the last one; int64 scalar.
-        loss_scale: the factor of the losses if no ticket can be added (a pipeline stage, ``torch.autograd.grad``).
         layers: the attached layers, in model order.
         strategy: the strategy string.
         multiplies: whether a bias b is a factor 1 + b on the scores (rule ``multiplicative``).
-        num_windows: how many windows were closed; ``has_open_window``: whether anything was counted since.
-        rate: of Loss-Free, for the window that was closed last; 0.0 without it.
     """
 
     def __init__(
@@ -87,14 +83,23 @@ class Balance:
     def loss(self) -> Float[Tensor, ""]:
         """Closes the micro-batch and returns its balancing loss: add it to the loss of its forward, or forwards.
 
-        ``sum over balancers of coefficient * sum over layers of their loss``, a mean over the unmasked tokens of the
-        micro-batch: weight it as you would a mean cross-entropy. 0 if no balancer has a loss or nothing was
-        counted. Its value is for logging, by the counts known now. Its backward records the factor that the loss was
-        given (1 / accumulation steps, a GradScaler's scale); each router then adds the gradient by the counts known
-        then. Counts are constants to autograd, also in a second derivative.
+            loss = sum over balancers of coefficient * sum over layers of the balancer's loss
+
+        A balancer's loss is a mean over the unmasked tokens of the micro-batch, so weight it as you would a mean
+        cross-entropy. It is 0 if no balancer has a loss or nothing was counted.
+
+        Its value is for logging, by the counts known when it is made. Its backward records the factor that the loss was
+        given (1 / accumulation steps, a GradScaler's scale). Each router then adds the gradient, by the counts known
+        when its own backward runs. Counts are constants to autograd, also in a second derivative.
 
         If a gradient is taken for some tensors only (``backward(inputs=...)``), or from outputs that were cached
         (GradCache), set ``loss_scale`` instead. Then every forward is a micro-batch.
+
+        Returns:
+            A scalar: the ticket by which the backward finds the factor.
+
+        Raises:
+            EquipoiseError: a mask was set with ``token_mask``, and no forward followed.
         """
         return self._close_micro_batch()
 
@@ -115,6 +120,10 @@ class Balance:
 
     @property
     def loss_scale(self) -> float | Tensor | None:
+        """The factor of the losses where ``loss()`` cannot be added to a loss; None, the default, where it is added.
+
+        Set it on a pipeline stage, for ``torch.autograd.grad`` and for GradCache. Every forward is then a micro-batch.
+        """
         return self._losses.loss_scale
 
     @loss_scale.setter
@@ -131,9 +140,12 @@ class Balance:
             applied: whether the optimizer's step was applied, a bool or a 0-d tensor (a GradScaler skips steps). The
                 window closes either way; the biases move only if it was applied on every rank.
 
+        Raises:
+            EquipoiseError: a rank called no router at all, then on all ranks; or the ``Balance`` was detached.
+            ValueError: ``applied`` is something else.
+
         A router that no rank called keeps its bias (but for what is left of a momentum). Warns once of each router that
-        this rank did not call, or that the loss gave no gradient. Collective over the group. Raises ``EquipoiseError``
-        on all ranks if a rank called no router at all.
+        this rank did not call, or that the loss gave no gradient. Collective over the group.
         """
         applied = _checked(applied, self._recorder)
         self._pool.check_no_rank_joined()
@@ -155,10 +167,16 @@ class Balance:
         self._recorder.close_window(applied, called_layers)
 
     def follow(self, optimizer: torch.optim.Optimizer) -> Any:
-        """Calls ``step()`` after every ``optimizer.step()``. ``remove()`` on what it returns ends that.
+        """Calls ``step()`` after every ``optimizer.step()``.
 
         If a step is skipped by a GradScaler, or raises, this hook never runs: call ``step(applied=False)``. Fused
-        optimizers, which skip by themselves, are detected. If Accelerate prepared it, pass ``optimizer.optimizer``.
+        optimizers, which skip by themselves, are detected.
+
+        Args:
+            optimizer: the optimizer; if Accelerate prepared it, ``optimizer.optimizer``.
+
+        Returns:
+            A handle, whose ``remove()`` ends that.
         """
         return after_each_step(optimizer, self.step, self)
 
@@ -168,7 +186,10 @@ class Balance:
     def measuring(self) -> Iterator[dict[str, Int[Tensor, " experts"]]]:
         """Counts an evaluation, in any mode, and moves nothing. The open window is untouched.
 
-        Yields a dict, filled at the end: by layer, int64 ``[experts]``, over all ranks, which all enter and leave it.
+        Collective over the group: all ranks enter and leave it.
+
+        Yields:
+            A dict, filled at the end: by layer, the counts over all ranks, int64 ``[experts]``.
         """
         self._pool.check_no_rank_joined()
         load: dict[str, Tensor] = {}
@@ -189,9 +210,9 @@ class Balance:
         """Says which tokens of the coming micro-batch count, and which sequence each is in.
 
         Holds until the next ``loss()`` or ``step()``; for one forward if no ``loss()`` separates micro-batches, and a
-        second one raises. Outranks an ``attention_mask`` that the model is called with.
-        Inside ``measuring()`` and ``paused()`` it is put aside; one that is set there ends with them. If several kinds
-        of tokens go through one model (text, images), give each kind its own mask with ``where``.
+        second one raises. Outranks an ``attention_mask`` that the model is called with. Inside ``measuring()`` and
+        ``paused()`` it is put aside; one that is set there ends with them. If several kinds of tokens go through one
+        model (text, images), give each kind its own mask with ``where``.
 
         Args:
             mask: 1 for a token that counts, 0 for padding; ``[batch, sequence]`` or flat. None: all count. Of a 2-D
@@ -201,6 +222,9 @@ class Balance:
                 forward shows it (``position_ids``, ``cu_seq_lens_q``, ``seq_idx``, an ``attention_mask`` that numbers
                 segments or shows blocks), else rows.
             where: ``where(layer_name) -> bool`` chooses the layers. None: all layers that have no mask of their own.
+
+        Raises:
+            ValueError: a tensor has another shape or other values, or ``where`` chooses no layer.
         """
         token_mask = TokenMask(mask, sequence_ids)
         token_mask.check()
@@ -214,57 +238,84 @@ class Balance:
 
     @property
     def load(self) -> dict[str, Int[Tensor, " experts"]]:
+        """By layer, the counts of the last closed window over all ranks, int64 ``[experts]``; 0 before the first.
+
+        A copy. Waits for a GPU.
+        """
         self._window.exchange.read()
         return self.peek_load() or self._recorder.by_name(self._recorder.layout.zeros(self._recorder.device))
 
     def peek_load(self) -> dict[str, Int[Tensor, " experts"]]:
-        """As ``load``, but does not wait for a GPU, nor check whether a rank failed. {} before the first window."""
+        """As ``load``, but does not wait for a GPU, nor check whether a rank failed. ``{}`` before the first window."""
         last = self._window.last
         return {} if last is None else self._recorder.by_name(last.vector.clone())
 
     @property
     def biases(self) -> dict[str, Float[Tensor, " experts"]]:
-        return self._biases.by_name()
+        """By layer, what is added to the scores for the choice, float32 ``[experts]``. A copy.
+
+        Without a balancer that has a bias: what the model's slots hold, 0 for a layer without one.
+        """
+        return LayerBiases(self._biases.by_name(), self.multiplies)
 
     @property
     def num_tokens(self) -> Int[Tensor, ""]:
+        """The unmasked tokens of the open micro-batch on this rank, or of the last one; an int64 scalar."""
         return self._window.num_tokens(self._recorder.device)
 
     @property
     def num_windows(self) -> int:
+        """How many windows were closed."""
         return self._window.num_closed
 
     @property
     def has_open_window(self) -> bool:
+        """Whether anything was counted since the last ``step()``."""
         return bool(self._window.micro_batches)
 
     @property
     def rate(self) -> float:
+        """The rate of Loss-Free in the window that was closed last; 0.0 without Loss-Free."""
         return self._biases.rate(self.num_windows - 1)
 
     def metrics(self) -> dict[str, float]:
-        """Figures of the last closed window over all ranks, as Python numbers; {} before the first. Waits for a GPU.
+        """Figures of the last closed window over all ranks, as Python numbers; ``{}`` before the first.
+
+        Waits for a GPU.
 
         ``maxvio_batch``, ``maxvio_micro``, ``maxvio_floor``, ``min_violation``, ``coefficient_of_variation``,
         ``load_entropy``, ``dead_experts``, ``tokens``, each loss without its coefficient (``load_balancing_loss``,
-        ``z_loss``), ``bias_max``, ``collectives``, ``collective_bytes``. docs/metrics.md defines each.
+        ``z_loss``), ``bias_max``, ``collectives``, ``collective_bytes``. docs/reference/metrics.md defines each.
         """
         self._window.exchange.read()
         return window_metrics(self._recorder)
 
     def notes(self, num_steps: int) -> list[str]:
-        """What a user should know before a run of this many steps, a sentence each."""
+        """What a user should know before a run of this many steps, a sentence each.
+
+        Args:
+            num_steps: optimizer steps of the whole run.
+        """
         return self._biases.notes(num_steps)
 
     # ---- saving ----
 
     def save_biases(self, folder: str | os.PathLike[str]) -> Path | None:
-        """Saves the biases beside weights that were saved into ``folder``; returns the file.
+        """Saves the biases beside weights that were saved into ``folder``.
 
         Call it after ``model.save_pretrained(folder)``, on the first rank. A family with a slot has them among its
-        weights: nothing is written, and None returned. Else it writes ``equipoise_biases.safetensors``, in float32, and
-        names it in config.json, where ``attach`` finds it. Plain Transformers routes without. Beside an adapter of
-        PEFT, saved without the model's weights, they are written for every family: give ``attach(biases=folder)``.
+        weights, so nothing is written. Else it writes ``equipoise_biases.safetensors``, in float32, and names it in
+        config.json, where ``attach`` finds it. Plain Transformers routes without. Beside an adapter of PEFT, saved
+        without the model's weights, they are written for every family: give ``attach(biases=folder)``.
+
+        Args:
+            folder: where the model was saved.
+
+        Returns:
+            The path of the file, or None if nothing was written.
+
+        Raises:
+            UsageError: no model was saved into ``folder``.
         """
         folder = Path(folder)
         lacks_slot = self.multiplies or any(layer.slot is None for layer in self.layers)
@@ -273,7 +324,7 @@ class Balance:
         return write_biases(folder, self.biases, self.multiplies) if is_wanted else None
 
     def state_dict(self) -> dict[str, Any]:
-        """Biases and what moves with them, the last window's counts: equal on all ranks.
+        """Biases, what moves with them, and the last window's counts: equal on all ranks.
 
         No collective, so any rank may call it at any time. What the open window has counted stays there, and is left
         out: a warning says so once. Call it after ``step()`` to leave nothing out.
@@ -287,25 +338,49 @@ class Balance:
 
         What only another strategy keeps (a momentum) is left out; what the state lacks begins at zero. Collective over
         the group: every rank loads the same state, whatever number of ranks saved it.
+
+        Args:
+            state: what ``state_dict`` gave.
+
+        Raises:
+            EquipoiseError: the state is of another model or damaged, differs between ranks, or a window is open.
         """
         self._pool.check_no_rank_joined()
         self._window.exchange.read()
         load_state(state, self._recorder, self.strategy, self.multiplies, self._recorder.device, self._pool)
 
     def agree(self, what: str, value: Any, error: Exception | None = None) -> list[Any]:
-        """For integrations: the value of every rank of the group; an error on all ranks if ``what`` failed on one."""
+        """For integrations: the value of every rank of the group. Collective.
+
+        Args:
+            what: what was done, for the message.
+            value: of this rank.
+            error: what was raised here. Then ``agree`` raises on every rank, saying that ``what`` failed on this one.
+
+        Returns:
+            The values, by rank.
+        """
         return self._pool.agree(what, value, error)
 
     def detach(self) -> dict[str, Float[Tensor, " experts"]]:
-        """Removes all that ``attach`` added, nothing that others added since, and returns the biases.
+        """Removes all that ``attach`` added, nothing that others added since.
 
         A model's own slot keeps what it holds; without one the biases are gone. On every rank of the group, or none.
+
+        Returns:
+            The biases by layer, as ``biases``.
         """
         biases = self.biases
         if not self._taps.are_removed:
             self._taps.remove()
             self._pool.close()
         return biases
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a Balance must be saved as its state: it belongs to its model, and cannot be copied or pickled. Save "
+            "balance.state_dict(), and load it into the Balance of the new model."
+        )
 
     def __repr__(self) -> str:
         sizes, number = abbreviate(sorted({layer.num_experts for layer in self.layers})), len(self.layers)

@@ -11,11 +11,17 @@ __all__ = ["EquipoiseError", "UsageError", "suggest"]
 
 
 class EquipoiseError(Exception):
-    """An input or the environment is wrong; the message says what to do. Exit code 1 on the command line."""
+    """An input or the environment is wrong; the message says what to do. Exit code 1 on the command line.
+
+    The root of all errors of equipoise.
+    """
 
 
 class UsageError(EquipoiseError, ValueError):
-    """An option, a strategy or a name that does not exist, or a value that is not allowed. Exit code 2."""
+    """An option, a strategy or a name that does not exist, or a value that is not allowed. Exit code 2.
+
+    It is a ``ValueError`` too.
+    """
 
 
 def suggest(name: str, names: Iterable[str]) -> str:

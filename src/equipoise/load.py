@@ -23,8 +23,18 @@ def expert_load(
     The counts sum to k times the number of tokens that count. Where we differ from public code: int64, because float32
     stops counting at 2^24 and bfloat16 at 2^8; a scatter, because bincount makes the host wait for a GPU.
 
-    >>> expert_load(torch.tensor([[0, 1], [1, 2], [1, 2]]), num_experts=4, mask=torch.tensor([1.0, 1.0, 0.0]))
-    tensor([1, 2, 1, 0])
+    Args:
+        expert_ids: the choice of each token, integers.
+        num_experts: experts of the layer.
+        mask: 1 for a token that counts, 0 for padding; default: all count.
+
+    Raises:
+        ValueError: ``expert_ids`` or ``mask`` has another shape or type.
+
+    Examples:
+        >>> expert_ids = torch.tensor([[0, 1], [1, 2], [1, 2]])
+        >>> expert_load(expert_ids, num_experts=4, mask=torch.tensor([1, 1, 0]))
+        tensor([1, 2, 1, 0])
     """
     if expert_ids.dim() != 2:
         raise ValueError(f"expert_ids must have the shape (tokens, k): got {tuple(expert_ids.shape)}.")
@@ -36,7 +46,14 @@ def expert_load(
 
 
 def sequence_load(routing: Routing) -> Int[Tensor, "sequences experts"]:
-    """Assignments of each expert in each sequence, int64. A sequence without tokens has a row of zeros."""
+    """Assignments of each expert in each sequence, int64. A sequence without tokens has a row of zeros.
+
+    Args:
+        routing: what a router call decided, with ``sequence_ids``.
+
+    Raises:
+        ValueError: ``sequence_ids`` is missing or does not fit.
+    """
     if routing.sequence_ids is None:
         raise ValueError(
             "sequence_ids must say which token belongs to which sequence: got none. Give the model (batch, sequence) "

@@ -67,25 +67,40 @@ def max_violation(load: Load) -> Float[Tensor, "*layers"]:
 
     Range: 0 (even) to experts/k - 1 (every token takes the same k experts). Dimensionless. Its name in logs is
     ``maxvio_batch`` for a window, ``maxvio_global`` for an evaluation set, ``maxvio_micro`` for one micro-batch on one
-    rank. Source: Wang et al. 2024, arXiv:2408.15664, Eq. 4.
+    rank.
 
-    >>> max_violation(torch.tensor([4, 2, 2, 0]))
-    tensor(1., dtype=torch.float64)
+    Args:
+        load: counts ``(..., experts)``, or a mapping from layer name to counts.
+
+    Source: Wang et al. 2024, arXiv:2408.15664, Eq. 4.
+
+    Examples:
+        >>> max_violation(torch.tensor([4, 2, 2, 0]))
+        tensor(1., dtype=torch.float64)
     """
     return _by_layer(lambda c: c.amax(-1) / c.mean(-1) - 1, load)
 
 
 def min_violation(load: Load) -> Float[Tensor, "*layers"]:
-    """How far the idlest expert is below the mean, ``(min_e c_e - mean c) / mean c``: 0 is even, -1 a dead expert."""
+    """How far the idlest expert is below the mean, ``(min_e c_e - mean c) / mean c``: 0 is even, -1 a dead expert.
+
+    Args:
+        load: as for ``max_violation``.
+    """
     return _by_layer(lambda c: c.amin(-1) / c.mean(-1) - 1, load)
 
 
 def coefficient_of_variation(load: Load) -> Float[Tensor, "*layers"]:
     """``std(c) / mean(c)`` over the experts, with the population std. 0 is even, sqrt(experts - 1) is collapse.
+
+    Args:
+        load: as for ``max_violation``.
+
     Source: its square is the load loss of Shazeer et al. 2017, arXiv:1701.06538.
 
-    >>> coefficient_of_variation(torch.tensor([3, 1]))
-    tensor(0.5000, dtype=torch.float64)
+    Examples:
+        >>> coefficient_of_variation(torch.tensor([3, 1]))
+        tensor(0.5000, dtype=torch.float64)
     """
     return _by_layer(lambda c: c.std(-1, correction=0) / c.mean(-1), load)
 
@@ -99,8 +114,12 @@ def _entropy(c: Tensor) -> Tensor:
 def load_entropy(load: Load) -> Float[Tensor, "*layers"]:
     """Normalised entropy of the shares, ``-sum_e q_e log q_e / log E``: 1 is even or a single expert, 0 is collapse.
 
-    >>> load_entropy(torch.tensor([1, 1, 0, 0]))
-    tensor(0.5000, dtype=torch.float64)
+    Args:
+        load: as for ``max_violation``.
+
+    Examples:
+        >>> load_entropy(torch.tensor([1, 1, 0, 0]))
+        tensor(0.5000, dtype=torch.float64)
     """
 
     def normalised(c: Tensor) -> Tensor:
@@ -113,18 +132,27 @@ def load_entropy(load: Load) -> Float[Tensor, "*layers"]:
 def effective_experts(load: Load) -> Float[Tensor, "*layers"]:
     """``exp(-sum_e q_e log q_e)``, a number of experts: E is even, 1 is collapse onto one expert.
 
-    >>> effective_experts(torch.tensor([5, 5, 0, 0]))
-    tensor(2., dtype=torch.float64)
+    Args:
+        load: as for ``max_violation``.
+
+    Examples:
+        >>> effective_experts(torch.tensor([5, 5, 0, 0]))
+        tensor(2., dtype=torch.float64)
     """
     return _by_layer(lambda c: _entropy(c).exp(), load)
 
 
 def dead_experts(load: Load) -> Float[Tensor, "*layers"]:
-    """Experts that got no token, ``#{e : c_e = 0}``. Range: 0 to experts - 1. A mapping gives the *sum* over layers.
+    """Experts that got no token, ``#{e : c_e = 0}``. Range: 0 to experts - 1.
+
     Small windows have dead experts by chance, so read it beside the number of tokens.
 
-    >>> dead_experts(torch.tensor([4, 2, 2, 0]))
-    tensor(1., dtype=torch.float64)
+    Args:
+        load: as for ``max_violation``. A mapping gives the *sum* over layers.
+
+    Examples:
+        >>> dead_experts(torch.tensor([4, 2, 2, 0]))
+        tensor(1., dtype=torch.float64)
     """
     if isinstance(load, Mapping) and load:
         return torch.stack([dead_experts(layer) for layer in load.values()]).sum(0)
@@ -155,8 +183,17 @@ def sampling_floor(num_tokens: float, k: int, num_experts: int) -> float:
     It is a lower bound: the tokens of a text are not independent. It takes counts as normal, which fails for few: with
     64 experts and k = 1, chance gives about 1.1 times as much at 16 assignments per expert and 1.3 times at one.
 
-    >>> round(sampling_floor(8192, k=4, num_experts=32), 4)
-    0.0615
+    Args:
+        num_tokens: N, 0 or more.
+        k: experts per token.
+        num_experts: E.
+
+    Raises:
+        ValueError: the numbers do not fit.
+
+    Examples:
+        >>> round(sampling_floor(8192, k=4, num_experts=32), 4)
+        0.0615
     """
     if int(k) != k or int(num_experts) != num_experts or not 1 <= k <= num_experts:
         raise ValueError(f"k must be an integer between 1 and the number of experts: got {k=}, {num_experts=}.")
@@ -175,18 +212,27 @@ def domain_information(load: Int[Tensor, "domains *layers experts"]) -> Float[Te
     """How much an assignment tells about the domain of its token: I(domain; expert) in bits.
 
         p_d = share of each expert in the assignments of domain d
-        I   = H(mean_d p_d) - mean_d H(p_d),   with H corrected by (number of used experts - 1) / (2 n)  (Miller-Madow)
+        I   = H(mean_d p_d) - mean_d H(p_d)
+              H is corrected by (number of used experts - 1) / (2 n)   (Miller-Madow)
+        n   = assignments of the domain; for the mixture 1 / sum_d (w_d^2 / n_d)
 
     Range: 0 (experts ignore the domain) to log2(domains) (each expert serves one domain); nan without assignments.
-    Average it over layers. Domains weigh equally, however many tokens they have; a domain without tokens is left out.
-    n is the number of assignments of the domain, and 1 / sum_d (w_d^2 / n_d) for the mixture.
+    Average it over layers. Domains weigh equally, w_d = 1 / domains, however many tokens they have. A domain without
+    tokens is left out.
 
     The correction is of first order and good from about five assignments per expert and domain. With fewer, part of
     what chance gives remains. A value can be slightly above log2(domains) or below 0 (for k > 1 even on average,
-    because the k experts of a token differ). Raises ``ValueError`` for anything but counts.
+    because the k experts of a token differ).
 
-    >>> domain_information(torch.tensor([[1000, 0], [0, 1000]])).round(decimals=2)
-    tensor(1., dtype=torch.float64)
+    Args:
+        load: counts, integers, ``(domains, ..., experts)``.
+
+    Raises:
+        ValueError: ``load`` is anything but counts.
+
+    Examples:
+        >>> domain_information(torch.tensor([[1000, 0], [0, 1000]])).round(decimals=2)
+        tensor(1., dtype=torch.float64)
     """
     counts = _by_domain(load).movedim(0, -2)  # (..., domains, experts)
     n = counts.sum(-1)  # assignments of each domain
@@ -206,11 +252,17 @@ def max_domain_share(load: Int[Tensor, "domains *layers experts"]) -> Float[Tens
     """The largest share that one expert has in the assignments of one domain, ``max_de c_de / sum_e c_de``.
 
     Range: 1/experts (every domain is spread evenly) to 1/k (every token of some domain takes the same k experts). A
-    domain without assignments is left out. Average it over layers. Source: Qiu et al. 2025, arXiv:2501.11873, Fig. 1.
-    There freq(E|D) counts per token of the domain, which is k times this share.
+    domain without assignments is left out. Average it over layers.
 
-    >>> max_domain_share(torch.tensor([[30, 10], [50, 50]]))
-    tensor(0.7500, dtype=torch.float64)
+    Args:
+        load: as for ``domain_information``.
+
+    Source: Qiu et al. 2025, arXiv:2501.11873, Fig. 1. There freq(E|D) counts per token of the domain, which is k times
+    this share.
+
+    Examples:
+        >>> max_domain_share(torch.tensor([[30, 10], [50, 50]]))
+        tensor(0.7500, dtype=torch.float64)
     """
     counts = _by_domain(load)
     total = counts.sum(-1, keepdim=True)

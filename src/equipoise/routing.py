@@ -33,7 +33,17 @@ SCORE_FUNCTIONS: tuple[ScoreFunction, ...] = get_args(ScoreFunction)
 
 
 class Routing(NamedTuple):
-    """What one router call decided. Loads, losses and balancers read this and nothing else."""
+    """What one router call decided. Loads, losses and balancers read this and nothing else.
+
+    Attributes:
+        logits: of the router, ``[tokens, experts]``.
+        scores: of the logits, float32 or wider, before any bias.
+        expert_ids: the choice, ``[tokens, k]``.
+        weights: the weights of the chosen experts' outputs, ``[tokens, k]``, taken from the scores.
+        mask: 1 for a token that counts, 0 for padding; None: every token counts.
+        sequence_ids: which sequence (0, 1, ...) a token belongs to; None: unknown.
+        num_sequences: an upper bound of their number that is known without reading the data.
+    """
 
     logits: Float[Tensor, "tokens experts"]  # the router's logits
     scores: Float[Tensor, "tokens experts"]  # float32 or wider, before any bias
@@ -80,16 +90,22 @@ def score(logits: TokensExperts, score_function: ScoreFunction = "softmax") -> T
     """The router's scores, in float32 or wider.
 
         softmax         s_e = exp(z_e) / sum_j exp(z_j)
-        sigmoid         s_e = 1 / (1 + exp(-z_e))                 DeepSeek-V3, arXiv:2412.19437
-        sqrt_softplus   s_e = sqrt(log(1 + exp(z_e)))             DeepSeek-V4, arXiv:2606.19348
+        sigmoid         s_e = 1 / (1 + exp(-z_e))       DeepSeek-V3, arXiv:2412.19437
+        sqrt_softplus   s_e = sqrt(log(1 + exp(z_e)))   DeepSeek-V4, arXiv:2606.19348
 
     In float32, exp(z) underflows below z = -88. There sigmoid scores are 0, sqrt_softplus scores are all the same, and
     neither has a slope. A token whose logits all lie there trains no router, and no balancing loss sees it.
 
-    Raises ``ValueError`` for an unknown score function and for logits that are not floating point.
+    Args:
+        logits: floating point.
+        score_function: ``softmax``, ``sigmoid`` or ``sqrt_softplus``.
 
-    >>> score(torch.tensor([[0.0, 0.0]]), "sigmoid")
-    tensor([[0.5000, 0.5000]])
+    Raises:
+        ValueError: an unknown score function, or logits that are not floating point.
+
+    Examples:
+        >>> score(torch.tensor([[0.0, 0.0]]), "sigmoid")
+        tensor([[0.5000, 0.5000]])
     """
     if not isinstance(logits, Tensor) or not logits.is_floating_point():
         kind = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
@@ -143,25 +159,32 @@ def route(
     """Chooses k experts per token.
 
         chosen  = top-k of (score + bias), within the best expert groups if there are any
-        weights = scale * score[chosen]   (/ their sum if ``renormalise``)
+        weights = scale * score[chosen]   (/ their sum if renormalise)
 
     The value of an expert group is the sum of its two highest biased scores; the ``top_groups`` best ones are open. The
     bias changes the choice, never the weights.
 
     Args:
+        logits: of the router, floating point.
         k: from 1 to the number of experts in the groups that may be chosen.
+        score_function: ``softmax``, ``sigmoid`` or ``sqrt_softplus``; see ``score``.
         bias: float32, in the units of the scores.
-        num_groups, top_groups: group-limited routing; 1 and 1 switch it off.
-        scale: finite and positive; DeepSeek's routed scaling factor.
+        num_groups: expert groups of equal size; 1 switches group-limited routing off.
+        top_groups: how many of them are open to a token.
+        renormalise: divide the weights by their sum over the chosen experts.
+        scale: factor on the weights, finite and positive; DeepSeek's routed scaling factor.
         mask: 1 for a token that counts, 0 for padding; stored in the result, no effect on the choice.
+
+    Raises:
+        ValueError: sizes that do not fit, or logits that are not floating point.
 
     Source: Wang et al. 2024, arXiv:2408.15664, Eq. 3; expert groups as in DeepSeek-V3, arXiv:2412.19437. Masked groups
     get -inf, as in DeepSeek-V3's published inference code. Several ports use 0; there we differ.
 
-    Raises ``ValueError`` for sizes that do not fit, and for logits that are not floating point.
-
-    >>> route(torch.tensor([[2.0, 1.0, 0.0]]), k=1, bias=torch.tensor([0.0, 0.0, 9.0])).expert_ids
-    tensor([[2]])
+    Examples:
+        >>> logits, bias = torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([0.0, 0.0, 9.0])
+        >>> route(logits, k=1, bias=bias).expert_ids
+        tensor([[2]])
     """
     scores = score(logits, score_function)
     check_two_dimensions(logits)

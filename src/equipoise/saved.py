@@ -2,8 +2,10 @@
 
 import json
 import os
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -11,6 +13,7 @@ from equipoise.errors import EquipoiseError, UsageError
 
 __all__ = [
     "BIASES_FILE",
+    "LayerBiases",
     "check_saved_model",
     "frozen_strategy",
     "holds_adapter",
@@ -23,6 +26,17 @@ __all__ = [
 BIASES_FILE = "equipoise_biases.safetensors"
 KEY = "equipoise"  # in config.json: {"equipoise": {"biases": BIASES_FILE}}
 MULTIPLIES = "multiplies"  # in the file's metadata: "true" if the choice is by score * (1 + bias)
+
+
+class LayerBiases(dict[str, Tensor]):
+    """Biases by layer, as a ``Balance`` gives them. ``multiplies``: a bias b is a factor 1 + b on the scores."""
+
+    def __init__(self, biases: Mapping[str, Tensor], multiplies: bool):
+        super().__init__(biases)
+        self.multiplies = multiplies
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OrderedDict, (list(self.items()),)  # what torch.load takes with weights_only
 
 
 def write_biases(folder: Path, biases: Mapping[str, Tensor], multiplies: bool = False) -> Path:
@@ -74,7 +88,10 @@ def read_biases(location: str | os.PathLike[str]) -> tuple[dict[str, Tensor], bo
             biases = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
             return biases, (opened.metadata() or {}).get(MULTIPLIES) == "true"
     except Exception as error:  # safetensors has errors of its own
-        raise EquipoiseError(f"{path} must be safetensors: {error}. The file is damaged; save it again.") from None
+        raise EquipoiseError(
+            f"{path} must be a file that save_biases wrote: {error}. If torch.save wrote it, load it and pass what "
+            "torch.load returns; else it is damaged: save it again."
+        ) from None
 
 
 def frozen_strategy(multiplies: bool) -> str:

@@ -260,7 +260,9 @@ def after_each_step(optimizer: torch.optim.Optimizer, call: Callable[[bool | Ten
     Raises ``TypeError`` for what is not an optimizer of torch, and ``UsageError`` if ``owner`` follows it already.
     """
     hooks = getattr(optimizer, "_optimizer_step_post_hooks", None)
-    if not isinstance(hooks, Mapping):
+    wrapped = getattr(optimizer, "optimizer", None)
+    is_wrapper = isinstance(wrapped, torch.optim.Optimizer) and wrapped is not optimizer  # of Accelerate, of Lightning
+    if is_wrapper or not isinstance(hooks, Mapping):
         if type(optimizer).__module__.startswith("torch.optim"):
             raise _is_gone("Optimizer._optimizer_step_post_hooks", "tell an optimizer that is followed already")
         raise TypeError(

@@ -40,7 +40,7 @@ def test_growth_measures_the_shape_it_is_given():
 def test_the_table_of_samples_is_the_stored_one():
     sample = _load("sample")
     stored = json.loads(sample.STORED.read_text(encoding="utf-8"))
-    text = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "evidence" / "experiments.md").read_text(encoding="utf-8")
     names = {
         **{(1 / part, None): f"1 token of {part}" for part in (4, 16, 64)},
         (1.0, None): "all tokens",

@@ -1,6 +1,7 @@
-"""docs/speed.md is what the stored results give, and what they are measured with is tested on small sizes."""
+"""docs/evidence/speed.md is what the stored results give, and what they are measured with is tested on small sizes."""
 
 import importlib
+import re
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,15 @@ def test_the_page_is_what_the_stored_results_give():
     assert page == speed.PAGE.read_text()
     changed = {**stored, "trainer": {**stored["trainer"], "tokens_per_step": 1}}
     assert speed.page(changed) != page
+
+
+def test_the_index_of_the_evidence_has_the_figures_of_the_page():
+    index, page = (speed.PAGE.with_name(name).read_text() for name in ("index.md", speed.PAGE.name))
+    ratios = {row["strategy"]: row["ratio"] for row in speed.results()["overhead"]["steps"] if "ratio" in row}
+    for strategy in ("loss-free", "lbl:scope=global_batch", "quantile"):
+        assert f"`{strategy}`: {speed.format_ratio(ratios[strategy])}" in index
+    number, missed = re.search(r"Of (\d+) targets, \d+ are met and (\d+) are missed", page).groups()
+    assert f"Of {number} targets for cost and speed, {missed} are missed" in index
 
 
 def test_the_page_explains_a_target_only_if_it_is_missed():

@@ -1,4 +1,4 @@
-"""What went wrong in public frameworks, and must not go wrong here: the numbers are those of ``docs/known_defects.md``.
+"""What went wrong in public frameworks, and must not go wrong here. Numbers: ``docs/evidence/known_defects.md``.
 
 These tests show the defects that one process can show and that no other test shows. The page names a test for each
 defect. Most tests run ``Routers``: real routers of Transformers with the identity as weight. Their input is their

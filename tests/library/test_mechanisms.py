@@ -437,6 +437,8 @@ def test_a_whole_state_may_be_given_as_biases(caplog):
     torch.testing.assert_close(again.biases, balance.biases)
     with pytest.raises(EquipoiseError, match="biases must be tensors by layer name"):
         equipoise.attach(tiny_lm(), "frozen", biases={NAMES[0]: 1})
+    with pytest.raises(TypeError, match="or the path of saved ones: got list"):
+        equipoise.attach(tiny_lm(), "frozen", biases=[1])
     for wrong in (None, {"biases": 1}):
         with pytest.raises(EquipoiseError, match="the state must be what state_dict"):
             balance.load_state_dict(wrong)

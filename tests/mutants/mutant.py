@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 class Mutant(NamedTuple):
     """One deliberate defect: a replacement in the source that the named tests must notice."""
 
-    what: str  # the defect; those of docs/known_defects.md begin with their number
+    what: str  # the defect; those of docs/evidence/known_defects.md begin with their number
     original: str  # stands in the source exactly once
     mutated: str
     tests: str  # a test file or folder, by the end of its path, and what else pytest is asked: "test_load -k mask"

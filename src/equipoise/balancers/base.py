@@ -39,7 +39,15 @@ Load = Int[Tensor, "layers experts"]
 
 @dataclass(frozen=True)
 class LayerStack:
-    """The layers that share one copy of a balancer."""
+    """The layers that share one copy of a balancer: same number of experts, same k, same way to select.
+
+    Attributes:
+        score_function: ``softmax``, ``sigmoid`` or ``sqrt_softplus``.
+        k: experts per token.
+        bias: the bias to start from, float32 ``[layers, experts]``; zeros where there is none.
+        selection: what the bias is added to: ``scores`` or ``logits``.
+        fused: whether a statistic may come from a kernel, where there is one.
+    """
 
     score_function: ScoreFunction
     k: int
@@ -53,8 +61,20 @@ class LayerStack:
 
 
 class Balancer:
-    """One mechanism. Every hook does nothing here; a subclass is final and overrides the hooks it needs. Its strategy
-    string is made of the arguments of its constructor, so keep each under its own name."""
+    """One mechanism. Every hook does nothing here; a subclass is final and overrides the hooks it needs.
+
+    Its strategy string is made of the arguments of its constructor, so keep each in an attribute of the same name.
+
+    Attributes:
+        name: its name in strategy strings.
+        metric: the name of its loss in the logs.
+        scope: whose counts reach ``loss``: ``micro_batch`` or ``global_batch``. With ``sequence`` and ``token``: none.
+        pooling: which counts ``global_batch`` takes, as for ``LoadBalancingLoss``.
+        coefficient: weight of the loss.
+        normalise: for ``slopes``: whether scores are divided by their sum.
+        multiplies: the choice is made by ``score * (1 + bias)`` instead of ``score + bias``.
+        gathers: statistics of calls and ranks are concatenated instead of summed; for small batches.
+    """
 
     name: str = ""  # in strategy strings
     metric: str = "loss"  # the name of its loss in the logs
@@ -66,7 +86,11 @@ class Balancer:
     gathers: bool = False  # statistics of calls and ranks are concatenated instead of summed; for small batches
 
     def prepare(self, layers: LayerStack) -> None:
-        """Sets up the state for these layers. ``attach`` calls it once, on a copy. Clone ``layers.bias``."""
+        """Sets up the state for these layers. ``attach`` calls it once, on a copy of the balancer.
+
+        Args:
+            layers: sizes, score function, and the bias to start from. Clone ``layers.bias``.
+        """
 
     def bias(self) -> Float[Tensor, "layers experts"] | None:
         """Moves the choice only, never the weights. The tensor itself is the state: it is moved, saved and loaded."""
@@ -77,47 +101,89 @@ class Balancer:
         return {}
 
     def statistic(self, routing: Routing, row: int) -> Tensor | None:
-        """What ``update`` needs from one counted router call of layer ``row`` besides its load: int64 of a fixed shape,
-        0 for masked tokens. It is summed over the calls of the window and over the ranks. A new tensor each time: it is
-        kept, and the next ones are added to it."""
+        """What ``update`` needs from one counted router call besides its load.
+
+        It is summed over the calls of the window and over the ranks.
+
+        Args:
+            routing: what the call decided.
+            row: the layer's row in the state.
+
+        Returns:
+            int64 of a fixed shape, 0 for masked tokens. A new tensor each time: it is kept, and the next ones are
+            added to it. None: nothing is needed.
+        """
         return None
 
     def micro_batch_statistic(self, load: Load) -> Int[Tensor, "layers numbers"] | None:
-        """The same for one micro-batch on one rank, from its load. Return it always or never: ``attach`` asks once."""
+        """The same as ``statistic`` for one micro-batch on one rank.
+
+        Args:
+            load: the counts of the micro-batch on this rank.
+
+        Returns:
+            int64 ``[layers, numbers]``, always; or None, always: ``attach`` asks once.
+        """
         return None
 
     def loss(self, routing: Routing, load: Int[Tensor, " experts"] | None) -> Float[Tensor, ""] | None:
-        """One layer's loss, without the coefficient: a mean over the unmasked tokens of ``routing``, differentiable in
-        its logits. ``load`` holds the counts of the balancer's scope (None for ``sequence`` and ``token``)."""
+        """One layer's loss, without the coefficient.
+
+        Args:
+            routing: what a router call decided.
+            load: the counts of the balancer's scope, ``[experts]``; None for ``sequence`` and ``token``.
+
+        Returns:
+            A mean over the unmasked tokens of ``routing``, differentiable in its logits.
+        """
         return None
 
     def slopes(self, load: Int[Tensor, "*scopes experts"]) -> Float[Tensor, "*scopes experts"] | None:
-        """For a loss that is linear in the scores, given the counts:
+        """The slopes of a loss that is linear in the scores, given the counts.
 
-            loss = mean_t sum_e slope_e p_te        p: the scores, divided by their sum if ``normalise``
+            loss = mean_t sum_e slope_e p_te
+            p: the scores, divided by their sum if normalise
 
-        The slopes for the counts of one or several scopes. Then ``loss`` itself is not called, and its gradient has a
-        closed form. None: autograd computes it, which is slower."""
+        With slopes, ``loss`` itself is not called, and its gradient has a closed form.
+
+        Args:
+            load: the counts of one or several scopes.
+
+        Returns:
+            The slopes, in the shape of ``load``. None: autograd computes the gradient, which is slower.
+        """
         return None
 
     def update(self, load: Load, statistic: Sequence[Tensor] | None = None, window: int = 0) -> None:
-        """Moves the bias, in place, at the end of a window. ``load`` is the window's, over all ranks; ``statistic`` the
-        pooled result of the hook, by layer; ``window`` the number of windows that ended before."""
+        """Moves the bias, in place, at the end of a window.
+
+        Args:
+            load: the counts of the window over all ranks.
+            statistic: the pooled results of ``statistic`` or ``micro_batch_statistic``, by layer.
+            window: the number of windows that ended before.
+        """
 
     @property
     def has_bias(self) -> bool:
+        """Whether the class has a ``bias``."""
         return type(self).bias is not Balancer.bias
 
     @property
     def has_loss(self) -> bool:
+        """Whether the class has a ``loss``."""
         return type(self).loss is not Balancer.loss
 
     @property
     def has_slopes(self) -> bool:
+        """Whether the class has ``slopes``."""
         return type(self).slopes is not Balancer.slopes
 
     def notes(self, num_steps: int) -> list[str]:
-        """What a user should know before a run of this many steps, such as a rate that is too small for it."""
+        """What a user should know before a run of this many steps, such as a rate that is too small for it.
+
+        Args:
+            num_steps: optimizer steps of the whole run.
+        """
         return []
 
     def _options(self) -> Iterator[tuple[str, Any, Any]]:  # name, value, default

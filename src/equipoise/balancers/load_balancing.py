@@ -30,22 +30,29 @@ def load_balancing_loss(
 ) -> Float[Tensor, ""]:
     """``E * sum_e f_e P_e``: 1 at perfect balance, up to E/k at collapse, 0 without tokens.
 
-        f_e = load_e / sum(load)                    share of the assignments; no gradient
-        P_e = mean_t (s_te / sum_j s_tj)            mean score over the unmasked tokens; carries the gradient
+        f_e = load_e / sum(load)           share of the assignments; no gradient
+        P_e = mean_t (s_te / sum_j s_tj)   mean score of unmasked tokens; has the gradient
 
-    ``load`` [experts] holds the integer counts to be balanced: those of the micro-batch (the default, counted from
-    ``routing``) or those pooled over the global batch. They are the router's real choices: after bias and expert
-    groups, before any capacity. If f and P disagree, as with a bias or a pooled load, the value can be below 1.
+    If f and P disagree, as with a bias or a pooled load, the value can be below 1.
 
-    ``normalise=False`` takes the raw scores, as Eq. 2 of Loss-Free Balancing is written. On sigmoid scores the gradient
-    is then about E/2 times stronger, so coefficients do not carry over. On softmax scores both are the same.
+    Args:
+        routing: what a router call decided.
+        load: the integer counts to be balanced, ``[experts]``: those of the micro-batch (the default, counted from
+            ``routing``) or those pooled over the global batch. They are the router's real choices: after bias and
+            expert groups, before any capacity.
+        normalise: divide each token's scores by their sum. False takes the raw scores, as Eq. 2 of Loss-Free Balancing
+            is written. On sigmoid scores the gradient is then about E/2 times stronger, so coefficients do not carry
+            over. On softmax scores both are the same.
+
+    Raises:
+        ValueError: ``load`` has another shape or is floating point.
+
     Source: Qiu et al. 2025, arXiv:2501.11873, Eq. 2 to 6; first Switch Transformer, arXiv:2101.03961, Eq. 4.
 
-    Raises ``ValueError`` if ``load`` has another shape or is floating point.
-
-    >>> from equipoise.routing import route
-    >>> load_balancing_loss(route(torch.zeros(8, 4), k=1), torch.tensor([2, 2, 2, 2]))
-    tensor(1.)
+    Examples:
+        >>> from equipoise.routing import route
+        >>> load_balancing_loss(route(torch.zeros(8, 4), k=1), torch.tensor([2, 2, 2, 2]))
+        tensor(1.)
     """
     num_experts = routing.scores.shape[-1]
     if load is None:
@@ -65,10 +72,16 @@ def load_balancing_loss(
 def sequence_load_balancing_loss(routing: Routing, *, normalise: bool = True) -> Float[Tensor, ""]:
     """The load-balancing loss of each sequence with its own counts, averaged over the tokens.
 
-        L = sum_s (N_s / N) * E * sum_e f_e^s P_e^s         N_s: unmasked tokens of sequence s, N: of all
+        L = sum_s (N_s / N) * E * sum_e f_e^s P_e^s
+        N_s: unmasked tokens of sequence s, N: of all
 
     1 when every sequence is even. The mean is by token, so a micro-batch may be cut anywhere between sequences. For
     sequences of equal length, as in the papers, it is the plain mean over sequences.
+
+    Args:
+        routing: what a router call decided, with ``sequence_ids``.
+        normalise: as for ``load_balancing_loss``.
+
     Source: Wang et al. 2024, arXiv:2408.15664, Eq. 2; DeepSeek-V3, arXiv:2412.19437, Eq. 17 to 20.
     """
     load, num_experts = sequence_load(routing), routing.scores.shape[-1]
@@ -86,13 +99,18 @@ class LoadBalancingLoss(Balancer):
         coefficient: weight of the loss: 8e-3 for Qwen's 3.4B model (paper 2), 1e-2 in Switch, 1e-4 for DeepSeek-V3's
             sequence loss. A layer's value is 1 at perfect balance, and layers are *summed*. Other libraries take the
             mean over layers or have k at balance: convert their coefficients with ``convert_coefficient``.
-        scope: ``sequence``, ``micro_batch`` (one micro-batch on one rank) or ``global_batch`` (all micro-batches of an
-            optimizer step on all ranks: the point of paper 2, Qiu et al. 2025, arXiv:2501.11873).
-        pooling: which counts ``global_batch`` takes. ``window``: everything that the window has counted when the
-            backward runs. That is exact if all forwards come first, and the paper's Algorithm 1 in a plain loop.
-            ``previous``: the shares of the last closed window, one step stale, without a collective of its own. The
-            first window has even shares: they move no normalised score and push raw scores down together.
-        normalise: as for ``load_balancing_loss``, which also gives the sources.
+        scope: whose counts f is made of: ``sequence``, ``micro_batch`` (one micro-batch on one rank) or
+            ``global_batch`` (all micro-batches of an optimizer step on all ranks). The last is the point of paper 2,
+            Qiu et al. 2025, arXiv:2501.11873.
+        pooling: which counts ``global_batch`` takes, those of the open ``window`` or of the ``previous`` one.
+            ``window``: everything that the window has counted when the backward runs. That is exact if all forwards
+            come first, and the paper's Algorithm 1 in a plain loop. ``previous``: the shares of the last closed window,
+            one step stale, without a collective of its own. The first window has even shares: they move no normalised
+            score and push raw scores down together.
+        normalise: divide each token's scores by their sum, as in ``load_balancing_loss``, which gives the sources.
+
+    Raises:
+        ValueError: a value is not allowed, or ``pooling`` is given with another scope than ``global_batch``.
     """
 
     name = "lbl"

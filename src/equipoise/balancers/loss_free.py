@@ -75,40 +75,51 @@ RULES: Mapping[Rule, _Rule] = {
 class LossFree(Balancer):
     """Auxiliary-loss-free balancing: a bias b that moves once per window by the counts c of its tokens on all ranks.
 
-        error           v_e = (mean(c) - c_e) / mean(c)         1: no token, 0: even, below 0: overloaded
+        error           v_e = (mean(c) - c_e) / mean(c)
+                        1: no token, 0: even, below 0: overloaded
         sign            b_e += rate * sign(v_e)
         proportional    b_e += rate * v_e
         rms             b_e += rate * v_e / sqrt(mean(v^2))
-        momentum        m_e <- momentum * m_e + (1 - momentum) * rate * tanh(sharpness * v_e);  b_e += m_e
-        multiplicative  w_e += rate * sign(v_e), w = 1 at the start, >= 0; chosen by s_e * w_e instead of s_e + b_e
+        momentum        m_e <- momentum * m_e + (1 - momentum) * rate * tanh(sharpness * v_e)
+                        b_e += m_e
+        multiplicative  w_e += rate * sign(v_e), w = 1 at the start, >= 0
+                        chosen by s_e * w_e instead of s_e + b_e
 
     An overloaded expert becomes harder to choose. The bias has no gradient, and the weights never see it.
 
     Args:
         rate: step of the bias, in the units of the scores. Under ``sign`` b moves by at most ``rate * steps``,
             with centring by less than twice as much.
-        rule: one of those above. The default is ``proportional`` where the bias is added to softmax scores, because
-            there 1e-3 can be more than a tenth of a score (paper, appendix C). Elsewhere, also on logits, ``sign``.
+        rule: the formula of the step. One of those above; the default is ``proportional`` where the bias is added to
+            softmax scores, because there 1e-3 can be more than a tenth of a score (paper, appendix C). Elsewhere, also
+            on logits, it is ``sign``.
         center: subtract the step's mean over the experts, so b cannot drift; ``multiplicative``: divide w by its mean.
             Top-k does not see what all experts share, but large drifted biases lose their differences in bfloat16.
-        scope: ``global_batch``, or with rule ``sign`` also ``micro_batch``: the mean of the signs of all micro-batches
-            that have tokens, over all ranks. The other rules follow the counts smoothly: in micro-batches of equal size
-            the mean of their errors is the error of the whole.
+        scope: whose counts are taken: ``global_batch``, or with rule ``sign`` also ``micro_batch``, the mean of the
+            signs of all micro-batches that have tokens, over all ranks. The other rules follow the counts smoothly: in
+            micro-batches of equal size the mean of their errors is the error of the whole.
         schedule: the rate by number of windows: ``constant``; ``linear``, to zero at window ``zero_from``; ``drop``, to
             zero at once there, as DeepSeek-V3 does for its last part.
-        momentum, sharpness: of rule ``momentum``, without unit; 0.5 (from 0 to below 1) and 2 if not given. m is saved
-            with b and moves it even in a window without tokens or with rate zero; the other rules then leave b alone.
+        zero_from: the window from which the rate is zero, with ``linear`` and ``drop``, and only with them. From 1 on.
+        momentum: of rule ``momentum``, 0.5 if not given. From 0 to below 1. m is saved with b and moves it even in a
+            window without tokens or with rate zero; the other rules then leave b alone.
+        sharpness: of rule ``momentum``, 2 if not given. Above 0.
+
+    Raises:
+        ValueError: a value is not allowed, or an option is given without the rule or the schedule that it belongs to.
 
     Sources: Wang et al. 2024, arXiv:2408.15664, Algorithm 1 (sign, 1e-3), Table 3 (proportional), Eq. 5 and Table 4
     (multiplicative); Su 2025, kexue.fm/archives/10757 (rms); Arcee Trinity Large, arXiv:2602.17004 (momentum, there
     SMEBU); Moonlight, arXiv:2502.16982, appendix C (center); DeepSeek-V3, arXiv:2412.19437, section 4.2 (drop).
+
     Where we differ: the first paper does not centre (``center=False``). It leaves the unit of the proportional error
     open; ours is the mean load. ``micro_batch`` is how we read "Balance BSZ" (paper 2, arXiv:2501.11873, Table 1).
 
-    >>> balancer = LossFree(rate=0.5, rule="sign", center=False)
-    >>> balancer.prepare(LayerStack("sigmoid", k=1, bias=torch.zeros(1, 4)))
-    >>> balancer.update(torch.tensor([[6, 2, 2, 2]])); balancer.bias()
-    tensor([[-0.5000,  0.5000,  0.5000,  0.5000]])
+    Examples:
+        >>> balancer = LossFree(rate=0.5, rule="sign", center=False)
+        >>> balancer.prepare(LayerStack("sigmoid", k=1, bias=torch.zeros(1, 4)))
+        >>> balancer.update(torch.tensor([[6, 2, 2, 2]])); balancer.bias()
+        tensor([[-0.5000,  0.5000,  0.5000,  0.5000]])
     """
 
     name = "loss-free"
@@ -194,6 +205,7 @@ class LossFree(Balancer):
         return RULES[self.rule].step(load, **options).to(self._bias.dtype)
 
     def rate_at(self, window: int) -> float:
+        """The rate of the schedule in window ``window``, counted from 0."""
         if self.zero_from is None:
             return self.rate
         if self.schedule == "linear":
@@ -235,7 +247,10 @@ class LossFree(Balancer):
 @final
 class Frozen(Balancer):
     """Holds the bias that the model came with, or that ``attach(..., biases=...)`` set, and never moves it.
-    If it ``multiplies``, it is a factor 1 + bias on the scores, as from the rule ``multiplicative``."""
+
+    Args:
+        multiplies: whether the bias is a factor ``1 + bias`` on the scores, as from the rule ``multiplicative``.
+    """
 
     name = "frozen"
 

@@ -129,9 +129,12 @@ def _from_histogram(
 class Quantile(Balancer):
     """Quantile balancing: a bias without a step size. Once per window, over its N tokens on all ranks:
 
-        a_t   = half-way between the k-th and the (k + 1)-th largest of s_t + b    what a token asks of an expert
-        n_e   = tokens with s_te + b_e > a_t;  c_e = tokens that chose e, n_e unless expert groups limit the choice
-        b_e  <- b with which n_e + g_e (N k / E - c_e) tokens have s_te + b > a_t;  then minus the median over e
+        a_t   = half-way between the k-th and the (k + 1)-th largest of s_t + b
+                what a token asks of an expert
+        n_e   = tokens with s_te + b_e > a_t
+        c_e   = tokens that chose e: n_e, unless expert groups limit the choice
+        b_e  <- b with which n_e + g_e (N k / E - c_e) tokens have s_te + b > a_t
+                then minus the median over e
 
     With g = 1 this is the exact minimum, expert by expert, of the dual problem on which Loss-Free's sign rule takes
     small steps. The gain g_e is the part of the deviation that is not chance: 1 - (what chance gives) / deviation^2, at
@@ -141,15 +144,18 @@ class Quantile(Balancer):
     leaks from later tokens. Ties follow the sort.
 
     Args:
-        bins: bins of each expert's histogram of ``a_t - s_te - b_e``; a power of two from 128. The new bias is
-            interpolated within a bin. There are ``bins / 128`` bins per octave from 2^-61 to 2^3 around the present
-            bias: the first, long moves are coarse, and resolution grows as the load evens out, whatever the range of
-            the scores. Margins below 2^-61 count as 0. 0: exact, for small batches: all values of the window are
-            gathered (4 N E bytes per layer).
-        ema: share of the old bias that is kept, from 0 to below 1.
-        fraction: share of the tokens that is looked at, above 0 to 1. A hash of a token's logits decides, so it is the
-            same on every rank and never just the first tokens. It saves time with ``attach(..., fused=True)`` only:
-            there the other tokens add nothing to a histogram.
+        bins: bins of each expert's histogram of ``a_t - s_te - b_e``, or 0 for exact values. A power of two from 128.
+            The new bias is interpolated within a bin. There are ``bins / 128`` bins per octave from 2^-61 to 2^3 around
+            the present bias: the first, long moves are coarse, and resolution grows as the load evens out, whatever the
+            range of the scores. Margins below 2^-61 count as 0. Exact is for small batches: all values of the window
+            are gathered (4 N E bytes per layer).
+        ema: share of the old bias that is kept. From 0 to below 1.
+        fraction: share of the tokens that is looked at. Above 0, at most 1. A hash of a token's logits decides, so it
+            is the same on every rank and never just the first tokens. It saves time with ``attach(..., fused=True)``
+            only: there the other tokens add nothing to a histogram.
+
+    Raises:
+        ValueError: a value is not allowed.
 
     Without tokens, and with k = E, the bias stays. Tokens with logits that are not finite do not count if bins = 0.
     In windows with less than about 16 tokens per expert, a dead expert may be chance, and is revived later.

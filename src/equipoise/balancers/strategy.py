@@ -67,12 +67,18 @@ def _parse_one(text: str, whole: str, classes: Mapping[str, type[Balancer]]) -> 
 
 
 def parse_strategy(text: str, *, more: Sequence[type[Balancer]] = ()) -> list[Balancer]:
-    """The balancers of a strategy string, which may also name the classes in ``more``, or of a recipe.
+    """The balancers of a strategy string or of a recipe. ``none`` gives no balancer.
 
-    ``none`` gives no balancer. Raises ``UsageError`` for an unknown name or option and for a value that is not allowed.
+    Args:
+        text: a strategy string, or the name of a recipe.
+        more: classes that the string may name besides those of equipoise, by their ``name``.
 
-    >>> [str(balancer) for balancer in parse_strategy("loss-free:rate=1e-2+lbl:scope=sequence")]
-    ['loss-free:rate=0.01', 'lbl:scope=sequence']
+    Raises:
+        UsageError: an unknown name or option, or a value that is not allowed.
+
+    Examples:
+        >>> [str(one) for one in parse_strategy("loss-free:rate=1e-2+lbl:scope=sequence")]
+        ['loss-free:rate=0.01', 'lbl:scope=sequence']
     """
     if text == "none":
         return []
@@ -85,5 +91,5 @@ def parse_strategy(text: str, *, more: Sequence[type[Balancer]] = ()) -> list[Ba
 
 
 def format_strategy(balancers: Sequence[Balancer]) -> str:
-    """The string that ``parse_strategy`` turns back into these balancers."""
+    """The string that ``parse_strategy`` turns back into these balancers; ``none`` for no balancer."""
     return "+".join(map(str, balancers)) or "none"

@@ -15,12 +15,18 @@ __all__ = ["ZLoss", "z_loss"]
 def z_loss(logits: Float[Tensor, "tokens experts"], mask: Float[Tensor, " tokens"] | None = None) -> Float[Tensor, ""]:
     """``mean_t logsumexp_e(z_te)^2`` over the unmasked tokens, in float32 or wider; 0 without tokens.
 
-    It is log(E)^2 if all logits are 0, and smaller if all are slightly negative. It does not balance: it keeps logits
-    in the range where low precision can still tell them apart.
+    It is ``log(E)^2`` if all logits are 0, and smaller if all are slightly negative. It does not balance: it keeps
+    logits in the range where low precision can still tell them apart.
+
+    Args:
+        logits: of a router, ``[tokens, experts]``.
+        mask: 1 for a token that counts, 0 for padding; default: all count.
+
     Source: Zoph et al. 2022, ST-MoE, arXiv:2202.08906, Eq. 5.
 
-    >>> z_loss(torch.zeros(3, 8))  # log(8)^2
-    tensor(4.3241)
+    Examples:
+        >>> z_loss(torch.zeros(3, 8))  # log(8)^2
+        tensor(4.3241)
     """
     check_two_dimensions(logits)
     check_mask(mask, logits.shape[0])
@@ -36,8 +42,12 @@ def z_loss(logits: Float[Tensor, "tokens experts"], mask: Float[Tensor, " tokens
 class ZLoss(Balancer):
     """The router z-loss ``coefficient * sum over layers of mean_t logsumexp(z_t)^2``. It complements a balancer.
 
-    The coefficient is 1e-3 in ST-MoE and OLMoE. It needs no counts, so it has no scope. Source: as ``z_loss``. Where we
-    differ: padding is left out, and layers are summed, as in all our losses.
+    It needs no counts, so it has no scope.
+
+    Args:
+        coefficient: weight of the loss, 1e-3 in ST-MoE and OLMoE. At least 0.
+
+    Source: as ``z_loss``. Where we differ: padding is left out, and layers are summed, as in all our losses.
     """
 
     name = "z"

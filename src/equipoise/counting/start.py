@@ -14,7 +14,7 @@ from equipoise.counting.biases import slot_value
 from equipoise.errors import EquipoiseError, UsageError
 from equipoise.routers import MoELayer
 from equipoise.routers.tapped import tap_of
-from equipoise.saved import BIASES_FILE, names_biases, read_biases, saved_beside
+from equipoise.saved import BIASES_FILE, LayerBiases, names_biases, read_biases, saved_beside
 
 _log = logging.getLogger("equipoise")
 
@@ -97,11 +97,15 @@ def _warn_of_rounded_slots(layers: Sequence[MoELayer]) -> None:
 
 
 def _read(source: BiasesOrPath, layers: Sequence[MoELayer], multiplies: bool) -> dict[str, Tensor]:
-    are_factors = multiplies  # a mapping by layer does not say
     if isinstance(source, Mapping):
         biases: Mapping[str, Tensor] = source
-    else:
+        are_factors = source.multiplies if isinstance(source, LayerBiases) else multiplies  # a plain one does not say
+    elif isinstance(source, str | os.PathLike):
         biases, are_factors = read_biases(source)
+    else:
+        raise TypeError(
+            f"biases must be tensors by layer name, or the path of saved ones: got {type(source).__name__}."
+        )
     if isinstance(biases.get("biases"), Mapping):  # a whole state_dict()
         are_factors = bool(biases.get("multiplies", False))
         biases = biases["biases"]  # type: ignore[assignment]

@@ -196,8 +196,8 @@ class Window:
             self.micro_batches.append(self.current)
             if len(self.micro_batches) == WARN_AFTER_MICRO_BATCHES:
                 _log.warning(
-                    f"{WARN_AFTER_MICRO_BATCHES} micro-batches were counted since the last step(), and no bias was "
-                    "moved. Call balance.step() after every optimizer step, or once balance.follow(optimizer). Run a "
+                    f"{WARN_AFTER_MICRO_BATCHES} micro-batches were counted since the last step(), and none is "
+                    "pooled. Call balance.step() after every optimizer step, or once balance.follow(optimizer). Run a "
                     "model that is not trained in eval() or inside balance.paused()."
                 )
         return self.current

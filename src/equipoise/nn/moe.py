@@ -15,14 +15,16 @@ __all__ = ["MoE"]
 
 
 class MoE(nn.Module):
-    """Routed SwiGLU experts and shared experts that see every token: hidden [..., dim] -> the same shape and dtype.
+    """Routed SwiGLU experts, and shared experts that see every token.
 
         y_t = sum_{e chosen for t} weight_te * expert_e(x_t) + shared(x_t)
         expert(x) = (silu(g) * u) @ down,  g, u = halves of x @ gate_up
 
-    Parameters: ``router.weight`` [experts, dim]; ``gate_up`` [experts, dim, 2 * hidden] and ``down`` [experts, hidden,
-    dim]. With shared experts also ``shared_gate_up`` [dim, 2 * shared_hidden] and ``shared_down`` [shared_hidden, dim]:
-    together they are one MLP without a router.
+        router.weight    [experts, dim]
+        gate_up          [experts, dim, 2 * hidden]
+        down             [experts, hidden, dim]
+        shared_gate_up   [dim, 2 * shared_hidden]   with shared experts, which together
+        shared_down      [shared_hidden, dim]       are one MLP without a router
 
     The experts compute in autocast's dtype, or else in the dtype of their parameters. The router's weights are rounded
     to that dtype and multiply the inner activations. The outputs of a token's experts are summed in float32 (in float64
@@ -36,10 +38,14 @@ class MoE(nn.Module):
     Args:
         dim: width of a token.
         hidden: inner width of a routed expert.
-        num_experts, k, score_function, num_groups, top_groups, renormalise, scale: see ``Router``.
+        num_experts: as for ``Router``, as are ``k``, ``score_function``, ``num_groups``, ``top_groups``,
+            ``renormalise`` and ``scale``.
         num_shared: shared experts, 0 or more.
         shared_hidden: inner width of all shared experts together; default ``num_shared * hidden``.
         capacity_factor: finite and positive. Nothing is dropped with None or with c >= experts / k.
+
+    Raises:
+        ValueError: sizes that do not fit.
 
     Attributes:
         num_dropped: assignments that the last forward dropped, int64 scalar, not saved. A recomputation under
@@ -121,6 +127,7 @@ class MoE(nn.Module):
         self.num_dropped.zero_()
 
     def forward(self, hidden: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
+        """The layer's output for ``hidden``, in its shape and dtype."""
         _, weights, expert_ids = self.router(hidden)
         x = hidden.reshape(-1, self.dim).to(_compute_dtype(self.gate_up))
         assignments = sort_by_expert(expert_ids, self.router.num_experts)
@@ -136,7 +143,7 @@ class MoE(nn.Module):
         return view_without_base(output.to(hidden.dtype), hidden.shape)
 
     def capacity(self, num_tokens: int) -> int:
-        """The most assignments that an expert takes in a call with this many tokens."""
+        """The most assignments that an expert takes in a call with ``num_tokens`` tokens."""
         if self.capacity_factor is None:
             return num_tokens
         numerator, denominator = self._capacity_ratio

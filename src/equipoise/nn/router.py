@@ -34,23 +34,26 @@ def check_positive(name: str, value: Any) -> None:
 class Router(nn.Module):
     """Chooses k experts per token: ``route`` on the logits of a linear gate.
 
-        logits                = hidden @ weight.T                   float32 even under autocast; float64 stays
+        logits                = hidden @ weight.T   float32 even under autocast; float64 stays
         weights, expert_ids   = route(logits, k, bias=e_score_correction_bias, ...)
 
-    ``hidden`` [..., dim] is flattened to tokens; ``weight`` is [experts, dim]. ``e_score_correction_bias`` [experts] is
-    the slot for a balancer's bias, under the name that it has in DeepSeek-V3, GLM and Kimi. It starts at zero, is saved
-    with the model, and stays float32 when the model is cast. It moves the choice, never the weights, and has no
-    gradient.
+    ``hidden [..., dim]`` is flattened to tokens; ``weight`` is ``[experts, dim]``. ``e_score_correction_bias
+    [experts]`` is the slot for a balancer's bias, under the name that it has in DeepSeek-V3, GLM and Kimi. It starts at
+    zero, is saved with the model, and stays float32 when the model is cast. It moves the choice, never the weights, and
+    has no gradient.
 
     Args:
         dim: width of a token.
-        num_experts, k: experts to choose from, and experts per token.
+        num_experts: experts to choose from.
+        k: experts per token.
         score_function: ``softmax``, ``sigmoid`` or ``sqrt_softplus``; see ``score``.
-        num_groups, top_groups: group-limited routing; 1 and 1 switch it off.
+        num_groups: expert groups of equal size; 1 switches group-limited routing off.
+        top_groups: how many of them are open to a token.
         renormalise: divide the weights by their sum over the chosen experts. None: if k > 1.
         scale: factor on the weights, finite and positive.
 
-    Raises ``ValueError`` for sizes that do not fit, and for ``renormalise=True`` with k = 1: no gradient from the task.
+    Raises:
+        ValueError: sizes that do not fit, or ``renormalise=True`` with k = 1: no gradient from the task.
 
     Source: gate and slot as in DeepSeek-V3, arXiv:2412.19437, Eqs. 13-16. Where we differ: float32 logits for every
     score function, and no 1e-20 added to the sum of the weights.
@@ -91,6 +94,7 @@ class Router(nn.Module):
 
     @property
     def router_kind(self) -> RouterKind:
+        """What ``attach`` proves it to be."""
         return RouterKind(self.score_function, "e_score_correction_bias")
 
     @torch.no_grad()
@@ -102,7 +106,7 @@ class Router(nn.Module):
     def forward(
         self, hidden: Float[Tensor, "*batch dim"]
     ) -> tuple[Float[Tensor, "tokens experts"], Float[Tensor, "tokens k"], Int[Tensor, "tokens k"]]:
-        """(logits, weights, expert_ids) of the flattened tokens."""
+        """``(logits, weights, expert_ids)`` of the tokens in ``hidden``, flattened."""
         if hidden.shape[-1:] != (self.dim,):
             raise ValueError(
                 f"hidden must have the shape (..., {self.dim}): got {tuple(hidden.shape)}. Build the layer with "

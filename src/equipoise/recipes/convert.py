@@ -13,7 +13,17 @@ __all__ = ["FRAMEWORKS", "Framework", "convert_coefficient"]
 
 @dataclass(frozen=True)
 class Framework:
-    """A framework's load-balancing loss. Ours is ``c * sum over layers of E * sum_e f_e P_e``; the defaults say so."""
+    """A framework's load-balancing loss. Ours is ``c * sum over layers of E * sum_e f_e P_e``; the defaults say so.
+
+    Attributes:
+        name: the name that ``convert_coefficient`` knows.
+        option: the framework's name for the coefficient.
+        source: where the loss is defined.
+        balanced: its value at perfect balance, for a coefficient of 1.
+        layers: how layers are combined.
+        formula: of the factor, our coefficient over the framework's.
+        inexact: what the factor leaves out.
+    """
 
     name: str
     option: str  # its name for the coefficient
@@ -41,6 +51,7 @@ FACTORS: Mapping[str, tuple[tuple[str, ...], Callable[..., float]]] = {
 _DATA = tomllib.loads((files("equipoise.recipes") / "frameworks.toml").read_text(encoding="utf-8"))
 
 FRAMEWORKS: Mapping[str, Framework] = {name: Framework(name, **fields) for name, fields in _DATA.items()}
+"""The frameworks that ``convert_coefficient`` knows, by name."""
 
 
 def convert_coefficient(
@@ -55,25 +66,28 @@ def convert_coefficient(
 ) -> float:
     """The coefficient that gives ``target`` the same gradient at the router's logits as ``source``.
 
-        c_equipoise = factor(source) * c_source         factors: ``FRAMEWORKS``
+        c_equipoise = factor(source) * c_source         factors: FRAMEWORKS
 
     This holds for equal counts, a loss that is a mean over tokens and micro-batches, and gradients averaged over ranks.
     ``Framework.inexact`` says what no factor can convert.
 
     Args:
         coefficient: weight of the load-balancing loss in ``source``, at least 0.
-        source, target: equipoise, megatron, megatron-global, transformers, olmo-core, megablocks, deepspeed, maxtext,
-            xtuner or paper-raw; ``equipoise.recipes.FRAMEWORKS`` and docs/recipes.md describe each.
+        source: equipoise, megatron, megatron-global, transformers, olmo-core, megablocks, deepspeed, maxtext, xtuner or
+            paper-raw; ``equipoise.recipes.FRAMEWORKS`` and docs/reference/recipes.md describe each.
+        target: likewise.
         num_layers: MoE layers of the model; for olmo-core all layers.
         k: experts per token.
         num_experts: routed experts per layer.
         data_parallel: data-parallel ranks; megatron-global divides by them.
 
-    Raises ``UsageError`` for an unknown name, a coefficient that is not finite or below 0, and an argument that is
-    missing or below 1.
+    Raises:
+        UsageError: an unknown name, a coefficient that is not finite or below 0, or an argument that is missing or
+            below 1.
 
-    >>> convert_coefficient(1e-3, "transformers", num_layers=16, k=8)
-    0.0005
+    Examples:
+        >>> convert_coefficient(1e-3, "transformers", num_layers=16, k=8)
+        0.0005
     """
     if isinstance(coefficient, bool) or not isinstance(coefficient, int | float) or not math.isfinite(coefficient):
         raise UsageError(f"coefficient must be a finite number: got {coefficient!r}.")

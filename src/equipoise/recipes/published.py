@@ -18,8 +18,14 @@ __all__ = ["RECIPES", "WITHHELD", "Recipe", "recipe", "split_strategy"]
 class Recipe:
     """A published setting: a strategy string, and the source of each value in it.
 
-    ``sources`` cites a paper (with equation, table or section) or an official config, for the score function and for
-    every option, as ``mechanism:option``. ``notes`` says what the string cannot.
+    Attributes:
+        name: the name by which ``attach`` and the command line know it.
+        strategy: the strategy string.
+        score_function: of the model that it was published for.
+        summary: one sentence.
+        sources: by setting, ``score_function`` or ``mechanism:option``, a paper (with equation, table or section) or an
+            official config.
+        notes: what the string cannot say.
     """
 
     name: str
@@ -30,7 +36,7 @@ class Recipe:
     notes: Sequence[str] = field(default=(), repr=False)
 
     def values(self) -> list[tuple[str, str, str]]:
-        """Every setting as (key, value, source), the score function first."""
+        """Every setting as ``(key, value, source)``, the score function first."""
         rows = [("score_function", self.score_function, self.sources["score_function"])]
         for part in split_strategy(self.strategy):
             mechanism, _, options = part.partition(":")
@@ -43,8 +49,12 @@ class Recipe:
 def split_strategy(strategy: str) -> list[str]:
     """The mechanisms of a strategy string.
 
-    >>> split_strategy("loss-free:rate=1e+2+z:coefficient=1e-3")
-    ['loss-free:rate=1e+2', 'z:coefficient=1e-3']
+    Args:
+        strategy: the string. A ``+`` before a digit belongs to a number.
+
+    Examples:
+        >>> split_strategy("loss-free:rate=1e+2+z:coefficient=1e-3")
+        ['loss-free:rate=1e+2', 'z:coefficient=1e-3']
     """
     return re.split(r"\+(?=[A-Za-z])", strategy)
 
@@ -52,15 +62,24 @@ def split_strategy(strategy: str) -> list[str]:
 _DATA = tomllib.loads((files("equipoise.recipes") / "published.toml").read_text(encoding="utf-8"))
 
 RECIPES: Mapping[str, Recipe] = {name: Recipe(name, **fields) for name, fields in _DATA["recipe"].items()}
+"""The recipes by name."""
 
-WITHHELD: Mapping[str, str] = _DATA["withheld"]  # by name, which value has no source
+WITHHELD: Mapping[str, str] = _DATA["withheld"]
+"""Published settings that are left out, by name: which value has no source."""
 
 
 def recipe(name: str) -> Recipe:
-    """The recipe of this name. Raises ``UsageError`` for an unknown name, with the names that are close.
+    """The recipe of this name.
 
-    >>> recipe("switch").strategy
-    'lbl:coefficient=1e-2,scope=micro_batch'
+    Args:
+        name: a key of ``RECIPES``.
+
+    Raises:
+        UsageError: an unknown name, with the names that are close; or one that is withheld, with the reason.
+
+    Examples:
+        >>> recipe("switch").strategy
+        'lbl:coefficient=1e-2,scope=micro_batch'
     """
     if name in RECIPES:
         return RECIPES[name]

@@ -178,6 +178,8 @@ def _from_mask(mask: Any, shape: tuple[int, int], name: str) -> Tensor | None:
         return None
     if not isinstance(mask, Tensor):
         raise _unreadable(name, f"of type {type(mask).__name__}")
+    if mask.dim() == 1:  # of a flat forward
+        mask = mask[None]
     if mask.dim() == 2:
         is_number = not (mask.is_floating_point() or mask.dtype == torch.bool)
         return _from_numbered_mask(mask) if is_number and tuple(mask.shape) == shape else None

@@ -299,8 +299,11 @@ class ForwardContext:
                 # Other tokens than those of the forward around: a decoder inside an encoder-decoder.
                 self.inputs = self.inputs._replace(mask=None, sequence_ids=None, problem=None)
             self.inputs = self.inputs._replace(ids=ids)
-        if isinstance(mask, Tensor) and mask.dim() == 2:
-            self._read_padding(mask, module, arguments)
+        if isinstance(mask, Tensor):
+            if mask.dim() == 1 and mask.shape[0] == flat_tokens(arguments):
+                mask = mask[None]
+            if mask.dim() == 2:
+                self._read_padding(mask, module, arguments)
         if rows == 0 and self.needs_sequences:  # packed sequences may be flat
             rows, length = 1, flat_tokens(arguments)
         if self.needs_sequences and self.model.training and rows and length:

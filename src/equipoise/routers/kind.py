@@ -15,18 +15,22 @@ ADDED_SLOT = "_equipoise_bias"  # the buffer that attach adds to steer a router 
 class RouterKind(NamedTuple):
     """How a router selects. ``attach`` finds it out by experiment, and proves it.
 
-    score_function: ``softmax``, ``sigmoid`` or ``sqrt_softplus``, which turns logits into scores.
-    slot: the name of the float tensor that the router adds before the top-k; None if it has none. It is a buffer or a
-        frozen parameter of the router, of a module inside it (``"moe_statics.e_score_correction_bias"``), or of the
-        module around it that passes it to the router's forward.
-    selection: what the router ranks, and so what a bias is added to: ``scores`` or ``logits``.
-    gives: what its forward returns. ``logits``: (logits [..., experts], weights [..., k], expert_ids [..., k]) and
-        perhaps more. ``probabilities``: the same, with softmax probabilities in place of the logits. ``dense``:
-        (scores [..., experts], zero for experts that were not chosen; logits [..., experts]). The leading dimensions
-        are tokens, or batch and sequence.
-
     A module of yours with an attribute or property ``router_kind`` is proven as this kind and no other. It must have at
-    least one 2-D parameter and return what ``gives`` says.
+    least one 2-D parameter and return what ``gives`` says:
+
+        logits          (logits [..., experts], weights [..., k], expert_ids [..., k], ...)
+        probabilities   the same, with softmax probabilities in place of the logits
+        dense           (scores [..., experts], logits [..., experts])
+
+    The leading dimensions are tokens, or batch and sequence. Dense scores are zero for experts that were not chosen.
+
+    Attributes:
+        score_function: ``softmax``, ``sigmoid`` or ``sqrt_softplus``, which turns logits into scores.
+        slot: the name of the float tensor that the router adds before the top-k; None if it has none. It is a buffer or
+            a frozen parameter of the router, of a module inside it (``"moe_statics.e_score_correction_bias"``), or of
+            the module around it that passes it to the router's forward.
+        selection: what the router ranks, and so what a bias is added to: ``scores`` or ``logits``.
+        gives: what its forward returns: ``logits``, ``probabilities`` or ``dense``.
     """
 
     score_function: ScoreFunction
@@ -35,7 +39,12 @@ class RouterKind(NamedTuple):
     gives: Literal["logits", "probabilities", "dense"] = "logits"
 
     def read(self, output: Any, k: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """(logits, weights, expert_ids) of what the router's forward returned, a row per token; ``dense`` needs k."""
+        """What the router's forward returned, as ``(logits, weights, expert_ids)`` with a row per token.
+
+        Args:
+            output: of the forward.
+            k: experts per token, for ``dense``.
+        """
         if self.gives == "dense":
             dense, logits = map(_by_token, output)
             assert k is not None
@@ -47,7 +56,13 @@ class RouterKind(NamedTuple):
         return first, weights, expert_ids
 
     def write(self, output: Any, weights: Tensor, expert_ids: Tensor) -> Any:
-        """``output`` with other weights of the same choice, in the shape that the router gave."""
+        """The output of the router's forward with other weights of the same choice, in the shape that the router gave.
+
+        Args:
+            output: of the forward.
+            weights: ``[tokens, k]``.
+            expert_ids: ``[tokens, k]``, the choice in ``output``.
+        """
         if self.gives == "dense":
             dense, logits = output
             new = torch.zeros_like(_by_token(dense)).scatter(-1, expert_ids, weights)
@@ -55,7 +70,7 @@ class RouterKind(NamedTuple):
         return (output[0], weights if output[1].dim() == 2 else weights.view(output[1].shape), *output[2:])
 
     def ranked(self, logits: Tensor) -> Tensor:
-        """What the router ranks, before a bias is added."""
+        """What the router ranks, before a bias is added: the ``logits``, or their scores."""
         return logits if self.selection == "logits" else score(logits, self.score_function)
 
 
@@ -65,14 +80,22 @@ def _by_token(value: Tensor) -> Tensor:
 
 
 class Slot(NamedTuple):
-    """The tensor that steers a router, by the module that holds it and its name there."""
+    """The tensor that steers a router, by the module that holds it and its name there.
+
+    Attributes:
+        holder: the module.
+        name: the name of a buffer or a parameter in it.
+    """
 
     holder: nn.Module
     name: str
 
     @property
     def tensor(self) -> Tensor | None:
-        """The tensor as the model holds it; None if there is none of this name."""
+        """The tensor as the model holds it; None if there is none of this name.
+
+        Raises ``EquipoiseError`` for a ``DTensor``, a parameter that FSDP2 sharded.
+        """
         tensor = self.holder._buffers.get(self.name)
         tensor = self.holder._parameters.get(self.name) if tensor is None else tensor
         if type(tensor).__name__ == "DTensor":
@@ -102,7 +125,18 @@ class Slot(NamedTuple):
 
 
 class MoELayer(NamedTuple):
-    """One mixture-of-experts layer: its router, and what was proven of it."""
+    """One mixture-of-experts layer: its router, and what was proven of it.
+
+    Attributes:
+        name: of the router in the model without wrappers.
+        router: the module.
+        kind: how it selects.
+        num_experts: experts that it chooses from.
+        k: experts per token.
+        slot: the model's tensor that steers it; None if it has none of its own.
+        obstacle: why no bias can steer it, or None. It can still be counted, and balanced by a loss.
+        dimensions: of the inputs that it was proven on: 2 for ``[tokens, dim]``, 3 for ``[batch, sequence, dim]``.
+    """
 
     name: str
     router: nn.Module

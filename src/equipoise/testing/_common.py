@@ -11,7 +11,10 @@ __all__ = ["ConformanceError", "NotApplicable", "case", "fail", "is_close", "req
 
 
 class ConformanceError(AssertionError):
-    """An invariant does not hold. The message has its name, what must hold, what came, and the input."""
+    """An invariant does not hold. The message has its name, what must hold, what came, and the input.
+
+    It is an ``AssertionError``.
+    """
 
 
 class NotApplicable(Exception):

@@ -61,7 +61,7 @@ class Records:
         return pa.Table.from_pylist(rows, pa.schema([*KEYS, *schema]))
 
     def steps(self) -> pa.Table:
-        """One row per training step: ``step`` and every number recorded for it (see docs/metrics.md)."""
+        """One row per training step: ``step`` and every number recorded for it (see docs/reference/metrics.md)."""
         names: dict[str, None] = {}
         for run in self.recorded_runs:
             for row in run.steps:

@@ -37,54 +37,71 @@ NAMES = {
 DIGITS = {"val_nats": 4, "train_nats": 4, "val_nats - train_nats": 4}
 LEADERBOARD = "8-leaderboard"  # the claim with a table of all its arms
 LEADERBOARD_STATISTICS = ("val_nats", "maxvio_global", "domain_information_bits")
-FIGURE = Path("figures", "claims.png")
+FIGURE = Path("..", "figures", "claims.png")  # beside the folder of the page
 MOST_SEEDS_NAMED = 100  # an estimate above it is too uncertain to print
 LEAST_SEEDS_TO_ESTIMATE = 3  # with fewer, the spread is too uncertain to say how many seeds are needed
 HEAD = """# What the papers claim, at the size of a laptop
 
-Written by `equipoise reproduce all --page docs/results.md` from the results of runs in
-[benchmarks/results/claims](../benchmarks/results/claims), one file per run. Do not edit it by hand. With
-`--results runs/mine` the command makes all runs again; with `--budget 0` it lists the claims.
+This page says what our small runs show of the claims of papers. It has a verdict for each claim, the differences
+behind it, and the limits of this evidence. [How claims are tested](claims.md) has the rules.
 
-The arms of a claim start from the same weights and see the same micro-batches in the same order. A seed changes all of
-these together, and differences are taken seed by seed. Brackets hold the 95 % t interval of the mean difference. A
-claim is *supported* if the interval lies wholly on its side (for *equal*: inside the margin), *not supported* if the
-interval lies wholly on the other side, and *undecided* otherwise. An undecided claim comes with the number of seeds
-that would support it if mean and spread stayed the same.
+`equipoise reproduce all --page docs/evidence/results.md` writes it from
+[benchmarks/results/claims](../../benchmarks/results/claims), one file per run. Do not edit it by hand. With
+`--results runs/mine` the command makes all runs again. With `--budget 0` it lists the claims.
 
-The first row of each claim decides it. These verdicts are corrected for the number of claims (Holm), so an interval may
-exclude 0 although its claim is undecided. The other rows are not corrected; each stands alone. Claims share runs, above
-all those with the loss over a micro-batch and over the global batch, so their verdicts are not independent.
+## How to read it
 
-Loss: mean cross-entropy of the test text, in nats per token. MaxVio: of the test text; 0 is perfectly even. Domain
-information: how much the choice of an expert tells about the domain, in bits. Coefficients and rates are those chosen
-on the [frontiers](#frontiers), unless an arm has its own.
+- **Differences.** The arms of a claim start from the same weights and see the same micro-batches in the same order. A
+  seed changes all of these together. Differences are taken seed by seed. Brackets hold the 95 % t interval of the mean
+  difference.
+- **Verdicts.** A claim is *supported* if the interval lies wholly on its side. For *equal* that means inside the
+  margin. It is *not supported* if the interval lies wholly on the other side. Otherwise it is *undecided*. Then the
+  page says how many seeds would support it if mean and spread stayed the same.
+- **First rows.** The first row of a claim decides it. These verdicts are corrected for the number of claims (Holm). So
+  an interval may exclude 0 although its claim is undecided.
+- **Other rows.** They are not corrected; each stands alone.
+- **Shared runs.** Claims share runs, above all those with the loss over a micro-batch and over the global batch. So
+  their verdicts are not independent.
+- **Loss** is the mean cross-entropy of the test text, in nats per token.
+- **MaxVio** is that of the test text; 0 is perfectly even.
+- **Domain information** says how much the choice of an expert tells about the domain, in bits.
+- **Coefficients and rates** are those chosen on the [frontiers](#frontiers), unless an arm has its own.
+- **Model.** It is the default of `equipoise train`.
+  It has 3 layers of width 128, 32 experts and a shared one, 4 experts per token.
+  A step has 8 micro-batches of 1,024 tokens, each of one of 8 domains.
+  Size small has 80 steps, standard 200.
+  Forwards run under bfloat16 autocast, unless a claim says float32.
 
-The model is the default of `equipoise train`: 3 layers of width 128, 32 experts and a shared one, 4 experts per token;
-a step has 8 micro-batches of 1,024 tokens, each of one of 8 domains. Size small has 80 steps, standard 200.
-Forwards run under bfloat16 autocast, unless a claim says float32.
+## Verdicts
 """
-LIMITS = """These are small models, trained for minutes on the packaged text. A result here need not hold at scale, and
-a difference that is undecided here may be clear there.
+LIMITS = """These are small models, trained for minutes on the packaged text. A result here need not hold at scale. A
+difference that is undecided here may be clear there.
 
 - **Text.** Each micro-batch holds text of one domain, so the differences between scopes are upper bounds. An interval
-  is over seeds (weights, data and domain order together), not over other texts, sizes or learning rates.
-- **Tuning.** Coefficients and rates are chosen in short runs with two seeds, so noise may put an arm off its best. A
-  number that suits 80 steps need not suit 200, and Loss-Free's rate does not: in the claims with an arm at a third of
-  it (4-loss-free, 4-loss-free-same-scope, 5-rules), that arm is far better. It was added after the other results were
-  known, and no other mechanism got a second try, so it stands beside the verdicts and does not count in them. All arms
-  share a learning rate; an arm that would gain most from another one is at a disadvantage.
+  is over seeds: weights, data and the order of domains together. It is not over other texts, sizes or learning rates.
+- **Tuning.** Coefficients and rates are chosen in short runs with two seeds, so noise may put an arm off its best.
+- **Length.** A number that suits 80 steps need not suit 200, and Loss-Free's rate does not. Three claims have an arm at
+  a third of it (4-loss-free, 4-loss-free-same-scope, 5-rules), and that arm is far better. It was added after the other
+  results were known, and no other mechanism got a second try. So it stands beside the verdicts and does not count in
+  them.
+- **Learning rate.** All arms share one. An arm that would gain most from another one is at a disadvantage.
 - **Changes of the library.** The runs were made over days, while the library changed. A change in rounding moves a loss
-  as another seed would, in no particular direction. Pairs of arms from before and after a change are therefore noisier,
-  but not biased.
-- **Recipe.** Norms, learning rate and length were chosen so that the difference of claim 1-scope is visible at all, on
-  seeds 0 to 3, which that claim uses too. Claim 9-recipe tests other recipes.
-- **Margin.** The margin of *equal* is a third of the difference in claim 1-scope. This rule was fixed beforehand; the
+  as another seed would, in no particular direction. So pairs of arms from before and after a change are noisier, but
+  not biased.
+- **Recipe.** Norms, learning rate and length were chosen so that the difference of claim 1-scope is visible at all.
+  They were chosen on seeds 0 to 3, which that claim uses too. Claim 9-recipe tests other recipes.
+- **Margin.** The margin of *equal* is a third of the difference in claim 1-scope. This rule was fixed beforehand. The
   number was not, and it is larger than the differences that the papers report."""
-SOURCES = """Beyond the balancers of the library: `phi`, phi-balancing (arXiv:2605.15403); `shinka`, a loss found by
-program search (ShinkaEvolve, arXiv:2509.19349); `shuffle`, the control of arXiv:2501.11873, Table 2; and expert choice,
-Sinkhorn and hash, ways to choose experts without a balancer. For formulas, and where we differ from the papers, see
-[balancers.py](../src/equipoise_lab/train/balancers.py), [selection.py](../src/equipoise_lab/train/selection.py)."""
+SOURCES = """Some arms and frontiers are not of the library:
+
+- `phi` is phi-balancing (arXiv:2605.15403).
+- `shinka` is a loss found by program search (ShinkaEvolve, arXiv:2509.19349).
+- `shuffle` is the control of arXiv:2501.11873, Table 2.
+- Expert choice, Sinkhorn and hash are ways to choose experts without a balancer.
+
+The formulas, and where we differ from the papers, are in
+[balancers.py](../../src/equipoise_lab/train/balancers.py) and
+[selection.py](../../src/equipoise_lab/train/selection.py)."""
 
 
 def number(value: float, statistic: str) -> str:
@@ -231,7 +248,7 @@ def _leaderboard(claim: Claim, results: Results) -> list[str]:
         for arm, by_seed in by_arm.items()
     }
     lines = [
-        f"The arms of claim {claim.name} over the {len(seeds)} seeds that all of them have, lowest loss first.",
+        f"The arms of claim {claim.name} over the {len(seeds)} seeds that all of them have, sorted by loss.",
         f"The section of [{claim.name}](#{claim.name}) says which of these differences stand out from the noise.",
         "",
         "| arm | strategy | loss | MaxVio | domain information, bits |",
@@ -248,13 +265,14 @@ def _frontiers(results: Results) -> list[str]:
     lines = [
         "## Frontiers",
         "",
-        f"Every mechanism over its coefficient or rate, size {common.size}, seeds "
-        f"{' and '.join(map(str, common.seeds))} (of the claims, only 5-dilemma uses these).",
-        "Bold marks the chosen value: the lowest loss on the selection text among those with a MaxVio there of at most",
-        f"{common.most_maxvio:g}; if there is none, the lowest MaxVio. Each cell: loss / MaxVio of the selection text;",
-        "the picture shows the test text. A grid with its best value at an edge was widened there.",
+        f"Every mechanism runs over its coefficient or rate, in size {common.size}, with seeds "
+        f"{' and '.join(map(str, common.seeds))}. Of the claims, only 5-dilemma uses these seeds.",
         "",
-        "| | strategy | |",
+        "Each cell holds loss / MaxVio of the selection text. The picture shows the test text. Bold marks the chosen",
+        f"value: the lowest loss among those with a MaxVio of at most {common.most_maxvio:g}. If there is none, it is",
+        "the lowest MaxVio. A grid with its best value at an edge was widened there.",
+        "",
+        "| | strategy | loss / MaxVio of each value |",
         "|---|---|---|",
     ]
     for frontier in FRONTIERS.values():
@@ -281,8 +299,8 @@ def _noise(findings: Sequence[Finding]) -> list[str]:
     lines = [
         "## Noise and power",
         "",
-        "How much a paired difference varies from seed to seed (its standard deviation), and the smallest true",
-        "difference that this many seeds would detect with 80 % power (a single comparison, at 95 %).",
+        "How much does a paired difference vary from seed to seed? The table has its standard deviation, and the",
+        "smallest true difference that this many seeds would detect with 80 % power (a single comparison, at 95 %).",
         "",
         "| claim | comparison | seeds | difference | standard deviation over seeds | detectable difference |",
         "|---|---|---|---|---|---|",
@@ -297,7 +315,7 @@ def _noise(findings: Sequence[Finding]) -> list[str]:
 
 
 def _section(claim: Claim, findings: Sequence[Finding], results: Results) -> list[str]:
-    lines = [f"## {claim.name}", "", f"{claim.title}. Reported ({claim.source}): {claim.paper}.", ""]
+    lines = [f"## {claim.name}", "", f"{claim.title}.", "", f"Reported ({claim.source}): {claim.paper}.", ""]
     if claim.note:
         lines += [claim.note, ""]
     lines += ["| comparison | claimed | means of the arms | here | verdict |", "|---|---|---|---|---|"]
@@ -311,7 +329,9 @@ def _section(claim: Claim, findings: Sequence[Finding], results: Results) -> lis
     by_name = "; ".join(f"{arm}: {_options(options)}" for arm, options in claim.arms.items())
     lines += [
         "",
-        f"`equipoise reproduce {claim.name}`. Arms: {by_name}. Size {claim.size}: {_options(size)}.",
+        f"- Command: `equipoise reproduce {claim.name}`.",
+        f"- Arms: {by_name}.",
+        f"- Size {claim.size}: {_options(size)}.",
     ]
     stored = [result for job in claim.jobs() if (result := results.get(job)) is not None]
     if stored:
@@ -322,8 +342,9 @@ def _section(claim: Claim, findings: Sequence[Finding], results: Results) -> lis
             ", ".join(f"{name} {version}" for name, version in result["versions"].items()) for result in stored
         )
         lines += [
-            f"{len(stored)} of {len(claim.jobs())} runs, {minutes:.0f} minutes of one core, {' or '.join(hardware)}, "
-            f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))}, {' or '.join(versions)}."
+            f"- Done: {len(stored)} of {len(claim.jobs())} runs, {minutes:.0f} minutes of one core, "
+            f"{' or '.join(hardware)}, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}.",
+            f"- Versions: {' or '.join(versions)}.",
         ]
     return [*lines, ""]
 

@@ -237,6 +237,7 @@ class Train(_Run):
     loss-free:rate=1e-2
     lbl:scope=micro_batch,coefficient=1e-2
     loss-free+lbl:scope=sequence,coefficient=1e-4
+    Which one, and at which rate: docs/which_strategy.md.
     For comparison, in the lab only: shuffle, phi, shinka, each with a coefficient."""
 
     seed: int = 0

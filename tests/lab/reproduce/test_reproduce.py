@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -389,7 +390,7 @@ def test_the_page_states_the_size_of_the_runs():
     tokens = default.sequences * default.sequence_length
     for words in (
         f"{default.layers} layers of width {default.width}, {default.experts} experts and a shared one, "
-        f"{default.experts_per_token} experts per token;",
+        f"{default.experts_per_token} experts per token.",
         f"{default.micro_batches} micro-batches of {tokens:,} tokens",
         f"small has {SIZES['small']['steps']} steps, standard {SIZES['standard']['steps']}.",
     ):
@@ -402,13 +403,36 @@ def test_the_page_states_the_size_of_the_runs():
 
 
 def test_the_page_has_its_figure_if_the_file_exists(tmp_path):
-    results = Results(tmp_path)
-    write(tmp_path / "page.md", [CLAIM], [], results)
-    assert "![" not in (tmp_path / "page.md").read_text()
-    (tmp_path / FIGURE).parent.mkdir()
-    (tmp_path / FIGURE).touch()
-    write(tmp_path / "page.md", [CLAIM], [], results)
-    assert "(figures/claims.png)" in (tmp_path / "page.md").read_text()
+    results, path = Results(tmp_path), tmp_path / "docs" / "page.md"
+    write(path, [CLAIM], [], results)
+    assert "![" not in path.read_text()
+    (path.parent / FIGURE).parent.mkdir()
+    (path.parent / FIGURE).touch()
+    write(path, [CLAIM], [], results)
+    assert "(../figures/claims.png)" in path.read_text()
+
+
+def test_the_index_of_the_evidence_has_the_verdicts_of_the_stored_results():
+    root = Path(__file__).parents[3]
+    results = Results(root / "benchmarks" / "results" / "claims")
+    chosen = {name: frontier.chosen(results) for name, frontier in FRONTIERS.items()}
+    claims = [load_claim(name).with_values(chosen) for name in claim_names()]
+    primary = {finding.claim.name: finding for finding in findings(claims, results) if finding.is_primary}
+    number = Counter(finding.verdict for finding in primary.values())
+    index = " ".join((root / "docs" / "evidence" / "index.md").read_text(encoding="utf-8").split())
+    runs = len([*results.folder.glob("*.json")])
+    assert f"{len(primary)} claims of papers were tested in {runs} runs" in index
+    assert (
+        f"{number['supported']} are supported, {number['not supported']} are not, and {number['undecided']} are"
+        in index
+    )
+    scope, domains = (primary[name].estimate for name in ("1-scope", "2-specialisation"))
+    low, high = scope.interval
+    assert f"by {-scope.mean:.4f} nats ({-high:.4f} to {-low:.4f}, {scope.n} seeds)" in index
+    low, high = domains.interval
+    assert f"{domains.mean:.3f} bits more about the domain ({low:.3f} to {high:.3f}, {domains.n} seeds)" in index
+    lost = [name for name, finding in primary.items() if finding.verdict == "not supported"]
+    assert lost == ["4-loss-free-same-scope", "5-rules"], "the index says which claims did not hold"
 
 
 def test_the_leaderboard_uses_the_seeds_that_all_arms_have(tmp_path):

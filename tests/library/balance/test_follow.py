@@ -102,6 +102,19 @@ def test_follow_refuses_an_optimizer_without_hooks():
         balance.follow(Prepared(torch.optim.SGD(model.parameters())))
 
 
+def test_follow_refuses_a_wrapper_that_shares_the_hooks():
+    """As LightningOptimizer: a subclass of the optimizer's class with the attributes of the optimizer."""
+
+    class Wrapper(torch.optim.SGD):
+        def __init__(self, optimizer):
+            self.__dict__ |= optimizer.__dict__
+            self.optimizer = optimizer
+
+    model, balance = attach_tiny("loss-free:rate=0.1")
+    with pytest.raises(TypeError, match=r"got Wrapper. Pass the one that it wraps, as optimizer\.optimizer"):
+        balance.follow(Wrapper(torch.optim.SGD(model.parameters())))
+
+
 def test_a_grad_scaler_does_not_change_the_gradient():
     expected = gradients_of_one_step("loss-free:rate=0.1+lbl:coefficient=0.5")
     model, balance = attach_tiny("loss-free:rate=0.1+lbl:coefficient=0.5")

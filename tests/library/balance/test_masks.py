@@ -5,6 +5,7 @@ import math
 
 import models
 import pytest
+import reference
 import torch
 from models import DIM
 from torch import nn
@@ -104,6 +105,45 @@ def test_the_attention_mask_of_a_transformers_model_is_found():
         (output.loss + balance.loss()).backward()
         balance.step()
         assert all(load.sum() == 2 * 10 for load in balance.load.values())
+
+
+class Flat(nn.Module):
+    """A model that takes its tokens in one dimension."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.moe = nn.Embedding(16, 8), MoE(8, hidden=4, num_experts=4, k=2)
+
+    def forward(self, input_ids, attention_mask=None):
+        return self.moe(self.embedding(input_ids)).square().mean()
+
+
+@pytest.mark.parametrize("strategy", ["loss-free:rate=0.1", "lbl", "none"])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool])
+def test_a_mask_of_one_dimension_marks_the_padding_of_flat_tokens(strategy, dtype):
+    torch.manual_seed(0)
+    model, ids = Flat().train(), torch.randint(16, (10,))
+    mask = torch.tensor([1, 1, 0, 1, 1, 1, 0, 1, 0, 1]).to(dtype)
+    balance, chosen = attach(model, strategy), []
+    model.moe.router.register_forward_hook(lambda module, args, output: chosen.append(output[2]))
+    (model(ids, attention_mask=mask) + balance.loss()).backward()
+    balance.step()
+    assert int(balance.num_tokens) == 7
+    assert balance.load["moe.router"].tolist() == reference.load(chosen[0].tolist(), 4, mask.tolist())
+
+
+def test_a_mask_of_one_dimension_that_numbers_sequences_parts_flat_tokens():
+    torch.manual_seed(0)
+    model, ids = Flat().train(), torch.randint(16, (9,))
+    balance = attach(model, "lbl:scope=sequence,coefficient=1")
+    model(ids, attention_mask=torch.tensor([1, 1, 1, 1, 2, 2, 2, 0, 0]))
+    packed = balance.loss()
+    model(ids[:7], attention_mask=torch.tensor([1, 1, 1, 1, 2, 2, 2]))
+    assert torch.equal(packed, balance.loss())
+    model(ids[:4], attention_mask=torch.ones(4, dtype=torch.int64))
+    first = balance.loss()
+    model(ids[4:7], attention_mask=torch.ones(3, dtype=torch.int64))
+    torch.testing.assert_close(packed, (4 * first + 3 * balance.loss()) / 7)
 
 
 def test_the_end_of_an_attention_mask_with_a_cached_prefix_applies():

@@ -1,11 +1,15 @@
 """``state_dict()`` and ``load_state_dict()``."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from models import EXPERTS
 from windows import LAYERS, assert_gradients_close, attach_tiny, clone_gradients, random_ids
 
-from equipoise import EquipoiseError
+import equipoise
+from equipoise import EquipoiseError, UsageError
 
 STRATEGY = "loss-free:rate=0.1+lbl:coefficient=0.5,pooling=previous"
 
@@ -153,3 +157,27 @@ def test_the_state_of_another_model_is_refused_before_anything_moves():
         for name in LAYERS:
             assert torch.equal(balance.biases[name], state["biases"][name]), case
             assert torch.equal(balance.load[name], state["load"][name]), case
+
+
+def test_a_balance_is_saved_as_its_state_and_in_no_other_way(tmp_path):
+    _, balance = attach_tiny("loss-free")
+    for save in (copy.deepcopy, pickle.dumps, lambda b: torch.save({"app": {"balance": b}}, tmp_path / "state.pt")):
+        with pytest.raises(TypeError, match=r"must be saved as its state: .* Save balance\.state_dict\(\)"):
+            save(balance)
+
+
+def test_biases_by_layer_know_whether_they_are_factors(tmp_path):
+    """Switching strategy by ``biases=balance.detach()`` must not take what was added for what multiplies."""
+    model, balance = attach_tiny("loss-free:rate=0.1")
+    model(random_ids())
+    balance.step()
+    biases = balance.detach()
+    fresh = attach_tiny("none")
+    fresh[1].detach()
+    with pytest.raises(UsageError, match="these are added to the scores"):
+        equipoise.attach(fresh[0], "loss-free:rule=multiplicative", biases=biases)
+    torch.save(biases, tmp_path / "biases.pt")
+    again = equipoise.attach(model, "frozen", biases=torch.load(tmp_path / "biases.pt"))
+    torch.testing.assert_close(again.biases, dict(biases))
+    with pytest.raises(EquipoiseError, match=r"If torch\.save wrote it, load it and pass what torch\.load returns"):
+        equipoise.attach(fresh[0], "frozen", biases=tmp_path / "biases.pt")

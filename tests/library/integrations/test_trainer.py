@@ -591,6 +591,21 @@ class TrainerThatTakesLogits(Trainer):
         return a_loss(outputs, inputs["labels"])
 
 
+class TrainerThatTakesLogProbs(Trainer):
+    """As SFTTrainer of TRL: its output has log-probabilities in place of logits."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return -model(**inputs).log_probs.mean()
+
+
+def with_log_probs(model):
+    def replace_logits(module, args, output):
+        output["log_probs"], output["logits"] = output["logits"].log_softmax(-1), None
+
+    model.register_forward_hook(replace_logits)
+    return model
+
+
 class TrainerThatKeepsLabels(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         labels = inputs.pop("labels")
@@ -625,6 +640,18 @@ def test_a_strategy_without_a_loss_accepts_each_of_these(name):
     callback = EquipoiseCallback("loss-free")
     train(family("qwen3_moe"), rows(8), [callback], **options)
     assert callback.balance.state_dict()["num_windows"] == 1
+
+
+def test_a_loss_of_log_probabilities_is_refused_by_name():
+    model = with_log_probs(family("qwen3_moe"))
+    refused(
+        LOSS_IS_DROPPED % "trainers of TRL, which start from outputs.log_probs",
+        model=model,
+        kind=TrainerThatTakesLogProbs,
+    )
+    callback = EquipoiseCallback("loss-free")
+    train(with_log_probs(family("qwen3_moe")), rows(8), [callback], kind=TrainerThatTakesLogProbs)
+    assert callback.balance.num_windows == 1
 
 
 def test_a_compute_loss_that_takes_the_models_loss_is_accepted():

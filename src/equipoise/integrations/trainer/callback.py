@@ -43,7 +43,7 @@ _log = logging.getLogger("equipoise")
 class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     """Balances the mixture-of-experts model that a ``transformers.Trainer`` trains.
 
-        callback = EquipoiseCallback(LossFree(rate=1e-3), LoadBalancingLoss(1e-4, scope="sequence"))
+        callback = EquipoiseCallback("loss-free:rate=1e-3", LoadBalancingLoss(1e-4))
         trainer = Trainer(model, args, train_dataset=data, callbacks=[callback])
 
     Args:
@@ -99,9 +99,9 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
 
     **After the training** the model stays attached: an evaluation routes as the training did. ``detach()`` ends that.
 
-    Raises ``EquipoiseError`` when the training begins, or at its first forward, if the balancing loss would be lost:
-    label smoothing, a ``compute_loss_func``, a ``compute_loss`` that does not use the model's loss. A strategy without
-    a loss (``loss-free``, ``quantile``) accepts all three. Raises also for a second callback on the same model,
+    **Errors.** Raises ``EquipoiseError`` when the training begins, or at its first forward, if the balancing loss would
+    be lost: label smoothing, a ``compute_loss_func``, a ``compute_loss`` that does not use the model's loss. A strategy
+    without a loss (``loss-free``, ``quantile``) accepts all three. Raises also for a second callback on the same model,
     ``nn.DataParallel``, and DeepSpeed (not tested).
     """
 
@@ -215,7 +215,11 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     # ---- public ----
 
     def detach(self) -> dict[str, Tensor]:
-        """Leaves the model as it was and returns the biases by layer, as ``Balance.detach``; {} before a training."""
+        """Leaves the model as it was.
+
+        Returns:
+            The biases by layer, as ``Balance.detach``; ``{}`` before a training.
+        """
         biases = {} if self.balance is None else self.balance.detach()
         self._stop()
         for hook in self._hooks:

@@ -94,6 +94,7 @@ class OutputLoss:
         if not isinstance(output, dict):
             return (total, *output[1:])
         _raise_if_dropped(balancing_loss, output.get("logits"))
+        _raise_if_dropped(balancing_loss, output.get("log_probs"))  # of which the trainers of TRL make their losses
         output["loss"] = total
         return output
 
@@ -221,5 +222,6 @@ def _check_was_called(hook_calls: list[bool], gradient: Tensor) -> None:
     if not hook_calls:
         raise EquipoiseError(
             "the Trainer must take its loss from the model's output, where the balancing loss was added: this backward "
-            f"began without it. A compute_loss of your own that starts from outputs.logits drops it. {_REMEDY}"
+            "began without it. A compute_loss that starts from outputs.logits drops it. So do the trainers of TRL, which "
+            f"start from outputs.log_probs. {_REMEDY}"
         )

@@ -41,14 +41,13 @@ _INVARIANTS: dict[str, Callable[[Factory, ScoreFunction], None]] = {
     "no host synchronisation": device.never_synchronises,
 }
 BALANCER_INVARIANTS: tuple[str, ...] = tuple(_INVARIANTS)
+"""The names of all invariants of a balancer, for ``check_balancer(..., only=name)``."""
 
 
 def check_balancer(
     factory: Factory, *, only: str | None = None, score_functions: Sequence[ScoreFunction] = SCORE_FUNCTIONS
 ) -> tuple[str, ...]:
-    """Checks every invariant of one balancer, or ``only`` one. Returns the names of those that apply to it.
-
-    Raises ``ConformanceError`` at the first that does not hold.
+    """Checks every invariant of one balancer, or ``only`` one.
 
     Args:
         factory: makes the balancer, unprepared; it is called several times. Its rate should be large enough to even
@@ -56,9 +55,16 @@ def check_balancer(
         only: one of ``BALANCER_INVARIANTS``.
         score_functions: those that the balancer is for; all by default.
 
-    >>> from equipoise import ZLoss
-    >>> check_balancer(ZLoss, only="loss derivative")
-    ('loss derivative',)
+    Returns:
+        The names of the invariants that apply to it.
+
+    Raises:
+        ConformanceError: at the first that does not hold.
+
+    Examples:
+        >>> from equipoise import ZLoss
+        >>> check_balancer(ZLoss, only="loss derivative")
+        ('loss derivative',)
     """
     if not callable(factory):
         raise TypeError(

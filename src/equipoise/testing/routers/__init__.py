@@ -35,15 +35,15 @@ _INVARIANTS: dict[str, Callable[[Subject], None]] = {
     "detach restores": attaching.is_undone_by_detach,
 }
 ROUTER_INVARIANTS: tuple[str, ...] = tuple(_INVARIANTS)
+"""The names of all invariants of a model's routers, for ``check_routers(..., only=name)``."""
 
 
 def check_routers(
     model: nn.Module, batch: Mapping[str, Any] | None = None, *, only: str | None = None, where: Where | None = None
 ) -> tuple[str, ...]:
-    """Checks every invariant of the routers of one model under ``attach``, or ``only`` one. Returns the names of those
-    that apply to it.
+    """Checks every invariant of the routers of one model under ``attach``, or ``only`` one.
 
-    Raises ``ConformanceError`` at the first that does not hold. Works on copies: the model stays as it is.
+    Works on copies: the model stays as it is.
 
     Args:
         model: any model that ``attach`` accepts. Its routers must prefer some experts to others. In training mode two
@@ -53,6 +53,13 @@ def check_routers(
             takes any.
         only: one of ``ROUTER_INVARIANTS``.
         where: ``where(name, router) -> bool``, as for ``attach``.
+
+    Returns:
+        The names of the invariants that apply to it.
+
+    Raises:
+        ConformanceError: at the first that does not hold.
+        ValueError: the model is attached, or a copy of one that is.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module: got {type(model).__name__}.")

@@ -1,0 +1,44 @@
+"""The code on the pages of README and handbook: what is in a fence, and what a page runs unseen."""
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+__all__ = ["PAGES", "ROOT", "Block", "blocks", "name_of", "program"]
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+_BLOCK = re.compile(r"^( *)(?:```(\w*)[^\n]*\n(.*?)^ *```|<!-- setup\n(.*?)-->)$", re.DOTALL | re.MULTILINE)
+
+
+class Block(NamedTuple):
+    language: str  # "setup" for code that a page runs and does not show
+    code: str
+    line: int  # of its first line in the page
+
+
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def blocks(page: Path) -> list[Block]:
+    """All fences of a page, and its comments ``<!-- setup ... -->``, in their order."""
+    text = page.read_text(encoding="utf-8")
+    found = []
+    for match in _BLOCK.finditer(text):
+        indent, language, code, setup = match.groups()
+        code = re.sub(rf"^{indent}", "", code if setup is None else setup, flags=re.MULTILINE)
+        found.append(Block("setup" if setup is not None else language, code, text[: match.start()].count("\n") + 2))
+    return found
+
+
+def program(page: Path) -> str:
+    """What a page runs, as one program: of a diff what is there after it. Line numbers are those of the page."""
+    lines: list[str] = []
+    for block in blocks(page):
+        if block.language in ("python", "setup", "diff"):
+            code = block.code.splitlines()
+            if block.language == "diff":
+                code = ["" if line.startswith("-") else line[1:] for line in code]
+            lines += [""] * (block.line - 1 - len(lines)) + code
+    return "\n".join(lines)
