@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from handbook import navigation
+from handbook import as_page, navigation
 from models import VOCAB, tiny_lm
 
 import equipoise
@@ -27,6 +27,12 @@ def _defects() -> list[tuple[str, ...]]:
 def test_every_page_is_once_in_the_navigation():
     pages = [*PAGES, *DOCS.rglob("*.ipynb")]
     assert sorted(navigation()) == sorted(page.relative_to(DOCS).with_suffix(".md").as_posix() for page in pages)
+
+
+def test_a_page_of_the_site_links_to_pages_and_names_other_files():
+    text = "[Tour](tour.ipynb#a), ![p](p.png) [code](../src/a.py), [`../src/b.py`](../src/b.py)\n<!-- setup\nx\n-->\n```sh\n[c](d)\n```"
+    expected = "[Tour](tour.md#a), ![p](p.png) code (`src/a.py`), `../src/b.py`\n```sh\n[c](d)\n```"
+    assert as_page(text, DOCS) == expected
 
 
 def test_known_defects_are_numbered_without_a_gap():

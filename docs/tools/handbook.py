@@ -22,7 +22,7 @@ DOCS = ROOT / "docs"
 CONFIG = ROOT / "zensical.toml"
 STAGED = ROOT / "build" / "docs"
 LINK = re.compile(r"(?<!!)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
-CODE = re.compile(r"(^ *```.*?^ *```|`[^`\n]+`)", re.DOTALL | re.MULTILINE)
+FENCE = re.compile(r"(^ *```.*?^ *```)", re.DOTALL | re.MULTILINE)
 _SETUP = re.compile(r"^<!-- setup\n.*?-->\n", re.DOTALL | re.MULTILINE)
 
 
@@ -59,8 +59,8 @@ def as_page(text: str, folder: Path) -> str:
         name = file.relative_to(ROOT.resolve()).as_posix()
         return title if name in title else f"{title} (`{name}`)"
 
-    parts = CODE.split(_SETUP.sub("", text))
-    return "".join(part if part.lstrip().startswith("`") else LINK.sub(link, part) for part in parts)
+    parts = FENCE.split(_SETUP.sub("", text))
+    return "".join(part if part.lstrip().startswith("```") else LINK.sub(link, part) for part in parts)
 
 
 def stage() -> None:
@@ -74,14 +74,22 @@ def stage() -> None:
         page.write_text(as_page(page.read_text(encoding="utf-8"), folder), encoding="utf-8")
 
 
+def build() -> int:
+    """Builds ``build/site`` from ``build/docs``. Prints what Zensical says, without its colours; returns its status."""
+    command = [Path(sys.executable).parent / "zensical", "build", "--strict", "--clean"]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    print(re.sub(r"\x1b\[[0-9;]*m", "", done.stdout).partition("Traceback")[0].rstrip())
+    return done.returncode
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--serve", action="store_true", help="show the handbook on http://localhost:8000")
     options = parser.parse_args()
     stage()
-    command = ["serve"] if options.serve else ["build", "--strict", "--clean"]
-    zensical = Path(sys.executable).parent / "zensical"
-    sys.exit(subprocess.run([zensical, *command], cwd=ROOT).returncode)
+    if options.serve:
+        sys.exit(subprocess.run([Path(sys.executable).parent / "zensical", "serve"], cwd=ROOT).returncode)
+    sys.exit(build())
 
 
 if __name__ == "__main__":

@@ -173,10 +173,14 @@ class Balance:
         optimizers, which skip by themselves, are detected.
 
         Args:
-            optimizer: the optimizer; if Accelerate prepared it, ``optimizer.optimizer``.
+            optimizer: the optimizer of torch; if Accelerate or Lightning wraps it, ``optimizer.optimizer``.
 
         Returns:
             A handle, whose ``remove()`` ends that.
+
+        Raises:
+            TypeError: ``optimizer`` is not one of torch.
+            UsageError: this ``Balance`` follows it already.
         """
         return after_each_step(optimizer, self.step, self)
 
