@@ -401,10 +401,10 @@ def page(stored: Mapping[str, Any]) -> str:
     header = ("model", "chosen by the rule", "advised", TITLES["new_nats"], TITLES["old_nats"], TITLES["new_maxvio"])
     return "\n".join(
         [
-            "# Fine-tuning: which strategy",
+            "# Fine-tuning, measured",
             "",
             "What strategies do to the loss and the load when a small model is fine-tuned on narrow text. "
-            "[Which strategy](../which_strategy.md) has the advice; here is what was measured.",
+            "[Which strategy?](../which_strategy.md) has the advice; here is what was measured.",
             "",
             "Do not edit this page by hand: `python benchmarks/finetune.py` writes it from "
             "[finetune.json](../../benchmarks/results/finetune.json).",
