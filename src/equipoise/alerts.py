@@ -132,6 +132,8 @@ class Alerts:
         self._stretches: dict[tuple[str, ...], _Stretch] = {}
         self._bad: dict[tuple[str, ...], Bool[Tensor, " names"]] = {}  # not finite in this stretch
         self._nan: list[str] = []  # not finite now
+        self._biases: Mapping[str, Tensor] = {}  # of this window
+        self._last_biases: dict[tuple[str, ...], Tensor] = {}  # when their layers were judged last
 
     def __repr__(self) -> str:
         return f"Alerts(num_seen={self.num_seen}, holding={self.mark or 'none'!r})"
@@ -168,12 +170,13 @@ class Alerts:
             load: by layer, the counts of the window over all ranks: ``Balance.load``, or ``Balance.peek_load()``, which
                 does not wait for a GPU.
             loss: of the step, to be watched for nan.
-            biases: by layer, to be watched for nan: ``Balance.biases``.
+            biases: by layer, to be watched for nan: ``Balance.biases``. Where they do not move, no rate is slow.
 
         Returns:
             The problems that start or end with this window.
         """
         self.num_seen += 1
+        self._biases = biases or {}
         alerts = list(self._check_finite(loss, biases or {}))
         for names, counts in _by_size(load):
             stretch = self._stretches.get(names)
@@ -252,6 +255,15 @@ class Alerts:
         stretch.windows = torch.where(judged, 0.0, stretch.windows)
         stretch.counts *= ~judged[:, None].to(stretch.counts.device)
 
+    def _have_biases_moved(self, stretch: _Stretch) -> Bool[Tensor, " layers"]:
+        """Since the layers were judged last, or from zero. True if they are not known."""
+        if not all(name in self._biases for name in stretch.names):
+            return torch.ones(len(stretch.names), dtype=torch.bool)
+        biases = torch.stack([self._biases[name].detach() for name in stretch.names])
+        last = self._last_biases.get(stretch.names)
+        self._last_biases[stretch.names] = biases
+        return (biases != (0 if last is None else last.to(biases.device))).any(-1)
+
     def _judge_collapse(self, stretch: _Stretch, judged: Tensor, effective: Tensor) -> Iterator[Alert]:
         num_experts = stretch.counts.shape[-1]
         stays = stretch.collapsed & (effective <= SPREAD_ABOVE * num_experts)
@@ -278,7 +290,7 @@ class Alerts:
     ) -> Iterator[Alert]:
         floor = sampling_floor(1, 1, counts.shape[-1]) / counts.sum(-1).clamp_min(1).double().sqrt()
         threshold = torch.maximum(3 * floor, torch.full_like(floor, BUSY_VIOLATION))
-        busy = judged & (violation > threshold) & self.steers
+        busy = judged & (violation > threshold) & self.steers & self._have_biases_moved(stretch).cpu()
         if not bool(busy.any() | stretch.slow.any()):
             return
         busiest = counts.argmax(-1)

@@ -139,6 +139,20 @@ def test_nothing_is_slow_without_a_rate():
     assert feed(alerts, [BUSIEST] * PATIENCE) == [(300 + 2 * PATIENCE, "slow rate", True)]
 
 
+def test_nothing_is_slow_where_biases_do_not_move():
+    zeros, held = ({name: torch.full((8,), value) for name in "ab"} for value in (0.0, 0.5))
+    assert feed(Alerts(), [BUSIEST] * 300, biases=zeros) == []  # attached without a strategy, or with a loss
+    assert feed(Alerts(), [BUSIEST] * 300, biases=held) == []  # frozen
+    alerts, seen = Alerts(), []
+    for window in range(300):
+        moved = torch.arange(8.0) * min(window, 220)  # then the rate is zero
+        seen += alerts.see({"a": BUSIEST, "b": EVEN}, biases={"a": moved, "b": moved})
+    assert [(alert.step, alert.kind, alert.over) for alert in seen] == [
+        (200, "slow rate", False),
+        (260, "slow rate", True),
+    ]
+
+
 def falling(per_window, start=1200):
     """Loads with a busiest expert that loses so many assignments per window; the others have 100."""
     return [torch.tensor([start - per_window * number] + [100] * 7) for number in range(5 * PATIENCE)]

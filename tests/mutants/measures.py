@@ -143,4 +143,10 @@ MUTANTS = [
         "None",
         "test_saved -k factors",
     ),
+    Mutant(
+        "alerts: a rate is slow where no bias moves",
+        "& self.steers & self._have_biases_moved(stretch).cpu()",
+        "& self.steers",
+        "test_alerts -k do_not_move",
+    ),
 ]
