@@ -88,7 +88,7 @@ def test_the_page_of_the_examples_names_it(example):
 
 @pytest.mark.slow
 def test_pretraining_shows_the_effect(tmp_path):
-    table = _table(_run(FOLDER / "pretrain_loop.py", "--steps", 80, "--strategy", "quantile", cwd=tmp_path))
+    table = _table(_run(FOLDER / "pretrain_loop.py", "--steps", 60, "--strategy", "quantile", cwd=tmp_path))
     (unbalanced, dead, loss), (balanced, dead_balanced, loss_balanced) = table["none"], table["quantile"]
     assert balanced < unbalanced / 2 and dead_balanced <= dead
     assert loss_balanced < loss + 0.1

@@ -28,7 +28,6 @@ Rule = Literal["sign", "proportional", "rms", "multiplicative", "momentum"]
 Schedule = Literal["constant", "linear", "drop"]
 Step = Float[Tensor, "layers experts"]
 
-PAPER_RATE = 1e-3
 LARGE_RATE = 0.1  # a tenth of the range of a sigmoid score
 
 
@@ -231,16 +230,14 @@ class LossFree(Balancer):
         if rule.multiplies:
             return [f"{text}, from 1: take more steps or a larger rate."] if reach < 0.5 else []
         text += " before centring" if self.center else ""
-        paper_reach = PAPER_RATE * (reach / self.rate)
         if self.rate > LARGE_RATE:
             return [
                 f"At rate {self.rate:g} one step moves a bias by as much, and a sigmoid score lies between 0 and 1: "
                 "the load swings from expert to expert. Take a smaller rate."
             ]
         if reach < 0.5:
-            return [f"{text}, and a sigmoid score lies between 0 and 1: take more steps or a larger rate."]
-        if paper_reach < 0.5 and self.rate > PAPER_RATE:
-            return [f"{text}; at the paper's {PAPER_RATE:g} it would be {paper_reach:.2g}, which is too little."]
+            remedy = "take more steps or a larger rate" if self.schedule != "constant" else f"take {1 / num_steps:.2g}"
+            return [f"{text}, and a sigmoid score lies between 0 and 1: {remedy}."]
         return []
 
 
