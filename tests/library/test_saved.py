@@ -62,6 +62,16 @@ def test_a_strategy_without_biases_warns_that_it_routes_otherwise(tmp_path, capl
     assert "was saved with biases, and lbl" in caplog.text and "Add frozen" in caplog.text
 
 
+def test_biases_that_never_moved_are_no_reason_for_a_warning(tmp_path, caplog):
+    model = shrunken.build("qwen3_moe")
+    balance = equipoise.attach(model, "frozen")
+    model.save_pretrained(tmp_path)
+    assert balance.save_biases(tmp_path) is not None
+    with caplog.at_level(logging.WARNING, "equipoise"):
+        equipoise.attach(load(tmp_path), "lbl")
+    assert "biases" not in caplog.text
+
+
 def test_biases_that_are_promised_by_the_config_must_exist(tmp_path):
     saved(tmp_path)
     (tmp_path / BIASES_FILE).rename(tmp_path / "elsewhere.safetensors")

@@ -66,6 +66,8 @@ def _beside_weights(
             )
         return None
     if not any(balancer.has_bias for balancer in balancers):
+        if path is not None and not any(bias.any() for bias in read_biases(path)[0].values()):
+            return None  # never moved: it routes as it was trained
         _log.warning(
             f"attach: the model was saved with biases, and {format_strategy(balancers)} keeps none: it routes "
             "differently from how it was trained. Add frozen to it to route with them."
