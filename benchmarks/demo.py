@@ -1,8 +1,9 @@
 """Writes the table of the tutorial on comparing, and the README's picture, from a folder of `equipoise compare`.
 
-    equipoise compare --out runs/demo
-    python benchmarks/demo.py runs/demo      # stores benchmarks/results/demo.json, writes the table and the picture
-    python benchmarks/demo.py --check        # fails if the table is not that of the stored result
+equipoise compare --out runs/demo
+python benchmarks/demo.py runs/demo      # stores benchmarks/results/demo.json, writes the table and the picture
+python benchmarks/demo.py runs/demo --picture-only
+python benchmarks/demo.py --check        # fails if the table is not that of the stored result
 """
 
 import json
@@ -35,7 +36,7 @@ OVER_STEPS = {
     "loss-free:rate=1e-2": "With Loss-Free Balancing",
 }
 BY_DOMAIN = {
-    "lbl:scope=micro_batch": "Loss over a micro-batch: every domain uses all experts",
+    "lbl:scope=micro_batch": "Loss over a micro-batch: domains share experts",
     "lbl:scope=global_batch": "Loss over the global batch: experts specialise",
 }
 COLUMNS = {
@@ -85,36 +86,34 @@ def picture(folder: Path) -> Figure:
     figure = Figure(figsize=(10, 5.6), layout="constrained")
     axes = figure.subplots(2, 2, height_ratios=(1.1, 1))
     for axis, (strategy, title) in zip(axes[0], OVER_STEPS.items(), strict=True):
-        _, steps, load = last_layer(records.loads(), strategy, "step")
-        order = np.argsort(-load[len(load) // 2 :].sum(0), kind="stable")
-        image = _heat_map(axis, load[:, order].T, title, extent=(steps[0], steps[-1], len(order), 0))
-        axis.set(xlabel="step", ylabel="experts, busiest first", yticks=[])
+        steps, relative = last_layer(records.loads(), strategy, "step")
+        order = np.argsort(-relative[len(relative) // 2 :].sum(0), kind="stable")
+        _heat_map(axis, relative[:, order].T, title, extent=(steps[0] - 0.5, steps[-1] + 0.5, len(order), 0))
+        axis.set(xlabel="step", ylabel="32 experts, busiest first", yticks=[])
     for axis, (strategy, title) in zip(axes[1], BY_DOMAIN.items(), strict=True):
-        _, domains, load = last_layer(records.experts(), strategy, "domain")
-        share = load / load.sum(1, keepdims=True)
-        order = sorted(range(share.shape[1]), key=lambda e: (share[:, e].argmax(), -share[:, e].max()))
-        _heat_map(axis, load[:, order], title)
-        axis.set(xlabel="experts, sorted by domain", xticks=[], yticks=range(len(domains)), yticklabels=domains)
+        domains, relative = last_layer(records.experts(), strategy, "domain")
+        order = sorted(range(relative.shape[1]), key=lambda e: (relative[:, e].argmax(), -relative[:, e].max()))
+        image = _heat_map(axis, relative[:, order], title)
+        axis.set(xlabel="32 experts, sorted by domain", xticks=[], yticks=range(len(domains)), yticklabels=domains)
         axis.tick_params(labelsize=8)
-    ticks = {"ticks": [0, 1, 2, 3, 4], "format": lambda value, _: f"{value:g}{'+' * (value == 4)}"}
-    figure.colorbar(image, ax=axes, label="load over an even load", shrink=0.6, **ticks)
+    bar = figure.colorbar(image, ax=axes, label="load, as a multiple of an even load", shrink=0.6)
+    bar.set_ticks([0, 1, 2, 3, 4], labels=["0", "1", "2", "3", "4 or more"])
     return figure
 
 
-def last_layer(table: pa.Table, strategy: str, key: str) -> tuple[str, list[Any], np.ndarray]:
-    """The last layer, the values of ``key`` (steps or domains), and loads [values, experts]."""
-    table = table.filter(pc.equal(table["strategy"], strategy))
-    layer = table["layer"][-1].as_py()
-    table = table.filter(pc.equal(table["layer"], layer))
-    values = pc.unique(table[key]).to_pylist()
-    return layer, values, table["load"].to_numpy().reshape(len(values), -1).astype(float)
+def last_layer(rows: pa.Table, strategy: str, key: str) -> tuple[list[Any], np.ndarray]:
+    """The values of ``key`` (steps or domains), and relative loads [values, experts] of the last layer; 1 is even."""
+    rows = rows.filter(pc.equal(rows["strategy"], strategy))
+    rows = rows.filter(pc.equal(rows["layer"], rows["layer"][-1]))
+    values = pc.unique(rows[key]).to_pylist()
+    load = rows["load"].to_numpy().reshape(len(values), -1).astype(float)
+    return values, load * load.shape[1] / load.sum(1, keepdims=True)
 
 
-def _heat_map(axis: Axes, load: np.ndarray, title: str, **options: Any) -> Any:
-    even = load.sum(1 if "extent" not in options else 0, keepdims=True) / load.shape[1 if "extent" not in options else 0]
+def _heat_map(axis: Axes, relative: np.ndarray, title: str, **options: Any) -> Any:
     axis.set_title(title, loc="left", fontsize=10)
     colours = {"cmap": COLOURS, "vmin": 0, "vmax": 4}
-    return axis.imshow(load / even, aspect="auto", interpolation="nearest", **colours, **options)
+    return axis.imshow(relative, aspect="auto", interpolation="nearest", **colours, **options)
 
 
 def main() -> None:
@@ -128,12 +127,14 @@ def main() -> None:
         if options != defaults.shared() or [r["strategy"] for r in stored["results"]] != list(defaults.strategies):
             sys.exit("benchmarks/results/demo.json must have the defaults of `equipoise compare`: run it again.")
         return
-    if len(sys.argv) != 2:
+    if len(sys.argv) not in (2, 3) or sys.argv[2:] not in ([], ["--picture-only"]):
         sys.exit(__doc__)
     folder = Path(sys.argv[1])
+    picture(folder).savefig(PICTURE, dpi=150)
+    if len(sys.argv) == 3:
+        return
     rows = table(store(folder))
     PAGE.write_text(MARKS.sub(lambda marks: marks[1] + rows + marks[2], PAGE.read_text(encoding="utf-8")))
-    picture(folder).savefig(PICTURE, dpi=150)
 
 
 if __name__ == "__main__":

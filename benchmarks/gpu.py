@@ -3,9 +3,9 @@
     make gpu                                               # on a machine with a GPU, at most eight minutes
     python benchmarks/gpu.py --device cpu --small          # what a CPU can run of it: runs/gpu.json, runs/gpu.md
     python benchmarks/gpu.py --page-only                   # writes docs/evidence/gpu.md from the stored result
-    python benchmarks/gpu.py --check                       # fails if docs/evidence/gpu.md is not what the stored result gives
+    python benchmarks/gpu.py --check                       # fails if the page is not what the stored result gives
 
-Writes benchmarks/results/gpu.json and docs/evidence/gpu.md, after each part, so a run that is cut keeps what it has. Each part
+Writes benchmarks/results/gpu.json and docs/evidence/gpu.md after each part: a run that is cut keeps its parts. A part
 runs in a process of its own with its own limit of time: what it does to the device, or a crash, reaches no other part.
 Its status is `ok`, `failed` with a message, or `not run` with a reason. The exit code is 1 if a part failed.
 """
@@ -194,8 +194,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--small", action="store_true", help="small sizes")
     parser.add_argument("--out", type=Path, help="where the result is written; the page of another than the default "
                         "is beside it")  # fmt: skip
-    parser.add_argument("--page-only", action="store_true", help="only write docs/evidence/gpu.md from the stored result")
-    parser.add_argument("--check", action="store_true", help="only compare docs/evidence/gpu.md with the stored result")
+    parser.add_argument("--page-only", action="store_true", help="only write the page from the stored result")
+    parser.add_argument("--check", action="store_true", help="only compare the page with the stored result")
     parser.add_argument("--part", choices=[part.name for part in PARTS], help=argparse.SUPPRESS)
     parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()

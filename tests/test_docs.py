@@ -30,9 +30,10 @@ def test_every_page_is_once_in_the_navigation():
 
 
 def test_a_page_of_the_site_links_to_pages_and_names_other_files():
-    text = "[Tour](tour.ipynb#a), ![p](p.png) [code](../src/a.py), [`../src/b.py`](../src/b.py)\n<!-- setup\nx\n-->\n```sh\n[c](d)\n```"
-    expected = "[Tour](tour.md#a), ![p](p.png) code (`src/a.py`), `../src/b.py`\n```sh\n[c](d)\n```"
-    assert as_page(text, DOCS) == expected
+    fence = "```sh\n[c](d)\n```"
+    text = "[Tour](tour.ipynb#a), ![p](p.png) [code](../src/a.py), [`src/b.py`](../src/b.py)\n<!-- setup\nx\n-->\n"
+    expected = "[Tour](tour.md#a), ![p](p.png) code (`src/a.py`), `src/b.py`\n"
+    assert as_page(text + fence, DOCS) == expected + fence
 
 
 def test_known_defects_are_numbered_without_a_gap():

@@ -222,6 +222,6 @@ def _check_was_called(hook_calls: list[bool], gradient: Tensor) -> None:
     if not hook_calls:
         raise EquipoiseError(
             "the Trainer must take its loss from the model's output, where the balancing loss was added: this backward "
-            "began without it. A compute_loss that starts from outputs.logits drops it. So do trainers of TRL, which start "
-            f"from outputs.log_probs. {_REMEDY}"
+            "began without it. A compute_loss that starts from outputs.logits drops it. So do trainers of TRL, which "
+            f"start from outputs.log_probs. {_REMEDY}"
         )
