@@ -8,8 +8,7 @@ equipoise, but for its Python code. Without --text the model is fine-tuned on th
 held-out rows of the new text: without balancing their load becomes more uneven. Takes about half a minute on one core
 of a CPU.
 
-A model that brings a bias is tuned under frozen. Most such models apply their bias under none, too, and then both rows
-are the same. If MaxVio rises, add a loss: --strategy frozen+lbl:scope=global_batch,coefficient=1e-3
+A model that brings a bias keeps it: its strategy begins with frozen+. docs/which_strategy.md says why.
 """
 
 import argparse
@@ -45,11 +44,11 @@ def to_rows(text: str, tokenizer: transformers.PreTrainedTokenizerBase) -> Tenso
 
 
 def choose_strategy(model: nn.Module) -> str:
-    """frozen for a model that brings a bias, a weak loss over the global batch for others."""
+    """A loss over the global batch; a model that brings a bias keeps it where it is."""
     balance = equipoise.attach(model, "frozen")
     has_bias = any(bias.any() for bias in balance.biases.values())
     balance.detach()
-    return "frozen" if has_bias else "lbl:scope=global_batch,coefficient=1e-3"
+    return ("frozen+" if has_bias else "") + "lbl:scope=global_batch,coefficient=1e-2"
 
 
 def train(model: nn.Module, rows: Tensor, steps: int, strategy: str, learning_rate: float) -> equipoise.Balance:
@@ -79,7 +78,7 @@ def main() -> None:
     parser.add_argument("--model", help="folder of a model of Transformers with its tokenizer (default: make one)")
     parser.add_argument("--text", type=Path, help="text file to tune on (default: the code of the corpus)")
     parser.add_argument("--steps", type=int, default=80, help="optimizer steps of each fine-tuning (default: 80)")
-    parser.add_argument("--strategy", help="compared with none (default: frozen for a model with a bias, else lbl)")
+    parser.add_argument("--strategy", help="compared with none (default: lbl, after frozen+ if the model has a bias)")
     parser.add_argument("--out", type=Path, default=Path("runs/tuned"), help="saves the tuned model (runs/tuned)")
     parser.add_argument("--smoke", action="store_true", help="2 steps on little text, in a few seconds: does it run?")
     options = parser.parse_args()

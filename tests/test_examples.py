@@ -99,7 +99,7 @@ def test_pretraining_shows_the_effect(tmp_path):
 
 def test_fine_tuning_with_the_trainer(base, tmp_path):
     model, text = base
-    example, loss = FOLDER / "finetune_trainer.py", "lbl:scope=global_batch,coefficient=1e-3"
+    example, loss = FOLDER / "finetune_trainer.py", "lbl:scope=global_batch,coefficient=1e-2"
     shown = _run(example, "--model", model, "--text", text, "--out", tmp_path, "--steps", 4, "--strategy", loss)
     changes = re.findall(r"^(.+): loss of held-out text: ([\d.]+) -> ([\d.]+)", shown, re.MULTILINE)
     assert [strategy for strategy, *_ in changes] == ["none", loss]
@@ -112,10 +112,11 @@ def test_fine_tuning_with_the_trainer(base, tmp_path):
 def test_fine_tuning_in_a_loop_of_ones_own(base, tmp_path):
     model, text = base
     shown = _run(FOLDER / "finetune_loop.py", "--model", model, "--text", text, "--steps", 4, cwd=tmp_path)
-    assert re.findall(r"^frozen: step (\d)", shown, re.MULTILINE) == ["1", "2", "3", "4"]
+    strategy = "frozen+lbl:scope=global_batch,coefficient=1e-2"  # the lab's model brings a bias
+    assert re.findall(rf"^{re.escape(strategy)}: step (\d)", shown, re.MULTILINE) == ["1", "2", "3", "4"]
     table = _table(shown)
-    assert list(table) == ["before", "none", "frozen"]  # the lab's model brings a bias
-    assert table["frozen"] == table["none"] and table["frozen"][-1] < table["before"][-1]  # in a slot, where it acts
+    assert list(table) == ["before", "none", strategy]
+    assert table[strategy][-1] < table["before"][-1]
     assert (tmp_path / "runs" / "tuned" / "model.safetensors").exists()
 
 

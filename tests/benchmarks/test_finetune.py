@@ -56,6 +56,13 @@ def test_the_rule_leaves_out_what_is_worse_on_old_text_then_reads_loss_then_maxv
     assert finetune.read(noisy, strategies) == ([], "b", ["a"], "b")
 
 
+def test_better_in_all_needs_every_interval_below_zero():
+    better, mixed = ({0: 1.0, 1: 2.0}, {0: 4.0, 1: 4.0})
+    arms = {measure: {"a": {0: 2.0, 1: 3.0}, "b": better, "c": better} for measure in finetune.MEASURES}
+    arms["old_maxvio"]["c"] = mixed
+    assert finetune.better_in_all(arms, ("a", "b", "c")) == ["b"]
+
+
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
     monkeypatch.setenv("EQUIPOISE_CACHE", str(tmp_path / "cache"))
