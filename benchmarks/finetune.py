@@ -67,7 +67,7 @@ CASES = {
             f"loss-free:rate={1 / TUNING_STEPS:.3g}",
             "quantile",
         ),
-        "frozen",
+        "frozen+lbl:scope=global_batch,coefficient=1e-2",
         {"qk_norm": True},  # as qwen3_moe
     ),
     "qwen3_moe": Case(
@@ -80,7 +80,7 @@ CASES = {
             "lbl:scope=global_batch,coefficient=1e-2",
             "lbl:scope=sequence,coefficient=1e-3",
         ),
-        "lbl:scope=global_batch,coefficient=1e-3",
+        "lbl:scope=global_batch,coefficient=1e-2",
         {},
     ),
 }
@@ -499,8 +499,8 @@ LIMITS = [
     "- **It decides** how these mechanisms move the load of these models on this text, and what that costs there.",
     "- **It does not decide** how a large model behaves. These models saw about a million tokens, so their routers "
     "still change fast.",
-    "- **Strong forgetting.** The learning rate is high and the new text is far from the old. The loss on old text rises "
-    "by more than a nat, so it says how much a strategy forgets. A gentle fine-tuning may order strategies otherwise.",
+    "- **Strong forgetting.** The learning rate is high and the new text is far from the old. The loss on old text "
+    "therefore says how much a model forgets. A gentle fine-tuning may order the strategies otherwise.",
     "- **Few seeds.** *Not worse* may only mean that so few seeds cannot tell. An interval is over seeds, not over "
     "texts, sizes or learning rates. No interval is corrected for the number of comparisons.",
     "- **One length and one learning rate.** A longer fine-tuning moves biases and routers further.",

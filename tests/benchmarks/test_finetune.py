@@ -91,7 +91,7 @@ def tiny(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_tiny_experiment_measures_what_it_says_and_goes_on_where_it_stopped(tiny, monkeypatch):
     case = finetune.CASES["glm4_moe"]
-    case = case._replace(strategies=("frozen", "quantile"))
+    case = case._replace(strategies=("frozen", "quantile"), advised="frozen")
     monkeypatch.setattr(finetune, "CASES", {"glm4_moe": case})
     stored = finetune.run(tiny)
     assert stored["old_domains"] == ["fruit", "metal"] and len(stored["rows"]) == 2 * 3
