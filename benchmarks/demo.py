@@ -32,7 +32,7 @@ MARKS = re.compile(r"(<!-- demo: .*? -->\n).*?(<!-- /demo -->)", re.DOTALL)
 STORED = ROOT / "benchmarks" / "results" / "demo.json"
 COLOURS = LinearSegmentedColormap.from_list("load", [tuple(stop) for stop in DIVERGING])
 OVER_STEPS = {
-    "none": "Without balancing: a few experts take everything",
+    "none": "Without balancing: half of the experts get nothing",
     "loss-free:rate=1e-2": "With Loss-Free Balancing",
 }
 BY_DOMAIN = {

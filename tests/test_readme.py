@@ -58,10 +58,14 @@ def test_its_three_numbers_are_those_of_the_stored_results():
     assert f"adds {ratios['lbl:scope=global_batch']['median'] - 1:.0%}".replace("%", " %") in text
     on_ranks = {row["strategy"]: row["ratio"][1] for row in read_json(RESULTS / "ranks.json")["step_time"]}
     assert f"without equipoise: {on_ranks['loss-free']:.3f} and {on_ranks['lbl']:.3f}" in text
-    primary = {f.claim.name: f.estimate for f in _all_findings() if f.is_primary}
-    low, high = primary["1-scope"].interval
-    assert f"gave {-primary['1-scope'].mean:.4f} nats less" in text and f"({-high:.4f} to {-low:.4f}, eight" in text
-    assert f"{primary['2-specialisation'].mean:.2f} bits more" in text
+    primary = {finding.claim.name: finding for finding in _all_findings() if finding.is_primary}
+    scope, specialisation = (primary[name].estimate for name in ("1-scope", "2-specialisation"))
+    low, high = scope.interval
+    assert f"{-scope.mean:.4f} nats lower" in text and f"({-high:.4f} to {-low:.4f}, eight" in text
+    assert f"tell {specialisation.mean:.2f} bits more" in text
+    verdicts = [finding.verdict for finding in primary.values()]
+    counts = (verdicts.count(verdict) for verdict in ("supported", "not supported", "undecided"))
+    assert "Of the claims {} are supported, {} are not, and {} are undecided.".format(*counts) in text
     assert f"{len(primary)} claims" in text and f"{len([*(RESULTS / 'claims').glob('*.json')])} runs" in text
 
 

@@ -236,7 +236,8 @@ class LossFree(Balancer):
                 "the load swings from expert to expert. Take a smaller rate."
             ]
         if reach < 0.5:
-            remedy = "take more steps or a larger rate" if self.schedule != "constant" else f"take {1 / num_steps:.2g}"
+            rate = max(1e-3, 1 / num_steps)
+            remedy = f"take {rate:.2g}" if self.schedule == "constant" else "take more steps or a larger rate"
             return [f"{text}, and a sigmoid score lies between 0 and 1: {remedy}."]
         return []
 
