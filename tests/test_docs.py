@@ -11,7 +11,8 @@ from handbook import as_page, navigation
 from models import VOCAB, tiny_lm
 
 import equipoise
-from equipoise import metrics
+from equipoise import metrics, parse_strategy
+from equipoise_lab.train.config import Compare, Train
 
 TESTS = Path(__file__).parent
 DOCS = TESTS.parent / "docs"
@@ -34,6 +35,22 @@ def test_a_page_of_the_site_links_to_pages_and_names_other_files():
     text = "[Tour](tour.ipynb#a), ![p](p.png) [code](../src/a.py), [`src/b.py`](../src/b.py)\n<!-- setup\nx\n-->\n"
     expected = "[Tour](tour.md#a), ![p](p.png) code (`src/a.py`), `src/b.py`\n"
     assert as_page(text + fence, DOCS) == expected + fence
+
+
+def test_commands_examples_and_the_readme_take_the_strategies_that_the_page_advises():
+    page, readme = ((TESTS.parent / name).read_text() for name in ("docs/which_strategy.md", "README.md"))
+    advised = set(re.findall(r"`([^`]+)`", page))
+    rows = re.search(r"## Which strategy\?\n(.*?)\n\n\[", readme, re.DOTALL)[1]
+    of_readme = {name for name in re.findall(r"`([^`]+)`", rows) if name != "frozen+"}
+    assert of_readme and of_readme <= advised
+    assert Train(out=Path("run")).strategy in advised  # a short run
+    compare = Compare(out=Path("runs"))
+    (rate,) = [parse_strategy(name)[0].rate for name in compare.strategies if name.startswith("loss-free")]
+    assert rate == pytest.approx(1 / compare.steps, rel=0.25)
+    for example in (TESTS.parent / "examples").glob("finetune_*.py"):
+        assert '"lbl:scope=global_batch,coefficient=1e-2"' in example.read_text(), example
+    for strategy in {name for name in advised if name.startswith(("lbl:", "loss-free:", "frozen+l"))}:
+        parse_strategy(strategy)
 
 
 def test_known_defects_are_numbered_without_a_gap():
