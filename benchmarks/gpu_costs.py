@@ -30,7 +30,7 @@ ROUNDS, SMALL_ROUNDS = 7, 2
 SMALL_SHAPES = ((32, 16, 8, 2, 48),)
 TESTS = (  # which choose a CUDA device where there is one, by Accelerate, the Trainer or the lab
     "library/test_no_synchronisation.py",  # on fake tensors of CUDA, if torch was built with it
-    "library/integrations/test_accelerate.py",
+    "test_examples.py",
     "lab/train/test_train.py",
     "library/integrations/test_trainer.py",
 )

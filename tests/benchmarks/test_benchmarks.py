@@ -22,13 +22,9 @@ def _load(name):
     return module
 
 
-def test_the_page_of_many_ranks_has_the_stored_tables():
+def test_the_stored_result_of_ranks_has_every_strategy():
     ranks = _load("ranks")
-    stored = ranks.read_json(ranks.STORED)
-    assert ranks.page(stored) == ranks.PAGE.read_text()
-    changed = {**stored, "growth": [{**row, "step_milliseconds": 0} for row in stored["growth"]]}
-    assert ranks.page(changed) != ranks.PAGE.read_text()
-    assert {row["strategy"] for row in stored["step_time"]} == set(ranks.STRATEGIES)
+    assert {row["strategy"] for row in ranks.read_json(ranks.STORED)["step_time"]} == set(ranks.STRATEGIES)
 
 
 def test_growth_measures_the_shape_it_is_given():
