@@ -109,8 +109,6 @@ def test_a_failure_before_the_first_run_is_reported_once(make_comparison, new_wa
 
 # If the signal comes while an object of another library (regex) is deleted, Python prints the interruption.
 IGNORED_IN_DEL = re.compile(r"^Exception ignored in: <function \w+\.__del__.*\nTraceback.*\n(?: .*\n)*\w.*$", re.M)
-    r"^Exception ignored in: <function \w+\.__del__.*\nTraceback.*\n(?: .*\n)*\w.*$", re.MULTILINE
-)
 
 
 @pytest.mark.parametrize("how", ["SIGTERM to the parent", "Ctrl-C on a terminal", "SIGKILL to the parent"])
