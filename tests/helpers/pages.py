@@ -24,12 +24,14 @@ def name_of(page: Path) -> str:
 def blocks(page: Path) -> list[Block]:
     """All fences of a page, and its comments ``<!-- setup ... -->``, in their order."""
     text = page.read_text(encoding="utf-8")
-    found = []
+    page_blocks = []
     for match in _BLOCK.finditer(text):
         indent, language, code, setup = match.groups()
         code = re.sub(rf"^{indent}", "", code if setup is None else setup, flags=re.MULTILINE)
-        found.append(Block("setup" if setup is not None else language, code, text[: match.start()].count("\n") + 2))
-    return found
+        page_blocks.append(
+            Block("setup" if setup is not None else language, code, text[: match.start()].count("\n") + 2)
+        )
+    return page_blocks
 
 
 def program(page: Path) -> str:

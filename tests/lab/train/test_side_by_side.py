@@ -108,14 +108,14 @@ def test_a_failure_before_the_first_run_is_reported_once(make_comparison, new_wa
 
 def _without_ignored_exceptions(lines):
     """Python prints an interruption inside a ``__del__`` of another library (regex), and loses it. That is not ours."""
-    kept, is_ignored = [], False
+    lines_of_ours, is_ignored = [], False
     for line in lines:
         if line.startswith("Exception ignored in: <function"):
             is_ignored = True
         elif line.startswith(("equipoise:", "[")):
             is_ignored = False
-        kept += [] if is_ignored else [line]
-    return kept
+        lines_of_ours += [] if is_ignored else [line]
+    return lines_of_ours
 
 
 @pytest.mark.parametrize("how", ["SIGTERM to the parent", "Ctrl-C on a terminal", "SIGKILL to the parent"])
