@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["PAGES", "ROOT", "Block", "blocks", "name_of", "program"]
+__all__ = ["PAGES", "ROOT", "Block", "blocks", "name_of", "program", "prose"]
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -35,12 +35,26 @@ def blocks(page: Path) -> list[Block]:
 
 
 def program(page: Path) -> str:
-    """What a page runs, as one program: of a diff what is there after it. Line numbers are those of the page."""
+    """What a page runs, as one program: of a diff what is there after it, of shell code ``shell(code)``.
+
+    Line numbers are those of the page.
+    """
     lines: list[str] = []
     for block in blocks(page):
-        if block.language in ("python", "setup", "diff"):
-            code = block.code.splitlines()
-            if block.language == "diff":
-                code = ["" if line.startswith("-") else line[1:] for line in code]
-            lines += [""] * (block.line - 1 - len(lines)) + code
+        if block.language not in ("python", "setup", "diff", "sh"):
+            continue
+        code = block.code.splitlines()
+        if block.language == "diff":
+            code = ["" if line.startswith("-") else line[1:] for line in code]
+        elif block.language == "sh":
+            code = [f"shell({block.code!r})"]
+        lines += [""] * (block.line - 1 - len(lines)) + code
     return "\n".join(lines)
+
+
+def prose(page: Path) -> list[str]:
+    """The words of sentences and lists: no code, tables, headings, comments, addresses of links and API blocks."""
+    text = _BLOCK.sub("", page.read_text(encoding="utf-8"))
+    text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
+    text = re.sub(r"^( *\||#|:::|!\[|\?\?\?|!!!).*$", "", text, flags=re.MULTILINE)
+    return re.sub(r"\]\([^)]*\)", "", text).split()
