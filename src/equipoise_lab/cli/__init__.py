@@ -18,7 +18,7 @@ import equipoise
 from equipoise.errors import EquipoiseError, UsageError
 from equipoise_lab.cli.parser import parse, run
 from equipoise_lab.cli.process import exit_process, launcher, num_ranks, print_stderr, rank
-from equipoise_lab.train.stop import StopHandler, stop_requested
+from equipoise_lab.train.stop import StopHandler, repeat_lost_interrupts, stop_requested
 
 __all__ = ["main"]
 
@@ -71,6 +71,7 @@ def _handle_signals() -> None:
         StopHandler(rank()).install()
     else:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, which says how to continue
+        repeat_lost_interrupts()
 
 
 def _report_and_exit(error: Exception, message: str, code: int) -> None:

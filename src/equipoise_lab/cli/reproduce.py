@@ -36,7 +36,8 @@ def subcommand() -> Any:
             workers: Runs side by side, one thread each; 0: one for each core.
             dtype: Precision of all runs, in place of the one that the claims name; these results are stored beside the
                 others. CPUs without bfloat16 instructions are several times faster in float32.
-            page: Write a Markdown page with all claims.
+            page: Write the verdicts on all claims as a Markdown page. Three pages beside it have the details: for
+                claims.md these are claims_scope.md, claims_mechanisms.md and claims_runs.md.
             json: Print the verdicts as JSON on stdout.
         """
         return Reproduce(claim, budget, out, results, workers, dtype, page, json)

@@ -28,6 +28,7 @@ from equipoise.errors import EquipoiseError
 from equipoise_lab.train.config import Train
 from equipoise_lab.train.loop import train
 from equipoise_lab.train.run_folder import Watcher, complete_result
+from equipoise_lab.train.stop import repeat_lost_interrupts
 
 __all__ = ["Display", "Outcome", "side_by_side"]
 
@@ -194,6 +195,7 @@ class _Sender:
 def _main(pipe: Connection) -> None:
     try:
         signal.signal(signal.SIGTERM, _interrupt)
+        repeat_lost_interrupts()
         run, command, threads = pipe.recv()
         threading.Thread(target=_stop_without_parent, args=[pipe], daemon=True).start()
         torch.set_num_threads(threads)
