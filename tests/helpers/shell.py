@@ -1,11 +1,11 @@
 """Runs the shell commands of a page in small: the programs that they name are found in a folder of stand-ins.
 
-    equipoise       the command itself; what trains has a tiny model and two steps
-    torchrun        two ranks in place of many; of two nodes both, on this machine
-    srun, scontrol  a cluster of one node
-    make            says what it would do: the target must exist
-    pip             says what it would install: the extras must exist
-    python          releases are built and checked by tests/test_wheel.py; scripts must exist
+equipoise       the command itself; what trains has a tiny model and two steps
+torchrun        two ranks in place of many; of two nodes both, on this machine
+srun, scontrol  a cluster of one node
+make            says what it would do: the target must exist
+pip             says what it would install: the extras must exist
+python          releases are built and checked by tests/test_wheel.py; scripts must exist
 """
 
 import os
