@@ -1,6 +1,6 @@
 # make install   a virtual environment in .venv with the tested set of constraints.txt
 # make demo      the main job on the packaged corpus: table on the terminal, page in runs/demo/report.html
-# make bench     measures what balancing costs and how fast the lab is: benchmarks/results and docs/evidence/speed.md
+# make bench     measures what balancing costs and how fast the lab is: benchmarks/results, docs/evidence/speed{,_lab}.md
 # make gpu       what a GPU alone can show, in eight minutes on a machine with one: benchmarks/results and docs/evidence/gpu.md
 # make test      everything that CI runs
 # make docs      the handbook, in build/site; make docs-serve shows it while you write

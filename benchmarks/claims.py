@@ -1,8 +1,8 @@
-"""Writes the page of results of the claims, and its figure, from the stored results.
+"""Writes the pages of results of the claims, and their figure, from the stored results.
 
     equipoise reproduce all                  # takes hours; continues where it was stopped
-    python benchmarks/claims.py              # writes docs/evidence/results.md and docs/figures/claims.png
-    python benchmarks/claims.py --check      # fails if the page is not what the stored results give
+    python benchmarks/claims.py              # writes docs/evidence/results*.md and docs/figures/claims.png
+    python benchmarks/claims.py --check      # fails if the pages are not what the stored results give
 
 Chromium draws the figure (needs playwright and /usr/bin/chromium).
 """
@@ -19,7 +19,7 @@ from plotly.subplots import make_subplots
 from equipoise_lab.analysis import estimate, paired_differences
 from equipoise_lab.reproduce.claim import Claim, claim_names, load_claim
 from equipoise_lab.reproduce.frontier import FRONTIERS, Frontier
-from equipoise_lab.reproduce.page import FIGURE, LEADERBOARD, arms, page, write
+from equipoise_lab.reproduce.page import FIGURE, LEADERBOARD, arms, pages, write
 from equipoise_lab.reproduce.runs import Results
 from equipoise_lab.reproduce.verdict import findings
 
@@ -131,8 +131,9 @@ def main() -> None:
     claims = [load_claim(name).with_values(chosen) for name in claim_names()]
     all_findings = findings(claims, results)
     if sys.argv[1:] == ["--check"]:
-        if page(claims, all_findings, results, FIGURE) != PAGE.read_text():
-            sys.exit(f"{PAGE.name} must match the stored results: run python benchmarks/claims.py")
+        for name, text in pages(PAGE.name, claims, all_findings, results, FIGURE).items():
+            if not PAGE.with_name(name).exists() or text != PAGE.with_name(name).read_text(encoding="utf-8"):
+                sys.exit(f"{name} must match the stored results: run python benchmarks/claims.py")
         return
     photograph(draw(next(c for c in claims if c.name == LEADERBOARD), results), PAGE.parent / FIGURE)
     write(PAGE, claims, all_findings, results)

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from page_parts import source_line, table
 from paired import run_facts
-from speed import source_line, table
 
 import equipoise
 from equipoise_lab.analysis.statistics import Estimate, paired_differences

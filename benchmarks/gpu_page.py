@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gpu_parts import FAILED, NOT_RUN, OK, ROOT, Part, Row
-from speed import format_ratio, source_line, table
+from page_parts import format_ratio, source_line, table
 
 PAGE = ROOT / "docs" / "evidence" / "gpu.md"
 INTRODUCTION = [

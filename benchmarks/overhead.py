@@ -47,7 +47,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from paired import in_turn, ratio, run_facts
-from speed import HELP_LIMIT, IMPORT_LIMIT
+from speed_costs import HELP_LIMIT, IMPORT_LIMIT
 from torch import nn
 
 import equipoise

@@ -1,23 +1,20 @@
-"""Writes the tables of docs/reference/recipes.md: ``python docs/tools/recipes_page.py``."""
+"""Writes the tables of docs/reference/recipes.md and recipe_sources.md: ``python docs/tools/recipes_page.py``."""
 
-from generated import REFERENCE, main, table, update
+from generated import REFERENCE, main, table
 
 from equipoise.recipes import FRAMEWORKS, RECIPES, WITHHELD, Recipe, split_strategy
 
 PAGE = REFERENCE / "recipes.md"
+SOURCES_PAGE = REFERENCE / "recipe_sources.md"
 
 
 def markdown() -> dict[str, str]:
-    """The generated parts of docs/reference/recipes.md, by the name of their marker."""
+    """The generated parts of recipes.md, by the name of their marker."""
     return {
         "recipes": table(
             ("name", "score function", "strategy", "summary"),
-            [
-                (f"[`{r.name}`](#{_anchor(r.name)})", r.score_function, _broken(r.strategy), r.summary)
-                for r in RECIPES.values()
-            ],
+            [(_link(r.name), r.score_function, _broken(r.strategy), r.summary) for r in RECIPES.values()],
         ),
-        "sources": "\n\n".join(_section(recipe) for recipe in RECIPES.values()),
         "withheld": table(("name", "what is missing"), [(f"`{name}`", why) for name, why in WITHHELD.items()]),
         "frameworks": table(
             ("name", "its coefficient", "value at balance", "layers", "factor"),
@@ -30,10 +27,15 @@ def markdown() -> dict[str, str]:
     }
 
 
+def sources() -> dict[str, str]:
+    """The generated part of recipe_sources.md."""
+    return {"sources": "\n\n".join(_section(recipe) for recipe in RECIPES.values())}
+
+
 def _section(recipe: Recipe) -> str:
     rows = [(f"`{key}`", value, source) for key, value, source in recipe.values()]
     notes = "".join(f"\n- {note}" for note in recipe.notes)
-    text = f"### {recipe.name}\n\n{recipe.summary}\n\n```text\n{recipe.strategy}\n```\n\n"
+    text = f"## {recipe.name}\n\n```text\n{recipe.strategy}\n```\n\n"
     return text + table(("setting", "value", "source"), rows) + (f"\n{notes}" if notes else "")
 
 
@@ -42,14 +44,12 @@ def _broken(strategy: str) -> str:
     return "<br>+ ".join(f"`{mechanism}`" for mechanism in split_strategy(strategy))
 
 
-def _anchor(title: str) -> str:
-    return title.replace(".", "")
+def _link(name: str) -> str:
+    return f"[`{name}`]({SOURCES_PAGE.name}#{name.replace('.', '')})"
 
 
-def update_page(text: str) -> str:
-    """The text of docs/reference/recipes.md with the parts between its markers generated again."""
-    return update(text, markdown())
-
+PAGES = {PAGE: markdown, SOURCES_PAGE: sources}
 
 if __name__ == "__main__":
-    main(PAGE, markdown())
+    for page, parts in PAGES.items():
+        main(page, parts())

@@ -4,11 +4,11 @@ import itertools
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from recipes_page import update_page
+from generated import update
+from recipes_page import PAGE, PAGES
 
 from equipoise.balancers import parse_strategy
 from equipoise.errors import UsageError
@@ -21,7 +21,6 @@ from equipoise.recipes import (
     split_strategy,
 )
 
-ROOT = Path(__file__).parents[2]
 LAYERS, SEQUENCES, LENGTH, EXPERTS, K, RANKS = 3, 4, 8, 8, 2, 4
 TOKENS = SEQUENCES * LENGTH
 SETTING = dict(num_layers=LAYERS, k=K, num_experts=EXPERTS, data_parallel=RANKS)
@@ -97,14 +96,15 @@ def test_recipes_import_nothing_but_errors():
     assert done.stdout.strip() == str(["equipoise.errors", *recipes])
 
 
-def test_the_page_is_up_to_date():
-    page = (ROOT / "docs" / "reference" / "recipes.md").read_text(encoding="utf-8")
-    assert update_page(page) == page, "run: python docs/tools/recipes_page.py"
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_page_is_up_to_date(page):
+    text = page.read_text(encoding="utf-8")
+    assert update(text, PAGES[page]()) == text, "run: python docs/tools/recipes_page.py"
 
 
 def test_a_page_without_its_markers_is_an_error():
     with pytest.raises(UsageError, match="must hold <!-- recipes --> and <!-- end of recipes --> once each"):
-        update_page("# Recipes")
+        update("# Recipes", PAGES[PAGE]())
 
 
 # Coefficients. Each framework's loss as its source code describes it, on logits (layers, tokens, experts) and choices

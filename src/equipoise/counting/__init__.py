@@ -13,6 +13,6 @@ In the order of events:
     state           what a checkpoint holds
 
 And what they stand on: ``layout`` (the vector of counts, and what balancers count besides), ``pool`` (the ranks),
-``start`` (which biases a model begins with), ``taps`` (put in by ``attach``, taken out by ``detach``). docs/design.md
-draws the order of events.
+``start`` (which biases a model begins with), ``taps`` (put in by ``attach``, taken out by ``detach``).
+docs/concepts/gradient.md draws the order of events, docs/development/counting.md has the reasons.
 """

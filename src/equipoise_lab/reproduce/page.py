@@ -1,9 +1,12 @@
-"""Findings -> a page in Markdown: for each claim what the paper reports, the result here, and how to reproduce it."""
+"""Findings -> pages in Markdown: one with the verdicts, and beside it two with the details of the claims and one with
+the frontiers, the noise and the runs."""
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from equipoise_lab.analysis import detectable_effect
 from equipoise_lab.reproduce.claim import SIZES, Claim
@@ -18,9 +21,8 @@ __all__ = [
     "claimed",
     "comparison_text",
     "number",
-    "page",
+    "pages",
     "result_text",
-    "summary",
     "verdict_text",
     "write",
 ]
@@ -40,16 +42,28 @@ LEADERBOARD_STATISTICS = ("val_nats", "maxvio_global", "domain_information_bits"
 FIGURE = Path("..", "figures", "claims.png")  # beside the folder of the page
 MOST_SEEDS_NAMED = 100  # an estimate above it is too uncertain to print
 LEAST_SEEDS_TO_ESTIMATE = 3  # with fewer, the spread is too uncertain to say how many seeds are needed
+RESULTS = "results"  # the page of verdicts; those of the details add their part to its name: results_scope.md
+SCOPE, MECHANISMS, RUNS = "scope", "mechanisms", "runs"
+CLAIMS_ABOUT_SCOPE = ("1-", "2-", "3-", "7-")
+SHARED_NOTES = "Notes for several claims"
+SENTENCE_END = re.compile(r"(?<=[.]) (?=[A-Z])")
+CLAIM_NAME = re.compile(r"\b\d-[a-z][a-z-]*")
 HEAD = """# What the papers claim, at the size of a laptop
 
-This page says what our small runs show of the claims of papers. It has a verdict for each claim, the differences
-behind it, and the limits of this evidence. [How claims are tested](claims.md) has the rules.
+This page says what our small runs show of the claims of papers. It has a verdict for each claim, and the limits of this
+evidence. [How claims are tested](claims.md) has the rules. Three pages have the details:
 
-`equipoise reproduce all --page docs/evidence/results.md` writes it from
-[benchmarks/results/claims](../../benchmarks/results/claims), one file per run. Do not edit it by hand. With
+- [Claims about scope]({scope}): over which tokens the balancing counts (claims 1, 2, 3 and 7).
+- [Claims about mechanisms]({mechanisms}): losses, biases, expert choice and the recipe (claims 4, 5, 6, 8 and 9).
+- [Frontiers, noise and runs]({runs}): how coefficients were chosen, and how much results vary from seed to seed.
+
+`equipoise reproduce all --page docs/evidence/results.md` writes these four pages from
+[benchmarks/results/claims](../../benchmarks/results/claims), one file per run. Do not edit them by hand. With
 `--results runs/mine` the command makes all runs again. With `--budget 0` it lists the claims.
 
-## How to read it
+## Verdicts
+"""
+READING = """## How to read it
 
 - **Differences.** The arms of a claim start from the same weights and see the same micro-batches in the same order. A
   seed changes all of these together. Differences are taken seed by seed. Brackets hold the 95 % t interval of the mean
@@ -57,22 +71,40 @@ behind it, and the limits of this evidence. [How claims are tested](claims.md) h
 - **Verdicts.** A claim is *supported* if the interval lies wholly on its side. For *equal* that means inside the
   margin. It is *not supported* if the interval lies wholly on the other side. Otherwise it is *undecided*. Then the
   page says how many seeds would support it if mean and spread stayed the same.
-- **First rows.** The first row of a claim decides it. These verdicts are corrected for the number of claims (Holm). So
-  an interval may exclude 0 although its claim is undecided.
+- **First rows.** The first row in the details of a claim decides it. These verdicts are corrected for the number of
+  claims (Holm). So an interval may exclude 0 although its claim is undecided.
 - **Other rows.** They are not corrected; each stands alone.
 - **Shared runs.** Claims share runs, above all those with the loss over a micro-batch and over the global batch. So
   their verdicts are not independent.
 - **Loss** is the mean cross-entropy of the test text, in nats per token.
 - **MaxVio** is that of the test text; 0 is perfectly even.
 - **Domain information** says how much the choice of an expert tells about the domain, in bits.
-- **Coefficients and rates** are those chosen on the [frontiers](#frontiers), unless an arm has its own.
+- **Coefficients and rates** are those chosen on the [frontiers]({runs}#frontiers), unless an arm has its own.
 - **Model.** It is the default of `equipoise train`.
   It has 3 layers of width 128, 32 experts and a shared one, 4 experts per token.
   A step has 8 micro-batches of 1,024 tokens, each of one of 8 domains.
   Size small has 80 steps, standard 200.
   Forwards run under bfloat16 autocast, unless a claim says float32.
+"""
+SCOPE_HEAD = """# Claims about scope
 
-## Verdicts
+This page has the details of claims 1, 2, 3 and 7. They ask over which tokens balancing should count: within a
+micro-batch, or over the global batch.
+"""
+MECHANISMS_HEAD = """# Claims about mechanisms
+
+This page has the details of claims 4, 5, 6 and 8. They compare mechanisms: losses, biases and expert choice. Claim 9
+tests the recipe of all runs.
+"""
+DETAILS = """[How to read it]({results}#how-to-read-it) explains the tables. [Noise and power]({runs}#noise-and-power)
+has the spread over seeds. [Runs]({runs}#runs) has the options of each size.
+
+`equipoise reproduce CLAIM` makes the runs of a claim that are missing, and shows its verdicts.
+"""
+RUNS_HEAD = """# Frontiers, noise and runs
+
+This page has what the verdicts on [What the papers claim]({results}) rest on: how coefficients and rates were chosen,
+how much differences vary from seed to seed, and which runs there are.
 """
 LIMITS = """These are small models, trained for minutes on the packaged text. A result here need not hold at scale. A
 difference that is undecided here may be clear there.
@@ -143,16 +175,6 @@ def _effort(claims: Sequence[Claim], results: Results) -> str:
     )
 
 
-def summary(finding: Finding, page: str = "") -> tuple[str, str, str]:
-    """The claim with a link to its section of ``page``, the result, the verdict."""
-    claim = finding.claim
-    return (
-        f"[{claim.title}]({page}#{claim.name})",
-        f"{comparison_text(finding)}: {result_text(finding)}",
-        verdict_text(finding),
-    )
-
-
 def comparison_text(finding: Finding) -> str:
     comparison, names = finding.comparison, finding.comparison.statistic.split(" - ")
     statistic = " − ".join(NAMES.get(name, name) for name in names)
@@ -190,24 +212,58 @@ def verdict_text(finding: Finding) -> str:
     return f"undecided; {needed} seeds would support it"
 
 
-def page(claims: Sequence[Claim], findings: Sequence[Finding], results: Results, figure: Path | None = None) -> str:
-    """The page. ``figure`` shows the frontiers and the leaderboard; its path is relative to the page."""
+def _part(claim: Claim) -> str:
+    return SCOPE if claim.name.startswith(CLAIMS_ABOUT_SCOPE) else MECHANISMS
+
+
+def pages(
+    name: str, claims: Sequence[Claim], findings: Sequence[Finding], results: Results, figure: Path | None = None
+) -> dict[str, str]:
+    """The text of each page by its file name: ``name`` has the verdicts, the others the details. ``figure`` shows the
+    frontiers and the leaderboard; its path is relative to the pages."""
+    files = {RESULTS: name}
+    files |= {part: Path(name).with_stem(f"{Path(name).stem}_{part}").name for part in (SCOPE, MECHANISMS, RUNS)}
+    addresses = {part: quote(file) for part, file in files.items()}
+    links = {claim.name: f"[{claim.name}]({addresses[_part(claim)]}#{claim.name})" for claim in claims}
+    lines = {RESULTS: _verdicts(addresses, claims, findings, results, links, figure)}
+    for part, head in ((SCOPE, SCOPE_HEAD), (MECHANISMS, MECHANISMS_HEAD)):
+        of_part = [claim for claim in claims if _part(claim) == part]
+        lines[part] = [head, DETAILS.format(**addresses), *_details(of_part, findings, links)]
+    lines[RUNS] = [RUNS_HEAD.format(**addresses), *_frontiers(addresses, results), *_noise(findings)]
+    lines[RUNS] += _runs(claims, results)
+    return {file: "\n".join(lines[part]).rstrip("\n") + "\n" for part, file in files.items()}
+
+
+def _linked(text: str, links: Mapping[str, str]) -> str:
+    """The text with a link at each name of a claim."""
+    return CLAIM_NAME.sub(lambda match: links.get(match[0], match[0]), text)
+
+
+def _verdicts(
+    addresses: Mapping[str, str],
+    claims: Sequence[Claim],
+    findings: Sequence[Finding],
+    results: Results,
+    links: Mapping[str, str],
+    figure: Path | None,
+) -> list[str]:
     primary = [finding for finding in findings if finding.is_primary]
-    counts = {verdict: sum(f.verdict == verdict for f in primary) for verdict in ("supported", "not supported")}
-    lines = [
-        HEAD,
-        f"Claims: {len(primary)}. Supported: {counts['supported']}; not supported: {counts['not supported']}; "
-        f"undecided: {len(primary) - sum(counts.values())}.",
-        _effort(claims, results),
-        "",
-        "| claim | reported | here | verdict |",
-        "|---|---|---|---|",
-    ]
+    lines = [HEAD.format(**addresses)]
+    for verdict in ("supported", "not supported", "undecided"):
+        of_verdict = [links[finding.claim.name] for finding in primary if finding.verdict == verdict]
+        listed = f" {', '.join(of_verdict)}." if of_verdict else ""
+        lines.append(f"- **{verdict.capitalize()}: {len(of_verdict)} of {len(primary)}.**{listed}")
+    lines += ["", "| claim | reported | here | verdict |", "|---|---|---|---|"]
     for finding in primary:
         claim = finding.claim
-        title, here, verdict = summary(finding)
-        lines.append(f"| {title} | {claim.paper} ({claim.source}) | {here} | {verdict} |")
-    lines += ["", "## Quality against balance", ""]
+        cells = (
+            f"{links[claim.name]}: {claim.title}",
+            f"{claim.paper} ({claim.source})",
+            f"{comparison_text(finding)}: {result_text(finding)}",
+            verdict_text(finding),
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", READING.format(**addresses), "## Quality against balance", ""]
     if figure is not None:
         lines += [
             f"![Loss against MaxVio: the frontiers, and the arms of claim {LEADERBOARD}]({figure.as_posix()})",
@@ -215,13 +271,8 @@ def page(claims: Sequence[Claim], findings: Sequence[Finding], results: Results,
         ]
     for claim in claims:
         if claim.name == LEADERBOARD:
-            lines += _leaderboard(claim, results)
-    lines += [SOURCES, "", "## Limits", "", LIMITS, ""]
-    lines += _frontiers(results)
-    lines += _noise(findings)
-    for claim in claims:
-        lines += _section(claim, [finding for finding in findings if finding.claim.name == claim.name], results)
-    return "\n".join(lines) + "\n"
+            lines += _leaderboard(claim, links[claim.name], results)
+    return [*lines, SOURCES, "", "## Limits", "", _linked(LIMITS, links)]
 
 
 def arms(claim: Claim, results: Results) -> dict[str, dict[int, Mapping[str, Any]]]:
@@ -237,7 +288,7 @@ def arms(claim: Claim, results: Results) -> dict[str, dict[int, Mapping[str, Any
     return by_arm
 
 
-def _leaderboard(claim: Claim, results: Results) -> list[str]:
+def _leaderboard(claim: Claim, link: str, results: Results) -> list[str]:
     """A table of the arms over the seeds that all of them have, lowest loss first."""
     by_arm = {arm: by_seed for arm, by_seed in arms(claim, results).items() if by_seed}
     seeds = set.intersection(*(set(by_seed) for by_seed in by_arm.values())) if by_arm else set()
@@ -249,7 +300,7 @@ def _leaderboard(claim: Claim, results: Results) -> list[str]:
     }
     lines = [
         f"The arms of claim {claim.name} over the {len(seeds)} seeds that all of them have, sorted by loss.",
-        f"The section of [{claim.name}](#{claim.name}) says which of these differences stand out from the noise.",
+        f"The details of {link} say which of these differences stand out from the noise.",
         "",
         "| arm | strategy | loss | MaxVio | domain information, bits |",
         "|---|---|---|---|---|",
@@ -260,7 +311,7 @@ def _leaderboard(claim: Claim, results: Results) -> list[str]:
     return [*lines, ""]
 
 
-def _frontiers(results: Results) -> list[str]:
+def _frontiers(addresses: Mapping[str, str], results: Results) -> list[str]:
     common = next(iter(FRONTIERS.values()))
     lines = [
         "## Frontiers",
@@ -268,9 +319,11 @@ def _frontiers(results: Results) -> list[str]:
         f"Every mechanism runs over its coefficient or rate, in size {common.size}, with seeds "
         f"{' and '.join(map(str, common.seeds))}. Of the claims, only 5-dilemma uses these seeds.",
         "",
-        "Each cell holds loss / MaxVio of the selection text. The picture shows the test text. Bold marks the chosen",
-        f"value: the lowest loss among those with a MaxVio of at most {common.most_maxvio:g}. If there is none, it is",
-        "the lowest MaxVio. A grid with its best value at an edge was widened there.",
+        "Each cell holds loss / MaxVio of the selection text. The picture under",
+        f"[Quality against balance]({addresses[RESULTS]}#quality-against-balance) shows the test text.",
+        "",
+        f"Bold marks the chosen value: the lowest loss among those with a MaxVio of at most {common.most_maxvio:g}. If",
+        "there is none, it is the lowest MaxVio. A grid with its best value at an edge was widened there.",
         "",
         "| | strategy | loss / MaxVio of each value |",
         "|---|---|---|",
@@ -314,39 +367,84 @@ def _noise(findings: Sequence[Finding]) -> list[str]:
     return [*lines, ""]
 
 
-def _section(claim: Claim, findings: Sequence[Finding], results: Results) -> list[str]:
-    lines = [f"## {claim.name}", "", f"{claim.title}.", "", f"Reported ({claim.source}): {claim.paper}.", ""]
-    if claim.note:
-        lines += [claim.note, ""]
-    lines += ["| comparison | claimed | means of the arms | here | verdict |", "|---|---|---|---|---|"]
+def _details(claims: Sequence[Claim], findings: Sequence[Finding], links: Mapping[str, str]) -> Iterator[str]:
+    """First the notes that several claims have, each once; then a section a claim."""
+    claims_by_sentence: dict[str, tuple[str, ...]] = {}
+    for claim in claims:
+        for sentence in _sentences(claim):
+            claims_by_sentence[sentence] = (*claims_by_sentence.get(sentence, ()), claim.name)
+    shared: dict[tuple[str, ...], list[str]] = {}
+    for sentence, claim_names in claims_by_sentence.items():
+        if len(claim_names) > 1:
+            shared.setdefault(claim_names, []).append(sentence)
+    if shared:
+        yield from (f"## {SHARED_NOTES}", "")
+        for claim_names, sentences in shared.items():
+            yield _linked(f"- {', '.join(claim_names)}: {' '.join(sentences)}", links)
+        yield ""
+    for claim in claims:
+        sentences = _sentences(claim)
+        note = [sentence for sentence in sentences if len(claims_by_sentence[sentence]) == 1]
+        if len(note) < len(sentences):
+            note.append(f"See also [{SHARED_NOTES}](#{SHARED_NOTES.lower().replace(' ', '-')}).")
+        of_claim = [finding for finding in findings if finding.claim.name == claim.name]
+        yield from _section(claim, _linked(" ".join(note), links), of_claim)
+
+
+def _sentences(claim: Claim) -> list[str]:
+    return SENTENCE_END.split(claim.note) if claim.note else []
+
+
+def _section(claim: Claim, note: str, findings: Sequence[Finding]) -> Iterator[str]:
+    yield from (f"## {claim.name}", "", f"{claim.title}.", "", f"Reported ({claim.source}): {claim.paper}.", "")
+    if note:
+        yield from (note, "")
+    yield from ("| comparison | claimed | means of the arms | here | verdict |", "|---|---|---|---|---|")
     for finding in findings:
         statistic = finding.comparison.statistic
         means = ", ".join(f"{arm} {number(mean, statistic)}" for arm, mean in finding.means.items())
         cells = (comparison_text(finding), claimed(finding), means, result_text(finding), verdict_text(finding))
-        lines.append(f"| {' | '.join(cells)} |")
-    dtype = results.dtype or claim.dtype
-    size = SIZES[claim.size] | ({} if dtype is None else {"dtype": dtype})
-    by_name = "; ".join(f"{arm}: {_options(options)}" for arm, options in claim.arms.items())
-    lines += [
+        yield f"| {' | '.join(cells)} |"
+    yield from ("", "| arm | options |", "|---|---|")
+    yield from (f"| {arm} | {_options(options)} |" for arm, options in claim.arms.items())
+    yield ""
+
+
+def _runs(claims: Sequence[Claim], results: Results) -> list[str]:
+    lines = [
+        "## Runs",
         "",
-        f"- Command: `equipoise reproduce {claim.name}`.",
-        f"- Arms: {by_name}.",
-        f"- Size {claim.size}: {_options(size)}.",
+        _effort(claims, results),
+        "A run that several claims share counts for each of them in the table.",
+        "",
+        "| claim | size | runs done | minutes of one core | dates |",
+        "|---|---|---|---|---|",
     ]
-    stored = [result for job in claim.jobs() if (result := results.get(job)) is not None]
-    if stored:
+    claims_by_environment: dict[tuple[str, str], list[str]] = {}
+    for claim in claims:
+        jobs = claim.planned()
+        stored = [result for job in jobs if (result := results.get(job)) is not None]
         dates = sorted(result["began"][:10] for result in stored)
+        first_and_last = " to ".join(dict.fromkeys((dates[0], dates[-1]))) if dates else "none"
         minutes = sum(result["seconds"] for result in stored) / 60
+        dtype = results.dtype or claim.dtype
+        size = claim.size if dtype is None else f"{claim.size}, `--dtype {dtype}`"
+        lines.append(f"| {claim.name} | {size} | {len(stored)} of {len(jobs)} | {minutes:.0f} | {first_and_last} |")
         hardware = dict.fromkeys(result["hardware"] for result in stored)
         versions = dict.fromkeys(
             ", ".join(f"{name} {version}" for name, version in result["versions"].items()) for result in stored
         )
-        lines += [
-            f"- Done: {len(stored)} of {len(claim.jobs())} runs, {minutes:.0f} minutes of one core, "
-            f"{' or '.join(hardware)}, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}.",
-            f"- Versions: {' or '.join(versions)}.",
-        ]
-    return [*lines, ""]
+        if stored:
+            environment = (" or ".join(hardware), " or ".join(versions))
+            claims_by_environment.setdefault(environment, []).append(claim.name)
+    lines += ["", "| size | options that its arms share |", "|---|---|"]
+    lines += [f"| {name} | {_options(options)} |" for name, options in SIZES.items()]
+    if claims_by_environment:
+        lines += ["", "| claims | hardware | versions |", "|---|---|---|"]
+    for (hardware_used, versions_used), names in claims_by_environment.items():
+        of_claims = "all" if len(names) == len(claims) else ", ".join(names)
+        lines.append(f"| {of_claims} | {hardware_used} | {versions_used} |")
+    return lines
 
 
 def _options(options: Mapping[str, Any]) -> str:
@@ -362,7 +460,8 @@ def _options(options: Mapping[str, Any]) -> str:
 
 
 def write(path: Path, claims: Sequence[Claim], findings: Sequence[Finding], results: Results) -> None:
-    """Writes the page to ``path``, with the figure if its file exists beside the page."""
+    """Writes the page of verdicts to ``path`` and the others beside it, with the figure if its file exists."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure = FIGURE if (path.parent / FIGURE).exists() else None
-    path.write_text(page(claims, findings, results, figure), encoding="utf-8")
+    for name, text in pages(path.name, claims, findings, results, figure).items():
+        path.with_name(name).write_text(text, encoding="utf-8")

@@ -56,7 +56,8 @@ def attention_for(length: int) -> str:
     """Transformers' name of the attention implementation for sequences of ``length`` tokens.
 
     For short sequences on a CPU, plain attention is faster than torch's fused attention: a step of the lab's default
-    model takes 0.83 of the time (docs/evidence/speed.md). Long sequences need the memory that fused attention saves.
+    model takes 0.82 of the time (docs/evidence/speed_lab.md). Long sequences need the memory that fused attention
+    saves.
     """
     return "eager" if length <= 256 and not torch.cuda.is_available() else "sdpa"
 

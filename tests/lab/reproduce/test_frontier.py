@@ -10,7 +10,7 @@ from equipoise_lab.reproduce.claim import claim_names, load_claim, parse_claim
 from equipoise_lab.reproduce.command import reproduce
 from equipoise_lab.reproduce.config import Reproduce
 from equipoise_lab.reproduce.frontier import FRONTIERS, Frontier
-from equipoise_lab.reproduce.page import _cells, page
+from equipoise_lab.reproduce.page import _cells, pages
 from equipoise_lab.reproduce.runs import Results, key_of
 from equipoise_lab.reproduce.verdict import findings
 from equipoise_lab.train.loop import check
@@ -212,7 +212,7 @@ def test_the_margin_of_equality_is_a_third_of_the_difference_between_scopes(tmp_
     assert finding.margin == (None if margin is None else pytest.approx(margin))
     assert finding.verdict == verdict
     assert finding.estimate.n == 4  # results are shown even without a margin
-    text = page([scope, same], findings([scope, same], results), results)
+    text = "\n".join(pages("page.md", [scope, same], findings([scope, same], results), results).values())
     assert f"equal, ± {margin:.4f}" in text if margin else "not known yet" in text
 
 

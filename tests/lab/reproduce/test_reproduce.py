@@ -1,12 +1,14 @@
 """Runs are done once, within the budget, resumed and shared; verdicts come from stored results alone."""
 
 import json
+import re
 import threading
 import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.parse import unquote
 
 import pytest
 
@@ -19,7 +21,7 @@ from equipoise_lab.reproduce.claim import SIZES, Job, claim_names, load_claim, p
 from equipoise_lab.reproduce.command import as_json, reproduce, table_rows
 from equipoise_lab.reproduce.config import Reproduce
 from equipoise_lab.reproduce.frontier import FRONTIERS
-from equipoise_lab.reproduce.page import FIGURE, HEAD, LEADERBOARD, page, verdict_text, write
+from equipoise_lab.reproduce.page import FIGURE, LEADERBOARD, READING, pages, verdict_text, write
 from equipoise_lab.reproduce.runs import Results, execute, key_of
 from equipoise_lab.reproduce.verdict import MARGIN_OF, findings
 from equipoise_lab.train import engine
@@ -51,6 +53,11 @@ class Quiet:
 
     def done(self, number, total, seconds_left):
         self.shown.append((number, total, seconds_left))
+
+
+def _text(claims, findings, results):
+    """All pages, one after the other."""
+    return "\n".join(pages("results.md", claims, findings, results).values())
 
 
 def _store(results, job, value, seconds=10.0):
@@ -149,9 +156,9 @@ def test_a_run_in_another_precision_is_another_run(tmp_path):
     assert len(Process.started) == 8 and len(list(folder.iterdir())) == 9
     assert other.get(jobs[0])["options"]["dtype"] == "float32" and other.missing(jobs) == []
     assert named.get(jobs[0])["result"]["val_nats"] == 5.0 and named.missing(jobs) == jobs[1:]
-    assert "--dtype float32" in page([CLAIM], findings([CLAIM], other), other)
-    assert "--dtype float32" not in page([CLAIM], findings([CLAIM], named), named)
-    assert "--dtype float32" in page([replace(CLAIM, dtype="float32")], [], named)
+    assert "--dtype float32" in _text([CLAIM], findings([CLAIM], other), other)
+    assert "--dtype float32" not in _text([CLAIM], findings([CLAIM], named), named)
+    assert "--dtype float32" in _text([replace(CLAIM, dtype="float32")], [], named)
     means = findings([CLAIM], other)[0].means
     assert means == {"b": 5.0, "a": 5.0} and findings([CLAIM], named)[0].estimate is None
 
@@ -229,7 +236,7 @@ def test_a_run_that_diverges_is_stored_and_its_seed_left_out(tmp_path):
     assert results.get(CLAIM.jobs()[2])["result"] == {"diverged": 2}
     (first, _) = findings([CLAIM], results)
     assert first.estimate.n == 3 and first.diverged == 1
-    assert "3 of 4 seeds, 1 diverged" in page([CLAIM], [first], results)
+    assert "3 of 4 seeds, 1 diverged" in _text([CLAIM], [first], results)
     assert as_json([first])[0]["diverged"] == 1
 
 
@@ -239,7 +246,7 @@ def test_a_result_without_a_loss_is_left_out_too(tmp_path):
     _store(results, CLAIM.job("a", 1), None)
     (first, _) = findings([CLAIM], results)
     assert first.estimate.n == 3 and first.diverged == 0
-    assert "This comparison has no results yet" in page([claim], findings([claim], results), results)
+    assert "This comparison has no results yet" in _text([claim], findings([claim], results), results)
 
 
 def test_an_evaluation_without_a_number_is_stored(tmp_path):
@@ -358,28 +365,29 @@ def test_an_undecided_claim_says_how_many_seeds_would_support_it(tmp_path):
     _fill(results, [-0.1, 0.02, -0.05, 0.01])
     (first, _) = findings([CLAIM], results)
     assert first.verdict == "undecided" and 5 < first.seeds_needed < 100
-    assert f"undecided; about {first.seeds_needed} seeds would support it" in page([CLAIM], [first], results)
+    assert f"undecided; about {first.seeds_needed} seeds would support it" in _text([CLAIM], [first], results)
 
 
 def test_the_page_shows_the_figures_and_the_runs_behind_them(tmp_path):
     results = Results(tmp_path)
     _fill(results, [-0.1, -0.11, -0.09, -0.1])
-    text = page([CLAIM], findings([CLAIM], results), results)
+    text = _text([CLAIM], findings([CLAIM], results), results)
     assert "loss, a − b: −0.1000 [−0.1130, −0.0870], 4 seeds" in text and "| supported |" in text
-    assert "8 of 8 runs, 1 minutes of one core" in text and "`equipoise reproduce x`" in text
-    assert "a: `--strategy none`; b: `--strategy loss-free`" in text
+    assert "| x | small | 8 of 8 | 1 | 2026-01-02 |" in text and "| all | 2 CPU cores | torch 2 |" in text
+    assert "| a | `--strategy none` |\n| b | `--strategy loss-free` |" in text
     spread = 0.01 * (2 / 3) ** 0.5  # of -0.1, -0.11, -0.09, -0.1
     (row,) = (line for line in text.splitlines() if line.startswith("| x | loss, a − b | 4 |"))
     cells = [float(cell.replace("−", "-")) for cell in row.strip("| ").split(" | ")[3:]]
     assert cells == [-0.1, pytest.approx(spread, abs=1e-4), pytest.approx(detectable_effect(spread, 4), abs=1e-4)]
-    assert "Claims: 1. Supported: 1; not supported: 0; undecided: 0." in text
+    assert "- **Supported: 1 of 1.** [x](results_mechanisms.md#x).\n" in text
+    assert "- **Not supported: 0 of 1.**\n- **Undecided: 0 of 1.**\n" in text
     frontiers = {job for frontier in FRONTIERS.values() for job in frontier.jobs(results)}
     total = 8 + len(frontiers)
     for job in CLAIM.jobs():
         seconds = 450.0 if job == CLAIM.jobs()[0] else 900.0
         write_json(tmp_path / f"{key_of(job)}.json", results.get(job) | {"seconds": seconds})
     still_open = replace(CLAIM, name="y", arms={"a": CLAIM.arms["a"], "b": {"strategy": "loss-free:rate={loss-free}"}})
-    text = page([CLAIM, still_open], findings([CLAIM], results), results)
+    text = _text([CLAIM, still_open], findings([CLAIM], results), results)
     total += 4  # of the arm without a rate yet; the other arm has its runs
     (line,) = (line for line in text.splitlines() if line.startswith("All claims and frontiers:"))
     assert f" 8 of {total} runs. Their steps took 1.9 hours of one core; 1.0 if " in line
@@ -394,7 +402,7 @@ def test_the_page_states_the_size_of_the_runs():
         f"{default.micro_batches} micro-batches of {tokens:,} tokens",
         f"small has {SIZES['small']['steps']} steps, standard {SIZES['standard']['steps']}.",
     ):
-        assert words in HEAD
+        assert words in READING
     options = {"steps", "qk_norm", "checkpoint_every", "dtype"}
     assert all(set(size) == options for size in SIZES.values()), (
         "the page must state any other option that differs from its default"
@@ -410,6 +418,44 @@ def test_the_page_has_its_figure_if_the_file_exists(tmp_path):
     (path.parent / FIGURE).touch()
     write(path, [CLAIM], [], results)
     assert "(../figures/claims.png)" in path.read_text()
+
+
+def test_the_pages_link_to_each_other_whatever_the_name(tmp_path):
+    reproduce(Reproduce(budget=0, results=tmp_path / "results", page=tmp_path / "pages" / "my own.md"), Quiet())
+    texts = {path.name: path.read_text() for path in (tmp_path / "pages").iterdir()}
+    assert set(texts) == {"my own.md", "my own_scope.md", "my own_mechanisms.md", "my own_runs.md"}
+    headings = {name: set(re.findall(r"^## (.+)$", text, re.MULTILINE)) for name, text in texts.items()}
+    assert headings["my own_scope.md"] | headings["my own_mechanisms.md"] >= set(claim_names())
+    for name, text in texts.items():
+        links = re.findall(r"\]\(([\w.%]*)#([\w-]+)\)", text)
+        assert links
+        for page, anchor in links:
+            titles = {heading.lower().replace(" ", "-") for heading in headings[unquote(page) or name]}
+            assert anchor in titles, f"{name} links to {page}#{anchor}"
+
+
+def test_a_sentence_in_the_notes_of_several_claims_is_said_once(tmp_path):
+    first, second = (
+        replace(CLAIM, name=name, note=note)
+        for name, note in (("4-a", "Eq. 2 differs. Both have `z`. See 4-b."), ("4-b", "Both have `z`."))
+    )
+    text = pages("results.md", [first, second, CLAIM], [], Results(tmp_path))["results_mechanisms.md"]
+    a, b = (f"[{name}](results_mechanisms.md#{name})" for name in ("4-a", "4-b"))
+    assert text.count("Both have `z`.") == 1 and f"- {a}, {b}: Both have `z`.\n" in text
+    see = "See also [Notes for several claims](#notes-for-several-claims)."
+    assert f"\nEq. 2 differs. See {b}. {see}\n" in text and f"\n{see}\n" in text
+    assert "Notes for several" not in _text([first, CLAIM], [], Results(tmp_path))
+
+
+def test_runs_of_other_machines_are_told_apart(tmp_path):
+    results, other = Results(tmp_path), replace(CLAIM, name="y", first_seed=4)
+    for claim in (CLAIM, other):
+        _store(results, claim.job("a", claim.first_seed), 5.0)
+    path = tmp_path / f"{key_of(other.job('a', 4))}.json"
+    write_json(path, read_json(path) | {"hardware": "8 CPU cores"})
+    text = _text([CLAIM, other, replace(CLAIM, name="z", first_seed=8)], [], results)
+    assert "| x | 2 CPU cores | torch 2 |\n| y | 8 CPU cores | torch 2 |\n" in text
+    assert "| z | small | 0 of 8 | 0 | none |" in text
 
 
 def test_the_index_of_the_evidence_has_the_verdicts_of_the_stored_results():
@@ -443,7 +489,7 @@ def test_the_leaderboard_uses_the_seeds_that_all_arms_have(tmp_path):
         if (stored := results.get(job)) is not None:
             stored["result"] |= {"maxvio_global": 0.5, "domain_information_bits": 0.25}
             write_json(tmp_path / f"{key_of(job)}.json", stored)
-    text = page([claim], findings([claim], results), results)
+    text = pages("results.md", [claim], findings([claim], results), results)["results.md"]
     rows = [line for line in text.splitlines() if line.startswith("| a |") or line.startswith("| b |")]
     assert rows == ["| a | `none` | 5.3000 | 0.500 | 0.250 |", "| b | `loss-free` | 5.5000 | 0.500 | 0.250 |"]
     assert f"claim {LEADERBOARD} over the 2 seeds" in text
