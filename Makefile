@@ -3,6 +3,7 @@
 # make bench     measures what balancing costs and how fast the lab is: benchmarks/results, docs/evidence/speed{,_lab}.md
 # make gpu       what a GPU alone can show, in eight minutes on a machine with one: benchmarks/results and docs/evidence/gpu.md
 # make test      everything that CI runs
+# make test-frameworks   the tests of torchtitan, Megatron-Core and others, each in an environment of its own
 # make docs      the handbook, in build/site; make docs-serve shows it while you write
 # make notebooks executes the notebooks of the handbook and stores their outputs
 # make mutants   breaks the source on purpose, one known defect at a time; the tests must notice every break
@@ -15,7 +16,7 @@ DEMO ?= runs/demo
 TORCH ?=
 CONSTRAINTS := $(if $(TORCH),$(VENV)/constraints.txt,constraints.txt)
 
-.PHONY: install demo bench gpu test docs docs-serve notebooks mutants random-mutants clean
+.PHONY: install demo bench gpu test test-frameworks docs docs-serve notebooks mutants random-mutants clean
 
 install: $(VENV)/.installed
 
@@ -42,6 +43,10 @@ test: install
 	$(BIN)/mypy
 	$(BIN)/python docs/tools/handbook.py
 	$(BIN)/pytest -n 2 --dist loadgroup
+
+# make test-frameworks ONLY=torchtitan runs one
+test-frameworks: install
+	$(BIN)/python tests/frameworks/run.py $(ONLY)
 
 docs: install
 	$(BIN)/python docs/tools/handbook.py

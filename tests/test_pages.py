@@ -8,7 +8,8 @@ import torch.distributed as dist
 from pages import PAGES, blocks, name_of, program, prose
 from shell import shell_in
 
-LANGUAGES = ("diff", "json", "python", "sh", "setup", "text", "toml", "yaml")  # those of text are pictures and output
+# Blocks of text are pictures and output. Those of py need a framework: its own tests run them.
+LANGUAGES = ("diff", "json", "py", "python", "sh", "setup", "text", "toml", "yaml")
 every_page = pytest.mark.parametrize("page", PAGES, ids=name_of)
 
 

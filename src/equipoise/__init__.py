@@ -28,6 +28,7 @@ _MODULE_OF = {
     "parse_strategy": "balancers",
     "Quantile": "balancers",
     "recipe": "recipes",
+    "RouterAdapter": "routers",
     "RouterKind": "routers",
     "UsageError": "errors",
     "ZLoss": "balancers",
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
     from equipoise.balancers import Balancer, Frozen, LoadBalancingLoss, LossFree, Quantile, ZLoss, parse_strategy
     from equipoise.errors import EquipoiseError, UsageError
     from equipoise.recipes import convert_coefficient, recipe
-    from equipoise.routers import RouterKind
+    from equipoise.routers import RouterAdapter, RouterKind
 else:  # hidden from type checkers, which would otherwise accept any name
 
     def __getattr__(name: str) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from equipoise._text import abbreviate
 from equipoise.balance import Balance
-from equipoise.balancers import Balancer, format_strategy, parse_strategy
+from equipoise.balancers import Balancer, LoadBalancingLoss, format_strategy, parse_strategy
 from equipoise.counting.pool import Pool, digest_of
 from equipoise.counting.start import BiasesOrPath, starting_biases
 from equipoise.errors import EquipoiseError, UsageError
@@ -157,6 +157,8 @@ def _plan(
             _check_factor(layer)
     if any(balancer.has_bias for balancer in resolved):
         _check_own_slots(layers)
+    if any(isinstance(balancer, LoadBalancingLoss) for balancer in resolved):
+        _check_own_losses(layers)
     return _Plan(inner, layers, resolved, starting_biases(inner, layers, resolved, biases))
 
 
@@ -173,6 +175,17 @@ def _check_own_slots(layers: Sequence[MoELayer]) -> None:
                 f"routers must have tensors of their own: {layer.name} and {other} share those that steer them, as a "
                 "shallow copy does. Use one router twice, or copy.deepcopy."
             )
+
+
+def _check_own_losses(layers: Sequence[MoELayer]) -> None:
+    """Raises if the framework adds a balancing loss too."""
+    layer = next((layer for layer in layers if layer.own_balancing.loss is not None), None)
+    if layer is not None:
+        raise EquipoiseError(
+            f"one balancing loss must be enough: {layer.kind.adapter.framework} adds its own to {layer.name} "
+            f"({layer.own_balancing.loss}). Set that to zero before the model is built, or attach a strategy without "
+            "a loss."
+        )
 
 
 def _check_factor(layer: MoELayer) -> None:
@@ -252,6 +265,7 @@ def _warn(plan: _Plan, balancers: Sequence[Balancer | str], has_filter: bool) ->
             f"attach: {abbreviate(unknown)} is neither counted nor balanced: it could not be proven. Mend what the "
             "reason says, or choose layers with where=... to say that it may be left out."
         )
+    _warn_of_own_balancing(plan)
     functions = {layer.kind.score_function for layer in plan.layers}
     for balancer in balancers:
         recipe = RECIPES.get(balancer) if isinstance(balancer, str) else None
@@ -260,3 +274,19 @@ def _warn(plan: _Plan, balancers: Sequence[Balancer | str], has_filter: bool) ->
                 f"attach: the recipe {balancer} was published with {recipe.score_function} scores, this model has "
                 f"{' and '.join(sorted(functions))} scores. Rates are in units of the scores and may not carry over."
             )
+
+
+def _warn_of_own_balancing(plan: _Plan) -> None:
+    framework = next((layer.kind.adapter.framework for layer in plan.layers if layer.kind.adapter.framework), "")
+    updates = {layer.own_balancing.bias_update for layer in plan.layers} - {None}
+    if updates and any(balancer.has_bias for balancer in plan.balancers):
+        _log.warning(
+            f"attach: the update of the bias by {framework} itself ({abbreviate(sorted(map(str, updates)))}) is off "
+            "until detach(): the attached strategy owns the bias."
+        )
+    losses = {layer.own_balancing.loss for layer in plan.layers} - {None}
+    if losses and plan.balancers:
+        _log.warning(
+            f"attach: {framework} adds a balancing loss of its own ({abbreviate(sorted(map(str, losses)))}), beside "
+            f"{format_strategy(plan.balancers)}."
+        )

@@ -54,7 +54,7 @@ class Tokens:
         self.context = context
         # By layer that the mask or the sequences of its forward do not fit: their shape, the number of tokens.
         self.other_tokens: dict[int, tuple[tuple[int, ...], int]] = {}
-        self._sequence_first: set[int] = set()
+        self._sequence_first = {n for n, layer in enumerate(layers) if layer.kind.adapter.is_sequence_first}
         self._has_columns: dict[int, bool] = {}  # by layer with tiles: whether they are parts of all rows
         further = layers_predicting_further(model, {layer.router for layer in layers})
         self._predicts_further = {index for index, layer in enumerate(layers) if layer.router in further}

@@ -18,6 +18,9 @@ class Taps:
         if any(group.balancers for group in recorder.biases.groups):
             self._hooks += warn_of_model_loss(recorder.context.model)
         self._taps = [self._tap(index) for index in range(len(recorder.layers))]
+        steers = any(group.steering is not None for group in recorder.biases.groups)
+        stops = [layer.own_balancing.stop for layer in recorder.layers] if steers else []
+        self._resume_own_updates = [stop() for stop in stops if stop is not None]  # of biases, by the framework
         uses_mode = any(ADDED_SLOT in layer.router._buffers for layer in recorder.layers)
         self._end_compile_over_checkpoint = allow_compile_over_checkpoint(recorder) if uses_mode else None
         self.are_removed = False
@@ -48,7 +51,9 @@ class Taps:
         for layer, tap in zip(self._recorder.layers, self._taps, strict=True):
             tap.observer = tap.router = None
             untap_router(layer.router, layer.slot)
-        self._hooks, self._taps = [], []
+        for resume in self._resume_own_updates:
+            resume()
+        self._hooks, self._taps, self._resume_own_updates = [], [], []
         if self._end_compile_over_checkpoint is not None:
             self._end_compile_over_checkpoint()
         self.are_removed = True

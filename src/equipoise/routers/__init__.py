@@ -1,6 +1,9 @@
 """The routers of a model: found, proven, observed and steered.
 
 kind          how a router selects (``RouterKind``), and where its bias is kept (``Slot``)
+adapter       how a router of a framework is called and read (``RouterAdapter``)
+frameworks    which adapter reads the routers of a known framework
+logits        the logits of a router that does not return them
 find          the routers of a model
 names         the modules of a model by the names that they have without wrappers
 outputs       what a router's forward returns, and refusals of what it should not
@@ -13,6 +16,7 @@ arguments     reads the arguments of a model's forward: rows, padding, where seq
 forward       the forwards under way: what each was called with, whether gradients are on
 """
 
+from equipoise.routers.adapter import RouterAdapter
 from equipoise.routers.kind import MoELayer, RouterKind, Slot
 
-__all__ = ["MoELayer", "RouterKind", "Slot"]
+__all__ = ["MoELayer", "RouterAdapter", "RouterKind", "Slot"]

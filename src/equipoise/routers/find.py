@@ -19,7 +19,9 @@ import torch
 from torch import nn
 
 from equipoise.errors import EquipoiseError
+from equipoise.routers.adapter import RouterAdapter, declared_adapter
 from equipoise.routers.fingerprint import NotComparable, fingerprint, tensor_shapes
+from equipoise.routers.frameworks import framework_adapter
 from equipoise.routers.kind import MoELayer, RouterKind
 from equipoise.routers.names import named_modules
 from equipoise.routers.outputs import CONTRACT, Refused
@@ -46,7 +48,7 @@ def find_routers(model: nn.Module, allow_empty: bool = False) -> list[MoELayer]:
     for candidate in _candidates(model):
         name, module, parent, _ = candidate
         try:
-            kind, num_experts, k, dimensions, obstacle = proof_of(module, parent)
+            kind, num_experts, k, dimensions, obstacle, by_max = proof_of(module, parent)
         except Refused as refusal_of_router:
             reason = _reason_outside(model, module) or refusal_of_router
             if _declared_kind(module) is not None:
@@ -54,7 +56,8 @@ def find_routers(model: nn.Module, allow_empty: bool = False) -> list[MoELayer]:
             refused.append((candidate, reason))
             continue
         slot = find_slot(module, parent, kind)
-        layers.append(MoELayer(name, module, kind, num_experts, k, slot, obstacle, dimensions))
+        own = kind.adapter.own_balancing(module, parent)
+        layers.append(MoELayer(name, module, kind, num_experts, k, slot, obstacle, dimensions, own, by_max))
     if layers:
         return _without_nested(layers)
     if allow_empty and not any(_is_moe_name(type(m).__name__) for m in model.modules() if m is not model):
@@ -142,7 +145,7 @@ def _candidates(model: nn.Module) -> list[_Candidate]:
     candidates = []
     for named in named_modules(model):
         cls: Any = type(named.module)
-        is_named = _has_router_name(cls) or _declared_kind(named.module) is not None
+        is_named = _has_router_name(cls) or _is_declared(named.module)
         form = "named" if is_named else _form_of(named.module)
         if form is not None:
             candidates.append(_Candidate(*named, is_certain=form != "dense"))
@@ -182,6 +185,16 @@ def _declared_kind(module: nn.Module) -> RouterKind | None:
     return None
 
 
+def _is_declared(module: nn.Module) -> bool:
+    return _declared_kind(module) is not None or adapter_of(module) is not None
+
+
+def adapter_of(router: nn.Module) -> RouterAdapter | None:
+    """How a router is called and read, if it or its class declares that, or if it belongs to a known framework."""
+    declared = declared_adapter(router)
+    return framework_adapter(plain_class(router)) if declared is None else declared
+
+
 @cache
 def _has_router_name(cls: Any) -> bool:
     """Whether the class, or a base of it outside torch, is called a router."""
@@ -211,15 +224,15 @@ def proof_of(router: nn.Module, parent: nn.Module | None = None, multiplies: boo
             "its forward was replaced on the instance, as the hooks of accelerate do (device_map, offload)",
             "Attach before that",
         )
-    declared = _declared_kind(router)
+    declared, adapter = _declared_kind(router), adapter_of(router)
     try:
-        key: Any = (declared, multiplies, fingerprint(router), tensor_shapes(parent))
+        key: Any = (declared, adapter, multiplies, fingerprint(router), tensor_shapes(parent))
         hash(key)
         proofs: Any = _PROOFS
     except (NotComparable, ValueError, TypeError, RecursionError):  # an empty cell, something unhashable or endless
-        key, proofs = (declared, multiplies), _PROOFS_OF_THIS_MODEL.setdefault(router, {})
+        key, proofs = (declared, adapter, multiplies), _PROOFS_OF_THIS_MODEL.setdefault(router, {})
     if key not in proofs:
-        proofs[key] = _prove(router, parent, declared, multiplies)
+        proofs[key] = _prove(router, parent, declared, adapter, multiplies)
     proof = proofs[key]
     if isinstance(proof, Refused):
         raise Refused(str(proof), proof.remedy)  # an error that is raised twice would keep the first traceback
@@ -227,12 +240,18 @@ def proof_of(router: nn.Module, parent: nn.Module | None = None, multiplies: boo
 
 
 def _prove(
-    router: nn.Module, parent: nn.Module | None, declared: RouterKind | None, multiplies: bool
+    router: nn.Module,
+    parent: nn.Module | None,
+    declared: RouterKind | None,
+    adapter: RouterAdapter | None,
+    multiplies: bool,
 ) -> Proof | Refused:
     try:
         with torch.random.fork_rng(devices=[]):  # some routers draw noise
-            proof = discover(router, parent) if declared is None else prove(router, declared, parent, multiplies)
-            return prove(router, proof.kind, parent, multiplies) if declared is None and multiplies else proof
+            if declared is not None:
+                return prove(router, declared, parent, multiplies)
+            proof = discover(router, parent, adapter)
+            return prove(router, proof.kind, parent, multiplies) if multiplies else proof
     except Refused as reason:
         return Refused(str(reason), reason.remedy)
     except Exception as error:  # a forward may raise anything once a bias moves its choice

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from equipoise.routers.kind import ADDED_SLOT
+from equipoise.routers.logits import LOGITS
 from equipoise.routers.tapped import plain_class
 
-_SKIPPED = vars(nn.Module()).keys() - {"training"} | {"_equipoise", "_equipoise_held"}
+_SKIPPED = vars(nn.Module()).keys() - {"training"} | {"_equipoise", "_equipoise_held", LOGITS}
 _MAX_OBJECTS = 4000  # in a router; above, it is proven individually
 
 

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from equipoise.errors import EquipoiseError
+from equipoise.routers.adapter import FORMS, OwnBalancing, RouterAdapter
 from equipoise.routing import ScoreFunction, score
 
 ADDED_SLOT = "_equipoise_bias"  # the buffer that attach adds to steer a router without a slot
@@ -21,6 +22,7 @@ class RouterKind(NamedTuple):
         logits          (logits [..., experts], weights [..., k], expert_ids [..., k], ...)
         probabilities   the same, with softmax probabilities in place of the logits
         dense           (scores [..., experts], logits [..., experts])
+        an adapter      what the ``RouterAdapter`` reads
 
     The leading dimensions are tokens, or batch and sequence. Dense scores are zero for experts that were not chosen.
 
@@ -30,30 +32,29 @@ class RouterKind(NamedTuple):
             a frozen parameter of the router, of a module inside it (``"moe_statics.e_score_correction_bias"``), or of
             the module around it that passes it to the router's forward.
         selection: what the router ranks, and so what a bias is added to: ``scores`` or ``logits``.
-        gives: what its forward returns: ``logits``, ``probabilities`` or ``dense``.
+        gives: what its forward returns: ``logits``, ``probabilities``, ``dense``, or a ``RouterAdapter``.
     """
 
     score_function: ScoreFunction
     slot: str | None = None
     selection: Literal["scores", "logits"] = "scores"
-    gives: Literal["logits", "probabilities", "dense"] = "logits"
+    gives: Literal["logits", "probabilities", "dense"] | RouterAdapter = "logits"
 
-    def read(self, output: Any, k: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    @property
+    def adapter(self) -> RouterAdapter:
+        """What reads and writes the router's output."""
+        return FORMS[self.gives] if isinstance(self.gives, str) else self.gives
+
+    def read(self, output: Any, k: int | None = None, logits: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """What the router's forward returned, as ``(logits, weights, expert_ids)`` with a row per token.
 
         Args:
             output: of the forward.
-            k: experts per token, for ``dense``.
+            k: experts per token, if it is known.
+            logits: for an adapter that takes them from a method of the router.
         """
-        if self.gives == "dense":
-            dense, logits = map(_by_token, output)
-            assert k is not None
-            expert_ids = dense.detach().topk(k, dim=-1).indices
-            return logits, dense.gather(-1, expert_ids), expert_ids
-        first, weights, expert_ids = map(_by_token, output[:3])
-        if self.gives == "probabilities":
-            first = first.clamp_min(torch.finfo(first.dtype).tiny).log()
-        return first, weights, expert_ids
+        logits, weights, expert_ids = map(_by_token, self.adapter.read(output, logits, k))
+        return logits, weights, expert_ids
 
     def write(self, output: Any, weights: Tensor, expert_ids: Tensor) -> Any:
         """The output of the router's forward with other weights of the same choice, in the shape that the router gave.
@@ -63,11 +64,7 @@ class RouterKind(NamedTuple):
             weights: ``[tokens, k]``.
             expert_ids: ``[tokens, k]``, the choice in ``output``.
         """
-        if self.gives == "dense":
-            dense, logits = output
-            new = torch.zeros_like(_by_token(dense)).scatter(-1, expert_ids, weights)
-            return new.view(dense.shape), logits
-        return (output[0], weights if output[1].dim() == 2 else weights.view(output[1].shape), *output[2:])
+        return self.adapter.write(output, weights, expert_ids)
 
     def ranked(self, logits: Tensor) -> Tensor:
         """What the router ranks, before a bias is added: the ``logits``, or their scores."""
@@ -92,17 +89,19 @@ class Slot(NamedTuple):
 
     @property
     def tensor(self) -> Tensor | None:
-        """The tensor as the model holds it; None if there is none of this name.
+        """The tensor as the model holds it; of a replicated ``DTensor`` the local one. None if there is none.
 
-        Raises ``EquipoiseError`` for a ``DTensor``, a parameter that FSDP2 sharded.
+        Raises ``EquipoiseError`` for a ``DTensor`` of which this rank has a part.
         """
-        tensor = self.holder._buffers.get(self.name)
+        tensor: Any = self.holder._buffers.get(self.name)
         tensor = self.holder._parameters.get(self.name) if tensor is None else tensor
         if type(tensor).__name__ == "DTensor":
-            raise EquipoiseError(
-                f"the bias of a router must be a plain tensor: {self.name} of a {type(self.holder).__name__} is a "
-                "DTensor. It is a parameter of this family; leave it out of fully_shard with ignored_params."
-            )
+            if not all(placement.is_replicate() for placement in tensor.placements):
+                raise EquipoiseError(
+                    f"the bias of a router must be whole on every rank: {self.name} of a {type(self.holder).__name__} "
+                    "is sharded. It is a parameter of this family; leave it out of fully_shard with ignored_params."
+                )
+            return tensor.to_local().detach()
         return None if tensor is None else tensor.detach()
 
     @property
@@ -117,7 +116,10 @@ class Slot(NamedTuple):
     def replace(self, bias: Float[Tensor, " experts"]) -> None:
         """Puts a copy of ``bias`` in place of the tensor; dtype and device may change."""
         before = self.tensor
-        copy = bias.detach().clone().view(bias.shape if before is None else before.shape)
+        copy: Any = bias.detach().clone().view(bias.shape if before is None else before.shape)
+        in_model: Any = {**self.holder._buffers, **self.holder._parameters}.get(self.name)
+        if type(in_model).__name__ == "DTensor":
+            copy = in_model.from_local(copy, in_model.device_mesh, in_model.placements, run_check=False)
         if self.name in self.holder._parameters:
             self.holder._parameters[self.name].data = copy
         else:
@@ -136,6 +138,8 @@ class MoELayer(NamedTuple):
         slot: the model's tensor that steers it; None if it has none of its own.
         obstacle: why no bias can steer it, or None. It can still be counted, and balanced by a loss.
         dimensions: of the inputs that it was proven on: 2 for ``[tokens, dim]``, 3 for ``[batch, sequence, dim]``.
+        own_balancing: what its framework does to balance it.
+        chooses_by_max: it chooses its one expert by a maximum, not by a top-k.
     """
 
     name: str
@@ -146,6 +150,8 @@ class MoELayer(NamedTuple):
     slot: Slot | None  # None if the router has no tensor of its own that steers it
     obstacle: str | None = None  # why no bias can steer it; it can still be counted, and balanced by a loss
     dimensions: tuple[int, ...] = (2, 3)  # of the inputs that it was proven on: [tokens, dim], [batch, sequence, dim]
+    own_balancing: OwnBalancing = OwnBalancing()
+    chooses_by_max: bool = False
 
     @property
     def device(self) -> torch.device:

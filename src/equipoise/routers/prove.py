@@ -7,17 +7,18 @@ refused, never miscounted.
 
 from collections.abc import Iterator
 from functools import cached_property
-from typing import Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from equipoise.routers.adapter import FORMS, RouterAdapter
 from equipoise.routers.kind import RouterKind, Slot
 from equipoise.routers.outputs import CONTRACT, LEAVE_OUT, Refused, forward_arguments
 from equipoise.routers.stand_in import RandomTensors
 from equipoise.routers.steering import BiasedTopK
-from equipoise.routers.trial import Trial
+from equipoise.routers.trial import K_ATTRIBUTES, Trial
 from equipoise.routing import SCORE_FUNCTIONS, score
 
 
@@ -29,6 +30,7 @@ class Proof(NamedTuple):
     k: int
     dimensions: tuple[int, ...] = (2, 3)  # of the inputs that it was proven on: [tokens, dim], [batch, sequence, dim]
     obstacle: str | None = None  # why no bias steers it; the rest is proven
+    chooses_by_max: bool = False  # its one expert, by a maximum and not by a top-k
 
 
 def find_slot(router: nn.Module, parent: nn.Module | None, kind: RouterKind) -> Slot | None:
@@ -56,27 +58,27 @@ def prove(
     """
     if multiplies and kind.selection == "logits":
         raise Refused("the choice is made by logits: a factor reverses the order of experts where they are negative")
-    trials = _Trials(router, parent)
-    return _prove(trials, kind, multiplies)[0]
+    adapter = None if isinstance(kind.gives, str) else kind.gives
+    return _prove(_Trials(router, parent, adapter), kind, multiplies)[0]
 
 
 class _Trials:
     """The trials of one router, each made when it is needed."""
 
-    def __init__(self, router: nn.Module, parent: nn.Module | None):
-        self.router, self.parent, self.random = router, parent, RandomTensors()
+    def __init__(self, router: nn.Module, parent: nn.Module | None, adapter: RouterAdapter | None):
+        self.router, self.parent, self.adapter, self.random = router, parent, adapter, RandomTensors()
 
     @cached_property
     def as_is(self) -> Trial:
-        return Trial(self.router, self.parent, self.random)
+        return Trial(self.router, self.parent, self.random, self.adapter)
 
     @cached_property
     def top_2(self) -> Trial | None:
         """With k = 1 the weight may be 1 whatever the score function: with k = 2 the weights show it."""
-        if getattr(self.router, "top_k", None) != 1:
+        if all(getattr(self.router, name, None) != 1 for name in K_ATTRIBUTES):
             return None
         try:
-            return Trial(self.router, self.parent, self.random, top_k=2)
+            return Trial(self.router, self.parent, self.random, self.adapter, top_k=2)
         except Refused:  # its forward is made for k = 1
             return None
 
@@ -84,12 +86,12 @@ class _Trials:
 def _prove(trials: _Trials, kind: RouterKind, multiplies: bool = False) -> tuple[Proof, bool]:
     """A proof, and whether anything but the choice shows the score function."""
     trial = trials.as_is
-    if trial.is_dense != (kind.gives == "dense"):
+    if trial.adapter is None and (trial.read_by is FORMS["dense"]) != (kind.gives == "dense"):
         raise Refused(f"its forward does not return what gives={kind.gives!r} says", CONTRACT)
     _check_slot(trial, kind.slot)
     if trial.router.training:
         runs = (trial.run_plain(trial.inputs[0], kind.slot), trial.run(trial.inputs[0], kind.slot))
-        if not all(map(torch.equal, *(kind.read(run, trial.k) for run in runs))):
+        if not all(map(torch.equal, *(trial.read(kind, run) for run in runs))):
             what_to_do = "Call eval() before attach, and train() after"
             raise Refused("it gives another result each time that it runs in training", what_to_do, progress=3)
     results: list[tuple[int, str | None, bool]] = []
@@ -107,7 +109,8 @@ def _prove(trials: _Trials, kind: RouterKind, multiplies: bool = False) -> tuple
     is_shown = all(shown for _, _, shown in results)
     if not is_shown and trials.top_2 is not None:
         _, is_shown = _check(trials.top_2, trials.top_2.inputs[0], kind, multiplies)
-    return Proof(kind, trial.num_experts, trial.k, dimensions, obstacle), is_shown
+    by_max = trial.chooses_by_max and kind.slot is None
+    return Proof(kind, trial.num_experts, trial.k, dimensions, obstacle, by_max), is_shown
 
 
 def _check_slot(trial: Trial, slot: str | None) -> None:
@@ -129,12 +132,12 @@ def _check_slot(trial: Trial, slot: str | None) -> None:
 def _check(trial: Trial, hidden: Tensor, kind: RouterKind, multiplies: bool) -> tuple[str | None, bool]:
     """Raises ``Refused`` if the router does not select as ``kind`` says. Gives what keeps a bias from steering it, and
     whether the weights show the score function."""
-    plain = kind.read(trial.run_plain(hidden, kind.slot), trial.k)
+    plain = trial.read(kind, trial.run_plain(hidden, kind.slot))
     zero = torch.zeros(trial.num_experts, device="cpu", dtype=torch.float32)
     is_shown = _check_weights(plain, plain, kind)
     _check_experts(plain, trial, kind, zero, multiplies)
     if any(name != kind.slot for name in trial.by_expert):  # what else has a number for each expert must not choose
-        other = kind.read(trial.run_plain(hidden, kind.slot, is_neutral=False), trial.k)
+        other = trial.read(kind, trial.run_plain(hidden, kind.slot, is_neutral=False))
         _check_experts(other, trial, kind, zero, multiplies)
     try:
         for bias in _trial_biases(trial.num_experts, kind, multiplies):
@@ -158,14 +161,14 @@ def _check_bias(
 ) -> bool:
     """Raises ``Refused`` if a bias does not steer the router, or does more. Whether the weights show the scores."""
     if kind.slot is None or multiplies:
-        top_k = BiasedTopK(bias, multiplies)
+        top_k = BiasedTopK(bias, multiplies, trial.chooses_by_max)
         with top_k:
             returned = trial.run(hidden, kind.slot)
-        output = kind.read(returned, trial.k)
+        output = trial.read(kind, returned)
         if top_k.num_choices != 1:
             raise Refused(_why_unsteered(top_k.num_choices), progress=2)
     else:
-        output = kind.read(trial.run(hidden, kind.slot, bias), trial.k)
+        output = trial.read(kind, trial.run(hidden, kind.slot, bias))
     is_shown = _check_weights(output, plain, kind)
     _check_experts(output, trial, kind, bias, multiplies)
     return is_shown
@@ -237,15 +240,17 @@ def _trial_biases(
     return 0.3 * kind.ranked(noise)[0], large
 
 
-def discover(router: nn.Module, parent: nn.Module | None = None) -> Proof:
+def discover(router: nn.Module, parent: nn.Module | None = None, adapter: RouterAdapter | None = None) -> Proof:
     """The first kind that can be proven of the router, which ``parent`` holds. Raises ``Refused`` if there is none."""
+    if adapter is not None and (reason := adapter.refusal(router)) is not None:
+        raise Refused(reason, "Switch that off, or leave the router out with attach(where=...)")
     if chooses_by_id(router):
         raise Refused("it chooses by the id of the token (a hash router), which no bias moves")
-    trials = _Trials(router, parent)
+    trials = _Trials(router, parent, adapter)
     slot = _acting_slot(trials.as_is)
     refusals: list[Refused] = []
     possible: list[Proof] = []
-    for kind in _kinds(slot, trials.as_is.is_dense):
+    for kind in _kinds(slot, trials.as_is):
         try:
             proof, is_shown = _prove(trials, kind)
         except Refused as refused:
@@ -285,9 +290,13 @@ def chooses_by_id(router: nn.Module) -> bool:
     return "input_ids" in forward_arguments(router)
 
 
-def _kinds(slot: str | None, is_dense: bool) -> Iterator[RouterKind]:
-    outputs: tuple[Literal["logits", "probabilities", "dense"], ...] = ("logits", "probabilities")
-    for gives in ("dense",) if is_dense else outputs:
+def _kinds(slot: str | None, trial: Trial) -> Iterator[RouterKind]:
+    outputs: tuple[Any, ...] = ("logits", "probabilities")
+    if trial.adapter is not None:
+        outputs = (trial.adapter,)
+    elif trial.read_by is FORMS["dense"]:
+        outputs = ("dense",)
+    for gives in outputs:
         for score_function in SCORE_FUNCTIONS:
             for selection in get_args(RouterKind.__annotations__["selection"]):
                 yield RouterKind(score_function, slot, selection, gives)

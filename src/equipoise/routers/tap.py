@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from equipoise.routers.forward import ForwardContext
 from equipoise.routers.kind import RouterKind
@@ -68,6 +69,8 @@ class Tap:
     multiplies: bool = False  # the buffer that attach added holds w - 1; scores are multiplied by w
     router: nn.Module | None = field(default=None, init=False)  # the one whose calls it reports
     dimensions: tuple[int, ...] = (2, 3)  # of the inputs that the router was proven on
+    chooses_by_max: bool = False  # the router chooses its one expert by a maximum, not by a top-k
+    logits_hook: RemovableHandle | None = field(default=None, init=False)  # on what returns the router's logits
 
     def __post_init__(self) -> None:
         if self.observer is not None:
@@ -76,7 +79,8 @@ class Tap:
             TAPS[number] = self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Tap, (self.kind, self.k, -1, None, None, False, False, False, self.multiplies)
+        steering = (self.multiplies, self.dimensions, self.chooses_by_max)
+        return Tap, (self.kind, self.k, -1, None, None, False, False, False, *steering)
 
     def observe(self, call: RouterCall) -> int:
         return UNCOUNTED if self.observer is None else self.observer.observe(call)

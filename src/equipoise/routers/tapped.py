@@ -12,8 +12,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from equipoise.errors import EquipoiseError
+from equipoise.routers.adapter import RouterAdapter
+from equipoise.routers.arguments import argument_names
 from equipoise.routers.gradient_paths import AtScores, EagerTap
 from equipoise.routers.kind import ADDED_SLOT, MoELayer, Slot
+from equipoise.routers.logits import hook_keeping_logits, methods_keeping_logits, take_logits
 from equipoise.routers.steering import BiasedTopK
 from equipoise.routers.tap import RouterCall, Tap
 from equipoise.torch_internals import (
@@ -35,17 +38,24 @@ def _check_input(router: nn.Module, tap: Tap, hidden: Tensor, *others: Any) -> N
         )
 
 
-def _report(router: nn.Module, tap: Tap, output: Any, hidden: Any) -> Any:
-    """Reports a call of ``router`` on ``hidden``. The output, behind the tap if there is a loss."""
+def _report(router: nn.Module, tap: Tap, output: Any, logits: Any, args: Any, kwargs: Any) -> Any:
+    """Reports a call of ``router``. The output, behind the tap if there is a loss.
+
+    ``logits`` are those that an adapter takes from a method of the router, else None.
+    """
     kind, context = tap.kind, tap.context
     assert context is not None  # the tap is live
-    logits, weights, expert_ids = kind.read(output, tap.k)
+    logits, weights, expert_ids = kind.read(output, tap.k, logits)
     if type(logits).__name__ == "DTensor":
         raise EquipoiseError(
             f"a router must give plain tensors: {type(router).__name__} gives a DTensor. Leave it out of the plan of "
             "parallelize_module: every tensor parallel rank has the same tokens and routes them by itself."
         )
     mask, sequence_ids = context.mask_and_sequences()
+    hidden = args[0] if args else next(iter(kwargs.values()), None)
+    if not isinstance(kind.gives, str) and not context.has_explicit_mask:
+        own_mask = kind.gives.mask(dict(zip(argument_names(router), args, strict=False)) | kwargs)
+        mask = mask if own_mask is None else own_mask
     forward = (mask, sequence_ids, context.inputs.rows, context.inputs.length)
     has_gradient = context.has_gradient is not False and are_gradients_wanted()
     if is_traced():
@@ -75,12 +85,14 @@ def _report(router: nn.Module, tap: Tap, output: Any, hidden: Any) -> Any:
 
 
 @cache
-def _tapped_class(base: Any) -> Any:
+def _tapped_class(base: Any, adapter: RouterAdapter | None = None) -> Any:
+    """A subclass of a router that reports its calls. ``adapter``: one that takes logits from a method of the router."""
+
     def forward(self, *args, **kwargs):
         tap = getattr(self, "_equipoise", None)
         added_slot = None if tap is None else self._buffers.get(ADDED_SLOT)
         if added_slot is not None:
-            top_k = BiasedTopK(added_slot, tap.multiplies)
+            top_k = BiasedTopK(added_slot, tap.multiplies, tap.chooses_by_max)
             with top_k:
                 output = base.forward(self, *args, **kwargs)
             if top_k.num_choices != 1:
@@ -91,6 +103,7 @@ def _tapped_class(base: Any) -> Any:
                 )
         else:
             output = base.forward(self, *args, **kwargs)
+        logits = None if adapter is None else take_logits(self)
         if tap is None or tap.router is None:  # detached, or a deep copy
             return output
         if tap.router is not self:
@@ -98,11 +111,11 @@ def _tapped_class(base: Any) -> Any:
             return output
         if len(tap.dimensions) == 1:
             _check_input(self, tap, *args, *kwargs.values())
-        hidden = args[0] if args else next(iter(kwargs.values()), None)
-        return _report(self, tap, output, hidden)
+        return _report(self, tap, output, logits, args, kwargs)
 
     forward.__wrapped__ = base.forward  # type: ignore[attr-defined]  # for inspect.signature
-    return _subclass(base, _tapped_class, {"forward": forward})
+    methods = {} if adapter is None else methods_keeping_logits(base, adapter)
+    return _subclass(base, _tapped_class, {"forward": forward, **methods}, adapter)
 
 
 @cache
@@ -111,7 +124,7 @@ def _holding_class(base: Any) -> Any:
     return _subclass(base, _holding_class, {})
 
 
-def _subclass(base: Any, class_of: Any, namespace: dict[str, Any]) -> Any:
+def _subclass(base: Any, class_of: Any, namespace: dict[str, Any], *arguments: Any) -> Any:
     """Of a module with a slot: the bias survives a cast in float32, and a loaded checkpoint is adopted."""
 
     def _apply(self, fn, recurse=True):
@@ -128,7 +141,7 @@ def _subclass(base: Any, class_of: Any, namespace: dict[str, Any]) -> Any:
     def __reduce_ex__(self, protocol):
         if type(self) is not subclass:  # one that was put on top, which knows how to copy itself
             return base.__reduce_ex__(self, protocol)
-        return _new, (class_of, base), self.__getstate__()
+        return _new, (class_of, base, *arguments), self.__getstate__()
 
     follows_its_slot = {"_apply": _apply, "_load_from_state_dict": _load_from_state_dict}
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
@@ -144,8 +157,8 @@ def _live_taps(module: nn.Module) -> list[Any]:
     return [tap for tap in taps if tap.observer is not None]
 
 
-def _new(class_of: Any, base: Any) -> nn.Module:
-    cls = class_of(base)
+def _new(class_of: Any, base: Any, *arguments: Any) -> nn.Module:
+    cls = class_of(base, *arguments)
     return cls.__new__(cls)
 
 
@@ -171,10 +184,10 @@ def _mark(class_of: Any) -> str:
     return "_equipoise" + class_of.__name__
 
 
-def _put_on(module: nn.Module, class_of: Any) -> None:
+def _put_on(module: nn.Module, class_of: Any, *arguments: Any) -> None:
     """Swaps the class for our subclass, unless one from an earlier attach is below a class that others put on."""
     if not _has_layer(type(module), class_of):
-        module.__class__ = class_of(type(module))
+        module.__class__ = class_of(type(module), *arguments)
 
 
 def _take_off(module: nn.Module) -> None:
@@ -186,12 +199,15 @@ def _take_off(module: nn.Module) -> None:
 def tap_router(layer: MoELayer, tap: Tap, added_slot: Float[Tensor, " experts"] | None) -> None:
     """Swaps the class of the router and of its slot's holder. ``added_slot`` becomes a buffer no checkpoint sees."""
     router, slot = layer.router, layer.slot
-    tap.dimensions = layer.dimensions
+    tap.dimensions, tap.chooses_by_max = layer.dimensions, layer.chooses_by_max
     if added_slot is not None:
         router.register_buffer(ADDED_SLOT, added_slot, persistent=False)
     tap.router = router
     router.__dict__["_equipoise"] = tap
-    _put_on(router, _tapped_class)
+    adapter = None if isinstance(layer.kind.gives, str) else layer.kind.gives
+    if adapter is not None:
+        tap.logits_hook = hook_keeping_logits(router, adapter)
+    _put_on(router, _tapped_class, *(() if adapter is None else (adapter,)))
     if slot is not None and slot.holder is not router:
         holder = slot.holder
         holder.__dict__["_equipoise_held"] = (*holder.__dict__.get("_equipoise_held", ()), tap)
@@ -204,6 +220,8 @@ def untap_router(router: nn.Module, slot: Slot | None) -> None:
     The model's own slot keeps what it holds.
     """
     tap = router.__dict__.pop("_equipoise")
+    if tap.logits_hook is not None:
+        tap.logits_hook.remove()
     if ADDED_SLOT in router._buffers:
         delattr(router, ADDED_SLOT)
     _take_off(router)

@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from equipoise.routers.adapter import FORMS, RouterAdapter
 from equipoise.routers.kind import RouterKind
+from equipoise.routers.logits import KeepingLogits
 from equipoise.routers.outputs import (
     CONTRACT,
     TOKENS,
@@ -19,9 +21,12 @@ from equipoise.routers.outputs import (
     output_names,
 )
 from equipoise.routers.stand_in import RandomTensors, make_stand_in, matrix_widths, stand_in_tensor
+from equipoise.routers.steering import BiasedTopK
 
-# Where routers keep their number of groups.
-GROUP_ATTRIBUTES = ("num_group", "num_groups", "n_group", "n_groups", "num_expert_group")
+ADAPTER = "See equipoise.RouterAdapter for what its methods must return"
+# Where routers keep k, and their number of groups.
+K_ATTRIBUTES = ("top_k", "topk")
+GROUP_ATTRIBUTES = ("num_group", "num_groups", "n_group", "n_groups", "num_expert_group", "num_expert_groups")
 
 
 class ExpertTensor(NamedTuple):
@@ -38,37 +43,59 @@ class ExpertTensor(NamedTuple):
         self.place[self.name] = nn.Parameter(value, requires_grad=False) if is_parameter else value
 
 
+class Returned(NamedTuple):
+    """What a forward of the stand-in returned, and its logits if an adapter takes them from a method."""
+
+    output: Any
+    logits: Tensor | None = None
+
+
 class Trial:
     """A stand-in that is run with several biases on the same random tokens."""
 
-    def __init__(self, router: nn.Module, parent: nn.Module | None, random: RandomTensors, top_k: int | None = None):
+    def __init__(
+        self,
+        router: nn.Module,
+        parent: nn.Module | None,
+        random: RandomTensors,
+        adapter: RouterAdapter | None = None,
+        top_k: int | None = None,
+    ):
         random.next = 0
+        self.adapter = adapter
         self.router = make_stand_in(router, random)
+        if adapter is not None:
+            adapter.prepare(self.router)
         if top_k is not None:
-            self.router.__dict__["top_k"] = top_k
+            self.router.__dict__ |= {name: top_k for name in K_ATTRIBUTES if name in self.router.__dict__}
         passed = _tensors_passed(router, parent)
         self.arguments = {name: stand_in_tensor(name, value, random) for name, value in passed.items()}
+        if adapter is not None:
+            self.arguments = {**adapter.arguments(TOKENS), **self.arguments}
         if needed := [name for name in forward_arguments(router, required=True)[1:] if name not in self.arguments]:
             raise Refused(f"its forward needs {' and '.join(needed)} beside the tokens", CONTRACT)
-        widths = matrix_widths(self.router)
+        width = None if adapter is None else adapter.width(router)
+        widths = matrix_widths(self.router) if width is None else [width]
         if not widths:
             raise Refused("it has no matrix of weights", CONTRACT)
-        self.inputs, output = self._fitting_inputs(widths, random)
-        if not self.inputs and num_tokens_of(output) is not None:
-            raise Refused(f"its forward gives {num_tokens_of(output)} rows for {TOKENS} tokens", CONTRACT)
-        check_output(output, router)
-        self.is_dense = is_dense(output)
-        self.num_experts = int(output[1 if self.is_dense else 0].shape[-1])
-        chosen = (output[0] != 0).sum(-1).max() if self.is_dense else output[2].shape[-1]
-        self.k = int(chosen)
+        self.inputs, returned = self._fitting_inputs(widths, random)
+        output = returned.output
+        if adapter is None:
+            if not self.inputs and num_tokens_of(output) is not None:
+                raise Refused(f"its forward gives {num_tokens_of(output)} rows for {TOKENS} tokens", CONTRACT)
+            check_output(output, router)
+            adapter = FORMS["dense" if is_dense(output) else "logits"]
+        logits, _, expert_ids = adapter.read(output, returned.logits, None)
+        self.read_by = adapter
+        self.num_experts, self.k = int(logits.shape[-1]), int(expert_ids.shape[-1])
         self.has_groups = any((getattr(self.router, name, 1) or 1) > 1 for name in GROUP_ATTRIBUTES)
         self.by_expert = dict(self._tensors_by_expert())
         self._plain: dict[Any, Any] = {}
 
-    def _fitting_inputs(self, widths: list[int], random: RandomTensors) -> tuple[list[Tensor], Any]:
+    def _fitting_inputs(self, widths: list[int], random: RandomTensors) -> tuple[list[Tensor], Returned]:
         """The tokens that the forward takes, [tokens, dim] and [batch, sequence, dim], and an output."""
         errors: list[Exception] = []
-        output, others = None, []
+        output, others = Returned(None), []
         for width in widths:
             tokens = random.normal(TOKENS, width) / width**0.5
             inputs: list[Tensor] = []
@@ -78,9 +105,9 @@ class Trial:
                 except Exception as error:  # a forward may raise anything on random tokens
                     errors.append(error)
                     continue
-                if num_tokens_of(new) != TOKENS:  # it reshaped the tokens to another width
+                if not self._has_all_tokens(new):  # it reshaped the tokens to another width
                     others.append(new)
-                elif not inputs or output_names(new) == output_names(output):
+                elif not inputs or self.adapter is not None or output_names(new[0]) == output_names(output[0]):
                     output = output if inputs else new
                     inputs.append(hidden)
             if inputs:
@@ -88,6 +115,24 @@ class Trial:
         if not others:
             raise self._failure(errors[0])
         return [], others[0]
+
+    def _has_all_tokens(self, returned: Returned) -> bool:
+        if self.adapter is None:
+            return num_tokens_of(returned.output) == TOKENS
+        try:
+            read = self.adapter.read(returned.output, returned.logits, None)
+        except Exception as error:
+            raise Refused(
+                f"its output cannot be read by {self.adapter!r}: {type(error).__name__}: {error}", ADAPTER
+            ) from None
+        if not all(isinstance(value, Tensor) and value.dim() >= 2 for value in read):
+            raise Refused(f"{self.adapter!r} must read three tensors (logits, weights, expert_ids)", ADAPTER)
+        logits, weights, expert_ids = read
+        is_fit = weights.shape == expert_ids.shape and logits.shape[:-1].numel() == weights.shape[:-1].numel()
+        if not is_fit or not logits.is_floating_point() or expert_ids.dtype != torch.int64:
+            shapes = ", ".join(f"{tuple(value.shape)} {value.dtype}" for value in read)
+            raise Refused(f"{self.adapter!r} reads {shapes}", ADAPTER)
+        return logits.shape[:-1].numel() == TOKENS
 
     def _failure(self, error: Exception) -> Refused:
         """Why the forward failed on every input."""
@@ -111,9 +156,13 @@ class Trial:
             f"Take a version of the model that runs in {mode} mode, or call {other} before attach if it stays so",
         )
 
-    def _forward(self, hidden: Tensor) -> Any:
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            return self.router.forward(hidden.clone(), **self.arguments)  # some routers add noise in place
+    def _forward(self, hidden: Tensor) -> Returned:
+        with torch.no_grad(), torch.autocast("cpu", enabled=False), KeepingLogits(self.router, self.adapter) as logits:
+            output = self.router.forward(hidden.clone(), **self.arguments)  # some routers add noise in place
+        return Returned(output, logits.value)
+
+    def read(self, kind: RouterKind, returned: Returned) -> tuple[Tensor, Tensor, Tensor]:
+        return kind.read(returned.output, self.k, returned.logits)
 
     def _tensors_by_expert(self) -> Iterator[tuple[str, ExpertTensor]]:
         generator = torch.Generator().manual_seed(2)
@@ -159,12 +208,23 @@ class Trial:
                 names.append(name)
         return names
 
+    @cached_property
+    def chooses_by_max(self) -> bool:
+        """Whether it takes no top-k over the experts, but one maximum."""
+        choices = []
+        for by_max in (False, True):
+            top_k = BiasedTopK(torch.zeros(self.num_experts, device="cpu"), by_max=by_max)
+            with top_k:
+                self._forward(self.inputs[0])
+            choices.append(top_k.num_choices)
+        return self.k == 1 and choices == [0, 1]
+
     def _choice(self) -> tuple[Tensor, Tensor]:
-        kind = RouterKind("softmax", gives="dense" if self.is_dense else "logits")  # of any score function
-        logits, _, expert_ids = kind.read(self._forward(self.inputs[0]), self.k)
+        kind = RouterKind("softmax", gives=self.read_by)  # of any score function
+        logits, _, expert_ids = self.read(kind, self._forward(self.inputs[0]))
         return logits, expert_ids if self.k == self.num_experts else expert_ids.sort().values
 
-    def run(self, hidden: Tensor, slot: str | None, bias: Tensor | None = None, is_neutral: bool = True) -> Any:
+    def run(self, hidden: Tensor, slot: str | None, bias: Tensor | None = None, is_neutral: bool = True) -> Returned:
         """What the forward returns with a bias in the slot, or 0."""
         self.fill(is_neutral)
         if slot is not None:
@@ -172,7 +232,7 @@ class Trial:
             tensor.put(torch.zeros_like(tensor.neutral) if bias is None else bias.view(tensor.neutral.shape))
         return self._forward(hidden)
 
-    def run_plain(self, hidden: Tensor, slot: str | None, is_neutral: bool = True) -> Any:
+    def run_plain(self, hidden: Tensor, slot: str | None, is_neutral: bool = True) -> Returned:
         """The same without a bias, computed once for all kinds."""
         key = (hidden.dim(), slot, is_neutral)
         if key not in self._plain:

@@ -137,9 +137,10 @@ def _family(module: Any, cls: type[nn.Module], model_type: str, has_hash_layers:
         if built is None:
             raise Refused("it cannot be built from the default config")
         router, parent = built
-        kind, _, _, _, obstacle = proof_of(router, parent)
-        if obstacle is not None:
-            raise Refused(obstacle)
+        proof = proof_of(router, parent)
+        kind = proof.kind
+        if proof.obstacle is not None:
+            raise Refused(proof.obstacle)
     except Refused as reason:
         if "expert" not in inspect.getsource(cls):
             return None
@@ -153,7 +154,7 @@ def _family(module: Any, cls: type[nn.Module], model_type: str, has_hash_layers:
         router=cls.__name__,
         score_function=kind.score_function,
         selection=kind.selection,
-        gives=kind.gives,
+        gives=str(kind.gives),
         slot=kind.slot,
         slot_held_by=held_by,
         group_limits=any(hasattr(router, name) for name in _GROUPS),

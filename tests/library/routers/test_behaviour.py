@@ -1,5 +1,7 @@
 """What is proven of a router is what runs: on batch and sequence, with its k, with all that moves its choice."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -576,17 +578,56 @@ class MaxRouter(PlainRouter):
             return scores.max(-1, keepdim=True)
         return scores.topk(self.top_k, -1)
 
+    def logits(self, x):
+        logits = super().logits(x)
+        return logits - logits.max(-1, keepdim=True).values if self.top_k > 1 else logits
 
-def test_a_router_that_takes_a_maximum_where_k_is_1_cannot_be_steered():
-    attach(nn.Sequential(Block(MaxRouter(2))), "loss-free")
-    with pytest.raises(EquipoiseError, match=r"MaxRouter\) cannot be steered: it chooses without torch.topk.*lbl"):
-        attach(nn.Sequential(Block(MaxRouter(1))), "loss-free")
-    balance = attach(model := nn.Sequential(Block(MaxRouter(1))), "lbl")
+
+class ArgmaxRouter(MaxRouter):
+    def choose(self, logits):
+        scores = logits.softmax(-1)
+        expert_ids = torch.argmax(scores, dim=-1, keepdim=True)
+        return scores.gather(-1, expert_ids), expert_ids
+
+
+class MaxWithoutDimension(MaxRouter):
+    def choose(self, logits):
+        weights, expert_ids = torch.max(logits.softmax(-1), dim=-1)
+        return weights.unsqueeze(-1), expert_ids.unsqueeze(-1)
+
+
+@pytest.mark.parametrize("router", [MaxRouter, ArgmaxRouter, MaxWithoutDimension])
+def test_a_router_that_takes_a_maximum_where_k_is_1_is_steered(router):
+    bias = 0.5 * _normal(EXPERTS, seed=3)
+    model = nn.Sequential(Block(router(1)))
+    balance = attach(model, "frozen+lbl", biases={"0.router": bias})
+    assert balance.layers[0].k == 1 and balance.layers[0].chooses_by_max
     x = _normal(4, 5, DIM)
     (model(x).sum() + balance.loss()).backward()
     balance.step()
-    expected = torch.bincount((x.reshape(20, DIM) @ model[0].router.weight.T).argmax(-1), minlength=EXPERTS)
+    scores = (x.reshape(20, DIM) @ model[0].router.weight.T).softmax(-1)
+    expected = torch.bincount((scores + bias).argmax(-1), minlength=EXPERTS)
     assert torch.equal(balance.load["0.router"], expected)
+    assert not torch.equal(expected, torch.bincount(scores.argmax(-1), minlength=EXPERTS))
+    logits, weights, expert_ids = copy.deepcopy(model[0].router)(x.reshape(20, DIM))  # a copy is steered as well
+    assert torch.equal(expert_ids[:, 0], (scores + bias).argmax(-1))
+    assert_close(weights, scores.gather(-1, expert_ids))  # the weights are the plain scores
+
+
+def test_a_maximum_beside_a_top_k_is_no_choice():
+    balance = attach(nn.Sequential(Block(MaxRouter(2))), "loss-free")
+    assert not balance.layers[0].chooses_by_max
+
+
+class TwoMaxima(MaxRouter):
+    def choose(self, logits):
+        scores = (logits - logits.max(-1, keepdim=True).values).softmax(-1)
+        return scores.max(-1, keepdim=True)
+
+
+def test_a_router_with_two_maxima_cannot_be_steered():
+    with pytest.raises(EquipoiseError, match=r"TwoMaxima\) cannot be steered: it chooses without torch.topk.*lbl"):
+        attach(nn.Sequential(Block(TwoMaxima(1))), "loss-free")
 
 
 class TopOneRouter(PlainRouter):

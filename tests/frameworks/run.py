@@ -1,0 +1,60 @@
+"""Runs the tests of frameworks, each in an environment of its own.
+
+    python tests/frameworks/run.py                 # all
+    python tests/frameworks/run.py torchtitan -x   # some, with options for pytest
+
+An environment sees the packages of the one that runs this, and adds those of ``environments/NAME.txt`` without their
+dependencies: the files are complete. It is made once, and again when its file changes.
+"""
+
+import hashlib
+import os
+import subprocess
+import sys
+import sysconfig
+import time
+import venv
+from pathlib import Path
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+ENVIRONMENTS = ROOT / "build" / "frameworks"
+NAMES = sorted(path.stem for path in (HERE / "environments").glob("*.txt"))
+
+
+def python_of(name: str) -> Path:
+    """The interpreter of a framework's environment, which is made if need be."""
+    requirements = HERE / "environments" / f"{name}.txt"
+    folder, digest = ENVIRONMENTS / name, hashlib.sha256(requirements.read_bytes()).hexdigest()
+    python, stamp = folder / "bin" / "python", folder / "requirements.sha256"
+    if not stamp.exists() or stamp.read_text() != digest:
+        venv.create(folder, clear=True, with_pip=True)
+        (packages,) = folder.glob("lib/python*/site-packages")
+        (packages / "zz_base.pth").write_text(sysconfig.get_path("purelib") + "\n")  # after its own packages
+        # Some frameworks forbid this version of Python in their metadata, and run on it.
+        pip = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--ignore-requires-python"]
+        subprocess.run([*pip, "--disable-pip-version-check", "-r", requirements], check=True)
+        stamp.write_text(digest)
+    return python
+
+
+def main() -> int:
+    names = [argument for argument in sys.argv[1:] if argument in NAMES] or NAMES
+    options = [argument for argument in sys.argv[1:] if argument not in NAMES]
+    codes = {}
+    for name in names:
+        start = time.monotonic()
+        python = python_of(name)
+        installed = time.monotonic()
+        environment = {**os.environ, "EQUIPOISE_FRAMEWORK": name, "PYTHONPATH": str(ROOT / "src")}
+        tests = [f"tests/frameworks/test_{name}.py", "-o", "filterwarnings=default", "-p", "no:cacheprovider"]
+        codes[name] = subprocess.run([python, "-m", "pytest", *tests, *options], cwd=ROOT, env=environment).returncode
+        print(f"{name}: {installed - start:.0f} s to install, {time.monotonic() - installed:.0f} s of tests", flush=True)
+    failed = [name for name, code in codes.items() if code != 0]
+    if failed:
+        print(f"failed: {', '.join(failed)}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
