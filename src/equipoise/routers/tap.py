@@ -70,6 +70,7 @@ class Tap:
     router: nn.Module | None = field(default=None, init=False)  # the one whose calls it reports
     dimensions: tuple[int, ...] = (2, 3)  # of the inputs that the router was proven on
     chooses_by_max: bool = False  # the router chooses its one expert by a maximum, not by a top-k
+    argument_names: list[str] = field(default_factory=list, init=False)  # of a forward that an adapter reads
     logits_hook: RemovableHandle | None = field(default=None, init=False)  # on what returns the router's logits
 
     def __post_init__(self) -> None:

@@ -54,7 +54,7 @@ def _report(router: nn.Module, tap: Tap, output: Any, logits: Any, args: Any, kw
     mask, sequence_ids = context.mask_and_sequences()
     hidden = args[0] if args else next(iter(kwargs.values()), None)
     if not isinstance(kind.gives, str) and not context.has_explicit_mask:
-        own_mask = kind.gives.mask(dict(zip(argument_names(router), args, strict=False)) | kwargs)
+        own_mask = kind.gives.mask(dict(zip(tap.argument_names, args, strict=False)) | kwargs)
         mask = mask if own_mask is None else own_mask
     forward = (mask, sequence_ids, context.inputs.rows, context.inputs.length)
     has_gradient = context.has_gradient is not False and are_gradients_wanted()
@@ -207,6 +207,7 @@ def tap_router(layer: MoELayer, tap: Tap, added_slot: Float[Tensor, " experts"] 
     adapter = None if isinstance(layer.kind.gives, str) else layer.kind.gives
     if adapter is not None:
         tap.logits_hook = hook_keeping_logits(router, adapter)
+        tap.argument_names = argument_names(router)
     _put_on(router, _tapped_class, *(() if adapter is None else (adapter,)))
     if slot is not None and slot.holder is not router:
         holder = slot.holder
