@@ -2,6 +2,7 @@
 
 from equipoise.counting.recorder import Recorder
 from equipoise.model_loss import warn_of_model_loss
+from equipoise.routers.blocks import BlockAdapter
 from equipoise.routers.kind import ADDED_SLOT
 from equipoise.routers.tap import Tap
 from equipoise.routers.tapped import is_tapped, tap_router, untap_router
@@ -21,7 +22,10 @@ class Taps:
         steers = any(group.steering is not None for group in recorder.biases.groups)
         stops = [layer.own_balancing.stop for layer in recorder.layers] if steers else []
         self._resume_own_updates = [stop() for stop in stops if stop is not None]  # of biases, by the framework
-        uses_mode = any(ADDED_SLOT in layer.router._buffers for layer in recorder.layers)
+        uses_mode = any(
+            ADDED_SLOT in layer.router._buffers or isinstance(layer.kind.gives, BlockAdapter)
+            for layer in recorder.layers
+        )
         self._end_compile_over_checkpoint = allow_compile_over_checkpoint(recorder) if uses_mode else None
         self.are_removed = False
 

@@ -20,12 +20,14 @@ from torch import nn
 
 from equipoise.errors import EquipoiseError
 from equipoise.routers.adapter import RouterAdapter, declared_adapter
+from equipoise.routers.blocks import MOVE, BlockAdapter, block_adapter
 from equipoise.routers.fingerprint import NotComparable, fingerprint, tensor_shapes
 from equipoise.routers.frameworks import framework_adapter
 from equipoise.routers.kind import MoELayer, RouterKind
 from equipoise.routers.names import named_modules
-from equipoise.routers.outputs import CONTRACT, Refused
+from equipoise.routers.outputs import CONTRACT, LEAVE_OUT, Refused
 from equipoise.routers.prove import Proof, chooses_by_id, discover, find_slot, prove
+from equipoise.routers.shapes import whole_shape
 from equipoise.routers.stand_in import returned_form, takes_tokens_alone
 from equipoise.routers.tapped import plain_class
 
@@ -57,6 +59,7 @@ def find_routers(model: nn.Module, allow_empty: bool = False) -> list[MoELayer]:
             continue
         slot = find_slot(module, parent, kind)
         own = kind.adapter.own_balancing(module, parent)
+        name = kind.adapter.layer_name(module, name)
         layers.append(MoELayer(name, module, kind, num_experts, k, slot, obstacle, dimensions, own, by_max))
     if layers:
         return _without_nested(layers)
@@ -97,7 +100,7 @@ def _no_router(model: nn.Module, refused: list[tuple["_Candidate", Refused]]) ->
 
 def _reason_outside(model: nn.Module, module: nn.Module) -> Refused | None:
     """Why a module of the model is not what it would be elsewhere: an old library, a wrapper."""
-    has_matrix = any(parameter.dim() > 1 for parameter in module.parameters())
+    has_matrix = any(len(whole_shape(parameter)) > 1 for parameter in module.parameters())
     if not has_matrix and any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
         return Refused(
             "FullyShardedDataParallel has flattened its weights",
@@ -149,6 +152,10 @@ def _candidates(model: nn.Module) -> list[_Candidate]:
         form = "named" if is_named else _form_of(named.module)
         if form is not None:
             candidates.append(_Candidate(*named, is_certain=form != "dense"))
+    modules = {candidate.module for candidate in candidates if candidate.is_certain}
+    for named in named_modules(model):  # blocks that route by themselves
+        if block_adapter(named.module) is not None and modules.isdisjoint(named.module.modules()):
+            candidates.append(_Candidate(*named, is_certain=True))
     return candidates
 
 
@@ -158,13 +165,13 @@ _FORMS: dict[Any, str | None] = {}  # by class, forward and shapes: what the for
 def _form_of(module: nn.Module) -> str | None:
     """What a module returns if it may be a router: ``choice`` or ``dense``. Cheap for all that are none."""
     cls = plain_class(module)
-    has_matrix = module._modules or any(p is not None and p.dim() == 2 for p in module._parameters.values())
+    has_matrix = module._modules or any(p is not None and len(whole_shape(p)) == 2 for p in module._parameters.values())
     if not has_matrix or not takes_tokens_alone(cls, cls.forward):
         return None
     parameters = list(islice(module.parameters(), 2 * _MAX_MODULES))
-    if max((parameter.dim() for parameter in parameters), default=0) != 2:
+    if max((len(whole_shape(parameter)) for parameter in parameters), default=0) != 2:
         return None
-    key = (cls, cls.forward, tuple(parameter.shape for parameter in parameters))
+    key = (cls, cls.forward, tuple(map(whole_shape, parameters)))
     if key not in _FORMS:
         is_small = len(list(islice(module.modules(), _MAX_MODULES + 1))) <= _MAX_MODULES
         _FORMS[key] = returned_form(module) if is_small else None
@@ -186,13 +193,19 @@ def _declared_kind(module: nn.Module) -> RouterKind | None:
 
 
 def _is_declared(module: nn.Module) -> bool:
-    return _declared_kind(module) is not None or adapter_of(module) is not None
+    return _declared_kind(module) is not None or _known_adapter(module) is not None
 
 
-def adapter_of(router: nn.Module) -> RouterAdapter | None:
+def _known_adapter(router: nn.Module) -> RouterAdapter | None:
     """How a router is called and read, if it or its class declares that, or if it belongs to a known framework."""
     declared = declared_adapter(router)
     return framework_adapter(plain_class(router)) if declared is None else declared
+
+
+def adapter_of(router: nn.Module) -> RouterAdapter | None:
+    """How a router, or a block that routes by itself, is called and read; None: by the form of its output."""
+    known = _known_adapter(router)
+    return block_adapter(router) if known is None else known
 
 
 @cache
@@ -253,7 +266,8 @@ def _prove(
             proof = discover(router, parent, adapter)
             return prove(router, proof.kind, parent, multiplies) if multiplies else proof
     except Refused as reason:
-        return Refused(str(reason), reason.remedy)
+        is_general = isinstance(adapter, BlockAdapter) and reason.remedy in (CONTRACT, LEAVE_OUT)
+        return Refused(str(reason), MOVE if is_general else reason.remedy)
     except Exception as error:  # a forward may raise anything once a bias moves its choice
         return Refused(f"its forward raised {type(error).__name__}: {error}, on random tokens", CONTRACT)
 
@@ -303,8 +317,8 @@ def _may_be_router(module: nn.Module) -> bool:
         return True  # known by what it returns
     weight = module._parameters.get("weight")
     has_name = any(re.search("router|gating", cls.__name__, re.IGNORECASE) for cls in _own_classes(type(module)))
-    has_matrix = any(p.dim() == 2 for p in module.parameters())
-    return has_matrix and (has_name or getattr(weight, "ndim", 0) == 2)
+    has_matrix = any(len(whole_shape(p)) == 2 for p in module.parameters())
+    return has_matrix and (has_name or (weight is not None and len(whole_shape(weight)) == 2))
 
 
 def _moe_blocks(model: nn.Module, candidates: list[_Candidate]) -> Iterator[tuple[str, nn.Module]]:

@@ -14,6 +14,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from equipoise.routers.adapter import FORMS, RouterAdapter
+from equipoise.routers.block_trial import BlockTrial
+from equipoise.routers.blocks import BlockAdapter
 from equipoise.routers.kind import RouterKind, Slot
 from equipoise.routers.outputs import CONTRACT, LEAVE_OUT, Refused, forward_arguments
 from equipoise.routers.stand_in import RandomTensors
@@ -68,9 +70,12 @@ class _Trials:
     def __init__(self, router: nn.Module, parent: nn.Module | None, adapter: RouterAdapter | None):
         self.router, self.parent, self.adapter, self.random = router, parent, adapter, RandomTensors()
 
+    def _trial(self) -> type[Trial]:
+        return BlockTrial if isinstance(self.adapter, BlockAdapter) else Trial
+
     @cached_property
     def as_is(self) -> Trial:
-        return Trial(self.router, self.parent, self.random, self.adapter)
+        return self._trial()(self.router, self.parent, self.random, self.adapter)
 
     @cached_property
     def top_2(self) -> Trial | None:
@@ -78,7 +83,7 @@ class _Trials:
         if all(getattr(self.router, name, None) != 1 for name in K_ATTRIBUTES):
             return None
         try:
-            return Trial(self.router, self.parent, self.random, self.adapter, top_k=2)
+            return self._trial()(self.router, self.parent, self.random, self.adapter, top_k=2)
         except Refused:  # its forward is made for k = 1
             return None
 
@@ -148,7 +153,23 @@ def _check(trial: Trial, hidden: Tensor, kind: RouterKind, multiplies: bool) -> 
         if multiplies:
             raise
         return str(refused), is_shown
+    if kind.slot is not None and not multiplies and trial.has_groups:
+        return _check_groups(trial, hidden, kind, plain), is_shown
     return None, is_shown
+
+
+def _check_groups(
+    trial: Trial, hidden: Tensor, kind: RouterKind, plain: tuple[Tensor, Tensor, Tensor]
+) -> str | None:
+    """Why no bias can steer a router with expert groups; None if the same bias on all experts changes no choice."""
+    bias = torch.full((trial.num_experts,), -2 * float(kind.ranked(plain[0].float()).abs().max()), device="cpu")
+    expert_ids = trial.read(kind, trial.run(hidden, kind.slot, bias))[2]
+    if torch.equal(expert_ids.sort().values, plain[2].sort().values):
+        return None
+    return (
+        "an expert outside the chosen expert groups gets the score 0 and is chosen, if those inside have negative "
+        "scores with their biases"
+    )
 
 
 def _check_bias(
@@ -165,8 +186,9 @@ def _check_bias(
         with top_k:
             returned = trial.run(hidden, kind.slot)
         output = trial.read(kind, returned)
-        if top_k.num_choices != 1:
-            raise Refused(_why_unsteered(top_k.num_choices), progress=2)
+        num_choices = top_k.num_choices / trial.runs
+        if num_choices != 1:
+            raise Refused(_why_unsteered(int(num_choices)), progress=2)
     else:
         output = trial.read(kind, trial.run(hidden, kind.slot, bias))
     is_shown = _check_weights(output, plain, kind)
@@ -243,7 +265,7 @@ def _trial_biases(
 def discover(router: nn.Module, parent: nn.Module | None = None, adapter: RouterAdapter | None = None) -> Proof:
     """The first kind that can be proven of the router, which ``parent`` holds. Raises ``Refused`` if there is none."""
     if adapter is not None and (reason := adapter.refusal(router)) is not None:
-        raise Refused(reason, "Switch that off, or leave the router out with attach(where=...)")
+        raise Refused(reason, adapter.remedy)
     if chooses_by_id(router):
         raise Refused("it chooses by the id of the token (a hash router), which no bias moves")
     trials = _Trials(router, parent, adapter)

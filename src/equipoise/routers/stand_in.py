@@ -2,6 +2,7 @@
 
 import inspect
 from collections import OrderedDict, deque
+from collections.abc import Collection
 from copy import copy
 from functools import cache
 from typing import Any, Literal
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from equipoise.routers.kind import ADDED_SLOT
 from equipoise.routers.outputs import TOKENS, is_dense, output_names
+from equipoise.routers.shapes import whole_shape
 from equipoise.routers.tapped import plain_class
 
 
@@ -43,8 +45,11 @@ class MetaTensors(RandomTensors):
 _BOUND_TO_INSTANCE = ("forward", "_old_forward", "_hf_hook", "_compiled_call_impl")  # by accelerate, by compile()
 
 
-def make_stand_in(router: nn.Module, random: RandomTensors) -> nn.Module:
-    """The router with random matrices, vectors of ones, biases of zeros: no sharded, meta or GPU weight is touched."""
+def make_stand_in(router: nn.Module, random: RandomTensors, without: Collection[str] = ()) -> nn.Module:
+    """The router with random matrices, vectors of ones, biases of zeros: no sharded, meta or GPU weight is touched.
+
+    The modules in it that ``without`` names are left out.
+    """
     stand_in = object.__new__(plain_class(router))  # fully_shard's classes make another one in their __new__
     stand_in.__dict__ = {
         name: copy(value) if isinstance(value, list | dict | set | deque) else value  # some routers log their calls
@@ -61,7 +66,9 @@ def make_stand_in(router: nn.Module, random: RandomTensors) -> nn.Module:
         if name != ADDED_SLOT
     }
     stand_in._modules = {
-        name: None if module is None else make_stand_in(module, random) for name, module in router._modules.items()
+        name: None if module is None else make_stand_in(module, random)
+        for name, module in router._modules.items()
+        if name not in without
     }
     return stand_in
 
@@ -69,9 +76,10 @@ def make_stand_in(router: nn.Module, random: RandomTensors) -> nn.Module:
 def stand_in_tensor(name: str, value: Tensor, random: RandomTensors) -> Tensor:
     if not value.is_floating_point():
         return torch.zeros(value.shape, dtype=value.dtype, device=random.device)
-    if value.dim() >= 2 and "bias" not in name:
-        return random.normal(*value.shape)
-    return torch.full(value.shape, 0.0 if "bias" in name else 1.0, device=random.device, dtype=torch.float32)
+    shape = whole_shape(value)
+    if len(shape) >= 2 and "bias" not in name:
+        return random.normal(*shape)
+    return torch.full(shape, 0.0 if "bias" in name else 1.0, device=random.device, dtype=torch.float32)
 
 
 @cache

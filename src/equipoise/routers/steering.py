@@ -1,5 +1,6 @@
-"""Steers a router without a bias of its own: its top-k over the experts, or its maximum, is that of biased scores."""
+"""Sees and steers the choice of experts inside a forward: its top-k over the experts, or its maximum."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,12 +12,21 @@ from torch.overrides import TorchFunctionMode
 class BiasedTopK(TorchFunctionMode):
     """Steers a top-k over the experts, by argument + bias or argument * (1 + bias); it gives the argument's values.
 
-    With ``by_max`` it steers a maximum over the experts, by which some routers choose one expert.
+    With ``by_max`` it steers a maximum over the experts, by which some routers choose one expert. ``on_choice`` is
+    called with the values and the ids of each choice, ``[..., k]``, and returns the values that the forward gets.
     """
 
-    def __init__(self, bias: Float[Tensor, " experts"], multiplies: bool = False, by_max: bool = False):
+    def __init__(
+        self,
+        bias: Float[Tensor, " experts"] | None,
+        multiplies: bool = False,
+        by_max: bool = False,
+        num_experts: int = 0,
+        on_choice: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ):
         super().__init__()
-        self.bias, self.multiplies, self.by_max = bias, multiplies, by_max
+        self.bias, self.multiplies, self.by_max, self.on_choice = bias, multiplies, by_max, on_choice
+        self.num_experts = num_experts if bias is None else bias.shape[0]
         self._dimensions: list[int] = []  # of the arguments that were steered
 
     @property
@@ -30,16 +40,16 @@ class BiasedTopK(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in (torch.topk, Tensor.topk) and kwargs.get("out") is None:
-            scores, k, is_sorted = _topk_of_experts(self.bias.shape[0], *args, **kwargs)
+        if func in _TOP_K and kwargs.get("out") is None:
+            scores, k, is_sorted = _topk_of_experts(self.num_experts, *args, **kwargs)
             if scores is not None:
                 ids = torch.topk(self._biased(scores), k, sorted=is_sorted).indices
-                return torch.return_types.topk((scores.gather(-1, ids), ids))
+                return torch.return_types.topk((self._values(scores, ids), ids))
         elif self.by_max and func in _MAXIMA and kwargs.get("out") is None:
-            scores, keeps_dimension = _max_of_experts(self.bias.shape[0], *args, **kwargs)
+            scores, keeps_dimension = _max_of_experts(self.num_experts, *args, **kwargs)
             if scores is not None:
                 ids = self._biased(scores).argmax(-1, keepdim=True)
-                values = scores.gather(-1, ids)
+                values = self._values(scores, ids)
                 if not keeps_dimension:
                     ids, values = ids.squeeze(-1), values.squeeze(-1)
                 return ids if func in _ARGMAXIMA else torch.return_types.max((values, ids))
@@ -48,9 +58,38 @@ class BiasedTopK(TorchFunctionMode):
     def _biased(self, scores: Tensor) -> Tensor:
         self._dimensions.append(scores.dim())
         plain = scores.detach()
+        if self.bias is None:
+            return plain
         return plain * (1 + self.bias) if self.multiplies else plain + self.bias
 
+    def _values(self, scores: Tensor, ids: Tensor) -> Tensor:
+        values = scores.gather(-1, ids)
+        return values if self.on_choice is None else self.on_choice(values, ids)
 
+
+class ChoicesSeen(TorchFunctionMode):
+    """Keeps the ids of each top-k and of each maximum over the experts, ``[..., k]``."""
+
+    def __init__(self, num_experts: int):
+        super().__init__()
+        self.num_experts = num_experts
+        self.top_k: list[Tensor] = []
+        self.maxima: list[Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func in _TOP_K and _topk_of_experts(self.num_experts, *args, **kwargs)[0] is not None:
+            self.top_k.append(result.indices)
+        elif func in _MAXIMA:
+            scores, keeps_dimension = _max_of_experts(self.num_experts, *args, **kwargs)
+            if scores is not None:
+                ids = result if func in _ARGMAXIMA else result.indices
+                self.maxima.append(ids if keeps_dimension else ids.unsqueeze(-1))
+        return result
+
+
+_TOP_K = (torch.topk, Tensor.topk)
 _ARGMAXIMA = (torch.argmax, Tensor.argmax)
 _MAXIMA = (torch.max, Tensor.max, *_ARGMAXIMA)
 

@@ -71,6 +71,7 @@ class Tap:
     dimensions: tuple[int, ...] = (2, 3)  # of the inputs that the router was proven on
     chooses_by_max: bool = False  # the router chooses its one expert by a maximum, not by a top-k
     argument_names: list[str] = field(default_factory=list, init=False)  # of a forward that an adapter reads
+    num_experts: int = 0
     logits_hook: RemovableHandle | None = field(default=None, init=False)  # on what returns the router's logits
 
     def __post_init__(self) -> None:
@@ -80,7 +81,7 @@ class Tap:
             TAPS[number] = self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        steering = (self.multiplies, self.dimensions, self.chooses_by_max)
+        steering = (self.multiplies, self.dimensions, self.chooses_by_max, self.num_experts)
         return Tap, (self.kind, self.k, -1, None, None, False, False, False, *steering)
 
     def observe(self, call: RouterCall) -> int:

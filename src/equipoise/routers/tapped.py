@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from equipoise.errors import EquipoiseError
 from equipoise.routers.adapter import RouterAdapter
 from equipoise.routers.arguments import argument_names
+from equipoise.routers.blocks import BlockAdapter
 from equipoise.routers.gradient_paths import AtScores, EagerTap
 from equipoise.routers.kind import ADDED_SLOT, MoELayer, Slot
 from equipoise.routers.logits import hook_keeping_logits, methods_keeping_logits, take_logits
@@ -54,7 +55,8 @@ def _report(router: nn.Module, tap: Tap, output: Any, logits: Any, args: Any, kw
     mask, sequence_ids = context.mask_and_sequences()
     hidden = args[0] if args else next(iter(kwargs.values()), None)
     if not isinstance(kind.gives, str) and not context.has_explicit_mask:
-        own_mask = kind.gives.mask(dict(zip(tap.argument_names, args, strict=False)) | kwargs)
+        arguments = dict(zip(tap.argument_names, args, strict=False)) | kwargs | {"self": router}
+        own_mask = kind.gives.mask(arguments)
         mask = mask if own_mask is None else own_mask
     forward = (mask, sequence_ids, context.inputs.rows, context.inputs.length)
     has_gradient = context.has_gradient is not False and are_gradients_wanted()
@@ -84,12 +86,40 @@ def _report(router: nn.Module, tap: Tap, output: Any, logits: Any, args: Any, kw
     return output
 
 
+def _forward_of_block(block: nn.Module, base: Any, tap: Tap, args: Any, kwargs: Any) -> Any:
+    """The forward of a block that routes by itself. Its call is reported when its top-k chooses."""
+
+    def report(values: Tensor, expert_ids: Tensor) -> Tensor:
+        logits = take_logits(block)
+        if tap.router is not block:  # detached, or a copy
+            return values
+        if len(tap.dimensions) == 1:
+            _check_input(block, tap, *args, *kwargs.values())
+        reported: Tensor = _report(block, tap, (values, expert_ids), logits, args, kwargs)[0]
+        return reported
+
+    bias = block._buffers.get(ADDED_SLOT)
+    top_k = BiasedTopK(bias, tap.multiplies, tap.chooses_by_max, tap.num_experts, report)
+    with top_k:
+        output = base.forward(block, *args, **kwargs)
+    if top_k.num_choices != 1:
+        raise EquipoiseError(
+            "a block that routes by itself must choose by one top-k over its experts, as it did when it was attached: "
+            f"in this call {type(block).__name__} took {top_k.num_choices}, so its choice was not counted. Call "
+            "detach() before a block is changed, and attach again after."
+        )
+    return output
+
+
 @cache
 def _tapped_class(base: Any, adapter: RouterAdapter | None = None) -> Any:
     """A subclass of a router that reports its calls. ``adapter``: one that takes logits from a method of the router."""
+    is_block = isinstance(adapter, BlockAdapter)
 
     def forward(self, *args, **kwargs):
         tap = getattr(self, "_equipoise", None)
+        if is_block and tap is not None:
+            return _forward_of_block(self, base, tap, args, kwargs)
         added_slot = None if tap is None else self._buffers.get(ADDED_SLOT)
         if added_slot is not None:
             top_k = BiasedTopK(added_slot, tap.multiplies, tap.chooses_by_max)
@@ -200,6 +230,7 @@ def tap_router(layer: MoELayer, tap: Tap, added_slot: Float[Tensor, " experts"] 
     """Swaps the class of the router and of its slot's holder. ``added_slot`` becomes a buffer no checkpoint sees."""
     router, slot = layer.router, layer.slot
     tap.dimensions, tap.chooses_by_max = layer.dimensions, layer.chooses_by_max
+    tap.num_experts = layer.num_experts
     if added_slot is not None:
         router.register_buffer(ADDED_SLOT, added_slot, persistent=False)
     tap.router = router

@@ -53,6 +53,8 @@ class Returned(NamedTuple):
 class Trial:
     """A stand-in that is run with several biases on the same random tokens."""
 
+    runs = 1  # of the router's forward, in one of the trial
+
     def __init__(
         self,
         router: nn.Module,
@@ -63,7 +65,7 @@ class Trial:
     ):
         random.next = 0
         self.adapter = adapter
-        self.router = make_stand_in(router, random)
+        self.router = self.stand_in(router, random)
         if adapter is not None:
             adapter.prepare(self.router)
         if top_k is not None:
@@ -92,6 +94,9 @@ class Trial:
         self.by_expert = dict(self._tensors_by_expert())
         self._plain: dict[Any, Any] = {}
 
+    def stand_in(self, router: nn.Module, random: RandomTensors) -> nn.Module:
+        return make_stand_in(router, random)
+
     def _fitting_inputs(self, widths: list[int], random: RandomTensors) -> tuple[list[Tensor], Returned]:
         """The tokens that the forward takes, [tokens, dim] and [batch, sequence, dim], and an output."""
         errors: list[Exception] = []
@@ -102,6 +107,8 @@ class Trial:
             for hidden in (tokens, tokens.view(2, TOKENS // 2, width)):
                 try:
                     new = self._forward(hidden)
+                except Refused:
+                    raise
                 except Exception as error:  # a forward may raise anything on random tokens
                     errors.append(error)
                     continue
@@ -217,7 +224,7 @@ class Trial:
             with top_k:
                 self._forward(self.inputs[0])
             choices.append(top_k.num_choices)
-        return self.k == 1 and choices == [0, 1]
+        return self.k == 1 and choices == [0, self.runs]
 
     def _choice(self) -> tuple[Tensor, Tensor]:
         kind = RouterKind("softmax", gives=self.read_by)  # of any score function

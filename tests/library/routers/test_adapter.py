@@ -395,14 +395,15 @@ class WithOwnBalancing(WeightsFirst):
             return lambda: setattr(parent, "rate", rate)
 
         loss = f"coefficient={parent.coefficient}" if parent.coefficient else None
-        return OwnBalancing(f"rate={rate}" if rate else None, stop if rate else None, loss)
+        z_loss = f"z_coefficient={parent.z_coefficient}" if parent.z_coefficient else None
+        return OwnBalancing(f"rate={rate}" if rate else None, stop if rate else None, loss, z_loss)
 
 
 class OwnBlock(Block):
-    def __init__(self, rate, coefficient):
+    def __init__(self, rate, coefficient, z_coefficient=0.0):
         super().__init__(SlottedRouter())
         self.router.router_adapter = WithOwnBalancing()
-        self.rate, self.coefficient = rate, coefficient
+        self.rate, self.coefficient, self.z_coefficient = rate, coefficient, z_coefficient
 
 
 @pytest.mark.parametrize("strategy", ["loss-free", "frozen", "quantile+z"])
@@ -431,6 +432,14 @@ def test_two_balancing_losses_are_refused():
     model = nn.Sequential(OwnBlock(0.0, 0.01))
     with pytest.raises(EquipoiseError, match=r"sample 1.0 adds its own to 0.router \(coefficient=0.01\)"):
         attach(model, "loss-free+lbl")
+
+
+def test_two_z_losses_are_refused_and_one_beside_a_balancing_loss_is_not(caplog):
+    model = nn.Sequential(OwnBlock(0.0, 0.0, 0.001))
+    with pytest.raises(EquipoiseError, match=r"one z-loss .* adds its own to 0.router \(z_coefficient=0.001\)"):
+        attach(model, "lbl+z")
+    attach(model, "lbl")
+    assert not caplog.records
 
 
 def test_a_balancing_loss_beside_a_bias_is_said(caplog):
