@@ -47,9 +47,12 @@ def main() -> int:
         python = python_of(name)
         installed = time.monotonic()
         environment = {**os.environ, "EQUIPOISE_FRAMEWORK": name, "PYTHONPATH": str(ROOT / "src")}
-        tests = [f"tests/frameworks/test_{name}.py", "-o", "filterwarnings=default", "-p", "no:cacheprovider"]
+        files = [str(path) for path in sorted(HERE.glob(f"test_{name}.py")) + sorted(HERE.glob(f"test_{name}_*.py"))]
+        tests = [*files, "-o", "filterwarnings=default", "-p", "no:cacheprovider"]
         codes[name] = subprocess.run([python, "-m", "pytest", *tests, *options], cwd=ROOT, env=environment).returncode
-        print(f"{name}: {installed - start:.0f} s to install, {time.monotonic() - installed:.0f} s of tests", flush=True)
+        print(
+            f"{name}: {installed - start:.0f} s to install, {time.monotonic() - installed:.0f} s of tests", flush=True
+        )
     failed = [name for name, code in codes.items() if code != 0]
     if failed:
         print(f"failed: {', '.join(failed)}")
