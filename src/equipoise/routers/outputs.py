@@ -75,7 +75,8 @@ def check_output(output: Any, router: nn.Module) -> None:
     shapes = [tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__ for value in output]
     if "expert_ids" not in names or "weights" not in names or _is_mask(output[names.index("expert_ids")]):
         raise Refused(f"{must} but {len(shapes)} outputs: {', '.join(map(str, shapes))}", CONTRACT)
-    raise Refused(f"{must} but ({', '.join(names)}){' in a list' * isinstance(output, list)}", _adapter(router, names))
+    is_list = isinstance(output, list)
+    raise Refused(f"{must} but ({', '.join(names)}){' in a list' * is_list}", _remedy(router, names, is_list))
 
 
 def _is_mask(ids: Tensor) -> bool:
@@ -83,32 +84,46 @@ def _is_mask(ids: Tensor) -> bool:
     return bool((ids.sort(-1).values.diff(dim=-1) == 0).any())
 
 
-def _adapter(router: nn.Module, names: list[str]) -> str:
-    """A subclass of the router that returns what ``attach`` reads."""
+def _remedy(router: nn.Module, names: list[str], is_list: bool) -> str:
+    """How a router with these outputs is attached: by an adapter, or a subclass that gives out its logits."""
     cls, hidden = plain_class(router).__name__, forward_arguments(router)[0]
-    logits = "logits" if "logits" in names else _logits_of(router, f"{hidden}.flatten(0, -2)")
-    if logits is None:
-        must = "Return (logits, weights, expert_ids) from its forward: logits are what its gate computes, before the "
-        return must + "scores. Take them so in the block that calls it"
-    return (
-        "Return them in that order, and take them so in the block that calls it:\n"
-        f"    class Adapted{cls}({cls}):\n"
-        f"        def forward(self, {hidden}):\n"
-        f"            {', '.join(names)} = super().forward({hidden})\n"
-        f"            return {logits}, weights, expert_ids\n"
-        "Then attach"
-    )
+    gate = None if "logits" in names else _gate_of(router)
+    if "logits" in names or gate is not None:
+        place = names.index("weights")
+        return (
+            "Say how to read them:\n"
+            f"    class {cls}Adapter(equipoise.RouterAdapter):\n"
+            + (f'        logits_returned_by = "{gate}"\n' if gate is not None else "")
+            + "        def read(self, output, logits, k):\n"
+            f"            {', '.join(names)} = output\n"
+            "            return logits, weights, expert_ids\n"
+            "        def write(self, output, weights, expert_ids):\n"
+            f"            output = list(output)\n"
+            f"            output[{place}] = weights.view(output[{place}].shape)\n"
+            f"            return {'output' if is_list else 'tuple(output)'}\n"
+            f"    {cls}.router_adapter = {cls}Adapter()\n"
+            "Then attach"
+        )
+    parameters = [name for name, _ in router.named_parameters()]
+    if len(parameters) == 1 and "." not in parameters[0]:
+        return (
+            "Return them in that order, and take them so in the block that calls it:\n"
+            f"    class Adapted{cls}({cls}):\n"
+            f"        def forward(self, {hidden}):\n"
+            f"            {', '.join(names)} = super().forward({hidden})\n"
+            f"            logits = F.linear({hidden}.flatten(0, -2).float(), self.{parameters[0]}.float())\n"
+            "            return logits, weights, expert_ids\n"
+            "Then attach"
+        )
+    must = "Return (logits, weights, expert_ids) from its forward: logits are what its gate computes, before the "
+    return must + "scores. Take them so in the block that calls it"
 
 
-def _logits_of(router: nn.Module, tokens: str) -> str | None:
-    """How its logits are computed from tokens, if a single product does it; else None."""
-    names = [name for name, _ in router.named_parameters()]
-    (path, gate), *others = [(p, m) for p, m in router.named_modules() if m._parameters] or [("", router)]
-    if not others and path and isinstance(gate, nn.Linear):
-        return f"self.{path}({tokens})"
-    if len(names) == 1 and not path:
-        return f"F.linear({tokens}.float(), self.{names[0]}.float())"
-    return None
+def _gate_of(router: nn.Module) -> str | None:
+    """The name of the only layer in the router, if it is linear: it computes the logits."""
+    layers = [(path, module) for path, module in router.named_modules() if module._parameters]
+    is_gate = len(layers) == 1 and isinstance(layers[0][1], nn.Linear) and layers[0][0] in router._modules
+    return layers[0][0] if is_gate else None
 
 
 def num_tokens_of(output: Any) -> int | None:
