@@ -60,7 +60,8 @@ def block_adapter(module: nn.Module) -> BlockAdapter | None:
 
     It holds a list of experts, and beside it a linear layer with one output for each of them.
     """
-    lists = [(name, child) for name, child in module._modules.items() if isinstance(child, nn.ModuleList)]
+    # A subclass of ModuleList may have a forward, which the block calls in place of the experts.
+    lists = [(name, child) for name, child in module._modules.items() if type(child) is nn.ModuleList]
     for experts, children in lists:
         gates = [] if len(children) < 2 else list(_gates(module, len(children)))
         if len(gates) > 1:  # names decide
