@@ -14,11 +14,13 @@ import sys
 import sysconfig
 import time
 import venv
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 ENVIRONMENTS = ROOT / "build" / "frameworks"
+AT_ONCE = 2  # frameworks; a test of two ranks takes two cores
 NAMES = sorted(path.stem for path in (HERE / "environments").glob("*.txt"))
 
 
@@ -38,22 +40,28 @@ def python_of(name: str) -> Path:
     return python
 
 
+def run(name: str, options: list[str], is_shown: bool) -> int:
+    """Runs one framework's tests. Their output is shown as they run, or at their end. Returns pytest's exit code."""
+    start = time.monotonic()
+    python = python_of(name)
+    installed = time.monotonic()
+    environment = {**os.environ, "EQUIPOISE_FRAMEWORK": name, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    files = [str(path) for path in sorted(HERE.glob(f"test_{name}.py")) + sorted(HERE.glob(f"test_{name}_*.py"))]
+    tests = [*files, "-o", "filterwarnings=default", "-p", "no:cacheprovider", "--disable-warnings"]
+    command = [python, "-m", "pytest", "-q", *tests, *options]
+    output = None if is_shown else subprocess.PIPE
+    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, text=True)
+    times = f"{installed - start:.0f} s to install, {time.monotonic() - installed:.0f} s of tests"
+    print(f"{done.stdout or ''}{name}: {times}, exit code {done.returncode}", flush=True)
+    return done.returncode
+
+
 def main() -> int:
     names = [argument for argument in sys.argv[1:] if argument in NAMES] or NAMES
     options = [argument for argument in sys.argv[1:] if argument not in NAMES]
-    codes = {}
-    for name in names:
-        start = time.monotonic()
-        python = python_of(name)
-        installed = time.monotonic()
-        environment = {**os.environ, "EQUIPOISE_FRAMEWORK": name, "PYTHONPATH": str(ROOT / "src")}
-        files = [str(path) for path in sorted(HERE.glob(f"test_{name}.py")) + sorted(HERE.glob(f"test_{name}_*.py"))]
-        tests = [*files, "-o", "filterwarnings=default", "-p", "no:cacheprovider"]
-        codes[name] = subprocess.run([python, "-m", "pytest", *tests, *options], cwd=ROOT, env=environment).returncode
-        print(
-            f"{name}: {installed - start:.0f} s to install, {time.monotonic() - installed:.0f} s of tests", flush=True
-        )
-    failed = [name for name, code in codes.items() if code != 0]
+    with ThreadPoolExecutor(max_workers=AT_ONCE) as pool:
+        codes = list(pool.map(lambda name: run(name, options, is_shown=len(names) == 1), names))
+    failed = [name for name, code in zip(names, codes, strict=True) if code != 0]
     if failed:
         print(f"failed: {', '.join(failed)}")
     return 1 if failed else 0
