@@ -48,8 +48,8 @@ MUTANTS = [
     ),
     Mutant(
         "30, 78: the bias reaches the weights",
-        "return torch.return_types.topk((scores.gather(-1, ids), ids))",
-        "return torch.return_types.topk((choice.gather(-1, ids), ids))",
+        "        values = scores.gather(-1, ids)\n        return values if",
+        "        values = (scores + self.bias).gather(-1, ids)\n        return values if",
         "test_find -k weights",
     ),
     Mutant(
@@ -133,7 +133,7 @@ MUTANTS = [
     ),
     Mutant(
         "74: a copy of the model is counted",
-        "        return Tap, (self.kind, self.k, -1, None, None, False, False, False, self.multiplies)",
+        "        return Tap, (self.kind, self.k, -1, None, None, False, False, False, *steering)",
         "        return (lambda tap: tap), (self,)",
         "test_find -k copy",
     ),
@@ -206,8 +206,8 @@ MUTANTS = [
     # and ours
     Mutant(
         "a third-party factor reaches the weights",
-        "choice = plain * (1 + self.bias) if self.multiplies else plain + self.bias",
-        "choice = plain + self.bias",
+        "return plain * (1 + self.bias) if self.multiplies else plain + self.bias",
+        "return plain + self.bias",
         "test_mechanisms -k product",
     ),
     # routers are known by what they do
@@ -243,8 +243,8 @@ MUTANTS = [
     ),
     Mutant(
         "routers: the proof of one serves all of its class",
-        "declared, multiplies, fingerprint(router), tensor_shapes(parent))",
-        "declared, multiplies)",
+        "declared, adapter, multiplies, fingerprint(router), tensor_shapes(parent))",
+        "declared, adapter, multiplies)",
         "test_find -k found_out",
     ),
     Mutant(
@@ -315,20 +315,20 @@ MUTANTS = [
     ),
     Mutant(
         "routers: k is what an attribute says",
-        "if self.is_dense else output[2].shape[-1]",
-        "if self.is_dense else getattr(router, 'top_k', 0) or output[2].shape[-1]",
+        "self.num_experts, self.k = int(logits.shape[-1]), int(expert_ids.shape[-1])",
+        "self.num_experts, self.k = int(logits.shape[-1]), getattr(router, 'top_k', 0) or int(expert_ids.shape[-1])",
         "test_own_routers",
     ),
     Mutant(
         "routers: probabilities are taken for logits",
-        "first = first.clamp_min(torch.finfo(first.dtype).tiny).log()",
-        "first = first * 1",
+        "return probabilities.clamp_min(torch.finfo(probabilities.dtype).tiny).log(), output[1], output[2]",
+        "return probabilities, output[1], output[2]",
         "test_every_family -k gemma4",
     ),
     Mutant(
         "routers: steered weights never reach dense scores",
-        "            return new.view(dense.shape), logits",
-        "            return dense, logits",
+        "return torch.zeros_like(by_token).scatter(-1, expert_ids, weights).view(dense.shape), dense_logits",
+        "return dense, dense_logits",
         "test_every_family -k 'tiny and llama4'",
     ),
     Mutant(
@@ -352,8 +352,8 @@ MUTANTS = [
     ),
     Mutant(
         "98: an input of another form than the proven one is let through",
-        "        if len(tap.dimensions) == 1:\n",
-        "        if False:\n",
+        "    if min(hidden.dim(), 3) not in tap.dimensions:\n",
+        "    if False:\n",
         "test_behaviour -k held_to_tokens",
     ),
     Mutant(
@@ -388,8 +388,8 @@ MUTANTS = [
     ),
     Mutant(
         "111: k = 1 is proven with k = 2",
-        "        return Trial(self.router, self.parent, self.random)\n",
-        "        return self.top_2 or Trial(self.router, self.parent, self.random)\n",
+        "        return self._trial()(self.router, self.parent, self.random, self.adapter)\n",
+        "        return self.top_2 or self._trial()(self.router, self.parent, self.random, self.adapter)\n",
         "test_behaviour -k maximum",
     ),
     Mutant(
@@ -415,5 +415,116 @@ MUTANTS = [
         "            inside._forward_hooks, inside._forward_pre_hooks = OrderedDict(), OrderedDict()",
         "            pass",
         "test_behaviour -k nor_run",
+    ),
+    # adapters
+    Mutant(
+        "an adapter's logits are those of the call before",
+        "    if logits is not None:\n        setattr(router, LOGITS, None)\n    return logits",
+        "    return logits",
+        "test_adapter -k 'detach_leaves or exact'",
+    ),
+    Mutant(
+        "the mask of a call is not asked for",
+        "        mask = mask if own_mask is None else own_mask\n",
+        "",
+        "test_adapter -k mask_of_the_call",
+    ),
+    Mutant(
+        "the mask of a call outranks token_mask",
+        "    if not isinstance(kind.gives, str) and not context.has_explicit_mask:\n",
+        "    if not isinstance(kind.gives, str):\n",
+        "test_adapter -k outranks",
+    ),
+    Mutant(
+        "a sequence-first router is read as batch-first",
+        "{n for n, layer in enumerate(layers) if layer.kind.adapter.is_sequence_first}",
+        "set()",
+        "test_adapter -k 'columns or mask_of_the_call'",
+    ),
+    Mutant(
+        "an adapter that refuses is not asked",
+        "(reason := adapter.refusal(router)) is not None:",
+        "(reason := None) is not None:",
+        "test_adapter -k wrong_adapter",
+    ),
+    Mutant(
+        "the framework goes on moving the bias",
+        "stops = [layer.own_balancing.stop for layer in recorder.layers] if steers else []",
+        "stops = []",
+        "test_adapter -k own_update",
+    ),
+    Mutant(
+        "the framework's own update stays off after detach",
+        "        for resume in self._resume_own_updates:\n            resume()\n",
+        "",
+        "test_adapter -k own_update",
+    ),
+    Mutant(
+        "the framework's own update is off without a bias of ours",
+        "for layer in recorder.layers] if steers else []",
+        "for layer in recorder.layers]",
+        "test_adapter -k goes_on",
+    ),
+    # a choice by a maximum
+    Mutant(
+        "a maximum is steered although it is no choice",
+        "return self.k == 1 and choices == [0, self.runs]",
+        "return choices[1] > choices[0]",
+        "test_behaviour -k maxim",
+    ),
+    Mutant(
+        "a copy of a router that chooses by a maximum is not steered",
+        "steering = (self.multiplies, self.dimensions, self.chooses_by_max, self.num_experts)",
+        "steering = (self.multiplies, self.dimensions, False, self.num_experts)",
+        "test_behaviour -k maximum",
+    ),
+    # blocks that route by themselves
+    Mutant(
+        "blocks: noise is not noticed",
+        "if not (torch.equal(logits, logits_2) and torch.equal(expert_ids, expert_ids_2)):",
+        "if False:",
+        "test_blocks -k refused",
+    ),
+    Mutant(
+        "blocks: dropped tokens are not noticed",
+        "if (weights.abs() < 1e-9).any() or error",
+        "if error",
+        "test_blocks -k refused",
+    ),
+    Mutant(
+        "blocks: other experts than the chosen are not noticed",
+        " or error.abs().max() > 1e-3 * added.abs().max():",
+        ":",
+        "test_blocks -k refused",
+    ),
+    Mutant(
+        "blocks: weights that are not the values of the top-k are accepted",
+        "        if torch.equal(output, disturbed):\n",
+        "        if False:\n",
+        "test_blocks -k refused",
+    ),
+    Mutant(
+        "blocks: the top-k of a copy is counted",
+        "        if tap.router is not block:  # detached, or a copy\n            return values\n",
+        "",
+        "test_blocks -k copies",
+    ),
+    Mutant(
+        "blocks: a forward without its top-k is not noticed",
+        "    if top_k.num_choices != 1:\n        raise EquipoiseError(\n            \"a block",
+        "    if False:\n        raise EquipoiseError(\n            \"a block",
+        "test_blocks -k stops_taking",
+    ),
+    Mutant(
+        "blocks: the loss does not go through the values of the top-k",
+        "        return values if self.on_choice is None else self.on_choice(values, ids)",
+        "        if self.on_choice is not None:\n            self.on_choice(values, ids)\n        return values",
+        "test_blocks -k exact",
+    ),
+    Mutant(
+        "blocks: large experts are tried",
+        "stand_in = make_stand_in(router, random, without=large | {self.adapter.experts})",
+        "stand_in = make_stand_in(router, random)",
+        "test_blocks -k touches_no_expert",
     ),
 ]
