@@ -525,6 +525,6 @@ MUTANTS = [
         "blocks: large experts are tried",
         "stand_in = make_stand_in(router, random, without=large | {self.adapter.experts})",
         "stand_in = make_stand_in(router, random)",
-        "test_blocks -k touches_no_expert",
+        "test_blocks -k no_stand_in",
     ),
 ]

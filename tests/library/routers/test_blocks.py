@@ -10,6 +10,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from equipoise import EquipoiseError, attach
+from equipoise.routers import stand_in
 from equipoise.routers.blocks import BlockAdapter
 
 DIM, EXPERTS, K = 16, 8, 2
@@ -237,12 +238,16 @@ def test_what_is_known_of_a_block():
     assert (layer.name, layer.num_experts, layer.k, layer.kind.selection) == ("block", EXPERTS, K, "scores")
 
 
-def test_the_proof_touches_no_expert():
+def test_the_proof_makes_no_stand_in_of_an_expert(monkeypatch):
     """Experts may be large: the stand-in has none of them, and no large module beside them."""
+    shapes, make = set(), stand_in.stand_in_tensor
+    monkeypatch.setattr(
+        stand_in, "stand_in_tensor", lambda name, value, random: shapes.add(value.shape) or make(name, value, random)
+    )
     block = BeforeTopK()
-    block.experts.to("meta")
-    block.shared_expert.to("meta")
+    block.register_buffer("unique", torch.zeros(7))  # no proof of an equal block serves this one
     attach(Model(block))
+    assert shapes == {(EXPERTS, DIM), (7,)}
 
 
 # ---- refusals ----
