@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from equipoise._text import abbreviate
 from equipoise.balance import Balance
-from equipoise.balancers import Balancer, LoadBalancingLoss, format_strategy, parse_strategy
+from equipoise.balancers import Balancer, LoadBalancingLoss, ZLoss, format_strategy, parse_strategy
 from equipoise.counting.pool import Pool, digest_of
 from equipoise.counting.start import BiasesOrPath, starting_biases
 from equipoise.errors import EquipoiseError, UsageError
@@ -157,8 +157,7 @@ def _plan(
             _check_factor(layer)
     if any(balancer.has_bias for balancer in resolved):
         _check_own_slots(layers)
-    if any(isinstance(balancer, LoadBalancingLoss) for balancer in resolved):
-        _check_own_losses(layers)
+    _check_own_losses(layers, resolved)
     return _Plan(inner, layers, resolved, starting_biases(inner, layers, resolved, biases))
 
 
@@ -177,15 +176,16 @@ def _check_own_slots(layers: Sequence[MoELayer]) -> None:
             )
 
 
-def _check_own_losses(layers: Sequence[MoELayer]) -> None:
-    """Raises if the framework adds a balancing loss too."""
-    layer = next((layer for layer in layers if layer.own_balancing.loss is not None), None)
-    if layer is not None:
-        raise EquipoiseError(
-            f"one balancing loss must be enough: {layer.kind.adapter.framework} adds its own to {layer.name} "
-            f"({layer.own_balancing.loss}). Set that to zero before the model is built, or attach a strategy without "
-            "a loss."
-        )
+def _check_own_losses(layers: Sequence[MoELayer], balancers: Sequence[Balancer]) -> None:
+    """Raises if the framework adds the same kind of loss too."""
+    for layer in layers:
+        own = layer.own_balancing
+        for kind, option, name in ((LoadBalancingLoss, own.loss, "balancing loss"), (ZLoss, own.z_loss, "z-loss")):
+            if option is not None and any(isinstance(balancer, kind) for balancer in balancers):
+                raise EquipoiseError(
+                    f"one {name} must be enough: {layer.kind.adapter.framework} adds its own to {layer.name} "
+                    f"({option}). Set that to zero before the model is built, or attach a strategy without a {name}."
+                )
 
 
 def _check_factor(layer: MoELayer) -> None:

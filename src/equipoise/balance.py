@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from equipoise._text import abbreviate, shape_or_type
 from equipoise.balancers import Balancer, format_strategy
+from equipoise.counting.gradient import LossScale
 from equipoise.counting.notices import Notices
 from equipoise.counting.pool import Pool
 from equipoise.counting.recorder import Recorder
+from equipoise.counting.replay import Record, Recording
 from equipoise.counting.state import load_state, state_of
 from equipoise.counting.taps import Taps
 from equipoise.counting.window_metrics import window_metrics
@@ -119,15 +121,19 @@ class Balance:
         return self._losses.ticket(micro_batch)
 
     @property
-    def loss_scale(self) -> float | Tensor | None:
+    def loss_scale(self) -> LossScale | None:
         """The factor of the losses where ``loss()`` cannot be added to a loss; None, the default, where it is added.
 
         Set it on a pipeline stage, for ``torch.autograd.grad`` and for GradCache. Every forward is then a micro-batch.
+
+        It may be a function of the unmasked tokens of a micro-batch on this rank, an int64 scalar. It is called once
+        for each micro-batch, when the first backward of its routers begins: for a scale that changes from step to step,
+        or a loss that is a sum over tokens.
         """
         return self._losses.loss_scale
 
     @loss_scale.setter
-    def loss_scale(self, value: float | Tensor | None) -> None:
+    def loss_scale(self, value: LossScale | None) -> None:
         self._losses.loss_scale = value
 
     @torch.no_grad()
@@ -207,6 +213,41 @@ class Balance:
     def counting(self) -> AbstractContextManager[None]:
         """Counts forwards without gradients too, in training mode: to find biases of a model that is not trained."""
         return self._recorder.counting_all()
+
+    def replay(
+        self, expert_ids: Record, mask: Tensor | None = None, moves_bias: bool = False
+    ) -> AbstractContextManager[None]:
+        """Routes one forward, and its backward, by expert ids that were recorded elsewhere: a rollout engine's.
+
+        The choice is that of the record, whatever the bias. The weights come from the live scores, and gradients reach
+        the router through them. What a router counts is what it was given. Enter it once for each forward, in any mode.
+
+        Args:
+            expert_ids: by layer name, or a list in the order of ``layers``: ints ``[batch, sequence, k]``, or
+                ``[tokens, k]`` in the router's own order; None routes a layer live. Or one tensor
+                ``[batch, sequence, layers, k]`` or ``[tokens, layers, k]``. A token with -1 is routed live.
+            mask: as of ``token_mask``, which it calls. Padding is routed live and counts nowhere, whatever its ids.
+            moves_bias: whether ``step()`` moves biases by a window in which this was counted. By default it moves none
+                on any rank: the load is not the router's own. A schedule goes on; a momentum stays.
+
+        Raises:
+            ValueError: the ids are no record of these layers. Values on a GPU are not looked at.
+            EquipoiseError: this ``Balance`` was detached; later, if a forward or a recomputation does not fit the ids.
+
+        Source: R3, arXiv:2510.11370.
+        """
+        if self._taps.are_removed:
+            raise EquipoiseError("replay() must be called before detach(): this Balance was detached. Attach it again.")
+        return self._recorder.replays.replaying(expert_ids, mask, moves_bias)
+
+    def recording(self) -> AbstractContextManager[Recording]:
+        """Records the choice of every router call, in any mode, but for recomputations.
+
+        Yields:
+            A dict, by layer name: a list of ``[tokens, k]``, one for each call. Its ``by_layer()`` and ``by_token()``
+            lay it out for ``replay``.
+        """
+        return self._recorder.replays.recording()
 
     def token_mask(
         self, mask: Tensor | None, sequence_ids: Tensor | None = None, *, where: Callable[[str], bool] | None = None

@@ -265,6 +265,11 @@ def after_each_step(optimizer: torch.optim.Optimizer, call: Callable[[bool | Ten
     if is_wrapper or not isinstance(hooks, Mapping):
         if type(optimizer).__module__.startswith("torch.optim"):
             raise _is_gone("Optimizer._optimizer_step_post_hooks", "tell an optimizer that is followed already")
+        if any(base.__module__.startswith("deepspeed.") for base in type(optimizer).__mro__):
+            raise TypeError(  # the one inside makes a step for each group of parameters, and none if it overflows
+                f"optimizer must be one of torch: got {type(optimizer).__name__} of DeepSpeed. Follow its engine: "
+                "equipoise.integrations.deepspeed.follow_engine(balance, engine)."
+            )
         raise TypeError(
             f"optimizer must be one of torch, whose steps have hooks: got {type(optimizer).__name__}. Pass the one "
             "that it wraps, as optimizer.optimizer, or call step() yourself."

@@ -14,7 +14,11 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_mtp_block_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
+    get_gpt_layer_local_spec,
+    get_gpt_mtp_block_spec,
+)
 from megatron.core.models.hybrid import hybrid_block
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -89,13 +93,15 @@ def local_spec() -> ModuleSpec:
 _NO_ATTENTION = {"input_layernorm": IdentityOp, "self_attention": IdentityOp, "self_attn_bda": IdentityFuncOp}
 
 
-def gpt(vp_stage: int | None = None, has_attention: bool = True, **options: Any) -> GPTModel:
+def gpt(vp_stage: int | None = None, has_attention: bool = True, max_length: int = LENGTH, **options: Any) -> GPTModel:
     """This rank's part of a model whose weights depend on nothing but their names in the whole model.
 
     Its attention has context parallelism with Transformer Engine only: there leave it out.
     """
     of = config(**options)
     spec = local_spec()
+    if isinstance(of.moe_layer_freq, list):
+        spec = get_gpt_decoder_block_spec(of, use_transformer_engine=False, vp_stage=vp_stage)
     if not has_attention:
         spec = replace(spec, submodules=replace(spec.submodules, **_NO_ATTENTION))
     more: dict[str, Any] = {}
@@ -105,7 +111,7 @@ def gpt(vp_stage: int | None = None, has_attention: bool = True, **options: Any)
         of,
         spec,
         VOCAB,
-        2 * LENGTH,
+        max_length,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
         share_embeddings_and_output_weights=False,
@@ -125,7 +131,7 @@ def hybrid() -> HybridModel:
     layers = hybrid_block.HybridStackSubmodules(attention_layer=attention, moe_layer=experts)
     stack = ModuleSpec(hybrid_block.HybridStack, submodules=layers)
     options: dict[str, Any] = {"hybrid_layer_pattern": "*E*E", "position_embedding_type": "learned_absolute"}
-    model = HybridModel(config(num_layers=4), stack, VOCAB, 2 * LENGTH, **options)
+    model = HybridModel(config(num_layers=4), stack, VOCAB, LENGTH, **options)
     fill(model)
     return model.train()
 
@@ -277,6 +283,8 @@ class Reference:
         rows, length = by_row.shape[:2]
         flat, is_padding = by_row.reshape(rows * length, -1), self.is_padding.reshape(-1)
         chosen = self.scores(flat).detach() + self.biases.get(self.names[router], torch.zeros(EXPERTS)).double()
+        if router.is_mtp_layer:
+            is_padding = self._later(is_padding.view(rows, length), router.layer_number).reshape(-1)
         load = torch.zeros(EXPERTS, dtype=torch.int64)
         for token in range(rows * length):
             if not is_padding[token]:
@@ -285,6 +293,13 @@ class Reference:
         sequence = torch.arange(rows).repeat_interleave(length)
         self.routed[-1][self.names[router]] = Routed(flat, load, is_padding, sequence)
         return logits
+
+    @staticmethod
+    def _later(is_padding: Tensor, distance: int) -> Tensor:
+        """Whether the token that is ``distance`` later is padding; the last ones are as the one before them."""
+        length = is_padding.shape[1]
+        columns = [min(place + distance, length - 1) for place in range(length)]
+        return torch.stack([is_padding[:, column] for column in columns], dim=1)
 
     def scores(self, logits: Tensor) -> Tensor:
         return logits.softmax(-1) if self.function == "softmax" else logits.sigmoid()

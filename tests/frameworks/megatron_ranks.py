@@ -135,7 +135,7 @@ RUNS: dict[str, tuple[dict[str, Any], Any, dict[str, Any]]] = {
     "tensor sequence": (TENSOR, refused, {"scope": "sequence"}),
     "context": (CONTEXT, train, {"scope": "global_batch", "form": "mean", "has_attention": False}),
     "context per token": (CONTEXT, train, {"scope": "global_batch", "has_attention": False, **PER_TOKEN}),
-    "pipeline": (PIPELINE, train, {"scope": "global_batch"}),
+    "pipeline": (PIPELINE, train, {"scope": "global_batch", "deallocate_pipeline_outputs": True}),
     "pipeline sequence": (
         PIPELINE,
         train,
@@ -151,14 +151,21 @@ RUNS: dict[str, tuple[dict[str, Any], Any, dict[str, Any]]] = {
         train,
         {"scope": "micro_batch", "chunks": 2, "num_layers": 2 * LAYERS},
     ),
+    "dense first stage": (PIPELINE, train, {"scope": "global_batch", "moe_layer_freq": [0, 1]}),
     "distributed optimizer": ({}, with_optimizer, {"distributed": True}),
 }
 
 
-def two(rank: int, folder: str) -> dict[str, Any]:
-    """Everything on two ranks; a traceback in place of what failed."""
+RUNS_OF_FOUR: dict[str, tuple[dict[str, Any], Any, dict[str, Any]]] = {
+    "tensor and data": (TENSOR, train, {"scope": "global_batch"}),
+    "pipeline and expert": (PIPELINE | EXPERT, train, {"scope": "global_batch"}),
+}
+
+
+def everything(rank: int, runs: Any) -> dict[str, Any]:
+    """By name of the run; a traceback in place of what failed."""
     results: dict[str, Any] = {}
-    for name, (sizes, run, options) in {**RUNS, "saved stages": (PIPELINE, save_stage, {"folder": folder})}.items():
+    for name, (sizes, run, options) in runs.items():
         start(**sizes)
         try:
             results[name] = run(**options)
@@ -166,3 +173,11 @@ def two(rank: int, folder: str) -> dict[str, Any]:
             results[name] = traceback.format_exc()
         stop()
     return results
+
+
+def two(rank: int, folder: str) -> dict[str, Any]:
+    return everything(rank, {**RUNS, "saved stages": (PIPELINE, save_stage, {"folder": folder})})
+
+
+def four(rank: int) -> dict[str, Any]:
+    return everything(rank, RUNS_OF_FOUR)

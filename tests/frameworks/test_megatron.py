@@ -16,9 +16,9 @@ from frameworks.megatron_models import (
     gpt,
     gradients,
     micro_batches,
-    optimizer_of,
 )
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.moe.router import TopKRouter
 
 from equipoise import EquipoiseError
 from equipoise.integrations.megatron import attach
@@ -169,6 +169,37 @@ def test_the_scale_of_a_grad_scaler_reaches_the_loss(name):
     assert distance(found, expected_of("global_batch", factor=64.0)[0]) < 1e-6
 
 
+@pytest.mark.parametrize("per_token", [False, True])
+def test_a_z_loss_has_the_same_weight(per_token):
+    found, _ = one_step("z:coefficient=0.1", calculate_per_token_loss=per_token)
+    reference = Reference()
+    reference.forward(micro_batches(*UNEVEN))
+    loss = torch.zeros((), dtype=torch.float64)
+    for n, routed in enumerate(reference.routed):
+        weight = reference.num_tokens(n) / 31 if per_token else 1 / 3
+        loss = loss + weight * sum(r.logits[~r.is_padding].logsumexp(-1).square().mean() for r in routed.values())
+    assert distance(found, reference.gradients(0.1 * loss, routers_only=False)) < 1e-6
+
+
+def test_a_choice_within_groups_is_counted(monkeypatch):
+    chosen, model = [], gpt(moe_router_num_groups=4, moe_router_group_topk=2)
+    routing = TopKRouter.routing
+
+    def record(self, logits, padding_mask=None):
+        weights, is_chosen = routing(self, logits, padding_mask)
+        if torch.is_grad_enabled() and self.layer_number == 1:
+            chosen.append(is_chosen[~padding_mask.reshape(-1)].sum(0))
+        return weights, is_chosen
+
+    wrapped = data_parallel(model)
+    balance = attach(wrapped, "loss-free")
+    monkeypatch.setattr(TopKRouter, "routing", record)
+    forward_backward(wrapped, micro_batches(*UNEVEN))
+    balance.step()
+    assert balance.load["decoder.layers.0.mlp.router"].tolist() == sum(chosen).tolist()
+    assert int(sum(chosen).sum()) == 31 * models.K
+
+
 def test_biases_follow_the_sign_rule_over_several_updates():
     model = data_parallel(gpt())
     balance = attach(model, f"loss-free:rate={RATE}")
@@ -200,7 +231,11 @@ def test_a_hybrid_model_is_counted():
 
 def test_layers_of_multi_token_prediction_count_tokens_that_have_a_next_one():
     """Megatron shifts their mask and fills its end with zeros, so the end of a padded row would count."""
-    _, balance = one_step("loss-free", micro_batches((8, 3, 6)), mtp_num_layers=2)
+    batches, options = micro_batches((8, 3, 6)), {"mtp_num_layers": 2, "mtp_loss_scaling_factor": 0.0}
+    found, balance = one_step(f"lbl:scope=sequence,coefficient={COEFFICIENT}", batches, **options)
+    expected, reference = expected_of("sequence", batches, **options)
+    assert distance(found, expected) < 1e-6
+    assert_counts(balance, reference)
     counts = {name: int(load.sum()) // models.K for name, load in balance.load.items()}
     mtp = "mtp.layers.{}.mtp_model_layer.mlp.router"
     main = {f"decoder.layers.{n}.mlp.router": 17 for n in range(LAYERS)}

@@ -23,7 +23,15 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def by_rank(folder):
     """What each rank returned, by the name of the run."""
-    results = ranks.run_on_ranks(2, megatron_ranks.two, folder)
+    return _by_name(ranks.run_on_ranks(2, megatron_ranks.two, folder))
+
+
+@pytest.fixture(scope="module")
+def by_rank_of_four():
+    return _by_name(ranks.run_on_ranks(4, megatron_ranks.four))
+
+
+def _by_name(results: list[Any]) -> Any:
     for result in results:
         assert not isinstance(result, str), result
 
@@ -51,14 +59,24 @@ CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "pipeline sequence": ("sequence", 1, {}),
     "interleaved": ("micro_batch", 1, {"num_layers": 2 * LAYERS}),
 }
-# In 1F1B the first of two stages runs two forwards before its first backward.
-KNOWN = {"pipeline": [[2, 2], [1, 2]]}
+CASES_OF_FOUR: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "tensor and data": ("global_batch", DATA, {}),
+    "pipeline and expert": ("global_batch", DATA, {}),
+}
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_two_ranks_give_what_one_model_gives(name, by_rank):
-    scope, places, options = CASES[name]
-    of_ranks, num = by_rank(name), len(megatron_ranks.LENGTHS[0])
+    check(name, by_rank(name), *CASES[name])
+
+
+@pytest.mark.parametrize("name", CASES_OF_FOUR)
+def test_four_ranks_give_what_one_model_gives(name, by_rank_of_four):
+    check(name, by_rank_of_four(name), *CASES_OF_FOUR[name])
+
+
+def check(name: str, of_ranks: list[Any], scope: str, places: int, options: dict[str, Any]) -> None:
+    num = len(megatron_ranks.LENGTHS[0])
     biases = {f"decoder.layers.{n}.mlp.router": torch.zeros(EXPERTS) for n in range(options.get("num_layers", LAYERS))}
     for step in range(STEPS):
         reference = Reference(biases, **options)
@@ -81,15 +99,29 @@ def test_two_ranks_give_what_one_model_gives(name, by_rank):
 
 
 def _loss(reference: Reference, name: str, scope: str, places: int, per_token: bool, of_ranks: Any) -> torch.Tensor:
+    """In a plain loop a backward knows the micro-batches up to its own, of all data parallel ranks.
+
+    In 1F1B the first of two stages runs two forwards before its first backward.
+    """
     num = len(reference.routed)
     total, loss = sum(reference.num_tokens(n) for n in range(num)), torch.zeros((), dtype=torch.float64)
     for n in range(num):
         knows: Any = range(places * (n // places + 1))
-        if name in KNOWN:
-            knows = {layer: range(KNOWN[name][rank][n]) for rank in range(2) for layer in of_ranks[rank]["names"]}
+        if name.startswith("pipeline"):
+            first = set(of_ranks[0]["names"])
+            knows = {layer: range(num) if layer in first else knows for rank in of_ranks for layer in rank["names"]}
         weight = reference.num_tokens(n) / total if per_token else 1 / num
         loss = loss + weight * reference.loss(n, scope, knows)
     return loss
+
+
+def test_a_stage_of_dense_layers_has_nothing_to_balance(by_rank):
+    first, second = by_rank("dense first stage")
+    assert first["names"] == [] and second["names"] == ["decoder.layers.1.mlp.router"]
+    assert all(metrics == {} for *_, metrics in first["steps"])
+    for gradient, load, biases, metrics in second["steps"]:
+        assert metrics["tokens"] == 24
+        assert all(value.any() for found in (gradient, load, biases) for value in found.values())
 
 
 def test_a_loss_of_each_sequence_is_refused_where_ranks_have_parts(by_rank):

@@ -7,11 +7,12 @@ things: the call that it belongs to, and the factor that the caller gave the los
   ``Window.recomputed_call`` finds it.
 - The *factor*: ``Balance.loss`` returns a ticket, a scalar whose backward carries no gradient. It runs before the
   backwards of the routers, because it was made after their forwards. It records the incoming gradient: 1 /
-  accumulation steps, a GradScaler's scale. If no ticket can be added to the loss, ``loss_scale`` is the factor.
+  accumulation steps, a GradScaler's scale. If no ticket can be added to the loss, ``loss_scale`` is the factor, or a
+  function that gives it.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ from equipoise.routers import MoELayer
 from equipoise.routers.tap import RECOMPUTED, UNCOUNTED, RouterCall
 from equipoise.routing import Routing, score, score_backward
 from equipoise.torch_internals import autograd_on
+
+LossScale = float | Tensor | Callable[[Tensor], float | Tensor]
 
 
 class _Ticket(torch.autograd.Function):
@@ -56,19 +59,28 @@ class Losses:
         self.number = len(self.balancers)
         self._waits = any(b.scope == "global_batch" and b.pooling == "window" for b in self.balancers)
         self.separates = False  # loss() was called, and so separates micro-batches
-        self._loss_scale: float | Tensor | None = None
+        self._loss_scale: LossScale | None = None
 
     @property
-    def loss_scale(self) -> float | Tensor | None:
-        """The factor of the losses if no ticket can be added; None if tickets are."""
+    def loss_scale(self) -> LossScale | None:
+        """The factor of the losses if no ticket can be added, or a function that gives it; None if tickets are."""
         return self._loss_scale
 
     @loss_scale.setter
-    def loss_scale(self, value: float | Tensor | None) -> None:
-        is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if value is not None and not is_number and not (isinstance(value, Tensor) and value.numel() == 1):
-            raise ValueError(f"loss_scale must be a finite number, a one-element tensor or None: got {value!r}.")
-        self._loss_scale = value.reshape(()) if isinstance(value, Tensor) else value
+    def loss_scale(self, value: LossScale | None) -> None:
+        must = "loss_scale must be a finite number, a one-element tensor, a function of the number of tokens, or None"
+        self._loss_scale = value if value is None or callable(value) else _checked_factor(value, must)
+
+    @torch.no_grad()
+    def _factor_without_ticket(self, micro_batch: MicroBatch) -> Tensor | float | None:
+        """``loss_scale``, or what it gives for this micro-batch. It is asked once for each: it may use collectives."""
+        if not callable(self._loss_scale):
+            return self._loss_scale
+        if micro_batch.loss_scale is None:
+            factor = self._loss_scale(micro_batch.fewest_tokens())
+            must = "the function loss_scale must give a finite number or a one-element tensor"
+            micro_batch.loss_scale = _checked_factor(factor, must)
+        return micro_batch.loss_scale
 
     def routing(self, call: CountedCall, routed: RouterCall) -> Routing:
         """What a counted call decided, for the balancers."""
@@ -191,18 +203,21 @@ class Losses:
 
         None in the backward of a gradient, which goes through the router again: a second derivative.
         """
-        window, factor = self.window, self.loss_scale
+        window = self.window
         if call_id == RECOMPUTED:
-            counted = window.recomputed_call(routed.layer, routed.expert_ids, has_factor=factor is not None)
+            has_factor = self.loss_scale is not None
+            counted = window.recomputed_call(routed.layer, routed.expert_ids, has_factor)
         else:
             counted = window.call(call_id)
-        if counted is not None and not counted.micro_batch.is_unserved(counted):
-            if counted.has_differentiable_gradient:
+        factor: Tensor | float | None = None
+        if counted is not None:
+            is_unserved = counted.micro_batch.is_unserved(counted)
+            if not is_unserved and counted.has_differentiable_gradient:
                 return None
-            if counted.micro_batch.factor is not None:
-                factor = None  # this backward is a second one, without a ticket of its own
-        elif counted is not None and counted.micro_batch.factor is not None:
-            factor = counted.micro_batch.factor
+            if counted.micro_batch.factor is None:
+                factor = self._factor_without_ticket(counted.micro_batch)
+            elif is_unserved:
+                factor = counted.micro_batch.factor  # else this backward is a second one, without a ticket of its own
         if counted is None or factor is None:
             raise EquipoiseError(
                 "balance.loss() must be added to the loss of every micro-batch, between its forward and its backward: "
@@ -223,3 +238,13 @@ class Losses:
 def _is_differentiated(routed: RouterCall) -> bool:
     """Whether the gradient that is made now will be differentiated again: the backward is one with create_graph."""
     return torch.is_grad_enabled() and routed.logits.requires_grad
+
+
+def _checked_factor(value: Any, must: str) -> float | Tensor:
+    """A finite number or a 0-d tensor. Raises ``ValueError``, which begins with ``must``, for anything else."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return value.reshape(())
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not is_number:
+        raise ValueError(f"{must}: got {value!r}.")
+    return float(value)

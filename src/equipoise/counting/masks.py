@@ -10,7 +10,6 @@ Others have
 - other tokens, such as the patches of images, to which the mask of the forward does not apply.
 """
 
-import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -20,11 +19,11 @@ from torch import Tensor, nn
 from equipoise.counting.call import FittedMask, Sequences
 from equipoise.errors import EquipoiseError
 from equipoise.routers import MoELayer
+from equipoise.routers.arguments import PREDICTS_FURTHER
 from equipoise.routers.forward import ForwardContext, ForwardTokens
 from equipoise.routers.tap import RouterCall
 from equipoise.torch_internals import PICKED
 
-_PREDICTS_FURTHER = re.compile("mtp|nextn|multi_?token", re.IGNORECASE)
 _JOINS_EMBEDDINGS = "eh_proj"  # in DeepSeek's models: joins hidden states with the embeddings of later tokens
 
 
@@ -66,6 +65,9 @@ class Tokens:
         explicit = self.context.masks_by_layer.get(call.layer)
         if explicit is not None:
             call = call._replace(mask=explicit.mask, sequence_ids=explicit.sequence_ids)
+        if len(call.leading) == 2 and self.layers[call.layer].kind.adapter.is_sequence_first:
+            # Its own input shows them; the forward of a later pipeline stage, or with split sequences, does not.
+            call = call._replace(rows=call.leading[1], length=call.leading[0])
         if call.mask is None and call.sequence_ids is None:
             return call
         mask, ids = (self._on_grid(values, call) for values in (call.mask, call.sequence_ids))
@@ -237,8 +239,8 @@ def layers_predicting_further(model: nn.Module, routers: set[nn.Module]) -> set[
     """
     further: set[nn.Module] = set()
     for path, module in model.named_modules(remove_duplicate=False):
-        has_name = path != "" and _PREDICTS_FURTHER.search(path.rpartition(".")[-1])
-        has_class = _PREDICTS_FURTHER.search(type(module).__name__) or _JOINS_EMBEDDINGS in module._modules
+        has_name = path != "" and PREDICTS_FURTHER.search(path.rpartition(".")[-1])
+        has_class = PREDICTS_FURTHER.search(type(module).__name__) or _JOINS_EMBEDDINGS in module._modules
         if has_name or (has_class and not routers <= {*module.modules()}):
             further.update(module.modules())
     return further

@@ -20,6 +20,7 @@ from equipoise.counting.gradient import Losses
 from equipoise.counting.layout import Layout, check_no_capture
 from equipoise.counting.masks import Tokens
 from equipoise.counting.pool import Pool
+from equipoise.counting.replay import Replays
 from equipoise.counting.window import CountedCall, MicroBatch, Window
 from equipoise.errors import EquipoiseError
 from equipoise.routers import MoELayer
@@ -69,8 +70,10 @@ class Recorder:
         self.window = Window(self.layout, pool, bool(losses), pools_each, self.biases)
         self.losses = Losses(layers, self.biases, self.window)
         self._needs_sequences = any(b.has_loss and b.scope == "sequence" for b in balancers)
-        self.context = ForwardContext(model, self, self._needs_sequences)
+        adapters = [layer.kind.adapter for layer in layers]
+        self.context = ForwardContext(model, self, self._needs_sequences, adapters)
         self.tokens = Tokens(model, layers, self.context)
+        self.replays = Replays(layers, self.context)
         self.uncounted: set[str] = set()  # since the last step: why calls that look like training were not counted
         self.detached_layers: set[int] = set()  # whose logits carry no gradient to a router that is trained
         self._undecided: dict[int, list[_Undecided]] = {}  # by layer: calls with a part of their forward's tokens
@@ -135,6 +138,8 @@ class Recorder:
         is_recomputation = is_backward_running()
         if not is_recomputation:
             self._is_shape_inference = is_shape_inference()
+        if not self._is_shape_inference:
+            self.replays.observe(call, is_recomputation)
         if self._is_shape_inference or self._mode is Mode.PAUSED:
             return UNCOUNTED
         if is_recomputation:
@@ -215,6 +220,7 @@ class Recorder:
         if (current is not None and current.forward is not outermost) or is_outside:
             self._begin_forward(current, layer, outermost, is_outside)
         micro_batch = window.micro_batch(call.expert_ids.device, outermost)
+        micro_batch.holds_bias |= self.replays.holds_bias(layer)
         if window.num_calls == 0:  # statistics depend on the biases: adopt what was written into slots since
             for group in self.biases.groups:
                 if group.has_statistics:
@@ -350,8 +356,10 @@ class Recorder:
         self.settle()
         window, num_before = self.window, self.window.num_closed
         absent = self.biases.empty_statistics() if len(called_layers) < len(self.layers) else None
-        statistics, applied = window.close(applied, absent)
+        # A choice that was replayed is not the router's own, so its load says nothing of the bias.
+        statistics, applied = window.close(False if window.holds_bias else applied, absent)
         self.uncounted.clear()
+        self.replays.window_closed()
         if self.context.has_explicit_mask:
             self.context.clear()
         if applied is not False and window.last is not None:

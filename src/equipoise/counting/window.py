@@ -44,6 +44,8 @@ class MicroBatch:
         self.sums: LossSums | None = None  # of its losses, if there are any
         self.counts: Counts | None = None  # that its losses go by, as far as they were known when it closed
         self.factor: Tensor | None = None  # that the caller gave the loss; known when its ticket's backward has run
+        self.loss_scale: Tensor | float | None = None  # what the function loss_scale gave for this micro-batch
+        self.holds_bias = False  # a call was replayed: no bias follows its window
         self._repeated: list[CountedCall] = []  # their forward had called the layer with the same tokens before
         self._calls: dict[int, list[int]] = {}  # by layer
         self._unserved: dict[int, list[int]] = {}
@@ -63,6 +65,10 @@ class MicroBatch:
             if call.layer == layer:
                 num_tokens = num_tokens - call.num_tokens
         return num_tokens
+
+    def fewest_tokens(self) -> Int[Tensor, ""]:
+        """Its unmasked tokens: the fewest of any called layer."""
+        return torch.stack([self.num_distinct_tokens(layer) for layer in sorted(self.called_layers)]).min()
 
     def continue_in(self, forward: object) -> None:
         """Another forward begins, whose calls belong to this micro-batch too."""
@@ -176,14 +182,17 @@ class Window:
     def called_layers(self) -> set[int]:
         return set().union(*(micro_batch.called_layers for micro_batch in self.micro_batches))
 
+    @property
+    def holds_bias(self) -> bool:
+        """Whether no bias is to follow this window."""
+        return any(micro_batch.holds_bias for micro_batch in self.micro_batches)
+
     def num_tokens(self, device: torch.device) -> Int[Tensor, ""]:
-        """The unmasked tokens of the open micro-batch, or of the last one: the fewest of any called layer."""
+        """The unmasked tokens of the open micro-batch, or of the last one."""
         micro_batch = self.current or self._latest
         if micro_batch is None:
             return torch.zeros((), dtype=torch.int64, device=device)
-        return torch.stack(
-            [micro_batch.num_distinct_tokens(layer) for layer in sorted(micro_batch.called_layers)]
-        ).min()
+        return micro_batch.fewest_tokens()
 
     def micro_batch(self, device: torch.device, forward: object) -> MicroBatch:
         """The open micro-batch; begins one in ``forward`` if there is none."""

@@ -18,11 +18,13 @@ class OwnBalancing(NamedTuple):
         bias_update: the option by which the framework moves the bias, with its value; None if it does not.
         stop: switches this update off, and returns the function that switches it on again.
         loss: the option by which the framework adds a balancing loss, with its value; None if it does not.
+        z_loss: the same of a z-loss on the router's logits.
     """
 
     bias_update: str | None = None
     stop: Callable[[], Callable[[], None]] | None = None
     loss: str | None = None
+    z_loss: str | None = None
 
 
 class RouterAdapter:
@@ -45,16 +47,21 @@ class RouterAdapter:
 
     Attributes:
         is_sequence_first: the router's tokens stand ``[sequence, batch]``, as in Megatron.
+        attention_mask_hides: True in the framework's masks of queries and keys says that a token may not attend, as in
+            Megatron. In Transformers and torch it may.
         logits_returned_by: the method of the router, or the module inside it, that returns its logits, if its forward
             does not.
         logits_passed_to: the method of the router that is called with its logits as the first argument, likewise.
         framework: what the router belongs to, with the version that was tested, for messages.
+        remedy: what to do about a ``refusal``, for its message.
     """
 
     is_sequence_first: bool = False
+    attention_mask_hides: bool = False
     logits_returned_by: str | None = None
     logits_passed_to: str | None = None
     framework: str = ""
+    remedy: str = "Switch that off, or leave the router out with attach(where=...)"
 
     def read(self, output: Any, logits: Tensor | None, k: int | None) -> tuple[Tensor, Tensor, Tensor]:
         """What a forward returned, as ``(logits [..., experts], weights [..., k], expert_ids [..., k])``.
@@ -79,33 +86,63 @@ class RouterAdapter:
         raise NotImplementedError
 
     def arguments(self, num_tokens: int) -> Mapping[str, Any]:
-        """What the block passes to the forward beside the tokens, by name, if no token is padding."""
+        """What the block passes to the forward beside the tokens, by name, if no token is padding.
+
+        Args:
+            num_tokens: in the call.
+        """
         return {}
 
     def mask(self, arguments: Mapping[str, Any]) -> Tensor | None:
         """1 for each token of a call that counts, 0 for padding: ``[batch, sequence]``, or ``[tokens]``.
 
         Args:
-            arguments: of the router's forward, by name.
+            arguments: of the router's forward, by name; ``self`` is the router.
 
         Returns:
             None if the arguments do not say it. Then the mask of the model's forward applies.
         """
         return None
 
+    def layer_name(self, router: Any, name: str) -> str:
+        """The name of a layer in the whole model. Change it if a pipeline stage numbers its layers by itself.
+
+        Args:
+            router: the module.
+            name: its name in the model that was attached.
+        """
+        return name
+
     def width(self, router: Any) -> int | None:
-        """The size of the tokens that the router takes, if it has no matrix of weights that shows it."""
+        """The size of the tokens that the router takes, if it has no matrix of weights that shows it.
+
+        Args:
+            router: as the model holds it.
+        """
         return None
 
     def prepare(self, stand_in: Any) -> None:
-        """Changes the stand-in on which a router is tried, so that its forward runs on a CPU."""
+        """Changes a stand-in, so that its forward runs on a CPU.
+
+        Args:
+            stand_in: of the router, with random weights, on which the proof tries its forward.
+        """
 
     def refusal(self, router: Any) -> str | None:
-        """Why a router cannot be counted right, or None. For options under which ``read`` does not see the choice."""
+        """Why a router cannot be counted right, or None: options of it under which ``read`` does not see the choice.
+
+        Args:
+            router: as the model holds it.
+        """
         return None
 
     def own_balancing(self, router: Any, parent: Any) -> OwnBalancing:
-        """What else balances the router, which ``parent`` holds."""
+        """What its framework does to balance the router.
+
+        Args:
+            router: as the model holds it.
+            parent: the module that holds it.
+        """
         return OwnBalancing()
 
     def __eq__(self, other: object) -> bool:  # the adapters of two ranks are the same

@@ -1,6 +1,7 @@
 """Reads the arguments of a model's forward: its rows and their length, padding, and where sequences begin."""
 
 import inspect
+import re
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from equipoise.errors import EquipoiseError
 
+PREDICTS_FURTHER = re.compile("mtp|nextn|multi_?token", re.IGNORECASE)  # names of multi-token prediction
 _TOKENS = ("input_ids", "inputs_embeds")  # the arguments of Transformers that hold one entry per token
 _POSITIONS = ("position_ids", "positions", "input_pos")
 # By token, the number of its sequence.
@@ -84,12 +86,15 @@ def padding_argument(arguments: Mapping[str, Any]) -> Any:
     return mask.get("full_attention") if isinstance(mask, Mapping) else mask
 
 
-def sequence_starts(arguments: Mapping[str, Any], rows: int, length: int) -> Bool[Tensor, "rows length"] | None:
+def sequence_starts(
+    arguments: Mapping[str, Any], rows: int, length: int, true_hides: bool = False
+) -> Bool[Tensor, "rows length"] | None:
     """Where a sequence begins, by every form in which the arguments of a forward show it. None: they show nothing.
 
     The forms are: ``position_ids`` that are 0 or fall, a change of ``seq_idx`` or of a mask that numbers its segments,
     the ends in ``cu_seq_lens``, and a mask of queries and keys under which a token may not attend to the one before it.
-    A row begins a sequence in any case. Raises ``EquipoiseError`` for a form that cannot be read.
+    A row begins a sequence in any case. Raises ``EquipoiseError`` for a form that cannot be read. ``true_hides``: in a
+    mask of queries and keys, True says that a token may not attend, as in Megatron.
     """
     shape = (rows, length)
     packed = arguments.get("packed_seq_params")  # of Megatron
@@ -99,8 +104,8 @@ def sequence_starts(arguments: Mapping[str, Any], rows: int, length: int) -> Boo
         *(_from_positions(arguments.get(name), shape) for name in _POSITIONS),
         *(_from_segments(arguments.get(name), shape, name) for name in _SEGMENTS),
         *(_from_ends(arguments.get(name), shape, name) for name in _ENDS),
-        _from_mask(padding_argument(arguments), shape, "attention_mask"),
-        *(_from_mask(value, shape, name) for name, value in arguments.items() if _is_other_mask(name, value)),
+        _from_mask(padding_argument(arguments), shape, "attention_mask", true_hides),
+        *(_from_mask(mask, shape, name, true_hides) for name, mask in arguments.items() if _is_other_mask(name, mask)),
     ]
     starts: Tensor | None = None
     for form in forms:
@@ -173,7 +178,7 @@ def _is_other_mask(name: str, value: Any) -> bool:
     return is_mask and (is_square or type(value).__name__ == "BlockMask")
 
 
-def _from_mask(mask: Any, shape: tuple[int, int], name: str) -> Tensor | None:
+def _from_mask(mask: Any, shape: tuple[int, int], name: str, true_hides: bool) -> Tensor | None:
     if mask is None or isinstance(mask, Mapping):
         return None
     if not isinstance(mask, Tensor):
@@ -187,7 +192,8 @@ def _from_mask(mask: Any, shape: tuple[int, int], name: str) -> Tensor | None:
     if not is_square or mask.shape[0] not in (1, shape[0]):
         return None  # of a cache, whose tokens belong to one sequence per row
     to_previous = (mask if mask.dim() == 3 else mask[:, 0]).diagonal(-1, -2, -1)
-    is_seen = to_previous == 0 if mask.is_floating_point() else to_previous.bool()  # floats are added to the scores
+    hides = true_hides or mask.is_floating_point()  # floats are added to the scores
+    is_seen = to_previous == 0 if hides else to_previous.bool()
     starts = torch.ones(shape, dtype=torch.bool, device=mask.device)
     starts[:, 1:] = ~is_seen
     return starts

@@ -50,17 +50,18 @@ def find_routers(model: nn.Module, allow_empty: bool = False) -> list[MoELayer]:
     for candidate in _candidates(model):
         name, module, parent, _ = candidate
         try:
-            kind, num_experts, k, dimensions, obstacle, by_max = proof_of(module, parent)
+            proof = proof_of(module, parent)
         except Refused as refusal_of_router:
             reason = _reason_outside(model, module) or refusal_of_router
             if _declared_kind(module) is not None:
                 raise _refusal(name, module, reason) from None
             refused.append((candidate, reason))
             continue
+        kind, num_experts, k, dimensions, obstacle, by_max, replay_obstacle, has_groups = proof
         slot = find_slot(module, parent, kind)
         own = kind.adapter.own_balancing(module, parent)
-        name = kind.adapter.layer_name(module, name)
-        layers.append(MoELayer(name, module, kind, num_experts, k, slot, obstacle, dimensions, own, by_max))
+        steered = (slot, obstacle, dimensions, own, by_max, replay_obstacle, has_groups)
+        layers.append(MoELayer(kind.adapter.layer_name(module, name), module, kind, num_experts, k, *steered))
     if layers:
         return _without_nested(layers)
     if allow_empty and not any(_is_moe_name(type(m).__name__) for m in model.modules() if m is not model):

@@ -12,6 +12,7 @@ from torch import nn
 
 from equipoise.routers.kind import ADDED_SLOT
 from equipoise.routers.logits import LOGITS
+from equipoise.routers.shapes import whole_shape
 from equipoise.routers.tapped import plain_class
 
 _SKIPPED = vars(nn.Module()).keys() - {"training"} | {"_equipoise", "_equipoise_held", LOGITS}
@@ -42,7 +43,7 @@ def tensor_shapes(module: nn.Module | None) -> tuple[Any, ...]:
         return ()
     tensors = {**module._buffers, **module._parameters}
     present = ((name, tensor) for name, tensor in tensors.items() if tensor is not None and name != ADDED_SLOT)
-    return tuple((name, tuple(tensor.shape), tensor.is_floating_point()) for name, tensor in present)
+    return tuple((name, tuple(whole_shape(tensor)), tensor.is_floating_point()) for name, tensor in present)
 
 
 def _value(value: Any, seen: dict[int, tuple[int, Any]]) -> Any:

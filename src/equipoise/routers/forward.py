@@ -16,7 +16,9 @@ from torch.utils.hooks import RemovableHandle
 
 from equipoise._text import shape_or_type
 from equipoise.errors import EquipoiseError
+from equipoise.routers.adapter import RouterAdapter
 from equipoise.routers.arguments import (
+    PREDICTS_FURTHER,
     argument_names,
     changes,
     flat_tokens,
@@ -134,25 +136,32 @@ class ForwardContext:
 
     Attributes:
         inputs: what the innermost forward was called with.
+        true_hides: True in a mask of queries and keys says that a token may not attend.
         token_mask: what ``Balance.token_mask`` said. It outranks ``inputs``.
         has_gradient: whether gradients were on when the outermost forward began. Inside, reentrant checkpointing
             switches them off. None if no forward is under way.
+        reads_order: routing is recorded, and the order of the tokens of a router is to be known.
     """
 
-    def __init__(self, model: nn.Module, counter: CallCounter, needs_sequences: bool):
+    def __init__(
+        self, model: nn.Module, counter: CallCounter, needs_sequences: bool, adapters: Sequence[RouterAdapter] = ()
+    ):
         self.model = model
         self.counter = counter
         self.needs_sequences = needs_sequences
+        self.true_hides = any(adapter.attention_mask_hides for adapter in adapters)
         self.clear()
         self.inputs = _Inputs()
         self.has_gradient: bool | None = None
+        self.reads_order = False
         self._forwards: list[_Forward] = []  # under way, from the outermost to the innermost
         self._last = ForwardTokens()  # of the last outermost forward
         self._num_calls_before = 0  # router calls before the outermost forward
         self._num_calls_at_mask = 0  # router calls when token_mask was called
         self._ambiguous: set[nn.Module] = set()  # modules with two masks that cannot be assigned to their routers
         self._has_checked_values = False  # of a mask of floats that is not on the host
-        self._is_sequence_first = any(getattr(module, "batch_first", True) is False for module in model.modules())
+        by_torch = any(getattr(module, "batch_first", True) is False for module in model.modules())
+        self._is_sequence_first = by_torch or any(adapter.is_sequence_first for adapter in adapters)
 
     def clear(self) -> None:
         self.token_mask: TokenMask | None = None
@@ -291,13 +300,17 @@ class ForwardContext:
 
     def _read(self, module: nn.Module, arguments: Mapping[str, Any]) -> None:
         rows, length = rows_and_length(arguments, self._is_sequence_first)
+        # Multi-token prediction takes the ids and positions around it, shifted: the sequences are the same.
+        is_further = len(self._forwards) > 1 and PREDICTS_FURTHER.search(type(module).__name__) is not None
+        is_shifted = is_further and (rows, length) == (self.inputs.rows, self.inputs.length)
         if rows:
             self.inputs = self.inputs._replace(rows=rows, length=length)
         mask, ids = padding_argument(arguments), arguments.get("input_ids")
         if isinstance(ids, Tensor):
             if self.inputs.ids is not None and ids is not self.inputs.ids and not is_traced():
                 # Other tokens than those of the forward around: a decoder inside an encoder-decoder.
-                self.inputs = self.inputs._replace(mask=None, sequence_ids=None, problem=None)
+                sequence_ids = self.inputs.sequence_ids if is_shifted else None
+                self.inputs = self.inputs._replace(mask=None, sequence_ids=sequence_ids, problem=None)
             self.inputs = self.inputs._replace(ids=ids)
         if isinstance(mask, Tensor):
             if mask.dim() == 1 and mask.shape[0] == flat_tokens(arguments):
@@ -306,9 +319,9 @@ class ForwardContext:
                 self._read_padding(mask, module, arguments)
         if rows == 0 and self.needs_sequences:  # packed sequences may be flat
             rows, length = 1, flat_tokens(arguments)
-        if self.needs_sequences and self.model.training and rows and length:
+        if self.needs_sequences and self.model.training and rows and length and not is_shifted:
             try:
-                starts = sequence_starts(arguments, rows, length)
+                starts = sequence_starts(arguments, rows, length, self.true_hides)
             except EquipoiseError as error:
                 self.inputs = self.inputs._replace(problem=str(error))
             else:

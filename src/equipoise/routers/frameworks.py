@@ -8,6 +8,7 @@ from equipoise.routers.adapter import RouterAdapter
 
 # The first part of a module's name, and the module of ours that knows its routers, by the names of their classes.
 _FRAMEWORKS = {
+    "deepspeed": "equipoise.integrations.deepspeed",
     "torchtitan": "equipoise.integrations.torchtitan",
     "megatron": "equipoise.integrations.megatron",
     "olmo_core": "equipoise.integrations.olmo_core",

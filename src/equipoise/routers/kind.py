@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from equipoise.errors import EquipoiseError
 from equipoise.routers.adapter import FORMS, OwnBalancing, RouterAdapter
+from equipoise.routers.shapes import is_partitioned
 from equipoise.routing import ScoreFunction, score
 
 ADDED_SLOT = "_equipoise_bias"  # the buffer that attach adds to steer a router without a slot
@@ -91,7 +92,7 @@ class Slot(NamedTuple):
     def tensor(self) -> Tensor | None:
         """The tensor as the model holds it; of a replicated ``DTensor`` the local one. None if there is none.
 
-        Raises ``EquipoiseError`` for a ``DTensor`` of which this rank has a part.
+        Raises ``EquipoiseError`` for a ``DTensor``, or a parameter under ZeRO-3, of which this rank has a part.
         """
         tensor: Any = self.holder._buffers.get(self.name)
         tensor = self.holder._parameters.get(self.name) if tensor is None else tensor
@@ -102,6 +103,11 @@ class Slot(NamedTuple):
                     "is sharded. It is a parameter of this family; leave it out of fully_shard with ignored_params."
                 )
             return tensor.to_local().detach()
+        if tensor is not None and is_partitioned(tensor):
+            raise EquipoiseError(
+                f"the bias of a router must be whole on every rank: ZeRO-3 keeps a part of {self.name} of a "
+                f"{type(self.holder).__name__}. It is a parameter of this family. Use ZeRO stage 2."
+            )
         return None if tensor is None else tensor.detach()
 
     @property
@@ -140,6 +146,8 @@ class MoELayer(NamedTuple):
         dimensions: of the inputs that it was proven on: 2 for ``[tokens, dim]``, 3 for ``[batch, sequence, dim]``.
         own_balancing: what its framework does to balance it.
         chooses_by_max: it chooses its one expert by a maximum, not by a top-k.
+        replay_obstacle: why no recorded choice can take the place of its own, or None.
+        has_groups: it has no slot, and chooses expert groups first: the other experts lose their scores.
     """
 
     name: str
@@ -152,6 +160,8 @@ class MoELayer(NamedTuple):
     dimensions: tuple[int, ...] = (2, 3)  # of the inputs that it was proven on: [tokens, dim], [batch, sequence, dim]
     own_balancing: OwnBalancing = OwnBalancing()
     chooses_by_max: bool = False
+    replay_obstacle: str | None = None
+    has_groups: bool = False
 
     @property
     def device(self) -> torch.device:

@@ -33,6 +33,8 @@ class Proof(NamedTuple):
     dimensions: tuple[int, ...] = (2, 3)  # of the inputs that it was proven on: [tokens, dim], [batch, sequence, dim]
     obstacle: str | None = None  # why no bias steers it; the rest is proven
     chooses_by_max: bool = False  # its one expert, by a maximum and not by a top-k
+    replay_obstacle: str | None = None  # why no recorded choice can take the place of its own
+    has_groups: bool = False  # that are chosen first, and no slot: other experts lose the scores that are the weights
 
 
 def find_slot(router: nn.Module, parent: nn.Module | None, kind: RouterKind) -> Slot | None:
@@ -114,8 +116,12 @@ def _prove(trials: _Trials, kind: RouterKind, multiplies: bool = False) -> tuple
     is_shown = all(shown for _, _, shown in results)
     if not is_shown and trials.top_2 is not None:
         _, is_shown = _check(trials.top_2, trials.top_2.inputs[0], kind, multiplies)
-    by_max = trial.chooses_by_max and kind.slot is None
-    return Proof(kind, trial.num_experts, trial.k, dimensions, obstacle, by_max), is_shown
+    by_max, has_groups = (value and kind.slot is None for value in (trial.chooses_by_max, trial.has_groups))
+    hidden = next(hidden for hidden in trial.inputs if hidden.dim() in dimensions)
+    top_k = BiasedTopK(None, by_max=by_max, num_experts=trial.num_experts, has_groups=has_groups)
+    replay_obstacle = _replay_obstacle(trial, hidden, kind, top_k)
+    steered = (obstacle, by_max, replay_obstacle, has_groups)
+    return Proof(kind, trial.num_experts, trial.k, dimensions, *steered), is_shown
 
 
 def _check_slot(trial: Trial, slot: str | None) -> None:
@@ -158,9 +164,7 @@ def _check(trial: Trial, hidden: Tensor, kind: RouterKind, multiplies: bool) -> 
     return None, is_shown
 
 
-def _check_groups(
-    trial: Trial, hidden: Tensor, kind: RouterKind, plain: tuple[Tensor, Tensor, Tensor]
-) -> str | None:
+def _check_groups(trial: Trial, hidden: Tensor, kind: RouterKind, plain: tuple[Tensor, Tensor, Tensor]) -> str | None:
     """Why no bias can steer a router with expert groups; None if the same bias on all experts changes no choice."""
     bias = torch.full((trial.num_experts,), -2 * float(kind.ranked(plain[0].float()).abs().max()), device="cpu")
     expert_ids = trial.read(kind, trial.run(hidden, kind.slot, bias))[2]
@@ -194,6 +198,25 @@ def _check_bias(
     is_shown = _check_weights(output, plain, kind)
     _check_experts(output, trial, kind, bias, multiplies)
     return is_shown
+
+
+def _replay_obstacle(trial: Trial, hidden: Tensor, kind: RouterKind, top_k: BiasedTopK) -> str | None:
+    """Why a recorded choice cannot take the place of the router's own; None if it can, with the scores as weights."""
+    plain = trial.read(kind, trial.run_plain(hidden, kind.slot))
+    record = plain[2].roll(1, 0)  # each token has the experts of another: of as many groups as it may have
+    top_k.recorded = record
+    with top_k:
+        returned = trial.run(hidden, kind.slot)
+    output = trial.read(kind, returned)
+    if top_k.num_choices != trial.runs:
+        return _why_unsteered(top_k.num_choices // trial.runs)
+    if not torch.equal(output[2].sort().values, record.sort().values):
+        return "it does not take the experts that its top-k gives"
+    try:
+        _check_weights(output, output, kind)
+    except Refused as refused:
+        return str(refused)
+    return None
 
 
 def _why_unsteered(num_choices: int) -> str:

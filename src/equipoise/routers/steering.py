@@ -4,9 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+from equipoise.errors import EquipoiseError
 
 
 class BiasedTopK(TorchFunctionMode):
@@ -14,6 +16,9 @@ class BiasedTopK(TorchFunctionMode):
 
     With ``by_max`` it steers a maximum over the experts, by which some routers choose one expert. ``on_choice`` is
     called with the values and the ids of each choice, ``[..., k]``, and returns the values that the forward gets.
+
+    ``recorded``: ids ``[tokens, k]`` that are chosen instead, but for tokens where they are -1. With ``has_groups`` the
+    forward first chooses expert groups, whose other experts lose their scores: it then chooses those of ``recorded``.
     """
 
     def __init__(
@@ -23,11 +28,16 @@ class BiasedTopK(TorchFunctionMode):
         by_max: bool = False,
         num_experts: int = 0,
         on_choice: Callable[[Tensor, Tensor], Tensor] | None = None,
+        recorded: Int[Tensor, "tokens k"] | None = None,
+        has_groups: bool = False,
     ):
         super().__init__()
         self.bias, self.multiplies, self.by_max, self.on_choice = bias, multiplies, by_max, on_choice
         self.num_experts = num_experts if bias is None else bias.shape[0]
+        self.recorded, self.has_groups = recorded, has_groups
         self._dimensions: list[int] = []  # of the arguments that were steered
+        self._replayed: list[int] = []  # likewise, of those whose choice was that of the record
+        self.num_group_choices = 0  # that were made by the record
 
     @property
     def num_choices(self) -> int:
@@ -38,17 +48,24 @@ class BiasedTopK(TorchFunctionMode):
         """
         return self._dimensions.count(min(self._dimensions)) if self._dimensions else 0
 
+    @property
+    def num_replayed(self) -> int:
+        """How many of these the record made."""
+        return self._replayed.count(min(self._dimensions)) if self._dimensions else 0
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _TOP_K and kwargs.get("out") is None:
             scores, k, is_sorted = _topk_of_experts(self.num_experts, *args, **kwargs)
             if scores is not None:
-                ids = torch.topk(self._biased(scores), k, sorted=is_sorted).indices
+                ids = self._chosen(torch.topk(self._biased(scores), k, sorted=is_sorted).indices)
                 return torch.return_types.topk((self._values(scores, ids), ids))
+            if self.recorded is not None and self.has_groups:
+                return self._groups_of_record(*args, **kwargs)
         elif self.by_max and func in _MAXIMA and kwargs.get("out") is None:
             scores, keeps_dimension = _max_of_experts(self.num_experts, *args, **kwargs)
             if scores is not None:
-                ids = self._biased(scores).argmax(-1, keepdim=True)
+                ids = self._chosen(self._biased(scores).argmax(-1, keepdim=True))
                 values = self._values(scores, ids)
                 if not keeps_dimension:
                     ids, values = ids.squeeze(-1), values.squeeze(-1)
@@ -61,6 +78,35 @@ class BiasedTopK(TorchFunctionMode):
         if self.bias is None:
             return plain
         return plain * (1 + self.bias) if self.multiplies else plain + self.bias
+
+    def _chosen(self, ids: Tensor) -> Tensor:
+        """The ids of the record, where it has any. A top-k of another number than k chooses no experts."""
+        if self.recorded is None or self.recorded.numel() != ids.numel() or self.recorded.shape[-1] != ids.shape[-1]:
+            return ids
+        self._replayed.append(ids.dim())
+        recorded = self.recorded.to(ids.device).view(ids.shape)
+        return torch.where(recorded < 0, ids, recorded)
+
+    def _groups_of_record(
+        self, input: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True, out: Any = None
+    ) -> Any:
+        """A top-k over ``[tokens, groups]``: it has the groups of the recorded experts, then the best of the others."""
+        assert self.recorded is not None
+        num_groups = input.shape[-1]
+        is_last = input.dim() == 2 and dim in (-1, 1) and largest and input.shape[0] == self.recorded.shape[0]
+        if not is_last or not k < num_groups or self.num_experts % num_groups:
+            return torch.topk(input, k, dim, largest, sorted)
+        self.num_group_choices += 1
+        recorded = self.recorded.to(input.device)
+        groups = torch.where(recorded < 0, num_groups, recorded // (self.num_experts // num_groups))
+        is_recorded = input.new_zeros(input.shape[0], num_groups + 1).scatter(1, groups, 1)[:, :num_groups] > 0
+        if not torch.compiler.is_compiling() and input.device.type == "cpu" and (is_recorded.sum(-1) > k).any():
+            raise EquipoiseError(
+                f"the recorded experts of a token must be in at most {k} of {num_groups} expert groups, as the "
+                f"router chooses: got experts of {int(is_recorded.sum(-1).max())}. The record is of another model."
+            )
+        ids = torch.topk(input.detach().masked_fill(is_recorded, torch.inf), k, sorted=sorted).indices
+        return torch.return_types.topk((input.gather(-1, ids), ids))
 
     def _values(self, scores: Tensor, ids: Tensor) -> Tensor:
         values = scores.gather(-1, ids)

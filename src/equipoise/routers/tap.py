@@ -73,6 +73,8 @@ class Tap:
     argument_names: list[str] = field(default_factory=list, init=False)  # of a forward that an adapter reads
     num_experts: int = 0
     logits_hook: RemovableHandle | None = field(default=None, init=False)  # on what returns the router's logits
+    ids_to_replay: Int[Tensor, "... k"] | None = field(default=None, init=False)  # [tokens, k], [batch, sequence, k]
+    has_groups: bool = field(default=False, init=False)  # it chooses expert groups, whose other experts lose scores
 
     def __post_init__(self) -> None:
         if self.observer is not None:

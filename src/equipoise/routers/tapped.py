@@ -8,7 +8,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from equipoise.errors import EquipoiseError
@@ -71,7 +71,7 @@ def _report(router: nn.Module, tap: Tap, output: Any, logits: Any, args: Any, kw
     is_detached = tap.has_loss and not logits.requires_grad and torch.is_grad_enabled()
     if is_detached and tap.observer is not None and any(p.requires_grad for p in router.parameters()):
         tap.observer.note_detached_logits(tap.layer)
-    leading = leading_dimensions(hidden) if context.uses_places else ()
+    leading = leading_dimensions(hidden) if context.uses_places or context.reads_order else ()
     call = RouterCall(tap.layer, logits, expert_ids, weights, *forward, leading, router.training, has_gradient)
     needs_gradient = tap.has_loss and logits.requires_grad
     scores = node_of_scores(weights, logits, kind.score_function) if tap.reads_scores else None
@@ -99,7 +99,8 @@ def _forward_of_block(block: nn.Module, base: Any, tap: Tap, args: Any, kwargs: 
         return reported
 
     bias = block._buffers.get(ADDED_SLOT)
-    top_k = BiasedTopK(bias, tap.multiplies, tap.chooses_by_max, tap.num_experts, report)
+    recorded = _ids_to_replay(block, tap, args, kwargs)
+    top_k = BiasedTopK(bias, tap.multiplies, tap.chooses_by_max, tap.num_experts, report, recorded)
     with top_k:
         output = base.forward(block, *args, **kwargs)
     if top_k.num_choices != 1:
@@ -108,7 +109,44 @@ def _forward_of_block(block: nn.Module, base: Any, tap: Tap, args: Any, kwargs: 
             f"in this call {type(block).__name__} took {top_k.num_choices}, so its choice was not counted. Call "
             "detach() before a block is changed, and attach again after."
         )
+    if recorded is not None:
+        _check_replayed(block, tap, top_k, recorded)
     return output
+
+
+def _ids_to_replay(router: nn.Module, tap: Tap, args: Any, kwargs: Any) -> Int[Tensor, "tokens k"] | None:
+    """The ids of the record that is replayed, in the order of the router's tokens; None if it chooses by itself."""
+    ids = tap.ids_to_replay
+    if ids is None or tap.router is not router or ids.dim() == 2:
+        return ids if tap.router is router else None
+    hidden = args[0] if args else next(iter(kwargs.values()), None)
+    if not is_traced():
+        leading = leading_dimensions(hidden)
+    else:
+        leading = tuple(hidden.shape[:-1]) if isinstance(hidden, Tensor) and hidden.dim() == 3 else ()
+    rows, length = ids.shape[:2]
+    is_turned = len(leading) == 2 and rows != length and leading[0] == length and leading[1] == rows
+    if tap.kind.adapter.is_sequence_first or is_turned:
+        ids = ids.transpose(0, 1)
+    return ids.reshape(-1, ids.shape[-1])
+
+
+def _check_replayed(router: nn.Module, tap: Tap, top_k: BiasedTopK, recorded: Tensor) -> None:
+    """Raises if the record did not make the router's one choice."""
+    name, (num_tokens, k) = type(router).__name__, tuple(recorded.shape)
+    if top_k.num_choices != 1 or (tap.has_groups and top_k.num_group_choices != 1):
+        groups = f", and {top_k.num_group_choices} over its expert groups" if tap.has_groups else ""
+        raise EquipoiseError(
+            "a router must choose by one torch.topk over its experts, and one over its groups if it has any, to be "
+            f"replayed: in this call {name} took {top_k.num_choices} over its experts{groups}. A fused kernel is none: "
+            "switch it off, or give this layer None in replay(): it is then routed live."
+        )
+    if top_k.num_replayed != 1:
+        raise EquipoiseError(
+            f"a record must have {k} ids for each token that a router is called with: {name} was called with other "
+            f"tokens than the {num_tokens} of the record. Give the ids of this forward's tokens, padding included, of "
+            "this rank. A block that is computed in parts cannot be replayed: give its layer None."
+        )
 
 
 @cache
@@ -121,11 +159,16 @@ def _tapped_class(base: Any, adapter: RouterAdapter | None = None) -> Any:
         if is_block and tap is not None:
             return _forward_of_block(self, base, tap, args, kwargs)
         added_slot = None if tap is None else self._buffers.get(ADDED_SLOT)
-        if added_slot is not None:
-            top_k = BiasedTopK(added_slot, tap.multiplies, tap.chooses_by_max)
+        recorded = None if tap is None else _ids_to_replay(self, tap, args, kwargs)
+        if added_slot is not None or recorded is not None:
+            assert tap is not None
+            modes = (tap.multiplies, tap.chooses_by_max, tap.num_experts)
+            top_k = BiasedTopK(added_slot, *modes, recorded=recorded, has_groups=tap.has_groups)
             with top_k:
                 output = base.forward(self, *args, **kwargs)
-            if top_k.num_choices != 1:
+            if recorded is not None:
+                _check_replayed(self, tap, top_k, recorded)
+            elif top_k.num_choices != 1:
                 raise EquipoiseError(
                     "a router without a bias of its own must choose by one torch.topk over its experts, as it did when "
                     f"it was attached: in this call {type(self).__name__} took {top_k.num_choices}, so no bias steers "
@@ -230,7 +273,7 @@ def tap_router(layer: MoELayer, tap: Tap, added_slot: Float[Tensor, " experts"] 
     """Swaps the class of the router and of its slot's holder. ``added_slot`` becomes a buffer no checkpoint sees."""
     router, slot = layer.router, layer.slot
     tap.dimensions, tap.chooses_by_max = layer.dimensions, layer.chooses_by_max
-    tap.num_experts = layer.num_experts
+    tap.num_experts, tap.has_groups = layer.num_experts, layer.has_groups
     if added_slot is not None:
         router.register_buffer(ADDED_SLOT, added_slot, persistent=False)
     tap.router = router

@@ -102,3 +102,33 @@ def test_an_invalid_loss_scale_is_refused(value):
     with pytest.raises(ValueError, match="loss_scale must be a finite number"):
         balance.loss_scale = value
     assert balance.loss_scale is None
+
+
+@pytest.mark.parametrize("checkpointing", [None, "reentrant", "non_reentrant"])
+def test_a_loss_scale_may_be_a_function_of_the_tokens(checkpointing):
+    """It is called once for each micro-batch. Here the loss is a mean over the tokens of the window."""
+    strategy, rows = "+".join(f"lbl:scope={s},coefficient=0.3" for s in SCOPES), (2, 5)
+    model, balance = attach_tiny(strategy, checkpointing=checkpointing)
+    calls = []
+
+    def of_tokens(num_tokens):
+        calls.append(int(num_tokens))
+        return num_tokens.double() / 49
+
+    balance.loss_scale = of_tokens
+    for seed, number in enumerate(rows):
+        (0 * model(random_ids(rows=number, seed=seed))).backward()
+    assert calls == [14, 35]
+    expected, other = attach_tiny(strategy)
+    for seed, number in enumerate(rows):
+        loss = 0 * expected(random_ids(rows=number, seed=seed))
+        (loss + number * 7 / 49 * other.loss()).backward()
+    assert_gradients_close(clone_gradients(model), clone_gradients(expected))
+
+
+@pytest.mark.parametrize("value", [float("nan"), "1", None, torch.ones(2)])
+def test_a_function_that_gives_no_number_raises(value):
+    model, balance = attach_tiny("lbl")
+    balance.loss_scale = lambda num_tokens: value
+    with pytest.raises(ValueError, match="the function loss_scale must give a finite number"):
+        model(random_ids()).backward()

@@ -1,6 +1,7 @@
 """What an adapter says of its framework: the order of tokens, the sense of masks, the names of layers."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -142,3 +143,47 @@ def test_the_mask_may_depend_on_the_router():
     stage(torch.zeros(3, LENGTH, dtype=torch.long), padding_mask=PADDING).backward()
     balance.step()
     assert [int(load.sum()) for load in balance.load.values()] == [13 * K, 0]
+
+
+# ---- multi-token prediction ----
+
+
+class MultiTokenPredictionLayer(nn.Module):
+    """Takes ids and positions that were shifted by one token, as in Megatron; their last ones are 0."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = Layer(0)
+
+    def forward(self, input_ids, position_ids, attention_mask, x):
+        return self.layer(x, None)
+
+
+class Predictor(Stage):
+    def __init__(self):
+        super().__init__(0, True)
+        self.mtp = MultiTokenPredictionLayer()
+
+    def forward(self, input_ids, position_ids, attention_mask=None):
+        x = self.embedding(input_ids).transpose(0, 1)
+        for layer in self.layers:
+            x = layer(x, None)
+        shifted = (torch.cat([values[:, 1:], 0 * values[:, :1]], dim=1) for values in (input_ids, position_ids))
+        return self.mtp(*shifted, attention_mask, x).square().mean()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_layers_of_multi_token_prediction_have_the_sequences_of_the_model(packed):
+    model = Predictor().train()
+    model.embedding.weight.requires_grad_(False)
+    ids = torch.randint(32, (3, LENGTH), generator=torch.Generator().manual_seed(0))
+    layers = SimpleNamespace(layers=[*model.layers, model.mtp.layer])
+    sequences = ROWS * 2 + (torch.arange(LENGTH) >= 4) if packed else ROWS
+    hidden = model.embedding(ids).transpose(0, 1)
+    by_hand = _losses_by_hand(layers, hidden, sequences, torch.ones_like(ids, dtype=torch.bool))
+    expected = _gradients(layers, by_hand)
+    balance = attach(model, "lbl:scope=sequence,coefficient=1")
+    positions = torch.arange(LENGTH).expand(3, LENGTH) % (4 if packed else LENGTH)
+    (0 * model(ids, positions) + balance.loss()).backward()
+    for layer, gradient in zip(layers.layers, expected, strict=True):
+        assert_close(layer.router.weight.grad, gradient, rtol=1e-5, atol=1e-7)
