@@ -1,9 +1,13 @@
 """torchtitan's Trainer on a CPU: tiny models, data from a seed, and what has to be replaced for that.
 
-Replaced are, before the Trainer is imported: the device, the memory monitor, FlexAttention (which has no backward on a
-CPU), a barrier with device ids, the reduction of FSDP2 that scales (gloo has none), and the experts. torchtitan computes
-experts in bfloat16; here they keep the precision of the tokens, so that a model in float32 can be compared with one in
-float64. The pipeline schedules of torch 2.13 do not know the arguments with which torchtitan 0.3.0 calls them.
+Before the Trainer is imported, these are replaced:
+
+- the device, the memory monitor, and a barrier with device ids;
+- FlexAttention, which has no backward on a CPU;
+- the reduction of FSDP2 that scales, which gloo has not;
+- the experts: torchtitan computes them in bfloat16. Here they keep the precision of the tokens, so that a model in
+  float32 can be compared with one in float64;
+- the steps of pipeline schedules: torch 2.13 does not know the arguments with which torchtitan 0.3.0 calls them.
 """
 
 import dataclasses
@@ -13,6 +17,7 @@ import os
 import types
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -33,7 +38,7 @@ import torchtitan.models.qwen3.parallelize as titan_qwen3_parallelize  # noqa: E
 import torchtitan.trainer as titan_trainer  # noqa: E402
 from torchtitan.components.checkpointer import CheckpointManager  # noqa: E402
 from torchtitan.components.dataloader import BaseDataLoader  # noqa: E402
-from torchtitan.components.loss import IGNORE_INDEX, BaseLoss, CrossEntropyLoss  # noqa: E402
+from torchtitan.components.loss import IGNORE_INDEX, BaseLoss, CrossEntropyLoss  # noqa: E402, F401
 from torchtitan.components.optimizer import default_adamw  # noqa: E402
 from torchtitan.components.tokenizer import BaseTokenizer  # noqa: E402
 from torchtitan.config.configs import CompileConfig, ParallelismConfig, TrainingConfig  # noqa: E402
@@ -105,7 +110,7 @@ if "kwarg_mbs" not in inspect.signature(schedules.PipelineScheduleSingle.step).p
     schedules.PipelineScheduleSingle.step = schedules.PipelineScheduleMulti.step = _step_of_micro_batches
 
 
-def _values(self: Any, q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor, **_: Any) -> Tensor:  # noqa: N803
+def _values(self: Any, q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor, **_: Any) -> Tensor:
     return v_BLNH + 0 * (q_BLNH + k_BLNH)[..., : v_BLNH.shape[-1]]
 
 
@@ -131,13 +136,19 @@ OWN_EXPERTS, GroupedExperts.forward = GroupedExperts.forward, _experts
 
 
 def rows_of(seed: int, num_rows: int, kind: str) -> tuple[dict[str, Tensor], Tensor]:
-    """A micro-batch. ``kind``: "full"; "packed", two documents a row; "padded", with prompts and padding as in chats."""
+    """A micro-batch, whose tokens are of a part of the vocabulary.
+
+    ``kind``: "full"; "packed", two documents a row that begin with a prompt; "padded", with padding after them; "zipf",
+    full, with a few tokens that are frequent.
+    """
     generator = torch.Generator().manual_seed(seed)
     start = torch.randint(VOCABULARY - 12, (1,), generator=generator)  # each micro-batch has tokens of its own
     ids = start + torch.randint(12, (num_rows, LENGTH + 1), generator=generator)
+    if kind == "zipf":
+        ids = (VOCABULARY * torch.rand(ids.shape, generator=generator) ** 3).long()
     inputs, labels = ids[:, :-1].clone(), ids[:, 1:].clone()
     positions = torch.arange(LENGTH).repeat(num_rows, 1)
-    if kind != "full":
+    if kind in ("packed", "padded"):
         for row in range(num_rows):
             first, second = 3 + int(torch.randint(4, (1,), generator=generator)), 10 + row % 2
             ends = [first, second, LENGTH] if kind == "padded" else [first, LENGTH]
@@ -146,9 +157,9 @@ def rows_of(seed: int, num_rows: int, kind: str) -> tuple[dict[str, Tensor], Ten
                 positions[row, begin:end] = torch.arange(end - begin)
                 labels[row, begin] = IGNORE_INDEX  # a prompt
                 begin = end
-            if kind == "padded":  # the last document has no label
-                labels[row, second:] = IGNORE_INDEX
-                inputs[row, second:] = 0
+            if kind == "padded":  # the last document of a row, or the first one, has no label
+                padding = slice(second, None) if row % 2 == 0 else slice(first)
+                labels[row, padding], inputs[row, padding] = IGNORE_INDEX, 0
     return {"input": inputs, "positions": positions}, labels
 
 
@@ -280,6 +291,7 @@ def model_config(
 def _with_rate(config: Any, rate: float | None) -> Any:
     for _, moe, _, _ in config.traverse(MoE.Config):
         moe.load_balance_coeff = rate
+        moe.router.gate.param_init = {"weight": partial(torch.nn.init.normal_, std=0.3)}  # so that scores are not equal
     return config
 
 
@@ -331,8 +343,10 @@ def trainer_config(
     return config
 
 
+SET_BY_TORCHRUN = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
 def prepare_process(rank: int = 0, num_ranks: int = 1, port: int = 29571) -> None:
-    """What torchrun would set."""
-    os.environ.update(
-        LOCAL_RANK=str(rank), RANK=str(rank), WORLD_SIZE=str(num_ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
+    """Sets what torchrun would set."""
+    values = (rank, rank, num_ranks, "127.0.0.1", port)
+    os.environ.update(zip(SET_BY_TORCHRUN, map(str, values), strict=True))

@@ -14,16 +14,17 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-import torchtitan_on_cpu as titan
+from frameworks import torchtitan_on_cpu as titan
+from frameworks.torchtitan_reference import Given, Reference, Step
 from torch import Tensor
-from torchtitan_reference import Given, Reference, Step
+from torchtitan.components.checkpointer import CheckpointManager
 from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
 from torchtitan.models.common.moe import GroupedExperts
 
 from equipoise.integrations.torchtitan import balanced
 
 CHECKPOINTING = {"none": None, "full": FullAC.Config(), "selective": SelectiveAC.Config()}
-LIMIT = 120  # seconds until ranks that wait for each other are stopped
+LIMIT = 600  # seconds until ranks that wait for each other are stopped
 
 
 class Case(NamedTuple):
@@ -159,7 +160,7 @@ def _rank(rank: int, num_ranks: int, port: int, folder: str, function: Any, args
     os._exit(0)  # another rank may wait for this one in vain
 
 
-def run_all(cases: list[Case], ports: list[int]) -> list[Any]:
+def run_all(cases: tuple[Case, ...], ports: list[int]) -> list[Any]:
     """Several runs on the ranks that this one is of; a traceback in place of one that failed, and of those after it."""
     results: list[Any] = []
     for case, port in zip(cases, ports, strict=True):
@@ -169,9 +170,20 @@ def run_all(cases: list[Case], ports: list[int]) -> list[Any]:
     return results
 
 
+def save_in_a_pipeline(folder: str) -> dict[str, Tensor]:
+    """Two steps on two stages, with a checkpoint at the end. The biases of this stage."""
+    parallelism = (("pipeline_parallel_degree", 2), ("spmd_backend", "partial_dtensor"))
+    case = Case(strategy="loss-free:rate=0.02,rule=momentum", rows=2, accumulation=1, steps=2, with_loss=True)
+    config = config_of(case._replace(parallelism=parallelism, num_layers=4), folder)
+    config.checkpoint = CheckpointManager.Config(enable=True, interval=2, last_save_model_only=False)
+    trainer = balanced(config, case.strategy).build()
+    trainer.train()
+    return trainer.balances[0].state_dict()
+
+
 def on_ranks(num_ranks: int, function: Any, *args: Any) -> list[Any]:
     """``function(*args)`` on each rank; a traceback in place of what a rank could not return."""
-    multiprocessing.set_forkserver_preload(["torchtitan_runs"])
+    multiprocessing.set_forkserver_preload(["frameworks.torchtitan_runs"])
     with tempfile.TemporaryDirectory() as folder:
         arguments = (num_ranks, free_port(), folder, function, args)
         ranks = mp.start_processes(_rank, arguments, nprocs=num_ranks, start_method="forkserver", join=False)
