@@ -1,5 +1,7 @@
 """Automodel's DeepSeek-V3 in tiny, its loop on a CPU, and what must come out."""
 
+from functools import partial
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -7,6 +9,7 @@ from frameworks.float64 import MicroBatch, Reference
 from nemo_automodel.components.models.common.utils import BackendConfig
 from nemo_automodel.components.models.deepseek_v3.model import DeepseekV3ForCausalLM
 from nemo_automodel.components.moe.config import MoEConfig
+from nemo_automodel.components.moe.experts import GroupedExperts
 from nemo_automodel.components.moe.layers import Gate
 from transformers.models.deepseek_v3.configuration_deepseek_v3 import DeepseekV3Config
 
@@ -32,7 +35,8 @@ def make_gate(precision=torch.float32, **options):
     return gate
 
 
-def make_model(dtype=torch.float32, backend=(), **options):
+def make_model(dtype=torch.float32, spread=20, **options):
+    """``spread``: a factor on the weights of the gates, so that the scores of experts differ from the beginning."""
     torch.manual_seed(0)
     config = DeepseekV3Config(
         vocab_size=VOCABULARY,
@@ -53,12 +57,12 @@ def make_model(dtype=torch.float32, backend=(), **options):
         max_position_embeddings=32,
         dtype=dtype,
     )
-    settings = {**BACKEND, "enable_hf_state_dict_adapter": False} | dict(backend)
-    model = DeepseekV3ForCausalLM(config, moe_config(dtype=dtype, **options), BackendConfig(**settings))
+    backend = BackendConfig(**BACKEND, enable_hf_state_dict_adapter=False)
+    model = DeepseekV3ForCausalLM(config, moe_config(dtype=dtype, **options), backend)
     with torch.no_grad():
         model.initialize_weights(torch.device("cpu"), dtype)
         for gate in gates_of(model).values():
-            gate.weight.mul_(20)  # unlike scores, so that experts differ
+            gate.weight.mul_(spread)
     return model.train()
 
 
@@ -97,14 +101,18 @@ def all_reduced(number):
     return total
 
 
-def train(model, steps, strategy, lr=0.0, adds_loss=True, **attach_options):
+def train(model, steps, strategy, lr=0.0, adds_loss=True, after_attach=None):
     """Automodel's order of a step. By step: gradients, loads, biases; and the balance.
+
+    ``after_attach`` is called with the balance before the first step.
 
     The recipe divides the summed loss by the labels of all micro-batches and ranks, and multiplies it by the number of
     ranks, because FSDP2 and DDP divide by that.
     """
     world = dist.get_world_size() if dist.is_initialized() else 1
-    balance = equipoise.attach(model, strategy, **attach_options)
+    balance = equipoise.attach(model, strategy)
+    if after_attach is not None:
+        after_attach(balance)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
     balance.follow(optimizer)
     result = {"gradients": [], "loads": [], "biases": [], "tokens": [], "maxvio": [], "loss": []}
@@ -116,7 +124,7 @@ def train(model, steps, strategy, lr=0.0, adds_loss=True, **attach_options):
         for part, targets in zip(step, labels, strict=True):
             logits = model(part.ids, padding_mask=~part.mask).logits[:, :-1]
             loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum") / num_labels
-            losses.append(float(loss))
+            losses.append(loss.item())
             if adds_loss:
                 loss = loss + balance.num_tokens / num_tokens * balance.loss()
             (world * loss).backward()
@@ -133,11 +141,26 @@ def train(model, steps, strategy, lr=0.0, adds_loss=True, **attach_options):
     return result, balance
 
 
+def plain_experts(experts, x, token_mask, weights, indices):
+    """As ``GroupedExperts``, whose sums and gradients are float32 whatever its weights are."""
+    output = torch.zeros_like(x)
+    for expert in range(EXPERTS):
+        for slot in range(indices.shape[1]):
+            rows = torch.where((indices[:, slot] == expert) & token_mask)[0]
+            gate, up = (x[rows] @ experts.gate_and_up_projs[expert]).chunk(2, dim=-1)
+            inner = F.silu(gate) * up * weights[rows, slot, None]
+            output = output.index_add(0, rows, inner @ experts.down_projs[expert])
+    return output
+
+
 class AutomodelReference(Reference):
     def __init__(self, model, **options):
         super().__init__(model, gates_of, EXPERTS, K, **options)
         for gate in self.routers.values():
             gate.gate_precision = gate.score_dtype = torch.float64
+        for module in self.model.modules():
+            if isinstance(module, GroupedExperts):
+                module.forward = partial(plain_experts, module)
 
     def steer(self, router, bias):
         router.bias_update_factor, router.e_score_correction_bias = 0.0, bias

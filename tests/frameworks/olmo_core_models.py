@@ -140,11 +140,8 @@ def plain_name(name):
     return name.replace("_checkpoint_wrapped_module.", "")
 
 
-def make_trainer(
-    model, batches, folder, strategy, rows=2, lr=0.0, steps=None, wrapper=None, optim=None, callback=None, **options
-):
-    """A trainer whose micro-batches have ``rows`` rows, and its recorder."""
-    trainer_options = options.pop("trainer", {})
+def make_parts(model, batches, folder, rows=2, lr=0.0, steps=None, wrapper=None, optim=None, trainer=None, **options):
+    """A train module whose micro-batches have ``rows`` rows, a trainer's config, and a data loader."""
     if wrapper is not None:
         options["dp_config"] = TransformerDataParallelConfig(name=wrapper, reduce_dtype=DType.float32)
     module = TransformerTrainModuleConfig(
@@ -155,11 +152,17 @@ def make_trainer(
     ).build(model, device=torch.device("cpu"))
     duration = Duration.epochs(1) if steps is None else Duration.steps(steps)
     config = TrainerConfig(save_folder=str(folder), max_duration=duration, metrics_collect_interval=1)
-    for name, value in trainer_options.items():
+    for name, value in (trainer or {}).items():
         setattr(config, name, value)
+    return module, config, Loader(batches, folder)
+
+
+def make_trainer(model, batches, folder, strategy, callback=None, **options):
+    """A trainer, and its recorder. Without a strategy it has no callback of ours."""
+    module, config, loader = make_parts(model, batches, folder, **options)
     if strategy is not None:
         config = config.with_callback("equipoise", callback or EquipoiseCallback(strategy))
-    trainer = config.build(module, Loader(batches, folder))
+    trainer = config.build(module, loader)
     recorder = Recorder()
     trainer.add_callback("recorder", recorder)
     return trainer, recorder
@@ -168,9 +171,8 @@ def make_trainer(
 def train(model, batches, strategy, **options):
     """The recorder of a training, and its callback."""
     with tempfile.TemporaryDirectory() as folder:
-        options.setdefault("trainer", {}).setdefault("no_checkpoints", True)
-        shared = options.pop("folder", Path(folder))
-        trainer, recorder = make_trainer(model, batches, shared, strategy, **options)
+        options.setdefault("trainer", {"no_checkpoints": True})
+        trainer, recorder = make_trainer(model, batches, Path(folder), strategy, **options)
         trainer.fit()
         return recorder, trainer.callbacks.get("equipoise")
 
@@ -200,11 +202,11 @@ def micro_batches(batch, rows=2, mask_name="attention_mask"):
 
 
 def expected(
-    model, batches_by_rank, rate, coefficient=10.0, scope="micro_batch", mask_name="attention_mask", **options
+    model, batches_by_rank, rate, coefficient=10.0, scope="micro_batch", mask_name="attention_mask", rows=2, **options
 ):
     """By step, what must come out of a training whose weights do not move."""
     reference = OlmoReference(model, routers_of, EXPERTS, **options)
-    by_rank = ([micro_batches(batch, mask_name=mask_name) for batch in batches] for batches in batches_by_rank)
+    by_rank = ([micro_batches(batch, rows, mask_name) for batch in batches] for batches in batches_by_rank)
     return [reference.window(list(ranks), rate, coefficient, scope) for ranks in zip(*by_rank, strict=True)]
 
 

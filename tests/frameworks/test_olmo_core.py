@@ -1,6 +1,8 @@
 """OLMo-core 3.0.0: its routers, and ``EquipoiseCallback`` under its own trainer."""
 
 import copy
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +17,7 @@ from frameworks.olmo_core_models import (
     expected,
     make_batches,
     make_model,
+    make_parts,
     make_trainer,
     routers_of,
     train,
@@ -25,9 +28,10 @@ from olmo_core.nn.moe.router import MoERouterConfig
 from olmo_core.nn.moe.v2.router import MoERouterConfigV2
 from olmo_core.nn.transformer.config import TransformerActivationCheckpointingMode as Mode
 from olmo_core.optim import SkipStepAdamWConfig
-from olmo_core.train.callbacks import CheckpointerCallback
+from olmo_core.train.callbacks import Callback, CheckpointerCallback
 from olmo_core.train.config import StepSkipRange
 from olmo_core.train.train_module import TransformerActivationCheckpointingConfig
+from pages import ROOT, blocks
 from ranks import run_on_ranks
 from torch import nn
 
@@ -177,6 +181,28 @@ def test_sequences_are_documents():
         del batch["doc_lens"]
     as_rows = expected(start, [batches], RATE, scope="sequence")
     assert max(distances(recorder, plain, as_rows)[0]) > 0.05
+
+
+class Shorten(Callback):
+    """As the ``SequenceLengthScheduler``, which changes a batch before its step, after our callback."""
+
+    def pre_step(self, batch):
+        for name, value in batch.items():
+            batch[name] = value[:, :8]
+
+
+def test_a_batch_that_another_callback_shortens_is_weighed_by_the_tokens_that_are_left():
+    batches = make_batches(2, lengths=UNEVEN[:2])
+    results = []
+    for strategy in (with_loss("micro_batch"), BIAS):
+        trainer = {"no_checkpoints": True, "callbacks": {"shorten": Shorten()}}
+        results.append(run(strategy, batches, trainer=trainer))
+    (recorder, _, start), (plain, _, _) = results
+    short = [{name: value[:, :8] for name, value in batch.items()} for batch in batches]
+    windows = expected(start, [short], RATE, rows=3)  # micro-batches have as many tokens as before: 3 rows and 1
+    assert recorder.tokens == [8 + 5 + 8 + 2, 3 + 8 + 8 + 7]
+    assert_counts_and_biases(recorder, windows)
+    assert max(distances(recorder, plain, windows)[0]) < 1e-6
 
 
 def test_the_logged_cross_entropy_is_that_of_the_model():
@@ -418,3 +444,22 @@ def test_balancing_lowers_the_violation_in_50_steps():
     print(violation)
     unbalanced, *balanced = violation.values()
     assert unbalanced > 2.9 and max(balanced) < 0.5 * unbalanced  # at most 3: two experts get every token
+
+
+def test_the_page_runs(tmp_path):
+    names = ("train_module", "trainer_config", "data_loader")
+    parts = make_parts(make_model(), make_batches(3), tmp_path, trainer={"no_checkpoints": True})
+    namespace = dict(zip(names, parts, strict=True))
+    codes = [block.code for block in blocks(ROOT / "docs/how-to/olmo_core.md") if block.language == "py"]
+    assert len(codes) == 2
+    for code in codes:
+        exec(code, namespace)
+    assert all(bias.any() for bias in namespace["biases"].values())
+
+
+def test_the_example_runs():
+    command = [sys.executable, ROOT / "examples/olmo_core_loop.py", "--smoke"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    table = [line.split() for line in done.stdout.split("\nstrategy ")[1].splitlines()]
+    assert [row[0] for row in table[1:]][:1] == ["none"] and [len(row) for row in table[1:]] == [4, 4]
