@@ -250,4 +250,77 @@ MUTANTS = [
         "and not has_extras",
         "test_fast_experts -k 'every_kind'",
     ),
+    # under Lightning and DeepSpeed
+    Mutant(
+        "under Lightning: a step that a scaler skipped moves the biases",
+        "balance.step(applied=self._was_applied if self._has_backward else False)",
+        "balance.step()",
+        "test_lightning -k scaler",
+    ),
+    Mutant(
+        "under Lightning: batches that an epoch leaves over move the biases",
+        "            self.balance.step(applied=False)\n            self._num_windows",
+        "            self.balance.step()\n            self._num_windows",
+        "test_lightning -k leaves_over",
+    ),
+    Mutant(
+        "under Lightning: tokens count twice if an optimizer calls its closure twice",
+        "if self._num_training_steps > 1:",
+        "if self._num_training_steps > 99:",
+        "test_lightning -k closure",
+    ),
+    Mutant(
+        "under Lightning: an evaluation routes without the biases of its checkpoint",
+        'if self._loaded is not None and self._loaded["balance"] is not None and self._has_bias:',
+        "if False:",
+        "test_lightning_checkpoints -k routes_with",
+    ),
+    Mutant(
+        "under Lightning: a second fit forgets what moves with the biases",
+        "        elif state is not None:\n            self.balance.load_state_dict(state)\n\n    def _wrap",
+        "\n    def _wrap",
+        "test_lightning_checkpoints -k second_fit",
+    ),
+    Mutant(
+        "under Lightning: layers have other names than without it",
+        "        return pl_module.get_submodule(name)\n    return pl_module",
+        "        return pl_module\n    return pl_module",
+        "test_lightning -k 'one_process_in_float64 and 1-None'",
+    ),
+    Mutant(
+        "under DeepSpeed: a window closes after every micro-batch",
+        "is_boundary = engine.is_gradient_accumulation_boundary() or not engine.managed_gradient_accumulation()",
+        "is_boundary = True",
+        "integrations/test_deepspeed -k ends_an_accumulation",
+    ),
+    Mutant(
+        "under DeepSpeed: a step that overflows moves the biases",
+        "            applied = engine.was_step_applied()\n",
+        "            applied = True\n",
+        "integrations/test_deepspeed -k overflows",
+    ),
+    Mutant(
+        "under DeepSpeed: a step that a scaler skipped moves the biases",
+        "applied = applied and scaler.get_scale() >= scale",
+        "applied = applied and scaler.get_scale() is not None",
+        "integrations/test_deepspeed -k scaler",
+    ),
+    Mutant(
+        "under DeepSpeed: a balancing loss is not divided where the loss is",
+        "        self._check_backward()\n",
+        "",
+        "integrations/test_deepspeed -k not_the_engines",
+    ),
+    Mutant(
+        "under DeepSpeed: a bias of which a rank has a part is taken for the whole",
+        'return hasattr(tensor, "ds_shape")',
+        "return False",
+        "integrations/test_deepspeed -k cut_in_parts",
+    ),
+    Mutant(
+        "under DeepSpeed: routers of ZeRO-3 have no matrix of weights",
+        'getattr(tensor, "ds_shape", tensor.shape)',
+        "tensor.shape",
+        "integrations/test_deepspeed -k whole_shapes",
+    ),
 ]

@@ -12,7 +12,7 @@ from ranks import distance
 from safetensors.torch import load_file
 from torch import nn
 from trainer_ranks import ACCUMULATED, BATCH, LENGTH, Stop, Watch, batches, label_tokens, own_loop, rows, train
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
 import equipoise
@@ -591,21 +591,6 @@ class TrainerThatTakesLogits(Trainer):
         return a_loss(outputs, inputs["labels"])
 
 
-class TrainerThatTakesLogProbs(Trainer):
-    """As SFTTrainer of TRL: its output has log-probabilities in place of logits."""
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        return -model(**inputs).log_probs.mean()
-
-
-def with_log_probs(model):
-    def replace_logits(module, args, output):
-        output["log_probs"], output["logits"] = output["logits"].log_softmax(-1), None
-
-    model.register_forward_hook(replace_logits)
-    return model
-
-
 class TrainerThatKeepsLabels(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         labels = inputs.pop("labels")
@@ -618,39 +603,20 @@ class TrainerThatTakesTheLoss(Trainer):
         return outputs.loss + 0.0 * outputs.logits.sum()
 
 
-LOSS_IS_DROPPED = "(?s)must take its loss from the model's output(?=.*add_loss=False)(?=.*loss-free).*%s"
-
-LOSSES_WITHOUT_OURS = {
-    "label smoothing": (dict(label_smoothing_factor=0.1), "label_smoothing_factor=0.1.*Set label_smoothing_factor=0;"),
-    "compute_loss_func": (dict(trainer_options=dict(compute_loss_func=a_loss)), "compute_loss_func.*Leave it out;"),
-    "logits": (dict(kind=TrainerThatTakesLogits), "starts from outputs.logits drops it"),
-    "labels": (dict(kind=TrainerThatKeepsLabels), "got no labels"),
+LOSSES_WITHOUT_THE_MODELS = {
+    "label smoothing": dict(label_smoothing_factor=0.1),
+    "compute_loss_func": dict(trainer_options=dict(compute_loss_func=a_loss)),
+    "logits": dict(kind=TrainerThatTakesLogits),
+    "labels": dict(kind=TrainerThatKeepsLabels),
 }
 
 
-@pytest.mark.parametrize("name", LOSSES_WITHOUT_OURS)
-def test_a_loss_that_drops_the_balancing_loss_is_refused_by_name(name):
-    options, cause = LOSSES_WITHOUT_OURS[name]
-    refused(LOSS_IS_DROPPED % cause, **options)
-
-
-@pytest.mark.parametrize("name", LOSSES_WITHOUT_OURS)
-def test_a_strategy_without_a_loss_accepts_each_of_these(name):
-    options, _ = LOSSES_WITHOUT_OURS[name]
-    callback = EquipoiseCallback("loss-free")
-    train(family("qwen3_moe"), rows(8), [callback], **options)
-    assert callback.balance.state_dict()["num_windows"] == 1
-
-
-def test_a_loss_of_log_probabilities_is_refused_by_name():
-    model = with_log_probs(family("qwen3_moe"))
-    refused(
-        LOSS_IS_DROPPED % "trainers of TRL, which start from outputs.log_probs",
-        model=model,
-        kind=TrainerThatTakesLogProbs,
-    )
-    callback = EquipoiseCallback("loss-free")
-    train(with_log_probs(family("qwen3_moe")), rows(8), [callback], kind=TrainerThatTakesLogProbs)
+@pytest.mark.parametrize("strategy", [BIASES, LOSS])
+@pytest.mark.parametrize("name", LOSSES_WITHOUT_THE_MODELS)
+def test_a_loss_that_is_not_the_models_is_accepted(name, strategy):
+    """test_trainer_weights.py has the gradients."""
+    callback = EquipoiseCallback(strategy)
+    train(family("qwen3_moe"), rows(8), [callback], **LOSSES_WITHOUT_THE_MODELS[name])
     assert callback.balance.num_windows == 1
 
 
@@ -694,6 +660,25 @@ def test_a_balancing_loss_of_the_models_own_is_refused_unless_asked_for():
         assert callback.balance.state_dict()["num_windows"] == 1
 
 
+def test_a_callback_without_a_trainer_is_refused_if_it_has_a_loss():
+    model = family("qwen3_moe")
+    arguments, state = Trainer(model).args, TrainerState()
+    with pytest.raises(EquipoiseError, match="must be called by a transformers.Trainer.*use equipoise.attach"):
+        EquipoiseCallback(LOSS).on_train_begin(arguments, state, None, model=model)
+    callback = EquipoiseCallback(BIASES)
+    callback.on_train_begin(arguments, state, None, model=model)
+    callback.detach()
+
+
+def test_compute_loss_of_the_trainer_is_its_own_again_after_the_training():
+    model, callback = family("qwen3_moe"), EquipoiseCallback(*BOTH)
+    trainer = train(model, rows(8), [callback])
+    assert "compute_loss" not in vars(trainer)
+    own = trainer.compute_loss = lambda *args, **kwargs: Trainer.compute_loss(trainer, *args, **kwargs)
+    trainer.train()
+    assert trainer.compute_loss is own and callback.balance.num_windows == 2
+
+
 def test_two_callbacks_are_refused():
     refused("must have one EquipoiseCallback", callbacks=[EquipoiseCallback(LOSS), EquipoiseCallback(BIASES)])
 
@@ -716,14 +701,18 @@ def test_a_model_that_is_attached_already_is_refused():
     train(model, rows(8), [EquipoiseCallback(*BOTH)])
 
 
-def test_data_parallel_and_deepspeed_are_refused():
+def test_data_parallel_and_sequence_parallelism_are_refused():
     class Args:
-        n_gpu, deepspeed = 2, None
+        n_gpu = 2
 
     with pytest.raises(EquipoiseError, match="one process must drive one GPU: got 2"):
         check_training_arguments(Args)
-    Args.n_gpu, Args.deepspeed = 1, "ds.json"
-    with pytest.raises(EquipoiseError, match="DeepSpeed"):
+
+    class Parallelism:
+        sp_enabled = True
+
+    Args.n_gpu, Args.parallelism_config = 1, Parallelism
+    with pytest.raises(EquipoiseError, match="each rank must have whole sequences"):
         check_training_arguments(Args)
 
 

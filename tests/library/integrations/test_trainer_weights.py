@@ -289,6 +289,147 @@ def test_a_number_that_is_read_past_autograd_is_refused(read):
     assert distance(by_trainer(model, label_rows()), expected) < 1e-6
 
 
+# ---- losses that are not the model's ----
+
+
+def smoothed(output, batch):
+    logits = output.logits[:, :-1].float().flatten(0, 1)
+    return cross_entropy(logits, batch["labels"][:, 1:].flatten(), label_smoothing=0.1)
+
+
+def by_log_probs(output, batch):
+    return -output.logits.float().log_softmax(-1).mean()
+
+
+def summed_over_all(outputs, labels, num_items_in_batch=None):
+    logits, labels = outputs.logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten()
+    return cross_entropy(logits, labels, reduction="sum") / num_items_in_batch
+
+
+def mean_of_its_own(outputs, labels, num_items_in_batch=None):
+    return cross_entropy(outputs.logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten())
+
+
+class OfLogits(Trainer):
+    """Keeps the labels back, and N: each micro-batch is a mean, and nobody divides by their number."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop("labels")
+        return mean_of_its_own(model(**inputs), labels)
+
+
+class OfLogitsByNumber(Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop("labels")
+        return summed_over_all(model(**inputs), labels, num_items_in_batch)
+
+
+class OfLogProbs(Trainer):
+    """As the trainers of TRL: says that the Trainer must divide."""
+
+    loss_is_scaled_for_ga = False
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return -model(**inputs).logits.float().log_softmax(-1).mean()
+
+
+class Scaled(OfLogProbs):
+    """As GRPO of TRL: has divided already."""
+
+    loss_is_scaled_for_ga = True
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return super().compute_loss(model, inputs) / self.current_gradient_accumulation_steps
+
+
+class Halving(Trainer):
+    """Weighs the model's loss, and multiplies in place."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss *= 0.5
+        return loss
+
+
+class Detached(Trainer):
+    """Two forwards; the first is only looked at."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        with torch.no_grad():
+            model(**inputs)
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+
+def times_half(factor):
+    return lambda labels, window: factor(labels, window) / 2
+
+
+FUNCTION = dict(trainer_options=dict(compute_loss_func=summed_over_all))
+OTHER_LOSSES = {
+    "label smoothing": (dict(label_smoothing_factor=0.1), smoothed, by_shifted_tokens),
+    "compute_loss_func": (FUNCTION, shifted, by_shifted_tokens),
+    "compute_loss_func, a mean": (dict(trainer_options=dict(compute_loss_func=mean_of_its_own)), shifted, one),
+    "logits, by micro-batch": (dict(kind=OfLogits), shifted, one),
+    "logits, by the number": (dict(kind=OfLogitsByNumber), shifted, by_shifted_tokens),
+    "log-probabilities": (dict(kind=OfLogProbs), by_log_probs, mean),
+    "scaled": (dict(kind=Scaled), by_log_probs, mean),
+    "half of the model's": (dict(kind=Halving), shifted, times_half(by_shifted_tokens)),
+    "a forward without gradients before": (dict(kind=Detached), shifted, by_shifted_tokens),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_LOSSES)
+def test_a_loss_that_is_not_the_models_has_the_balancing_loss_beside_it(case):
+    options, task, factor = OTHER_LOSSES[case]
+    model = model_of("causal")
+    expected = by_hand(copy.deepcopy(model), label_rows(), task, factor)
+    task_only = by_hand(copy.deepcopy(model), label_rows(), task, factor, strategy=("none",))
+    assert distance(by_trainer(model, label_rows(), **options), expected) < 1e-6
+    assert distance(task_only, expected) > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", ["compute_loss_func", "logits, by the number"])
+def test_a_compiled_model_has_the_same_gradient_under_a_loss_of_ones_own(case):
+    options, task, factor = OTHER_LOSSES[case]
+    model = model_of("causal")
+    expected = by_hand(copy.deepcopy(model), label_rows(), task, factor)
+    ours = by_trainer(model, label_rows(), **options, torch_compile=True, torch_compile_backend="aot_eager")
+    torch.compiler.reset()
+    assert distance(ours, expected) < 1e-6
+
+
+class ReadingTrainer(OfLogitsByNumber):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch.item())
+
+
+def test_a_compute_loss_that_reads_the_number_past_autograd_is_refused():
+    with pytest.raises(UsageError, match="the model or compute_loss reads it as a plain number"):
+        by_trainer(model_of("causal"), label_rows(), kind=ReadingTrainer)
+
+
+class PairTrainer(Trainer):
+    """One loss from two forwards, as of a chosen and a rejected answer."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        first, second = ({key: value[row : row + 1] for key, value in inputs.items()} for row in (0, 1))
+        return model(**first).loss + 2 * model(**second).loss
+
+
+def test_several_forwards_of_one_loss_are_one_micro_batch():
+    """Its balancing loss has the sum of their factors."""
+    model, data = model_of("causal"), label_rows()
+    other = copy.deepcopy(model)
+    ours = by_trainer(model, data, kind=PairTrainer)
+    balance = equipoise.attach(other, LOSS)
+    for batch in batches(data)[:ACCUMULATED]:
+        first, second = ({key: value[row : row + 1] for key, value in batch.items()} for row in (0, 1))
+        (other(**first).loss + 2 * other(**second).loss + 3 * balance.loss()).backward()
+    assert distance(ours, {name: p.grad for name, p in other.named_parameters() if p.grad is not None}) < 1e-6
+
+
 class DividingTrainer(Trainer):
     """Passes no number, and takes a mean over micro-batches: as older Trainers do."""
 

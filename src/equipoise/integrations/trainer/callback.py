@@ -1,12 +1,11 @@
 """The callback for ``transformers.Trainer``.
 
-The Trainer takes its loss from the model's output, and its callbacks cannot add to it. So a hook of the model's forward
-adds the balancing loss to the loss in the output. After each step of the optimizer the callback moves the biases.
+No event lets a callback add to the loss. So ``compute_loss`` of the Trainer is wrapped while it trains: the balancing
+loss is added to what it returns. After each step of the optimizer the callback moves the biases.
 """
 
 import inspect
 import logging
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +23,15 @@ from equipoise.integrations.trainer.checkpoints import STATE_FILE, load_missing_
 from equipoise.integrations.trainer.checks import (
     check_model_adds_no_loss,
     check_only_callback,
-    check_trainer_uses_model_loss,
+    check_there_is_a_trainer,
+    check_trainer_adds_no_loss,
     check_training_arguments,
+    forget_callback,
     refuse_model_loss,
+    remember_callback,
 )
 from equipoise.integrations.trainer.hooks import ForwardHook, unwrap_save_pretrained, wrap_save_pretrained
-from equipoise.integrations.trainer.loss import OutputLoss
+from equipoise.integrations.trainer.loss import BalancedLoss
 from equipoise.integrations.trainer.stack import find_calling_trainer
 from equipoise.model_loss import watch_model_loss
 from equipoise.saved import write_biases
@@ -41,16 +43,16 @@ _log = logging.getLogger("equipoise")
 
 
 class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
-    """Balances the mixture-of-experts model that a ``transformers.Trainer`` trains.
+    """Balances the mixture-of-experts model that a ``transformers.Trainer`` trains, or a trainer of TRL.
 
         callback = EquipoiseCallback("loss-free:rate=1e-3", LoadBalancingLoss(1e-4))
         trainer = Trainer(model, args, train_dataset=data, callbacks=[callback])
 
     Args:
         strategy: balancers or strategy strings, as for ``equipoise.attach``.
-        add_loss: whether to add the balancing loss to the loss in the model's output. With False you add
-            ``callback.balance.loss()`` in your own ``compute_loss``, with the same weight as your loss. If you forget
-            it, the backward raises.
+        add_loss: whether to add the balancing loss to what the Trainer's ``compute_loss`` returns. With False you add
+            ``callback.balance.loss()`` in a ``compute_loss`` of your own, with the weight that you choose. If you
+            forget it, the backward raises.
         with_model_loss: accept a model that adds a load-balancing loss of its own. Both then act. Otherwise it is
             refused: when the training begins, if the config says so, or in the first backward that it has a part in.
         move_frozen: move the biases even if no router is trained, as with adapters on a frozen base. By default they
@@ -61,20 +63,26 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     Attributes:
         balance: the ``Balance`` of the model, from the beginning of the training on; None before.
 
+    **What counts.** The forwards with gradients inside one call of ``compute_loss`` are a micro-batch. Rollouts, and
+    log-probabilities of a reference or an older policy, have no gradients: they are not counted.
+
     **Gradient.** Let CE_m be the mean cross-entropy of micro-batch m over its n_m label tokens, and B_m its balancing
     loss, coefficients included. An optimizer step over micro-batches m has the gradient of:
 
-    - ``sum_m n_m / N (CE_m + B_m)``, if the Trainer passes ``num_items_in_batch`` to the model and the loss divides by
-      it, as causal losses of Transformers do. N is that number. Label tokens are the labels that are not -100, shifted
-      as the loss shifts them. With ``average_tokens_across_devices`` (the default) N and the sum cover all ranks: DDP
-      divides by the number of ranks, so the Trainer multiplies by it. Without it N is of one rank, and the ranks'
-      gradients are averaged.
+    - ``sum_m n_m / N (CE_m + B_m)``, if the Trainer passes ``num_items_in_batch`` and the loss divides by it, as causal
+      losses of Transformers and ``SFTTrainer`` do. N is that number. Label tokens are the labels that are not -100,
+      shifted as the loss shifts them. With ``average_tokens_across_devices`` (the default) N and the sum cover all
+      ranks: DDP divides by the number of ranks, so the Trainer multiplies by it. Without it N is of one rank, and the
+      ranks' gradients are averaged.
     - ``sum_m (CE_m + B_m)``, if the Trainer passes it and the loss does not use it, as in classifiers of Transformers:
       the Trainer does not divide then either.
-    - ``mean_m (CE_m + B_m)`` otherwise: over the micro-batches of the step (fewer in a short last one) and the ranks.
+    - ``mean_m (L_m + B_m)`` otherwise, also for a loss L_m that is no cross-entropy (DPO, GRPO, reward models): over
+      the micro-batches of the step (fewer in a short last one) and the ranks.
 
-    The first training forward shows which it is: there the number is watched. If the loss reads it as a plain number
-    (``item()``), that cannot be known, and raises ``UsageError``.
+    The first training step shows which it is: there the number is watched. If the loss reads it as a plain number
+    (``item()``), that cannot be known, and raises ``UsageError``. If a ``compute_loss`` of your own multiplies the
+    model's loss, the balancing loss is multiplied too. If it makes its loss from logits, divides by N and forgets the
+    factor of the ranks, the balancing loss has that factor all the same.
 
     **Steps.** A window is what is counted for one optimizer step. The biases move after every ``optimizer.step()``. If
     a GradScaler skipped that step, the window closes and nothing moves. Nothing moves either for micro-batches that an
@@ -85,10 +93,10 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     **Packed rows.** For losses of scope ``sequence``, a new sequence begins where the arguments of the forward show
     one: see ``Balance.token_mask``.
 
-    **Logs.** The logged loss includes the balancing loss. ``Balance.metrics()`` of the last window is logged as
-    ``equipoise/...``. Each problem that ``Alerts`` finds is a warning of the logger ``equipoise``, once when it starts
-    and once when it ends. ``equipoise/alerts`` is the number of problems that exist, each counted in every layer that
-    has it.
+    **Logs.** The logged loss includes the balancing loss; the outputs that ``compute_loss`` returns do not.
+    ``Balance.metrics()`` of the last window is logged as ``equipoise/...``. Each problem that ``Alerts`` finds is a
+    warning of the logger ``equipoise``, once when it starts and once when it ends. ``equipoise/alerts`` is the number
+    of problems that exist, each counted in every layer that has it.
 
     **Checkpoints.** Every checkpoint holds ``equipoise_balance.pt``. Resuming and ``load_best_model_at_end`` load it.
     So does what ``model.save_pretrained`` saves between two micro-batches, without those that were counted since.
@@ -99,10 +107,9 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
 
     **After the training** the model stays attached: an evaluation routes as the training did. ``detach()`` ends that.
 
-    **Errors.** Raises ``EquipoiseError`` when the training begins, or at its first forward, if the balancing loss would
-    be lost: label smoothing, a ``compute_loss_func``, a ``compute_loss`` that does not use the model's loss. A strategy
-    without a loss (``loss-free``, ``quantile``) accepts all three. Raises also for a second callback on the same model,
-    ``nn.DataParallel``, and DeepSpeed (not tested).
+    **Errors.** Raises ``EquipoiseError`` when the training begins: for a second callback on the same model, for a
+    balancing loss beside one of the model's own (``router_aux_loss_coef`` of TRL), for ``nn.DataParallel``, and the
+    sequence parallelism of DeepSpeed (not tested).
     """
 
     def __init__(
@@ -133,7 +140,7 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         self.balance: Balance | None = None
         self._model: nn.Module | None = None  # the attached model: inside the adapters, if there are any
         self._saved_model: nn.Module | None = None  # what the Trainer saves
-        self._output_loss: OutputLoss | None = None
+        self._loss: BalancedLoss | None = None
         self._hooks: list[Any] = []
         self._alerts = Alerts()
         self._is_training = False
@@ -157,17 +164,22 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         check_only_callback(inner, self)
         check_training_arguments(args)
         if self._adds_loss:
-            check_trainer_uses_model_loss(args, trainer)
+            check_there_is_a_trainer(trainer)
         if self._adds_loss and not self._with_model_loss:
+            check_trainer_adds_no_loss(trainer)
             check_model_adds_no_loss(inner)
         earlier_state, arguments = self._end_earlier_training(inner)
         self.balance = attach_for_training(inner, self._strategy, arguments, self._move_frozen)
         self._alerts = Alerts(num_steps=state.max_steps, num_seen=state.global_step)
         self._model, self._saved_model, self._is_training = inner, saved_model, True
+        remember_callback(inner, self)
         lacks_slot = any(layer.kind.slot is None for layer in self.balance.layers)
         multiplies = any(balancer.multiplies for balancer in self._balancers)
         self._needs_biases_file = self._has_bias and (lacks_slot or multiplies or saved_model is not inner)
-        self._add_hooks(inner, optimizer, is_compiled=args.torch_compile or is_compiled(model))
+        if trainer is not None:
+            is_in_graphs = args.torch_compile or is_compiled(model)
+            self._loss = BalancedLoss(trainer, inner, self.balance, self._adds_loss, is_in_graphs)
+        self._add_hooks(inner, optimizer)
         wrap_save_pretrained(saved_model, self._save)
         if checkpoint is not None:
             self._load(checkpoint)
@@ -226,7 +238,9 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
             hook.remove()
         if self._saved_model is not None:
             unwrap_save_pretrained(self._saved_model)
-        self.balance = self._model = self._saved_model = self._output_loss = None
+        if self._model is not None:
+            forget_callback(self._model)
+        self.balance = self._model = self._saved_model = self._loss = None
         self._hooks = []
         return biases
 
@@ -244,16 +258,10 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         biases = self.detach()
         return state, self._attach_arguments | ({"biases": biases} if is_same_model and self._has_bias else {})
 
-    def _add_hooks(self, model: nn.Module, optimizer: Any, is_compiled: bool) -> None:
-        assert self.balance is not None
-        self._output_loss = OutputLoss(model, self.balance, self._adds_loss, is_compiled)
-        after_forward = ForwardHook(self, self._output_loss.add_to_output)
-        self._hooks = [model.register_forward_hook(after_forward, with_kwargs=True)]
-        if self._adds_loss:
-            before_forward = ForwardHook(self, self._output_loss.watch_num_items)
-            self._hooks.append(model.register_forward_pre_hook(before_forward, with_kwargs=True))
+    def _add_hooks(self, model: nn.Module, optimizer: Any) -> None:
+        self._hooks = []
         if self._adds_loss and not self._with_model_loss:  # before the hook of attach, which would only warn
-            self._hooks += watch_model_loss(model, refuse_model_loss, partial(ForwardHook, self), prepend=True)
+            self._hooks += watch_model_loss(model, refuse_model_loss, ForwardHook, prepend=True)
         self._step_was_applied, optimizer = True, getattr(optimizer, "optimizer", optimizer)  # inside Accelerate's
         if isinstance(optimizer, torch.optim.Optimizer):
             self._hooks.append(optimizer.register_step_post_hook(self._after_step))
@@ -263,9 +271,10 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
 
     def _report_alerts(self, state: Any) -> None:
         """Warns of each problem that starts or ends with the window that was just closed."""
-        assert self.balance is not None and self._output_loss is not None
+        assert self.balance is not None
         self._alerts.steers = self.balance.rate > 0
-        for alert in self._alerts.see(self.balance.peek_load(), self._output_loss.take_model_loss()):
+        loss = None if self._loss is None else self._loss.take_loss()
+        for alert in self._alerts.see(self.balance.peek_load(), loss):
             if state.is_world_process_zero:
                 _log.warning(f"EquipoiseCallback, step {alert.step}: {alert}")
 
@@ -286,5 +295,5 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
 
     def _stop(self) -> None:
         self._is_training = False
-        if self._output_loss is not None:
-            self._output_loss.stop()
+        if self._loss is not None:
+            self._loss.remove()

@@ -58,7 +58,8 @@ def load_missing_weights(model: Any, folder: Path) -> None:
     ``save_pretrained`` writes experts one by one. The Trainer looks for them under the names that the model uses.
     """
     files = [*folder.glob("model*.safetensors")]
-    if not files or not isinstance(model, PreTrainedModel):
+    is_loaded_by_engine = any(folder.glob("global_step*"))  # of DeepSpeed, which loads all weights by itself
+    if not files or is_loaded_by_engine or not isinstance(model, PreTrainedModel):
         return
     saved_names: set[str] = set()
     for file in files:

@@ -14,10 +14,10 @@ __all__ = ["ForwardHook", "unwrap_save_pretrained", "wrap_save_pretrained"]
 
 
 class ForwardHook:
-    """Calls ``function`` as a hook of the model's forward, for ``callback``. A copy of the hook does nothing."""
+    """Calls ``function`` as a hook of a forward. A copy of the hook does nothing."""
 
-    def __init__(self, callback: Any = None, function: Callable[..., Any] | None = None):
-        self.callback, self.function = callback, function
+    def __init__(self, function: Callable[..., Any] | None = None):
+        self.function = function
 
     @torch.compiler.disable
     def __call__(self, *args: Any) -> Any:

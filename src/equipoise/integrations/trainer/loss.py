@@ -1,227 +1,117 @@
-"""Adds the balancing loss to the loss in the model's output, with the weight that the latter has."""
+"""Adds the balancing loss to the loss of a Trainer, with the weight that the latter has."""
 
-import inspect
-from collections import deque
-from contextlib import ExitStack
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from equipoise.balance import Balance
-from equipoise.errors import EquipoiseError, UsageError
+from equipoise.integrations.trainer.forwards import Forward, MarkedForwards
+from equipoise.integrations.trainer.num_items import NumItems, label_share, loss_shifts_labels
 
-__all__ = ["OutputLoss", "label_share", "shifts_labels"]
-
-IGNORED_LABEL = -100  # of a token that is no target
-
-_REMEDY = (
-    "Use outputs['loss']; or add callback.balance.loss() to your own loss, with the same weight, and say so with "
-    "EquipoiseCallback(..., add_loss=False); or use a strategy without a loss (loss-free, quantile)."
-)
+__all__ = ["BalancedLoss"]
 
 
-class OutputLoss:
-    """Two hooks of the model's forward: ``watch_num_items`` before, ``add_to_output`` after it.
+class BalancedLoss:
+    """Stands in for ``trainer.compute_loss`` while it trains: calls it, and adds the balancing loss to what it returns.
 
-    They act in the forwards of a training only: the model is in training mode, and ``stop()`` was not called.
+    All forwards with gradients of one call are one micro-batch. Its balancing loss weighs as the Trainer's loss does.
+    Let n be the label tokens of the micro-batch, N the number of items that the Trainer passes.
 
-    The Trainer passes ``num_items_in_batch`` to every model that takes it. Whether its loss divides by that number is
-    measured in the first training forward: the number is part of the graph of the loss, or it is not.
+    - If the Trainer's loss is made from the loss in the model's output, the latter has a factor in it, such as the
+      number of ranks. Autograd measures the factor. The balancing loss gets it, times n / N if the model divides by N.
+    - Otherwise the Trainer's loss is made from logits or log-probabilities. If it divides by N, the factor is n / N
+      times the number of ranks, as Trainers multiply if N is of all ranks. If not, it is a mean over the micro-batch.
+      Then the factor is 1, and the Trainer divides by the number of micro-batches. With ``loss_is_scaled_for_ga`` it
+      has divided already: the factor is 1 / micro-batches.
+
+    Whether a loss divides by N is measured in the first call that gets N: there N has a gradient.
 
     Args:
-        is_added: whether the balancing loss is added. Otherwise the model's own loss is only noted.
-        is_compiled: a graph hides what the loss uses, so it is measured in a forward without graphs, before the first.
+        trainer: its attribute ``compute_loss`` is replaced by this, until ``remove``.
+        model: the attached model, inside all wrappers.
+        is_added: whether the balancing loss is added. Otherwise the Trainer's loss is only noted.
+        is_compiled: a graph hides what the model's loss uses, so that is measured in a forward without graphs.
     """
 
-    def __init__(self, model: nn.Module, balance: Balance, is_added: bool, is_compiled: bool = False):
-        self._balance, self._is_added, self._is_stopped = balance, is_added, False
-        self._is_compiled = is_compiled
-        self._num_items: _NumItems | None = None  # of the forward that is under way, if it is watched
-        self._uses_num_items: bool | None = None  # whether the loss divides by it; None: not known yet
-        self._parameter_names = list(inspect.signature(model.forward).parameters)
-        self._shifts_labels = shifts_labels(model)
-        self._model_loss: Tensor | None = None  # the sum over the forwards since ``take_model_loss``
+    def __init__(self, trainer: Any, model: nn.Module, balance: Balance, is_added: bool, is_compiled: bool = False):
+        self._trainer, self._balance, self._is_added = trainer, balance, is_added
+        self._forwards = MarkedForwards(model, balance, is_compiled)
+        self._shifts_labels = loss_shifts_labels(model)
+        self._divides: bool | None = None  # whether the loss divides by N; None: not known yet
+        self._loss: Tensor | None = None  # the sum over the calls since ``take_loss``
+        self._replaced = vars(trainer).get("compute_loss")  # what somebody else has put on this instance
+        self._compute_loss = trainer.compute_loss
+        trainer.compute_loss = self
 
-    def stop(self) -> None:
-        self._is_stopped = True
+    def remove(self) -> None:
+        """Gives the Trainer back what it had."""
+        self._is_added = False
+        self._forwards.remove()
+        if vars(self._trainer).get("compute_loss") is not self:
+            return  # removed already; or wrapped by somebody else since, who goes on calling this one
+        del self._trainer.compute_loss
+        if self._replaced is not None:
+            self._trainer.compute_loss = self._replaced
 
-    def take_model_loss(self) -> Tensor | None:
-        """The sum of the model's own losses since the last call; None if there were none."""
-        loss, self._model_loss = self._model_loss, None
+    def take_loss(self) -> Tensor | None:
+        """The sum of the Trainer's losses since the last call, without the balancing loss; None if there were none."""
+        loss, self._loss = self._loss, None
         return loss
 
-    def watch_num_items(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Watches ``num_items_in_batch`` in the first training forward that gets it."""
-        self._num_items, value = None, kwargs.get("num_items_in_batch")
-        is_watched = self._uses_num_items is None and self._is_active(model) and torch.is_grad_enabled()
-        if value is None or not is_watched:
-            return None
-        num_items = _NumItems(value)
-        watched = {**kwargs, "num_items_in_batch": num_items.watched}
-        if not self._is_compiled:
-            self._num_items = num_items
-            return args, watched
-        with ExitStack() as stack:
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-            stack.enter_context(self._balance.paused())
-            stack.enter_context(_kept_generators(next(model.parameters()).device))
-            self._uses_num_items = num_items.are_used_by(_loss_of(model.forward(*args, **watched)))
-        return None
-
-    def add_to_output(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """The output, its loss plus the weighted balancing loss; None leaves the output as it is."""
-        if not self._is_active(model):
-            return None
-        inputs, loss = self._by_name(args, kwargs), _loss_of(output)
-        if self._num_items is not None:
-            num_items, self._num_items = self._num_items, None
-            inputs["num_items_in_batch"] = num_items.value
-            self._uses_num_items = num_items.are_used_by(loss)
-        if loss is not None:
-            self._model_loss = loss.detach().sum() + (0.0 if self._model_loss is None else self._model_loss)
+    def __call__(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        options: dict[str, Any] = {"return_outputs": True} if return_outputs else {}
+        if num_items_in_batch is not None:
+            options["num_items_in_batch"] = num_items_in_batch
+        if not (model.training and torch.is_grad_enabled()):
+            return self._compute_loss(model, inputs, **options)
         if not self._is_added:
-            return None
-        if loss is None:
-            _check_needs_no_loss()
-            self._balance.loss()  # closes the micro-batch
-            return None
-        balancing_loss = self._balance.loss()
-        share = label_share(inputs, self._shifts_labels) if self._uses_num_items else 1.0
-        total = loss + share * balancing_loss.to(loss.device)
-        if not isinstance(output, dict):
-            return (total, *output[1:])
-        _raise_if_dropped(balancing_loss, output.get("logits"))
-        _raise_if_dropped(balancing_loss, output.get("log_probs"))  # of which the trainers of TRL make their losses
-        output["loss"] = total
-        return output
+            result = self._compute_loss(model, inputs, **options)
+            self._note(_loss_in(result))
+            return result
+        labels: dict[str, Any] = {name: inputs[name] for name in ("labels", "shift_labels") if name in inputs}
+        watched = None
+        if self._divides is None and num_items_in_batch is not None:
+            watched = NumItems(num_items_in_batch)
+            options["num_items_in_batch"] = watched.number
+        with self._forwards.marking(model, watched) as forwards:
+            result = self._compute_loss(model, inputs, **options)
+        loss = _loss_in(result)
+        self._note(loss)
+        factor = self._factor(loss, forwards, labels, num_items_in_batch, watched)
+        total = loss + factor * self._balance.loss().to(loss.device)
+        return (total, *result[1:]) if isinstance(result, tuple) else total
 
-    def _is_active(self, model: nn.Module) -> bool:
-        return model.training and not self._is_stopped
+    def _note(self, loss: Tensor) -> None:
+        self._loss = loss.detach().sum() + (0.0 if self._loss is None else self._loss)
 
-    def _by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        return dict(zip(self._parameter_names, args, strict=False)) | kwargs
+    def _factor(
+        self, loss: Tensor, forwards: list[Forward], labels: dict[str, Any], num_items: Any, watched: NumItems | None
+    ) -> Tensor | float:
+        """What the balancing loss is multiplied by, before it is added to ``loss``."""
+        parts = [(forward, part) for forward in forwards if (part := forward.factor_in(loss)) is not None]
+        if watched is not None:
+            self._divides = parts[0][0].divides if parts else watched.are_used_by(loss)
+        if parts:
+            return torch.stack([part * self._share(forward.inputs, num_items) for forward, part in parts]).sum()
+        if num_items is not None and (self._divides or self._trainer.compute_loss_func is not None):
+            return self._share(labels, num_items) * self._num_ranks()
+        is_scaled = bool(getattr(self._trainer, "loss_is_scaled_for_ga", None))
+        return 1 / self._trainer.current_gradient_accumulation_steps if is_scaled else 1.0
 
+    def _share(self, inputs: dict[str, Any], num_items: Any) -> Tensor | float:
+        """n / N for a loss that divides by N, 1 for one that does not."""
+        return label_share(inputs, num_items, self._shifts_labels) if self._divides else 1.0
 
-def label_share(inputs: dict[str, Any], shifts: bool) -> Tensor | float:
-    """n_m / N: the label tokens of this micro-batch over ``num_items_in_batch``, for a loss that divides by N.
-
-    1 if the Trainer does not pass that number: it then divides by the number of micro-batches itself.
-
-    Args:
-        inputs: what the model's forward was called with, by name.
-        shifts: whether the loss shifts ``labels``, so that the first one of a row is no target.
-    """
-    num_items, labels = inputs.get("num_items_in_batch"), inputs.get("shift_labels")
-    if labels is None:
-        labels = inputs.get("labels")
-        labels = labels[..., 1:] if shifts and isinstance(labels, Tensor) else labels
-    if num_items is None or not isinstance(labels, Tensor):
-        return 1.0
-    num_labels = labels.ne(IGNORED_LABEL).sum()
-    return num_labels / (num_items.to(num_labels.device) if isinstance(num_items, Tensor) else num_items)
-
-
-def shifts_labels(model: nn.Module) -> bool:
-    """Whether the loss predicts label i + 1 at position i. The same question as the Trainer asks."""
-    is_causal = LOSS_MAPPING.get(getattr(model, "loss_type", None)) is ForCausalLMLoss
-    return is_causal and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    def _num_ranks(self) -> int:
+        """By what a Trainer multiplies a loss that it divided by the items of all ranks: DDP averages over them."""
+        if not self._trainer.args.average_tokens_across_devices:
+            return 1
+        return int(self._trainer.accelerator.num_processes // self._trainer.get_tp_size())
 
 
-class _NumItems:
-    """The number of items in a batch, and whether a loss is computed with it."""
-
-    def __init__(self, value: Tensor | float):
-        self.value = value
-        number = torch.as_tensor(value)
-        self._leaf = (number if number.is_floating_point() else number.float()).detach().clone().requires_grad_()
-        self.watched = (self._leaf * 1).as_subclass(_Watched)  # no leaf, which could not be written into
-
-    def are_used_by(self, loss: Tensor | None) -> bool:
-        """Raises ``UsageError`` if the number was read without autograd, so that nobody can say."""
-        nodes, seen = deque([None if loss is None else loss.grad_fn]), set()
-        while nodes:
-            node = nodes.popleft()
-            if node is None or node in seen:
-                continue
-            if getattr(node, "variable", None) is self._leaf:
-                return True
-            seen.add(node)
-            nodes.extend(following for following, _ in node.next_functions)
-        if self.watched.was_read:
-            raise UsageError(
-                "the loss must use num_items_in_batch as a tensor, or not at all: the model reads it as a plain number "
-                "(item(), int()), so it cannot be known whether the loss divides by it and how much the balancing loss "
-                "must weigh. Divide by the tensor; or set model.accepts_loss_kwargs = False, so that the Trainer does "
-                "not pass it; or add callback.balance.loss() to your own loss, with the same weight, and say so with "
-                "EquipoiseCallback(..., add_loss=False)."
-            )
-        return False
-
-
-_TO_PLAIN = (Tensor.__float__, Tensor.__int__, Tensor.__index__, Tensor.item, Tensor.tolist, Tensor.numpy)
-
-
-class _Watched(Tensor):
-    """A number that notes when it is read in a way that autograd does not see. A comparison does not count."""
-
-    was_read = False
-
-    @classmethod
-    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function in _TO_PLAIN:
-            return function(args[0].detach(), *args[1:], **(kwargs or {}))
-        result = super().__torch_function__(function, types, args, kwargs)
-        if isinstance(result, Tensor) and not result.requires_grad and result.dtype != torch.bool:
-            for value in args:
-                if isinstance(value, cls):
-                    value.was_read = True
-        return result.as_subclass(Tensor) if isinstance(result, cls) else result
-
-
-def _kept_generators(device: torch.device) -> Any:
-    """Sets the random generators back at the end."""
-    if device.type == "cpu":
-        return torch.random.fork_rng([])
-    return torch.random.fork_rng([device], device_type=device.type)
-
-
-def _loss_of(output: Any) -> Tensor | None:
-    """The loss in the output of a model; in a tuple it comes first, and is a scalar."""
-    if isinstance(output, dict):
-        loss = output.get("loss")
-        return loss if isinstance(loss, Tensor) else None
-    first = output[0] if isinstance(output, tuple | list) and len(output) else None
-    return first if isinstance(first, Tensor) and first.dim() == 0 else None
-
-
-def _check_needs_no_loss() -> None:
-    """Raises ``UsageError`` if this forward, which returned no loss, will have a backward."""
-    if torch.is_grad_enabled():
-        raise UsageError(
-            "the Trainer must take its loss from the model's output, where the balancing loss is added: this training "
-            "forward got no labels and returned no loss. A compute_loss of your own keeps the labels back, or the "
-            f"data has none. {_REMEDY}"
-        )
-
-
-def _raise_if_dropped(balancing_loss: Tensor, logits: Any) -> None:
-    """Lets the backward raise ``EquipoiseError`` if it reaches the logits, but not the balancing loss.
-
-    Autograd runs what was made last first: the hook of the balancing loss comes before the one of the logits.
-    """
-    if balancing_loss.requires_grad and isinstance(logits, Tensor) and logits.requires_grad:
-        hook_calls: list[bool] = []
-        balancing_loss.register_hook(lambda _: hook_calls.append(True))
-        logits.register_hook(partial(_check_was_called, hook_calls))
-
-
-def _check_was_called(hook_calls: list[bool], gradient: Tensor) -> None:
-    if not hook_calls:
-        raise EquipoiseError(
-            "the Trainer must take its loss from the model's output, where the balancing loss was added: this backward "
-            "began without it. A compute_loss that starts from outputs.logits drops it. So do trainers of TRL, which "
-            f"start from outputs.log_probs. {_REMEDY}"
-        )
+def _loss_in(result: Any) -> Tensor:
+    """The loss in what ``compute_loss`` returned."""
+    return result[0] if isinstance(result, tuple) else result
