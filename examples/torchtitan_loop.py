@@ -6,7 +6,7 @@
     torchrun --nproc-per-node 2 examples/torchtitan_loop.py
 
 The text is the corpus that is packaged with equipoise, byte by byte. The table at the end is about held-out text.
-Without a GPU a few things of torchtitan are replaced, in use_cpu(). Takes about a minute on one core of a CPU.
+Without a GPU a few things of torchtitan are replaced, in use_cpu(). Takes about two minutes on one core of a CPU.
 """
 
 import argparse

@@ -17,7 +17,9 @@ import torch
 import equipoise
 
 FOLDER = Path(__file__).parent.parent / "examples"
-EXAMPLES = sorted(FOLDER.glob("*.py"))
+ENVIRONMENTS = Path(__file__).parent / "frameworks" / "environments"  # their tests run the examples of frameworks
+FRAMEWORKS = {f"{path.stem}_loop" for path in ENVIRONMENTS.glob("*.txt")}
+EXAMPLES = sorted(path for path in FOLDER.glob("*.py") if path.stem not in FRAMEWORKS)
 SMALL = "--steps 4 --layers 1 --width 32 --experts 8 --experts-per-token 2 --expert-width 16 --sequence-length 32"
 every_example = pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 
@@ -81,7 +83,7 @@ def test_it_runs_without_any_file_and_compares_with_no_balancing(example, smoke)
     assert all(math.isfinite(figure) for figures in table.values() for figure in figures)
 
 
-@every_example
+@pytest.mark.parametrize("example", sorted(FOLDER.glob("*.py")), ids=lambda path: path.stem)
 def test_the_page_of_the_examples_names_it(example):
     assert f"[{example.name}]({example.name})" in (FOLDER / "README.md").read_text()
 
@@ -170,6 +172,12 @@ def _by_hand(strategy):
 
 def test_the_loop_over_accelerate_equals_a_loop_without_it(smoke):
     steps = _steps(smoke(FOLDER / "accelerate_loop.py"))
+    assert list(steps) == ["none", "lbl:scope=global_batch,coefficient=1e-2"]
+    assert steps == {strategy: _by_hand(strategy) for strategy in steps}
+
+
+def test_the_loop_under_lightning_equals_a_loop_without_it(smoke):
+    steps = _steps(smoke(FOLDER / "lightning_loop.py"))
     assert list(steps) == ["none", "lbl:scope=global_batch,coefficient=1e-2"]
     assert steps == {strategy: _by_hand(strategy) for strategy in steps}
 

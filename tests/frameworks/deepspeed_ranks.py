@@ -251,8 +251,6 @@ def everything(rank: int, folder: str) -> dict[Any, Any]:
         if case[-1] == "deepspeed":
             recompute_by_deepspeed()
         results[case] = run_case(rank, *case)
-    for name in PRECISIONS:
-        results[name] = overflow(rank, name)
     for stage in range(4):
         results["resumed", stage] = resumed(rank, stage, folder)
     results["refusals"] = refusals(rank)
@@ -260,20 +258,22 @@ def everything(rank: int, folder: str) -> dict[Any, Any]:
     results["partitioned slot"] = partitioned_slot(rank)
     for strategy in ("none", BOTH.replace("rate=0.01", "rate=0.02")):
         results["evened", strategy == "none"] = evened(rank, strategy)
+    for name in PRECISIONS:  # last: once there was an autocast, DeepSpeed scales the loss of later engines too
+        results[name] = overflow(rank, name)
     return results
 
 
 # ---- under the Trainer ----
 
-TRAINER_STAGES = (None, 0, 1, 2, 3)
+TRAINER_STAGES = (None, 1, 3)
 
 
-def _trained(stage: int | None, folder: str, **options: Any) -> Any:
+def _trained(stage: int | None, folder: str, stop: Any = (), resume: Any = None, **options: Any) -> Any:
     import deepspeed
     from accelerate.state import AcceleratorState
     from models import family
     from trainer_ranks import BOTH as STRATEGIES
-    from trainer_ranks import Watch, arguments, rows
+    from trainer_ranks import Watch, rows
     from trainer_ranks import train as train_by_trainer
 
     from equipoise.integrations import EquipoiseCallback
@@ -283,13 +283,9 @@ def _trained(stage: int | None, folder: str, **options: Any) -> Any:
         zero = {"zero_optimization": {"stage": stage}, "zero_allow_untested_optimizer": True, "gradient_clipping": 0.0}
         sizes = dict.fromkeys(("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), "auto")
         options["deepspeed"] = zero | sizes
-    settings = arguments(folder, **options)  # before the model, which ZeRO-3 then partitions as it is made
-    torch.manual_seed(0)
     model, callback = family("glm4_moe"), EquipoiseCallback(*STRATEGIES)
-    assert settings.n_gpu <= 1
-    stop = options.pop("stop", ())
     watch = Watch(callback)
-    train_by_trainer(model, rows(24), [callback, watch, *stop], folder, **options)
+    train_by_trainer(model, rows(24), [callback, watch, *stop], folder, resume=resume, **options)
     with deepspeed.zero.GatheredParameters(list(model.parameters())):
         final = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     callback.detach()
@@ -304,7 +300,31 @@ def under_the_trainer(rank: int, folder: str) -> dict[Any, Any]:
 
     results: dict[Any, Any] = {stage: _trained(stage, f"{folder}/{stage}") for stage in TRAINER_STAGES}
     saving = dict(save_strategy="steps", save_steps=1)
-    for stage in (1, 3):
+    for stage in TRAINER_STAGES[-1:]:
         _trained(stage, f"{folder}/stopped{stage}", stop=[Stop(1)], **saving)
         results["resumed", stage] = _trained(stage, f"{folder}/stopped{stage}", resume=True, **saving)
     return results
+
+
+# ---- the page ----
+
+
+def page(rank: int, codes: list[str], folder: str) -> tuple[int, float]:
+    """Runs the blocks of the how-to page. Returns the number of windows, and the tokens of the last one."""
+    environment(rank)
+    os.environ["WORLD_SIZE"] = "1"
+    import deepspeed
+    import transformers
+
+    deepspeed.init_distributed("gloo")
+    sizes = dict(vocab_size=64, hidden_size=32, head_dim=16, num_hidden_layers=2, moe_intermediate_size=16)
+    heads = dict(num_attention_heads=2, num_key_value_heads=2, num_experts=8, num_experts_per_tok=2)
+    model = transformers.AutoModelForCausalLM.from_config(transformers.Qwen3MoeConfig(**sizes, **heads)).train()
+    ids = torch.randint(64, (4, 2, 12), generator=torch.Generator().manual_seed(0))
+    names: dict[str, Any] = dict(model=model, folder=folder, config=config(1, 2))
+    names |= dict(data=[{"input_ids": row, "labels": row} for row in ids])
+    names["optimizer"] = torch.optim.AdamW(model.parameters())
+    for code in codes:
+        exec(code, names)
+    balance = names["balance"]
+    return balance.num_windows, balance.metrics()["tokens"]

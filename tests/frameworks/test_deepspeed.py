@@ -1,38 +1,36 @@
 """Models in an engine of DeepSpeed, on two ranks, give what one process gives in float64."""
 
+import os
+import subprocess
+import sys
 import tempfile
 from functools import cache
 
-import deepspeed_ranks
 import pytest
 import torch
-from deepspeed_ranks import CASES, LR, PRECISIONS, TRAINER_STAGES
-from plain_model import PlainNet, Reference, assert_biases, assert_counts, batches
+from frameworks import deepspeed_ranks
+from frameworks.deepspeed_ranks import CASES, LR, PRECISIONS, TRAINER_STAGES
+from pages import ROOT, blocks
+from plain_model import PlainNet, Reference, assert_biases, assert_counts, assert_gradient, batches
 from ranks import distance, run_on_ranks
 
 import equipoise
 
-ROUTERS = ("blocks.0.gate.weight", "blocks.1.gate.weight")
-
 
 @cache
-def _on_two_ranks(function):
+def _results(function):
     with tempfile.TemporaryDirectory() as folder:
-        results = run_on_ranks(2, function, folder)
-    for result in results:
+        return run_on_ranks(2, function, folder)
+
+
+def _on_two_ranks(function):
+    for result in _results(function):
         assert not isinstance(result, str), result
-    return results
+    return _results(function)
 
 
 def on_two_ranks():
     return _on_two_ranks(deepspeed_ranks.everything)
-
-
-def assert_gradient(ours, expected):
-    ours = {name: gradient.double() for name, gradient in ours.items()}
-    assert distance(ours, expected) < 1e-6
-    for name in ROUTERS:
-        assert distance({name: ours[name]}, {name: expected[name]}) < 1e-6
 
 
 # ---- gradients, counts and biases ----
@@ -198,7 +196,7 @@ def test_the_trainer_with_deepspeed_gives_what_it_gives_with_ddp(stage):
         assert distance(final, expected) < 1e-6
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", TRAINER_STAGES[-1:])
 def test_resuming_under_the_trainer_with_deepspeed_equals_never_having_stopped(stage):
     for results in _on_two_ranks(deepspeed_ranks.under_the_trainer):
         biases, loads, final = results["resumed", stage]
@@ -206,3 +204,20 @@ def test_resuming_under_the_trainer_with_deepspeed_equals_never_having_stopped(s
         assert all(torch.equal(biases[-1][name], whole_biases[-1][name]) for name in whole_biases[-1])
         assert all(torch.equal(loads[-1][name], whole_loads[-1][name]) for name in whole_loads[-1])
         assert distance(final, expected) < 1e-6
+
+
+def test_the_example_runs():
+    command = [sys.executable, ROOT / "examples/deepspeed_loop.py", "--smoke"]
+    done = subprocess.run(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    strategies = [line.split()[0] for line in done.stdout.rsplit("\nstrategy ", 1)[1].splitlines()[1:]]
+    assert strategies == ["none", "lbl:scope=global_batch,coefficient=1e-2"]
+
+
+def test_the_code_of_its_page_runs(tmp_path):
+    """Two windows followed, two by hand, a checkpoint."""
+    codes = [block.code for block in blocks(ROOT / "docs/how-to/deepspeed.md") if block.language == "py"]
+    (result,) = run_on_ranks(1, deepspeed_ranks.page, codes, str(tmp_path))
+    assert result == (4, 48.0), result
