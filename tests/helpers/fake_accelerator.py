@@ -26,7 +26,9 @@ from equipoise.counting.biases import slot_value
 from equipoise.counting.pool import Pool
 from equipoise.routers import MoELayer
 from equipoise.routers.kind import ADDED_SLOT, RouterKind, Slot
+from equipoise.routers.steering import BiasedTopK
 from equipoise.routers.tap import UNCOUNTED, RouterCall
+from equipoise.routers.tapped import tap_of
 from equipoise.routing import route
 
 EXPERTS, K, DIM = 8, 2, 4
@@ -202,6 +204,26 @@ def _pools(strategy: str, verdict: bool) -> None:
     assert "look" in last_step and "read" not in last_step[last_step.index("look") : -1], last_step
 
 
+def _replays() -> None:
+    """A record on the device, of which only shapes are looked at, and routing that is recorded there."""
+    balance = _balance(parse_strategy(f"loss-free+{LOSSES}"))
+    mask = torch.ones(2, 5, dtype=torch.int64, device=DEVICE)
+    record = [torch.zeros(2, 5, K, dtype=torch.int32, device=DEVICE) for _ in balance.layers]
+    with balance.replay(record, mask=mask), balance.recording() as recording:
+        for index, layer in enumerate(balance.layers):
+            recorded = tap_of(layer.router).ids_to_replay.flatten(0, 1)
+            scores = torch.zeros(10, layer.num_experts, device=DEVICE, requires_grad=True)
+            for has_groups in (False, True):
+                with BiasedTopK(None, num_experts=layer.num_experts, recorded=recorded, has_groups=has_groups) as top_k:
+                    scores[:, ::2].topk(1)  # of its groups
+                    weights, expert_ids = scores.topk(K)
+                assert top_k.num_replayed == 1 and top_k.num_group_choices == has_groups
+            balance._recorder.observe(RouterCall(index, scores, expert_ids, weights, mask, None, 2, 5))
+        balance.loss()
+    balance.step()
+    assert recording.by_token().shape == (2, 5, 2, K)
+
+
 def _alerts() -> None:
     """All windows of a period but the last, after which the alerts are evaluated."""
     alerts, names = Alerts(), ("0", "1")
@@ -297,6 +319,7 @@ def main() -> None:
     errors["measuring captured"] = _run(lambda: _captures(counts=False, measures=True))
     errors["offloaded"] = _run(_offloaded)
     errors["alerts"] = _run(_alerts)
+    errors["replayed"] = _run(_replays)
     for name, wait in WAITING.items():
         errors[name] = _run(lambda w=wait: _windows(_balance([_Waits(w)]), masked=False))
     print(json.dumps(errors))

@@ -798,7 +798,7 @@ def test_the_proof_holds_for_every_router(score_function, options, k):
     router = Router(16, 8, k, score_function=score_function, **options)
     state = {name: value.clone() for name, value in router.state_dict().items()}
     assert router.router_kind == RouterKind(score_function, SLOT)
-    assert prove(router, router.router_kind) == (router.router_kind, 8, k, (2, 3), None, False)
+    assert prove(router, router.router_kind) == (router.router_kind, 8, k, (2, 3), None, False, None, False)
     assert all(torch.equal(value, state[name]) for name, value in router.state_dict().items())
     with pytest.raises(EquipoiseError, match="not the best|not in proportion"):
         prove(router, RouterKind("softmax" if score_function != "softmax" else "sigmoid", SLOT))

@@ -11,7 +11,7 @@ import pytest
 
 CASES = [f"{s}, {case}" for s in fake_accelerator.STRATEGIES for case in ("whole", "masked", "verdict")]
 
-CASES += ["alerts", "offloaded", "evaluation captured"]
+CASES += ["alerts", "offloaded", "evaluation captured", "replayed"]
 CASES += [f"{s}, no float64" for s in fake_accelerator.NARROW]
 RAISE = {  # what must raise, and with which words
     "float64": "TypeError: no float64 on this device",

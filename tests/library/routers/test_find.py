@@ -575,7 +575,7 @@ def test_the_proof_finds_k_and_touches_nothing(name, k):
     expected = torch.rand(1)
     torch.manual_seed(0)
     for _, router, kind, *_ in find_routers(model):
-        assert prove(router, kind) == (kind, 8, k, (2, 3), None)
+        assert prove(router, kind) == (kind, 8, k, (2, 3), None, False, None, False)
     assert torch.equal(torch.rand(1), expected), "the global generator was used"
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 

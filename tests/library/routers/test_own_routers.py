@@ -196,28 +196,40 @@ def test_the_width_is_found_where_a_projection_comes_first():
     assert _kinds(_model(LowRankRouter())) == [("softmax", 2)]
 
 
+class GroupedRouter(nn.Module):
+    """Chooses 2 of 4 groups of 2 experts; experts of the others have the score ``outside``."""
+
+    router_kind = RouterKind("sigmoid", "bias_slot")
+
+    def __init__(self, name, outside=float("-inf")):
+        super().__init__()
+        setattr(self, name, 4)
+        self.outside = outside
+        self.weight = nn.Parameter(torch.randn(EXPERTS, DIM, generator=torch.Generator().manual_seed(0)))
+        self.register_buffer("bias_slot", torch.zeros(EXPERTS))
+
+    def forward(self, hidden):
+        logits = F.linear(hidden.reshape(-1, DIM), self.weight)
+        scores = logits.sigmoid()
+        grouped = (scores + self.bias_slot).unflatten(-1, (4, 2))
+        best = grouped.sum(-1).topk(2, dim=-1).indices
+        kept = torch.zeros(*grouped.shape[:2], dtype=torch.bool).scatter(-1, best, True)
+        choice = grouped.masked_fill(~kept[..., None], self.outside).flatten(-2)
+        expert_ids = choice.topk(2, dim=-1).indices
+        return logits, scores.gather(-1, expert_ids), expert_ids
+
+
 @pytest.mark.parametrize("name", ["num_groups", "n_groups", "n_group"])
 def test_groups_are_known_by_any_of_their_names(name):
-    class GroupedRouter(nn.Module):
-        router_kind = RouterKind("sigmoid", "bias_slot")
+    assert _kinds(_model(GroupedRouter(name))) == [("sigmoid", 2)]
 
-        def __init__(self):
-            super().__init__()
-            setattr(self, name, 4)
-            self.weight = nn.Parameter(torch.randn(EXPERTS, DIM, generator=torch.Generator().manual_seed(0)))
-            self.register_buffer("bias_slot", torch.zeros(EXPERTS))
 
-        def forward(self, hidden):
-            logits = F.linear(hidden.reshape(-1, DIM), self.weight)
-            scores = logits.sigmoid()
-            grouped = (scores + self.bias_slot).unflatten(-1, (4, 2))
-            best = grouped.sum(-1).topk(2, dim=-1).indices
-            kept = torch.zeros(*grouped.shape[:2], dtype=torch.bool).scatter(-1, best, True)
-            choice = grouped.masked_fill(~kept[..., None], float("-inf")).flatten(-2)
-            expert_ids = choice.topk(2, dim=-1).indices
-            return logits, scores.gather(-1, expert_ids), expert_ids
-
-    assert _kinds(_model(GroupedRouter())) == [("sigmoid", 2)]
+def test_groups_that_a_negative_bias_leaves_cannot_be_steered():
+    """Known defect 91: with a slot, but 0 in place of minus infinity for experts outside the chosen groups."""
+    with pytest.raises(EquipoiseError, match=r"cannot be steered: an expert outside the chosen expert groups .* lbl"):
+        attach(_model(GroupedRouter("n_group", outside=0.0)), "loss-free")
+    attach(_model(GroupedRouter("n_group", outside=0.0)), "lbl")
+    attach(_model(GroupedRouter("n_group")), "loss-free")
 
 
 def test_a_declared_router_whose_forward_needs_more_is_refused_by_its_name():
