@@ -511,8 +511,8 @@ MUTANTS = [
     ),
     Mutant(
         "blocks: a forward without its top-k is not noticed",
-        "    if top_k.num_choices != 1:\n        raise EquipoiseError(\n            \"a block",
-        "    if False:\n        raise EquipoiseError(\n            \"a block",
+        '    if top_k.num_choices != 1:\n        raise EquipoiseError(\n            "a block',
+        '    if False:\n        raise EquipoiseError(\n            "a block',
         "test_blocks -k stops_taking",
     ),
     Mutant(
