@@ -346,8 +346,8 @@ MUTANTS = [
     ),
     Mutant(
         "98: a call that is not steered is let through",
-        "            if top_k.num_choices != 1:\n                raise EquipoiseError(",
-        "            if False:\n                raise EquipoiseError(",
+        "            elif top_k.num_choices != 1:\n                raise EquipoiseError(",
+        "            elif False:\n                raise EquipoiseError(",
         "test_behaviour -k steered_once",
     ),
     Mutant(
