@@ -22,7 +22,7 @@ from equipoise.errors import EquipoiseError
 from equipoise.routers.adapter import RouterAdapter, declared_adapter
 from equipoise.routers.blocks import MOVE, BlockAdapter, block_adapter
 from equipoise.routers.fingerprint import NotComparable, fingerprint, tensor_shapes
-from equipoise.routers.frameworks import framework_adapter
+from equipoise.routers.frameworks import advice, framework_adapter
 from equipoise.routers.kind import MoELayer, RouterKind
 from equipoise.routers.names import named_modules
 from equipoise.routers.outputs import CONTRACT, LEAVE_OUT, Refused
@@ -66,7 +66,8 @@ def find_routers(model: nn.Module, allow_empty: bool = False) -> list[MoELayer]:
         return _without_nested(layers)
     if allow_empty and not any(_is_moe_name(type(m).__name__) for m in model.modules() if m is not model):
         return []
-    raise _no_router(model, [(candidate, reason) for candidate, reason in refused if candidate.is_certain])
+    error = _no_router(model, [(candidate, reason) for candidate, reason in refused if candidate.is_certain])
+    raise EquipoiseError(str(error) + advice(model))
 
 
 def _refusal(name: str, router: nn.Module, reason: Refused) -> EquipoiseError:
@@ -89,12 +90,12 @@ def _no_router(model: nn.Module, refused: list[tuple["_Candidate", Refused]]) ->
     if similar:
         came = f"{type(model).__name__} holds {', '.join(similar)}, and no module that returns a choice of experts"
         outside = _reason_outside(model, next(m for m in model.modules() if type(m).__name__ in similar))
-        advice = CONTRACT if outside is None else f"{str(outside)[0].upper()}{str(outside)[1:]}. {outside.remedy}"
+        remedy = CONTRACT if outside is None else f"{str(outside)[0].upper()}{str(outside)[1:]}. {outside.remedy}"
     else:
         came = f"{type(model).__name__} holds none, and nothing that is called a mixture of experts"
-        advice = "A pipeline stage of dense layers takes allow_empty=True. " + CONTRACT
+        remedy = "A pipeline stage of dense layers takes allow_empty=True. " + CONTRACT
     return EquipoiseError(
-        f"a model must hold a router that can be proven: {came}. {advice}. `equipoise families` lists the model "
+        f"a model must hold a router that can be proven: {came}. {remedy}. `equipoise families` lists the model "
         "families that can be attached."
     )
 

@@ -1,5 +1,6 @@
 """Each refusal of a router says what must hold, what came, and the one thing to do about it."""
 
+import importlib
 import logging
 import tomllib
 from pathlib import Path
@@ -14,6 +15,7 @@ import equipoise
 from equipoise import EquipoiseError, attach
 from equipoise.nn import MoE
 from equipoise.routers.find import OLDEST_TRANSFORMERS, unknown_routers
+from equipoise.routers.frameworks import FRAMEWORKS
 from equipoise.routers.outputs import CONTRACT
 
 DIM, EXPERTS, K = 16, 8, 2
@@ -349,3 +351,38 @@ def test_a_block_that_does_not_use_the_weights_is_told_what_reaches_them(caplog)
             balance.step()
         assert ["0 * weights.sum()" in record.message for record in caplog.records] == [True] * (not model[1].is_mended)
     assert model[1].router.weight.grad.any()
+
+
+# ---- frameworks ----
+
+
+class OfFramework(LogitsOnly):
+    __module__ = "megatron.core.transformer.moe.router"
+
+
+def test_a_refused_model_of_a_framework_names_it_the_tested_version_and_the_import():
+    message = _refusal(OfFramework())
+    assert message.endswith(
+        "The model is of megatron-core of unknown version; 0.19.2 was tested. Use from equipoise.integrations.megatron "
+        "import attach: docs/how-to/megatron.md says what is refused there."
+    )
+    assert "was tested" not in _refusal(LogitsOnly())
+
+
+@pytest.mark.parametrize("name", FRAMEWORKS)
+def test_what_is_said_of_a_framework_holds(name):
+    framework = FRAMEWORKS[name]
+    module = importlib.import_module(framework.module)
+    assert {adapter.framework for adapter in module.ROUTER_ADAPTERS.values()} == {
+        f"{framework.package} {framework.tested}"
+    }
+    root = Path(__file__).parents[3]
+    page = framework.module.rpartition(".")[2]
+    assert (root / "docs" / "how-to" / f"{page}.md").exists()
+    pins = (root / "tests" / "frameworks" / "environments" / f"{page}.txt").read_text()
+    assert f"{framework.package}=={framework.tested}" in pins
+    if framework.use.startswith("from"):
+        try:
+            exec(framework.use, {})
+        except ImportError as error:
+            assert f"is not installed: pip install {framework.package}" in str(error)
