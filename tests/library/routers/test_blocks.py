@@ -9,7 +9,7 @@ from torch import nn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
-from equipoise import EquipoiseError, attach
+from equipoise import EquipoiseError, RouterAdapter, attach
 from equipoise.routers import stand_in
 from equipoise.routers.blocks import BlockAdapter
 
@@ -335,3 +335,60 @@ def test_a_block_that_stops_taking_its_top_k_is_an_error():
     model.block.choose = lambda logits: Sorted.choose(model.block, logits)
     with pytest.raises(EquipoiseError, match=r"must choose by one top-k.*AfterTopK took 0"):
         model(IDS)
+
+
+# ---- routers of small public models that are modules of their own, and cannot be right ----
+
+
+class NoisyTopkRouter(nn.Module):
+    """As in makeMoE: dense weights and ids, noise before the top-k in any mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.noise = nn.Linear(DIM, EXPERTS), nn.Linear(DIM, EXPERTS)
+
+    def forward(self, x):
+        logits = self.linear(x)
+        logits = logits + torch.randn_like(logits) * nn.functional.softplus(self.noise(x))
+        values, expert_ids = logits.topk(K, dim=-1)
+        dense = torch.full_like(logits, float("-inf")).scatter(-1, expert_ids, values).softmax(-1)
+        return dense, expert_ids
+
+
+class DenseAndIds(RouterAdapter):
+    logits_returned_by = "linear"
+
+    def read(self, output, logits, k):
+        return logits, output[0].gather(-1, output[1]), output[1]
+
+    def write(self, output, weights, expert_ids):
+        dense = torch.zeros_like(output[0]).reshape(-1, EXPERTS).scatter(-1, expert_ids, weights)
+        return dense.view(output[0].shape), output[1]
+
+
+class CapacityRouter(nn.Module):
+    """As in nanoMoE: places within the capacity of an expert in place of weights and ids."""
+
+    def __init__(self):
+        super().__init__()
+        self.w_g = nn.Linear(DIM, EXPERTS, bias=False)
+
+    def forward(self, x):
+        weights = self.w_g(x.reshape(-1, DIM)).softmax(-1)
+        is_used = nn.functional.one_hot(weights.topk(K).indices, EXPERTS).sum(1)
+        place = is_used.cumsum(0) * is_used
+        return place.sum(0), weights[..., None] * nn.functional.one_hot(place.clamp(max=9), 10), is_used
+
+
+def test_a_router_with_noise_is_refused_also_with_an_adapter():
+    with pytest.raises(EquipoiseError, match=r"NoisyTopkRouter.* does not return .* but 2 outputs"):
+        attach(nn.Sequential(NoisyTopkRouter()))
+    router = NoisyTopkRouter()
+    router.router_adapter = DenseAndIds()
+    with pytest.raises(EquipoiseError, match="it gives another result each time that it runs in training"):
+        attach(nn.Sequential(router))
+
+
+def test_a_router_that_gives_places_in_a_capacity_is_refused():
+    with pytest.raises(EquipoiseError, match=r"CapacityRouter.* does not return .* but 3 outputs"):
+        attach(nn.Sequential(CapacityRouter()))
