@@ -2,6 +2,7 @@
 
     python tests/frameworks/run.py                 # all
     python tests/frameworks/run.py torchtitan -x   # some, with options for pytest
+    python tests/frameworks/run.py --by-turns      # those whose turn it is today: all would take seven minutes
 
 An environment sees the packages of the one that runs this, and adds those of ``environments/NAME.txt`` without their
 dependencies: the files are complete. It is made once, and again when its file changes.
@@ -20,6 +21,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 ENVIRONMENTS = ROOT / "build" / "frameworks"
+TURNS = (("megatron",), ("torchtitan",), ("olmo_core", "litgpt"), ("deepspeed",), ("automodel",))  # one a day
 AT_ONCE = 2  # frameworks; a test of two ranks takes two cores
 NAMES = sorted(path.stem for path in (HERE / "environments").glob("*.txt"))
 
@@ -58,7 +60,11 @@ def run(name: str, options: list[str], is_shown: bool) -> int:
 
 def main() -> int:
     names = [argument for argument in sys.argv[1:] if argument in NAMES] or NAMES
-    options = [argument for argument in sys.argv[1:] if argument not in NAMES]
+    options = [argument for argument in sys.argv[1:] if argument not in (*NAMES, "--by-turns")]
+    if "--by-turns" in sys.argv:
+        names = list(TURNS[time.gmtime().tm_yday % len(TURNS)])
+        others = ", ".join(name for name in NAMES if name not in names)
+        print(f"frameworks by turns: today {', '.join(names)}; not today: {others}", flush=True)
     with ThreadPoolExecutor(max_workers=AT_ONCE) as pool:
         codes = list(pool.map(lambda name: run(name, options, is_shown=len(names) == 1), names))
     failed = [name for name, code in zip(names, codes, strict=True) if code != 0]

@@ -207,7 +207,13 @@ def _private_attributes_of_torch(source):
 
 @pytest.mark.parametrize("path", sorted(SRC.rglob("*.py")), ids=lambda path: str(path.relative_to(SRC)))
 def test_private_names_and_stack_frames_stand_in_one_module(path):
-    allowed = {"torch_internals.py": None, "integrations/trainer/stack.py": {"_getframe"}}
+    allowed = {
+        "torch_internals.py": None,
+        "integrations/trainer/stack.py": {"_getframe"},
+        # of one tested version of a framework; its own tests notice if they are gone
+        "integrations/automodel.py": {"_cumulative_expert_load"},
+        "integrations/torchtitan/config.py": {"_owner"},
+    }
     allowed = allowed.get(str(path.relative_to(SRC)), set())
     if allowed is not None:
         assert _private_attributes_of_torch(path.read_text(encoding="utf-8")) <= allowed

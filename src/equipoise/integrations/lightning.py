@@ -33,7 +33,8 @@ _log = logging.getLogger("equipoise")
 class BalanceCallback(Callback):
     """Balances the mixture-of-experts model that a ``lightning.Trainer`` trains.
 
-        trainer = lightning.Trainer(callbacks=[BalanceCallback("loss-free:rate=1e-3", LoadBalancingLoss(1e-4))])
+        callback = BalanceCallback("loss-free:rate=1e-3", LoadBalancingLoss(1e-4))
+        trainer = lightning.Trainer(callbacks=[callback])
 
     Args:
         strategy: balancers or strategy strings, as for ``equipoise.attach``.

@@ -529,8 +529,8 @@ class _BiasesWeights(BiasedTopK):
 
 
 class _Adds(BiasedTopK):
-    def __init__(self, bias, multiplies=False):
-        super().__init__(bias)
+    def __init__(self, bias, multiplies=False, *others, **options):
+        super().__init__(bias, False, *others, **options)
 
 
 def _biased_weights(patch):

@@ -15,10 +15,10 @@ __all__ = ["sharded_state_dict"]
 def sharded_state_dict(balance: Balance, key: str = "equipoise") -> dict[str, Any]:
     """The state of a ``Balance`` for ``megatron.core.dist_checkpointing``: each layer is saved once, by its name.
 
-        state = {"model": model.sharded_state_dict(), "equipoise": sharded_state_dict(balance)}
+        state = {"equipoise": sharded_state_dict(balance), "model": ...}
         dist_checkpointing.save(state, folder)
 
-        state = dist_checkpointing.load(state, folder)         # into the same, made of the new model
+        state = dist_checkpointing.load(state, folder)  # into the same, made of the new model
         balance.load_state_dict(state["equipoise"])
 
     Another number of ranks or pipeline stages may load it.
