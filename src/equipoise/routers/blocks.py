@@ -40,6 +40,10 @@ class BlockAdapter(RouterAdapter):
         self.gate, self.experts = gate, experts
         self.logits_returned_by = gate
 
+    @property
+    def is_named_as_gate(self) -> bool:
+        return _GATE_NAME.search(self.gate) is not None
+
     def read(self, output: Any, logits: Tensor | None, k: int | None) -> tuple[Tensor, Tensor, Tensor]:
         values, expert_ids = output
         assert logits is not None

@@ -156,8 +156,11 @@ def _candidates(model: nn.Module) -> list[_Candidate]:
             candidates.append(_Candidate(*named, is_certain=form != "dense"))
     modules = {candidate.module for candidate in candidates if candidate.is_certain}
     for named in named_modules(model):  # blocks that route by themselves
-        if block_adapter(named.module) is not None and modules.isdisjoint(named.module.modules()):
-            candidates.append(_Candidate(*named, is_certain=True))
+        block = block_adapter(named.module)
+        if block is not None and modules.isdisjoint(
+            named.module.modules()
+        ):  # a head may have as many outputs as layers
+            candidates.append(_Candidate(*named, is_certain=block.is_named_as_gate))
     return candidates
 
 

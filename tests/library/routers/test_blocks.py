@@ -392,3 +392,23 @@ def test_a_router_with_noise_is_refused_also_with_an_adapter():
 def test_a_router_that_gives_places_in_a_capacity_is_refused():
     with pytest.raises(EquipoiseError, match=r"CapacityRouter.* does not return .* but 3 outputs"):
         attach(nn.Sequential(CapacityRouter()))
+
+
+class Classifier(nn.Module):
+    """As many labels as layers: no block of experts."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers, self.head = nn.ModuleList(nn.Linear(DIM, DIM) for _ in range(4)), nn.Linear(DIM, 4)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+def test_a_head_with_as_many_outputs_as_layers_is_no_block(caplog):
+    attach(nn.ModuleDict({"moe": AfterTopK(), "classifier": Classifier()}))
+    assert not caplog.records
+    with pytest.raises(EquipoiseError, match="Classifier holds none, and nothing that is called a mixture of experts"):
+        attach(Classifier())
