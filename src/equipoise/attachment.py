@@ -281,8 +281,8 @@ def _warn_of_own_balancing(plan: _Plan) -> None:
     updates = {layer.own_balancing.bias_update for layer in plan.layers} - {None}
     if updates and any(balancer.has_bias for balancer in plan.balancers):
         _log.warning(
-            f"attach: the update of the bias by {framework} itself ({abbreviate(sorted(map(str, updates)))}) is off "
-            "until detach(): the attached strategy owns the bias."
+            f"attach: the bias update of {framework} ({abbreviate(sorted(map(str, updates)))}) is off until detach(): "
+            "the attached strategy owns the bias."
         )
     losses = {layer.own_balancing.loss for layer in plan.layers} - {None}
     if losses and plan.balancers:
