@@ -29,7 +29,8 @@ LIBRARY = [
     "balance",
     "attachment",
 ]
-LAB = ["cores", "records", "analysis", "report", "experts", "models", "train", "audit", "reproduce", "cli"]
+LAB = ["cores", "records", "analysis", "report", "experts", "models", "train", "audit", "reproduce"]
+LAB += ["conformance", "cli"]
 
 ALLOWED = {f"equipoise.{name}": {f"equipoise.{other}" for other in LIBRARY[:rank]} for rank, name in enumerate(LIBRARY)}
 CORE = {f"equipoise.{name}" for name in LIBRARY}

@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any
 
 from equipoise.errors import EquipoiseError, UsageError
-from equipoise_lab.cli import audit, compare, export_check, families, recipes, report, reproduce, train
+from equipoise_lab.cli import audit, compare, conformance, export_check, families, recipes, report, reproduce, train
 
 __all__ = ["parse", "run"]
 
@@ -22,6 +22,7 @@ COMMANDS: dict[type, ModuleType] = {  # by the class of their options, in the or
     audit.Audit: audit,
     export_check.ExportCheck: export_check,
     families.Families: families,
+    conformance.Conformance: conformance,
 }
 
 

@@ -1,0 +1,1 @@
+"""One file a framework. Importing one imports its framework."""
