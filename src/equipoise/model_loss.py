@@ -8,7 +8,7 @@ in the output. A compiled graph hides it: there the loss in the output and the c
 
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache, partial
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from equipoise.torch_internals import is_traced, outside_graphs, runs_while_traced
 
-__all__ = ["REMEDY", "model_loss_in_config", "warn_of_model_loss", "watch_model_loss"]
+__all__ = ["REMEDY", "model_loss_in_config", "warn_of_model_loss", "warn_of_router_losses", "watch_model_loss"]
 
 REMEDY = (
     "To have only one, set model.config.get_text_config().output_router_logits = False and call the model without "
@@ -71,6 +71,22 @@ def watch_model_loss(
     return watch.handles
 
 
+def warn_of_router_losses(
+    own_loss: Mapping[nn.Module, Callable[[Any], Tensor | None]], framework: str
+) -> list[RemovableHandle]:
+    """Warns once if a loss that a router returns, and somebody else may add to his, has a gradient other than 0.
+
+    The hooks are removed after the first forward that returns one that is differentiated.
+
+    Args:
+        own_loss: by router, what reads the loss from the output of its forward.
+        framework: of the routers.
+    """
+    watch = _RouterWatch(own_loss, framework)
+    watch.handles += [router.register_forward_hook(watch, with_kwargs=True) for router in own_loss]
+    return watch.handles
+
+
 class _Watch:
     """Looks for the loss in the output of a forward. A copy or a pickle of it does nothing."""
 
@@ -116,6 +132,26 @@ class _Watch:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Watch, ()
+
+
+class _RouterWatch(_Watch):
+    """Looks for the loss in the output of a router. A copy or a pickle of it does nothing."""
+
+    def __init__(self, own_loss: Mapping[nn.Module, Callable[[Any], Tensor | None]], framework: str):
+        super().__init__(self._warn)
+        self.own_loss, self.framework = own_loss, framework
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        loss = self.own_loss[module](output) if torch.is_grad_enabled() and not is_traced() else None
+        if loss is not None and loss.requires_grad:
+            loss.register_hook(self._judge_by_gradient)
+            self._stop()
+
+    def _warn(self, cause: str) -> None:
+        _log.warning(
+            f"attach: somebody adds the load-balancing loss that the routers of {self.framework} return ({cause}), "
+            "which acts beside what was attached. To have only one, leave it out of the loss."
+        )
 
 
 # ---- what Transformers calls things ----

@@ -15,6 +15,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "sft": ("sft", {}),
     "sft, tokens of each rank": ("sft", dict(average_tokens_across_devices=False)),
     "dpo": ("dpo", {}),
+    "kto": ("kto", {}),
     "reward": ("reward", {}),
     "grpo": ("grpo", {}),
 }

@@ -101,7 +101,7 @@ def all_reduced(number):
     return total
 
 
-def train(model, steps, strategy, lr=0.0, adds_loss=True, after_attach=None):
+def train(model, steps, strategy, lr=0.0, after_attach=None):
     """Automodel's order of a step. By step: gradients, loads, biases; and the balance.
 
     ``after_attach`` is called with the balance before the first step.
@@ -125,8 +125,7 @@ def train(model, steps, strategy, lr=0.0, adds_loss=True, after_attach=None):
             logits = model(part.ids, padding_mask=~part.mask).logits[:, :-1]
             loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum") / num_labels
             losses.append(loss.item())
-            if adds_loss:
-                loss = loss + balance.num_tokens / num_tokens * balance.loss()
+            loss = loss + balance.num_tokens / num_tokens * balance.loss()
             (world * loss).backward()
         gradients = {plain_name(name): p.grad for name, p in model.named_parameters() if p.grad is not None}
         result["gradients"].append({name: whole(value).clone() for name, value in gradients.items()})

@@ -324,6 +324,7 @@ def page(rank: int, codes: list[str], folder: str) -> tuple[int, float]:
     names: dict[str, Any] = dict(model=model, folder=folder, config=config(1, 2))
     names |= dict(data=[{"input_ids": row, "labels": row} for row in ids])
     names["optimizer"] = torch.optim.AdamW(model.parameters())
+    names |= dict(expert=nn.Linear(64, 64), hidden=torch.randn(2, 12, 64))
     for code in codes:
         exec(code, names)
     balance = names["balance"]

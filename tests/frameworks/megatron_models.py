@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
-from frameworks import megatron_on_cpu  # isort: skip  (before megatron)
+from equipoise_lab.conformance.drivers import megatron_on_cpu  # isort: skip  (before megatron)
 import pytest
 import torch
 from megatron.core import parallel_state

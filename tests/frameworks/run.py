@@ -2,6 +2,7 @@
 
     python tests/frameworks/run.py                 # all
     python tests/frameworks/run.py torchtitan -x   # some, with options for pytest
+    python tests/frameworks/run.py --python veomni # makes an environment, and prints its interpreter
     python tests/frameworks/run.py --by-turns      # those whose turn it is today: all would take seven minutes
 
 An environment sees the packages of the one that runs this, and adds those of ``environments/NAME.txt`` without their
@@ -23,11 +24,13 @@ ROOT = HERE.parents[1]
 ENVIRONMENTS = ROOT / "build" / "frameworks"
 TURNS = (("megatron",), ("torchtitan",), ("olmo_core", "litgpt"), ("deepspeed",), ("automodel",))  # one a day
 AT_ONCE = 2  # frameworks; a test of two ranks takes two cores
-NAMES = sorted(path.stem for path in (HERE / "environments").glob("*.txt"))
+NAMES = sorted(
+    path.stem for path in (HERE / "environments").glob("*.txt") if (HERE / f"test_{path.stem}.py").exists()
+)  # those without tests of their own are for the conformance suite
 
 
 def python_of(name: str) -> Path:
-    """The interpreter of a framework's environment, which is made if need be."""
+    """The interpreter of a framework's environment, which is made if need be: ``megatron`` or ``before/megatron``."""
     requirements = HERE / "environments" / f"{name}.txt"
     folder, digest = ENVIRONMENTS / name, hashlib.sha256(requirements.read_bytes()).hexdigest()
     python, stamp = folder / "bin" / "python", folder / "requirements.sha256"
@@ -48,6 +51,8 @@ def run(name: str, options: list[str], is_shown: bool) -> int:
     python = python_of(name)
     installed = time.monotonic()
     environment = {**os.environ, "EQUIPOISE_FRAMEWORK": name, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    # What DeepSpeed compiles. Environments that share the folder compile it anew in turns, and wait for locks.
+    environment["TORCH_EXTENSIONS_DIR"] = str(python.parents[1] / "torch_extensions")
     files = [str(path) for path in sorted(HERE.glob(f"test_{name}.py")) + sorted(HERE.glob(f"test_{name}_*.py"))]
     tests = [*files, "-o", "filterwarnings=default", "-p", "no:cacheprovider", "--disable-warnings"]
     command = [python, "-m", "pytest", "-q", *tests, *options]
@@ -59,6 +64,9 @@ def run(name: str, options: list[str], is_shown: bool) -> int:
 
 
 def main() -> int:
+    if sys.argv[1:2] == ["--python"]:
+        print(python_of(sys.argv[2]))
+        return 0
     names = [argument for argument in sys.argv[1:] if argument in NAMES] or NAMES
     options = [argument for argument in sys.argv[1:] if argument not in (*NAMES, "--by-turns")]
     if "--by-turns" in sys.argv:

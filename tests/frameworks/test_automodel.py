@@ -26,7 +26,7 @@ from frameworks.float64 import MicroBatch, errors
 from nemo_automodel.components.checkpoint.stateful_wrappers import ModelState
 from nemo_automodel.components.moe.layers import FakeBalancedGate
 from nemo_automodel.components.moe.parallelizer import apply_ac
-from pages import ROOT, blocks
+from pages import ROOT
 from ranks import run_on_ranks
 from torch import nn
 
@@ -273,20 +273,6 @@ def test_two_ranks_with_unequal_tokens():
             assert max(errors(result["gradients"], plain["gradients"], windows, is_router)[0]) < 1e-6
 
 
-def test_with_a_loss_scale_no_loss_is_added():
-    """As in the recipe, whose loss nobody can add to: the mean of the micro-batches."""
-    steps = make_steps([[[12, 12], [12, 12]]] * 2)
-
-    def set_scale(balance):
-        balance.loss_scale = 1 / 2
-
-    result, _ = train(make_model(), steps, with_loss("micro_batch"), adds_loss=False, after_attach=set_scale)
-    plain, _ = train(make_model(), steps, BIAS)
-    windows = expected(make_model(), [steps], RATE, function="sigmoid")
-    assert_counts_and_biases(result, windows)
-    assert max(errors(result["gradients"], plain["gradients"], windows, is_router)[0]) < 1e-6
-
-
 @pytest.mark.parametrize("factor", [1e-3, 0.0])
 def test_resume_goes_on_as_if_nothing_had_happened(factor, tmp_path):
     strategy = "loss-free:rate=0.02,rule=momentum+lbl:scope=global_batch,pooling=previous"
@@ -329,30 +315,6 @@ def test_balancing_lowers_the_violation_in_50_steps():
     print(violation)
     unbalanced, *balanced = violation.values()
     assert max(balanced) < 0.6 * unbalanced
-
-
-def test_the_page_runs(tmp_path):
-    model = make_model()
-    parts = [part for step in make_steps(UNEVEN) for part in step]
-    micro_batches = [(part.ids, torch.where(part.mask, part.ids, -100), ~part.mask) for part in parts]
-    namespace = {
-        "equipoise": equipoise,
-        "model": model,
-        "optimizer": torch.optim.AdamW(model.parameters(), lr=1e-3),
-        "steps": [micro_batches[:2], micro_batches[2:4]],
-        "all_reduced": float,
-        "num_ranks": 1,
-        "num_micro_batches": 2,
-        "F": nn.functional,
-        "ModelState": ModelState,
-        "dcp": dcp,
-        "folder": tmp_path,
-    }
-    codes = [block.code for block in blocks(ROOT / "docs/how-to/automodel.md") if block.language == "py"]
-    assert len(codes) == 3
-    for code in codes:
-        exec(code, namespace)
-    assert namespace["balance"].num_windows == 2 and namespace["balance"].metrics()["tokens"] == 34
 
 
 def test_the_example_runs():

@@ -119,15 +119,6 @@ def test_an_engine_of_a_pipeline_is_refused():
         follow_engine(equipoise.attach(net, "none"), object.__new__(PipelineEngine))
 
 
-@pytest.mark.parametrize("k", [1, 2, 3])
-def test_its_own_gate_is_refused_with_what_to_do(k):
-    from deepspeed.moe.layer import MoE
-
-    net = torch.nn.Sequential(torch.nn.Embedding(8, 8), MoE(8, torch.nn.Linear(8, 8), num_experts=4, k=k))
-    with pytest.raises(equipoise.EquipoiseError, match="TopKGate.*drops tokens beyond a capacity.*Add the l_aux"):
-        equipoise.attach(net, "loss-free")
-
-
 # ---- the router of AutoEP ----
 
 

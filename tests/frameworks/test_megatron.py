@@ -1,4 +1,4 @@
-"""Megatron-Core 0.19.2 on CPUs: see megatron_on_cpu.py for what of Megatron is patched for that."""
+"""Megatron-Core 0.19.2 on CPUs: conformance/drivers/megatron_on_cpu.py says what of Megatron is patched for that."""
 
 import pytest
 import torch

@@ -145,6 +145,16 @@ def test_one_chunk_in_a_list_is_the_model():
     assert list(balance.biases) == [f"decoder.layers.{n}.mlp.router" for n in range(models.LAYERS)]
 
 
+def test_attaching_before_the_groups_are_made_is_refused():
+    model = gpt()
+    models.stop()
+    try:
+        with pytest.raises(EquipoiseError, match=r"must run after .*initialize_model_parallel\(\)"):
+            attach(model, "loss-free")
+    finally:
+        models.start()
+
+
 def test_a_model_without_experts_is_refused():
     with pytest.raises(EquipoiseError, match="must hold a router"):
         attach(torch.nn.Linear(2, 2), "loss-free")
@@ -238,7 +248,7 @@ def test_the_blocks_of_the_page_run(tmp_path):
 RUN = """
 import runpy, sys
 
-from frameworks import megatron_on_cpu
+from equipoise_lab.conformance.drivers import megatron_on_cpu
 
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")

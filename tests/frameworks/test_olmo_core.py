@@ -289,6 +289,11 @@ def test_its_own_losses_are_refused_beside_the_same_of_ours(tmp_path, caplog):
     assert "adds a balancing loss of its own (lb_loss_weight=0.005), beside loss-free" in caplog.text
 
 
+def test_a_second_strategy_is_not_taken_for_the_mask():
+    with pytest.raises(TypeError, match="positional argument"):
+        EquipoiseCallback("loss-free", "lbl")
+
+
 # ---- resume ----
 
 

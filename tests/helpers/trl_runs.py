@@ -204,8 +204,18 @@ def route(model: nn.Module, batch: dict[str, Tensor], biases: dict[str, Tensor] 
     """By layer of a Qwen3-MoE: the probabilities of the unmasked tokens with their graph, and the counts."""
     routers = {name: module for name, module in model.named_modules() if name.endswith("mlp.gate")}
     logits: dict[str, Tensor] = {}
+
+    def note_and_steer(name: str, router: Any, output: tuple[Tensor, Tensor, Tensor]) -> Any:
+        logits[name] = output[0]
+        if biases is None:
+            return None
+        scores = output[0].softmax(-1)  # later layers see what the biased choice computes
+        ids = (scores + biases[name]).topk(router.top_k).indices
+        weights = scores.gather(-1, ids)
+        return output[0], weights / weights.sum(-1, keepdim=True) if router.norm_topk_prob else weights, ids
+
     hooks = [
-        router.register_forward_hook(lambda m, a, out, name=name: logits.update({name: out[0]}))
+        router.register_forward_hook(lambda m, a, out, name=name: note_and_steer(name, m, out))
         for name, router in routers.items()
     ]
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if key in batch}
@@ -223,6 +233,18 @@ def route(model: nn.Module, batch: dict[str, Tensor], biases: dict[str, Tensor] 
                 counts[expert] += 1
         routed[name] = probabilities, counts
     return routed
+
+
+def by_sign(counts: dict[str, list[int]], biases: dict[str, Tensor], rate: float = 1e-2) -> dict[str, list[float]]:
+    """The rule of Loss-Free Balancing by plain loops: signs, less their mean."""
+    moved = {}
+    for name, load in counts.items():
+        mean = sum(load) / len(load)
+        signs = [(mean > number) - (mean < number) for number in load]
+        moved[name] = [
+            float(b) + rate * (s - sum(signs) / len(signs)) for b, s in zip(biases[name], signs, strict=True)
+        ]
+    return moved
 
 
 def balancing_gradient(

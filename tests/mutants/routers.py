@@ -468,7 +468,7 @@ MUTANTS = [
     # a choice by a maximum
     Mutant(
         "a maximum is steered although it is no choice",
-        "return self.k == 1 and choices == [0, self.runs]",
+        "return choices == [0, self.runs]",
         "return choices[1] > choices[0]",
         "test_behaviour -k maxim",
     ),
@@ -526,5 +526,53 @@ MUTANTS = [
         "stand_in = make_stand_in(router, random, without=large | {self.adapter.experts})",
         "stand_in = make_stand_in(router, random)",
         "test_blocks -k no_stand_in",
+    ),
+    Mutant(
+        "a choice by maxima ranks the scores without the bias again for each expert",
+        "ranked = self._remaining[-1] if self._remaining else self._biased(argument)",
+        "ranked = self._biased(argument)",
+        "routers/test_hidden_choice -k two_maxima_give",
+    ),
+    Mutant(
+        "among equal scores the second maximum is any",
+        "torch.where(ranked.gather(-1, by_logit) == ranked.gather(-1, best), by_logit, best)",
+        "best",
+        "routers/test_hidden_choice -k rounded_to_zero",
+    ),
+    Mutant(
+        "too few maxima for a choice count as one",
+        "        if self._remaining:\n            return 0\n",
+        "        if self._remaining:\n            return 1\n",
+        "routers/test_hidden_choice -k no_whole_choice",
+    ),
+    Mutant(
+        "the second maximum takes the first expert of a record",
+        "self.recorded[..., number : number + 1]",
+        "self.recorded[..., 0:1]",
+        "routers/test_hidden_choice -k take_a_record",
+    ),
+    Mutant(
+        "a choice that its output hides is not compared with the proven one",
+        "len(seen.logits) != 1 or ids is None or ids.shape[-1] != tap.k",
+        "ids is None",
+        "routers/test_hidden_choice -k changes_after",
+    ),
+    Mutant(
+        "a loss that a router returns acts unseen beside ours",
+        "loss = self.own_loss[module](output) if torch.is_grad_enabled() and not is_traced() else None",
+        "loss = None",
+        "routers/test_hidden_choice -k named_once",
+    ),
+    Mutant(
+        "the trial of a router gathers weights that ZeRO-3 has cut",
+        "stand_in._forward_hooks, stand_in._forward_pre_hooks = OrderedDict(), OrderedDict()",
+        "stand_in._forward_hooks = OrderedDict()",
+        "integrations/test_deepspeed -k without_the_hooks",
+    ),
+    Mutant(
+        "under DeepSpeed: routers that AutoEP replaced are balanced no more",
+        "lost = [layer.name for layer in balance.layers if layer.router not in modules]",
+        "lost: list[str] = []",
+        "integrations/test_deepspeed -k without_the_routers",
     ),
 ]

@@ -122,9 +122,9 @@ class Tokens:
             return None, None
         mask, ids = call.mask, call.sequence_ids
         mask_place, ids_place = (self._place(values, call, before, is_tile) for values in (mask, ids))
-        for what, values, place in (("the mask", mask, mask_place), ("sequence_ids", ids, ids_place)):
+        for name, values, place in (("the mask", mask, mask_place), ("sequence_ids", ids, ids_place)):
             if values is not None and place is None:
-                self._note_other_tokens(what, values, call)
+                self._note_other_tokens(name, values, call)
         fitted, sequences, device = None, None, call.expert_ids.device
         if mask is not None and mask_place is not None:
             fitted = forward.share(mask, (*mask_place.key, device), lambda: FittedMask(mask_place.of(mask, device)))
@@ -133,11 +133,11 @@ class Tokens:
             sequences = forward.share(ids, how, lambda: _numbered_sequences(ids, ids_place, device))
         return fitted, sequences
 
-    def _note_other_tokens(self, what: str, values: Tensor, call: RouterCall) -> None:
+    def _note_other_tokens(self, name: str, values: Tensor, call: RouterCall) -> None:
         shape = tuple(values.shape)
         if self.is_explicit(call.layer):
             raise EquipoiseError(
-                f"{what} must hold one number per token that {self._name(call)} routes: got shape {shape} for "
+                f"{name} must hold one number per token that {self._name(call)} routes: got shape {shape} for "
                 f"{call.num_tokens} tokens. Say it for these tokens with balance.token_mask(mask, sequence_ids), or "
                 "with where=... for this layer."
             )

@@ -1,7 +1,14 @@
 """Puts the taps of one attached model in, and takes them out."""
 
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
 from equipoise.counting.recorder import Recorder
-from equipoise.model_loss import warn_of_model_loss
+from equipoise.model_loss import warn_of_model_loss, warn_of_router_losses
+from equipoise.routers.adapter import RouterAdapter
 from equipoise.routers.blocks import BlockAdapter
 from equipoise.routers.kind import ADDED_SLOT
 from equipoise.routers.tap import Tap
@@ -18,12 +25,15 @@ class Taps:
         self._hooks = recorder.context.listen(set(self._routers))
         if any(group.balancers for group in recorder.biases.groups):
             self._hooks += warn_of_model_loss(recorder.context.model)
+            self._hooks += _watch_router_losses(recorder)
         self._taps = [self._tap(index) for index in range(len(recorder.layers))]
         steers = any(group.steering is not None for group in recorder.biases.groups)
         stops = [layer.own_balancing.stop for layer in recorder.layers] if steers else []
         self._resume_own_updates = [stop() for stop in stops if stop is not None]  # of biases, by the framework
         uses_mode = any(
-            ADDED_SLOT in layer.router._buffers or isinstance(layer.kind.gives, BlockAdapter)
+            ADDED_SLOT in layer.router._buffers
+            or isinstance(layer.kind.gives, BlockAdapter)
+            or layer.kind.adapter.choice_is_hidden
             for layer in recorder.layers
         )
         self._end_compile_over_checkpoint = allow_compile_over_checkpoint(recorder) if uses_mode else None
@@ -61,3 +71,13 @@ class Taps:
         if self._end_compile_over_checkpoint is not None:
             self._end_compile_over_checkpoint()
         self.are_removed = True
+
+
+def _watch_router_losses(recorder: Recorder) -> list[RemovableHandle]:
+    """Watches what the routers return, if their adapter says that a loss is in it."""
+    by_framework: dict[str, dict[nn.Module, Callable[[Any], Tensor | None]]] = {}
+    for layer in recorder.layers:
+        adapter = layer.kind.adapter
+        if type(adapter).own_loss is not RouterAdapter.own_loss:
+            by_framework.setdefault(adapter.framework, {})[layer.router] = adapter.own_loss
+    return [hook for name, own_loss in by_framework.items() for hook in warn_of_router_losses(own_loss, name)]

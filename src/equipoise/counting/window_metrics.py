@@ -43,12 +43,12 @@ def _losses(micro_batches: Sequence[MicroBatch], recorder: Recorder) -> dict[str
     balancers = recorder.losses.balancers
     if not balancers:
         return {}
-    found: list[Tensor] = []
+    by_micro_batch: list[Tensor] = []
     for micro_batch in micro_batches:
         num_layers = range(len(recorder.layers))
         has_tokens = torch.stack([micro_batch.load(layer).any() for layer in num_layers])
-        found.append(recorder.losses.values(micro_batch)[:, has_tokens])
-    values, result = torch.cat(found, dim=-1), {}
+        by_micro_batch.append(recorder.losses.values(micro_batch)[:, has_tokens])
+    values, result = torch.cat(by_micro_batch, dim=-1), {}
     for balancer, of_balancer in zip(balancers, values, strict=True):
         name = balancer.metric if balancer.metric not in result else f"{balancer.metric}_{balancer.scope}"
         result[name] = float(of_balancer.mean()) if len(of_balancer) else 0.0

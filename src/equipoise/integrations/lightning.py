@@ -22,6 +22,7 @@ from equipoise.attachment import attach, resolve
 from equipoise.balance import Balance
 from equipoise.balancers import Balancer, format_strategy
 from equipoise.errors import EquipoiseError, UsageError
+from equipoise.integrations.arguments import check_attach_arguments
 from equipoise.routers.find import find_routers
 from equipoise.torch_internals import step_was_applied
 
@@ -86,6 +87,7 @@ class BalanceCallback(Callback):
                 "BalanceCallback must have a strategy, as BalanceCallback('loss-free'): got none. The strategy 'none' "
                 "only counts."
             )
+        check_attach_arguments("BalanceCallback", attach_arguments)
         self._strategy, self._path, self._fresh, self._attach_arguments = strategy, module, fresh, attach_arguments
         self._balancers = resolve(strategy)
         self._has_bias = any(balancer.has_bias for balancer in self._balancers)

@@ -52,6 +52,9 @@ class RouterAdapter:
         logits_returned_by: the method of the router, or the module inside it, that returns its logits, if its forward
             does not.
         logits_passed_to: the method of the router that is called with its logits as the first argument, likewise.
+        choice_is_hidden: the output does not show the choice, as where tokens are dropped after it. Logits and choice
+            are then read inside the forward: at its one softmax over the experts, and at its one top-k, or at the
+            maxima by which it chooses one expert after another. ``read`` gets ``(output, expert_ids)`` as the output.
         framework: what the router belongs to, with the version that was tested, for messages.
         remedy: what to do about a ``refusal``, for its message.
     """
@@ -60,6 +63,7 @@ class RouterAdapter:
     attention_mask_hides: bool = False
     logits_returned_by: str | None = None
     logits_passed_to: str | None = None
+    choice_is_hidden: bool = False
     framework: str = ""
     remedy: str = "Switch that off, or leave the router out with attach(where=...)"
 
@@ -144,6 +148,16 @@ class RouterAdapter:
             parent: the module that holds it.
         """
         return OwnBalancing()
+
+    def own_loss(self, output: Any) -> Tensor | None:
+        """A balancing loss in the output of the forward, which whoever calls the layer may add to a loss, or not.
+
+        ``attach`` warns once if somebody does.
+
+        Args:
+            output: of the router's forward.
+        """
+        return None
 
     def __eq__(self, other: object) -> bool:  # the adapters of two ranks are the same
         return type(self) is type(other) and vars(self) == vars(other)

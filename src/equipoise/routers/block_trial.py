@@ -96,18 +96,19 @@ class BlockTrial(Trial):
         """Output, logits and the ids of the experts that its one top-k chose."""
         self._put_experts(self.router, factor)
         seen = ChoicesSeen(len(self.outputs))
-        kept = KeepingLogits(self.router, self.adapter)
-        with torch.no_grad(), torch.autocast("cpu", enabled=False), kept, seen:
+        kept_logits = KeepingLogits(self.router, self.adapter)
+        with torch.no_grad(), torch.autocast("cpu", enabled=False), kept_logits, seen:
             output: Any = self.router.forward(hidden.clone(), **self.arguments)
         output = output[0] if isinstance(output, tuple | list) and output else output
-        if not isinstance(output, Tensor) or not isinstance(kept.value, Tensor):
+        if not isinstance(output, Tensor) or not isinstance(kept_logits.value, Tensor):
             raise Refused("its forward does not return hidden states, or does not call its gate", MOVE)
         choices = seen.top_k or seen.maxima
         if len(choices) != 1:
             raise Refused(
                 f"it takes {len(choices)} top-k over its {len(self.outputs)} experts, and must take one", MOVE
             )
-        return output, kept.value.reshape(-1, kept.value.shape[-1]), choices[0].reshape(-1, choices[0].shape[-1])
+        logits = kept_logits.value.reshape(-1, kept_logits.value.shape[-1])
+        return output, logits, choices[0].reshape(-1, choices[0].shape[-1])
 
 
 def _is_large(child: nn.Module, gate: nn.Module) -> bool:

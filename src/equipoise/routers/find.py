@@ -59,8 +59,8 @@ def find_routers(model: nn.Module, allow_empty: bool = False) -> list[MoELayer]:
             continue
         kind, num_experts, k, dimensions, obstacle, by_max, replay_obstacle, has_groups = proof
         slot = find_slot(module, parent, kind)
-        own = kind.adapter.own_balancing(module, parent)
-        steered = (slot, obstacle, dimensions, own, by_max, replay_obstacle, has_groups)
+        own_balancing = kind.adapter.own_balancing(module, parent)
+        steered = (slot, obstacle, dimensions, own_balancing, by_max, replay_obstacle, has_groups)
         layers.append(MoELayer(kind.adapter.layer_name(module, name), module, kind, num_experts, k, *steered))
     if layers:
         return _without_nested(layers)

@@ -41,7 +41,8 @@ FRAMEWORKS = {
         "from equipoise.integrations.olmo_core import EquipoiseCallback",
     ),
     "nemo_automodel": Framework(
-        "equipoise.integrations.automodel", "nemo-automodel", "0.7.0", "equipoise.attach and balance.follow(optimizer)"
+        "equipoise.integrations.automodel", "nemo-automodel", "0.7.0",
+        "from equipoise.integrations.automodel import balanced",
     ),
     "deepspeed": Framework(
         "equipoise.integrations.deepspeed", "deepspeed", "0.19.8",

@@ -145,7 +145,7 @@ class MoELayer(NamedTuple):
         obstacle: why no bias can steer it, or None. It can still be counted, and balanced by a loss.
         dimensions: of the inputs that it was proven on: 2 for ``[tokens, dim]``, 3 for ``[batch, sequence, dim]``.
         own_balancing: what its framework does to balance it.
-        chooses_by_max: it chooses its one expert by a maximum, not by a top-k.
+        chooses_by_max: it chooses its experts one after another by maxima, not by a top-k.
         replay_obstacle: why no recorded choice can take the place of its own, or None.
         has_groups: it has no slot, and chooses expert groups first: the other experts lose their scores.
     """

@@ -43,25 +43,25 @@ class KeepingLogits:
     def __init__(self, router: nn.Module, adapter: RouterAdapter | None):
         self.router = router
         self.value: Tensor | None = None
-        self.kept: list[tuple[nn.Module, str, Any]] = []  # a module, the name of a method, what keeps its logits
+        self.methods: list[tuple[nn.Module, str, Any]] = []  # a module, the name of its method, what wraps that
         if adapter is not None and adapter.logits_returned_by is not None:
             child = _child(router, adapter.logits_returned_by)
             place = (router, adapter.logits_returned_by) if child is None else (child, "forward")
-            self.kept.append((*place, _keep_what_it_returns))
+            self.methods.append((*place, _keep_what_it_returns))
         if adapter is not None and adapter.logits_passed_to is not None:
-            self.kept.append((router, adapter.logits_passed_to, _keep_what_it_takes))
+            self.methods.append((router, adapter.logits_passed_to, _keep_what_it_takes))
 
     def __enter__(self) -> "KeepingLogits":
-        self.before = [module.__dict__.get(name) for module, name, _ in self.kept]
-        for module, name, keep in self.kept:
-            method = keep(_without_self(getattr(module, name)))
+        self.before = [module.__dict__.get(name) for module, name, _ in self.methods]
+        for module, name, wrap in self.methods:
+            method = wrap(_without_self(getattr(module, name)))
             module.__dict__[name] = MethodType(method, self.router)
         return self
 
     def __exit__(self, *error: Any) -> None:
         self.value = take_logits(self.router)
         self.router.__dict__.pop(LOGITS, None)
-        for (module, name, _), method in zip(self.kept, self.before, strict=True):
+        for (module, name, _), method in zip(self.methods, self.before, strict=True):
             if method is None:
                 del module.__dict__[name]
             else:

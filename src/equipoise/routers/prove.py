@@ -32,7 +32,7 @@ class Proof(NamedTuple):
     k: int
     dimensions: tuple[int, ...] = (2, 3)  # of the inputs that it was proven on: [tokens, dim], [batch, sequence, dim]
     obstacle: str | None = None  # why no bias steers it; the rest is proven
-    chooses_by_max: bool = False  # its one expert, by a maximum and not by a top-k
+    chooses_by_max: bool = False  # its experts one after another, by maxima and not by a top-k
     replay_obstacle: str | None = None  # why no recorded choice can take the place of its own
     has_groups: bool = False  # that are chosen first, and no slot: other experts lose the scores that are the weights
 
@@ -118,7 +118,7 @@ def _prove(trials: _Trials, kind: RouterKind, multiplies: bool = False) -> tuple
         _, is_shown = _check(trials.top_2, trials.top_2.inputs[0], kind, multiplies)
     by_max, has_groups = (value and kind.slot is None for value in (trial.chooses_by_max, trial.has_groups))
     hidden = next(hidden for hidden in trial.inputs if hidden.dim() in dimensions)
-    top_k = BiasedTopK(None, by_max=by_max, num_experts=trial.num_experts, has_groups=has_groups)
+    top_k = BiasedTopK(None, False, by_max, trial.num_experts, has_groups=has_groups, num_maxima=trial.num_maxima)
     replay_obstacle = _replay_obstacle(trial, hidden, kind, top_k)
     steered = (obstacle, by_max, replay_obstacle, has_groups)
     return Proof(kind, trial.num_experts, trial.k, dimensions, *steered), is_shown
@@ -186,7 +186,7 @@ def _check_bias(
 ) -> bool:
     """Raises ``Refused`` if a bias does not steer the router, or does more. Whether the weights show the scores."""
     if kind.slot is None or multiplies:
-        top_k = BiasedTopK(bias, multiplies, trial.chooses_by_max)
+        top_k = BiasedTopK(bias, multiplies, trial.chooses_by_max, num_maxima=trial.num_maxima)
         with top_k:
             returned = trial.run(hidden, kind.slot)
         output = trial.read(kind, returned)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from equipoise.routers.kind import ADDED_SLOT
 from equipoise.routers.outputs import TOKENS, is_dense, output_names
-from equipoise.routers.shapes import whole_shape
+from equipoise.routers.shapes import is_partitioned, whole_shape
 from equipoise.routers.tapped import plain_class
 
 
@@ -70,6 +70,8 @@ def make_stand_in(router: nn.Module, random: RandomTensors, without: Collection[
         for name, module in router._modules.items()
         if name not in without
     }
+    if any(value is not None and is_partitioned(value) for value in router._parameters.values()):
+        stand_in._forward_hooks, stand_in._forward_pre_hooks = OrderedDict(), OrderedDict()  # ZeRO-3 gathers by them
     return stand_in
 
 

@@ -1,4 +1,4 @@
-"""Sees and steers the choice of experts inside a forward: its top-k over the experts, or its maximum."""
+"""Sees and steers the choice of experts inside a forward: its top-k over the experts, or its maxima."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,8 +14,10 @@ from equipoise.errors import EquipoiseError
 class BiasedTopK(TorchFunctionMode):
     """Steers a top-k over the experts, by argument + bias or argument * (1 + bias); it gives the argument's values.
 
-    With ``by_max`` it steers a maximum over the experts, by which some routers choose one expert. ``on_choice`` is
-    called with the values and the ids of each choice, ``[..., k]``, and returns the values that the forward gets.
+    With ``by_max`` it steers a maximum over the experts, by which some routers choose one expert. ``num_maxima`` of
+    them may follow one another, each without the experts that were chosen (GShard): the bias acts on the argument of
+    the first, and the later arguments, such as logits, decide between equals only. ``on_choice`` is called with the
+    values and the ids of each choice, ``[..., k]``, and returns the values that the forward gets.
 
     ``recorded``: ids ``[tokens, k]`` that are chosen instead, but for tokens where they are -1. With ``has_groups`` the
     forward first chooses expert groups, whose other experts lose their scores: it then chooses those of ``recorded``.
@@ -30,11 +32,13 @@ class BiasedTopK(TorchFunctionMode):
         on_choice: Callable[[Tensor, Tensor], Tensor] | None = None,
         recorded: Int[Tensor, "tokens k"] | None = None,
         has_groups: bool = False,
+        num_maxima: int = 1,
     ):
         super().__init__()
         self.bias, self.multiplies, self.by_max, self.on_choice = bias, multiplies, by_max, on_choice
         self.num_experts = num_experts if bias is None else bias.shape[0]
-        self.recorded, self.has_groups = recorded, has_groups
+        self.recorded, self.has_groups, self.num_maxima = recorded, has_groups, num_maxima
+        self._remaining: list[Tensor] = []  # of a choice by maxima that is not complete: what is ranked, after each
         self._dimensions: list[int] = []  # of the arguments that were steered
         self._replayed: list[int] = []  # likewise, of those whose choice was that of the record
         self.num_group_choices = 0  # that were made by the record
@@ -44,8 +48,10 @@ class BiasedTopK(TorchFunctionMode):
         """How many choices of experts were steered.
 
         A top-k of more dimensions beside the choice ranks the experts inside a single expert group: [tokens, 1,
-        experts]. A bias on it chooses nothing.
+        experts]. A bias on it chooses nothing. None is seen where maxima are too few, or too many, for whole choices.
         """
+        if self._remaining:
+            return 0
         return self._dimensions.count(min(self._dimensions)) if self._dimensions else 0
 
     @property
@@ -58,6 +64,7 @@ class BiasedTopK(TorchFunctionMode):
         if func in _TOP_K and kwargs.get("out") is None:
             scores, k, is_sorted = _topk_of_experts(self.num_experts, *args, **kwargs)
             if scores is not None:
+                self._dimensions.append(scores.dim())
                 ids = self._chosen(torch.topk(self._biased(scores), k, sorted=is_sorted).indices)
                 return torch.return_types.topk((self._values(scores, ids), ids))
             if self.recorded is not None and self.has_groups:
@@ -65,7 +72,7 @@ class BiasedTopK(TorchFunctionMode):
         elif self.by_max and func in _MAXIMA and kwargs.get("out") is None:
             scores, keeps_dimension = _max_of_experts(self.num_experts, *args, **kwargs)
             if scores is not None:
-                ids = self._chosen(self._biased(scores).argmax(-1, keepdim=True))
+                ids = self._next_maximum(scores)
                 values = self._values(scores, ids)
                 if not keeps_dimension:
                     ids, values = ids.squeeze(-1), values.squeeze(-1)
@@ -73,18 +80,40 @@ class BiasedTopK(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _biased(self, scores: Tensor) -> Tensor:
-        self._dimensions.append(scores.dim())
         plain = scores.detach()
         if self.bias is None:
             return plain
         return plain * (1 + self.bias) if self.multiplies else plain + self.bias
 
-    def _chosen(self, ids: Tensor) -> Tensor:
-        """The ids of the record, where it has any. A top-k of another number than k chooses no experts."""
-        if self.recorded is None or self.recorded.numel() != ids.numel() or self.recorded.shape[-1] != ids.shape[-1]:
+    def _next_maximum(self, argument: Tensor) -> Tensor:
+        """The id of the next expert of a choice by maxima, ``[..., 1]``: the best that is not chosen."""
+        ranked = self._remaining[-1] if self._remaining else self._biased(argument)
+        best = ranked.argmax(-1, keepdim=True)
+        if self._remaining:  # softmax scores that are rounded to 0 are equal where the logits differ
+            by_logit = argument.detach().argmax(-1, keepdim=True)
+            best = torch.where(ranked.gather(-1, by_logit) == ranked.gather(-1, best), by_logit, best)
+        number = len(self._remaining)
+        ids = self._chosen(best, number)
+        if number + 1 < self.num_maxima:
+            self._remaining.append(ranked.scatter(-1, ids, -torch.inf))
+        else:
+            self._remaining = []
+            self._dimensions.append(argument.dim())
+        return ids
+
+    def _chosen(self, ids: Tensor, number: int = 0) -> Tensor:
+        """The ids of the record, where it has any. A top-k of another number than k chooses no experts.
+
+        ``number``: how many maxima of the same choice were before.
+        """
+        if self.recorded is None:
             return ids
-        self._replayed.append(ids.dim())
-        recorded = self.recorded.to(ids.device).view(ids.shape)
+        recorded = self.recorded if self.num_maxima == 1 else self.recorded[..., number : number + 1]
+        if recorded.numel() != ids.numel() or recorded.shape[-1] != ids.shape[-1]:
+            return ids
+        if number == 0:
+            self._replayed.append(ids.dim())
+        recorded = recorded.to(ids.device).reshape(ids.shape)
         return torch.where(recorded < 0, ids, recorded)
 
     def _groups_of_record(
@@ -114,18 +143,33 @@ class BiasedTopK(TorchFunctionMode):
 
 
 class ChoicesSeen(TorchFunctionMode):
-    """Keeps the ids of each top-k and of each maximum over the experts, ``[..., k]``."""
+    """Keeps the ids of each top-k and of each maximum over the experts, ``[..., k]``.
 
-    def __init__(self, num_experts: int):
+    Without ``num_experts`` a softmax shows how many they are. What it takes is kept in ``logits``.
+    """
+
+    def __init__(self, num_experts: int = 0):
         super().__init__()
         self.num_experts = num_experts
         self.top_k: list[Tensor] = []
         self.maxima: list[Tensor] = []
+        self.logits: list[Tensor] = []
+
+    @property
+    def expert_ids(self) -> Tensor | None:
+        """Of the one choice, by a top-k or by maxima one after another; None if there are several, or none."""
+        if self.top_k:
+            return self.top_k[0] if len(self.top_k) == 1 else None
+        return torch.cat(self.maxima, -1) if self.maxima else None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if func in _TOP_K and _topk_of_experts(self.num_experts, *args, **kwargs)[0] is not None:
+        if func in _SOFTMAX:
+            logits = args[0] if args else kwargs["input"]
+            self.logits.append(logits)
+            self.num_experts = self.num_experts or logits.shape[-1]
+        elif func in _TOP_K and _topk_of_experts(self.num_experts, *args, **kwargs)[0] is not None:
             self.top_k.append(result.indices)
         elif func in _MAXIMA:
             scores, keeps_dimension = _max_of_experts(self.num_experts, *args, **kwargs)
@@ -135,6 +179,7 @@ class ChoicesSeen(TorchFunctionMode):
         return result
 
 
+_SOFTMAX = (torch.softmax, Tensor.softmax, torch.nn.functional.softmax)
 _TOP_K = (torch.topk, Tensor.topk)
 _ARGMAXIMA = (torch.argmax, Tensor.argmax)
 _MAXIMA = (torch.max, Tensor.max, *_ARGMAXIMA)

@@ -69,7 +69,7 @@ class Tap:
     multiplies: bool = False  # the buffer that attach added holds w - 1; scores are multiplied by w
     router: nn.Module | None = field(default=None, init=False)  # the one whose calls it reports
     dimensions: tuple[int, ...] = (2, 3)  # of the inputs that the router was proven on
-    chooses_by_max: bool = False  # the router chooses its one expert by a maximum, not by a top-k
+    chooses_by_max: bool = False  # the router chooses its experts one after another by maxima, not by a top-k
     argument_names: list[str] = field(default_factory=list, init=False)  # of a forward that an adapter reads
     num_experts: int = 0
     logits_hook: RemovableHandle | None = field(default=None, init=False)  # on what returns the router's logits

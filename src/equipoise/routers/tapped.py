@@ -18,13 +18,14 @@ from equipoise.routers.blocks import BlockAdapter
 from equipoise.routers.gradient_paths import AtScores, EagerTap
 from equipoise.routers.kind import ADDED_SLOT, MoELayer, Slot
 from equipoise.routers.logits import hook_keeping_logits, methods_keeping_logits, take_logits
-from equipoise.routers.steering import BiasedTopK
+from equipoise.routers.steering import BiasedTopK, ChoicesSeen
 from equipoise.routers.tap import RouterCall, Tap
 from equipoise.torch_internals import (
     are_gradients_wanted,
     is_traced,
     leading_dimensions,
     node_of_scores,
+    outside_graphs,
     saved_scores,
 )
 
@@ -39,14 +40,16 @@ def _check_input(router: nn.Module, tap: Tap, hidden: Tensor, *others: Any) -> N
         )
 
 
-def _report(router: nn.Module, tap: Tap, output: Any, logits: Any, args: Any, kwargs: Any) -> Any:
+def _report(
+    router: nn.Module, tap: Tap, output: Any, logits: Any, args: Any, kwargs: Any, chosen: Tensor | None = None
+) -> Any:
     """Reports a call of ``router``. The output, behind the tap if there is a loss.
 
-    ``logits`` are those that an adapter takes from a method of the router, else None.
+    ``logits`` and ``chosen`` are those that an adapter takes from inside the forward, else None.
     """
     kind, context = tap.kind, tap.context
     assert context is not None  # the tap is live
-    logits, weights, expert_ids = kind.read(output, tap.k, logits)
+    logits, weights, expert_ids = kind.read(output if chosen is None else (output, chosen), tap.k, logits)
     if type(logits).__name__ == "DTensor":
         raise EquipoiseError(
             f"a router must give plain tensors: {type(router).__name__} gives a DTensor. Leave it out of the plan of "
@@ -114,6 +117,28 @@ def _forward_of_block(block: nn.Module, base: Any, tap: Tap, args: Any, kwargs: 
     return output
 
 
+def _forward_seen(router: nn.Module, base: Any, seen: ChoicesSeen | None, args: Any, kwargs: Any) -> Any:
+    """The forward of a router. Its choice is kept in ``seen`` as it is steered, if that is not None."""
+    if seen is None:
+        return base.forward(router, *args, **kwargs)
+    with seen:
+        return base.forward(router, *args, **kwargs)
+
+
+def _report_seen(router: nn.Module, tap: Any, output: Any, seen: ChoicesSeen, args: Any, kwargs: Any) -> Any:
+    """Reports a call of a router whose output does not show its choice."""
+    ids = seen.expert_ids
+    if len(seen.logits) != 1 or ids is None or ids.shape[-1] != tap.k:
+        raise EquipoiseError(
+            f"a router must take one softmax and choose {tap.k} experts per token, as it did when it was attached: in "
+            f"this call {type(router).__name__} took {len(seen.logits)} softmax, {len(seen.top_k)} top-k and "
+            f"{len(seen.maxima)} maxima over its experts. Call detach() before a router is changed, and attach after."
+        )
+    if len(tap.dimensions) == 1:
+        _check_input(router, tap, *args, *kwargs.values())
+    return _report(router, tap, output, seen.logits[0], args, kwargs, ids)
+
+
 def _ids_to_replay(router: nn.Module, tap: Tap, args: Any, kwargs: Any) -> Int[Tensor, "tokens k"] | None:
     """The ids of the record that is replayed, in the order of the router's tokens; None if it chooses by itself."""
     ids = tap.ids_to_replay
@@ -153,6 +178,7 @@ def _check_replayed(router: nn.Module, tap: Tap, top_k: BiasedTopK, recorded: Te
 def _tapped_class(base: Any, adapter: RouterAdapter | None = None) -> Any:
     """A subclass of a router that reports its calls. ``adapter``: one that takes logits from a method of the router."""
     is_block = isinstance(adapter, BlockAdapter)
+    hides_choice = adapter is not None and adapter.choice_is_hidden
 
     def forward(self, *args, **kwargs):
         tap = getattr(self, "_equipoise", None)
@@ -160,12 +186,14 @@ def _tapped_class(base: Any, adapter: RouterAdapter | None = None) -> Any:
             return _forward_of_block(self, base, tap, args, kwargs)
         added_slot = None if tap is None else self._buffers.get(ADDED_SLOT)
         recorded = None if tap is None else _ids_to_replay(self, tap, args, kwargs)
+        seen = ChoicesSeen(tap.num_experts) if hides_choice and tap is not None and tap.router is self else None
         if added_slot is not None or recorded is not None:
             assert tap is not None
             modes = (tap.multiplies, tap.chooses_by_max, tap.num_experts)
-            top_k = BiasedTopK(added_slot, *modes, recorded=recorded, has_groups=tap.has_groups)
+            num_maxima = tap.k if tap.chooses_by_max else 1
+            top_k = BiasedTopK(added_slot, *modes, recorded=recorded, has_groups=tap.has_groups, num_maxima=num_maxima)
             with top_k:
-                output = base.forward(self, *args, **kwargs)
+                output = _forward_seen(self, base, seen, args, kwargs)
             if recorded is not None:
                 _check_replayed(self, tap, top_k, recorded)
             elif top_k.num_choices != 1:
@@ -175,7 +203,9 @@ def _tapped_class(base: Any, adapter: RouterAdapter | None = None) -> Any:
                     "it. Call detach() before a router is changed, and attach again after."
                 )
         else:
-            output = base.forward(self, *args, **kwargs)
+            output = _forward_seen(self, base, seen, args, kwargs)
+        if seen is not None:
+            return _report_seen(self, tap, output, seen, args, kwargs)
         logits = None if adapter is None else take_logits(self)
         if tap is None or tap.router is None:  # detached, or a deep copy
             return output
@@ -186,6 +216,8 @@ def _tapped_class(base: Any, adapter: RouterAdapter | None = None) -> Any:
             _check_input(self, tap, *args, *kwargs.values())
         return _report(self, tap, output, logits, args, kwargs)
 
+    if hides_choice:  # Dynamo cannot go on under a mode after a break in the graph, and a capacity makes breaks
+        forward = outside_graphs(forward)
     forward.__wrapped__ = base.forward  # type: ignore[attr-defined]  # for inspect.signature
     methods = {} if adapter is None else methods_keeping_logits(base, adapter)
     return _subclass(base, _tapped_class, {"forward": forward, **methods}, adapter)

@@ -1,6 +1,7 @@
 """A trial of a router: its stand-in is run with several biases on the same random tokens."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from equipoise.routers.outputs import (
     output_names,
 )
 from equipoise.routers.stand_in import RandomTensors, make_stand_in, matrix_widths, stand_in_tensor
-from equipoise.routers.steering import BiasedTopK
+from equipoise.routers.steering import BiasedTopK, ChoicesSeen
 
 ADAPTER = "See equipoise.RouterAdapter for what its methods must return"
 # Where routers keep k, and their number of groups.
@@ -44,7 +45,7 @@ class ExpertTensor(NamedTuple):
 
 
 class Returned(NamedTuple):
-    """What a forward of the stand-in returned, and its logits if an adapter takes them from a method."""
+    """What a forward of the stand-in returned, and its logits if an adapter takes them from inside it."""
 
     output: Any
     logits: Tensor | None = None
@@ -164,9 +165,16 @@ class Trial:
         )
 
     def _forward(self, hidden: Tensor) -> Returned:
-        with torch.no_grad(), torch.autocast("cpu", enabled=False), KeepingLogits(self.router, self.adapter) as logits:
+        seen = ChoicesSeen() if self.adapter is not None and self.adapter.choice_is_hidden else None
+        kept_logits = KeepingLogits(self.router, self.adapter)
+        with torch.no_grad(), torch.autocast("cpu", enabled=False), kept_logits, seen or nullcontext():
             output = self.router.forward(hidden.clone(), **self.arguments)  # some routers add noise in place
-        return Returned(output, logits.value)
+        if seen is None:
+            return Returned(output, kept_logits.value)
+        if len(seen.logits) != 1 or seen.expert_ids is None:
+            came = f"{len(seen.logits)} softmax, {len(seen.top_k)} top-k and {len(seen.maxima)} maxima over experts"
+            raise Refused(f"its forward must take one softmax and make one choice, and takes {came}", ADAPTER)
+        return Returned((output, seen.expert_ids), seen.logits[0])
 
     def read(self, kind: RouterKind, returned: Returned) -> tuple[Tensor, Tensor, Tensor]:
         return kind.read(returned.output, self.k, returned.logits)
@@ -217,14 +225,19 @@ class Trial:
 
     @cached_property
     def chooses_by_max(self) -> bool:
-        """Whether it takes no top-k over the experts, but one maximum."""
-        choices = []
+        """Whether it takes no top-k over the experts, but a maximum for each of its k experts."""
+        zero, choices = torch.zeros(self.num_experts, device="cpu"), []
         for by_max in (False, True):
-            top_k = BiasedTopK(torch.zeros(self.num_experts, device="cpu"), by_max=by_max)
+            top_k = BiasedTopK(zero, by_max=by_max, num_maxima=self.k)
             with top_k:
                 self._forward(self.inputs[0])
             choices.append(top_k.num_choices)
-        return self.k == 1 and choices == [0, self.runs]
+        return choices == [0, self.runs]
+
+    @property
+    def num_maxima(self) -> int:
+        """Of one choice, if it is made by maxima."""
+        return self.k if self.chooses_by_max else 1
 
     def _choice(self) -> tuple[Tensor, Tensor]:
         kind = RouterKind("softmax", gives=self.read_by)  # of any score function

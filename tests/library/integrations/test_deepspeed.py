@@ -234,7 +234,36 @@ def test_a_bias_that_is_cut_in_parts_is_refused():
         equipoise.attach(partition(nn.Sequential(SlotParameter())), BIASES)
 
 
-def test_the_gate_of_its_moe_layer_is_refused_with_what_to_do():
+def test_a_router_whose_gate_is_cut_in_parts_is_tried_without_the_hooks_that_gather_it():
+    class TokenChoiceTopKRouter(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate = nn.Linear(8, 4, bias=False)
+
+        def forward(self, x):
+            scores = self.gate(x).softmax(-1)
+            weights, expert_ids = torch.topk(scores, 2, dim=-1)
+            return weights, expert_ids, expert_ids.flatten().bincount(minlength=4)
+
+    def gather(module, args):
+        raise AttributeError("'Parameter' object has no attribute 'ds_status'")
+
+    TokenChoiceTopKRouter.__module__ = "deepspeed.moe.ep_router"
+    net = partition(nn.Sequential(TokenChoiceTopKRouter()))
+    net[0].gate.register_forward_pre_hook(gather)
+    assert [(layer.name, layer.num_experts, layer.k) for layer in equipoise.attach(net, BIASES).layers] == [("0", 4, 2)]
+    assert net[0].gate._forward_pre_hooks
+
+
+def test_an_engine_without_the_routers_that_were_attached_is_refused():
+    net = PlainNet()
+    balance, engine = equipoise.attach(net, BIASES), Engine(net)
+    net.blocks[1].gate = PlainNet().blocks[1].gate  # as AutoEP does
+    with pytest.raises(UsageError, match=r"blocks.1.gate is not in it. AutoEP puts layers of its own.*after deepspeed"):
+        follow_engine(balance, engine)
+
+
+def test_a_gate_of_an_older_deepspeed_is_refused_with_what_to_do():
     class TopKGate(nn.Module):
         def __init__(self):
             super().__init__()
@@ -244,5 +273,5 @@ def test_the_gate_of_its_moe_layer_is_refused_with_what_to_do():
             return self.wg(hidden)
 
     TopKGate.__module__ = "deepspeed.moe.sharded_moe"
-    with pytest.raises(EquipoiseError, match="drops tokens beyond a capacity.*Add the l_aux that its MoE layer"):
+    with pytest.raises(EquipoiseError, match="its forward has no sparse_routes.*leave the gate out with attach"):
         equipoise.attach(nn.Sequential(TopKGate()), BIASES)

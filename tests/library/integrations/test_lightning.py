@@ -391,6 +391,12 @@ def test_a_callback_without_a_strategy_is_refused():
         BalanceCallback()
 
 
+def test_wrong_arguments_are_refused_at_once():
+    with pytest.raises(TypeError, match="of BalanceCallback must be one of attach .*got rate.*'loss-free:rate=1e-3'"):
+        BalanceCallback("loss-free", rate=1e-3)
+    assert BalanceCallback("loss-free", group=None, biases=None).balance is None
+
+
 # ---- a training ----
 
 

@@ -719,6 +719,8 @@ def test_data_parallel_and_sequence_parallelism_are_refused():
 def test_wrong_arguments_are_refused_at_once():
     with pytest.raises(TypeError, match="group, biases, fused, allow_empty.*got groups"):
         EquipoiseCallback("loss-free", groups=None)
+    with pytest.raises(TypeError, match="got rate. Options of a strategy belong into its string"):
+        EquipoiseCallback("loss-free", rate=1e-3)
     with pytest.raises(UsageError, match="must have a strategy"):
         Trainer(family("glm4_moe"), callbacks=[EquipoiseCallback])  # the class, as the Trainer allows
     with pytest.raises(UsageError, match="loss-fre"):

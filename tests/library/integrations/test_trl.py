@@ -15,6 +15,7 @@ from trl_runs import (
     COEFFICIENT,
     Watch,
     balancing_gradient,
+    by_sign,
     difference,
     label_tokens,
     model_for,
@@ -43,6 +44,7 @@ CASES = {kind: (kind, {}) for kind in KINDS} | {
     "sft, a short last step": ("sft", dict(number=14, gradient_accumulation_steps=4, max_steps=-1, num_train_epochs=1)),
     "dpo, reentrant": ("dpo", REENTRANT),
     "dpo, precomputed": ("dpo", dict(precompute_ref_log_probs=True)),
+    "kto, reentrant": ("kto", REENTRANT),
     "reward, not checkpointed": ("reward", OFF),
     "grpo, reentrant": ("grpo", REENTRANT),
     "grpo, two iterations": ("grpo", dict(num_iterations=2)),
@@ -142,18 +144,6 @@ def test_scope_sequence_sees_packed_sequences():
 # ---- counts and biases ----
 
 
-def by_sign(counts, biases, rate=1e-2):
-    """The rule of Loss-Free Balancing by plain loops: signs, less their mean."""
-    moved = {}
-    for name, load in counts.items():
-        mean = sum(load) / len(load)
-        signs = [(mean > number) - (mean < number) for number in load]
-        moved[name] = [
-            float(b) + rate * (s - sum(signs) / len(signs)) for b, s in zip(biases[name], signs, strict=True)
-        ]
-    return moved
-
-
 @pytest.mark.parametrize("case", [*KINDS, "grpo, two iterations", "grpo, a reference"])
 def test_counts_and_biases_are_those_of_plain_loops_over_what_is_trained(case):
     """The weights move here, and rollouts and references are computed beside what is trained."""
@@ -196,7 +186,7 @@ def test_tokens_are_those_of_the_dataset():
 LORA = LoraConfig(
     r=2, lora_alpha=4, init_lora_weights=False, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"
 )
-ADAPTED = [("sft", {}), ("dpo", {}), ("grpo", dict(beta=0.1, num_iterations=2))]
+ADAPTED = [("sft", {}), ("dpo", {}), ("kto", {}), ("grpo", dict(beta=0.1, num_iterations=2))]
 
 
 @pytest.mark.parametrize(("kind", "options"), ADAPTED)
@@ -226,7 +216,7 @@ def test_the_pass_without_adapters_is_not_counted(kind, options):
 EVALUATED = dict(eval_strategy="steps", eval_steps=1, eval_on_start=True)
 
 
-@pytest.mark.parametrize("kind", ["sft", "dpo", "reward"])
+@pytest.mark.parametrize("kind", ["sft", "dpo", "kto", "reward"])
 def test_an_evaluation_inside_the_training_changes_nothing(kind):
     watches = []
     for more in ({}, EVALUATED | dict(eval_dataset=rows(kind, 4))):

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from equipoise.attachment import attach as attach_to_any
+from equipoise.attachment import resolve
 from equipoise.balance import Balance
-from equipoise.balancers import Balancer, LoadBalancingLoss, parse_strategy
+from equipoise.balancers import Balancer, LoadBalancingLoss
 from equipoise.counting.start import BiasesOrPath
 from equipoise.errors import EquipoiseError
 
@@ -52,12 +53,17 @@ def attach(
         One ``Balance`` for all chunks.
 
     Raises:
-        EquipoiseError: as ``equipoise.attach``; and for a loss of scope ``sequence`` if tensor or context parallel
-            ranks hold parts of sequences.
+        EquipoiseError: as ``equipoise.attach``; before ``initialize_model_parallel``; and for a loss of scope
+            ``sequence`` if tensor or context parallel ranks hold parts of sequences.
 
     A loop that does not use ``forward_backward_*`` adds ``balance.loss()`` to its loss, or calls
     ``MoEAuxLossAutoScaler.set_loss_scale``. Without both the backward raises.
     """
+    if not _parallel_state().model_parallel_is_initialized():
+        raise EquipoiseError(
+            "attach must run after megatron.core.parallel_state.initialize_model_parallel(), which makes the process "
+            "groups: it has not been called. Without Megatron's groups, use equipoise.attach(model, ..., group=...)."
+        )
     router_class = of_megatron("transformer.moe.router").TopKRouter
     chunks = [_unwrapped(chunk) for chunk in (model if isinstance(model, Sequence) else [model])]
     whole = chunks[0] if len(chunks) == 1 else nn.ModuleList(chunks)
@@ -104,9 +110,8 @@ def group_of(router: Any | None) -> Any:
 
 def _check_sequences(router: Any, balancers: Sequence[Balancer | str]) -> None:
     """Raises for a loss within sequences if no rank has a whole one."""
-    resolved = [b for given in balancers for b in (parse_strategy(given) if isinstance(given, str) else [given])]
     num_parts = router.tp_cp_group.size()
-    if num_parts > 1 and any(isinstance(b, LoadBalancingLoss) and b.scope == "sequence" for b in resolved):
+    if num_parts > 1 and any(isinstance(b, LoadBalancingLoss) and b.scope == "sequence" for b in resolve(balancers)):
         raise EquipoiseError(
             f"a loss of scope sequence must have each sequence on one rank: {num_parts} tensor and context parallel "
             "ranks hold a part of each. Take scope micro_batch or global_batch."

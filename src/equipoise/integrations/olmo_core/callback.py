@@ -7,7 +7,7 @@ biases, before the checkpointer saves.
 
 import logging
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -67,8 +67,8 @@ class EquipoiseCallback(Callback):  # type: ignore[misc, unused-ignore]
     """
 
     strategy: str
-    mask: str | None = None
-    fresh: bool = False
+    mask: str | None = field(default=None, kw_only=True)
+    fresh: bool = field(default=False, kw_only=True)
 
     priority: ClassVar[int] = 2  # before the checkpointer, so that a checkpoint holds the biases of its step
 

@@ -45,8 +45,14 @@ def balanced(config: Any, *balancers: Balancer | str) -> Any:
             ``config`` is balanced already.
         EquipoiseError: the config asks for what is not supported, which is named.
         TypeError: an argument has another type.
+        ImportError: torchtitan is not installed.
     """
-    from torchtitan.trainer import Trainer
+    try:
+        from torchtitan.trainer import Trainer
+    except ModuleNotFoundError as error:
+        if error.name != "torchtitan":
+            raise
+        raise ImportError("balanced needs torchtitan, which is not installed: pip install torchtitan.") from error
 
     from equipoise.integrations.torchtitan.trainer import Balancing
 
@@ -58,7 +64,7 @@ def balanced(config: Any, *balancers: Balancer | str) -> Any:
     if hasattr(config, "balance"):
         raise UsageError(f"config must be balanced once: it is already, with {config.balance}. Leave one call out.")
     resolved = resolve(balancers)
-    values = {one.name: getattr(config, one.name) for one in fields(config) if one.init}
+    values = {option.name: getattr(config, option.name) for option in fields(config) if option.init}
     if not config.training.disable_cuda_graphs:
         _log.warning(
             "balanced: training.disable_cuda_graphs is set. What is counted is counted by Python, which a replay of a "

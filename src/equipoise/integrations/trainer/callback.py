@@ -4,7 +4,6 @@ No event lets a callback add to the loss. So ``compute_loss`` of the Trainer is 
 loss is added to what it returns. After each step of the optimizer the callback moves the biases.
 """
 
-import inspect
 import logging
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,11 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from equipoise.alerts import Alerts
-from equipoise.attachment import attach, base_model, resolve, unwrap
+from equipoise.attachment import base_model, resolve, unwrap
 from equipoise.balance import Balance
 from equipoise.balancers import Balancer, format_strategy
 from equipoise.errors import UsageError
+from equipoise.integrations.arguments import check_attach_arguments
 from equipoise.integrations.trainer.attaching import attach_for_training
 from equipoise.integrations.trainer.checkpoints import STATE_FILE, load_missing_weights, load_state, save_state
 from equipoise.integrations.trainer.checks import (
@@ -58,7 +58,7 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         move_frozen: move the biases even if no router is trained, as with adapters on a frozen base. By default they
             stay fixed then. Losses act either way: they reach the weights in front of the routers.
         fresh: accept a checkpoint that was saved without this callback. Biases then begin with what the model holds.
-        attach_arguments: ``where``, ``group``, ``biases`` and ``allow_empty`` of ``equipoise.attach``.
+        attach_arguments: ``where``, ``group``, ``biases``, ``fused`` and ``allow_empty`` of ``equipoise.attach``.
 
     Attributes:
         balance: the ``Balance`` of the model, from the beginning of the training on; None before.
@@ -126,12 +126,7 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
                 "EquipoiseCallback must have a strategy, as EquipoiseCallback('loss-free'): got none. The strategy "
                 "'none' only counts."
             )
-        allowed = [name for name, p in inspect.signature(attach).parameters.items() if p.kind is p.KEYWORD_ONLY]
-        for name in attach_arguments:
-            if name not in allowed:
-                raise TypeError(
-                    f"an argument of EquipoiseCallback must be one of attach ({', '.join(allowed)}): got {name}."
-                )
+        check_attach_arguments("EquipoiseCallback", attach_arguments)
         self._strategy, self._attach_arguments = strategy, attach_arguments
         self._balancers = resolve(strategy)
         self._has_bias = any(balancer.has_bias for balancer in self._balancers)

@@ -1,22 +1,13 @@
-"""Balancing under DeepSpeed: windows that close with the engine's steps, and DeepSpeed's own routers.
-
-    balance = equipoise.attach(model, "loss-free:rate=1e-3")
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-    follow_engine(balance, engine)
-
-This module does not import DeepSpeed. Seen with DeepSpeed 0.19.8.
-"""
+"""Windows that close with the steps of an engine of DeepSpeed."""
 
 from typing import Any
 
-from torch import Tensor
-
+from equipoise._text import abbreviate
 from equipoise.balance import Balance
 from equipoise.balancers import parse_strategy
 from equipoise.errors import EquipoiseError, UsageError
-from equipoise.routers.adapter import RouterAdapter
 
-__all__ = ["ROUTER_ADAPTERS", "FollowedEngine", "follow_engine"]
+__all__ = ["FollowedEngine", "follow_engine"]
 
 
 def follow_engine(balance: Balance, engine: Any) -> "FollowedEngine":
@@ -44,7 +35,8 @@ def follow_engine(balance: Balance, engine: Any) -> "FollowedEngine":
 
     Raises:
         TypeError: ``engine`` is not an engine of DeepSpeed.
-        UsageError: it is one of a pipeline, or of ZenFlow; or it is followed already.
+        UsageError: it is one of a pipeline, or of ZenFlow; it is followed already; or it has other routers than the
+            balance, as after AutoEP.
         EquipoiseError: later, from ``engine.step()``, if the backward was ``loss.backward()``. With accumulation
             DeepSpeed then divides the gradient of the model's output only, not that of ``balance.loss()``.
 
@@ -70,6 +62,13 @@ def follow_engine(balance: Balance, engine: Any) -> "FollowedEngine":
         raise UsageError(
             "follow_engine() must be called once for an engine: it is followed already, and a second step() would find "
             "an empty window. Remove the second call, or remove() the first."
+        )
+    modules = set(engine.modules())
+    lost = [layer.name for layer in balance.layers if layer.router not in modules]
+    if lost:
+        raise UsageError(
+            f"the engine must hold the routers that were attached: {abbreviate(lost)} is not in it. AutoEP puts layers "
+            "of its own in the place of a model's. Call attach after deepspeed.initialize."
         )
     return FollowedEngine(balance, engine)
 
@@ -124,39 +123,3 @@ def _may_have_loss(strategy: str) -> bool:
         return any(balancer.has_loss for balancer in parse_strategy(strategy))
     except UsageError:  # balancers of the user's own
         return True
-
-
-# ---- routers ----
-
-
-class _TopKGate(RouterAdapter):
-    """The gate of ``deepspeed.moe.layer.MoE``: (loss, combine weights, dispatch mask, counts)."""
-
-    framework = "deepspeed 0.19.8"
-    remedy = (
-        "Add the l_aux that its MoE layer returns to your loss, and leave the gate out with attach(where=...); or take "
-        "layers of Transformers, or equipoise.nn.MoE"
-    )
-
-    def refusal(self, router: Any) -> str | None:
-        return "it drops tokens beyond a capacity, and shows neither its logits nor its choice"
-
-
-class _TokenChoiceTopKRouter(RouterAdapter):
-    """The router of AutoEP: (weights, expert_ids, counts)."""
-
-    framework = "deepspeed 0.19.8"
-    logits_returned_by = "gate"
-
-    def read(self, output: Any, logits: Tensor | None, k: int | None) -> tuple[Tensor, Tensor, Tensor]:
-        assert logits is not None
-        return logits, output[0], output[1]
-
-    def write(self, output: Any, weights: Tensor, expert_ids: Tensor) -> Any:
-        return weights.view(output[0].shape), *output[1:]
-
-
-ROUTER_ADAPTERS: dict[str, RouterAdapter] = {
-    "TopKGate": _TopKGate(),
-    "TokenChoiceTopKRouter": _TokenChoiceTopKRouter(),
-}
