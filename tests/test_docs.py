@@ -17,7 +17,7 @@ from equipoise_lab.train.config import Compare, Train
 TESTS = Path(__file__).parent
 DOCS = TESTS.parent / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
-ROW = re.compile(r"^\| (\d+) \| (.+) \| (.+) \| (.+) \|$", re.MULTILINE)
+ROW = re.compile(r"^\| (\d+) \| (.+) \| (.+) \| (.+) \|[^|]*\|$", re.MULTILINE)
 TEST_NAME = re.compile(r"`([\w/]+\.py)::(\w+)`")
 
 

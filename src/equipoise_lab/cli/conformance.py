@@ -40,8 +40,9 @@ def subcommand() -> Any:
         """Does a framework balance its experts right? Asks the one that is installed here the questions of the suite.
 
         Args:
-            framework: equipoise, megatron, torchtitan, olmo_core, olmo_core_v2, automodel, litgpt, deepspeed, veomni or
-                transformers. Exits with 1 if an answer is wrong. Without FRAMEWORK, all scenarios are listed.
+            framework: equipoise, megatron, torchtitan, olmo_core, olmo_core_v2, automodel, litgpt, deepspeed, veomni,
+                transformers, or the module:Class of a driver of your own. Exits with 1 if an answer is wrong. Without
+                FRAMEWORK, all scenarios are listed.
             scenarios: Only these. One alone is shown with its question, and why its answer is right.
             json: Print JSON.
         """
@@ -111,7 +112,8 @@ def _ask(framework: str, names: tuple[str, ...]) -> "list[Verdict]":
 
     from equipoise_lab.conformance import run
 
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(framework, total=len(names))
         num_wrong = 0
 

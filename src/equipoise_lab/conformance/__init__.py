@@ -6,7 +6,7 @@ equipoise conformance megatron global-batch-two-ranks
 
 from equipoise_lab.conformance.driver import Batch, Driver, Layer, NotOffered, NotTried, Refuses, StepResult
 from equipoise_lab.conformance.measure import Measurement
-from equipoise_lab.conformance.run import FRAMEWORKS, Verdict, ask, run
+from equipoise_lab.conformance.runner import FRAMEWORKS, Verdict, ask, run
 
 __all__ = [
     "Batch", "Driver", "FRAMEWORKS", "Layer", "Measurement", "NotOffered", "NotTried", "Refuses", "StepResult",

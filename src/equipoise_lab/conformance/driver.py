@@ -54,6 +54,8 @@ class Layer:
         dtype: the type to which the whole model is cast after it is built, as a user casts it.
         sets_coefficient_only: the user sets the loss's coefficient in the configuration, and no other switch.
         is_wrapped_in_ddp: the model is in torch's DistributedDataParallel, with its defaults.
+        counts_first_choice: f of the loss counts the first choice of a token only, as GShard defines it. No scenario
+            asks for that: a driver whose framework defines the loss so says it in ``as_defined``.
     """
 
     experts: int = 8
@@ -72,6 +74,7 @@ class Layer:
     dtype: torch.dtype = torch.float32
     sets_coefficient_only: bool = False
     is_wrapped_in_ddp: bool = False
+    counts_first_choice: bool = False
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,11 @@ class Driver(ABC):
     """The framework's loss at perfect balance, with coefficient 1: a convention, by which values are divided."""
     imbalance_of: Callable[[list[int]], float] | None = None
     """The formula of its metric of load imbalance, on counts: also a convention."""
+
+    @classmethod
+    def as_defined(cls, layer: Layer) -> Layer:
+        """The layer whose loss is the right one, where a framework documents another definition of f."""
+        return layer
 
     @abstractmethod
     def __init__(self, layer: Layer) -> None:

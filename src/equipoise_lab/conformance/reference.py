@@ -96,7 +96,7 @@ def loss(batch: Batch, layer: Layer, bias: Sequence[float] | None = None) -> flo
     for number in range(layer.number):
         tokens = _tokens(batch, number, layer, bias)
         for group in _groups(tokens, layer):
-            share = _count(group, layer.experts)
+            share = _share(group, layer)
             mean_scores = [0.0] * layer.experts
             for token in group:
                 scores = _scores(token.logits, layer.score_function)
@@ -105,6 +105,13 @@ def loss(batch: Batch, layer: Layer, bias: Sequence[float] | None = None) -> flo
             value = sum(f * p for f, p in zip(share, mean_scores, strict=True)) / sum(share)
             total += layer.experts * value * len(group) / len(tokens)
     return total
+
+
+def _share(tokens: Sequence[_Token], layer: Layer) -> list[int]:
+    """What f counts: all choices, or the first of each token under GShard's definition."""
+    if layer.counts_first_choice:
+        tokens = [token._replace(experts=token.experts[:1]) for token in tokens]
+    return _count(tokens, layer.experts)
 
 
 def _groups(tokens: Sequence[_Token], layer: Layer) -> list[list[_Token]]:
@@ -135,12 +142,12 @@ def loss_gradients(
         pooled = [0] * layer.experts
         for step in range(steps):
             for window in tokens:
-                pooled = [a + b for a, b in zip(pooled, _count(window[step], layer.experts), strict=True)]
+                pooled = [a + b for a, b in zip(pooled, _share(window[step], layer), strict=True)]
             for window in tokens:
                 part = window[step]
                 share = len(part) / all_tokens if weighs == "tokens" else 1 / (steps * len(windows))
                 for group in _groups(part, layer):
-                    count = pooled if layer.loss == "global_batch" else _count(group, layer.experts)
+                    count = pooled if layer.loss == "global_batch" else _share(group, layer)
                     weight = share * len(group) / len(part) * layer.experts / sum(count)
                     for token in group:
                         _add_gradient(gradient, token, count, weight / len(group), layer.score_function)

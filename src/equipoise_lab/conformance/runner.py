@@ -4,10 +4,12 @@ A scenario of one rank runs in a process of its own kind: all such scenarios one
 run on gloo. If a process ends or hangs, the scenarios that are left go on in a new one.
 """
 
+import difflib
 import importlib
 import importlib.metadata
 import math
 import multiprocessing
+import os
 import queue
 import tempfile
 import time
@@ -15,6 +17,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Literal
 
 from equipoise.errors import UsageError
@@ -63,20 +66,27 @@ class Verdict:
 
 
 def check_name(framework: str) -> None:
-    if framework not in FRAMEWORKS:
-        raise UsageError(f"the framework must be one of {', '.join(FRAMEWORKS)}: got {framework!r}.")
+    if framework not in FRAMEWORKS and ":" not in framework:
+        near = difflib.get_close_matches(framework, FRAMEWORKS, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise UsageError(
+            f"the framework must be one of {', '.join(FRAMEWORKS)}, or the module:Class of a driver: "
+            f"got {framework!r}.{hint}"
+        )
 
 
 def driver_of(framework: str) -> type[Driver]:
-    """The driver of a framework, which must be installed.
+    """The driver of a framework, which must be installed: by its name, or as ``module:Class``.
 
     Raises:
         UsageError: there is no driver of that name, or the framework cannot be imported.
     """
     check_name(framework)
-    module, name = FRAMEWORKS[framework].split(":")
+    module, name = (f"{__package__}.drivers.{FRAMEWORKS[framework]}" if framework in FRAMEWORKS else framework).split(
+        ":"
+    )
     try:
-        driver: type[Driver] = getattr(importlib.import_module(f"equipoise_lab.conformance.drivers.{module}"), name)
+        driver: type[Driver] = getattr(importlib.import_module(module), name)
     except ImportError as error:
         raise UsageError(
             f"{framework} must be installed in this environment: {error}. tests/frameworks/environments lists "
@@ -148,7 +158,7 @@ def _in_processes(framework: str, scenarios: Sequence[str], ranks: int) -> Itera
             process.start()
         try:
             for name in scenarios:
-                parts = list(_answers(answers, ranks, processes))
+                parts = list(_answers(answers, ranks, processes, folder))
                 if isinstance(parts[-1], UsageError):
                     raise parts[-1]
                 if len(parts) == ranks and all(isinstance(part, Verdict) for part in parts):
@@ -165,7 +175,7 @@ def _in_processes(framework: str, scenarios: Sequence[str], ranks: int) -> Itera
                 process.join()
 
 
-def _answers(answers: Any, number: int, processes: Iterable[Any]) -> Iterator[Any]:
+def _answers(answers: Any, number: int, processes: Iterable[Any], folder: str) -> Iterator[Any]:
     """So many answers; a sentence in place of one that does not come."""
     end = time.monotonic() + LIMIT
     for _ in range(number):
@@ -175,7 +185,10 @@ def _answers(answers: Any, number: int, processes: Iterable[Any]) -> Iterator[An
                 break
             except queue.Empty:
                 if all(process.exitcode is not None for process in processes):
-                    yield "the process ended without an answer"
+                    lines = [
+                        line for log in sorted(Path(folder).glob("*.log")) for line in log.read_text().splitlines()
+                    ]
+                    yield f"the process ended without an answer: {lines[-1] if lines else 'it printed nothing'}"
                     return
                 if time.monotonic() > end:
                     yield f"no answer in {LIMIT} seconds: the ranks wait for each other"
@@ -187,11 +200,22 @@ def _process(framework: str, scenarios: list[str], rank: int, ranks: int, folder
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    log = os.open(f"{folder}/{rank}.log", os.O_CREAT | os.O_WRONLY)  # what a framework prints is no answer
+    os.dup2(log, 1)
+    os.dup2(log, 2)
     try:
         driver_of(framework)
     except UsageError as error:
         answers.put(error)
         return
+    if ranks > 1:  # as under torchrun
+        os.environ |= {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(ranks),
+            "LOCAL_WORLD_SIZE": str(ranks),
+        }
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}  # not opened: the groups meet in a file
     for number, name in enumerate(scenarios):
         if ranks > 1:
             store = f"file://{folder}/{number}"

@@ -60,7 +60,7 @@ class Equipoise(Driver):
         self.balance.step(applied=is_applied and has_finite_gradients)
         load = list(self.balance.load.values())
         return StepResult(
-            None if value is None else float(value),
+            None if value is None else float(value.detach()),
             gradients,
             load,
             float(max_violation(load[0])) if load[0].any() else None,
@@ -86,7 +86,7 @@ class Equipoise(Driver):
     def evaluation_loss(self, batch: Batch) -> float:
         with batch.forward_of(self.model):
             self._forward(batch, None)
-        return float(self.balance.loss())
+        return float(self.balance.loss().detach())
 
     def default_bias_rate(self) -> float:
         return self.balance.rate

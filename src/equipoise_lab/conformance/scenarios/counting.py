@@ -77,7 +77,7 @@ def bias_beside_a_rollout(framework: type[Driver], rank: int) -> Measurement:
 @scenario(59, 60, why="A recomputed token is the same token. It counts once.")
 def bias_recomputed_by_the_framework(framework: type[Driver], rank: int) -> Measurement:
     """Which counts move the bias under the framework's own recomputation?"""
-    return counted(framework, [[rows_of(7, 8, of=8, seed=65)]], recompute="own")
+    return counted(framework, [[rows_of(8, 8, of=8, seed=65)]], recompute="own")
 
 
 @scenario(59, 60, why="A recomputed token is the same token. It counts once.")

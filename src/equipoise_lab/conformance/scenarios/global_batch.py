@@ -12,7 +12,7 @@ MICRO, GLOBAL = Layer(loss="micro_batch"), Layer(loss="global_batch")
 
 def _gradient(framework: type[Driver], layer: Layer, ranks: list[list[Batch]], rank: int) -> Measurement:
     result = framework(layer).train_step(ranks[rank])
-    return compare_gradients(shown(result.gradients, GRADIENT), ranks, layer)
+    return compare_gradients(shown(result.gradients, GRADIENT), ranks, framework.as_defined(layer))
 
 
 @scenario(9, 11, why="A step of three micro-batches is the mean of three losses. So it is as strong as one of them.")
@@ -74,7 +74,7 @@ def loss_recomputed_by_the_framework(framework: type[Driver], rank: int) -> Meas
     """What gradient has the loss under the framework's own recomputation?"""
     batch = rows_of(8, 8, of=8, seed=44)
     result = framework(MICRO).train_step([batch], recompute="own")
-    return compare_gradients(shown(result.gradients, GRADIENT), [[batch]], MICRO)
+    return compare_gradients(shown(result.gradients, GRADIENT), [[batch]], framework.as_defined(MICRO))
 
 
 @scenario(59, 63, why="A recomputed forward is the same micro-batch. Its loss and gradient are there once.")
@@ -82,7 +82,7 @@ def loss_recomputed_by_torch(framework: type[Driver], rank: int) -> Measurement:
     """What gradient has the loss under torch.utils.checkpoint, use_reentrant=False?"""
     batch = rows_of(8, 8, of=8, seed=45)
     result = framework(MICRO).train_step([batch], recompute="non_reentrant")
-    return compare_gradients(shown(result.gradients, GRADIENT), [[batch]], MICRO)
+    return compare_gradients(shown(result.gradients, GRADIENT), [[batch]], framework.as_defined(MICRO))
 
 
 @scenario(62, why="A recomputed forward adds nothing to the pooled counts of the global batch. f of the second "

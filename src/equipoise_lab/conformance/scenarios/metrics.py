@@ -6,7 +6,7 @@ from equipoise_lab.conformance import reference
 from equipoise_lab.conformance.driver import Batch, Driver, NotOffered
 from equipoise_lab.conformance.measure import Measurement, compare_value, shown
 from equipoise_lab.conformance.scenarios.counting import BIASED
-from equipoise_lab.conformance.scenarios.scenario import rows_of, scenario, window
+from equipoise_lab.conformance.scenarios.scenario import rows_of, scenario
 
 METRIC = "a metric of load imbalance"
 
@@ -27,7 +27,7 @@ def imbalance(framework: type[Driver], rank: int) -> Measurement:
 @scenario(93, why="The imbalance of a step is that of its load, the sum of all micro-batches.")
 def imbalance_of_two_micro_batches(framework: type[Driver], rank: int) -> Measurement:
     """Which load imbalance is reported for a step of two micro-batches?"""
-    return _imbalance(framework, [window([16, 16], of=16, seed=111)])
+    return _imbalance(framework, [[rows_of(16, of=16, seed=111), rows_of(4, of=4, seed=112)]])
 
 
 @scenario(93, ranks=2, why="The imbalance of a step is that of its load on all ranks. Two opposite ranks are even.")

@@ -1,0 +1,1 @@
+from lab.cli.conftest import error_of  # noqa: F401
