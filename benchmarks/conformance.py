@@ -26,6 +26,8 @@ from equipoise_lab.records import read_json, write_json
 ROOT = Path(__file__).parent.parent
 STORED = ROOT / "benchmarks" / "results" / "conformance.json"
 ENVIRONMENT_OF = {"olmo_core_v2": "olmo_core"}
+ONLY_IN_THE_NEWEST = ("olmo_core_v2",)
+DRIVER_OF_BEFORE = {"torchtitan": "equipoise_lab.conformance.drivers.torchtitan_0_2:TorchTitan"}  # another interface
 
 
 def python_of(environment: str) -> str:
@@ -64,13 +66,14 @@ def main() -> None:
 def _ask(framework: str, stored: dict[str, Any]) -> None:
     """Asks the releases of one framework, the newest first."""
     environment = ENVIRONMENT_OF.get(framework, framework)
-    pythons = [sys.executable] if framework == "equipoise" else [python_of(environment)]
-    if (ROOT / "tests" / "frameworks" / "environments" / "before" / f"{environment}.txt").exists():
-        pythons.append(python_of(f"before/{environment}"))
+    runs = [(framework, sys.executable if framework == "equipoise" else python_of(environment))]
+    has_before = (ROOT / "tests" / "frameworks" / "environments" / "before" / f"{environment}.txt").exists()
+    if has_before and framework not in ONLY_IN_THE_NEWEST:
+        runs.append((DRIVER_OF_BEFORE.get(framework, framework), python_of(f"before/{environment}")))
     start = time.monotonic()
     by_release = {}
-    for python in pythons:
-        verdicts = answers(framework, python)
+    for driver, python in runs:
+        verdicts = answers(driver, python)
         by_release[verdicts[0]["version"]] = verdicts
     stored["answers"][framework] = by_release
     stored["seconds"][framework] = round(time.monotonic() - start)

@@ -81,9 +81,9 @@ def _numbers(releases: Sequence[Sequence[_Release]]) -> str:
     for newest, *before in releases:
         kinds = [verdict["kind"] for verdict in newest.verdicts.values()]
         counts = (str(kinds.count(k)) for k in ("right", "wrong", "refuses", "does not have it", "not tried"))
-        earlier = ", ".join(release.version for release in before) or "none"
-        rows.append((TITLES[newest.framework], newest.version, *counts, earlier))
-    head = ("framework", "release", "right", "wrong", "refuses", "does not have it", "not tried", "also run")
+        versions = f"{newest.version}, {', '.join(release.version for release in before)}".removesuffix(", ")
+        rows.append((TITLES[newest.framework], versions, *counts))
+    head = ("framework", "releases", "right", "wrong", "refuses", "lacks it", "not tried")
     return "\n".join(table(head, rows))
 
 

@@ -74,17 +74,20 @@ def watch_model_loss(
 def warn_of_router_losses(
     own_loss: Mapping[nn.Module, Callable[[Any], Tensor | None]], framework: str
 ) -> list[RemovableHandle]:
-    """Warns once if a loss that a router returns, and somebody else may add to his, has a gradient other than 0.
+    """Warns once if a balancing loss that a router returns has a gradient other than 0, as where a block adds it.
 
-    The hooks are removed after the first forward that returns one that is differentiated.
+    The hook of a router is removed after its first forward that returns a loss with a graph.
 
     Args:
         own_loss: by router, what reads the loss from the output of its forward.
         framework: of the routers.
+
+    Returns:
+        The handles of the hooks, one for each router.
     """
     watch = _RouterWatch(own_loss, framework)
-    watch.handles += [router.register_forward_hook(watch, with_kwargs=True) for router in own_loss]
-    return watch.handles
+    watch.by_router = {router: router.register_forward_hook(watch, with_kwargs=True) for router in own_loss}
+    return list(watch.by_router.values())
 
 
 class _Watch:
@@ -140,17 +143,19 @@ class _RouterWatch(_Watch):
     def __init__(self, own_loss: Mapping[nn.Module, Callable[[Any], Tensor | None]], framework: str):
         super().__init__(self._warn)
         self.own_loss, self.framework = own_loss, framework
+        self.by_router: dict[nn.Module, RemovableHandle] = {}
 
+    @outside_graphs  # inside a graph it could not hook the loss
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         loss = self.own_loss[module](output) if torch.is_grad_enabled() and not is_traced() else None
         if loss is not None and loss.requires_grad:
             loss.register_hook(self._judge_by_gradient)
-            self._stop()
+            self.by_router.pop(module).remove()
 
     def _warn(self, cause: str) -> None:
         _log.warning(
-            f"attach: somebody adds the load-balancing loss that the routers of {self.framework} return ({cause}), "
-            "which acts beside what was attached. To have only one, leave it out of the loss."
+            f"attach: the load-balancing loss that the routers of {self.framework} return has a gradient, so it is part "
+            "of the training loss. It acts beside what was attached. To have only one, leave it out of the loss."
         )
 
 

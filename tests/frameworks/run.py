@@ -22,11 +22,16 @@ from pathlib import Path
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 ENVIRONMENTS = ROOT / "build" / "frameworks"
-TURNS = (("megatron",), ("torchtitan",), ("olmo_core", "litgpt"), ("deepspeed",), ("automodel",))  # one a day
+TURNS = (  # one a day
+    ("megatron",),
+    ("torchtitan",),
+    ("olmo_core", "litgpt"),
+    ("deepspeed",),
+    ("automodel",),
+    ("veomni", "transformers"),
+)
 AT_ONCE = 2  # frameworks; a test of two ranks takes two cores
-NAMES = sorted(
-    path.stem for path in (HERE / "environments").glob("*.txt") if (HERE / f"test_{path.stem}.py").exists()
-)  # those without tests of their own are for the conformance suite
+NAMES = sorted(path.stem for path in (HERE / "environments").glob("*.txt"))
 
 
 def python_of(name: str) -> Path:
@@ -53,8 +58,12 @@ def run(name: str, options: list[str], is_shown: bool) -> int:
     environment = {**os.environ, "EQUIPOISE_FRAMEWORK": name, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
     # What DeepSpeed compiles. Environments that share the folder compile it anew in turns, and wait for locks.
     environment["TORCH_EXTENSIONS_DIR"] = str(python.parents[1] / "torch_extensions")
-    files = [str(path) for path in sorted(HERE.glob(f"test_{name}.py")) + sorted(HERE.glob(f"test_{name}_*.py"))]
-    tests = [*files, "-o", "filterwarnings=default", "-p", "no:cacheprovider", "--disable-warnings"]
+    files = [
+        *sorted(HERE.glob(f"test_{name}.py")),
+        *sorted(HERE.glob(f"test_{name}_*.py")),
+        HERE / "test_conformance.py",
+    ]
+    tests = [*map(str, files), "-o", "filterwarnings=default", "-p", "no:cacheprovider", "--disable-warnings"]
     command = [python, "-m", "pytest", "-q", *tests, *options]
     output = None if is_shown else subprocess.PIPE
     done = subprocess.run(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, text=True)

@@ -179,6 +179,16 @@ def test_a_choice_by_chance_is_refused_with_what_to_do(options, reason):
         equipoise.attach(net, "loss-free")
 
 
+def test_a_trial_needs_no_other_rank_and_no_capacity_and_starts_no_timer():
+    from deepspeed.moe.layer import MoE
+
+    moe = MoE(8, torch.nn.Linear(8, 8), num_experts=4, k=1, min_capacity=100, drop_tokens=False)
+    gate = moe.deepspeed_moe.gate
+    gate.ep_group, gate.wall_clock_breakdown = "a group of other ranks", True
+    assert equipoise.attach(moe, "loss-free").layers[0].obstacle is None
+    assert not gate.timers.timers
+
+
 def test_noise_that_deepspeed_ignores_is_not_refused():
     from deepspeed.moe.layer import MoE
 

@@ -564,6 +564,24 @@ MUTANTS = [
         "routers/test_hidden_choice -k named_once",
     ),
     Mutant(
+        "a loss that a router returns is watched at the first router only",
+        "self.by_router.pop(module).remove()",
+        "[hook.remove() for hook in self.by_router.values()]",
+        "routers/test_hidden_choice -k any_one_router",
+    ),
+    Mutant(
+        "a loss that a router returns acts unseen in a compiled forward",
+        "    @outside_graphs  # inside a graph it could not hook the loss\n",
+        "",
+        "routers/test_hidden_choice -k named_once",
+    ),
+    Mutant(
+        "a gate that chooses otherwise of another form of tokens is refused altogether",
+        "if inputs and self.adapter is not None and self.adapter.choice_is_hidden:",
+        "if False:",
+        "routers/test_hidden_choice -k flat_tokens",
+    ),
+    Mutant(
         "the trial of a router gathers weights that ZeRO-3 has cut",
         "stand_in._forward_hooks, stand_in._forward_pre_hooks = OrderedDict(), OrderedDict()",
         "stand_in._forward_hooks = OrderedDict()",

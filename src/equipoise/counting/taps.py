@@ -31,9 +31,7 @@ class Taps:
         stops = [layer.own_balancing.stop for layer in recorder.layers] if steers else []
         self._resume_own_updates = [stop() for stop in stops if stop is not None]  # of biases, by the framework
         uses_mode = any(
-            ADDED_SLOT in layer.router._buffers
-            or isinstance(layer.kind.gives, BlockAdapter)
-            or layer.kind.adapter.choice_is_hidden
+            ADDED_SLOT in layer.router._buffers or isinstance(layer.kind.gives, BlockAdapter)
             for layer in recorder.layers
         )
         self._end_compile_over_checkpoint = allow_compile_over_checkpoint(recorder) if uses_mode else None

@@ -127,6 +127,8 @@ def _forward_seen(router: nn.Module, base: Any, seen: ChoicesSeen | None, args: 
 
 def _report_seen(router: nn.Module, tap: Any, output: Any, seen: ChoicesSeen, args: Any, kwargs: Any) -> Any:
     """Reports a call of a router whose output does not show its choice."""
+    if len(tap.dimensions) == 1:
+        _check_input(router, tap, *args, *kwargs.values())
     ids = seen.expert_ids
     if len(seen.logits) != 1 or ids is None or ids.shape[-1] != tap.k:
         raise EquipoiseError(
@@ -134,8 +136,6 @@ def _report_seen(router: nn.Module, tap: Any, output: Any, seen: ChoicesSeen, ar
             f"this call {type(router).__name__} took {len(seen.logits)} softmax, {len(seen.top_k)} top-k and "
             f"{len(seen.maxima)} maxima over its experts. Call detach() before a router is changed, and attach after."
         )
-    if len(tap.dimensions) == 1:
-        _check_input(router, tap, *args, *kwargs.values())
     return _report(router, tap, output, seen.logits[0], args, kwargs, ids)
 
 

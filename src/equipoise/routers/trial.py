@@ -109,6 +109,8 @@ class Trial:
                 try:
                     new = self._forward(hidden)
                 except Refused:
+                    if inputs and self.adapter is not None and self.adapter.choice_is_hidden:
+                        continue  # a gate of [tokens, dim] may take another dimension of this form for the experts
                     raise
                 except Exception as error:  # a forward may raise anything on random tokens
                     errors.append(error)

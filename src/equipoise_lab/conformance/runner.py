@@ -163,6 +163,8 @@ def _in_processes(framework: str, scenarios: Sequence[str], ranks: int) -> Itera
                     raise parts[-1]
                 if len(parts) == ranks and all(isinstance(part, Verdict) for part in parts):
                     yield max(parts, key=_badness)
+                    if ranks > 1 and any(part.kind == "wrong" and math.isnan(part.error) for part in parts):
+                        return  # an error on one rank leaves collectives behind, which would spoil the next scenario
                 else:
                     words = next((str(part) for part in parts if not isinstance(part, Verdict)), "no answer")
                     yield Verdict(framework, "", name, "wrong", "", words, math.nan, LIMIT)
@@ -219,7 +221,7 @@ def _process(framework: str, scenarios: list[str], rank: int, ranks: int, folder
     for number, name in enumerate(scenarios):
         if ranks > 1:
             store = f"file://{folder}/{number}"
-            dist.init_process_group("gloo", store, rank=rank, world_size=ranks, timeout=timedelta(seconds=60))
+            dist.init_process_group("gloo", store, rank=rank, world_size=ranks, timeout=timedelta(seconds=30))
         verdict = ask(framework, name, rank)
         answers.put(verdict)
         if ranks > 1:

@@ -8,6 +8,7 @@ from plain_model import assert_biases
 from torch import nn
 
 from equipoise import EquipoiseError, RouterAdapter, attach
+from equipoise.routers.outputs import TOKENS as TRIED
 from equipoise.routers.steering import BiasedTopK, ChoicesSeen
 
 DIM, EXPERTS, TOKENS, RATE = 8, 6, 24, 0.05
@@ -47,6 +48,7 @@ class Gate(nn.Module):
         logits = nn.functional.linear(x, self.weight)
         scores = logits.softmax(-1)
         ids = self.choose(scores, logits)
+        torch._dynamo.graph_break()  # as where the capacity becomes an int
         is_chosen = nn.functional.one_hot(ids, EXPERTS)  # [k, tokens, experts]
         place = (is_chosen.flatten(0, 1).cumsum(0) - 1).view_as(is_chosen)
         is_kept = (is_chosen * (place < self.capacity)).sum(-1)
@@ -138,14 +140,22 @@ def test_a_deep_copy_is_steered_and_does_not_count():
         block(_tokens(1)).backward()  # this one counts: its loss is missing
 
 
-@pytest.mark.parametrize("what", ["another k", "two softmaxes"])
-def test_a_router_that_changes_after_attach_raises(what, monkeypatch):
+def _softmax_twice(self, scores, logits):
+    return scores.softmax(-1).topk(2).indices.T
+
+
+def _choose_twice(self, scores, logits):
+    return scores.topk(2).indices.T + 0 * logits.topk(2).indices.T
+
+
+@pytest.mark.parametrize("choose", [None, _softmax_twice, _choose_twice])
+def test_a_router_that_changes_after_attach_raises(choose, monkeypatch):
     block = Block(2).train()
     attach(block, "lbl")
-    if what == "another k":
+    if choose is None:
         block.gate.k = 3
     else:
-        monkeypatch.setattr(Gate, "choose", lambda self, scores, logits: scores.softmax(-1).topk(2).indices.T)
+        monkeypatch.setattr(Gate, "choose", choose)
     with pytest.raises(EquipoiseError, match="must take one softmax and choose 2 experts per token"):
         block(_tokens(0))
 
@@ -166,16 +176,83 @@ def test_maxima_that_are_not_the_best_are_refused():
         attach(block, "lbl")
 
 
+@pytest.mark.parametrize(("choose", "calls"), [(_softmax_twice, "2 softmax, 1 top-k"), (_choose_twice, "2 top-k")])
+def test_two_choices_or_softmaxes_are_refused(choose, calls):
+    block = Block(2)
+    block.gate = type("Twice", (Gate,), {"choose": choose})(2)
+    with pytest.raises(EquipoiseError, match=f"must take one softmax and make one choice, and takes .*{calls}"):
+        attach(block, "lbl")
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_a_recorded_choice_is_replayed(k):
+    block = Block(k).train()
+    balance = attach(block, "frozen")
+    record = torch.rand(TOKENS, EXPERTS, generator=torch.Generator().manual_seed(0)).topk(k).indices
+    with balance.replay({"gate": record}):
+        block(_tokens(0)).backward()
+    balance.step()
+    assert torch.equal(balance.load["gate"], record.flatten().bincount(minlength=EXPERTS))
+
+
+class Flat(nn.Module):
+    """A gate of [tokens, dim] whose experts are dimension 1. Of [batch, sequence, dim] that is another dimension."""
+
+    router_adapter = HiddenChoice()
+
+    def __init__(self, num_experts):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(num_experts, DIM))
+
+    def forward(self, x):
+        scores = nn.functional.linear(x, self.weight).softmax(dim=1)
+        ids = torch.argmax(scores, dim=1)
+        return scores.sum(), ids[None], (scores * nn.functional.one_hot(ids, scores.shape[1])).sum(1)[None]
+
+
+@pytest.mark.parametrize("num_experts", [1, 4, TRIED // 2])
+def test_a_gate_of_flat_tokens_is_proven_on_these(num_experts):
+    model = nn.Sequential(Flat(num_experts))
+    balance = attach(model, "lbl")
+    (layer,) = balance.layers
+    assert (layer.num_experts, layer.dimensions, layer.obstacle) == (num_experts, (2,), None)
+    with pytest.raises(EquipoiseError, match=r"must be called with \[tokens, dim\]"):
+        model(torch.randn(2, num_experts, DIM))
+
+
+def _said_of_returned_losses(caplog):
+    return [record.message for record in caplog.records if "the routers of sample 1.0 return" in record.message]
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
 @pytest.mark.parametrize("weight", [None, 0.0, 0.1])
-def test_a_loss_that_the_router_returns_is_named_once_if_it_is_added(weight, caplog):
+def test_a_loss_that_the_router_returns_is_named_once_if_it_is_added(weight, is_compiled, caplog):
     block = Block(1).train()
     balance = attach(block, "lbl")
+    run = torch.compile(block, backend="eager") if is_compiled else block
     for seed in range(3):
-        loss = block(_tokens(seed)) + balance.loss()
+        loss = run(_tokens(seed)) + balance.loss()
         (loss if weight is None else loss + weight * block.loss).backward()
         balance.step()
-    said = [record.message for record in caplog.records if "the routers of sample 1.0 return" in record.message]
-    assert len(said) == bool(weight)
+    assert len(_said_of_returned_losses(caplog)) == bool(weight)
+
+
+@pytest.mark.parametrize("added", [0, 1])
+def test_the_loss_of_any_one_router_is_named(added, caplog):
+    blocks = nn.ModuleList([Block(1), Block(2)]).train()
+    balance = attach(blocks, "lbl")
+    loss = sum(block(_tokens(0)) for block in blocks) + balance.loss()
+    (loss + blocks[added].loss).backward()
+    balance.step()
+    assert len(_said_of_returned_losses(caplog)) == 1
+    balance.detach()
+    assert not any(block.gate._forward_hooks for block in blocks)
+
+
+def test_detach_removes_what_watches_the_returned_losses():
+    block = Block(1).train()
+    attach(block, "lbl").detach()
+    assert not block.gate._forward_hooks
 
 
 def test_without_a_strategy_nothing_is_said_of_its_loss(caplog):
@@ -215,11 +292,13 @@ def test_where_scores_are_rounded_to_zero_the_logits_decide():
         assert _two_maxima(logits.softmax(-1), logits).tolist() == [[0, 2]]
 
 
-def test_maxima_that_make_no_whole_choice_steer_nothing():
+@pytest.mark.parametrize("number", [1, 3])
+def test_maxima_that_make_no_whole_choice_steer_nothing(number):
     scores = torch.rand(4, EXPERTS)
     steering = BiasedTopK(torch.zeros(EXPERTS), by_max=True, num_maxima=2)
     with steering:
-        scores.argmax(-1)
+        for _ in range(number):
+            scores.argmax(-1)
     assert steering.num_choices == 0
 
 

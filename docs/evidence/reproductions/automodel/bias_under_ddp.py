@@ -1,7 +1,8 @@
 """Under ``strategy: ddp`` the expert bias never moves. NeMo Automodel 0.7.0, torch 2.13, CPU, 2 ranks by itself.
 
 The recipe asks hasattr(self.model_parts[0], "update_moe_gate_bias") (recipes/llm/train_ft.py). Its model is in torch's
-DistributedDataParallel, which has no such attribute. Expected: the bias moves, and is the same on both ranks. Actual: it stays 0.
+DistributedDataParallel, which has no such attribute.
+Expected: the bias moves, and is the same on both ranks. Actual: it stays 0.
 Called on the module, each rank moves it by its own counts. ``strategy: fsdp2`` with ``ep_size: 2`` is right.
 """
 

@@ -1,8 +1,9 @@
 """Closed expert groups win against negative scores. NeMo Automodel 0.7.0, torch 2.13, CPU.
 
-With score_func "sigmoid" (DeepSeek-V3, GLM) Gate._route_scores multiplies the biased scores of closed groups by 0. If the
-scores of open groups are negative, 0 is larger. "sigmoid_with_bias" fills with -inf, and is right.
-A bias that is the same for all experts changes no choice. Expected: the same experts. Actual: none of 16 tokens has them.
+With score_func "sigmoid" (DeepSeek-V3, GLM) Gate._route_scores multiplies the biased scores of closed groups by 0. If
+the scores of open groups are negative, 0 is larger. "sigmoid_with_bias" fills with -inf, and is right.
+A bias that is the same for all experts changes no choice. Expected: the same experts.
+Actual: none of 16 tokens has them.
 """
 
 import torch

@@ -1,7 +1,7 @@
 """With k = 2, DeepSpeed's MoE layer ignores used_token: padding counts in l_aux.
 
-DeepSpeed 0.19.8, TopKGate.forward of moe/sharded_moe.py passes used_token to top1gating only; topkgating, for k > 2, does
-not take it either. Expected: l_aux of a batch with padding is that of its tokens alone. Actual: padding counts.
+DeepSpeed 0.19.8, TopKGate.forward of moe/sharded_moe.py passes used_token to top1gating only; topkgating, for k > 2,
+does not take it either. Expected: l_aux of a batch with padding is that of its tokens alone. Actual: padding counts.
 """
 
 import torch

@@ -1,7 +1,7 @@
 """With k = 1, used_token takes padding out of the counts of l_aux, but not out of what they are divided by.
 
-DeepSpeed 0.19.8, top1gating of moe/sharded_moe.py: ce and me are means over all tokens, and me is over the scores of padding
-too. Expected: l_aux of the tokens alone, which is 1 at balance. Actual: about half of it if half is padding.
+DeepSpeed 0.19.8, top1gating of moe/sharded_moe.py: ce and me are means over all tokens, and me is over the scores of
+padding too. Expected: l_aux of the tokens alone, which is 1 at balance. Actual: about half of it if half is padding.
 """
 
 import torch

@@ -1,8 +1,8 @@
 """Two MoE layers that collapse onto opposite experts look balanced to Transformers' load-balancing loss.
 
-Transformers 5.24.0, load_balancing_loss_func of modeling_qwen3_moe.py. Counts and probabilities of all layers are summed
-before they are multiplied. Expected: the mean over layers of E * sum(f * P), here 4.0. Actual: 2.0, which is what
-two even layers have (top_k). Known since #28255.
+Transformers 5.24.0, load_balancing_loss_func of modeling_qwen3_moe.py. Counts and probabilities of all layers are
+summed before they are multiplied. Expected: the mean over layers of E * sum(f * P), here 4.0. Actual: 2.0, which is
+what two even layers have (top_k). Known since #28255.
 """
 
 import torch

@@ -22,9 +22,14 @@ from equipoise_lab.conformance.drivers import automodel_on_cpu as on_cpu
 
 class Automodel(Driver):
     FRAMEWORK, PACKAGE = "automodel", "nemo-automodel"
-    INTENDED_USE = {"train_step": "recipes/llm/train_ft.py: _run_train_optim_step, _log_moe_metrics",
-                    "parallelize_model, apply_ac": "docs/guides/llm/finetune.mdx#expert-parallelism-for-moe-models",
-                    "RouterReplay": "components/moe/router_replay.py: Usage"}  # fmt: skip
+    INTENDED_USE = {
+        "order of a step, scale of the loss, update_moe_gate_bias": "recipes/llm/train_ft.py: _run_train_optim_step",
+        "parallelize_model, apply_ac": "docs/guides/llm/finetune.mdx#expert-parallelism-for-moe-models",
+        "DDPManager": "docs/guides/distributed-setup.mdx: strategy",
+        "collect_expert_loads, compute_brief_metrics": "recipes/llm/train_ft.py: _log_moe_metrics",
+        "cast_model_to_dtype": "components/models/deepseek_v3/model.py: initialize_weights",
+        "RouterReplay": "components/moe/router_replay.py: Usage",
+    }
     imbalance_of = staticmethod(lambda counts: max(counts) * len(counts) / sum(counts))
 
     def __init__(self, layer: Layer) -> None:
@@ -51,8 +56,10 @@ class Automodel(Driver):
                    has_finite_gradients: bool = True) -> StepResult:  # fmt: skip
         if not is_applied:
             raise NotOffered("skipped steps")
-        if recompute is not None:
-            parallelizer.apply_ac(self.model) if recompute == "own" else on_cpu.checkpoint_by(recompute, self.model)
+        if recompute == "own":
+            parallelizer.apply_ac(self.model)
+        elif recompute is not None:
+            on_cpu.checkpoint_by(recompute, self.model)
         MoEAuxLossAutoScaler.main_loss_backward_scale = torch.tensor(1 / sum(b.mode == "train" for b in batches))
         for batch in batches:
             with nullcontext() if batch.replayed is None else RouterReplay.replay(list(batch.replayed.flatten(1, 2))):
@@ -62,8 +69,11 @@ class Automodel(Driver):
         if hasattr(self.model, "update_moe_gate_bias"):  # as the recipe asks
             self.model.update_moe_gate_bias()
         gradients = [on_cpu.whole(gate.weight.grad) for gate in self.gates]
-        shown = metrics.compute_brief_metrics(loads := metrics.collect_expert_loads(self.model, self.group))
-        counts = [load["expert_load"] for load in loads.values()] if len(batches) == 1 else None  # of the last forward
+        loads = metrics.collect_expert_loads(self.model, self.group)
+        shown = metrics.compute_brief_metrics(loads)
+        counts = None  # those that are shown are of the last forward
+        if len(batches) == 1:
+            counts = [load["expert_load"] for load in loads.values()]
         loss = shown.get("moe/aux_loss_mean")
         return StepResult(loss and loss * len(loads), gradients, counts, shown.get("moe/expert_utilization_max"))
 

@@ -37,6 +37,10 @@ class OlmoCoreTraining(Driver):
         has_finite_gradients: bool = True) -> StepResult:  # fmt: skip
         if recompute == "reentrant" or batches[0].replayed is not None:
             raise NotOffered("reentrant checkpointing" if recompute else "a replay of routing")
+        if any(batch.sequence_ids is not None for batch in batches):
+            raise NotOffered("a loss within packed documents: its instances are rows")
+        if self.layer.loss == "global_batch" and len(batches) > 1:
+            raise NotOffered("counts pooled over micro-batches: it pools those of one over ranks, as documented")
         if recompute is not None:
             self._build(self.layer.dtype, recompute)
         self.model.zero_grad(set_to_none=False)

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from veomni.data.data_collator import PackingCollator
 from veomni.utils import moe_monitor
 from veomni.utils.constants import IGNORE_INDEX
 from veomni.utils.loss_utils import count_loss_token, mean_global_loss
@@ -18,10 +17,14 @@ from equipoise_lab.conformance.drivers import veomni_on_cpu as on_cpu
 
 class VeOmni(Driver):
     FRAMEWORK, PACKAGE = "veomni", "veomni"
-    INTENDED_USE = {"train_step": "veomni/trainer/base.py: train_step, forward_backward_step, postforward",
-                    "PackingCollator": "veomni/trainer/base.py: _build_collate_fn; data/data_collator.py",
-                    "MoERouterMonitor, pause": "veomni/utils/moe_monitor.py; trainer/callbacks/trace_callback.py",
-                    "set_active_replay": "veomni/utils/moe_router_replay.py: Typical usage"}  # fmt: skip
+    INTENDED_USE = {
+        "train_step": "veomni/trainer/base.py: train_step, forward_backward_step, postforward",
+        "PackingCollator": "veomni/trainer/base.py: _build_collate_fn; veomni/data/data_collator.py: MainCollator",
+        "MoERouterMonitor": "veomni/trainer/callbacks/trace_callback.py: MoERouterMonitorCallback",
+        "build_foundation_model": "veomni/trainer/base.py: _build_model, without mixed_precision.enable",
+        "pause, resume": "veomni/utils/moe_monitor.py: MoERouterMonitor",
+        "set_active_replay": "veomni/utils/moe_router_replay.py: Typical usage",
+    }
     imbalance_of = staticmethod(lambda counts: max(counts) * len(counts) / sum(counts) - 1)  # max_vio
 
     def __init__(self, layer: Layer) -> None:
@@ -32,12 +35,16 @@ class VeOmni(Driver):
         if layer.is_wrapped_in_ddp or layer.rank_without is not None or layer.has_prediction_head:
             raise NotOffered("anything that moves an expert bias")
         self.layer, self.value_at_balance = layer, layer.k / layer.number  # it is a mean over layers
-        state = on_cpu.start_ranks()
+        self.state = on_cpu.start_ranks()
         self.model = on_cpu.model_of(layer)
+        self._attach()
+
+    def _attach(self) -> None:
         self.gates = [block.mlp.gate for block in self.model.model.layers]
-        for number, block in enumerate(self.model.model.layers):
-            block.mlp.gate.register_forward_pre_hook(lambda gate, args, n=number: (self.hidden[n],))
-        self.monitor = moe_monitor.MoERouterMonitor(layer.experts, state.fsdp_group if state.fsdp_enabled else None)
+        for number, gate in enumerate(self.gates):
+            gate.register_forward_pre_hook(lambda gate, args, n=number: (self.hidden[n],))
+        ranks = self.state.fsdp_group if self.state.fsdp_enabled else None
+        self.monitor = moe_monitor.MoERouterMonitor(self.layer.experts, ranks)
         moe_monitor.set_active_monitor(self.monitor)
         moe_monitor.attach_moe_router_monitor(self.model, self.monitor)
 
@@ -72,7 +79,7 @@ class VeOmni(Driver):
             parts += [{**part, "position_ids": torch.arange(len(ids))}] if len(ids) else []
         if not parts:
             raise NotOffered("micro-batches of padding alone: its collator packs the tokens of sequences")
-        return PackingCollator()(parts)
+        return on_cpu.PackingCollator()(parts)
 
     def _forward(self, data: dict[str, Any], batch: Batch) -> Any:
         is_token = slice(None) if batch.mask is None else batch.mask.flatten()
@@ -89,7 +96,9 @@ class VeOmni(Driver):
         return output
 
     def biases(self) -> list[Tensor]:
-        raise NotOffered("anything that moves an expert bias")
+        if self.layer.bias_rate:
+            raise NotOffered("anything that moves an expert bias")
+        return [gate.e_score_correction_bias for gate in self.gates]
 
     def choose(self, batch: Batch) -> Tensor:
         chosen: list[Tensor] = []
@@ -97,3 +106,7 @@ class VeOmni(Driver):
         experts.register_forward_pre_hook(lambda experts, args: chosen.append(args[1]))
         self._forward(self._collated(batch), Batch(batch.logits, batch.mask, mode="evaluate"))
         return chosen[0]
+
+    def cast(self, dtype: torch.dtype) -> None:
+        self.model = on_cpu.loaded(self.model, dtype)
+        self._attach()

@@ -1,10 +1,15 @@
 """VeOmni on a CPU: small models of its own, with plain torch in place of kernels for GPUs, by its options.
 
-Nothing is replaced. A scenario of one rank gets a process group of one rank, as ``torchrun`` gives it. VeOmni shards
-the model on two ranks; that of one rank is made on the CPU.
+Replaced is, in 0.1.11 alone, ``veomni.data.multimodal``, which reads images and videos by libraries that need ffmpeg.
+A scenario of one rank gets a process group of one rank, as ``torchrun`` gives it. VeOmni shards the model on two ranks;
+that of one rank is made on the CPU.
 """
 
+import importlib.util
+import sys
+import tempfile
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -17,7 +22,12 @@ from veomni.models import build_foundation_model
 
 from equipoise_lab.conformance.driver import Layer
 
-__all__ = ["VOCABULARY", "model_of", "start_ranks", "whole"]
+__all__ = ["VOCABULARY", "PackingCollator", "loaded", "model_of", "start_ranks", "whole"]
+
+if importlib.util.find_spec("av") is None and not hasattr(parallel_state, "clear_parallel_state"):
+    parts = ("", ".multimodal_chat_template")
+    sys.modules.update({f"veomni.data.multimodal{part}": mock.MagicMock() for part in parts})
+from veomni.data.data_collator import PackingCollator
 
 VOCABULARY = 32
 EAGER = {
@@ -96,6 +106,19 @@ def model_of(layer: Layer) -> Any:
             if layer.groups or layer.bias is not None:
                 block.mlp.gate.e_score_correction_bias.copy_(torch.tensor(layer.bias or [0.0] * layer.experts))
     return model
+
+
+def loaded(model: Any, dtype: torch.dtype) -> Any:
+    """The model, saved and loaded as weights of this type."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return build_foundation_model(
+            folder,
+            weights_path=folder,
+            torch_dtype=str(dtype).removeprefix("torch."),
+            init_device="cpu",
+            ops_implementation=OpsImplementationConfig(**EAGER),
+        )
 
 
 def whole(value: Any) -> Any:
