@@ -117,7 +117,9 @@ def _short(got: str) -> str:
         return f"×{float(strength[1]):.3g}" if strength[3] is None else f"off {float(strength[3]):.2g}"
     if got.startswith("["):
         return "other"
-    return got if len(got) <= 14 else got.split(":")[0][:14]
+    if re.match(r"\w+(Error|Exception):", got):
+        return "error"
+    return re.split("[,:]", got)[0][:9]
 
 
 def _anchor(framework: str) -> str:
@@ -164,7 +166,7 @@ def _changes(newest: _Release, before: _Release) -> Iterator[str]:
         earlier = before.verdicts.get(name)
         if earlier is not None and earlier["kind"] != verdict["kind"]:
             figure = f" ({earlier['got']})" if earlier["kind"] == "wrong" else ""
-            yield f"`{name}` was {earlier['kind']}{figure}, is {verdict['kind']}"
+            yield f"`{name}`: {earlier['kind']}{figure}, now {verdict['kind']}"
 
 
 def _link(thread: str) -> str:
@@ -179,23 +181,29 @@ def _with_answers(text: str, releases: Sequence[Sequence[_Release]]) -> str:
         row = re.match(r"\| (\d+) \|", line)
         if row is not None:
             before = "|".join(re.split(r"(?<!\\)\|", line)[:5])
-            line = f"{before}| {_of_defect(int(row[1]), [of[0] for of in releases])} |"
+            line = f"{before}| {_of_defect(int(row[1]), releases)} |"
         lines.append(line)
     return "\n".join(lines) + "\n"
 
 
-def _of_defect(number: int, newest: Sequence[_Release]) -> str:
+def _of_defect(number: int, releases: Sequence[Sequence[_Release]]) -> str:
     return "; ".join(
-        f"`{scenario.name}`{_who_is_wrong(scenario.name, newest)}"
+        f"`{scenario.name}`{_who_is_wrong(scenario.name, releases)}"
         for scenario in SCENARIOS.values()
         if number in scenario.defects
     )
 
 
-def _who_is_wrong(scenario: str, newest: Sequence[_Release]) -> str:
-    def names(kind: str) -> str:
-        those = (r for r in newest if r.framework != "equipoise" and r.verdicts[scenario]["kind"] == kind)
-        return ", ".join(TITLES[release.framework] for release in those)
-
-    parts = [f"{kind}: {names(kind)}" for kind in ("wrong", "right") if names(kind)]
+def _who_is_wrong(scenario: str, releases: Sequence[Sequence[_Release]]) -> str:
+    names: dict[str, list[str]] = {"wrong": [], "mended": [], "right": []}
+    for newest, *before in releases:
+        kind = newest.verdicts[scenario]["kind"]
+        if newest.framework == "equipoise" or kind not in names:
+            continue
+        was_wrong = any(release.verdicts[scenario]["kind"] == "wrong" for release in before)
+        if kind == "right" and was_wrong:
+            names["mended"].append(f"{TITLES[newest.framework]} {newest.version}")
+        else:
+            names[kind].append(TITLES[newest.framework])
+    parts = [f"{kind}: {', '.join(frameworks)}" for kind, frameworks in names.items() if frameworks]
     return f" ({'; '.join(parts)})" if parts else ""

@@ -240,6 +240,7 @@ def test_the_page_of_commands_has_the_options_of_the_help():
     text = commands_page.PAGE.read_text()
     assert re.findall(r"^## equipoise (.*)$", text, re.MULTILINE) == [
         "compare", "train", "report", "recipes", "reproduce", "audit", "export-check", "families",
+        "conformance",
     ]  # fmt: skip
     assert "| `--steps` INT | Optimizer steps.<br>Default: `80`. |" in text
     assert "| `--out` PATH | Output folder. It must be new or empty, except with `--resume`.<br>Required. |" in text

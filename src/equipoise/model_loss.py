@@ -154,8 +154,8 @@ class _RouterWatch(_Watch):
 
     def _warn(self, cause: str) -> None:
         _log.warning(
-            f"attach: the load-balancing loss that the routers of {self.framework} return has a gradient, so it is part "
-            "of the training loss. It acts beside what was attached. To have only one, leave it out of the loss."
+            f"attach: the load-balancing loss that the routers of {self.framework} return has a gradient, so it is in "
+            "the training loss. It acts beside what was attached. To have only one, leave it out of the loss."
         )
 
 

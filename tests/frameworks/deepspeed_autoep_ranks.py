@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from frameworks.deepspeed_ranks import RANKS, _error, config, environment, gradients
+from frameworks.deepspeed_ranks import RANKS, _error, config, environment, gradients, last_violation
 from frameworks.float64 import MicroBatch
 from torch import Tensor, nn
 
@@ -115,13 +115,10 @@ def resumed(rank: int, folder: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def evened(rank: int, strategy: str) -> float:
-    """MaxVio of the last five of fifty steps."""
     engine, balance = start(strategy, 2, 2, 1, 0.05)
-    loads = [step["load"] for step in train(engine, balance, micro_batches(20)[rank::RANKS] * 5)]
-    assert len(loads) == 50
+    violation = last_violation(train(engine, balance, micro_batches(20)[rank::RANKS] * 5), 5)
     balance.detach()
-    last = {name: torch.stack([load[name] for load in loads[-5:]]).sum(0) for name in loads[0]}
-    return float(equipoise.metrics.max_violation(last))
+    return violation
 
 
 def everything(rank: int, folder: str) -> dict[Any, Any]:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 from frameworks.deepspeed_moe_models import Kind, MoENet, batches, whole_names
-from frameworks.deepspeed_ranks import LR, RANKS, config, environment, gradients
+from frameworks.deepspeed_ranks import LR, RANKS, config, environment, gradients, last_violation
 from plain_model import BOTH, Batch
 
 import equipoise
@@ -100,14 +100,11 @@ def resumed(rank: int, kind: Kind, folder: str) -> tuple[dict[str, Any], dict[st
 
 
 def evened(rank: int, kind: Kind, strategy: str) -> float:
-    """MaxVio of the last ten of fifty steps: all batches once."""
     torch.manual_seed(rank)  # for what is dropped
     engine, balance = start(MoENet(kind, rank=rank), strategy, config(1, 1))
-    loads = [step["load"] for step in train(engine, balance, batches(20)[rank::RANKS] * 5, rank)]
-    assert len(loads) == 50
+    violation = last_violation(train(engine, balance, batches(20)[rank::RANKS] * 5, rank), 10)  # all batches once
     balance.detach()
-    last = {name: torch.stack([load[name] for load in loads[-10:]]).sum(0) for name in loads[0]}
-    return float(equipoise.metrics.max_violation(last))
+    return violation
 
 
 EVENED = (Kind(1, drops=True, ep_size=2, use_rts=True), Kind(2, drops=True, ep_size=2))

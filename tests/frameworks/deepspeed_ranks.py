@@ -1,7 +1,7 @@
 """Small trainings under DeepSpeed on two ranks, and what one process gives in float64."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -234,14 +234,19 @@ def partitioned_slot(rank: int) -> str:
 # ---- a training ----
 
 
-def evened(rank: int, strategy: str) -> float:
-    """MaxVio of the last five of fifty steps."""
-    engine, balance, _ = start(PlainNet(), strategy, config(2, 1))
-    loads = [step["load"] for step in train(engine, balance, batches(20, rows=16)[rank::RANKS] * 5)]
+def last_violation(steps: Iterable[dict[str, Any]], number: int) -> float:
+    """MaxVio of this many last steps of fifty."""
+    loads = [step["load"] for step in steps]
     assert len(loads) == 50
-    balance.detach()
-    last = {name: torch.stack([load[name] for load in loads[-5:]]).sum(0) for name in loads[0]}
+    last = {name: torch.stack([load[name] for load in loads[-number:]]).sum(0) for name in loads[0]}
     return float(equipoise.metrics.max_violation(last))
+
+
+def evened(rank: int, strategy: str) -> float:
+    engine, balance, _ = start(PlainNet(), strategy, config(2, 1))
+    violation = last_violation(train(engine, balance, batches(20, rows=16)[rank::RANKS] * 5), 5)
+    balance.detach()
+    return violation
 
 
 def everything(rank: int, folder: str) -> dict[Any, Any]:

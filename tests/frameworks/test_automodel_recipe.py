@@ -116,6 +116,9 @@ def test_a_resumed_run_is_the_run_itself(factor, tmp_path):
     assert_equal_bit_for_bit(rest.balance.state_dict(), whole_run.balance.state_dict())
     assert_equal_bit_for_bit(rest.model_parts[0].state_dict(), whole_run.model_parts[0].state_dict())
     assert any(bias.any() for bias in rest.balance.biases.values())
+    assert rest._see.__self__.num_seen == 6  # so that alerts know how many steps are left
+    rest.load_checkpoint()  # a second time, into the same balance
+    assert_equal_bit_for_bit(rest.balance.state_dict(), whole_run.balance.state_dict())
 
 
 def test_a_checkpoint_of_a_plain_recipe_is_resumed_with_a_warning(tmp_path, caplog):
@@ -248,6 +251,14 @@ def test_metrics_are_logged_beside_those_of_the_recipe(tmp_path):
         assert line["loss"] > 0 and "balance/collectives" not in line
 
 
+@pytest.mark.parametrize(("max_steps", "num_epochs", "num_steps"), [(3, 100, 3), (1_000_000, 1, 8)])
+def test_a_rate_that_is_too_small_for_the_steps_is_said(max_steps, num_epochs, num_steps, tmp_path, caplog):
+    length = [f"--step_scheduler.max_steps={max_steps}", f"--step_scheduler.num_epochs={num_epochs}"]
+    recipe = trained(tmp_path, "--balance=loss-free:rate=1e-6", *length)
+    assert len(recipe.steps) == num_steps
+    assert f"In {num_steps} steps at rate 1e-06 a bias moves by at most" in caplog.text
+
+
 def test_a_diverged_loss_is_said(tmp_path, caplog):
     trained(tmp_path, "--optimizer.lr=1e30")
     assert "equipoise" in {record.name for record in caplog.records if "nan: " in record.message}
@@ -286,7 +297,7 @@ def test_balanced_takes_a_recipe_class(tmp_path):
 
 def test_what_is_not_supported_is_refused(tmp_path):
     recipe = Namespace(mesh_context=Namespace(cp_size=1, tp_size=1), pp_enabled=False, distributed_config=FSDP2Config())
-    recipe_module._check_supported(recipe, ())
+    recipe_module._check_supported(recipe)
     for path, value, reason in [
         ("pp_enabled", True, "pp_size must be 1"),
         ("mesh_context", Namespace(cp_size=2, tp_size=1), "cp_size must be 1"),
@@ -294,7 +305,7 @@ def test_what_is_not_supported_is_refused(tmp_path):
         ("distributed_config", MegatronFSDPConfig(), "must be fsdp2 or ddp: got MegatronFSDPConfig"),
     ]:
         with pytest.raises(UsageError, match=reason):
-            recipe_module._check_supported(Namespace(**{**vars(recipe), path: value}), ())
+            recipe_module._check_supported(Namespace(**{**vars(recipe), path: value}))
 
 
 def test_mistakes_are_refused(tmp_path):

@@ -7,6 +7,7 @@ runs those with this word in their description.
 """
 
 from mutants import (
+    adapters,
     attachment,
     balancers,
     counting,
@@ -28,6 +29,7 @@ _AREAS = (
     counting,
     balancers,
     routers,
+    adapters,
     attachment,
     torch_internals,
     measures,

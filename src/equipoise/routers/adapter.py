@@ -150,12 +150,15 @@ class RouterAdapter:
         return OwnBalancing()
 
     def own_loss(self, output: Any) -> Tensor | None:
-        """A balancing loss in the output of the forward, which whoever calls the layer may add to a loss, or not.
+        """A balancing loss that the router returns, for its caller to add to the training loss or not.
 
-        ``attach`` warns once if somebody does.
+        ``attach`` warns once if it is added.
 
         Args:
             output: of the router's forward.
+
+        Returns:
+            A scalar with its graph; None if there is none in the output.
         """
         return None
 

@@ -70,7 +70,7 @@ def make_stand_in(router: nn.Module, random: RandomTensors, without: Collection[
         for name, module in router._modules.items()
         if name not in without
     }
-    if any(value is not None and is_partitioned(value) for value in router._parameters.values()):
+    if any(map(is_partitioned, router.parameters())):
         stand_in._forward_hooks, stand_in._forward_pre_hooks = OrderedDict(), OrderedDict()  # ZeRO-3 gathers by them
     return stand_in
 

@@ -14,10 +14,12 @@ from equipoise.errors import EquipoiseError
 class BiasedTopK(TorchFunctionMode):
     """Steers a top-k over the experts, by argument + bias or argument * (1 + bias); it gives the argument's values.
 
-    With ``by_max`` it steers a maximum over the experts, by which some routers choose one expert. ``num_maxima`` of
-    them may follow one another, each without the experts that were chosen (GShard): the bias acts on the argument of
-    the first, and the later arguments, such as logits, decide between equals only. ``on_choice`` is called with the
-    values and the ids of each choice, ``[..., k]``, and returns the values that the forward gets.
+    With ``by_max`` it steers a maximum over the experts, by which some routers choose one expert. Others choose
+    ``num_maxima`` experts one after another, each by a maximum over those that are left (GShard). The bias acts on the
+    argument of the first maximum. Later arguments, such as logits, only decide between equal scores.
+
+    ``on_choice`` is called with the values and the ids of each choice, ``[..., k]``, and returns the values that the
+    forward gets.
 
     ``recorded``: ids ``[tokens, k]`` that are chosen instead, but for tokens where they are -1. With ``has_groups`` the
     forward first chooses expert groups, whose other experts lose their scores: it then chooses those of ``recorded``.
@@ -48,7 +50,7 @@ class BiasedTopK(TorchFunctionMode):
         """How many choices of experts were steered.
 
         A top-k of more dimensions beside the choice ranks the experts inside a single expert group: [tokens, 1,
-        experts]. A bias on it chooses nothing. None is seen where maxima are too few, or too many, for whole choices.
+        experts]. A bias on it chooses nothing. The number is 0 if the maxima do not make whole choices.
         """
         if self._remaining:
             return 0

@@ -174,8 +174,8 @@ class Trial:
         if seen is None:
             return Returned(output, kept_logits.value)
         if len(seen.logits) != 1 or seen.expert_ids is None:
-            came = f"{len(seen.logits)} softmax, {len(seen.top_k)} top-k and {len(seen.maxima)} maxima over experts"
-            raise Refused(f"its forward must take one softmax and make one choice, and takes {came}", ADAPTER)
+            calls = f"{len(seen.logits)} softmax, {len(seen.top_k)} top-k and {len(seen.maxima)} maxima over experts"
+            raise Refused(f"its forward must take one softmax and make one choice, and takes {calls}", ADAPTER)
         return Returned((output, seen.expert_ids), seen.logits[0])
 
     def read(self, kind: RouterKind, returned: Returned) -> tuple[Tensor, Tensor, Tensor]:

@@ -54,6 +54,7 @@ class Layer:
         dtype: the type to which the whole model is cast after it is built, as a user casts it.
         sets_coefficient_only: the user sets the loss's coefficient in the configuration, and no other switch.
         is_wrapped_in_ddp: the model is in torch's DistributedDataParallel, with its defaults.
+        holds_all_experts: on several ranks, each holds all experts, as by default; else the framework may spread them.
         counts_first_choice: f of the loss counts the first choice of a token only, as GShard defines it. No scenario
             asks for that: a driver whose framework defines the loss so says it in ``as_defined``.
     """
@@ -74,6 +75,7 @@ class Layer:
     dtype: torch.dtype = torch.float32
     sets_coefficient_only: bool = False
     is_wrapped_in_ddp: bool = False
+    holds_all_experts: bool = False
     counts_first_choice: bool = False
 
 

@@ -11,6 +11,7 @@ import math
 import multiprocessing
 import os
 import queue
+import re
 import tempfile
 import time
 import warnings
@@ -117,7 +118,7 @@ def ask(framework: str, scenario: str, rank: int = 0) -> Verdict:
     except NotTried as reason:
         kind, got = "not tried", str(reason)
     except Exception as failure:  # of the framework: its user would see it too
-        lines = str(failure).strip().splitlines() or [""]
+        lines = re.sub(r"^\[.*?\] ", "", str(failure).strip()).splitlines() or [""]  # without a place in C++
         kind, got = "wrong", f"{type(failure).__name__}: {lines[0][:200]}"
     return Verdict(framework, version, scenario, kind, right, got, error, round(time.monotonic() - start, 2))
 

@@ -314,6 +314,7 @@ BROKEN = {  # by scenario, a driver with a defect that it must find
     "bias-recomputed-without-reentry": RecomputationTwice,
     "bias-recomputed-beside-a-rollout": RecomputationTwice,
     "bias-two-ranks": EachRankAlone,
+    "bias-two-ranks-without-expert-parallelism": EachRankAlone,
     "bias-unequal-ranks": EachRankAlone,
     "bias-under-ddp": EachRankAlone,
     "bias-with-a-capacity": CountsAfterCapacity,

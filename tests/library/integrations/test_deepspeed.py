@@ -238,7 +238,7 @@ def test_a_router_whose_gate_is_cut_in_parts_is_tried_without_the_hooks_that_gat
     class TokenChoiceTopKRouter(nn.Module):
         def __init__(self):
             super().__init__()
-            self.gate = nn.Linear(8, 4, bias=False)
+            self.gate = nn.Sequential(nn.Linear(8, 4, bias=False))
 
         def forward(self, x):
             scores = self.gate(x).softmax(-1)
@@ -250,7 +250,8 @@ def test_a_router_whose_gate_is_cut_in_parts_is_tried_without_the_hooks_that_gat
 
     TokenChoiceTopKRouter.__module__ = "deepspeed.moe.ep_router"
     net = partition(nn.Sequential(TokenChoiceTopKRouter()))
-    net[0].gate.register_forward_pre_hook(gather)
+    for module in net[0].gate.modules():  # ZeRO-3 hooks modules without weights too
+        module.register_forward_pre_hook(gather)
     assert [(layer.name, layer.num_experts, layer.k) for layer in equipoise.attach(net, BIASES).layers] == [("0", 4, 2)]
     assert net[0].gate._forward_pre_hooks
 

@@ -15,7 +15,6 @@ import torch
 from nemo_automodel.components.config._arg_parser import parse_args_and_load_config
 from nemo_automodel.components.distributed.config import DDPConfig, FSDP2Config
 from nemo_automodel.components.distributed.context_parallel.sharder import convert_attention_mask_to_padding_mask
-from nemo_automodel.components.distributed.mesh_utils import get_flat_mesh
 from nemo_automodel.recipes.llm.train_ft import TrainFinetuneRecipeForNextTokenPrediction
 from torch import Tensor
 
@@ -28,13 +27,13 @@ from equipoise.errors import UsageError
 __all__ = ["BalancedRecipe", "balanced"]
 
 _NOISE = ("collectives", "collective_bytes")  # constant over a run
-_OWN_STEP = ("_run_train_optim_step", "_forward_backward_step", "run_train_validation_loop", "load_checkpoint")
-_MISSING = object()
+_STEPS = ("_run_train_optim_step", "_forward_backward_step", "run_train_validation_loop", "load_checkpoint")
+_MISSING = object()  # in the config; None means the strategy "none"
 _log = logging.getLogger("equipoise")
 
 
 class Balancing:
-    """Comes before the class of a recipe among the bases of a balanced one. See ``balanced``."""
+    """What a balanced recipe does beside its recipe class, before which it stands among the bases: ``balanced``."""
 
     balancers: Sequence[Balancer] | None = None  # what ``balanced`` was given
     balance: Balance
@@ -51,7 +50,7 @@ class Balancing:
                 "`balance: loss-free:rate=1e-3`, or `balance: none` to count only."
             )
         self._has_loss = any(balancer.has_loss for balancer in self.balancers)
-        self._tokens_of_step = 1
+        self._tokens_of_step, self._has_said_tokens = 1, False
 
     # ---- setup ----
 
@@ -60,18 +59,19 @@ class Balancing:
         if not hasattr(self, "balance"):
             self._attach()
         super().load_checkpoint(restore_from)  # type: ignore[misc]
+        scheduler = self.step_scheduler  # type: ignore[attr-defined]
+        self._see = Alerts(num_steps=_num_steps(scheduler), num_seen=scheduler.step).see
 
     def _attach(self) -> None:
         recipe: Any = self
-        _check_supported(recipe, self.balancers or ())
+        _check_supported(recipe)
         (model,) = recipe.model_parts
         # The recipe saves and loads what it has as an attribute with a state, this one as balance.pt.
-        self.balance = attach(model, *(self.balancers or ()), group=_ranks_with_other_tokens(recipe))
+        # All ranks are pooled: every one has tokens of its own, because what splits rows or layers is refused.
+        self.balance = attach(model, *(self.balancers or ()))
         self.balance.loss_scale = self._weight
-        num_steps = recipe.step_scheduler.max_steps
-        self._see = Alerts(num_steps=num_steps).see
         if recipe.dist_env.is_main:
-            for note in self.balance.notes(num_steps):
+            for note in self.balance.notes(_num_steps(recipe.step_scheduler)):
                 _log.warning(note)
 
     def _load_checkpoint_tracked_state(self, ckpt_dir: str) -> Any:
@@ -115,7 +115,7 @@ class Balancing:
 
     def _say_tokens_differ(self, num_counted: float) -> None:
         recipe: Any = self
-        if not getattr(self, "_has_said_tokens", False) and recipe.dist_env.is_main:
+        if not self._has_said_tokens and recipe.dist_env.is_main:
             self._has_said_tokens = True
             _log.warning(
                 f"the tokens that the routers counted in a step should be those that its batches show: they counted "
@@ -156,8 +156,8 @@ def balanced(recipe_class: Any, *balancers: Balancer | str) -> Any:
             class has training steps of its own. From ``setup()``: the config asks for what is not supported.
         TypeError: an argument has another type.
     """
-    own = TrainFinetuneRecipeForNextTokenPrediction
-    if not (isinstance(recipe_class, type) and issubclass(recipe_class, own)):
+    plain_class = TrainFinetuneRecipeForNextTokenPrediction
+    if not (isinstance(recipe_class, type) and issubclass(recipe_class, plain_class)):
         name = getattr(recipe_class, "__name__", type(recipe_class).__name__)
         raise TypeError(
             f"recipe_class must be TrainFinetuneRecipeForNextTokenPrediction or a subclass: got {name}. In another "
@@ -165,10 +165,10 @@ def balanced(recipe_class: Any, *balancers: Balancer | str) -> Any:
         )
     if issubclass(recipe_class, Balancing):
         raise UsageError(f"recipe_class must be balanced once: {recipe_class.__name__} is already. Leave one call out.")
-    changed = [name for name in _OWN_STEP if getattr(recipe_class, name) is not getattr(own, name)]
+    changed = [name for name in _STEPS if getattr(recipe_class, name) is not getattr(plain_class, name)]
     if changed:
         raise UsageError(
-            f"recipe_class must train by the steps of {own.__name__}: {recipe_class.__name__} has its own "
+            f"recipe_class must train by the steps of {plain_class.__name__}: {recipe_class.__name__} has its own "
             f"{', '.join(changed)}, with which balancing was never tested. Call equipoise.attach after its setup()."
         )
     namespace = {"__module__": __name__, "balancers": tuple(resolve(balancers)) if balancers else None}
@@ -188,12 +188,14 @@ def _num_counted(batch: Mapping[str, Any]) -> int:
     return int(batch["labels"].numel())
 
 
-def _ranks_with_other_tokens(recipe: Any) -> Any:
-    """The data parallel ranks as a mesh: expert parallel ranks are among them. None, which is all, without a mesh."""
-    return None if recipe.device_mesh is None else get_flat_mesh(recipe.device_mesh, "dp")
+def _num_steps(scheduler: Any) -> int:
+    """Of the whole run. ``max_steps`` is an upper limit: the epochs may end before, if their length is known."""
+    if scheduler.epoch_len is None:
+        return int(scheduler.max_steps)
+    return int(min(scheduler.max_steps, scheduler.num_epochs * scheduler.epoch_len))
 
 
-def _check_supported(recipe: Any, balancers: Sequence[Balancer]) -> None:
+def _check_supported(recipe: Any) -> None:
     """Raises ``UsageError`` if the config asks for what would be counted or weighed wrong, or was never tested."""
     mesh = recipe.mesh_context
     reasons = {

@@ -49,13 +49,15 @@ class Automodel(Driver):
         self.group = dist.group.WORLD if dist.is_initialized() and layer.rank_without is None else None
         if layer.is_wrapped_in_ddp:
             self.model = DDPManager(DDPConfig()).parallelize(self.model)
+        elif layer.holds_all_experts:
+            self.model = on_cpu.fully_shard(self.model)
         elif self.group is not None:
             parallelizer.parallelize_model(self.model, **on_cpu.expert_parallelism())
 
     def train_step(self, batches: Sequence[Batch], *, recompute: Recompute | None = None, is_applied: bool = True,
                    has_finite_gradients: bool = True) -> StepResult:  # fmt: skip
-        if not is_applied:
-            raise NotOffered("skipped steps")
+        if not (is_applied and has_finite_gradients):
+            raise NotOffered("optimizer steps that are skipped, by the loop or for infinite gradients")
         if recompute == "own":
             parallelizer.apply_ac(self.model)
         elif recompute is not None:
@@ -64,8 +66,6 @@ class Automodel(Driver):
         for batch in batches:
             with nullcontext() if batch.replayed is None else RouterReplay.replay(list(batch.replayed.flatten(1, 2))):
                 self._forward(batch)
-        if not has_finite_gradients:
-            self.gates[0].weight.grad.fill_(torch.inf)  # which the recipe clips, and does not ask about
         if hasattr(self.model, "update_moe_gate_bias"):  # as the recipe asks
             self.model.update_moe_gate_bias()
         gradients = [on_cpu.whole(gate.weight.grad) for gate in self.gates]

@@ -20,9 +20,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.checkpoint import checkpoint
 
-from equipoise_lab.conformance.driver import Layer
+from equipoise_lab.conformance.driver import Layer, NotTried
 
-__all__ = ["checkpoint_by", "expert_parallelism", "model_of", "whole"]
+__all__ = ["checkpoint_by", "expert_parallelism", "fully_shard", "model_of", "whole"]
 
 torch.cuda.current_device = lambda: 0
 
@@ -101,6 +101,18 @@ def expert_parallelism() -> dict[str, Any]:
     axes = {"dp_axis_names": ("dp",), "ep_axis_name": "ep"}
     policy = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32)
     return {"world_mesh": mesh, "moe_mesh": experts, "mp_policy": policy, **axes}
+
+
+def fully_shard(model: Any) -> Any:
+    """What its recipe does on two ranks by default, ``strategy: fsdp2``, in float32."""
+    try:
+        from nemo_automodel.components.distributed.config import FSDP2Config
+        from nemo_automodel.components.distributed.mesh import MeshContext
+        from nemo_automodel.components.distributed.model_parallelizer import parallelize_model
+    except ImportError:
+        raise NotTried("another interface in this release") from None
+    policy = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32)
+    return parallelize_model(model, MeshContext.build(FSDP2Config(mp_policy=policy)))
 
 
 def checkpoint_by(way: str, model: torch.nn.Module) -> None:

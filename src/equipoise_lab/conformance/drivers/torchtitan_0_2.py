@@ -66,16 +66,14 @@ class TorchTitan(Driver):
         has_finite_gradients: bool = True) -> StepResult:  # fmt: skip
         if recompute == "reentrant":
             raise NotOffered("reentrant checkpointing")
-        if not is_applied:
-            raise NotOffered("optimizer steps that are skipped")
+        if not (is_applied and has_finite_gradients):
+            raise NotOffered("optimizer steps that are skipped, by the loop or for infinite gradients")
         if batches[0].replayed is not None:
             raise NotOffered("a replay of routing")
         if recompute is not None:
             self._build(self.layer.dtype, recompute)
         for batch in batches:
             self._forward(batch)
-        if not has_finite_gradients:
-            self.model.output.weight.grad.fill_(torch.inf)
         clip_grad_norm_(list(self.model.parameters()), 1.0)
         self.optimizers.step()
         return StepResult()

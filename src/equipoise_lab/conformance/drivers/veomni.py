@@ -1,7 +1,6 @@
 """VeOmni: its Qwen3 MoE in tiny, in the order of its trainer's step; its DeepSeek-V3 for expert groups."""
 
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -9,7 +8,6 @@ from torch import Tensor
 from veomni.utils import moe_monitor
 from veomni.utils.constants import IGNORE_INDEX
 from veomni.utils.loss_utils import count_loss_token, mean_global_loss
-from veomni.utils.moe_router_replay import set_active_replay
 
 from equipoise_lab.conformance.driver import Batch, Driver, Layer, NotOffered, Recompute, StepResult
 from equipoise_lab.conformance.drivers import veomni_on_cpu as on_cpu
@@ -23,7 +21,6 @@ class VeOmni(Driver):
         "MoERouterMonitor": "veomni/trainer/callbacks/trace_callback.py: MoERouterMonitorCallback",
         "build_foundation_model": "veomni/trainer/base.py: _build_model, without mixed_precision.enable",
         "pause, resume": "veomni/utils/moe_monitor.py: MoERouterMonitor",
-        "set_active_replay": "veomni/utils/moe_router_replay.py: Typical usage",
     }
     imbalance_of = staticmethod(lambda counts: max(counts) * len(counts) / sum(counts) - 1)  # max_vio
 
@@ -85,14 +82,12 @@ class VeOmni(Driver):
         is_token = slice(None) if batch.mask is None else batch.mask.flatten()
         self.hidden = batch.logits.flatten(1, 2)[:, is_token]
         if batch.replayed is not None:
-            experts = dict(zip(self.gates, batch.replayed.flatten(1, 2)[:, is_token], strict=True))
-            set_active_replay(SimpleNamespace(on_router_forward=lambda gate, scores, chosen: experts[gate]))
+            raise NotOffered("a count of replayed routing: its monitor shows what routers themselves choose")
         if batch.mode != "train":
             self.monitor.pause()
         with torch.set_grad_enabled(batch.mode in ("train", "evaluate_with_gradients")):
             output = self.model.train(batch.mode.startswith("train"))(**data, use_cache=False)
         self.monitor.resume()
-        set_active_replay(None)
         return output
 
     def biases(self) -> list[Tensor]:

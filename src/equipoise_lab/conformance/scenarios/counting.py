@@ -105,6 +105,13 @@ def bias_two_ranks(framework: type[Driver], rank: int) -> Measurement:
     return counted(framework, [[rows_of(8, 8, of=8, seed=71 + r)] for r in range(2)], rank)
 
 
+@scenario(55, ranks=2, why="The load is that of all ranks. Whether experts are spread over them makes no difference.")
+def bias_two_ranks_without_expert_parallelism(framework: type[Driver], rank: int) -> Measurement:
+    """Which counts move the bias on two ranks that each hold all experts?"""
+    ranks = [[rows_of(8, 8, of=8, seed=84 + r)] for r in range(2)]
+    return counted(framework, ranks, rank, replace(BIASED, holds_all_experts=True))
+
+
 @scenario(55, ranks=2, why="The load is the sum of counts over ranks. A mean of shares would favour the smaller rank.")
 def bias_unequal_ranks(framework: type[Driver], rank: int) -> Measurement:
     """Which counts move the bias on ranks of 8 and 40 tokens?"""
