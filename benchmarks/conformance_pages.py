@@ -142,7 +142,7 @@ def _details(of: Sequence[_Release]) -> Iterator[str]:
         name = f"`{verdict['scenario']}`"
         linked = f"[{name}](reproductions/{framework}/{script.name})" if script.exists() else name
         where = f"`{place.file}`{thread}. {place.note}" if place else ""
-        rows.append((linked, verdict["right"], verdict["got"], where))
+        rows.append((linked, verdict["right"] or "no error", verdict["got"], where))
     if rows:
         yield from table(("wrong", "right answer", "its answer", "where, and why"), rows)
     for kind, words in (("refuses", "Refuses"), ("not tried", "Not tried")):

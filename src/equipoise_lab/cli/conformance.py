@@ -37,7 +37,7 @@ def subcommand() -> Any:
         ] = (),
         json: bool = False,
     ) -> Conformance:
-        """Does a framework balance its experts right? Asks the one that is installed here the questions of the suite.
+        """Does a framework balance its experts correctly? Asks the installed one the questions of the suite.
 
         Args:
             framework: equipoise, megatron, torchtitan, olmo_core, olmo_core_v2, automodel, litgpt, deepspeed, veomni,

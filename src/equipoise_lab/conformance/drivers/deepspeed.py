@@ -19,9 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from equipoise_lab.conformance.driver import Batch, Driver, Layer, NotOffered, NotTried, Recompute, StepResult
 
 
-class _Layers(nn.Module):
-    """The user's model: its loss is that of the task, here 0, and the sum of l_aux over layers."""
-
+class _Layers(nn.Module):  # the user's model: its loss is that of the task, here 0, and l_aux of all layers
     def __init__(self, layer: Layer) -> None:
         super().__init__()
         layers = [

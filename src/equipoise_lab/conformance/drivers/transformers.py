@@ -9,8 +9,7 @@ import transformers
 from torch import Tensor
 
 from equipoise_lab.conformance.driver import Batch, Driver, Layer, NotOffered, Recompute, StepResult
-
-VOCABULARY = 32
+from equipoise_lab.conformance.drivers.transformers_models import VOCABULARY, model_of
 
 
 class Transformers(Driver):
@@ -29,23 +28,7 @@ class Transformers(Driver):
         self.layer, self.value_at_balance = layer, layer.k / layer.number  # it is a mean over layers
         self.output: Any = None
         self.hidden, self.chosen = torch.empty(0), torch.empty(0)
-        small = ("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "v_head_dim", "qk_nope_head_dim", "head_dim")
-        groups, open_groups = layer.groups or (1, 1)
-        config = transformers.AutoConfig.for_model(
-            "qwen3_moe" if layer.score_function == "softmax" else "deepseek_v3", **dict.fromkeys(small, 4),
-            vocab_size=VOCABULARY, hidden_size=layer.experts, intermediate_size=8, moe_intermediate_size=8,
-            num_hidden_layers=layer.number, num_attention_heads=2, num_key_value_heads=2, pad_token_id=0,
-            num_experts_per_tok=layer.k, norm_topk_prob=layer.normalises_weights, num_local_experts=layer.experts,
-            first_k_dense_replace=0, n_group=groups, topk_group=open_groups, router_aux_loss_coef=1.0,
-            output_router_logits=layer.score_function == "softmax" and not layer.sets_coefficient_only,
-        )  # fmt: skip
-        self.model = transformers.AutoModelForCausalLM.from_config(config)
-        with torch.no_grad():
-            for block in self.model.model.layers:
-                block.mlp.gate.weight.copy_(torch.eye(layer.experts))
-                block.mlp.experts.down_proj.zero_()  # so that cross-entropy has no gradient at the gate
-                if layer.bias is not None:
-                    block.mlp.gate.e_score_correction_bias.copy_(torch.tensor(layer.bias))
+        self.model = model_of(layer)
         self._add_hooks()
 
     def _add_hooks(self) -> None:
