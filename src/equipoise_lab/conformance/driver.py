@@ -134,8 +134,6 @@ class StepResult:
 class Driver(ABC):
     """One training of one framework's MoE layers. The defaults raise ``NotOffered``."""
 
-    FRAMEWORK: ClassVar[str]
-    """Its name on the command line."""
     PACKAGE: ClassVar[str]
     """Its distribution on PyPI."""
     INTENDED_USE: ClassVar[Mapping[str, str]]

@@ -21,7 +21,7 @@ from equipoise_lab.conformance.drivers import automodel_on_cpu as on_cpu
 
 
 class Automodel(Driver):
-    FRAMEWORK, PACKAGE = "automodel", "nemo-automodel"
+    PACKAGE = "nemo-automodel"
     INTENDED_USE = {
         "order of a step, scale of the loss, update_moe_gate_bias": "recipes/llm/train_ft.py: _run_train_optim_step",
         "parallelize_model, apply_ac": "docs/guides/llm/finetune.mdx#expert-parallelism-for-moe-models",

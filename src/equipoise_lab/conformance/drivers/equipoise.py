@@ -14,7 +14,7 @@ from equipoise_lab.conformance.driver import Batch, Driver, Layer, Recompute, St
 
 
 class Equipoise(Driver):
-    FRAMEWORK, PACKAGE = "equipoise", "equipoise"
+    PACKAGE = "equipoise"
     INTENDED_USE = {
         "attach, loss(), step(), weights of uneven micro-batches": "docs/how-to/training_loop.md",
         "token_mask; replay; allow_empty": "docs/how-to/padding.md; docs/how-to/replay.md; docs/how-to/pipeline.md",

@@ -14,7 +14,7 @@ PRECISIONS = {torch.float32: "32-true", torch.bfloat16: "bf16-true"}
 
 
 class LitGPT(Driver):
-    FRAMEWORK, PACKAGE = "litgpt", "litgpt"
+    PACKAGE = "litgpt"
     INTENDED_USE = {
         "LLaMAMoE with expert groups": "litgpt/config.py: n_expert_groups; litgpt/model.py: LLaMAMoE",
         "Fabric(precision=...), and its set-up of the model": "litgpt/finetune/full.py: setup, main",

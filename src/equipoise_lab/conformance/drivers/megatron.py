@@ -17,7 +17,7 @@ RECOMPUTED: dict[str, Any] = {"recompute_granularity": "selective", "recompute_m
 
 
 class Megatron(Driver):
-    FRAMEWORK, PACKAGE = "megatron", "megatron-core"
+    PACKAGE = "megatron-core"
     INTENDED_USE = {
         "options of the router; recompute_modules": "megatron/core/transformer/moe/README.md",
         "RouterReplay": "docs/api-guide/router_replay.md, Usage Guide",

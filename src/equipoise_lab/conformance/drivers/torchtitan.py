@@ -18,7 +18,7 @@ from equipoise_lab.conformance.drivers.torchtitan_on_cpu import built
 
 
 class TorchTitan(Driver):
-    FRAMEWORK, PACKAGE = "torchtitan", "torchtitan"
+    PACKAGE = "torchtitan"
     INTENDED_USE = {
         "Trainer.Config, clip_grad_norm_, optimizers.step": "torchtitan/trainer.py, Trainer; train_step skips no step",
         "training.dtype": "torchtitan/config/configs.py, TrainingConfig.dtype: a model is built in it, not cast",

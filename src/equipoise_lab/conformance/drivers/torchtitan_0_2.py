@@ -16,7 +16,7 @@ from equipoise_lab.conformance.drivers import torchtitan_0_2_on_cpu as on_cpu
 
 
 class TorchTitan(Driver):
-    FRAMEWORK, PACKAGE = "torchtitan", "torchtitan"
+    PACKAGE = "torchtitan"
     INTENDED_USE = {
         "get_train_spec, parallelize_fn, build_optimizers_fn": "torchtitan/train.py, Trainer.__init__",
         "training.dtype": "torchtitan/config/job_config.py, Training.dtype: a model is built in it, not cast",

@@ -14,7 +14,7 @@ from equipoise_lab.conformance.drivers import veomni_on_cpu as on_cpu
 
 
 class VeOmni(Driver):
-    FRAMEWORK, PACKAGE = "veomni", "veomni"
+    PACKAGE = "veomni"
     INTENDED_USE = {
         "train_step": "veomni/trainer/base.py: train_step, forward_backward_step, postforward",
         "PackingCollator": "veomni/trainer/base.py: _build_collate_fn; veomni/data/data_collator.py: MainCollator",
