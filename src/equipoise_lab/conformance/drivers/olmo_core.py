@@ -14,7 +14,7 @@ from equipoise_lab.conformance.drivers.olmo_core_training import OlmoCoreTrainin
 
 
 class OlmoCore(OlmoCoreTraining):
-    FRAMEWORK, PACKAGE = "olmo_core", "ai2-olmo-core"
+    PACKAGE = "ai2-olmo-core"
     INTENDED_USE = {
         **OlmoCoreTraining.INTENDED_USE,
         "llama_like_moe": "olmo_core/nn/transformer/config.py, TransformerConfig",

@@ -17,7 +17,7 @@ DENSE = (QWEN3_DENSE_MOE_LAYER_TYPE,)  # layers with full attention
 
 
 class OlmoCoreV2(OlmoCoreTraining):
-    FRAMEWORK, PACKAGE = "olmo_core_v2", "ai2-olmo-core"
+    PACKAGE = "ai2-olmo-core"
     INTENDED_USE = {
         **OlmoCoreTraining.INTENDED_USE,
         "build_qwen3_moe_config": "olmo_core/nn/moe/v2/qwen.py",
