@@ -149,3 +149,15 @@ def test_tables_and_figures_are_reached_by_name():
     assert {"read_records", "figures", "tables"} <= set(dir(analysis))
     with pytest.raises(AttributeError, match="nothing"):
         analysis.nothing  # noqa: B018
+
+
+def test_the_repr_of_records_and_of_their_parts_is_one_short_line(tmp_path):
+    for seed in range(20):
+        make_run(tmp_path / f"run{seed:02}", seed=seed, steps=50, finish=seed > 0)
+    records = read_records(tmp_path)
+    assert repr(records).startswith("Records of 20 runs and 0 audits (runs=['run00', 'run01', ")
+    assert repr(records).endswith("...], problems=['run00'])") and len(repr(records)) < 150
+    unfinished, finished = records.recorded_runs[:2]
+    assert repr(unfinished) == "RecordedRun('run00': strategy 'lbl', seed 0, 50 steps, not finished)"
+    assert repr(finished) == "RecordedRun('run01': strategy 'lbl', seed 1, 50 steps, finished)"
+    assert repr(finished.experts) == "Experts('run01': 2 layers, 2 domains, step 50)"
