@@ -80,7 +80,8 @@ class RecordedRun:
 
     def __repr__(self) -> str:
         state = "finished" if self.result is not None else "not finished"
-        return f"RecordedRun({self.name!r}: strategy {self.strategy!r}, seed {self.seed}, {len(self.steps)} steps, {state})"
+        done = f"{len(self.steps)} steps, {state}"
+        return f"RecordedRun({self.name!r}: strategy {self.strategy!r}, seed {self.seed}, {done})"
 
     @property
     def config(self) -> dict[str, Any]:

@@ -17,9 +17,9 @@ def subcommand() -> Any:
         data: str = "corpus",
         tokens: int = 100_000,
         out: Path = Path("runs/audit"),
-        sequence_length: int | None = None,
+        sequence_length: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")] = None,
         batch: int = 8,
-        json: bool = False,
+        json: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False,
     ) -> Audit:
         """What the experts of a saved model do on text: balance by layer, specialisation by domain and token.
 

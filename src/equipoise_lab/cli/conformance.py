@@ -1,11 +1,10 @@
 """``equipoise conformance``."""
 
-import difflib
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
-from equipoise.errors import UsageError
+from equipoise.errors import UsageError, suggest
 from equipoise_lab.cli.process import exit_process, print_json, print_stderr, requires_lab, share_cores
 
 if TYPE_CHECKING:
@@ -35,7 +34,7 @@ def subcommand() -> Any:
         scenarios: Annotated[
             tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[SCENARIO ...]", help_behavior_hint="")
         ] = (),
-        json: bool = False,
+        json: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False,
     ) -> Conformance:
         """Does a framework balance its experts correctly? Asks the installed one the questions of the suite.
 
@@ -58,10 +57,8 @@ def run(options: Conformance, command_line: str) -> None:
         from equipoise_lab.train.watch import print_rows
     for name in options.scenarios:
         if name not in SCENARIOS:
-            near = difflib.get_close_matches(name, SCENARIOS, n=1)
-            hint = f" Did you mean {near[0]}?" if near else ""
             listed = f"the {len(SCENARIOS)} that `equipoise conformance` lists"
-            raise UsageError(f"a scenario must be one of {listed}: got {name!r}.{hint}")
+            raise UsageError(f"a scenario must be one of {listed}: got {name!r}.{suggest(name, SCENARIOS)}")
     if options.framework is None:
         _list_scenarios(options.json)
         return

@@ -27,7 +27,7 @@ def subcommand() -> Any:
 
     def export_check(
         model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(help_behavior_hint="")],
-        json: bool = False,
+        json: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False,
     ) -> ExportCheck:
         """Does a saved model still hold the balancing bias that it was trained with?
 

@@ -34,7 +34,7 @@ def subcommand() -> Any:
         model: Annotated[
             Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL]", help_behavior_hint="")
         ] = None,
-        json: bool = False,
+        json: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False,
     ) -> Families:
         """Which model families of the installed Transformers can be attached, or whether your own model can be.
 

@@ -16,13 +16,15 @@ def subcommand() -> Any:
 
     def reproduce(
         claim: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[CLAIM]", help_behavior_hint="")] = "all",
-        budget: float | None = None,
+        budget: Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")] = None,
         out: Path = Path("runs/reproduce"),
         results: Path = Path("benchmarks/results/claims"),
         workers: int = 0,
-        dtype: Literal["bfloat16", "float32"] | None = None,
-        page: Path | None = None,
-        json: bool = False,
+        dtype: Annotated[
+            Literal["bfloat16", "float32"] | None, tyro.conf.arg(metavar="{bfloat16,float32}", help_behavior_hint="")
+        ] = None,
+        page: Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")] = None,
+        json: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False,
     ) -> Reproduce:
         """Test what the papers claim, with paired seeds, at the size of a laptop.
 

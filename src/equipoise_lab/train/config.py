@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from equipoise.errors import UsageError
+from equipoise_lab.train.strategies import check_strategies
 
 __all__ = ["ARCHITECTURES", "TOP_K", "Compare", "Train"]
 
@@ -263,6 +264,7 @@ class Train(_Run):
 
     def check(self) -> None:
         super().check()
+        check_strategies(filter(None, (self.strategy, self.then)))
         if self.seed < 0:
             raise UsageError(f"--seed must be at least 0: got {self.seed}.")
 
@@ -301,6 +303,7 @@ class Compare(_Run):
             raise UsageError(f"--workers must be at least 1: got {self.workers}. Leave it out for one per core.")
         if not self.strategies:
             raise UsageError("--strategies must name at least one: got none. Example: --strategies none loss-free")
+        check_strategies(filter(None, (*self.strategies, self.then)))
 
     def runs(self) -> list[Train]:
         """One run for each seed and strategy, each in its own folder below ``out``."""
