@@ -491,6 +491,7 @@ def test_the_trainer_warns_once_and_logs_the_number_of_problems(impatient, caplo
         trainer = _train(tmp_path, EquipoiseCallback("none"))
     said = [["EquipoiseCallback, step 2", "collapse"], ["EquipoiseCallback, step 2", "dead experts"]]
     assert _warnings(caplog) == said
+    assert caplog.text.count("The strategy is none, which does not balance.") == 2
     logged = [log["equipoise/alerts"] for log in trainer.state.log_history if "equipoise/alerts" in log]
     assert logged == [0.0] + [4.0] * 5  # two kinds of two layers
 

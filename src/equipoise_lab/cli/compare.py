@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from equipoise_lab.cli.groups import grouped
 from equipoise_lab.cli.process import print_json, rank, requires_lab, share_cores
-from equipoise_lab.cli.train import check_numbers, on_rank_0
+from equipoise_lab.cli.train import check_numbers, of_run, on_rank_0
 from equipoise_lab.train.config import Compare
 
 __all__ = ["Compare", "run", "subcommand"]
@@ -18,6 +18,7 @@ def subcommand() -> Any:
 
 
 def run(options: Compare, command_line: str) -> None:
+    options = of_run(options)
     options.check()
     share_cores()
     with requires_lab("compare"):
@@ -28,7 +29,7 @@ def run(options: Compare, command_line: str) -> None:
 
         results, failure = compare(options, terminal, command_line)
     if results and rank() == 0:
-        print_table(options.out)
+        print_table(options.out, stderr=options.json)
         print(options.out / "report.html", file=sys.stderr)
     if options.json and rank() == 0:
         print_json(results)

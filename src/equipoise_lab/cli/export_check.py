@@ -52,7 +52,7 @@ def run(options: ExportCheck, command_line: str) -> None:
     if options.json:
         print_json({**asdict(result), "survived": result.survived})
     elif result.layers:
-        print_rows(COLUMNS, [layer.table_row() for layer in result.layers])
+        print_rows(COLUMNS, [layer.table_row() for layer in result.layers], stderr=False)
     for note in result.notes:
         print_stderr(note)
     if not result.survived:

@@ -6,7 +6,10 @@ from pathlib import Path
 from equipoise.errors import UsageError, suggest
 from equipoise_lab.reproduce.claim import DTYPES, claim_names
 
-__all__ = ["Reproduce"]
+__all__ = ["RESULTS", "Reproduce"]
+
+
+RESULTS = Path("benchmarks/results/claims")
 
 
 @dataclass(frozen=True)
@@ -16,7 +19,7 @@ class Reproduce:
     claim: str = "all"
     budget: float | None = None  # minutes
     out: Path = Path("runs/reproduce")
-    results: Path = Path("benchmarks/results/claims")
+    results: Path = RESULTS
     workers: int = 0  # 0: one for each core
     dtype: str | None = None  # None: as the claims say
     page: Path | None = None
