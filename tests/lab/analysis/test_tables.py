@@ -1,6 +1,7 @@
 """Tables of runs and audits against the content of their files."""
 
 import json
+import math
 
 import numpy as np
 import pyarrow.compute as pc
@@ -161,3 +162,14 @@ def test_the_repr_of_records_and_of_their_parts_is_one_short_line(tmp_path):
     assert repr(unfinished) == "RecordedRun('run00': strategy 'lbl', seed 0, 50 steps, not finished)"
     assert repr(finished) == "RecordedRun('run01': strategy 'lbl', seed 1, 50 steps, finished)"
     assert repr(finished.experts) == "Experts('run01': 2 layers, 2 domains, step 50)"
+
+
+@pytest.mark.parametrize(
+    ("mean", "sd", "text"),
+    [(3.0, None, "3"), (0.0, 0.0, "0 ± 0"), (2.5, 0.7071, "2.5 ± 0.7"), (math.nan, None, "not finite")],
+)
+def test_dead_experts_are_whole_numbers_unless_they_are_a_mean(mean, sd, text):
+    (column,) = [column for column in COLUMNS if column.key == "dead_experts"]
+    assert column.text({"dead_experts": mean, "dead_experts_sd": sd}) == text
+    (column,) = [column for column in COLUMNS if column.key == "maxvio_global"]
+    assert column.text({"maxvio_global": 1.0, "maxvio_global_sd": None}) == "1.000"

@@ -239,4 +239,4 @@ def test_families_are_filtered_by_a_part_of_their_name(listed, tmp_path, monkeyp
         assert [one["model_type"] for one in json.loads(capsys.readouterr().out)] == expected
     line = _error_line("qwen3moee", capsys)
     assert "qwen3moee does not exist, and no family" in line and line.endswith("Did you mean qwen3_moe or qwen2_moe?")
-    assert "config.json does not exist" in _error_line("some/qwen", capsys)  # a path is a path
+    assert "some/qwen does not exist. A model of the Hub" in _error_line("some/qwen", capsys)  # a path is a path
