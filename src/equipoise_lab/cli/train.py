@@ -55,7 +55,7 @@ def of_run(options: Options) -> Options:
 
 
 def check_numbers(strategies: Iterable[str | None]) -> None:
-    """Raises ``UsageError`` for a strategy with a wrong number. Imports torch, but not yet Transformers."""
+    """Raises ``UsageError`` for a strategy with a wrong number. Imports torch, but neither the loop nor the page."""
     from equipoise_lab.train.balancers import parse_lab_strategy
 
     for strategy in filter(None, strategies):
