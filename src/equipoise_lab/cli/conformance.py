@@ -1,10 +1,11 @@
 """``equipoise conformance``."""
 
+import difflib
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
-from equipoise.errors import UsageError, suggest
+from equipoise.errors import UsageError
 from equipoise_lab.cli.process import exit_process, print_json, print_stderr, requires_lab, share_cores
 
 if TYPE_CHECKING:
@@ -57,8 +58,10 @@ def run(options: Conformance, command_line: str) -> None:
         from equipoise_lab.train.watch import print_rows
     for name in options.scenarios:
         if name not in SCENARIOS:
+            near = difflib.get_close_matches(name, SCENARIOS, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
             listed = f"the {len(SCENARIOS)} that `equipoise conformance` lists"
-            raise UsageError(f"a scenario must be one of {listed}: got {name!r}.{suggest(name, SCENARIOS)}")
+            raise UsageError(f"a scenario must be one of {listed}: got {name!r}.{hint}")
     if options.framework is None:
         _list_scenarios(options.json)
         return
