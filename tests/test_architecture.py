@@ -21,6 +21,7 @@ LIBRARY = [
     "routing",
     "load",
     "metrics",
+    "_remedies",
     "alerts",
     "balancers",
     "routers",

@@ -108,6 +108,8 @@ def test_the_wheel_holds_two_typed_packages_and_no_tests(built):
         names = archive.namelist()
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"equipoise", "equipoise_lab"}
     assert "equipoise/py.typed" in names and "equipoise_lab/py.typed" in names
+    results = [name for name in names if name.startswith("equipoise_lab/reproduce/results/")]
+    assert len(results) == len(list((ROOT / "benchmarks" / "results" / "claims").iterdir())), "reproduce reads them"
     assert not [name for name in names if "test_" in name or "__pycache__" in name]
 
 

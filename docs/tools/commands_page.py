@@ -14,7 +14,8 @@ from unittest import mock
 
 from generated import REFERENCE, main, table
 
-from equipoise_lab.cli.parser import parse
+from equipoise_lab.cli.groups import GROUPS
+from equipoise_lab.cli.parser import EXAMPLES, parse
 
 PAGE = REFERENCE / "commands.md"
 WRAPPED = 80  # a line of a help text of at least so many characters that ends within a sentence goes on in the next
@@ -47,6 +48,8 @@ def _commands() -> list[str]:
 def _section(name: str) -> str:
     shown = _read(_printed(name))
     parts = [f"## equipoise {name}", _text(shown.summary.splitlines(), "\n"), f"```text\n{shown.usage}\n```"]
+    if examples := EXAMPLES.get(name):
+        parts.append("\n".join(["```sh", *examples, "```"]))
     groups = {title: [o for o in options if not o.call.startswith("-h,")] for title, options in shown.groups.items()}
     for title, options in groups.items():
         if options and title not in ("options", "positional arguments"):
@@ -62,9 +65,6 @@ def _row(option: Option) -> tuple[str, str]:
     *before, last = option.lines
     found = re.fullmatch(r"(.*?) ?\((?:(required)|default: (.*))\)", last)
     text, is_required, default = found.groups() if found else (last, None, None)
-    kind = kind.replace("{None}|", "").replace("{None,", "{")  # None stands for an option that is left out
-    if kind == "[STR [STR ...]]":
-        kind = "STR ..."
     words = []
     if kind.startswith("{"):
         words.append(f"One of {', '.join(f'`{choice}`' for choice in kind.strip('{}').split(','))}.")
@@ -102,10 +102,23 @@ def _printed(*command: str) -> str:
 
 
 def _read(text: str) -> Help:
+    text = _in_one_column(text)
     before, *boxes = re.split(r"^╭─ ", text, flags=re.MULTILINE)
     usage, _, summary = before.strip().partition("\n")
     groups = {re.split(" ─|─", box)[0].strip(): list(_options(box)) for box in boxes}
     return Help(re.sub(r"^usage: ", "", usage), summary.strip(), groups)
+
+
+def _in_one_column(text: str) -> str:
+    """The boxes one below the other, in the order of ``GROUPS``. Tyro puts them side by side where there is room."""
+    lines = text.splitlines()
+    first = next(number for number, line in enumerate(lines) if line.startswith("╭"))
+    cuts = [0, *(edge.start() + 1 for edge in re.finditer("╮╭", lines[first])), None]
+    columns = ["\n".join(line[start:end].rstrip() for line in lines[first:]) for start, end in pairwise(cuts)]
+    boxes = [box for column in columns for box in re.findall(r"^╭.*?╯$", column, re.MULTILINE | re.DOTALL)]
+    titles = [f"{group} options" for group in GROUPS]
+    places = {box: titles.index(title) if (title := box[3:].split(" ─")[0]) in titles else -1 for box in boxes}
+    return "\n".join([*lines[:first], *sorted(boxes, key=places.__getitem__)])
 
 
 def _options(box: str) -> Iterator[Option]:

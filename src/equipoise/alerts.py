@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from equipoise._remedies import remedy
 from equipoise.errors import EquipoiseError
 from equipoise.metrics import effective_experts, max_violation, sampling_floor
 
@@ -38,6 +39,7 @@ class Alert(NamedTuple):
         over: whether the problem ended.
         experts: for each layer the dead or slow experts.
         step: the number of the window that showed it, from 1.
+        first: whether no alert of this kind came before, or no end of this kind. Only the first says what to do.
     """
 
     kind: str  # "nan", "collapse", "dead experts" or "slow rate"
@@ -46,6 +48,7 @@ class Alert(NamedTuple):
     over: bool = False
     experts: tuple[tuple[int, ...], ...] = ()  # for each layer the dead or slow ones
     step: int = 0  # the number of the window that showed it, from 1
+    first: bool = True  # of its kind in this training
 
     def __str__(self) -> str:
         return self.text
@@ -125,10 +128,15 @@ class Alerts:
         steers: whether biases are moved by a rate; otherwise nothing is slow. You may set it at any time.
         num_steps: of the whole training; decides whether a rate can be in time.
         num_seen: windows of the training so far; ``load_state_dict`` sets it too.
+        strategy: what balances, as in ``Balance.strategy``. An alert names it and says what to change. You may set it
+            at any time.
     """
 
-    def __init__(self, *, steers: bool = True, num_steps: int | None = None, num_seen: int = 0):
-        self.steers, self.num_steps, self.num_seen = steers, num_steps, num_seen
+    def __init__(
+        self, *, steers: bool = True, num_steps: int | None = None, num_seen: int = 0, strategy: str | None = None
+    ):
+        self.steers, self.num_steps, self.num_seen, self.strategy = steers, num_steps, num_seen, strategy
+        self._reported: list[str] = []  # kinds of problems that started or ended
         self._stretches: dict[tuple[str, ...], _Stretch] = {}
         self._bad: dict[tuple[str, ...], Bool[Tensor, " names"]] = {}  # not finite in this stretch
         self._nan: list[str] = []  # not finite now
@@ -185,6 +193,8 @@ class Alerts:
             stretch.add(counts)
             if stretch.num_windows >= PATIENCE:
                 alerts += self._judge(stretch)
+        alerts = [alert._replace(first=_event(alert) not in self._reported) for alert in alerts]
+        self._reported += [event for event in dict.fromkeys(map(_event, alerts)) if event not in self._reported]
         return alerts
 
     def state_dict(self) -> dict[str, Any]:
@@ -194,6 +204,7 @@ class Alerts:
             "groups": [stretch.state() for stretch in self._stretches.values()],
             "bad": {names: bad.cpu() for names, bad in self._bad.items()},
             "nan": list(self._nan),
+            "reported": list(self._reported),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -201,6 +212,7 @@ class Alerts:
         if not isinstance(state, Mapping) or not {"num_seen", "groups", "bad", "nan"} <= state.keys():
             raise EquipoiseError(f"the state must be what Alerts.state_dict() gave: got {type(state).__name__}.")
         self.num_seen, self._nan, self._bad = state["num_seen"], list(state["nan"]), dict(state["bad"])
+        self._reported = list(state.get("reported", []))  # states of earlier versions have none
         self._stretches = {}
         for saved in state["groups"]:
             self._stretches[saved["names"]] = stretch = _Stretch(saved["names"], saved["counts"])
@@ -272,18 +284,16 @@ class Alerts:
             row: f"{stretch.names[row]} is as uneven as {effective[row]:.1f} of {num_experts} experts used equally"
             for row in _true_rows(collapsed)
         }
-        remedy = "Take a larger coefficient or rate, or another mechanism."
-        yield from self._changes("collapse", stretch, collapsed, texts, remedy)
+        yield from self._changes("collapse", stretch, collapsed, texts)
 
     def _judge_dead(self, stretch: _Stretch, dead: Tensor, mean: Tensor) -> Iterator[Alert]:
         started = dead & ~stretch.dead
         texts = {
             row: f"{stretch.names[row]}: {_experts(_true_rows(started[row]), dead.shape[-1])} got no token in "
-            f"{int(stretch.windows[row])} windows, where an even share is {mean[row]:,.0f}"
+            f"{int(stretch.windows[row])} steps, where an even share is {mean[row]:,.0f}"
             for row in _true_rows(started.any(-1))
         }
-        remedy = "The strategy quantile revives them at once, a larger rate of loss-free sooner, a loss slowly."
-        yield from self._changes("dead experts", stretch, dead, texts, remedy)
+        yield from self._changes("dead experts", stretch, dead, texts)
 
     def _judge_slow(
         self, stretch: _Stretch, judged: Tensor, counts: Counts, pushed: Counts, violation: Tensor
@@ -311,14 +321,14 @@ class Alerts:
             needed = f"at this rate about {steps_needed[row]:,.0f} more steps"
             texts[row] = (
                 f"{stretch.names[row]}: {_experts([int(busiest[row])], slow.shape[-1])} has {violation[row] + 1:.1f} "
-                f"times its share although its bias moved down in each of the last {int(num_pushed[row])} windows; "
+                f"times its share although its bias moved down in each of the last {int(num_pushed[row])} steps; "
                 f"{needed if math.isfinite(steps_needed[row]) else 'no end in sight, MaxVio does not fall'}"
             )
-        left = "" if steps_left is None else f"{steps_left:,} {'step is' if steps_left == 1 else 'steps are'} left. "
-        yield from self._changes("slow rate", stretch, slow, texts, f"{left}Raise the rate.")
+        left = "" if steps_left is None else f" {steps_left:,} {'step is' if steps_left == 1 else 'steps are'} left."
+        yield from self._changes("slow rate", stretch, slow, texts, left)
 
     def _changes(
-        self, kind: str, stretch: _Stretch, flags: Bool[Tensor, "layers ..."], texts: dict[int, str], remedy: str
+        self, kind: str, stretch: _Stretch, flags: Bool[Tensor, "layers ..."], texts: dict[int, str], more: str = ""
     ) -> Iterator[Alert]:
         before, now = (x.view(len(flags), -1) for x in (getattr(stretch, FLAGS[kind]), flags))
         if torch.equal(before, now):
@@ -329,12 +339,18 @@ class Alerts:
         if not by_expert:  # a layer is slow once, even if another expert becomes its busiest
             started, ended = now & ~before.any(-1, keepdim=True), before & ~now.any(-1, keepdim=True)
         if layers := _experts_by_layer(stretch.names, started):
-            text = f"{kind}: {_layers([texts[row] for row in _true_rows(started.any(-1))])}. {remedy}"
+            text = f"{kind}: {_layers([texts[row] for row in _true_rows(started.any(-1))])}.{more}"
+            if kind not in self._reported:
+                text += f" {remedy(kind, self.strategy)}"
             yield Alert(kind, tuple(layers), text, False, tuple(layers.values()), self.num_seen)
         if layers := _experts_by_layer(stretch.names, ended):
             where = [f"{name}: {_experts(ids, ended.shape[-1])}" if by_expert else name for name, ids in layers.items()]
             text = f"over: {kind}: {_layers(where)}"
             yield Alert(kind, tuple(layers), text, True, tuple(layers.values()), self.num_seen)
+
+
+def _event(alert: Alert) -> str:
+    return f"{'over: ' if alert.over else ''}{alert.kind}"
 
 
 def _by_size(values: Mapping[str, Tensor]) -> Iterable[tuple[tuple[str, ...], Tensor]]:

@@ -6,8 +6,11 @@ or ``TypeError``, as usual in Python.
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import Any, TypeVar
 
-__all__ = ["EquipoiseError", "UsageError", "suggest"]
+__all__ = ["EquipoiseError", "UsageError", "check_choice", "suggest"]
+
+Choice = TypeVar("Choice", bound=str)
 
 
 class EquipoiseError(Exception):
@@ -32,3 +35,11 @@ def suggest(name: str, names: Iterable[str]) -> str:
     """
     close = get_close_matches(name.lower(), list(names), n=3)
     return f" Did you mean {' or '.join(close)}?" if close else ""
+
+
+def check_choice(name: str, value: Any, choices: tuple[Choice, ...]) -> Choice:
+    """``value``, which must be one of ``choices``; otherwise a ``ValueError`` that names them and the closest one."""
+    if value not in choices:
+        near = suggest(str(value), choices)
+        raise ValueError(f"{name} must be one of {', '.join(choices)}: got {value!r}.{near}")
+    return value

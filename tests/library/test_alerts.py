@@ -71,7 +71,7 @@ def test_dead_experts_are_named_where_an_even_share_is_thirty():
     rolled = [torch.cat([load[:7].roll(number), load[7:]]) for number in range(5 * PATIENCE)]
     (alert,) = [alert for load in rolled for alert in alerts.see({"a": load, "b": EVEN})]
     assert (alert.kind, alert.step, alert.experts) == ("dead experts", 4 * PATIENCE, ((7,),))
-    assert "a: expert 7 of 8 got no token in 80 windows, where an even share is 30." in str(alert)
+    assert "a: expert 7 of 8 got no token in 80 steps, where an even share is 30." in str(alert)
     assert alerts.holding == {"dead experts": {"a": (7,)}} and alerts.mark == "1 dead expert"
 
 
@@ -105,6 +105,67 @@ def test_an_expert_that_gets_a_token_now_and_then_stays_dead():
     alerts, dead, token = Alerts(), torch.tensor([100] * 7 + [0]), torch.tensor([100] * 7 + [1])
     assert len(feed(alerts, ([dead] * PATIENCE + [token] * PATIENCE) * 5)) == 1
     assert alerts.mark == "1 dead expert"
+
+
+# ---- the strategy ----
+
+
+@pytest.mark.parametrize(
+    ("strategy", "collapse", "dead"),
+    [
+        (
+            None,
+            "Take a larger coefficient or rate, or another mechanism.",
+            "The strategy quantile revives them at once,",
+        ),
+        ("none", "is none, which does not balance. Take lbl:scope=global_batch, loss-free or quantile.", "is none, wh"),
+        ("frozen+z", "is frozen+z, which does not balance.", "which does not balance."),
+        ("lbl:scope=sequence", "raise its coefficient, or take another mechanism.", "raise its coefficient, or take q"),
+        ("loss-free:rate=0.01", "is loss-free:rate=0.01: raise its rate, or take another", "raise its rate, or take q"),
+        (
+            "deepseek-v3",
+            "is deepseek-v3: raise its rate or its coefficient, or",
+            "raise its rate or its coefficient, or",
+        ),
+        ("quantile", "is quantile, which evens the load in every step: make sure that step()", "make sure that step()"),
+        (
+            "mine:speed=3",
+            "is mine:speed=3: let it balance more strongly, or",
+            "let it balance more strongly, or take quantile",
+        ),
+    ],
+)
+def test_an_alert_names_the_strategy_and_what_to_change_in_it(strategy, collapse, dead):
+    alerts = Alerts(strategy=strategy)
+    first, second = [alert for _ in range(PATIENCE) for alert in alerts.see({"a": ONE})]
+    assert (first.kind, second.kind) == ("collapse", "dead experts")
+    assert collapse in str(first) and dead in str(second)
+    assert strategy in (None, "frozen+z") or f"The strategy is {strategy}" in str(second)
+    assert "a: experts 1, 2, 3, 4 and 5 of 8 got no token in 20 steps, where" in str(second)
+
+
+def test_a_slow_rate_names_its_strategy():
+    alerts = Alerts(num_steps=10 * PATIENCE, strategy="loss-free")
+    (alert,) = [alert for _ in range(5 * PATIENCE) for alert in alerts.see({"a": BUSIEST, "b": EVEN})]
+    assert str(alert).endswith("140 steps are left. The strategy is loss-free: raise its rate.")
+
+
+def test_only_the_first_alert_of_a_kind_says_what_to_do():
+    alerts, two, one = Alerts(strategy="none"), torch.tensor([100] * 6 + [0, 0]), torch.tensor([100] * 7 + [0])
+    loads = [one] * PATIENCE + [two] * PATIENCE + [one] * PATIENCE + [EVEN] * PATIENCE
+    seen = [alert for load in loads for alert in alerts.see({"a": load})]
+    assert [alert.first for alert in seen] == [True, False, True, False]
+    assert ["The strategy is none" in str(alert) for alert in seen] == [True, False, False, False]
+    again = Alerts(strategy="none")
+    again.load_state_dict(alerts.state_dict())
+    (alert,) = [alert for _ in range(PATIENCE) for alert in again.see({"a": one})]
+    assert not alert.first and str(alert).endswith("where an even share is 1,750.")
+
+
+def test_layers_of_two_sizes_that_fail_at_once_are_both_first():
+    alerts, four = Alerts(), torch.tensor([100, 100, 100, 0])
+    seen = [alert for _ in range(PATIENCE) for alert in alerts.see({"a": four, "b": torch.tensor([100] * 7 + [0])})]
+    assert [(alert.layers, alert.first) for alert in seen] == [(("a",), True), (("b",), True)]
 
 
 # ---- slow rate ----
@@ -348,6 +409,20 @@ def test_a_run_of_the_lab_reports_each_alert_once_even_after_it_went_on(config):
     for step in range(2 * PATIENCE + 1, 3 * PATIENCE + 1):
         _step(folder, step, [100, 100, 100, 100])
     assert [text.split(": ")[1] for text in again.said] == ["over", "over"] and again.marks[-1] is None
+    assert "The strategy is none, which does not balance." in watcher.said[0]
+
+
+def test_a_run_of_the_lab_prints_each_kind_once_and_records_all(config):
+    watcher = Watcher()
+    folder = _folder(config, watcher)
+    for step in range(1, 4 * PATIENCE + 1):
+        _step(folder, step, [100, 100, 100, 0] if step <= PATIENCE else [100, 100, 0, 0])
+    for step in range(4 * PATIENCE + 1, 5 * PATIENCE + 1):
+        _step(folder, step, [100, 100, 100, 100])
+    recorded = [text for row in folder.records.rows("steps") for text in row.get("alerts", [])]
+    kinds = ["dead experts", "collapse", "dead experts", "over: collapse", "over: dead experts"]
+    assert [text.split(": a")[0] for text in recorded] == kinds
+    assert [text.split(": ", 1)[1].split(": a")[0] for text in watcher.said] == [*kinds[:2], *kinds[3:]]
 
 
 @pytest.mark.parametrize(
@@ -416,6 +491,7 @@ def test_the_trainer_warns_once_and_logs_the_number_of_problems(impatient, caplo
         trainer = _train(tmp_path, EquipoiseCallback("none"))
     said = [["EquipoiseCallback, step 2", "collapse"], ["EquipoiseCallback, step 2", "dead experts"]]
     assert _warnings(caplog) == said
+    assert caplog.text.count("The strategy is none, which does not balance.") == 2
     logged = [log["equipoise/alerts"] for log in trainer.state.log_history if "equipoise/alerts" in log]
     assert logged == [0.0] + [4.0] * 5  # two kinds of two layers
 

@@ -9,7 +9,7 @@ import inspect
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -23,7 +23,6 @@ __all__ = [
     "Pooling",
     "Scope",
     "check_bool",
-    "check_choice",
     "check_load",
     "check_number",
     "check_whole",
@@ -33,7 +32,6 @@ Scope = Literal["sequence", "micro_batch", "global_batch"]
 Pooling = Literal["window", "previous"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
-Choice = TypeVar("Choice", bound=str)
 Load = Int[Tensor, "layers experts"]
 
 
@@ -223,12 +221,6 @@ def check_whole(name: str, value: Any, *, least: int) -> int:
 def check_bool(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise ValueError(f"{name} must be true or false: got {value!r}.")
-    return value
-
-
-def check_choice(name: str, value: Any, choices: tuple[Choice, ...]) -> Choice:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}: got {value!r}.")
     return value
 
 

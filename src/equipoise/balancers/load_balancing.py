@@ -6,7 +6,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from equipoise.balancers.base import POOLINGS, SCOPES, Balancer, Pooling, Scope, check_bool, check_choice, check_number
+from equipoise.balancers.base import POOLINGS, SCOPES, Balancer, Pooling, Scope, check_bool, check_number
+from equipoise.errors import check_choice
 from equipoise.load import expert_load, sequence_load
 from equipoise.routing import Routing, widest_float
 

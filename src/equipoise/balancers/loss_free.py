@@ -15,11 +15,11 @@ from equipoise.balancers.base import (
     LayerStack,
     Load,
     check_bool,
-    check_choice,
     check_load,
     check_number,
     check_whole,
 )
+from equipoise.errors import check_choice
 from equipoise.routing import widest_float
 
 __all__ = ["RULES", "Frozen", "LossFree", "Rule", "Schedule"]

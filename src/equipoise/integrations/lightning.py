@@ -158,7 +158,7 @@ class BalanceCallback(Callback):
         if balance.num_windows == self._num_windows:
             return
         self._num_windows = balance.num_windows
-        self._alerts.steers = balance.rate > 0
+        self._alerts.steers, self._alerts.strategy = balance.rate > 0, balance.strategy
         for alert in self._alerts.see(balance.peek_load(), _loss_of(outputs)):
             if trainer.is_global_zero:
                 _log.warning(f"BalanceCallback, step {alert.step}: {alert}")

@@ -55,6 +55,9 @@ class Experts:
     typical: list[list[list[dict[str, Any]]]]  # by layer and expert: tokens with text, share and count; [] if unknown
     partners: list[list[list[list[float]]]]  # by layer and expert: (other expert, share of tokens that chose it too)
 
+    def __repr__(self) -> str:
+        return f"Experts({self.name!r}: {len(self.layers)} layers, {len(self.domains)} domains, step {self.step})"
+
     @property
     def num_tokens(self) -> Int[np.ndarray, " domains"]:
         """By domain."""
@@ -74,6 +77,11 @@ class RecordedRun:
     evaluation: dict[str, Any] | None
     result: dict[str, Any] | None
     audit: dict[str, Any] | None = None
+
+    def __repr__(self) -> str:
+        state = "finished" if self.result is not None else "not finished"
+        done = f"{len(self.steps)} steps, {state}"
+        return f"RecordedRun({self.name!r}: strategy {self.strategy!r}, seed {self.seed}, {done})"
 
     @property
     def config(self) -> dict[str, Any]:

@@ -20,11 +20,16 @@ class Column:
     short: str  # for a terminal
     digits: int
     definition: str
+    is_count: bool = False
 
     def text(self, row: Mapping[str, Any]) -> str:
         """The cell: the mean over seeds, ± their standard deviation if there are several."""
         mean, sd = row[self.key], row[f"{self.key}_sd"]
-        return number(mean, self.digits) + ("" if sd is None else f" ± {number(sd, self.digits)}")
+        return self._number(mean) + ("" if sd is None else f" ± {self._number(sd)}")
+
+    def _number(self, value: float) -> str:
+        is_whole = self.is_count and float(value).is_integer()  # the mean of counts over seeds may be no count
+        return number(value, 0 if is_whole else self.digits)
 
 
 COLUMNS = (
@@ -86,6 +91,7 @@ COLUMNS = (
         "dead, test text",
         1,
         "Experts that got no token of the test text, total over all layers.",
+        is_count=True,
     ),
     Column(
         "tokens_per_second",

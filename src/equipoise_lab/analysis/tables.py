@@ -6,6 +6,7 @@ Every table begins with the keys ``run`` (the folder's name), ``strategy`` and `
 """
 
 import json
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,16 @@ class Records:
     recorded_runs: tuple[RecordedRun, ...]
     audits: Mapping[str, dict[str, Any]]  # by name; only audits of models that no run here trained
     problems: tuple[Problem, ...]
+
+    def __repr__(self) -> str:
+        """In one line. The tables have the content."""
+        names = {
+            "runs": [run.name for run in self.recorded_runs],
+            "audits": list(self.audits),
+            "problems": [problem.name for problem in self.problems],
+        }
+        shown = (f"{kind}={reprlib.repr(of_kind)}" for kind, of_kind in names.items() if of_kind)
+        return f"Records of {len(self.recorded_runs)} runs and {len(self.audits)} audits ({', '.join(shown)})"
 
     @property
     def models(self) -> list[Experts]:

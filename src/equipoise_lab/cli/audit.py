@@ -17,9 +17,9 @@ def subcommand() -> Any:
         data: str = "corpus",
         tokens: int = 100_000,
         out: Path = Path("runs/audit"),
-        sequence_length: int | None = None,
+        sequence_length: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")] = None,
         batch: int = 8,
-        json: bool = False,
+        json: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False,
     ) -> Audit:
         """What the experts of a saved model do on text: balance by layer, specialisation by domain and token.
 
@@ -30,7 +30,7 @@ def subcommand() -> Any:
             out: Folder for audit.json and report.html.
             sequence_length: Tokens a row; by default 512, or the model's maximum if that is less.
             batch: Rows a forward.
-            json: Print audit.json on stdout too.
+            json: Print audit.json on stdout, and the table on stderr.
         """
         return Audit(model, data, tokens, out, sequence_length, batch, json)
 
@@ -46,7 +46,7 @@ def run(options: Audit, command_line: str) -> None:
     with Tokens() as progress:
         result = audit(options, progress, command_line)
     page = write_report(options.out)
-    print_rows(COLUMNS, table_rows(result))
+    print_rows(COLUMNS, table_rows(result), stderr=options.json)
     for note in (*result["words"], *result["notes"]):
         print_stderr(note)
     print_stderr(f"{sum(result['tokens'].values()):,} tokens; {options.out / RESULT}, {page}")

@@ -35,7 +35,7 @@ def subcommand() -> Any:
         scenarios: Annotated[
             tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[SCENARIO ...]", help_behavior_hint="")
         ] = (),
-        json: bool = False,
+        json: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False,
     ) -> Conformance:
         """Does a framework balance its experts correctly? Asks the installed one the questions of the suite.
 

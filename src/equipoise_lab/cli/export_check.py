@@ -27,7 +27,7 @@ def subcommand() -> Any:
 
     def export_check(
         model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(help_behavior_hint="")],
-        json: bool = False,
+        json: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False,
     ) -> ExportCheck:
         """Does a saved model still hold the balancing bias that it was trained with?
 
@@ -52,7 +52,7 @@ def run(options: ExportCheck, command_line: str) -> None:
     if options.json:
         print_json({**asdict(result), "survived": result.survived})
     elif result.layers:
-        print_rows(COLUMNS, [layer.table_row() for layer in result.layers])
+        print_rows(COLUMNS, [layer.table_row() for layer in result.layers], stderr=False)
     for note in result.notes:
         print_stderr(note)
     if not result.survived:

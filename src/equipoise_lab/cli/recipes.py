@@ -27,7 +27,7 @@ def subcommand() -> Any:
 
     def recipes(
         name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[NAME]", help_behavior_hint="")] = "",
-        json: bool = False,
+        json: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False,
     ) -> Recipes:
         """Published settings by name: all of them, or one with the source of every value.
 

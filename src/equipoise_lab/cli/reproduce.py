@@ -8,6 +8,7 @@ from equipoise_lab.reproduce.config import Reproduce
 
 __all__ = ["Reproduce", "run", "subcommand"]
 
+CLAIM_COLUMNS = ("claim", "verdict", "difference, 95 % interval")
 COLUMNS = ("comparison", "claimed", "means of the arms", "difference, 95 % interval", "verdict")
 
 
@@ -16,13 +17,15 @@ def subcommand() -> Any:
 
     def reproduce(
         claim: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[CLAIM]", help_behavior_hint="")] = "all",
-        budget: float | None = None,
+        budget: Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")] = None,
         out: Path = Path("runs/reproduce"),
         results: Path = Path("benchmarks/results/claims"),
         workers: int = 0,
-        dtype: Literal["bfloat16", "float32"] | None = None,
-        page: Path | None = None,
-        json: bool = False,
+        dtype: Annotated[
+            Literal["bfloat16", "float32"] | None, tyro.conf.arg(metavar="{bfloat16,float32}", help_behavior_hint="")
+        ] = None,
+        page: Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")] = None,
+        json: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False,
     ) -> Reproduce:
         """Test what the papers claim, with paired seeds, at the size of a laptop.
 
@@ -31,8 +34,8 @@ def subcommand() -> Any:
             budget: Minutes. A run starts only if it should end within them; the same command continues later. 0 runs
                 nothing and shows the verdicts of the stored results.
             out: Folder for runs in progress.
-            results: Folder of the results, one small file per run. A stored run is not run again; a new
-                folder runs all of them.
+            results: Folder of the results, one small file per run. A stored run is not run again. The default
+                also reads the results that come with equipoise; another, new folder runs all of them.
             workers: Runs side by side, one thread each; 0: one for each core.
             dtype: Precision of all runs, in place of the one that the claims name; these results are stored beside the
                 others. CPUs without bfloat16 instructions are several times faster in float32.
@@ -50,7 +53,7 @@ def run(options: Reproduce, command_line: str) -> None:
     with requires_lab("reproduce"):
         from equipoise_lab.train.watch import Runs, print_rows
     options.check()
-    from equipoise_lab.reproduce.command import as_json, reproduce, table_rows
+    from equipoise_lab.reproduce.command import as_json, claim_rows, reproduce, table_rows
 
     with Runs() as progress:
         if options.budget != 0 and options.dtype is None and not _has_bfloat16():
@@ -59,10 +62,12 @@ def run(options: Reproduce, command_line: str) -> None:
                 "long here; --dtype float32 runs them in float32."
             )
         findings = reproduce(options, progress)
-    for name in dict.fromkeys(finding.claim.name for finding in findings):
-        of_claim = [finding for finding in findings if finding.claim.name == name]
-        print_stderr(f"\n{name}: {of_claim[0].claim.title}")
-        print_rows(COLUMNS, table_rows(of_claim))
+    if options.claim == "all":
+        print_rows(CLAIM_COLUMNS, claim_rows(findings), stderr=options.json)
+        print_stderr("What a claim says, and all its comparisons: equipoise reproduce CLAIM --budget 0")
+    elif findings:
+        print_stderr(f"\n{findings[0].claim.name}: {findings[0].claim.title}")
+        print_rows(COLUMNS, table_rows(findings), stderr=options.json)
     if options.json:
         print_json(as_json(findings))
 

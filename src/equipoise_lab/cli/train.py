@@ -1,37 +1,62 @@
 """``equipoise train``: one model under one strategy. Its options are in ``train.config``."""
 
 import contextlib
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-from equipoise_lab.cli.process import rank, requires_lab, share_cores
-from equipoise_lab.train.config import Train
+from equipoise_lab.cli.groups import grouped
+from equipoise_lab.cli.process import print_stderr, rank, requires_lab, share_cores
+from equipoise_lab.models.folders import model_folder
+from equipoise_lab.train.config import Compare, Train
 
 if TYPE_CHECKING:
     from equipoise_lab.train.watch import Terminal
 
-__all__ = ["Train", "run", "on_rank_0", "subcommand"]
+__all__ = ["Train", "check_numbers", "of_run", "on_rank_0", "run", "subcommand"]
+
+Options = TypeVar("Options", Train, Compare)
 
 
 def subcommand() -> Any:
     import tyro
 
-    return Annotated[Train, tyro.conf.subcommand("train")]
+    return Annotated[Train, tyro.conf.subcommand("train", constructor=grouped(Train))]
 
 
 def run(options: Train, command_line: str) -> None:
+    options = of_run(options)
+    options.check()
     share_cores()
     with requires_lab("train"):
         from equipoise_lab.train.watch import Terminal, print_table
-    options.check()
+    check_numbers((options.strategy, options.then))
     with on_rank_0(Terminal()) as terminal:
         from equipoise_lab.train.loop import train
 
         train(options, terminal, command_line)
     if rank() == 0:
-        print_table(options.out)
+        from equipoise_lab.report import write_report
+
+        page = write_report(options.out)
+        print_table(options.out, stderr=True)
+        print_stderr(str(page))
         print(options.out)
 
 
 def on_rank_0(terminal: "Terminal") -> Any:
     """A context manager of ``terminal`` that draws on rank 0 only."""
     return terminal if rank() == 0 else contextlib.nullcontext(terminal)
+
+
+def of_run(options: Options) -> Options:
+    """The same options; where ``--model`` is a run, with the model that it saved."""
+    return options if options.model is None else replace(options, model=model_folder(options.model))
+
+
+def check_numbers(strategies: Iterable[str | None]) -> None:
+    """Raises ``UsageError`` for a strategy with a wrong number. Imports torch, but neither the loop nor the page."""
+    from equipoise_lab.train.balancers import parse_lab_strategy
+
+    for strategy in filter(None, strategies):
+        parse_lab_strategy(strategy)

@@ -4,7 +4,6 @@ A scenario of one rank runs in a process of its own kind: all such scenarios one
 run on gloo. If a process ends or hangs, the scenarios that are left go on in a new one.
 """
 
-import difflib
 import importlib
 import importlib.metadata
 import math
@@ -21,7 +20,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
-from equipoise.errors import UsageError
+from equipoise.errors import UsageError, suggest
 from equipoise_lab.conformance.driver import Driver, NotOffered, NotTried, Refuses
 
 __all__ = ["FRAMEWORKS", "Verdict", "ask", "check_name", "driver_of", "run"]
@@ -68,11 +67,9 @@ class Verdict:
 
 def check_name(framework: str) -> None:
     if framework not in FRAMEWORKS and ":" not in framework:
-        near = difflib.get_close_matches(framework, FRAMEWORKS, n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
         raise UsageError(
             f"the framework must be one of {', '.join(FRAMEWORKS)}, or the module:Class of a driver: "
-            f"got {framework!r}.{hint}"
+            f"got {framework!r}.{suggest(framework, FRAMEWORKS)}"
         )
 
 

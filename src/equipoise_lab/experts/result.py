@@ -37,7 +37,7 @@ class AuditData:
     nats: dict[str, float]  # mean cross-entropy of the next token, by domain
     notes: tuple[str, ...]
     complete: bool = True  # whether all of the text was run
-    samples: Mapping[str, str] = field(default_factory=dict)  # the beginning of each domain's text
+    samples: Mapping[str, str] = field(default_factory=dict, repr=False)  # the beginning of each domain's text
 
 
 def summarise(

@@ -2,18 +2,19 @@
 
 import time
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from equipoise_lab.cores import num_cores
 from equipoise_lab.records import finite
 from equipoise_lab.reproduce.claim import Claim, Job, claim_names, load_claim
-from equipoise_lab.reproduce.config import Reproduce
+from equipoise_lab.reproduce.config import RESULTS, Reproduce
 from equipoise_lab.reproduce.frontier import FRONTIERS
 from equipoise_lab.reproduce.page import claimed, comparison_text, number, result_text, verdict_text, write
 from equipoise_lab.reproduce.runs import Progress, Results, execute
 from equipoise_lab.reproduce.verdict import Finding, findings
 
-__all__ = ["as_json", "reproduce", "table_rows"]
+__all__ = ["as_json", "claim_rows", "reproduce", "table_rows"]
 
 
 def reproduce(options: Reproduce, progress: Progress) -> list[Finding]:
@@ -21,12 +22,10 @@ def reproduce(options: Reproduce, progress: Progress) -> list[Finding]:
     primary one first."""
     options.check()
     names = claim_names() if options.claim == "all" else [options.claim]
-    if not options.results.is_dir():
-        progress.say(
-            f"{options.results} is not a folder, so there are no stored results yet. Ours are in the repository, in "
-            "benchmarks/results/claims. Run the command there, or pass that folder as --results."
-        )
-    results = Results(options.results, dtype=options.dtype)
+    shipped = _shipped_results() if options.results == RESULTS else []
+    if not options.results.is_dir() and not shipped:
+        progress.say(f"{options.results} is not a folder, so there are no stored results yet.")
+    results = Results(options.results, *shipped, dtype=options.dtype)
     if options.budget != 0:
         _run([load_claim(name) for name in names], options.claim == "all", results, options, progress)
     chosen = {name: frontier.chosen(results) for name, frontier in FRONTIERS.items()}
@@ -36,6 +35,12 @@ def reproduce(options: Reproduce, progress: Progress) -> list[Finding]:
     if options.page is not None:
         write(options.page, all_claims, reported, results)
     return reported
+
+
+def _shipped_results() -> list[Path]:
+    """The folder with the results that come with equipoise: in the package, or in the clone that it runs from."""
+    package = Path(__file__).parent
+    return [path for path in (package / "results", package.parents[2] / RESULTS) if path.is_dir()]
 
 
 def _run(claims: Sequence[Claim], is_all: bool, results: Results, options: Reproduce, progress: Progress) -> None:
@@ -86,7 +91,7 @@ def as_json(findings: list[Finding]) -> list[dict[str, Any]]:
                 "diverged": finding.diverged,
                 "mean": None if estimate is None else estimate.mean,
                 "interval": None if estimate is None or estimate.n < 2 else list(estimate.interval),
-                "verdict": finding.verdict,
+                "verdict": "not run" if finding.is_missing else finding.verdict,
                 "p_adjusted": None if finding.judgement is None else finding.judgement.p_adjusted,
                 "seeds_needed": finding.seeds_needed,
             }
@@ -106,3 +111,14 @@ def table_rows(findings: list[Finding]) -> list[tuple[str, ...]]:
         )
         for finding in findings
     ]
+
+
+def claim_rows(findings: list[Finding]) -> list[tuple[str, str, str]]:
+    """A row a claim, by its primary comparison."""
+    rows = []
+    for finding in findings:
+        if finding.is_primary and finding.is_missing:
+            rows.append((finding.claim.name, "not run", ""))
+        elif finding.is_primary:
+            rows.append((finding.claim.name, finding.verdict, result_text(finding)))
+    return rows

@@ -3,10 +3,13 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from equipoise.errors import UsageError
+from equipoise.errors import UsageError, suggest
 from equipoise_lab.reproduce.claim import DTYPES, claim_names
 
-__all__ = ["Reproduce"]
+__all__ = ["RESULTS", "Reproduce"]
+
+
+RESULTS = Path("benchmarks/results/claims")
 
 
 @dataclass(frozen=True)
@@ -16,7 +19,7 @@ class Reproduce:
     claim: str = "all"
     budget: float | None = None  # minutes
     out: Path = Path("runs/reproduce")
-    results: Path = Path("benchmarks/results/claims")
+    results: Path = RESULTS
     workers: int = 0  # 0: one for each core
     dtype: str | None = None  # None: as the claims say
     page: Path | None = None
@@ -24,7 +27,9 @@ class Reproduce:
 
     def check(self) -> None:
         if self.claim != "all" and self.claim not in claim_names():
-            raise UsageError(f"CLAIM must be all or one of {', '.join(claim_names())}: got {self.claim!r}.")
+            names = claim_names()
+            near = suggest(self.claim, names)
+            raise UsageError(f"CLAIM must be all or one of {', '.join(names)}: got {self.claim!r}.{near}")
         if self.budget is not None and not 0 <= self.budget < float("inf"):
             raise UsageError(f"--budget must be a number of minutes, at least 0: got {self.budget}.")
         if self.workers < 0:

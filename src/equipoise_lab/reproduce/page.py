@@ -194,6 +194,8 @@ def claimed(finding: Finding) -> str:
 def verdict_text(finding: Finding) -> str:
     """The verdict; for an undecided claim also what it would take to support it."""
     comparison, estimate = finding.comparison, finding.estimate
+    if finding.is_missing:
+        return "not run"
     if finding.judgement is None or estimate is None:
         return finding.verdict
     if finding.verdict != "undecided":

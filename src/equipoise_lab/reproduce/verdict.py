@@ -44,6 +44,11 @@ class Finding:
         return self.claim.seeds_for(self.comparison)
 
     @property
+    def is_missing(self) -> bool:
+        """Whether nothing ran."""
+        return self.estimate is None and not self.diverged
+
+    @property
     def verdict(self) -> str:
         return "undecided" if self.judgement is None else self.judgement.verdict
 

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from equipoise.errors import UsageError
+from equipoise_lab.records import read_json
+from equipoise_lab.train.strategies import check_strategies
 
 __all__ = ["ARCHITECTURES", "TOP_K", "Compare", "Train"]
 
@@ -37,8 +39,8 @@ class _Run:
     softmax starts from the same weights. It needs --no-save-model: a saved glm4_moe always routes by sigmoid."""
 
     model: Path | None = None
-    """Folder of a Transformers model to train instead of --arch. Starts from its weights if it has any, else from
-    its config. --layers, --width, --experts and similar options are then ignored: the model sets them."""
+    """Folder of a Transformers model, or of a run, to train instead of --arch. Starts from its weights if it has any,
+    else from its config. --layers, --width, --experts and similar options are then ignored: the model sets them."""
 
     data: str = "corpus"
     """Text to train on: "corpus" (eight domains, packaged), a folder, a file, or a data set of the library datasets.
@@ -187,6 +189,13 @@ class _Run:
         self._check_score_function()
         if self.model is not None and not (self.model / "config.json").is_file():
             raise UsageError(f"--model must be a folder with a config.json: {self.model} has none. Check the path.")
+        if self.model is not None:
+            content = read_json(self.model / "config.json")
+            if isinstance(content, dict) and {"format", "strategy"} <= content.keys():
+                raise UsageError(
+                    f"--model must be a saved model, or a run that saved one: {self.model} is a run without a model. "
+                    "It has not finished, or was trained with --no-save-model. Train it again without that option."
+                )
 
     def recorded(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """The recorded options of a folder. Options newer than the folder get their defaults."""
@@ -263,6 +272,7 @@ class Train(_Run):
 
     def check(self) -> None:
         super().check()
+        check_strategies(filter(None, (self.strategy, self.then)))
         if self.seed < 0:
             raise UsageError(f"--seed must be at least 0: got {self.seed}.")
 
@@ -301,6 +311,7 @@ class Compare(_Run):
             raise UsageError(f"--workers must be at least 1: got {self.workers}. Leave it out for one per core.")
         if not self.strategies:
             raise UsageError("--strategies must name at least one: got none. Example: --strategies none loss-free")
+        check_strategies(filter(None, (*self.strategies, self.then)))
 
     def runs(self) -> list[Train]:
         """One run for each seed and strategy, each in its own folder below ``out``."""

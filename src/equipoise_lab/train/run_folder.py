@@ -16,7 +16,7 @@ from typing import Any, Protocol, final
 
 import torch
 
-from equipoise.alerts import Alerts
+from equipoise.alerts import Alert, Alerts
 from equipoise.errors import EquipoiseError
 from equipoise_lab.experts.result import RESULT, AuditData, summarise
 from equipoise_lab.records import LOCK, Run, is_new, write_json
@@ -216,11 +216,12 @@ class RunFolder:
         for row in records.rows("loads"):
             self._new_alerts(row["step"], row["load"])
 
-    def _new_alerts(self, step: int, load: list[list[int]]) -> list[str]:
-        """Messages of the alerts that start or end with this step."""
-        self.alerts.steers = has_positive_rate(self.config.strategy_of(step), step - 1)
+    def _new_alerts(self, step: int, load: list[list[int]]) -> list[Alert]:
+        """The alerts that start or end with this step."""
+        self.alerts.strategy = self.config.strategy_of(step)
+        self.alerts.steers = has_positive_rate(self.alerts.strategy, step - 1)
         layers = self.records.config["layers"]
-        return [str(alert) for alert in self.alerts.see(dict(zip(layers, map(torch.tensor, load), strict=True)))]
+        return self.alerts.see(dict(zip(layers, map(torch.tensor, load), strict=True)))
 
     def step(self, row: dict[str, Any], load: list[list[int]]) -> None:
         """Records a step. Then raises EquipoiseError if its loss is not finite."""
@@ -228,11 +229,12 @@ class RunFolder:
         self.seconds.append(row["seconds"])
         alerts = self._new_alerts(row["step"], load)
         if alerts:
-            row = {**row, "alerts": alerts}
+            row = {**row, "alerts": [str(alert) for alert in alerts]}
         records.append("steps", row)
         records.append("loads", {"step": row["step"], "load": load})
         for alert in alerts:
-            self.watcher.say(f"step {row['step']}: {alert}")
+            if alert.first:  # later ones are in the records and, while they last, in the progress line
+                self.watcher.say(f"step {row['step']}: {alert}")
         shown = {**row, "holding": self.alerts.mark} if self.alerts.mark else row
         self.watcher.step(shown, self.tokens_per_step / statistics.median(self.seconds[-20:]))
         if not math.isfinite(row["loss"]):

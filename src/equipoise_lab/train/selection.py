@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from equipoise.balancers import ZLoss
 from equipoise.balancers.base import check_bool, check_whole
-from equipoise.errors import EquipoiseError, UsageError
+from equipoise.errors import EquipoiseError, UsageError, suggest
 from equipoise.routers.find import find_routers
 from equipoise.routing import score
 from equipoise_lab.train.balancers import parse_lab_strategy
@@ -278,7 +278,8 @@ def parse_selection(text: str) -> Selection | None:
     name, colon, options = text.partition(":")
     if name not in SELECTIONS:
         raise UsageError(
-            f"--selection must be one of {TOP_K}, {', '.join(SELECTIONS)}: got {text!r}. Example: "
+            f"--selection must be one of {TOP_K}, {', '.join(SELECTIONS)}: got {text!r}."
+            f"{suggest(name, [TOP_K, *SELECTIONS])} Example: "
             "expert-choice:chunk=1024,shuffled=true"
         )
     known = OPTIONS.get(name, ())

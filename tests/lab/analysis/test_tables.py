@@ -1,6 +1,7 @@
 """Tables of runs and audits against the content of their files."""
 
 import json
+import math
 
 import numpy as np
 import pyarrow.compute as pc
@@ -149,3 +150,26 @@ def test_tables_and_figures_are_reached_by_name():
     assert {"read_records", "figures", "tables"} <= set(dir(analysis))
     with pytest.raises(AttributeError, match="nothing"):
         analysis.nothing  # noqa: B018
+
+
+def test_the_repr_of_records_and_of_their_parts_is_one_short_line(tmp_path):
+    for seed in range(20):
+        make_run(tmp_path / f"run{seed:02}", seed=seed, steps=50, finish=seed > 0)
+    records = read_records(tmp_path)
+    assert repr(records).startswith("Records of 20 runs and 0 audits (runs=['run00', 'run01', ")
+    assert repr(records).endswith("...], problems=['run00'])") and len(repr(records)) < 150
+    unfinished, finished = records.recorded_runs[:2]
+    assert repr(unfinished) == "RecordedRun('run00': strategy 'lbl', seed 0, 50 steps, not finished)"
+    assert repr(finished) == "RecordedRun('run01': strategy 'lbl', seed 1, 50 steps, finished)"
+    assert repr(finished.experts) == "Experts('run01': 2 layers, 2 domains, step 50)"
+
+
+@pytest.mark.parametrize(
+    ("mean", "sd", "text"),
+    [(3.0, None, "3"), (0.0, 0.0, "0 ± 0"), (2.5, 0.7071, "2.5 ± 0.7"), (math.nan, None, "not finite")],
+)
+def test_dead_experts_are_whole_numbers_unless_they_are_a_mean(mean, sd, text):
+    (column,) = [column for column in COLUMNS if column.key == "dead_experts"]
+    assert column.text({"dead_experts": mean, "dead_experts_sd": sd}) == text
+    (column,) = [column for column in COLUMNS if column.key == "maxvio_global"]
+    assert column.text({"maxvio_global": 1.0, "maxvio_global_sd": None}) == "1.000"

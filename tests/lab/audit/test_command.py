@@ -59,7 +59,8 @@ def test_the_command_writes_a_report_and_prints_the_number_of_tokens(run, text, 
         ["audit", str(run), "--data", str(text), "--tokens", "2000", "--sequence-length", "32", "--out", str(tmp_path)]
     )
     result, page = json.loads((tmp_path / RESULT).read_text()), (tmp_path / "report.html").read_text()
-    stderr = capsys.readouterr().err
+    stdout, stderr = capsys.readouterr()
+    assert stdout.startswith("layer ") and len(stdout.splitlines()) == 1 + len(result["layers"])
     assert f"{sum(result['tokens'].values()):,} tokens; {tmp_path / RESULT}, {tmp_path / 'report.html'}" in stderr
     assert result["command"].startswith("equipoise audit") and "What the experts of this model do" in page
     levels = result["mean"]["information_by_level"]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -28,9 +29,38 @@ def test_with_json_stdout_holds_nothing_but_the_result(text, tmp_path, capsys):
     assert (out / "report.html").exists()
 
 
-def test_train_prints_its_folder(text, tmp_path, capsys):
+def test_without_json_the_table_is_on_stdout(text, tmp_path, capsys):
+    out = tmp_path / "out"
+    main(["compare", "--data", str(text), "--out", str(out), "--workers", "1", "--strategies", "none", *SMALL])
+    stdout, stderr = capsys.readouterr()
+    titles, row = stdout.splitlines()
+    assert titles.split()[:3] == ["strategy", "loss", "nats"] and row.startswith("none ")
+    assert titles.split()[-4:] == ["dead,", "test", "text", "tokens/s"] and row.split()[-2].isdigit()
+    assert str(out / "report.html") in stderr
+
+
+def test_train_prints_its_folder_and_writes_its_page(text, tmp_path, capsys):
     main(["train", "--data", str(text), "--out", str(tmp_path / "run"), "--strategy", "lbl", *SMALL])
-    assert capsys.readouterr().out.strip() == str(tmp_path / "run")
+    stdout, stderr = capsys.readouterr()
+    assert stdout.strip() == str(tmp_path / "run")
+    assert "loss nats" in stderr and str(tmp_path / "run" / "report.html") in stderr
+    assert "<html" in (tmp_path / "run" / "report.html").read_text()
+
+
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_a_run_is_a_model_to_go_on_from(text, tmp_path, capsys, error_of, command):
+    run = tmp_path / "run"
+    main(["train", "--data", str(text), "--out", str(run), "--strategy", "none", *SMALL])
+    options = ["--data", str(text), "--model", str(run), *SMALL]
+    main([command, "--out", str(tmp_path / "more"), *options, *([] if command == "train" else ["--workers", "1"])])
+    (path, *_) = (tmp_path / "more").rglob("steps.jsonl")
+    options_of_run = json.loads((path.parent / "config.json").read_text())["options"]
+    assert options_of_run["model"] == str(run / "model")
+    first, again = (json.loads(file.read_text().splitlines()[0])["loss"] for file in (run / "steps.jsonl", path))
+    assert again < first
+    shutil.rmtree(run / "model")
+    capsys.readouterr()
+    assert "is a run without a model" in error_of([command, "--out", tmp_path / "other", *options], 2)
 
 
 @pytest.mark.parametrize(

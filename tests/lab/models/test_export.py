@@ -229,8 +229,8 @@ def test_a_dense_model_is_refused(tmp_path):
 def test_the_command_shows_a_table_and_exits_with_1_if_a_bias_is_lost(tmp_path, capfd):
     _save(tmp_path / "good")
     main(["export-check", str(tmp_path / "good")])
-    stderr = capfd.readouterr().err
-    assert "model.layers.0.mlp.gate" in stderr and "kept" in stderr
+    stdout = capfd.readouterr().out
+    assert "model.layers.0.mlp.gate" in stdout and "kept" in stdout
     _save(tmp_path / "bad")
     _rewrite(tmp_path / "bad", lambda name, tensor: tensor.bfloat16() if name.endswith(SLOT) else tensor)
     with pytest.raises(SystemExit) as stop:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from equipoise import EquipoiseError
 from equipoise_lab.cli import main
 from equipoise_lab.models.examine import MAX_PARAMETERS
+from equipoise_lab.models.families import Family
 from equipoise_lab.models.load import load_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:transformers.*")
@@ -186,7 +187,7 @@ def test_a_missing_or_damaged_config_is_refused(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_the_list_of_families_is_a_table_on_stdout():
-    done = subprocess.run([sys.executable, "-m", "equipoise", "families"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "equipoise", "families", "--wide"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     titles, *rows = done.stdout.splitlines()
     assert titles.split()[:2] == ["model_type", "router"] and titles.endswith("why not")
@@ -198,3 +199,44 @@ def test_the_list_of_families_is_a_table_on_stdout():
     assert re.search(r" no +no +it gives another result each time that it runs in training$", row)
     (row,) = [row for row in rows if row.startswith("deepseek_v2 ")]
     assert re.search(r" - +yes +no +without groups +yes +$", row + " ")
+
+
+def _family(name, **fields):
+    row = dict.fromkeys(Family.__dataclass_fields__)
+    row |= dict(model_type=name, router=f"{name.title()}Router", score_function="softmax", supported=True, tested=True)
+    return Family(**row | fields)
+
+
+@pytest.fixture
+def listed(monkeypatch):
+    families = [
+        _family("qwen3_moe"),
+        _family("qwen2_moe", group_limits=True),
+        _family("zaya", supported=False, tested=False, reason="its weights are in proportion to none of softmax, " * 3),
+    ]
+    monkeypatch.setattr("equipoise_lab.cli.families._installed_families", lambda: families)
+
+
+def test_the_list_has_three_columns_and_fits_80_characters(listed, capsys, monkeypatch):
+    main(["families"])
+    out, err = capsys.readouterr()
+    titles, *rows = out.splitlines()
+    assert titles.split() == ["model_type", "router", "supported"] and len(rows) == 3
+    assert rows[0].split() == ["qwen3_moe", "Qwen3_MoeRouter", "yes"]
+    assert rows[1].endswith(" without groups") and "no: its weights are in" in rows[2]
+    assert "equipoise families --wide" in err
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
+    monkeypatch.setenv("COLUMNS", "80")
+    main(["families"])
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out).splitlines()
+    assert len(lines) > 4 and max(map(len, lines)) <= 80
+
+
+def test_families_are_filtered_by_a_part_of_their_name(listed, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, expected in (("Qwen3", ["qwen3_moe"]), ("qwen", ["qwen3_moe", "qwen2_moe"]), ("zayarouter", ["zaya"])):
+        main(["families", name, "--json"])
+        assert [one["model_type"] for one in json.loads(capsys.readouterr().out)] == expected
+    line = _error_line("qwen3moee", capsys)
+    assert "qwen3moee does not exist, and no family" in line and line.endswith("Did you mean qwen3_moe or qwen2_moe?")
+    assert "some/qwen does not exist. A model of the Hub" in _error_line("some/qwen", capsys)  # a path is a path

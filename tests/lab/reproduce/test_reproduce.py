@@ -535,3 +535,40 @@ def test_all_claims_fit_into_seven_hours_of_two_cores():
     jobs |= {job for frontier in FRONTIERS.values() for job in frontier.jobs(Results(Path("nowhere")))}
     minutes = {80: 1.0, 200: 2.5}
     assert sum(minutes[dict(job.options)["steps"]] for job in jobs) / 2 < 7 * 60
+
+
+def test_the_shipped_results_are_found_from_any_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    main(["reproduce", "--budget", "0"])
+    out, err = capsys.readouterr()
+    titles, *rows = out.splitlines()
+    assert titles.split()[:2] == ["claim", "verdict"] and [row.split()[0] for row in rows] == claim_names()
+    assert max(map(len, rows)) < 80, "one line a claim, also in a terminal of 80 characters"
+    assert re.search(r"^1-scope +supported +−0.0675 ", rows[0]) and "not run" not in out
+    assert "not a folder" not in err and "equipoise reproduce CLAIM --budget 0" in err
+    main(["reproduce", "1-scope", "--budget", "0", "--json"])
+    out, err = capsys.readouterr()
+    assert json.loads(out)[0]["verdict"] == "supported" and "loss, global − micro" in err
+
+
+def test_new_results_come_before_the_shipped_ones(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = Reproduce(claim="1-scope", budget=0)
+    (shipped,) = [one for one in reproduce(options, Quiet()) if one.is_primary]
+    claim = shipped.claim
+    for arm in claim.primary.arms:
+        for seed in claim.all_seeds:
+            _store(Results(options.results), claim.job(arm, seed), 1.0 + seed / 100)
+    (ours,) = [one for one in reproduce(options, Quiet()) if one.is_primary]
+    assert shipped.estimate.mean < -0.05 and ours.estimate.mean == 0
+
+
+def test_a_claim_without_runs_is_not_run(tmp_path, capsys):
+    main(["reproduce", "--budget", "0", "--results", str(tmp_path / "new")])
+    out, err = capsys.readouterr()
+    assert [row.split() for row in out.splitlines()[1:]] == [[name, "not", "run"] for name in claim_names()]
+    assert "is not a folder, so there are no stored results yet." in err
+    main(["reproduce", "1-scope", "--budget", "0", "--results", str(tmp_path / "new"), "--json"])
+    assert {one["verdict"] for one in json.loads(capsys.readouterr().out)} == {"not run"}
+    finding = findings([CLAIM], Results(tmp_path / "new"))[0]
+    assert verdict_text(finding) == "not run" and verdict_text(replace(finding, diverged=1)) == "undecided"

@@ -60,7 +60,8 @@ class Balancing:
             self._attach()
         super().load_checkpoint(restore_from)  # type: ignore[misc]
         scheduler = self.step_scheduler  # type: ignore[attr-defined]
-        self._see = Alerts(num_steps=_num_steps(scheduler), num_seen=scheduler.step).see
+        strategy = self.balance.strategy
+        self._see = Alerts(num_steps=_num_steps(scheduler), num_seen=scheduler.step, strategy=strategy).see
 
     def _attach(self) -> None:
         recipe: Any = self

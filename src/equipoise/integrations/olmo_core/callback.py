@@ -232,7 +232,7 @@ class EquipoiseCallback(Callback):  # type: ignore[misc, unused-ignore]
 
     def _report(self) -> None:
         assert self.balance is not None
-        self._alerts.steers = self.balance.rate > 0
+        self._alerts.steers, self._alerts.strategy = self.balance.rate > 0, self.balance.strategy
         for alert in self._alerts.see(self.balance.peek_load()):
             if get_rank() == 0:
                 _log.warning(f"EquipoiseCallback, step {self.step}: {alert}")

@@ -191,6 +191,7 @@ class Balancing:
         load = {name: counts for balance in self.balances for name, counts in balance.load.items()}
         biases = {name: bias for balance in self.balances for name, bias in balance.biases.items()}
         if load:
+            self._alerts.strategy = self.balances[0].strategy
             for alert in self._alerts.see(load, loss, biases):
                 _log.warning(f"step {step}: {alert}")
         self._log_of_trainer(step, loss, *args, extra_metrics=metrics, **kwargs)

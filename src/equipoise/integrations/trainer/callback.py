@@ -267,7 +267,7 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     def _report_alerts(self, state: Any) -> None:
         """Warns of each problem that starts or ends with the window that was just closed."""
         assert self.balance is not None
-        self._alerts.steers = self.balance.rate > 0
+        self._alerts.steers, self._alerts.strategy = self.balance.rate > 0, self.balance.strategy
         loss = None if self._loss is None else self._loss.take_loss()
         for alert in self._alerts.see(self.balance.peek_load(), loss):
             if state.is_world_process_zero:

@@ -1,0 +1,79 @@
+"""Wrong command lines: one sentence each, with the name that was meant, before anything heavy is imported."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+TRAIN = ["train", "--out", "run"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian"], "the command must be one of compare, train, .*: got 'trian'. Did you mean train.$"),
+        (["bananas"], "got 'bananas'. `equipoise --help` says what each does.$"),
+        ([], "the command must be one of compare, .*: got none. `equipoise --help` says what each does.$"),
+        (["--out", "x"], "must come first: got --out. Write it before that.$"),
+        ([*TRAIN, "--stpes", "3"], "an option must be one of `equipoise train`: got --stpes. Did you mean --steps.$"),
+        ([*TRAIN, "--stpes=3"], "got --stpes. Did you mean --steps.$"),
+        ([*TRAIN, "--save-model"], "got --save-model. Did you mean --no-save-model.$"),
+        ([*TRAIN, "--no-shuffled"], "got --no-shuffled. Did you mean --shuffled.$"),
+        ([*TRAIN, "--json"], "got --json. `equipoise train --help` says what it takes.$"),
+        ([*TRAIN, "-x"], "which have two dashes: got -x. `equipoise train --help` says what it takes.$"),
+        ([*TRAIN, "--steps", "3", "4"], "`equipoise train` must get the arguments that it knows, .*: got 4. Leave"),
+        (
+            [*TRAIN, "--arch", "qwen3moe"],
+            "--arch must be one of .*: got 'qwen3moe'. Did you mean qwen3_moe.$",
+        ),
+        ([*TRAIN, "--steps", "many"], "--steps must be a whole number: got 'many'.$"),
+        ([*TRAIN, "--switch-at", "y"], "--switch-at must be a whole number: got 'y'.$"),
+        ([*TRAIN, "--warmup", "x"], "--warmup must be a number: got 'x'.$"),
+        (["train", "--steps", "--out", "run"], "--steps needs a value: got none. Write one after it"),
+        (["train"], "`equipoise train` needs --out PATH: got none. Output folder. .* `equipoise train --help` says"),
+        (["report"], "`equipoise report` needs PATH: got none. The folder that was passed as --out"),
+        (["recipes", "olmoe", "switch"], "`equipoise recipes` must get .*: got switch. Leave that out"),
+        (["recipes", "olmo"], "Did you mean olmoe.* `equipoise recipes` describes them.$"),
+        (["reproduce", "1-scop"], "CLAIM must be all or one of .*: got '1-scop'. Did you mean 1-scope.$"),
+        (["reproduce", "--dtype", "float16"], "--dtype must be one of .*: got 'float16'. Did you mean bfloat16 or"),
+        (["reproduce", "--budget", "x"], "--budget must be a number: got 'x'.$"),
+        (["conformance", "transfomers"], "got 'transfomers'. Did you mean transformers.$"),
+        ([*TRAIN, "--strategy", "los-free"], "got 'los-free'. Did you mean loss-free.$"),
+        ([*TRAIN, "--strategy", "lbl:scope=global"], "scope must be one of .* got 'global'. Did you mean global_batch"),
+        (
+            [*TRAIN, "--strategy", "lbl:scop=sequence"],
+            "An option of lbl must be .*: got .*. Did you mean scope.$",
+        ),
+        ([*TRAIN, "--strategy", "loss-free:rule=sing"], "got 'sing'. Did you mean sign"),
+        ([*TRAIN, "--then", "quantle", "--switch-at", "3"], "got 'quantle'. Did you mean quantile.$"),
+        (["compare", "--out", "run", "--strategies", "none", "lbl:scope=global"], "Did you mean global_batch"),
+        ([*TRAIN, "--selection", "sinkhorm"], "--selection must be one of .*got 'sinkhorm'. Did you mean sinkhorn"),
+    ],
+)
+def test_a_wrong_command_line_is_one_sentence(tmp_path, monkeypatch, error_of, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    line = error_of(arguments, 2)
+    assert re.search(message, line), line
+    for word in ("helptext", "Unrecognized", "Perhaps", "invalid literal", "NoneType"):
+        assert word not in line
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "heavy"),
+    [
+        (["trian"], "{'torch', 'transformers', 'pyarrow', 'tyro'}"),
+        (["train", "--out", "run", "--strategy", "lbl:scope=global"], "{'torch', 'transformers', 'pyarrow'}"),
+        (["compare", "--out", "run", "--strategies", "lbll"], "{'torch', 'transformers', 'pyarrow'}"),
+        (["compare", "--out", "run", "--strategies", "loss-free:rate=-1"], "{'transformers', 'plotly', 'jinja2'}"),
+    ],
+)
+def test_strategies_are_checked_before_heavy_imports(tmp_path, arguments, heavy):
+    code = (
+        f"import sys\nfrom equipoise_lab.cli import main\ntry: main({arguments!r})\n"
+        f"except SystemExit as stop: assert stop.code == 2\nimported = {heavy} & set(sys.modules)\n"
+        "assert not imported, imported"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
