@@ -49,7 +49,7 @@ def _section(name: str) -> str:
     shown = _read(_printed(name))
     parts = [f"## equipoise {name}", _text(shown.summary.splitlines(), "\n"), f"```text\n{shown.usage}\n```"]
     if examples := EXAMPLES.get(name):
-        parts.append("\n".join(["```sh", *examples, "```"]))
+        parts.append("\n".join(["```text", *examples, "```"]))
     groups = {title: [o for o in options if not o.call.startswith("-h,")] for title, options in shown.groups.items()}
     for title, options in groups.items():
         if options and title not in ("options", "positional arguments"):

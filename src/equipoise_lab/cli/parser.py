@@ -46,10 +46,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {  # by command, below its help; "": belo
     ),
     "train": (
         "equipoise train --out runs/one --strategy quantile",
-        "equipoise train --out runs/tuned --strategy lbl:scope=global_batch,coefficient=1e-2 --model my_model",
+        "equipoise train --out runs/tuned --strategy lbl:scope=global_batch,coefficient=1e-2 --model runs/one",
     ),
     "audit": ("equipoise audit runs/one --data my_text --out runs/audit",),
-    "families": ("equipoise families qwen", "equipoise families --wide", "equipoise families my_model"),
+    "families": ("equipoise families qwen", "equipoise families --wide", "equipoise families runs/one"),
     "recipes": ("equipoise recipes deepseek-v3",),
     "reproduce": ("equipoise reproduce --budget 0", "equipoise reproduce 1-scope --budget 30"),
     "conformance": ("equipoise conformance", "equipoise conformance transformers"),

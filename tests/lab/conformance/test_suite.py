@@ -23,7 +23,7 @@ SCRIPTS = sorted(REPRODUCTIONS.rglob("*.py"))
 def test_a_driver_is_short_and_says_where_its_use_is_documented(name):
     module, cls = name.split(":")
     source = (SUITE / "drivers" / f"{module}.py").read_text(encoding="utf-8")
-    assert len(source.splitlines()) <= 100
+    assert len([line for line in source.splitlines() if line.strip()]) <= 100
     (driver,) = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == cls]
     assert "INTENDED_USE" in ast.unparse(driver)
 
