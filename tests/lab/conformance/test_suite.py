@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from conformance_pages import check_pages
 
 from equipoise_lab.conformance import places, runner
 from equipoise_lab.conformance.scenarios import SCENARIOS
@@ -42,6 +43,10 @@ def test_places_are_those_of_wrong_answers(framework):
 def test_all_questions_were_asked(framework):
     for verdicts in STORED["answers"][framework].values():
         assert {verdict["scenario"] for verdict in verdicts} == set(SCENARIOS)
+
+
+def test_the_pages_are_those_of_the_stored_answers():
+    assert check_pages(STORED) is None
 
 
 def test_equipoise_is_right_in_all():
