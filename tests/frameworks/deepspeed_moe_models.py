@@ -53,8 +53,8 @@ class MoENet(nn.Module):
             for block in self.blocks:
                 block.deepspeed_moe.gate.wg.weight.copy_(torch.randn(EXPERTS, WIDTH, generator=generator) * 0.7)
                 experts = torch.randn(EXPERTS, WIDTH, WIDTH + 1, generator=generator) * 0.3
-                own = block.deepspeed_moe.experts.deepspeed_experts
-                for number, expert in enumerate(own):
+                local_experts = block.deepspeed_moe.experts.deepspeed_experts
+                for number, expert in enumerate(local_experts):
                     expert.weight.copy_(experts[rank * num_local + number, :, :-1])
                     expert.bias.copy_(experts[rank * num_local + number, :, -1])
 
@@ -150,24 +150,24 @@ class Reference(PlainReference):
         scores = (x @ moe.gate.wg.weight.T).softmax(-1)
         ranked = (scores.detach() + torch.tensor(bias, dtype=torch.float64)).tolist()
         chosen = [sorted(range(EXPERTS), key=lambda e, row=row: -row[e])[: self.kind.k] for row in ranked]
-        kept = self._kept(chosen, scores.tolist())
+        within_capacity = self._within_capacity(chosen, scores.tolist())
         outputs = []
         for token, experts in enumerate(chosen):
-            weights = [scores[token, expert] for expert in experts if (token, expert) in kept]
+            weights = [scores[token, expert] for expert in experts if (token, expert) in within_capacity]
             total = 1 if self.kind.k == 1 else sum(weights)
             y = x[token]
-            for weight, expert in zip(weights, [e for e in experts if (token, e) in kept], strict=True):
+            for weight, expert in zip(weights, [e for e in experts if (token, e) in within_capacity], strict=True):
                 layer = moe.experts.deepspeed_experts[expert]
                 y = y + weight / total * (layer.weight @ x[token] + layer.bias)
             outputs.append(y)
         return torch.stack(outputs), scores, chosen
 
-    def _kept(self, chosen: list[list[int]], scores: list[list[float]]) -> set[tuple[int, int]]:
+    def _within_capacity(self, chosen: list[list[int]], scores: list[list[float]]) -> set[tuple[int, int]]:
         """(token, expert) that have a place: with k = 2 the first choices, then in order; above, the largest scores."""
         pairs = {(token, expert) for token, experts in enumerate(chosen) for expert in experts}
         if not self.kind.drops:
             return pairs
-        k, kept = self.kind.k, set()
+        k, within_capacity = self.kind.k, set()
         assert k > 1  # with k = 1 DeepSpeed drops by chance, or any of those that are equal
         capacity = max(math.ceil(len(chosen) / EXPERTS * 0.8 * k), 1)
         for expert in range(EXPERTS):
@@ -176,8 +176,8 @@ class Reference(PlainReference):
             else:
                 places = [token for token, row in enumerate(chosen) if expert in row]
                 places.sort(key=lambda token, expert=expert: -scores[token][expert])
-            kept |= {(token, expert) for token in places[:capacity]}
-        return kept
+            within_capacity |= {(token, expert) for token in places[:capacity]}
+        return within_capacity
 
 
 def assert_gradient(ours: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-6) -> None:

@@ -85,13 +85,13 @@ def run_case(rank: int, case: Case, **options: Any) -> list[dict[str, Any]]:
 
 def resumed(rank: int, kind: Kind, folder: str) -> tuple[dict[str, Any], dict[str, Any], int]:
     """The third window at once, and after a checkpoint into other weights."""
-    data, own = data_of(kind, 12)[rank::RANKS], rank if kind.ep_size > 1 else 0
-    engine, balance = start(MoENet(kind, rank=own), BOTH, config(1, 2, gradient_clipping=0.0))
+    data, expert_rank = data_of(kind, 12)[rank::RANKS], rank if kind.ep_size > 1 else 0
+    engine, balance = start(MoENet(kind, rank=expert_rank), BOTH, config(1, 2, gradient_clipping=0.0))
     list(train(engine, balance, data[:4], rank))
     engine.save_checkpoint(folder, tag=f"ep{kind.ep_size}", client_state={"balance": balance.state_dict()})
     (whole,) = train(engine, balance, data[4:], rank)
     balance.detach()
-    engine, balance = start(MoENet(kind, seed=3, rank=own), BOTH, config(1, 2, gradient_clipping=0.0))
+    engine, balance = start(MoENet(kind, seed=3, rank=expert_rank), BOTH, config(1, 2, gradient_clipping=0.0))
     _, client_state = engine.load_checkpoint(folder, tag=f"ep{kind.ep_size}")
     balance.load_state_dict(client_state["balance"])
     (after,) = train(engine, balance, data[4:], rank)

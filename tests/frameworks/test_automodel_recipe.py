@@ -196,12 +196,12 @@ def test_its_own_update_moves_nothing_beside_a_bias_of_ours(tmp_path):
 
 def test_none_counts_and_leaves_its_own_update(tmp_path):
     recipe, plain = trained(tmp_path, "--balance=none"), trained(tmp_path, recipe_class=Plain)
-    ours, own = (
+    bias_ours, bias_plain = (
         {name: gate.e_score_correction_bias for name, gate in gates_of(run.model_parts[0]).items()}
         for run in (recipe, plain)
     )
-    assert all(bias.any() for bias in ours.values())
-    assert_equal_bit_for_bit(ours, own)
+    assert all(bias.any() for bias in bias_ours.values())
+    assert_equal_bit_for_bit(bias_ours, bias_plain)
     assert_equal_bit_for_bit(recipe.gradients[-1], plain.gradients[-1])
 
 
@@ -210,14 +210,14 @@ def test_the_loss_weighs_as_its_own_if_all_micro_batches_are_equal(tmp_path):
     gate = ["--model.moe_overrides.score_func=softmax", "--model.moe_overrides.softmax_before_topk=true"]
     gate += ["--model.moe_overrides.gate_bias_update_factor=0.0", "--step_scheduler.max_steps=2", *EVEN]
     ours = trained(tmp_path, *gate, "--balance=lbl:scope=micro_batch,coefficient=1")
-    own = trained(tmp_path, *gate, "--model.moe_overrides.aux_loss_coeff=1.0", recipe_class=Plain)
+    automodels = trained(tmp_path, *gate, "--model.moe_overrides.aux_loss_coeff=1.0", recipe_class=Plain)
     without = trained(tmp_path, *gate, recipe_class=Plain)
     for number in range(2):
         for name in without.gradients[number]:
-            its_own = own.gradients[number][name] - without.gradients[number][name]
-            difference = ours.gradients[number][name] - own.gradients[number][name]
-            assert difference.norm() <= 1e-5 * its_own.norm() + 1e-7 * own.gradients[number][name].norm()
-        assert (own.gradients[number]["model.layers.0.mlp.gate.weight"] != 0).any()
+            its_own = automodels.gradients[number][name] - without.gradients[number][name]
+            difference = ours.gradients[number][name] - automodels.gradients[number][name]
+            assert difference.norm() <= 1e-5 * its_own.norm() + 1e-7 * automodels.gradients[number][name].norm()
+        assert (automodels.gradients[number]["model.layers.0.mlp.gate.weight"] != 0).any()
 
 
 def test_its_own_loss_is_refused_beside_ours(tmp_path):
@@ -282,14 +282,14 @@ def test_the_file_of_the_recipe_is_a_program(tmp_path, monkeypatch):
 
 
 def test_balanced_takes_a_recipe_class(tmp_path):
-    own = balanced(TrainFinetuneRecipeForNextTokenPrediction, "quantile", LoadBalancingLoss(1e-2))
+    recipe_class = balanced(TrainFinetuneRecipeForNextTokenPrediction, "quantile", LoadBalancingLoss(1e-2))
     config = parse_args_and_load_config(str(changed_yaml(tmp_path, balance=None)), argv=[])
-    recipe = own(config)
+    recipe = recipe_class(config)
     recipe.setup()
     recipe.run_train_validation_loop()
     assert recipe.balance.strategy.startswith("quantile+lbl") and recipe.balance.num_windows == 3
     config = parse_args_and_load_config(str(changed_yaml(tmp_path)), argv=["--balance", "none"])
-    assert own(config).balancers == []
+    assert recipe_class(config).balancers == []
 
 
 # ---- refusals ----
@@ -309,7 +309,7 @@ def test_what_is_not_supported_is_refused(tmp_path):
 
 
 def test_mistakes_are_refused(tmp_path):
-    own = TrainFinetuneRecipeForNextTokenPrediction
+    plain_class = TrainFinetuneRecipeForNextTokenPrediction
     with pytest.raises(UsageError, match="no section balance"):
         trained(tmp_path, file=changed_yaml(tmp_path, balance=None))
     with pytest.raises(UsageError, match="did you mean|Did you mean"):
@@ -318,7 +318,7 @@ def test_mistakes_are_refused(tmp_path):
         balanced(recipe_module.BalancedRecipe, "loss-free")
     with pytest.raises(UsageError, match="KnowledgeDistillation.* has its own _run_train_optim_step"):
         balanced(KnowledgeDistillationRecipeForNextTokenPrediction, "loss-free")
-    for wrong in (TrainFinetuneRecipeForSequenceClassification, own.__new__(own), "recipe"):
+    for wrong in (TrainFinetuneRecipeForSequenceClassification, plain_class.__new__(plain_class), "recipe"):
         with pytest.raises(TypeError, match="must be TrainFinetuneRecipeForNextTokenPrediction or a subclass"):
             balanced(wrong, "loss-free")
 

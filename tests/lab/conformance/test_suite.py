@@ -49,6 +49,11 @@ def test_the_pages_are_those_of_the_stored_answers():
     assert check_pages(STORED) is None
 
 
+@pytest.mark.parametrize("page", ["README.md", "CHANGELOG.md"])
+def test_the_number_of_questions_that_a_page_names(page):
+    assert f"{len(SCENARIOS)} questions" in (ROOT / page).read_text(encoding="utf-8")
+
+
 def test_equipoise_is_right_in_all():
     assert {verdict["kind"] for verdict in NEWEST["equipoise"]} == {"right"}
 
