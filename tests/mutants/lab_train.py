@@ -277,7 +277,7 @@ MUTANTS = [
     ),
     Mutant(
         "lab: two processes train in one folder",
-        "self._lock = _FolderLock(self.config.out)",
+        "self._lock = FolderLock(self.config.out)",
         "self._lock = None",
         "test_train -k two_processes",
     ),

@@ -17,10 +17,10 @@ def subcommand() -> Any:
 
 
 def run(options: Compare, command_line: str) -> None:
+    options.check()
     share_cores()
     with requires_lab("compare"):
         from equipoise_lab.train.watch import Terminal, print_table
-    options.check()
     with on_rank_0(Terminal(num_runs=len(options.runs()))) as terminal:
         from equipoise_lab.train.compare import compare
 

@@ -19,10 +19,10 @@ def subcommand() -> Any:
 
 
 def run(options: Train, command_line: str) -> None:
+    options.check()
     share_cores()
     with requires_lab("train"):
         from equipoise_lab.train.watch import Terminal, print_table
-    options.check()
     with on_rank_0(Terminal()) as terminal:
         from equipoise_lab.train.loop import train
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from equipoise_lab.cores import num_cores
+from equipoise_lab.paths import check_writable
 from equipoise_lab.records import finite
 from equipoise_lab.reproduce.claim import Claim, Job, claim_names, load_claim
 from equipoise_lab.reproduce.config import Reproduce
@@ -26,6 +27,11 @@ def reproduce(options: Reproduce, progress: Progress) -> list[Finding]:
             f"{options.results} is not a folder, so there are no stored results yet. Ours are in the repository, in "
             "benchmarks/results/claims. Run the command there, or pass that folder as --results."
         )
+    if options.budget != 0:  # the first run takes minutes
+        check_writable(options.out, "--out")
+        check_writable(options.results, "--results")
+    if options.page is not None:
+        check_writable(options.page.parent, "the folder of --page")
     results = Results(options.results, dtype=options.dtype)
     if options.budget != 0:
         _run([load_claim(name) for name in names], options.claim == "all", results, options, progress)

@@ -107,7 +107,7 @@ def test_a_resumed_comparison_must_keep_its_options_and_keeps_its_results(make_c
     before = {name: (config.out / name).read_bytes() for name in ("compare.json", "results.json", "report.html")}
     with pytest.raises(EquipoiseError, match="has steps=1, got 2"):
         compare(make_comparison(steps=2, resume=True), new_watcher())
-    with pytest.raises(EquipoiseError, match="may be added, but not removed"):
+    with pytest.raises(EquipoiseError, match="may be added, but not removed once they have begun"):
         compare(make_comparison(steps=1, resume=True, strategies=("none",)), new_watcher())
     assert before == {name: (config.out / name).read_bytes() for name in before}
     more, _ = compare(

@@ -154,7 +154,7 @@ def test_a_process_that_is_ending_ignores_sigterm(parent_ends):
         from multiprocessing import Pipe
         from equipoise_lab.train import side_by_side
 
-        def train(run, watcher, command):
+        def train(run, watcher, command, says_text):
             parent_pipe.close()
             watcher.say("the parent is gone")
 
