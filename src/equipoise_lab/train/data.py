@@ -68,7 +68,7 @@ class Corpus:
     tokens: dict[str, dict[str, UInt[np.ndarray, " tokens"]]]
     num_bytes: dict[str, dict[str, int]]
     fingerprint: str
-    notes: tuple[str, ...] = ()  # what was left out of the text
+    notes: tuple[str, ...] = ()  # what was left out of the files that were read
 
     def sequences(self, split: str, domain: str, length: int) -> UInt[np.ndarray, "sequences length"]:
         """The tokens in rows of ``length``, without overlap. The remainder is dropped. A view, not a copy."""

@@ -43,7 +43,7 @@ class Text(NamedTuple):
 
     where: str
     identity: tuple[tuple[str, int, str], ...]  # for each source: name, size in bytes, blake2b of the content
-    read: Callable[[Progress, Progress], Documents]  # by domain, sorted; the second one gets a note of skipped files
+    read: Callable[[Progress, Progress], Documents]  # by domain, sorted; the second one gets notes of what is left out
 
 
 def find_text(data: str | Path | None, progress: Progress, text_key: str = TEXT_KEY) -> Text:
@@ -60,14 +60,14 @@ def find_text(data: str | Path | None, progress: Progress, text_key: str = TEXT_
         documents = _load_data_set(name, text_key)
         identity = tuple((name, *_digest_of_documents(texts)) for name, texts in documents.items())
         return Text(str(data), identity, lambda progress, note: documents)
-    domains, skipped = find_files(path, text_key)
+    domains = _find_files(path, text_key, progress)
     files = {file.name: file.path for files in domains.values() for file in files}
     problems, sources = Problems(), list[tuple[str, int, str]]()
     for file_name, file_path in sorted(files.items()):
         with problems.collect():
             sources.append((file_name, *_size_and_digest(file_path)))
     problems.raise_error()
-    return Text(str(path), tuple(sources), partial(_read_domains, domains, skipped, text_key))
+    return Text(str(path), tuple(sources), partial(_read_domains, domains, text_key))
 
 
 def _load_data_set(name: str, text_key: str) -> Documents:
@@ -82,19 +82,24 @@ def stream_text(
     """Like ``find_text``, but yields each domain's name and a function that reads its documents, in hash order.
 
     A domain is read when its function is called, so only one domain needs to be in memory. Whether every file can be
-    opened is checked at the start. ``progress`` gets a note of what is skipped.
+    opened is checked at the start. ``progress`` gets notes of what is skipped.
     """
     check_location(data)
     if hub_name(data) is not None:
         for domain, documents in find_text(data, progress, text_key).read(progress, progress).items():
             yield domain, partial(in_hash_order, documents)
         return
-    domains, skipped = find_files(local_path(data), text_key)
-    if (note := skipped.note()) is not None:
-        progress(note)
+    domains = _find_files(local_path(data), text_key, progress)
     said = set[str]()
     for domain, files in domains.items():
         yield domain, partial(_read_in_hash_order, files, text_key, progress, said)
+
+
+def _find_files(path: Path, text_key: str, progress: Progress) -> dict[str, list[File]]:
+    domains, skipped = find_files(path, text_key)
+    if (note := skipped.note()) is not None:
+        progress(note)
+    return domains
 
 
 def _read_in_hash_order(files: Sequence[File], text_key: str, progress: Progress, said: set[str]) -> list[str]:
@@ -108,10 +113,8 @@ def _read_in_hash_order(files: Sequence[File], text_key: str, progress: Progress
     return documents
 
 
-def _read_domains(
-    domains: dict[str, list[File]], skipped: Skipped, text_key: str, progress: Progress, note: Progress
-) -> Documents:
-    documents, problems = {}, Problems()
+def _read_domains(domains: dict[str, list[File]], text_key: str, progress: Progress, note: Progress) -> Documents:
+    documents, problems, skipped = {}, Problems(), Skipped()
     for number, (domain, files) in enumerate(domains.items(), start=1):
         progress(f"reading {number} of {len(domains)} domains")
         documents[domain] = read_files(files, text_key, problems, skipped)
