@@ -43,8 +43,8 @@ class _Run:
     its config. --layers, --width, --experts and similar options are then ignored: the model sets them."""
 
     data: str = "corpus"
-    """Text to train on: "corpus" (eight domains, packaged), a folder, a file, or hf:NAME for a data set of the Hugging
-    Face Hub. A folder holds one file or one sub-folder per domain: any text in UTF-8, optionally as .xz or .gz.
+    """Text to train on: "corpus" (eight domains, packaged), a folder, a file, or hf:NAME of the Hugging Face Hub.
+    A folder holds one file or one sub-folder per domain: any text in UTF-8, optionally as .xz or .gz.
     Documents: rows of .jsonl, .parquet, .csv and .tsv; else the files of a sub-folder, or the blocks between blank
     lines of a file. A domain needs at least four documents; some of them are held out.
     Hidden files and READMEs are no text. Other files that are none are skipped and counted."""
