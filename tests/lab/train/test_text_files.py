@@ -229,3 +229,12 @@ def test_the_tokenizer_is_checked_before_the_text_is_read(tmp_path, monkeypatch)
         load_corpus(put(tmp_path, a_txt="text"), tokenizer=tmp_path / "none.json")
     with pytest.raises(UsageError, match="vocab_size must be at least"):
         load_corpus(tmp_path, vocab_size=7)
+
+
+def test_the_checks_of_the_options_refuse_a_wrong_path(tiny, tmp_path):
+    """They come before heavy imports."""
+    tiny().check()
+    with pytest.raises(UsageError, match="does not exist here"):
+        tiny(data=str(tmp_path / "nowhere")).check()
+    with pytest.raises(UsageError, match="must be a tokenizer.json or a folder with one"):
+        tiny(tokenizer=tmp_path / "nowhere").check()
