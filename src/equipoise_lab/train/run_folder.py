@@ -29,7 +29,7 @@ from equipoise_lab.train.switch import has_positive_rate
 KEPT = ("strategy", "seed", "steps", "layers", "domains", "num_experts", "experts_per_token", "num_parameters")
 AVERAGED = ("loss", "maxvio_batch", "maxvio_micro", "seconds")  # numbers of a step that the result needs
 
-__all__ = ["RunFolder", "SilentWatcher", "Watcher", "complete_result", "resume_options"]
+__all__ = ["FolderLock", "RunFolder", "SilentWatcher", "Watcher", "complete_result", "resume_options"]
 
 
 class Watcher(Protocol):
@@ -73,7 +73,7 @@ def complete_result(config: Train, watcher: Watcher) -> dict[str, Any] | None:
     return Run(config.out).result
 
 
-class _FolderLock:
+class FolderLock:
     """Locks a folder against other training processes, until it is released or the process ends.
 
     Raises EquipoiseError if another process holds the lock.
@@ -137,7 +137,7 @@ class RunFolder:
         self.tokens_per_step = config.micro_batches * config.sequences * config.sequence_length
         self.seconds: list[float] = []  # duration of every step
         self.alerts = Alerts(num_steps=config.steps)
-        self._lock: _FolderLock | None = None
+        self._lock: FolderLock | None = None
 
     @property
     def checkpoints(self) -> Path:
@@ -148,7 +148,7 @@ class RunFolder:
 
         ``facts`` stay the same when a run is resumed. ``machine`` may change; the watcher then reports it.
         """
-        self._lock = _FolderLock(self.config.out)
+        self._lock = FolderLock(self.config.out)
         try:
             return self._open(facts, machine)
         except BaseException:  # not in __del__: exceptions there, for example from a signal handler, are lost

@@ -201,7 +201,7 @@ def _main(pipe: Connection) -> None:
         torch.set_num_threads(threads)
         sender = _Sender(pipe)
         try:
-            sender.send("result", train(run, sender, command))
+            sender.send("result", train(run, sender, command, says_text=False))
         except Exception as error:
             sender.send("error", _picklable(error))
     except (KeyboardInterrupt, EOFError):

@@ -100,9 +100,13 @@ def test_a_killed_or_failed_run_does_not_stop_parallel_runs(make_comparison, new
 
 def test_a_failure_before_the_first_run_is_reported_once(make_comparison, new_watcher, tmp_path, processes):
     watcher = new_watcher()
-    with pytest.raises(UsageError, match="nowhere does not exist"):
-        compare(make_comparison(data=str(tmp_path / "nowhere"), strategies=("none", "z", "loss-free")), watcher)
-    assert len(watcher.said) == 1
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    config = make_comparison(model=tmp_path / "model", strategies=("none", "z", "loss-free"))
+    with pytest.raises(EquipoiseError, match="model_type") as caught:
+        compare(config, watcher)
+    assert len([line for line in watcher.said if str(caught.value) in line]) == 1
+    assert not config.out.exists()
     assert all(process.returncode is not None for process in processes), "a process remains"
 
 
@@ -154,7 +158,7 @@ def test_a_process_that_is_ending_ignores_sigterm(parent_ends):
         from multiprocessing import Pipe
         from equipoise_lab.train import side_by_side
 
-        def train(run, watcher, command):
+        def train(run, watcher, command, says_text):
             parent_pipe.close()
             watcher.say("the parent is gone")
 
