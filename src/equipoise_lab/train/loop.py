@@ -311,7 +311,7 @@ class _Training:
             self.done, last = step + 1, step + 1 == config.steps
             if config.evaluate_every and self.done % config.evaluate_every == 0 and not last:
                 ranks.run_on_first(self.folder.evaluation, self.done, self._evaluate("selection")[0])
-            if self.stops:
+            if self.stops or (ranks.size == 1 and _stop_requested()):
                 self._stop()
             if self.done % config.checkpoint_every == 0 and not last:
                 self._save()
@@ -323,8 +323,8 @@ class _Training:
         self.saved = self.done
 
     def _announce_stop(self) -> None:
-        what = f"step {self.done + 1}" if self.done < self.config.steps else "this evaluation"
-        self.watcher.say(f"stopping after {what}, with a checkpoint; Ctrl-C again leaves at once")
+        part = "step" if self.done < self.config.steps else "evaluation"
+        self.watcher.say(f"stopping after this {part}, with a checkpoint; Ctrl-C again leaves at once")
 
     def _stop(self) -> NoReturn:
         """Writes a checkpoint and stops, on every rank."""
