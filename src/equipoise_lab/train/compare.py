@@ -17,6 +17,7 @@ from equipoise_lab.train.comparison_folder import ComparisonFolder
 from equipoise_lab.train.config import Compare, Train
 from equipoise_lab.train.loop import check, check_same_options, train
 from equipoise_lab.train.ranks import LostRank, Ranks, is_shared, join_ranks
+from equipoise_lab.train.resume_advice import resume_advice_of_all
 from equipoise_lab.train.run_folder import SilentWatcher, Watcher
 from equipoise_lab.train.run_text import load_text
 from equipoise_lab.train.side_by_side import Display, Outcome, side_by_side
@@ -64,15 +65,18 @@ def _train_all(
         outcomes = side_by_side(runs, watcher, command, workers=workers, threads=threads)
     else:
         outcomes = _one_after_another(runs, watcher, command, ranks)
-    with closing(outcomes):
-        for run, outcome in outcomes:
-            if not isinstance(outcome, EquipoiseError):
-                results[run] = outcome
-                continue
-            watcher.say(f"{run.label}, seed {run.seed}: {outcome}")
-            failures[run] = outcome
-            if run == runs[0] and ranks.run_on_first(is_new, run.out):
-                raise outcome  # every strategy would fail alike, for example on a bad model folder
+    try:
+        with closing(outcomes):
+            for run, outcome in outcomes:
+                if not isinstance(outcome, EquipoiseError):
+                    results[run] = outcome
+                    continue
+                watcher.say(f"{run.label}, seed {run.seed}: {outcome}")
+                failures[run] = outcome
+                if run == runs[0] and ranks.run_on_first(is_new, run.out):
+                    raise outcome  # every strategy would fail alike, for example on a bad model folder
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(resume_advice_of_all(runs) if ranks.rank == 0 else "") from None
     in_order = [results[run] for run in runs if run in results]
     failed = [failures[run] for run in runs if run in failures]
     ranks.run_on_first(folder.finish, in_order, failed)
@@ -93,6 +97,7 @@ def _one_after_another(
         except EquipoiseError as error:
             if isinstance(error, LostRank) or (ranks.size > 1 and not is_shared(error)):
                 raise  # the ranks no longer agree on what to do next
+            watcher.end()
             yield run, error
 
 

@@ -138,7 +138,7 @@ class _Run:
     """Maximum number of sequences per domain in an evaluation. Every domain gives equally many."""
 
     checkpoint_every: int = 20
-    """Steps between checkpoints. A killed run only loses the steps after the last one."""
+    """Steps between checkpoints. A killed run only loses the steps after the last one; Ctrl-C writes one more."""
 
     save_model: bool = True
     """Save the trained model in the run's folder, for plain Transformers. --no-save-model skips this."""

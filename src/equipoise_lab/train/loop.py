@@ -11,7 +11,7 @@ import importlib.metadata
 import platform
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -32,10 +32,11 @@ from equipoise_lab.train.engine import learning_rate_at, machine, reproducible
 from equipoise_lab.train.evaluate import evaluate, language_model_loss
 from equipoise_lab.train.models import build_model, num_active_parameters
 from equipoise_lab.train.ranks import ONE_PROCESS, Ranks, join_ranks
+from equipoise_lab.train.resume_advice import resume_advice
 from equipoise_lab.train.run_folder import RunFolder, SilentWatcher, Watcher, complete_result, resume_options
 from equipoise_lab.train.run_text import batches_of, load_text
 from equipoise_lab.train.selection import check_selection, install_selection
-from equipoise_lab.train.stop import stop_requested
+from equipoise_lab.train.stop import deferred, end_grace, stop_requested
 from equipoise_lab.train.switch import check_switch, has_biases, switch
 from equipoise_lab.train.wrappers import (
     check_wrapper,
@@ -137,6 +138,10 @@ def _different_weights(name: str, value: Any, rank: int, other_value: Any) -> st
     )
 
 
+def _stop_requested() -> float:
+    return 0.0 if stop_requested() is None else 1.0
+
+
 class _Training:
     def __init__(
         self, config: Train, watcher: Watcher, command: str, ranks: Ranks = ONE_PROCESS, *, says_text: bool = True
@@ -168,6 +173,7 @@ class _Training:
             fused=True,
         )
         self.done, self.saved = 0, 0  # number of steps: trained, and in the newest checkpoint
+        self.stops = False  # whether every rank was asked to stop by the end of the last step
         self.folder = RunFolder(config, watcher)  # only rank 0 writes into it
         self.autocast = ranks.run_on_first(self.folder.open, self._facts(command), self._machine())
 
@@ -258,7 +264,11 @@ class _Training:
 
     def run(self) -> dict[str, Any]:
         with self.ranks.report_lost_rank(lambda: f"at step {self.done + 1}", self._resume_hint):
-            return self._run()
+            try:
+                with deferred(self._announce_stop):
+                    return self._run()
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt(resume_advice(self.config) if self.ranks.rank == 0 else "") from None
 
     def _run(self) -> dict[str, Any]:
         config, ranks = self.config, self.ranks
@@ -278,11 +288,26 @@ class _Training:
             self.done, last = step + 1, step + 1 == config.steps
             if config.evaluate_every and self.done % config.evaluate_every == 0 and not last:
                 ranks.run_on_first(self.folder.evaluation, self.done, self._evaluate("selection")[0])
+            if self.stops or (ranks.size == 1 and _stop_requested()):
+                self._stop()
             if self.done % config.checkpoint_every == 0 and not last:
-                ranks.run_on_first(self.folder.sync)
-                checkpoint.save(self.folder.checkpoints, self.done, self.inner, self.optimizer, self.balance, ranks)
-                self.saved = self.done
+                self._save()
         return self._finish()
+
+    def _save(self) -> None:
+        self.ranks.run_on_first(self.folder.sync)
+        checkpoint.save(self.folder.checkpoints, self.done, self.inner, self.optimizer, self.balance, self.ranks)
+        self.saved = self.done
+
+    def _announce_stop(self) -> None:
+        part = "step" if self.done < self.config.steps else "evaluation"
+        self.watcher.say(f"stopping after this {part}, with a checkpoint; Ctrl-C again leaves at once")
+
+    def _stop(self) -> NoReturn:
+        """Writes a checkpoint and stops, on every rank."""
+        end_grace()
+        self._save()
+        raise KeyboardInterrupt
 
     def _resume_hint(self) -> str:
         newest = f"The newest checkpoint is of step {self.saved}" if self.saved else "There is no checkpoint yet"
@@ -331,12 +356,11 @@ class _Training:
         figures = {
             "loss": float(task) / len(window),
             "balancing_loss": float(balancing) / len(window),
-            "stop_requested": 0.0 if stop_requested() is None else 1.0,
+            "stop_requested": _stop_requested(),
             **{name: value for name, value in self.balance.metrics().items() if name != "tokens"},
         }
         figures = self.ranks.mean(figures)  # some only cover the micro-batches of this rank
-        if figures.pop("stop_requested") == 1:
-            raise KeyboardInterrupt  # on every rank, after the same step
+        self.stops = figures.pop("stop_requested") == 1
         return {
             "step": step + 1,
             **({} if config.then is None else {"strategy": self.strategy}),
@@ -369,6 +393,8 @@ class _Training:
         config, ranks = self.config, self.ranks
         self.watcher.say("evaluating on the selection text and on the test text")
         selection, _ = self._evaluate("selection")
+        if ranks.mean({"stop_requested": _stop_requested()})["stop_requested"] == 1:
+            self._stop()
         row, audited = self._evaluate("test", by_token=True)
         ranks.run_on_first(self.folder.evaluation, config.steps, selection)
         ranks.run_on_first(self.folder.evaluation, config.steps, row)

@@ -20,6 +20,7 @@ from equipoise.alerts import Alert, Alerts
 from equipoise.errors import EquipoiseError
 from equipoise_lab.experts.result import RESULT, AuditData, summarise
 from equipoise_lab.records import LOCK, Run, is_new, write_json
+from equipoise_lab.train.checkpoint import CHECKPOINTS
 from equipoise_lab.train.config import Train
 from equipoise_lab.train.data import Corpus
 from equipoise_lab.train.levels import levels_of
@@ -69,7 +70,7 @@ def complete_result(config: Train, watcher: Watcher) -> dict[str, Any] | None:
         watcher.say(f"{config.out} is complete, but was trained with --no-save-model: there is no model to save")
     watcher.end()
     # Checkpoints remain if the run was killed after its result was written.
-    shutil.rmtree(config.out / "checkpoints", ignore_errors=True)
+    shutil.rmtree(config.out / CHECKPOINTS, ignore_errors=True)
     return Run(config.out).result
 
 
@@ -141,7 +142,7 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Path:
-        return self.config.out / "checkpoints"
+        return self.config.out / CHECKPOINTS
 
     def open(self, facts: Mapping[str, Any], machine: Mapping[str, Any]) -> bool:
         """Creates the folder with these facts, or opens an existing one. Returns whether the run uses bfloat16.

@@ -151,7 +151,7 @@ def test_the_terminal_counts_complete_runs_too(make_comparison, capsys):
     compare(make_comparison(steps=1, strategies=("none",)), Terminal())
     compare(make_comparison(steps=1, resume=True), Terminal(num_runs=2))
     output = capsys.readouterr().err
-    assert "[1/2] none: already complete" in output
+    assert "[1/2] none: all 1 steps are trained" in output
     assert "[2/2] lbl:scope=micro_batch  step 1/1" in output
 
 

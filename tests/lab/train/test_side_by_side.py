@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from equipoise.errors import EquipoiseError, UsageError
 from equipoise_lab.cores import num_cores
 from equipoise_lab.records import Run, read_json
 from equipoise_lab.train import side_by_side
+from equipoise_lab.train.checkpoint import newest_step
 from equipoise_lab.train.compare import compare
 from equipoise_lab.train.config import Compare, _Run
 from equipoise_lab.train.ranks import Ranks
@@ -140,7 +142,17 @@ def test_a_stopped_comparison_leaves_no_process_and_can_be_resumed(make_comparis
         assert process.returncode == -signal.SIGKILL
         return
     assert process.returncode == 130
-    assert lines[-1] == "equipoise: stopped. To continue, run the same command with --resume."
+    assert re.fullmatch(
+        r"equipoise: stopped\. [01] of 2 runs are complete\. To continue with step \d+ of \S+"
+        r"(, step \d+ of \S+)?, run the same command with --resume\.",
+        lines[-1],
+    ), lines[-1]
+    assert any("stopping every run after its step, with a checkpoint" in line for line in lines), lines
+    for run in config.runs():
+        if not Run(run.out).complete:
+            saved = newest_step(run.out / "checkpoints")
+            assert saved == _steps(run.out), "steps were lost"
+            assert f"step {saved + 1} of {run.label}" in lines[-1]
     if how == "SIGTERM to the parent":
         watcher = new_watcher()
         resumed, _ = compare(make_comparison(**options, resume=True), watcher)
@@ -240,11 +252,11 @@ def test_the_terminal_has_a_line_for_each_run(tiny, capsys):
         first.step({**row, "step": 2}, 30.0)  # too soon for another line
         second.say("evaluating")
         first.end()
-        assert [task.completed for task in terminal.progress.tasks] == [12, 3]
+        assert [task.completed for task in terminal.progress.tasks] == [1, 12, 4]  # runs, and steps of each
     assert capsys.readouterr().err.splitlines() == [
         "reading",
         "[2/2] z: continuing after step 3",
-        "[1/2] none  step 1/12  loss 1.000  maxvio 3.00  10 tokens/s  0 s left",
-        "[2/2] z  step 4/12  loss 1.000  maxvio 3.00  20 tokens/s  0 s left",
+        "[1/2] none  step 1/12  0 s left for all runs  loss 1.000  maxvio 3.00  10 tokens/s",
+        "[2/2] z  step 4/12  0 s left for all runs  loss 1.000  maxvio 3.00  20 tokens/s",
         "[2/2] z: evaluating",
     ]
