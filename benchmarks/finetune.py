@@ -32,10 +32,10 @@ from equipoise_lab.train.config import Train, folder_name
 from equipoise_lab.train.data import Corpus, load_corpus
 from equipoise_lab.train.engine import reproducible
 from equipoise_lab.train.evaluate import evaluate
+from equipoise_lab.train.location import CORPUS
 from equipoise_lab.train.loop import train
 from equipoise_lab.train.models import build_model
 from equipoise_lab.train.run_folder import SilentWatcher
-from equipoise_lab.train.text import CORPUS
 
 ROOT = Path(__file__).parent.parent
 STORED = ROOT / "benchmarks" / "results" / "finetune.json"

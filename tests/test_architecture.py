@@ -30,7 +30,7 @@ LIBRARY = [
     "balance",
     "attachment",
 ]
-LAB = ["cores", "records", "analysis", "report", "experts", "models", "train", "audit", "reproduce"]
+LAB = ["cores", "paths", "records", "analysis", "report", "experts", "models", "train", "audit", "reproduce"]
 LAB += ["conformance", "cli"]
 
 ALLOWED = {f"equipoise.{name}": {f"equipoise.{other}" for other in LIBRARY[:rank]} for rank, name in enumerate(LIBRARY)}
@@ -49,6 +49,7 @@ ALLOWED |= {
     for rank, name in enumerate(LAB)
 }
 READS_RUNS = {"equipoise.errors", "equipoise_lab.records", "equipoise_lab.analysis", "equipoise_lab.cores"}
+READS_RUNS |= {"equipoise_lab.paths"}
 for reader in ("records", "analysis", "report", "reproduce"):  # they import no torch
     ALLOWED[f"equipoise_lab.{reader}"] &= READS_RUNS
 

@@ -16,6 +16,7 @@ from lab_ranks import tiny, write_text
 from ranks import run_on_ranks
 
 from equipoise_lab.records import Run
+from equipoise_lab.train.checkpoint import newest_step
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ranks")]
 pytestmark += [
@@ -111,7 +112,11 @@ def test_a_run_that_loses_a_rank_ends_and_can_be_resumed(tmp_path):
     said = drawn + _wait(agent, folder, MAX_SECONDS_TO_END)
     assert agent.returncode != 0, said
     assert _are_gone([agent.pid, *ranks.values()]), said
-    assert said.count("equipoise: stopped. To continue, run the same command with --resume.") == 1, said
+    saved = newest_step(config.out / "checkpoints")
+    message = f"checkpoint is of step {saved}. To continue with step {saved + 1}, run the same command with --resume."
+    assert said.count(f"equipoise: stopped. The newest {message}") == 1, said
+    assert said.count("with a checkpoint; Ctrl-C again leaves at once") == 1, said
+    assert saved == (config.out / "steps.jsonl").read_bytes().count(b"\n"), f"steps were lost: {said}"
     assert "lost" not in said, said
 
     agent = _start(config, folder, *torchrun, resume=True, **cache)

@@ -277,7 +277,7 @@ MUTANTS = [
     ),
     Mutant(
         "lab: two processes train in one folder",
-        "self._lock = _FolderLock(self.config.out)",
+        "self._lock = FolderLock(self.config.out)",
         "self._lock = None",
         "test_train -k two_processes",
     ),
@@ -325,7 +325,7 @@ MUTANTS = [
     ),
     Mutant(
         "text: a small file that unfolds to any size fills the memory",
-        "                _check_size(len(content), file.path)\n",
+        "                _check_size(len(content), path)\n",
         "",
         "test_data -k 'unfolds and xz'",
     ),
@@ -334,5 +334,53 @@ MUTANTS = [
         "        _check_size(num_bytes, path)\n",
         "",
         "test_data -k 'unfolds and parquet'",
+    ),
+    Mutant(
+        "text: files of another encoding are left out without a word",
+        "            skipped.add(name, NOT_UTF_8)\n",
+        "            pass\n",
+        "test_text_files -k 'skipped or notes'",
+    ),
+    Mutant(
+        "text: a domain of another encoding is left out",
+        "if len(not_utf_8) > len(files) / 2:",
+        "if False:",
+        "test_text_files -k mostly",
+    ),
+    Mutant(
+        "text: two fields of the same files share a place in the cache",
+        "of_key = [] if text_key == TEXT_KEY else [text_key]",
+        "of_key: list[str] = []",
+        "test_text_files -k part_of_the_cache",
+    ),
+    Mutant(
+        "text: a wrong --data is found after heavy imports",
+        "        check_location(self.data)\n        if self.tokenizer",
+        "        if self.tokenizer",
+        "test_text_files -k checks_of_the_options",
+    ),
+    Mutant(
+        "lab: --out is not checked before the text is read",
+        '    check_writable(out, "--out")\n\n\ndef _some_names',
+        "\n\ndef _some_names",
+        "test_compare -k checked_before_the_text",
+    ),
+    Mutant(
+        "compare: what it wrote remains if its first run fails",
+        "        if is_new(self.path):\n",
+        "        if False:\n",
+        "test_compare -k cannot_begin",
+    ),
+    Mutant(
+        "compare: a strategy that has not begun must stay",
+        "not in runs and not is_new(path)",
+        "not in runs",
+        "test_compare -k not_begun",
+    ),
+    Mutant(
+        "records: any config.json counts as a run that has not begun",
+        'return _is_run(folder / "config.json")',
+        "return True",
+        "test_compare -k something_else",
     ),
 ]

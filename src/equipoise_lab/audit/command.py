@@ -11,6 +11,7 @@ from equipoise_lab.audit.run import IncompleteAudit, Progress, audit_model
 from equipoise_lab.experts.result import RESULT, AuditData, summarise
 from equipoise_lab.models.folders import model_folder
 from equipoise_lab.models.load import load_model
+from equipoise_lab.paths import check_writable
 from equipoise_lab.records import read_json, write_json
 from equipoise_lab.train.levels import levels_of
 from equipoise_lab.train.text import HELD_OUT_TOKENS
@@ -34,13 +35,8 @@ def audit(options: Audit, progress: Progress, command: str = "") -> dict[str, An
     options.check()
     _refuse_run_without_model(options.model)
     earlier = _read_earlier_audit(options)
-    is_new_folder = not options.out.exists()
-    options.out.mkdir(parents=True, exist_ok=True)  # fail before the work if this cannot be written
-    try:
-        return _audit(options, progress, command, has_complete_audit=bool(earlier.get("complete")))
-    finally:
-        if is_new_folder and not any(options.out.iterdir()):
-            options.out.rmdir()
+    check_writable(options.out, "--out")
+    return _audit(options, progress, command, has_complete_audit=bool(earlier.get("complete")))
 
 
 def _audit(options: Audit, progress: Progress, command: str, *, has_complete_audit: bool) -> dict[str, Any]:
@@ -71,6 +67,7 @@ def _audit(options: Audit, progress: Progress, command: str, *, has_complete_aud
             "command": command,
             "notes": [*notes, *_training_text_notes(options, result["tokens"], length), *result["notes"]],
         }
+        options.out.mkdir(parents=True, exist_ok=True)
         write_json(options.out / RESULT, result)
         return result
 
@@ -85,6 +82,7 @@ def _audit(options: Audit, progress: Progress, command: str, *, has_complete_aud
                 length=length,
                 batch=options.batch,
                 end=tokenizer.eos_token_id,
+                text_key=options.text_key,
             )
         )
     except IncompleteAudit as incomplete:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from equipoise.errors import UsageError
+from equipoise_lab.train.location import check_location
 
 __all__ = ["Audit"]
 
@@ -19,6 +20,7 @@ class Audit:
     sequence_length: int | None = None  # None: 512, or the model's maximum if that is less
     batch: int = 8
     json: bool = False
+    text_key: str = "text"
 
     def check(self) -> None:
         for name, minimum in (("tokens", 1), ("sequence_length", 2), ("batch", 1)):
@@ -26,3 +28,4 @@ class Audit:
                 raise UsageError(f"--{name.replace('_', '-')} must be at least {minimum}: got {getattr(self, name)}.")
         if self.out.exists() and not self.out.is_dir():
             raise UsageError(f"--out must be a folder: {self.out} is a file. Choose another.")
+        check_location(self.data)

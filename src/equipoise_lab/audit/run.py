@@ -19,6 +19,7 @@ from equipoise_lab.experts.result import AuditData
 from equipoise_lab.experts.watch import RouterCounts, choose_vocabulary, watching
 from equipoise_lab.train.levels import levels_of
 from equipoise_lab.train.text import stream_text
+from equipoise_lab.train.text_files import TEXT_KEY
 
 __all__ = ["IncompleteAudit", "Progress", "audit_model"]
 
@@ -58,6 +59,7 @@ def audit_model(
     length: int = 512,
     batch: int = 8,
     end: int | None = None,
+    text_key: str = TEXT_KEY,
 ) -> AuditData:
     """Runs ``model`` on up to ``tokens`` tokens of ``data``, split evenly over domains, and counts at its routers.
 
@@ -69,6 +71,7 @@ def audit_model(
         length: Tokens a row.
         batch: Rows a forward.
         end: The token id between documents.
+        text_key: The field or column of a row that holds its text.
 
     A domain with less text than its share is read to its end. One that fills no row is left out and named in ``notes``.
 
@@ -77,7 +80,7 @@ def audit_model(
     """
     if min(tokens, length - 1, batch) < 1:
         raise UsageError(f"tokens and batch must be at least 1, length 2: got {tokens}, {batch} and {length}.")
-    domains = list(stream_text(data, progress.say))
+    domains = list(stream_text(data, progress.say, text_key))
     levels_of(data, {name: "" for name, _ in domains})  # fail before the work if the levels are wrong
     rows_per_domain = max(1, tokens // len(domains) // length)
     total_tokens = rows_per_domain * length * len(domains)

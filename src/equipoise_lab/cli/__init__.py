@@ -8,7 +8,6 @@ them. Importing this package imports no torch; each command imports what it need
 
 import os
 import shlex
-import signal
 import sys
 import threading
 import time
@@ -18,7 +17,7 @@ import equipoise
 from equipoise.errors import EquipoiseError, UsageError
 from equipoise_lab.cli.parser import parse, run
 from equipoise_lab.cli.process import exit_process, launcher, num_ranks, print_stderr, rank
-from equipoise_lab.train.stop import StopHandler, repeat_lost_interrupts, stop_requested
+from equipoise_lab.train.stop import StopHandler, stop_requested
 
 __all__ = ["main"]
 
@@ -67,11 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
 def _handle_signals() -> None:
     if threading.current_thread() is not threading.main_thread():
         return  # only the main thread may set handlers
-    if num_ranks() > 1:
-        StopHandler(rank()).install()
-    else:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, which says how to continue
-        repeat_lost_interrupts()
+    StopHandler(rank(), num_ranks()).install()
 
 
 def _report_and_exit(error: Exception, message: str, code: int) -> None:

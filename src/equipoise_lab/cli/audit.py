@@ -15,6 +15,7 @@ def subcommand() -> Any:
     def audit(
         model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(help_behavior_hint="")],
         data: str = "corpus",
+        text_key: str = "text",
         tokens: int = 100_000,
         out: Path = Path("runs/audit"),
         sequence_length: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")] = None,
@@ -26,18 +27,20 @@ def subcommand() -> Any:
         Args:
             model: Folder of a Transformers model with its tokenizer, or of a run of `equipoise train`.
             data: Text by domain, as in `equipoise train --data`.
+            text_key: The field or column that holds the text, as in `equipoise train --text-key`.
             tokens: Tokens in all, the same number from every domain.
             out: Folder for audit.json and report.html.
             sequence_length: Tokens a row; by default 512, or the model's maximum if that is less.
             batch: Rows a forward.
             json: Print audit.json on stdout, and the table on stderr.
         """
-        return Audit(model, data, tokens, out, sequence_length, batch, json)
+        return Audit(model, data, tokens, out, sequence_length, batch, json, text_key)
 
     return Annotated[Audit, tyro.conf.subcommand("audit", constructor=audit)]
 
 
 def run(options: Audit, command_line: str) -> None:
+    options.check()
     share_cores()
     with requires_lab("audit"):
         from equipoise_lab.audit.command import COLUMNS, RESULT, audit, table_rows

@@ -14,7 +14,7 @@ Options = TypeVar("Options")
 GROUPS: Mapping[str, tuple[str, ...]] = {
     "strategy": ("strategy", "strategies", "seed", "seeds", "then", "switch_at", "selection"),
     "folder": ("out", "resume", "save_model", "checkpoint_every", "json"),
-    "text": ("data", "tokenizer", "vocab_size", "sequence_length", "sequences", "shuffled"),
+    "text": ("data", "text_key", "tokenizer", "vocab_size", "sequence_length", "sequences", "shuffled"),
     "model": (
         "model", "arch", "score_function", "qk_norm", "layers", "width", "experts", "experts_per_token", "expert_width",
     ),

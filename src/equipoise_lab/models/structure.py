@@ -16,6 +16,7 @@ from torch import nn
 
 from equipoise.errors import UsageError
 from equipoise_lab.models.folders import suggest_models
+from equipoise_lab.paths import suggest_paths
 
 __all__ = ["ConfigFile", "Structure", "build_structure", "read_config"]
 
@@ -63,7 +64,7 @@ def read_config(path: Path) -> ConfigFile:
             advice = " It holds an adapter: give its base model, or merge the two and save the result."
         raise UsageError(
             f"MODEL must be a folder with a config.json, or a config.json: {file} does not exist."
-            + (suggest_models(path) or advice)
+            + (suggest_models(path) or ("" if path.exists() else suggest_paths(path)) or advice)
         )
     content = _read_json(file)
     if not isinstance(content, dict):

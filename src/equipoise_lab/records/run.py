@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from equipoise.errors import EquipoiseError, UsageError
+from equipoise_lab.paths import suggest_paths
 from equipoise_lab.records.files import (
     check,
     finite,
@@ -25,12 +26,33 @@ __all__ = ["LOCK", "Run", "find_runs", "is_new"]
 
 FORMAT = 1
 LOCK = ".lock"  # lock file of the process that trains in the folder
+LEFTOVERS = {".config.json.tmp", ".compare.json.tmp", LOCK}  # of a process that is killed before its first file
 
 
 def is_new(folder: Path) -> bool:
-    """Whether ``folder`` is missing or empty. Ignores what a process leaves that is killed before its first file."""
-    ignored = {".config.json.tmp", ".compare.json.tmp", LOCK}
-    return not folder.is_dir() or all(path.name in ignored for path in folder.iterdir())
+    """Whether ``folder`` is missing or empty, or holds only what a run or a comparison leaves that fails before a step.
+
+    That is a run without rows, or a comparison of such runs. Nothing of them is worth keeping, so a new run may start.
+    """
+    if not folder.is_dir():
+        return True
+    names = {path.name for path in folder.iterdir()} - LEFTOVERS
+    if names == {"config.json"}:
+        return _is_run(folder / "config.json")
+    is_comparison = "compare.json" in names
+    return not names or (is_comparison and all(_is_new_run(folder / name) for name in names - {"compare.json"}))
+
+
+def _is_new_run(folder: Path) -> bool:
+    return folder.is_dir() and is_new(folder)
+
+
+def _is_run(config: Path) -> bool:
+    try:
+        content = read_json(config)
+    except EquipoiseError:
+        return False  # it may be somebody else's
+    return isinstance(content, dict) and {"format", "strategy"} <= content.keys()
 
 
 class Run:
@@ -161,7 +183,10 @@ def find_runs(folder: str | Path) -> list[Run]:
     folder = Path(folder)
     if not folder.is_dir():
         problem = "is a file" if folder.exists() else "does not exist"
-        raise UsageError(f"Runs are read from a folder: {folder} {problem}. Give the folder that was passed as --out.")
+        hint = "" if folder.exists() else suggest_paths(folder)
+        raise UsageError(
+            f"Runs are read from a folder: {folder} {problem}. Give the folder that was passed as --out.{hint}"
+        )
     paths = [folder] if (folder / "config.json").exists() else sorted(p.parent for p in folder.glob("*/config.json"))
     if not paths:
         raise UsageError(

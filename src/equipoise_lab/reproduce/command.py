@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from equipoise_lab.cores import num_cores
+from equipoise_lab.paths import check_writable
 from equipoise_lab.records import finite
 from equipoise_lab.reproduce.claim import Claim, Job, claim_names, load_claim
 from equipoise_lab.reproduce.config import RESULTS, Reproduce
@@ -25,6 +26,11 @@ def reproduce(options: Reproduce, progress: Progress) -> list[Finding]:
     shipped = _shipped_results() if options.results == RESULTS else []
     if not options.results.is_dir() and not shipped:
         progress.say(f"{options.results} is not a folder, so there are no stored results yet.")
+    if options.budget != 0:  # the first run takes minutes
+        check_writable(options.out, "--out")
+        check_writable(options.results, "--results")
+    if options.page is not None:
+        check_writable(options.page.parent, "the folder of --page")
     results = Results(options.results, *shipped, dtype=options.dtype)
     if options.budget != 0:
         _run([load_claim(name) for name in names], options.claim == "all", results, options, progress)

@@ -33,9 +33,10 @@ from equipoise_lab.train.data import end_of_text
 from equipoise_lab.train.ranks import ONE_PROCESS, Ranks
 from equipoise_lab.train.wrappers import state_to_save
 
-__all__ = ["load_newest", "save", "save_model"]
+__all__ = ["CHECKPOINTS", "load_newest", "newest_step", "save", "save_model"]
 
 NUM_KEPT = 2  # the newest, and the one before it in case the newest is damaged
+CHECKPOINTS = "checkpoints"  # the folder of them, in the folder of a run
 STATE, FACTS = "state.safetensors", "facts.json"
 FORMER_FORMAT = ".metadata"  # a pickle, which torch.distributed.checkpoint wrote
 
@@ -176,6 +177,11 @@ def _find_steps(folder: Path) -> list[int]:
     """The steps of the checkpoints in the folder, newest first."""
     numbers = (path.name.removeprefix("step-") for path in folder.glob("step-*"))
     return sorted((int(number) for number in numbers if number.isdigit()), reverse=True)
+
+
+def newest_step(folder: Path) -> int:
+    """The step of the newest checkpoint in the folder; 0 without one. It is not read, so it may be damaged."""
+    return max(_find_steps(folder), default=0)
 
 
 def _read(path: Path, state: dict[str, Any], warn: Any) -> tuple[dict[str, Any], dict[str, Any], Tensor] | str:

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from equipoise.errors import UsageError
+from equipoise_lab.paths import suggest_paths
 from equipoise_lab.records import read_json
+from equipoise_lab.train.location import check_location, find_tokenizer
 from equipoise_lab.train.strategies import check_strategies
 
 __all__ = ["ARCHITECTURES", "TOP_K", "Compare", "Train"]
@@ -43,10 +45,14 @@ class _Run:
     else from its config. --layers, --width, --experts and similar options are then ignored: the model sets them."""
 
     data: str = "corpus"
-    """Text to train on: "corpus" (eight domains, packaged), a folder, a file, or a data set of the library datasets.
-    A folder holds one file or one sub-folder per domain: .txt, .jsonl or .parquet, optionally compressed as .xz.
-    Documents: blocks between blank lines of a .txt, .txt files of a sub-folder, or the "text" field of a line or row.
-    A domain needs at least four documents; some of them are held out."""
+    """Text to train on: "corpus" (eight domains, packaged), a folder, a file, or hf:NAME of the Hugging Face Hub.
+    A folder holds one file or one sub-folder per domain: any text in UTF-8, optionally as .xz or .gz.
+    Documents: rows of .jsonl, .parquet, .csv and .tsv; else the files of a sub-folder, or the blocks between blank
+    lines of a file. A domain needs at least four documents; some of them are held out.
+    Hidden files and READMEs are no text. Other files that are none are skipped and counted."""
+
+    text_key: str = "text"
+    """The field or column that holds the text, in .jsonl, .parquet, .csv, .tsv and data sets."""
 
     tokenizer: Path | None = None
     """A tokenizer.json, or a folder with one. Default: a byte-level BPE is trained on the training text."""
@@ -132,7 +138,7 @@ class _Run:
     """Maximum number of sequences per domain in an evaluation. Every domain gives equally many."""
 
     checkpoint_every: int = 20
-    """Steps between checkpoints. A killed run only loses the steps after the last one."""
+    """Steps between checkpoints. A killed run only loses the steps after the last one; Ctrl-C writes one more."""
 
     save_model: bool = True
     """Save the trained model in the run's folder, for plain Transformers. --no-save-model skips this."""
@@ -188,7 +194,10 @@ class _Run:
             raise UsageError(f"--qk-norm needs --arch glm4_moe: got {self._why_no_qk_norm()} Leave --qk-norm out.")
         self._check_score_function()
         if self.model is not None and not (self.model / "config.json").is_file():
-            raise UsageError(f"--model must be a folder with a config.json: {self.model} has none. Check the path.")
+            raise UsageError(
+                f"--model must be a folder with a config.json: {self.model} has none. Check the path."
+                f"{'' if self.model.exists() else suggest_paths(self.model)}"
+            )
         if self.model is not None:
             content = read_json(self.model / "config.json")
             if isinstance(content, dict) and {"format", "strategy"} <= content.keys():
@@ -196,6 +205,9 @@ class _Run:
                     f"--model must be a saved model, or a run that saved one: {self.model} is a run without a model. "
                     "It has not finished, or was trained with --no-save-model. Train it again without that option."
                 )
+        check_location(self.data)
+        if self.tokenizer is not None:
+            find_tokenizer(self.tokenizer)
 
     def recorded(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """The recorded options of a folder. Options newer than the folder get their defaults."""

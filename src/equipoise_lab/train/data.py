@@ -22,6 +22,7 @@ import numpy as np
 from jaxtyping import UInt
 
 from equipoise.errors import EquipoiseError, UsageError
+from equipoise_lab.train.location import find_tokenizer
 from equipoise_lab.train.text import (
     MIN_DOCUMENTS,
     Text,
@@ -31,6 +32,8 @@ from equipoise_lab.train.text import (
     max_held_out,
     without_copies,
 )
+from equipoise_lab.train.text_files import TEXT_KEY
+from equipoise_lab.train.text_problems import Problems
 
 if TYPE_CHECKING:  # imported lazily: reading from the cache does not need it
     from tokenizers import Tokenizer
@@ -65,6 +68,7 @@ class Corpus:
     tokens: dict[str, dict[str, UInt[np.ndarray, " tokens"]]]
     num_bytes: dict[str, dict[str, int]]
     fingerprint: str
+    notes: tuple[str, ...] = ()  # what was left out of the files that were read
 
     def sequences(self, split: str, domain: str, length: int) -> UInt[np.ndarray, "sequences length"]:
         """The tokens in rows of ``length``, without overlap. The remainder is dropped. A view, not a copy."""
@@ -116,18 +120,20 @@ def load_corpus(
     cache: str | Path | None = None,
     progress: Progress | None = None,
     sequence_length: int = 128,
+    text_key: str = TEXT_KEY,
 ) -> Corpus:
     """Reads, splits and tokenises text, or loads it from the cache.
 
     Args:
-        data: a folder with one file or one sub-folder per domain, a file, the name of a data set, or None for the
-            packaged corpus (see ``text.find_text``).
+        data: a folder with one file or one sub-folder per domain, a file, ``hf:NAME`` for a data set of the Hub, or
+            None for the packaged corpus (see ``text.find_text``).
         tokenizer: a ``tokenizer.json`` or a folder with one. Without it a byte-level BPE is trained, only on text that
             can never be held out.
         vocab_size: tokens of that BPE. It gets fewer if there is too little text.
         cache: a folder; default ``$EQUIPOISE_CACHE`` or ``~/.cache/equipoise``.
-        progress: called with a line of text at each stage.
+        progress: called with a line of text at each stage, and with what is left out of the text.
         sequence_length: tokens that every split of every domain must have at least.
+        text_key: the field or column of a row that holds its text.
 
     In each domain, the first documents in hash order are held out: until they reach 5 % of the bytes and 20,000 tokens,
     but at most a quarter of the bytes. They alternate between ``selection`` and ``test``.
@@ -137,16 +143,20 @@ def load_corpus(
     (3533, 128)
     """
     progress = progress or (lambda line: None)
-    text = find_text(data, progress)
-    tokenizer_file = None if tokenizer is None else _find_tokenizer(Path(tokenizer).expanduser())
+    tokenizer_file = None if tokenizer is None else find_tokenizer(Path(tokenizer))
     if tokenizer_file is None and vocab_size < MIN_VOCAB_SIZE:
         raise UsageError(
             f"vocab_size must be at least {MIN_VOCAB_SIZE}, of which 256 are single bytes: got {vocab_size}. Raise it."
         )
     kind = ["bpe", vocab_size] if tokenizer_file is None else ["file", _digest(tokenizer_file.read_bytes())]
-    key = _digest(json.dumps([FORMAT, kind, text.identity]).encode())[:32]
+    text = find_text(data, progress, text_key)
+    of_key = [] if text_key == TEXT_KEY else [text_key]
+    key = _digest(json.dumps([FORMAT, kind, text.identity, *of_key]).encode())[:32]
     folder = _cache_folder(cache) / "tokens" / key
-    corpus = _open(folder) or _build(folder, text, tokenizer_file, vocab_size, progress)
+    corpus = _open(folder)
+    for note in () if corpus is None else corpus.notes:
+        progress(note)
+    corpus = corpus or _build(folder, text, tokenizer_file, vocab_size, progress)
     _check_length(corpus, sequence_length, text.where)
     return corpus
 
@@ -161,39 +171,50 @@ def _cache_folder(cache: str | Path | None) -> Path:
 
 
 def _check_length(corpus: Corpus, sequence_length: int, where: str) -> None:
+    problems = Problems()
     for split, domain in itertools.product(SPLITS, corpus.domains):
         if not len(corpus.sequences(split, domain, sequence_length)):
-            raise EquipoiseError(
-                f"Each split of a domain must hold a sequence of {sequence_length} tokens: the {split} text of "
-                f"{domain!r} in {where} has {len(corpus.tokens[split][domain])} tokens. Add text, or use shorter "
-                "sequences."
+            problems.add(
+                f"Each split of a domain must hold a sequence of {sequence_length} tokens",
+                f"the {split} text of {domain!r} in {where} has {len(corpus.tokens[split][domain])} tokens",
+                "Add text, or use shorter sequences.",
             )
+    problems.raise_error()
 
 
 def _build(folder: Path, text: Text, tokenizer_file: Path | None, vocab_size: int, progress: Progress) -> Corpus:
     """Writes to a temporary folder and renames it to ``folder``. If another process was faster, uses its folder."""
-    texts, seen, num_copies = {}, set[bytes](), 0
+    texts, seen, num_copies, notes = {}, set[bytes](), 0, list[str]()
+
+    def note(line: str) -> None:
+        notes.append(line)
+        progress(line)
+
     # A document in two domains is kept in the first only: else it could be trained on in one and held out in the other.
-    for domain, documents in text.read(progress).items():
+    for domain, documents in text.read(progress, note).items():
         ordered = in_hash_order(documents)
         texts[domain] = without_copies(ordered, seen)
         num_copies += len(ordered) - len(texts[domain])
     if num_copies:
-        progress(f"left out {num_copies} documents that an earlier domain has too")
+        note(f"left out {num_copies} documents that an earlier domain has too")
+    problems = Problems()
     for domain, documents in texts.items():
         if len(documents) < MIN_DOCUMENTS:
-            raise EquipoiseError(
+            problems.add(
                 f"A domain must have at least {MIN_DOCUMENTS} different documents, to be split into train, selection "
-                f"and test: {domain!r} in {text.where} has {len(documents)}. Split its text into more documents, for "
-                "example with blank lines in a .txt."
+                "and test",
+                f"{domain!r} in {text.where} has {len(documents)}",
+                "Split its text into more documents, for example with blank lines, or put files of one kind into one "
+                "sub-folder: there each is a document.",
             )
+    problems.raise_error()
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     try:
         temporary.mkdir(parents=True)
         if tokenizer_file is None:
             progress("training the tokenizer")
         tokenizer = _read_tokenizer(tokenizer_file) if tokenizer_file else _train_tokenizer(texts, vocab_size)
-        _write(temporary, texts, tokenizer, progress)
+        _write(temporary, texts, tokenizer, notes, progress)
         return _publish(temporary, folder)
     except OSError as error:
         raise EquipoiseError(
@@ -251,16 +272,6 @@ def _sample(documents: list[str], share: int) -> list[str]:
     return sample
 
 
-def _find_tokenizer(path: Path) -> Path:
-    file = path / "tokenizer.json" if path.is_dir() else path
-    if not file.is_file():
-        raise UsageError(
-            f"The tokenizer must be a tokenizer.json or a folder with one: {file} does not exist. Check the path, or "
-            "leave the option out to train a tokenizer on the text."
-        )
-    return file
-
-
 def _read_tokenizer(path: Path) -> "Tokenizer":
     from tokenizers import Tokenizer
 
@@ -299,7 +310,9 @@ def _encode(tokenizer: "Tokenizer", documents: list[str], dtype: np.dtype) -> li
     return encoded
 
 
-def _write(folder: Path, texts: dict[str, list[str]], tokenizer: "Tokenizer", progress: Progress) -> None:
+def _write(
+    folder: Path, texts: dict[str, list[str]], tokenizer: "Tokenizer", notes: list[str], progress: Progress
+) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
     tokenizer.encode_special_tokens = True  # set after saving: "<|endoftext|>" inside a document is plain text
     vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
@@ -326,6 +339,7 @@ def _write(folder: Path, texts: dict[str, list[str]], tokenizer: "Tokenizer", pr
         "vocab_size": vocab_size,
         "dtype": dtype.str,
         "domains": entries,
+        "notes": notes,
         "sizes": {file.name: file.stat().st_size for file in sorted(folder.iterdir())},
     }
     (folder / "manifest.json").write_text(json.dumps(manifest, ensure_ascii=False, indent=1), encoding="utf-8")
@@ -350,6 +364,7 @@ def _open(folder: Path) -> Corpus | None:
             tokens=tokens,
             num_bytes={split: {name: entries[name][split]["bytes"] for name in entries} for split in SPLITS},
             fingerprint=manifest["fingerprint"],
+            notes=tuple(map(str, manifest.get("notes", []))),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from equipoise.errors import UsageError
-from equipoise_lab.train.text import CORPUS, LEVELS_FILE
+from equipoise_lab.train.location import local_path
+from equipoise_lab.train.text_files import LEVELS_FILE
 
 __all__ = ["levels_of", "script_of"]
 
@@ -38,7 +39,7 @@ def levels_of(data: str | Path | None, texts: Mapping[str, str]) -> dict[str, li
     domain. A level that gives all domains the same label, or all different ones, is left out: it groups nothing.
     """
     levels = {"script": [script_of(text) for text in texts.values()]}
-    path = (CORPUS if data is None or data == "corpus" else Path(data).expanduser()) / LEVELS_FILE
+    path = local_path(data) / LEVELS_FILE
     if path.is_file():
         levels |= _read(path, list(texts))
     return {level: labels for level, labels in levels.items() if 1 < len(set(labels)) < len(labels)}

@@ -11,7 +11,7 @@ import importlib.metadata
 import platform
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -22,20 +22,21 @@ from equipoise.errors import EquipoiseError, UsageError
 from equipoise.routers.find import find_routers
 from equipoise.saved import BIASES_FILE
 from equipoise_lab.experts.result import AuditData
+from equipoise_lab.paths import check_writable
 from equipoise_lab.records import is_new
 from equipoise_lab.train import checkpoint
 from equipoise_lab.train.balancers import attach_strategy, check_strategy
-from equipoise_lab.train.batches import Batches
 from equipoise_lab.train.config import Train
-from equipoise_lab.train.data import Corpus, load_corpus
+from equipoise_lab.train.data import Corpus
 from equipoise_lab.train.engine import learning_rate_at, machine, reproducible
 from equipoise_lab.train.evaluate import evaluate, language_model_loss
-from equipoise_lab.train.levels import levels_of
 from equipoise_lab.train.models import build_model, num_active_parameters
 from equipoise_lab.train.ranks import ONE_PROCESS, Ranks, join_ranks
+from equipoise_lab.train.resume_advice import resume_advice
 from equipoise_lab.train.run_folder import RunFolder, SilentWatcher, Watcher, complete_result, resume_options
+from equipoise_lab.train.run_text import batches_of, load_text
 from equipoise_lab.train.selection import check_selection, install_selection
-from equipoise_lab.train.stop import stop_requested
+from equipoise_lab.train.stop import deferred, end_grace, stop_requested
 from equipoise_lab.train.switch import check_switch, has_biases, switch
 from equipoise_lab.train.wrappers import (
     check_wrapper,
@@ -47,7 +48,7 @@ from equipoise_lab.train.wrappers import (
     weights_digest,
 )
 
-__all__ = ["check_same_options", "train"]
+__all__ = ["check", "check_same_options", "train"]
 
 
 def check(config: Train, ranks: Ranks = ONE_PROCESS) -> None:
@@ -85,6 +86,7 @@ def _check_out(config: Train) -> None:
             f"--out must be new or empty: {out} holds {_some_names(out)}. Nothing was changed. Choose another folder, "
             "or continue a stopped run with --resume."
         )
+    check_writable(out, "--out")
 
 
 def _some_names(folder: Path) -> str:
@@ -92,10 +94,13 @@ def _some_names(folder: Path) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def train(config: Train, watcher: Watcher, command: str = "", ranks: Ranks | None = None) -> dict[str, Any]:
+def train(
+    config: Train, watcher: Watcher, command: str = "", ranks: Ranks | None = None, *, says_text: bool = True
+) -> dict[str, Any]:
     """Trains one run and returns its result (the content of ``result.json``), on every rank.
 
-    The default of ``ranks`` is the ranks that torchrun started (:func:`equipoise_lab.train.ranks.join_ranks`).
+    The default of ``ranks`` is the ranks that torchrun started (:func:`equipoise_lab.train.ranks.join_ranks`). Without
+    ``says_text`` nothing is said about the text: a comparison says it before its runs.
     """
     ranks = join_ranks() if ranks is None else ranks
     watcher = watcher if ranks.rank == 0 else SilentWatcher()
@@ -106,7 +111,7 @@ def train(config: Train, watcher: Watcher, command: str = "", ranks: Ranks | Non
         return result
     with reproducible():
         with ranks.report_lost_rank(lambda: "before the first step", lambda: "Start the same command again."):
-            training = _Training(config, watcher, command, ranks)
+            training = _Training(config, watcher, command, ranks, says_text=says_text)
         try:
             return training.run()
         finally:
@@ -126,13 +131,6 @@ def check_same_options(config: Any, ranks: Ranks) -> None:
     )
 
 
-def _different_text(name: str, value: Any, rank: int, other_value: Any) -> str:
-    return (
-        f"every rank must have the same text: rank 0 has the {name} {value}, rank {rank} has {other_value}. Copy the "
-        "text and the tokenizer of --data and --tokenizer to every node."
-    )
-
-
 def _different_weights(name: str, value: Any, rank: int, other_value: Any) -> str:
     return (
         f"every rank must start with the same {name}: rank {rank} and rank 0 differ. Copy --model to every node, and "
@@ -140,26 +138,19 @@ def _different_weights(name: str, value: Any, rank: int, other_value: Any) -> st
     )
 
 
+def _stop_requested() -> float:
+    return 0.0 if stop_requested() is None else 1.0
+
+
 class _Training:
-    def __init__(self, config: Train, watcher: Watcher, command: str, ranks: Ranks = ONE_PROCESS):
+    def __init__(
+        self, config: Train, watcher: Watcher, command: str, ranks: Ranks = ONE_PROCESS, *, says_text: bool = True
+    ):
         self.config, self.watcher, self.ranks = config, watcher, ranks
         self.device, autocast = machine(config.dtype)
         self.autocast = all(ranks.gather(autocast))
-        self.corpus: Corpus = ranks.run_by_node(self._load_corpus)
-        ranks.check_equal({"fingerprint": self.corpus.fingerprint}, _different_text)
-        # A bad levels.json must fail now, not at the end of the run.
-        ranks.run_on_first(levels_of, config.data, dict.fromkeys(self.corpus.domains, ""))
-        self.batches = Batches(
-            self.corpus,
-            sequence_length=config.sequence_length,
-            sequences_per_micro_batch=config.sequences,
-            micro_batches_per_step=config.micro_batches // ranks.size,
-            seed=config.seed,
-            shuffled=config.shuffled,
-            balance_batch=config.balance_batch,
-            rank=ranks.rank,
-            num_ranks=ranks.size,
-        )
+        self.corpus: Corpus = load_text(config, watcher if says_text else SilentWatcher(), ranks)
+        self.batches = batches_of(config, self.corpus, ranks)
         self.inner: nn.Module = ranks.run_on_all(build_model, config, self.corpus.vocab_size)
         if ranks.size > 1:
             ranks.check_equal({"weights": weights_digest(self.inner)}, _different_weights)
@@ -182,17 +173,9 @@ class _Training:
             fused=True,
         )
         self.done, self.saved = 0, 0  # number of steps: trained, and in the newest checkpoint
+        self.stops = False  # whether every rank was asked to stop by the end of the last step
         self.folder = RunFolder(config, watcher)  # only rank 0 writes into it
         self.autocast = ranks.run_on_first(self.folder.open, self._facts(command), self._machine())
-
-    def _load_corpus(self) -> Corpus:
-        return load_corpus(
-            None if self.config.data == "corpus" else self.config.data,
-            tokenizer=self.config.tokenizer,
-            vocab_size=self.config.vocab_size,
-            progress=self.watcher.say,
-            sequence_length=self.config.sequence_length,
-        )
 
     def _attach(self) -> Balance:
         return attach_strategy(self.inner, self.strategy, biases=self._saved_biases())
@@ -281,7 +264,11 @@ class _Training:
 
     def run(self) -> dict[str, Any]:
         with self.ranks.report_lost_rank(lambda: f"at step {self.done + 1}", self._resume_hint):
-            return self._run()
+            try:
+                with deferred(self._announce_stop):
+                    return self._run()
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt(resume_advice(self.config) if self.ranks.rank == 0 else "") from None
 
     def _run(self) -> dict[str, Any]:
         config, ranks = self.config, self.ranks
@@ -301,11 +288,26 @@ class _Training:
             self.done, last = step + 1, step + 1 == config.steps
             if config.evaluate_every and self.done % config.evaluate_every == 0 and not last:
                 ranks.run_on_first(self.folder.evaluation, self.done, self._evaluate("selection")[0])
+            if self.stops or (ranks.size == 1 and _stop_requested()):
+                self._stop()
             if self.done % config.checkpoint_every == 0 and not last:
-                ranks.run_on_first(self.folder.sync)
-                checkpoint.save(self.folder.checkpoints, self.done, self.inner, self.optimizer, self.balance, ranks)
-                self.saved = self.done
+                self._save()
         return self._finish()
+
+    def _save(self) -> None:
+        self.ranks.run_on_first(self.folder.sync)
+        checkpoint.save(self.folder.checkpoints, self.done, self.inner, self.optimizer, self.balance, self.ranks)
+        self.saved = self.done
+
+    def _announce_stop(self) -> None:
+        part = "step" if self.done < self.config.steps else "evaluation"
+        self.watcher.say(f"stopping after this {part}, with a checkpoint; Ctrl-C again leaves at once")
+
+    def _stop(self) -> NoReturn:
+        """Writes a checkpoint and stops, on every rank."""
+        end_grace()
+        self._save()
+        raise KeyboardInterrupt
 
     def _resume_hint(self) -> str:
         newest = f"The newest checkpoint is of step {self.saved}" if self.saved else "There is no checkpoint yet"
@@ -354,12 +356,11 @@ class _Training:
         figures = {
             "loss": float(task) / len(window),
             "balancing_loss": float(balancing) / len(window),
-            "stop_requested": 0.0 if stop_requested() is None else 1.0,
+            "stop_requested": _stop_requested(),
             **{name: value for name, value in self.balance.metrics().items() if name != "tokens"},
         }
         figures = self.ranks.mean(figures)  # some only cover the micro-batches of this rank
-        if figures.pop("stop_requested") == 1:
-            raise KeyboardInterrupt  # on every rank, after the same step
+        self.stops = figures.pop("stop_requested") == 1
         return {
             "step": step + 1,
             **({} if config.then is None else {"strategy": self.strategy}),
@@ -392,6 +393,8 @@ class _Training:
         config, ranks = self.config, self.ranks
         self.watcher.say("evaluating on the selection text and on the test text")
         selection, _ = self._evaluate("selection")
+        if ranks.mean({"stop_requested": _stop_requested()})["stop_requested"] == 1:
+            self._stop()
         row, audited = self._evaluate("test", by_token=True)
         ranks.run_on_first(self.folder.evaluation, config.steps, selection)
         ranks.run_on_first(self.folder.evaluation, config.steps, row)

@@ -20,6 +20,7 @@ from equipoise.alerts import Alert, Alerts
 from equipoise.errors import EquipoiseError
 from equipoise_lab.experts.result import RESULT, AuditData, summarise
 from equipoise_lab.records import LOCK, Run, is_new, write_json
+from equipoise_lab.train.checkpoint import CHECKPOINTS
 from equipoise_lab.train.config import Train
 from equipoise_lab.train.data import Corpus
 from equipoise_lab.train.levels import levels_of
@@ -29,7 +30,7 @@ from equipoise_lab.train.switch import has_positive_rate
 KEPT = ("strategy", "seed", "steps", "layers", "domains", "num_experts", "experts_per_token", "num_parameters")
 AVERAGED = ("loss", "maxvio_batch", "maxvio_micro", "seconds")  # numbers of a step that the result needs
 
-__all__ = ["RunFolder", "SilentWatcher", "Watcher", "complete_result", "resume_options"]
+__all__ = ["FolderLock", "RunFolder", "SilentWatcher", "Watcher", "complete_result", "resume_options"]
 
 
 class Watcher(Protocol):
@@ -69,11 +70,11 @@ def complete_result(config: Train, watcher: Watcher) -> dict[str, Any] | None:
         watcher.say(f"{config.out} is complete, but was trained with --no-save-model: there is no model to save")
     watcher.end()
     # Checkpoints remain if the run was killed after its result was written.
-    shutil.rmtree(config.out / "checkpoints", ignore_errors=True)
+    shutil.rmtree(config.out / CHECKPOINTS, ignore_errors=True)
     return Run(config.out).result
 
 
-class _FolderLock:
+class FolderLock:
     """Locks a folder against other training processes, until it is released or the process ends.
 
     Raises EquipoiseError if another process holds the lock.
@@ -137,18 +138,18 @@ class RunFolder:
         self.tokens_per_step = config.micro_batches * config.sequences * config.sequence_length
         self.seconds: list[float] = []  # duration of every step
         self.alerts = Alerts(num_steps=config.steps)
-        self._lock: _FolderLock | None = None
+        self._lock: FolderLock | None = None
 
     @property
     def checkpoints(self) -> Path:
-        return self.config.out / "checkpoints"
+        return self.config.out / CHECKPOINTS
 
     def open(self, facts: Mapping[str, Any], machine: Mapping[str, Any]) -> bool:
         """Creates the folder with these facts, or opens an existing one. Returns whether the run uses bfloat16.
 
         ``facts`` stay the same when a run is resumed. ``machine`` may change; the watcher then reports it.
         """
-        self._lock = _FolderLock(self.config.out)
+        self._lock = FolderLock(self.config.out)
         try:
             return self._open(facts, machine)
         except BaseException:  # not in __del__: exceptions there, for example from a signal handler, are lost

@@ -4,8 +4,8 @@
     child    trains; sends every call of its watcher, then its result or its error
     parent   repeats the calls on a watcher of its own, and yields the result
 
-A child stops when it gets SIGTERM, like a single run, or when the other end of its pipe is closed. Ctrl-C on a terminal
-reaches every process there. The children block it; the parent stops them.
+A child stops when it gets SIGTERM, or when the other end of its pipe is closed: like a single run, after its step and
+with a checkpoint. Ctrl-C on a terminal reaches every process there. The children block it; the parent stops them.
 """
 
 import os
@@ -19,8 +19,7 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
-from types import FrameType
-from typing import Any, NoReturn, Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -28,11 +27,13 @@ from equipoise.errors import EquipoiseError
 from equipoise_lab.train.config import Train
 from equipoise_lab.train.loop import train
 from equipoise_lab.train.run_folder import Watcher, complete_result
-from equipoise_lab.train.stop import repeat_lost_interrupts
+from equipoise_lab.train.stop import StopHandler, deferred, stop_requested
 
 __all__ = ["Display", "Outcome", "side_by_side"]
 
 STOPPED = 130  # exit code of a process that was stopped
+CHECK_INTERVAL = 0.2  # seconds: how often the parent looks whether it was asked to stop
+ANNOUNCEMENT = "stopping every run after its step, with a checkpoint; Ctrl-C again leaves at once"
 
 Outcome = dict[str, Any] | EquipoiseError  # the result of a run, or its error
 
@@ -52,29 +53,32 @@ def side_by_side(
     The other runs start training after the first has started. So an error that does not depend on the run is reported
     once, and the text is in the cache. A process that dies gives an error for its run. A process that was stopped
     raises KeyboardInterrupt. However this generator ends (``close()`` included), no process remains: all get SIGTERM,
-    and a second Ctrl-C kills them.
+    end their step and write a checkpoint. A second Ctrl-C kills them.
     """
     waiting, active, has_begun = list(runs), dict[Any, _Process](), False
-    try:
-        while waiting or active:
-            while waiting and len(active) < workers:
-                run, watcher = waiting.pop(0), display.add_run()
-                if (outcome := _complete(run, watcher)) is not None:
-                    yield run, outcome
-                    continue
-                process = _Process(run, watcher)  # loads torch while the first run starts
-                active[process.pipe] = process
-            for process in list(active.values())[: None if has_begun else 1]:
-                process.begin(command, threads)
-            for pipe in wait(active) if active else ():  # wait() of an empty list would block for ever
-                process = active[pipe]
-                outcome = process.receive()
-                has_begun = has_begun or process.has_begun or outcome is not None
-                if outcome is not None:
-                    del active[pipe]
-                    yield process.run, outcome
-    finally:
-        _stop(active.values())
+    with deferred(lambda: display.say(ANNOUNCEMENT)):
+        try:
+            while waiting or active:
+                while waiting and len(active) < workers:
+                    run, watcher = waiting.pop(0), display.add_run()
+                    if (outcome := _complete(run, watcher)) is not None:
+                        yield run, outcome
+                        continue
+                    process = _Process(run, watcher)  # loads torch while the first run starts
+                    active[process.pipe] = process
+                for process in list(active.values())[: None if has_begun else 1]:
+                    process.begin(command, threads)
+                for pipe in wait(active, CHECK_INTERVAL):
+                    process = active[pipe]
+                    outcome = process.receive()
+                    has_begun = has_begun or process.has_begun or outcome is not None
+                    if outcome is not None:
+                        del active[pipe]
+                        yield process.run, outcome
+                if stop_requested() is not None:
+                    raise KeyboardInterrupt
+        finally:
+            _stop(active.values())
 
 
 def _complete(run: Train, watcher: Watcher) -> Outcome | None:
@@ -82,6 +86,10 @@ def _complete(run: Train, watcher: Watcher) -> Outcome | None:
         return complete_result(run, watcher)
     except EquipoiseError as error:
         return error
+
+
+class _ChildStopped(KeyboardInterrupt):
+    """A child process was stopped."""
 
 
 class _Process:
@@ -124,11 +132,22 @@ class _Process:
             getattr(self.watcher, name)(*arguments)
         return None
 
+    def receive_last(self) -> bool:
+        """Handles one message of a child that is stopping. Returns whether it has ended; how does not matter."""
+        try:
+            return self.receive() is not None
+        except (_ChildStopped, Exception):
+            self.pipe.close()
+            return True
+
     def _end(self) -> Outcome:
         self.pipe.close()
         code = self.process.wait()
         if code in (STOPPED, -signal.SIGTERM):
-            raise KeyboardInterrupt
+            raise _ChildStopped
+        if isinstance(self.outcome, dict):
+            return self.outcome
+        self.watcher.end()
         if self.outcome is not None:
             return self.outcome
         return EquipoiseError(
@@ -152,16 +171,21 @@ def _block_interrupts() -> Iterator[None]:
 
 
 def _stop(processes: Iterable[_Process]) -> None:
+    active: dict[Any, _Process] = {child.pipe: child for child in processes if not child.pipe.closed}
     try:
         for child in processes:
             child.process.terminate()
-            child.pipe.close()
+        while active:  # until their last steps and checkpoints are done
+            for pipe in wait(active):
+                if active[pipe].receive_last():
+                    del active[pipe]
         for child in processes:
             child.process.wait()
     finally:  # on a second Ctrl-C
         for child in processes:
             child.process.kill()
             child.process.wait()
+            child.pipe.close()
 
 
 # ---- in the child process ----
@@ -177,7 +201,7 @@ class _Sender:
         try:
             self.pipe.send(message)
         except OSError:  # the parent is gone
-            _interrupt()
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def say(self, text: str) -> None:
         self.send("say", text)
@@ -194,25 +218,19 @@ class _Sender:
 
 def _main(pipe: Connection) -> None:
     try:
-        signal.signal(signal.SIGTERM, _interrupt)
-        repeat_lost_interrupts()
+        StopHandler(is_worker=True).install()
         run, command, threads = pipe.recv()
         threading.Thread(target=_stop_without_parent, args=[pipe], daemon=True).start()
         torch.set_num_threads(threads)
         sender = _Sender(pipe)
         try:
-            sender.send("result", train(run, sender, command))
+            sender.send("result", train(run, sender, command, says_text=False))
         except Exception as error:
             sender.send("error", _picklable(error))
     except (KeyboardInterrupt, EOFError):
         sys.exit(STOPPED)
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the process is ending anyway
-
-
-def _interrupt(number: int = signal.SIGTERM, frame: FrameType | None = None) -> NoReturn:
-    signal.signal(number, signal.SIG_IGN)  # one interrupt is enough
-    raise KeyboardInterrupt from None
 
 
 def _stop_without_parent(pipe: Connection) -> None:

@@ -213,7 +213,7 @@ def test_a_model_without_experts_or_tokenizer_is_refused(run, saved, text, tmp_p
 
 
 def _no_file(folder, monkeypatch):
-    return 2, "A folder of text must contain one file or one sub-folder per domain"
+    return 2, "A folder of text must contain one text file or one sub-folder of text files per domain"
 
 
 def _empty_file(folder, monkeypatch):
@@ -221,14 +221,20 @@ def _empty_file(folder, monkeypatch):
     return 1, "A text file must contain text: "
 
 
-def _unsupported_format(folder, monkeypatch):
-    (folder / "a.pdf").write_text("%PDF")
-    return 2, "Text must be .txt, .jsonl, .parquet"
+def _damaged_archive(folder, monkeypatch):
+    (folder / "a.txt.xz").write_text("no archive")
+    return 1, f"{folder / 'a.txt.xz'} must be an xz file: "
 
 
 def _dangling_link(folder, monkeypatch):
     (folder / "a.txt").symlink_to(folder / "nowhere")
-    return 2, "Text must be .txt, .jsonl, .parquet"
+    return 1, f"A domain must be a file or a folder: {folder / 'a.txt'} is neither. Remove it."
+
+
+def _wrong_path(folder, monkeypatch):
+    folder.rmdir()
+    (folder.parent / "texts").mkdir()
+    return 2, f"The text must be corpus, a folder, a file, or hf:NAME: {folder} does not exist here. Did you mean "
 
 
 def _unreadable_file(folder, monkeypatch):
@@ -245,12 +251,14 @@ def _unreadable_file(folder, monkeypatch):
 
 
 @QWEN
-@pytest.mark.parametrize("prepare", [_no_file, _empty_file, _unsupported_format, _dangling_link, _unreadable_file])
+@pytest.mark.parametrize(
+    "prepare", [_no_file, _empty_file, _damaged_archive, _dangling_link, _wrong_path, _unreadable_file]
+)
 def test_unreadable_text_is_refused_before_anything_is_counted(run, text, tmp_path, capfd, monkeypatch, prepare):
     folder = tmp_path / "text"
     folder.mkdir()
     code, message = prepare(folder, monkeypatch)
-    if prepare is not _no_file:
+    if prepare not in (_no_file, _wrong_path):
         (folder / "0.txt").write_bytes((text / "law.txt").read_bytes())  # it is read first, without an error
     actual_code, error = _failed_command(capfd, run, folder, tmp_path / "out")
     assert actual_code == code and error.startswith(message) and not (tmp_path / "out").exists()
@@ -396,7 +404,7 @@ def test_an_interrupted_audit_does_not_replace_a_complete_one(run, text, tmp_pat
 @QWEN
 def test_an_unwritable_folder_is_an_error_before_the_work(run, text, capfd):
     code, error = _failed_command(capfd, run, text, Path("/proc/audit"))
-    assert code == 1 and error.startswith("every file must be readable and writable: ") and "--resume" not in error
+    assert code == 1 and error.startswith("--out must be a folder that can be written: /proc/audit: ")
 
 
 @QWEN

@@ -177,7 +177,7 @@ def test_an_error_of_the_operating_system_is_one_line(tmp_path, monkeypatch, err
 def test_an_output_folder_that_cannot_be_made_is_one_line(text, tmp_path, error_of):
     (tmp_path / "file").touch()
     line = error_of(["train", "--data", text, "--out", tmp_path / "file" / "run", *SMALL], 1)
-    assert "Not a directory" in line
+    assert f"--out must be a folder that can be written: {tmp_path / 'file'} is a file." in line
 
 
 def test_the_reader_of_stdout_may_close_it(text, tmp_path):

@@ -2,13 +2,17 @@
 
 import dataclasses
 import json
+import os
+import shutil
 
 import pytest
 
 from equipoise.errors import EquipoiseError, UsageError
 from equipoise_lab.train import loop as training
 from equipoise_lab.train.compare import compare
+from equipoise_lab.train.comparison_folder import ComparisonFolder
 from equipoise_lab.train.config import Compare, _Run, folder_name
+from equipoise_lab.train.run_folder import FolderLock
 from equipoise_lab.train.watch import Terminal
 
 
@@ -107,7 +111,7 @@ def test_a_resumed_comparison_must_keep_its_options_and_keeps_its_results(make_c
     before = {name: (config.out / name).read_bytes() for name in ("compare.json", "results.json", "report.html")}
     with pytest.raises(EquipoiseError, match="has steps=1, got 2"):
         compare(make_comparison(steps=2, resume=True), new_watcher())
-    with pytest.raises(EquipoiseError, match="may be added, but not removed"):
+    with pytest.raises(EquipoiseError, match="may be added, but not removed once they have begun"):
         compare(make_comparison(steps=1, resume=True, strategies=("none",)), new_watcher())
     assert before == {name: (config.out / name).read_bytes() for name in before}
     more, _ = compare(
@@ -147,5 +151,109 @@ def test_the_terminal_counts_complete_runs_too(make_comparison, capsys):
     compare(make_comparison(steps=1, strategies=("none",)), Terminal())
     compare(make_comparison(steps=1, resume=True), Terminal(num_runs=2))
     output = capsys.readouterr().err
-    assert "[1/2] none: already complete" in output
+    assert "[1/2] none: all 1 steps are trained" in output
     assert "[2/2] lbl:scope=micro_batch  step 1/1" in output
+
+
+# ---- nothing is claimed before the inputs are right ----
+
+
+def test_a_comparison_on_bad_text_leaves_nothing(make_comparison, new_watcher, tmp_path):
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    (bad / "one.txt").write_text("a single document")
+    config = make_comparison(steps=1, out=tmp_path / "new" / "out")
+    with pytest.raises(EquipoiseError, match="at least 4 different documents"):
+        compare(dataclasses.replace(config, data=str(bad)), new_watcher())
+    assert not (tmp_path / "new").exists()
+    assert len(compare(config, new_watcher())[0]) == 2
+
+
+def test_a_comparison_whose_first_run_cannot_begin_leaves_nothing(make_comparison, new_watcher, monkeypatch):
+    def fail(*arguments):
+        raise EquipoiseError("no model")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "build_model", fail)
+        with pytest.raises(EquipoiseError, match="no model"):
+            compare(make_comparison(), new_watcher())
+    assert not make_comparison().out.exists()
+    with monkeypatch.context() as patched:
+        patched.setattr(training._Training, "_step", fail)
+        with pytest.raises(EquipoiseError, match="no model"):
+            compare(make_comparison(), new_watcher())
+    assert not make_comparison().out.exists()
+
+
+def test_a_comparison_that_was_killed_before_a_step_blocks_no_other(make_comparison, new_watcher, monkeypatch):
+    config = make_comparison(steps=1)
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            ComparisonFolder, "release", lambda folder: os.close(folder._lock.descriptor)
+        )  # as SIGKILL does
+        patched.setattr(training._Training, "_step", lambda *arguments: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            compare(config, new_watcher())
+    assert (config.out / "compare.json").exists() and (config.runs()[0].out / "config.json").exists()
+    results, _ = compare(make_comparison(steps=2, strategies=("z",)), new_watcher())
+    assert [(result["strategy"], result["steps"]) for result in results] == [("z", 2)]
+
+
+def test_a_strategy_that_has_not_begun_may_be_removed(make_comparison, new_watcher, monkeypatch):
+    attach = training.attach_strategy
+
+    def attach_all_but_z(model, strategy, **options):
+        if strategy == "z":
+            raise EquipoiseError("z cannot be attached")
+        return attach(model, strategy, **options)
+
+    monkeypatch.setattr(training, "attach_strategy", attach_all_but_z)
+    first, failure = compare(make_comparison(strategies=("none", "z")), new_watcher())
+    assert len(first) == 1 and "z cannot be attached" in str(failure)
+    results, failure = compare(make_comparison(strategies=("none", "lbl"), resume=True), new_watcher())
+    assert [result["strategy"] for result in results] == ["none", "lbl"] and failure is None
+    with pytest.raises(EquipoiseError, match="may be added, but not removed once they have begun"):
+        compare(make_comparison(strategies=("none",), resume=True), new_watcher())
+
+
+def test_a_run_that_failed_before_a_step_blocks_no_other(tiny, new_watcher, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(training._Training, "_step", lambda *arguments: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            training.train(tiny(), new_watcher())
+    assert training.train(tiny(steps=1, seed=1, save_model=False), new_watcher())["seed"] == 1
+
+
+@pytest.mark.parametrize("content", ['{"model_type": "mixtral"}', "{torn", "[]"])
+def test_a_config_of_something_else_is_not_replaced(tiny, new_watcher, content):
+    tiny().out.mkdir()
+    (tiny().out / "config.json").write_text(content)
+    with pytest.raises(EquipoiseError, match=r"must be new or empty: .* holds config\.json"):
+        training.train(tiny(), new_watcher())
+    assert (tiny().out / "config.json").read_text() == content
+
+
+def test_only_one_process_may_compare_in_a_folder(make_comparison, new_watcher):
+    lock = FolderLock(make_comparison().out)
+    with pytest.raises(EquipoiseError, match="only one process may train in a folder"):
+        compare(make_comparison(), new_watcher())
+    lock.release()
+    assert not any(make_comparison().out.iterdir())
+
+
+def test_the_folder_is_checked_before_the_text_is_read(make_comparison, tiny, new_watcher, tmp_path, monkeypatch):
+    monkeypatch.setattr("equipoise_lab.train.run_text.load_corpus", None)
+    (tmp_path / "file").touch()
+    for command, config in ((compare, make_comparison()), (training.train, tiny())):
+        with pytest.raises(EquipoiseError, match="--out must be a folder that can be written: .* is a file"):
+            command(dataclasses.replace(config, out=tmp_path / "file" / "out"), new_watcher())
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_is_skipped_of_the_text_is_said_once(make_comparison, new_watcher, tmp_path, text, workers):
+    own = tmp_path / "text"
+    shutil.copytree(text, own)
+    (own / "logo.png").write_bytes(b"\0")
+    watcher = new_watcher()
+    compare(make_comparison(steps=1, data=str(own), workers=workers), watcher)
+    assert watcher.said.count("skipped 1 file: 1 not text (logo.png)") == 1

@@ -1,5 +1,6 @@
 """The text pipeline of the lab: reading, split, tokenizer, cache, micro-batches, and every kind of bad input."""
 
+import gzip
 import hashlib
 import json
 import lzma
@@ -18,7 +19,7 @@ import torch
 from tokenizers import Tokenizer
 
 from equipoise.errors import EquipoiseError, UsageError
-from equipoise_lab.train import data, text
+from equipoise_lab.train import data, text, text_files
 from equipoise_lab.train.batches import Batches
 from equipoise_lab.train.data import SPLITS, Corpus, load_corpus
 from equipoise_lab.train.text import count_held_out, find_text, max_held_out, stream_text
@@ -254,7 +255,7 @@ def test_every_kind_of_file_gives_the_same_documents(tmp_path):
     write_jsonl(root / "mixed" / "deep" / "a.jsonl.xz", documents[:5])
     parquet.write_table(table.slice(5), root / "mixed" / "b.parquet")
 
-    texts_by_domain = text.find_text(root, print).read(print)
+    texts_by_domain = text.find_text(root, print).read(print, print)
     assert list(texts_by_domain) == ["blank", "dos", "lines", "many", "mixed", "packed", "table"]
     for domain, texts in texts_by_domain.items():
         assert sorted(filter(str.strip, texts)) == sorted(documents), domain
@@ -263,24 +264,24 @@ def test_every_kind_of_file_gives_the_same_documents(tmp_path):
 def test_readmes_are_skipped_but_a_domain_may_have_a_similar_name(tmp_path):
     for name in ("README", "readme.txt", "README-fr.md", "READMEs_of_repositories.txt"):
         (tmp_path / name).write_text("words")
-    assert list(text.find_text(tmp_path, print).read(print)) == ["READMEs_of_repositories"]
+    assert list(text.find_text(tmp_path, print).read(print, print)) == ["READMEs_of_repositories"]
 
 
 def test_a_txt_in_a_domain_folder_is_one_document_and_keeps_its_blank_lines(tmp_path):
     (tmp_path / "books").mkdir()
     (tmp_path / "books" / "one.txt").write_text("a\n\nb\n")
-    assert text.find_text(tmp_path, print).read(print) == {"books": ["a\n\nb\n"]}
+    assert text.find_text(tmp_path, print).read(print, print) == {"books": ["a\n\nb\n"]}
 
 
 def test_jsonl_lines_end_at_newlines_only(tmp_path):
     documents = ["one\u2028line\u0085here", "two"]
     write_jsonl(tmp_path / "a.jsonl", documents)
-    assert text.find_text(tmp_path, print).read(print) == {"a": documents}
+    assert text.find_text(tmp_path, print).read(print, print) == {"a": documents}
 
 
 def test_a_byte_order_mark_is_removed(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\n\ntwo")
-    assert text.find_text(tmp_path, print).read(print) == {"a": ["one", "two"]}
+    assert text.find_text(tmp_path, print).read(print, print) == {"a": ["one", "two"]}
 
 
 def test_progress_names_each_stage(folder, tmp_path):
@@ -315,26 +316,26 @@ def fake_datasets(monkeypatch, rows):
 def test_data_set_gives_domains_by_column_by_configuration_or_by_name(monkeypatch, tmp_path):
     documents = make_documents("web")
     fake_datasets(monkeypatch, FakeRows({"text": documents, "domain": ["b", "a"] * 20}))
-    corpus = load("owner/name", tmp_path / "cache")
+    corpus = load("hf:owner/name", tmp_path / "cache")
     assert corpus.domains == ("a", "b")
     assert set(documents_of(corpus, "train", "b")) < set(documents[::2])
     fake_datasets(monkeypatch, FakeRows({"text": documents}, config="en"))
-    assert load("owner/name", tmp_path / "cache").domains == ("en",)
+    assert load("hf:owner/name", tmp_path / "cache").domains == ("en",)
     fake_datasets(monkeypatch, FakeRows({"text": documents}))
-    assert load("owner/name", tmp_path / "cache").domains == ("name",)
+    assert load("hf:owner/name", tmp_path / "cache").domains == ("name",)
 
 
 def test_the_error_says_why_a_data_set_cannot_be_loaded(monkeypatch, tmp_path):
     fake_datasets(monkeypatch, ConnectionError("no route\nto the hub"))
     with pytest.raises(
-        UsageError, match=r"owner/name does not exist here.*ConnectionError: no route\).*Check the path"
+        UsageError, match=r"must be able to load owner/name: ConnectionError: no route\. Check the name"
     ):
-        load("owner/name", tmp_path)
+        load("hf:owner/name", tmp_path)
     fake_datasets(monkeypatch, FakeRows({"content": ["a"]}))
     with pytest.raises(
         EquipoiseError, match=r'must have the column "text": owner/name has the columns \[\'content\'\]'
     ):
-        load("owner/name", tmp_path)
+        load("hf:owner/name", tmp_path)
 
 
 @pytest.mark.slow
@@ -622,10 +623,21 @@ GOOD = b'{"text": "good"}\n'
 @pytest.mark.parametrize(
     ("name", "content", "match"),
     [
-        ("a.csv", b"text\n", r"must be \.txt, \.jsonl, \.parquet, each optionally \.xz: got .*a\.csv\. Convert"),
-        ("d/a.bin", b"text\n", r"got .*d/a\.bin\. Convert or remove it"),
-        ("a.xz", b"text\n", r"got .*a\.xz"),
-        ("README.md", b"only this", r"must contain one file or one sub-folder per domain: .* contains none of these"),
+        (
+            "a.csv",
+            b"id,body\n1,x\n",
+            r"one column \"text\": .*a\.csv has the columns \['id', 'body'\]\. .*--text-key, or",
+        ),
+        ("a.csv", b'text\n"open\n', r"a\.csv must be a csv file: row 2: unexpected end of data\. .*damaged"),
+        ("a.csv", b"\n", r"must have one column \"text\": .*a\.csv has the columns \[\]"),
+        ("a.csv", b"id,text\n1\n", r"string in its field \"text\": .*a\.csv, row 2 has none"),
+        ("a.bin", b"text\0", r"one text file or .*: .* contains none of these \(skipped 1 file: 1 not text \(a\.bin"),
+        ("a.xz", b"text\n", r"a\.xz must be an xz file: .*damaged"),
+        ("a.txt.gz", b"text\n", r"a\.txt\.gz must be a gzip file: .*damaged"),
+        ("a.txt.gz", gzip.compress(b"text" * 99)[:-9], r"a\.txt\.gz must be a gzip file: .*damaged"),
+        ("d/a.py", b"caf\xe9", r"must be UTF-8: .*d/a\.py is invalid at byte 3"),
+        ("a.md", "text".encode("utf-16"), r"must be UTF-8: .*a\.md is invalid at byte 0"),
+        ("README.md", b"only this", r"must contain one text file or one sub-folder .*: .* contains none of these"),
         ("d/README.md", b"only this", r"domain's folder must contain text: .*d contains none"),
         ("a.txt", b"", r"must contain text: .*a\.txt is empty"),
         ("a.parquet", b"", r"must contain text: .*a\.parquet is empty"),
@@ -635,7 +647,11 @@ GOOD = b'{"text": "good"}\n'
         ("a.txt", b"abc\n\nd\xff\n", r"must be UTF-8: .*a\.txt is invalid at byte 6 \(value 0xff\)"),
         ("a.txt.xz", lzma.compress(b"ab\xe9"), r"must be UTF-8: .*a\.txt\.xz is invalid at byte 2"),
         ("a.jsonl", GOOD + b'{"text": "half\n', r"must be JSON: .*a\.jsonl, line 2: .*damaged"),
-        ("a.jsonl", GOOD + b'\n{"content": "x"}\n', r'string in its field "text": .*a\.jsonl, line 3 has none'),
+        (
+            "a.jsonl",
+            GOOD + b'\n{"content": "x"}\n',
+            r'"text": .*a\.jsonl, line 3 has none \(its fields: content\)\. .*--text-key',
+        ),
         ("a.jsonl", b'["text"]\n', r'string in its field "text": .*a\.jsonl, line 1 has none'),
         ("a.jsonl", b'{"text": 7}\n', r'string in its field "text": .*a\.jsonl, line 1 has none'),
         ("a.jsonl", b'{"text": "a\\ud800"}\n', r"line 1 has half a surrogate pair at character 1"),
@@ -701,10 +717,10 @@ def _many_rows_of_one_string(path):
 def test_a_file_that_unfolds_beyond_the_limit_is_refused_before_it_fills_the_memory(
     tmp_path, monkeypatch, name, write, reader
 ):
-    monkeypatch.setattr(text, "MAX_BYTES", 1_000_000)
+    monkeypatch.setattr(text_files, "MAX_BYTES", 1_000_000)
     write(tmp_path / name)
     read = {
-        "train": lambda: find_text(tmp_path, print).read(print),
+        "train": lambda: find_text(tmp_path, print).read(print, print),
         "audit": lambda: [read() for _, read in stream_text(tmp_path, print)],
     }[reader]
     tracemalloc.start()
@@ -716,10 +732,10 @@ def test_a_file_that_unfolds_beyond_the_limit_is_refused_before_it_fills_the_mem
 
 
 def test_a_line_beyond_the_limit_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(text, "MAX_LINE", 100)
+    monkeypatch.setattr(text_files, "MAX_LINE", 100)
     write_jsonl(tmp_path / "a.jsonl", ["short", "long" * 30])
     with pytest.raises(EquipoiseError, match=r"at most 100 characters: .*a\.jsonl, line 2 has 132"):
-        find_text(tmp_path, print).read(print)
+        find_text(tmp_path, print).read(print, print)
 
 
 def test_rows_without_text_count_too(tmp_path, monkeypatch):
@@ -727,16 +743,16 @@ def test_rows_without_text_count_too(tmp_path, monkeypatch):
     import pyarrow
     from pyarrow import parquet
 
-    monkeypatch.setattr(text, "MAX_BYTES", 1000)
+    monkeypatch.setattr(text_files, "MAX_BYTES", 1000)
     parquet.write_table(pyarrow.table({"text": [""] * 1001}), tmp_path / "a.parquet")
     with pytest.raises(EquipoiseError, match="at most 1,000 bytes of text"):
-        find_text(tmp_path, print).read(print)
+        find_text(tmp_path, print).read(print, print)
 
 
 def test_files_at_the_limit_are_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(text, "MAX_BYTES", 3_000_000)
+    monkeypatch.setattr(text_files, "MAX_BYTES", 3_000_000)
     (tmp_path / "a.txt.xz").write_bytes(lzma.compress(b"a" * 1_500_000) + lzma.compress(b"b" * 1_500_000))
-    assert find_text(tmp_path, print).read(print) == {"a": ["a" * 1_500_000 + "b" * 1_500_000]}
+    assert find_text(tmp_path, print).read(print, print) == {"a": ["a" * 1_500_000 + "b" * 1_500_000]}
 
 
 @pytest.mark.parametrize("path", ["/no/such/folder", "./nothing", "a/b/c", "nothing.txt", "owner/nothing.jsonl.xz"])
@@ -744,7 +760,7 @@ def test_a_missing_path_is_refused(tmp_path, monkeypatch, path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "datasets", None)  # fails if one of these is taken for a data set
     with pytest.raises(
-        UsageError, match=r"must be a folder, a file, or a data set's name.*: .* does not exist\. Check"
+        UsageError, match=r"must be corpus, a folder, a file, or hf:NAME: .* does not exist here\. Check the path"
     ):
         load(path, tmp_path / "cache")
 

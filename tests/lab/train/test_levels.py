@@ -6,7 +6,8 @@ import pytest
 
 from equipoise import UsageError
 from equipoise_lab.train.levels import levels_of, script_of
-from equipoise_lab.train.text import CORPUS, find_text, stream_text
+from equipoise_lab.train.location import CORPUS
+from equipoise_lab.train.text import find_text, stream_text
 
 
 def test_the_script_of_a_text_is_the_script_of_most_letters():
@@ -41,4 +42,4 @@ def test_a_damaged_levels_file_is_an_error(tmp_path, content):
 def test_the_levels_file_is_not_a_domain(tmp_path):
     (tmp_path / "levels.json").write_text("{}")
     (tmp_path / "a.txt").write_text("some text")
-    assert list(find_text(tmp_path, lambda text: None).read(lambda text: None)) == ["a"]
+    assert list(find_text(tmp_path, lambda text: None).read(lambda text: None, print)) == ["a"]

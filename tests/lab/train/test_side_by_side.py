@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from equipoise.errors import EquipoiseError, UsageError
 from equipoise_lab.cores import num_cores
 from equipoise_lab.records import Run, read_json
 from equipoise_lab.train import side_by_side
+from equipoise_lab.train.checkpoint import newest_step
 from equipoise_lab.train.compare import compare
 from equipoise_lab.train.config import Compare, _Run
 from equipoise_lab.train.ranks import Ranks
@@ -100,9 +102,13 @@ def test_a_killed_or_failed_run_does_not_stop_parallel_runs(make_comparison, new
 
 def test_a_failure_before_the_first_run_is_reported_once(make_comparison, new_watcher, tmp_path, processes):
     watcher = new_watcher()
-    with pytest.raises(UsageError, match="nowhere does not exist"):
-        compare(make_comparison(data=str(tmp_path / "nowhere"), strategies=("none", "z", "loss-free")), watcher)
-    assert len(watcher.said) == 1
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    config = make_comparison(model=tmp_path / "model", strategies=("none", "z", "loss-free"))
+    with pytest.raises(EquipoiseError, match="model_type") as caught:
+        compare(config, watcher)
+    assert len([line for line in watcher.said if str(caught.value) in line]) == 1
+    assert not config.out.exists()
     assert all(process.returncode is not None for process in processes), "a process remains"
 
 
@@ -136,7 +142,17 @@ def test_a_stopped_comparison_leaves_no_process_and_can_be_resumed(make_comparis
         assert process.returncode == -signal.SIGKILL
         return
     assert process.returncode == 130
-    assert lines[-1] == "equipoise: stopped. To continue, run the same command with --resume."
+    assert re.fullmatch(
+        r"equipoise: stopped\. [01] of 2 runs are complete\. To continue with step \d+ of \S+"
+        r"(, step \d+ of \S+)?, run the same command with --resume\.",
+        lines[-1],
+    ), lines[-1]
+    assert any("stopping every run after its step, with a checkpoint" in line for line in lines), lines
+    for run in config.runs():
+        if not Run(run.out).complete:
+            saved = newest_step(run.out / "checkpoints")
+            assert saved == _steps(run.out), "steps were lost"
+            assert f"step {saved + 1} of {run.label}" in lines[-1]
     if how == "SIGTERM to the parent":
         watcher = new_watcher()
         resumed, _ = compare(make_comparison(**options, resume=True), watcher)
@@ -154,7 +170,7 @@ def test_a_process_that_is_ending_ignores_sigterm(parent_ends):
         from multiprocessing import Pipe
         from equipoise_lab.train import side_by_side
 
-        def train(run, watcher, command):
+        def train(run, watcher, command, says_text):
             parent_pipe.close()
             watcher.say("the parent is gone")
 
@@ -236,11 +252,11 @@ def test_the_terminal_has_a_line_for_each_run(tiny, capsys):
         first.step({**row, "step": 2}, 30.0)  # too soon for another line
         second.say("evaluating")
         first.end()
-        assert [task.completed for task in terminal.progress.tasks] == [12, 3]
+        assert [task.completed for task in terminal.progress.tasks] == [1, 12, 4]  # runs, and steps of each
     assert capsys.readouterr().err.splitlines() == [
         "reading",
         "[2/2] z: continuing after step 3",
-        "[1/2] none  step 1/12  loss 1.000  maxvio 3.00  10 tokens/s  0 s left",
-        "[2/2] z  step 4/12  loss 1.000  maxvio 3.00  20 tokens/s  0 s left",
+        "[1/2] none  step 1/12  0 s left for all runs  loss 1.000  maxvio 3.00  10 tokens/s",
+        "[2/2] z  step 4/12  0 s left for all runs  loss 1.000  maxvio 3.00  20 tokens/s",
         "[2/2] z: evaluating",
     ]

@@ -1,0 +1,55 @@
+"""Where a text is: the packaged corpus, a file or folder here, or a data set of the Hub. Imports little."""
+
+import re
+from pathlib import Path
+
+from equipoise.errors import UsageError
+from equipoise_lab.paths import suggest_paths
+
+__all__ = ["CORPUS", "check_location", "find_tokenizer", "hub_name", "local_path"]
+
+CORPUS = Path(__file__).parents[1] / "corpus"
+PACKAGED = "corpus"  # its name for --data
+HUB = "hf:"  # before the name of a data set of the Hub
+HUB_NAME = r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?"
+
+
+def local_path(data: str | Path | None) -> Path:
+    """The file or folder that ``data`` names; for ``"corpus"`` and None the packaged corpus."""
+    return CORPUS if data is None or data == PACKAGED else Path(data).expanduser()
+
+
+def hub_name(data: str | Path | None) -> str | None:
+    """The name of the data set of the Hub, None if ``data`` is local."""
+    is_local = not isinstance(data, str) or not data.startswith(HUB) or Path(data).exists()
+    return None if is_local else str(data).removeprefix(HUB)
+
+
+def check_location(data: str | Path | None) -> None:
+    """Raises ``UsageError`` if there is no such text here. Of a data set of the Hub it checks only the name's form."""
+    name, path = hub_name(data), local_path(data)
+    if name is not None:
+        if not re.fullmatch(HUB_NAME, name):
+            raise UsageError(f"The name of a data set must be NAME or OWNER/NAME after {HUB}: got {data}. Correct it.")
+    elif not path.exists():
+        hub = f" A data set of the Hugging Face Hub is written {HUB}{data}." if _looks_like_hub(str(data)) else ""
+        raise UsageError(
+            f"The text must be {PACKAGED}, a folder, a file, or {HUB}NAME: {path} does not exist here."
+            f"{suggest_paths(path, [PACKAGED]) or ' Check the path.'}{hub}"
+        )
+
+
+def find_tokenizer(path: Path) -> Path:
+    """The tokenizer.json that ``path`` names: itself, or the one in this folder."""
+    path = path.expanduser()
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if not file.is_file():
+        raise UsageError(
+            f"The tokenizer must be a tokenizer.json or a folder with one: {file} does not exist."
+            f"{suggest_paths(file)} Check the path, or leave the option out to train a tokenizer on the text."
+        )
+    return file
+
+
+def _looks_like_hub(name: str) -> bool:
+    return "/" in name and bool(re.fullmatch(HUB_NAME, name))
