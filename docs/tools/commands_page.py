@@ -14,8 +14,8 @@ from unittest import mock
 
 from generated import REFERENCE, main, table
 
-from equipoise_lab.cli.groups import GROUPS
 from equipoise_lab.cli.parser import EXAMPLES, parse
+from equipoise_lab.train.option_groups import GROUPS
 
 PAGE = REFERENCE / "commands.md"
 WRAPPED = 80  # a line of a help text of at least so many characters that ends within a sentence goes on in the next

@@ -15,7 +15,7 @@ import traceback
 
 import equipoise
 from equipoise.errors import EquipoiseError, UsageError
-from equipoise_lab.cli.parser import parse, run
+from equipoise_lab.cli.parser import config_file, parse, run
 from equipoise_lab.cli.process import exit_process, launcher, num_ranks, print_stderr, rank
 from equipoise_lab.train.stop import StopHandler, stop_requested
 
@@ -31,10 +31,13 @@ def main(arguments: list[str] | None = None) -> None:
     if arguments == ["--version"]:
         print(f"equipoise {equipoise.__version__}")
         return
+    file = None
     try:
-        run(parse(arguments), launcher() + shlex.join(["equipoise", *arguments]))
+        file = config_file(arguments)
+        run(parse(arguments, file), launcher() + shlex.join(["equipoise", *arguments]))
     except UsageError as error:
-        _report_and_exit(error, str(error), 2)
+        source = "" if file is None else file.says(str(error), arguments)
+        _report_and_exit(error, f"{error}{source}", 2)
     except EquipoiseError as error:
         _report_and_exit(error, str(error), 1)
     except BrokenPipeError:  # the reader of stdout has closed it

@@ -1,6 +1,7 @@
 """``equipoise compare``: the same model under several strategies. Its options are in ``train.config``."""
 
 import sys
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from equipoise_lab.cli.groups import grouped
@@ -11,10 +12,11 @@ from equipoise_lab.train.config import Compare
 __all__ = ["Compare", "run", "subcommand"]
 
 
-def subcommand() -> Any:
+def subcommand(values: Mapping[str, Any]) -> Any:
+    """``values``: the defaults that a file sets, by name."""
     import tyro
 
-    return Annotated[Compare, tyro.conf.subcommand("compare", constructor=grouped(Compare))]
+    return Annotated[Compare, tyro.conf.subcommand("compare", constructor=grouped(Compare, values))]
 
 
 def run(options: Compare, command_line: str) -> None:

@@ -5,59 +5,60 @@ import dataclasses
 import inspect
 import textwrap
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
-__all__ = ["GROUPS", "grouped"]
+from equipoise_lab.train.option_groups import in_groups
+
+__all__ = ["grouped"]
 
 Options = TypeVar("Options")
 
-GROUPS: Mapping[str, tuple[str, ...]] = {
-    "strategy": ("strategy", "strategies", "seed", "seeds", "then", "switch_at", "selection"),
-    "folder": ("out", "resume", "save_model", "checkpoint_every", "json"),
-    "text": ("data", "text_key", "tokenizer", "vocab_size", "sequence_length", "sequences", "shuffled"),
-    "model": (
-        "model", "arch", "score_function", "qk_norm", "layers", "width", "experts", "experts_per_token", "expert_width",
-    ),
-    "training": (
-        "steps", "micro_batches", "balance_batch", "order", "learning_rate", "warmup", "weight_decay", "clip",
-    ),
-    "evaluation": ("evaluate_every", "evaluation_sequences"),
-    "machine": ("workers", "dtype", "wrapper"),
-}  # fmt: skip
-OTHER = "other"  # options that no group names
 
+def grouped(options: type[Options], values: Mapping[str, Any]) -> Callable[..., Options]:
+    """A function that makes ``options`` from one argument a group. Tyro shows a box for each argument.
 
-def grouped(options: type[Options]) -> Callable[..., Options]:
-    """A function that makes ``options`` from one argument a group. Tyro shows a box for each argument."""
+    ``values`` are defaults by name, as in the file that ``--config`` names.
+    """
     import tyro
 
     fields = {field.name: field for field in dataclasses.fields(options)}  # type: ignore[arg-type]
-    groups = {group: [name for name in names if name in fields] for group, names in GROUPS.items()}
-    groups[OTHER] = [name for name in fields if not any(name in names for names in groups.values())]
     types, texts = get_type_hints(options), _texts(options)
-    parameters = []
-    for group, names in groups.items():
-        if not names:
-            continue
+    parameters = [inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, annotation=_config(), default=None)]
+    for group, names in in_groups(list(fields)).items():
         arguments = [
             (name, Annotated[types[name], tyro.conf.arg(help=texts[name], **_shown(fields[name], types[name]))])
             for name in names
         ]
         of_group = dataclasses.make_dataclass(
             f"{group.title()}Options",
-            [(name, kind, _default(fields[name])) for name, kind in arguments],
+            [
+                (name, kind, dataclasses.field(default=values[name]) if name in values else _default(fields[name]))
+                for name, kind in arguments
+            ],
             kw_only=True,
         )
         of_group.__doc__ = ""
         parameters.append(inspect.Parameter(group, inspect.Parameter.KEYWORD_ONLY, annotation=of_group))
 
-    def make(**by_group: Any) -> Options:
+    def make(config: Path | None = None, **by_group: Any) -> Options:
         return options(**{name: value for part in by_group.values() for name, value in vars(part).items()})
 
     make.__doc__ = options.__doc__
     make.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     make.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return make
+
+
+def _config() -> Any:
+    """The option ``--config``. Its file is read before the command line, see ``config_file``."""
+    import tyro
+
+    meaning = (
+        "A YAML file of options: name: value, a line each. Options on the command line win over it. Every run folder "
+        "has one, run.yaml, and every comparison compare.yaml."
+    )
+    return Annotated[Path | None, tyro.conf.arg(help=meaning, metavar="PATH", help_behavior_hint="")]
 
 
 def _default(field: "dataclasses.Field[Any]") -> Any:

@@ -14,9 +14,11 @@ from typing import Any
 
 from equipoise.errors import EquipoiseError, UsageError
 from equipoise_lab.cli import audit, compare, conformance, export_check, families, recipes, report, reproduce, train
+from equipoise_lab.cli.config_file import ConfigFile, config_path, read_config_file
 from equipoise_lab.cli.mistakes import check_command, sentence
+from equipoise_lab.cli.process import requires_lab
 
-__all__ = ["parse", "run"]
+__all__ = ["config_file", "parse", "run"]
 
 COMMANDS: dict[type, ModuleType] = {  # by the class of their options, in the order of --help
     compare.Compare: compare,
@@ -31,6 +33,8 @@ COMMANDS: dict[type, ModuleType] = {  # by the class of their options, in the or
 }
 
 NAMES = [command.__name__.rpartition(".")[2].replace("_", "-") for command in COMMANDS.values()]
+
+WITH_CONFIG_FILE = (train, compare)
 
 HELP_WIDTH = 120  # characters at most
 
@@ -56,23 +60,25 @@ EXAMPLES: dict[str, tuple[str, ...]] = {  # by command, below its help; "": belo
 }
 
 
-def parse(arguments: list[str]) -> Any:
+def parse(arguments: list[str], file: ConfigFile | None = None) -> Any:
     """The options of the command that ``arguments`` name: an instance of one class of ``COMMANDS``.
 
-    Raises ``UsageError`` with one sentence where they do not fit, and ``SystemExit`` after ``--help``.
+    ``file`` is what ``--config`` names, if it has been read. Raises ``UsageError`` with one sentence where the
+    arguments do not fit, and ``SystemExit`` after ``--help``.
     """
     check_command(arguments, NAMES)
+    file = config_file(arguments) if file is None else file
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors), _one_column():
-            return _parse(arguments)
+            return _parse(arguments, file)
     except SystemExit as stop:
         if stop.code in (0, None):
             command = arguments[0] if arguments[0] in NAMES else ""
             if lines := EXAMPLES.get(command):
                 print("\n".join(["examples:", *(f"  {line}" for line in lines)]))
             raise
-        raise UsageError(sentence(errors.getvalue(), arguments, lambda: _flags(arguments[0]))) from None
+        raise UsageError(sentence(errors.getvalue(), arguments, lambda: _flags(arguments[0], file))) from None
 
 
 @contextlib.contextmanager
@@ -90,7 +96,7 @@ def _one_column() -> Iterator[None]:
             os.environ.pop("COLUMNS", None)
 
 
-def _parse(arguments: list[str]) -> Any:
+def _parse(arguments: list[str], file: ConfigFile | None) -> Any:
     try:
         import tyro
     except ImportError:
@@ -98,7 +104,7 @@ def _parse(arguments: list[str]) -> Any:
             "the command line needs the lab, and tyro is not installed. Install it with: pip install 'equipoise[lab]'"
         ) from None
     return tyro.cli(
-        functools.reduce(operator.or_, [command.subcommand() for command in COMMANDS.values()]),
+        functools.reduce(operator.or_, _subcommands(arguments[0], file)),
         prog="equipoise",
         args=arguments,
         description=(
@@ -109,11 +115,29 @@ def _parse(arguments: list[str]) -> Any:
     )
 
 
-def _flags(command: str) -> list[str]:
+def _subcommands(name: str, file: ConfigFile | None) -> Iterator[Any]:
+    """What tyro needs of every command. The options of ``file`` become defaults of the command ``name``."""
+    for command in COMMANDS.values():
+        if command not in WITH_CONFIG_FILE:
+            yield command.subcommand()
+        else:
+            yield command.subcommand(file.values if file is not None and command.__name__.endswith(f".{name}") else {})
+
+
+def config_file(arguments: list[str]) -> ConfigFile | None:
+    """The file that ``--config`` names; None without it. Raises ``UsageError`` if it does not hold options."""
+    path = config_path(arguments)
+    if path is None:
+        return None
+    with requires_lab(arguments[0]):
+        return read_config_file(path, arguments[0])
+
+
+def _flags(command: str, file: ConfigFile | None) -> list[str]:
     """The options of a command, as its help names them."""
     shown = io.StringIO()
     with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
-        _parse([command, "--help"])
+        _parse([command, "--help"], file)
     return re.findall(r"^. (?:-h, )?(--[\w-]+)", re.sub(r"\x1b\[[0-9;]*m", "", shown.getvalue()), re.MULTILINE)
 
 

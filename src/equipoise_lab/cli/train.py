@@ -1,7 +1,7 @@
 """``equipoise train``: one model under one strategy. Its options are in ``train.config``."""
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -18,10 +18,11 @@ __all__ = ["Train", "check_numbers", "of_run", "on_rank_0", "run", "subcommand"]
 Options = TypeVar("Options", Train, Compare)
 
 
-def subcommand() -> Any:
+def subcommand(values: Mapping[str, Any]) -> Any:
+    """``values``: the defaults that a file sets, by name."""
     import tyro
 
-    return Annotated[Train, tyro.conf.subcommand("train", constructor=grouped(Train))]
+    return Annotated[Train, tyro.conf.subcommand("train", constructor=grouped(Train, values))]
 
 
 def run(options: Train, command_line: str) -> None:

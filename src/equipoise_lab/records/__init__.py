@@ -3,6 +3,7 @@
 A run is one strategy and one seed in one folder:
 
     config.json         the resolved configuration, versions, wrapper, names of the MoE layers (written once)
+    run.yaml            a copy of the options for `equipoise train --config`; nothing else reads it
     steps.jsonl         one line per step: step, loss, maxvio_batch, ..., tokens (so far), seconds (of this step);
                         also strategy (of this step) in a run that changes it, and alerts (sentences) if some started
                         or ended
@@ -25,12 +26,14 @@ A folder may be damaged, or come from somebody else. So everything is checked he
 record can rely on the types in ``schemas``. Keys that they do not name may hold anything.
 """
 
-from equipoise_lab.records.files import check, finite, read_json, require_keys, write_json
-from equipoise_lab.records.run import LOCK, Run, find_runs, is_new
+from equipoise_lab.records.files import check, finite, read_json, require_keys, write_json, write_parts
+from equipoise_lab.records.run import LOCK, OPTIONS_OF_COMPARISON, OPTIONS_OF_RUN, Run, find_runs, is_new
 from equipoise_lab.records.schemas import Audit, Comparison, Config, Record
 
 __all__ = [
     "LOCK",
+    "OPTIONS_OF_COMPARISON",
+    "OPTIONS_OF_RUN",
     "Audit",
     "Comparison",
     "Config",
@@ -43,4 +46,5 @@ __all__ = [
     "read_json",
     "require_keys",
     "write_json",
+    "write_parts",
 ]

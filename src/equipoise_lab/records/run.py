@@ -22,11 +22,13 @@ from equipoise_lab.records.files import (
 )
 from equipoise_lab.records.schemas import LOGS, Config, Result
 
-__all__ = ["LOCK", "Run", "find_runs", "is_new"]
+__all__ = ["LOCK", "OPTIONS_OF_COMPARISON", "OPTIONS_OF_RUN", "Run", "find_runs", "is_new"]
 
 FORMAT = 1
 LOCK = ".lock"  # lock file of the process that trains in the folder
-LEFTOVERS = {".config.json.tmp", ".compare.json.tmp", LOCK}  # of a process that is killed before its first file
+OPTIONS_OF_RUN, OPTIONS_OF_COMPARISON = "run.yaml", "compare.yaml"  # copies of the options for people, see --config
+FIRST_FILES = ("config.json", "compare.json", OPTIONS_OF_RUN, OPTIONS_OF_COMPARISON)
+LEFTOVERS = {*(f".{name}.tmp" for name in FIRST_FILES), LOCK}  # of a process that is killed before its first file
 
 
 def is_new(folder: Path) -> bool:
@@ -37,10 +39,10 @@ def is_new(folder: Path) -> bool:
     if not folder.is_dir():
         return True
     names = {path.name for path in folder.iterdir()} - LEFTOVERS
-    if names == {"config.json"}:
+    if "config.json" in names and names <= {"config.json", OPTIONS_OF_RUN}:
         return _is_run(folder / "config.json")
-    is_comparison = "compare.json" in names
-    return not names or (is_comparison and all(_is_new_run(folder / name) for name in names - {"compare.json"}))
+    others = names - {"compare.json", OPTIONS_OF_COMPARISON}
+    return not names or ("compare.json" in names and all(_is_new_run(folder / name) for name in others))
 
 
 def _is_new_run(folder: Path) -> bool:

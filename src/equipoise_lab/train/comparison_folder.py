@@ -8,9 +8,19 @@ from contextlib import suppress
 from typing import Any, final
 
 from equipoise.errors import EquipoiseError
-from equipoise_lab.records import Comparison, Run, is_new, read_json, write_json
+from equipoise_lab.records import (
+    OPTIONS_OF_COMPARISON,
+    OPTIONS_OF_RUN,
+    Comparison,
+    Run,
+    is_new,
+    read_json,
+    write_json,
+)
 from equipoise_lab.report import write_report
 from equipoise_lab.train.config import Compare, folder_name
+from equipoise_lab.train.config_file import write_config_file
+from equipoise_lab.train.location import PLACES, is_same_place
 from equipoise_lab.train.run_folder import FolderLock
 
 __all__ = ["ComparisonFolder"]
@@ -67,7 +77,7 @@ class ComparisonFolder:
                 "Strategies and seeds may be added, but not removed once they have begun."
             )
         for name, value in config.shared().items():
-            if options.get(name) != value:
+            if options.get(name) != value and not (name in PLACES and is_same_place(options.get(name), value)):
                 raise EquipoiseError(
                     f"a resumed comparison must keep its options: {out} has {name}={options.get(name)!r}, got "
                     f"{value!r}. Nothing was changed. Give the same options, or choose another folder."
@@ -80,6 +90,7 @@ class ComparisonFolder:
         self.check()  # another process may have begun meanwhile
         options = {**config.shared(), "strategies": list(config.strategies), "seeds": config.seeds}
         write_json(self.path / "compare.json", {"command": command, "options": options})
+        write_config_file(config)
 
     def finish(self, results: list[dict[str, Any]], failures: Sequence[EquipoiseError]) -> None:
         """Writes the results and the page."""
@@ -96,10 +107,12 @@ class ComparisonFolder:
             return
         if is_new(self.path):
             for run in self.config.runs():
-                (run.out / "config.json").unlink(missing_ok=True)
+                for name in (OPTIONS_OF_RUN, "config.json"):
+                    (run.out / name).unlink(missing_ok=True)
                 with suppress(OSError):
                     run.out.rmdir()
-            (self.path / "compare.json").unlink(missing_ok=True)
+            for name in (OPTIONS_OF_COMPARISON, "compare.json"):
+                (self.path / name).unlink(missing_ok=True)
         self._lock.release()
         self._lock = None
         with suppress(OSError):

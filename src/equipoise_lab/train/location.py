@@ -1,16 +1,28 @@
 """Where a text is: the packaged corpus, a file or folder here, or a data set of the Hub. Imports little."""
 
+import os
 import re
 from pathlib import Path
+from typing import Any
 
 from equipoise.errors import UsageError
 from equipoise_lab.paths import suggest_paths
 
-__all__ = ["CORPUS", "check_location", "find_tokenizer", "hub_name", "local_path"]
+__all__ = [
+    "CORPUS",
+    "PACKAGED",
+    "PLACES",
+    "check_location",
+    "find_tokenizer",
+    "hub_name",
+    "is_same_place",
+    "local_path",
+]
 
 CORPUS = Path(__file__).parents[1] / "corpus"
 PACKAGED = "corpus"  # its name for --data
 HUB = "hf:"  # before the name of a data set of the Hub
+PLACES = ("data", "model", "tokenizer")  # options that name a file or a folder, which is there before the run
 HUB_NAME = r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?"
 
 
@@ -37,6 +49,23 @@ def check_location(data: str | Path | None) -> None:
             f"The text must be {PACKAGED}, a folder, a file, or {HUB}NAME: {path} does not exist here."
             f"{suggest_paths(path, [PACKAGED]) or ' Check the path.'}{hub}"
         )
+
+
+def is_same_place(recorded: Any, other: Any) -> bool:
+    """Whether two values of an option may name the same file or folder, one of them relative to another folder.
+
+    Of a run that goes on, the text and the weights are compared too.
+
+    >>> is_same_place("my_text", "/home/me/my_text"), is_same_place("my_text", "/home/me/text")
+    (True, False)
+    """
+    if not isinstance(recorded, str) or not isinstance(other, str) or PACKAGED in (recorded, other):
+        return recorded == other
+    if os.path.abspath(recorded) == os.path.abspath(other):
+        return True
+    relative, absolute = sorted((Path(recorded), Path(other)), key=Path.is_absolute)
+    parts = relative.parts
+    return bool(parts) and absolute.is_absolute() and absolute.parts[-len(parts) :] == parts
 
 
 def find_tokenizer(path: Path) -> Path:

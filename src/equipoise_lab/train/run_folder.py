@@ -22,8 +22,10 @@ from equipoise_lab.experts.result import RESULT, AuditData, summarise
 from equipoise_lab.records import LOCK, Run, is_new, write_json
 from equipoise_lab.train.checkpoint import CHECKPOINTS
 from equipoise_lab.train.config import Train
+from equipoise_lab.train.config_file import write_config_file
 from equipoise_lab.train.data import Corpus
 from equipoise_lab.train.levels import levels_of
+from equipoise_lab.train.location import PLACES, is_same_place
 from equipoise_lab.train.selection import evaluates_by_token, evaluation_note
 from equipoise_lab.train.switch import has_positive_rate
 
@@ -120,7 +122,7 @@ def resume_options(config: Train) -> dict[str, Any]:
 def _check_same_options(records: Run, config: Train) -> None:
     recorded = config.recorded(records.config.get("options", {}))
     for name, value in resume_options(config).items():
-        if recorded.get(name) != value:
+        if recorded.get(name) != value and not (name in PLACES and is_same_place(recorded.get(name), value)):
             raise EquipoiseError(
                 f"a resumed run must keep its options: {config.out} has {name}={recorded.get(name)!r}, got {value!r}. "
                 "Give the same options, or choose another folder."
@@ -160,6 +162,7 @@ class RunFolder:
         config = self.config
         if is_new(config.out):
             self.records = Run.create(config.out, {**facts, **machine})
+            write_config_file(config)
         else:
             if not config.resume:
                 raise EquipoiseError(

@@ -6,9 +6,9 @@ import shlex
 
 import pytest
 
-from equipoise_lab.cli.groups import GROUPS
 from equipoise_lab.cli.parser import EXAMPLES, parse
 from equipoise_lab.train.config import Compare, Train
+from equipoise_lab.train.option_groups import GROUPS
 
 
 def _help(capsys, *command):
