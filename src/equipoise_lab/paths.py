@@ -8,7 +8,7 @@ from pathlib import Path
 
 from equipoise.errors import EquipoiseError
 
-__all__ = ["check_writable", "suggest_paths"]
+__all__ = ["check_writable", "some_names", "suggest_paths"]
 
 
 def suggest_paths(path: Path, others: Iterable[str] = ()) -> str:
@@ -32,6 +32,12 @@ def suggest_paths(path: Path, others: Iterable[str] = ()) -> str:
         inside = beside / path.relative_to(missing)
         near.append(str(inside if inside.exists() else beside))
     return f" Did you mean {' or '.join(dict.fromkeys(near))}?" if near else ""
+
+
+def some_names(folder: Path) -> str:
+    """For an error: the first three names in ``folder``, and how many more there are."""
+    names = sorted(path.name for path in folder.iterdir())
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def check_writable(folder: Path, option: str) -> None:

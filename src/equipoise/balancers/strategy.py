@@ -42,7 +42,7 @@ def parse_strategy(text: str, *, more: Sequence[type[Balancer]] = ()) -> list[Ba
     try:
         return [classes[name](**arguments) for name, arguments in mechanisms]
     except ValueError as error:
-        raise UsageError(f"{error} (in {text!r})") from None
+        raise UsageError(f"in {text!r}, {error}") from None
 
 
 def format_strategy(balancers: Sequence[Balancer]) -> str:

@@ -86,6 +86,6 @@ def recipe(name: str) -> Recipe:
     if name in WITHHELD:
         raise UsageError(f"A recipe must have a source for every value: {name} is left out. {WITHHELD[name]}")
     raise UsageError(
-        f"A recipe must be one of {', '.join(RECIPES)}: got {name!r}.{suggest(name, RECIPES)} `equipoise recipes` "
-        "describes them."
+        f"A recipe must be one of the {len(RECIPES)} that `equipoise recipes` lists: got {name!r}."
+        f"{suggest(name, RECIPES)}"
     )

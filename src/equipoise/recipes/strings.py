@@ -1,5 +1,6 @@
 """Reads strategy strings: names and options, without the balancers they stand for. Imports no torch."""
 
+import re
 from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 
@@ -42,11 +43,18 @@ def _read_one(text: str, whole: str, options: Mapping[str, Collection[str]]) -> 
     if name == "none":
         raise UsageError(f"The strategy none must stand alone: got {whole!r}. Leave it out.")
     if name not in options:
+        where = repr(text) if text == whole else f"{text!r} in {whole!r}"
+        without_colon = re.fullmatch(r"([\w-]+)[ ,;(]+(\w+=.*?)\)?", text)
+        if without_colon and without_colon[1] in options:
+            raise UsageError(
+                f"Options of a strategy must follow a colon: got {where}. Did you mean "
+                f"{without_colon[1]}:{without_colon[2]}?"
+            )
         close = get_close_matches(name.lower().replace("_", "-"), [*options, *RECIPES], n=1)
         example = "Example: loss-free:rate=1e-3+lbl:scope=sequence,coefficient=1e-4"
         raise UsageError(
-            f"A strategy must be none, or made of {', '.join(options)}, or a recipe ({', '.join(RECIPES)}): got "
-            f"{name!r}{'' if name == whole else f' in {whole!r}'}. {f'Did you mean {close[0]}?' if close else example}"
+            f"A strategy must be none, or made of {', '.join(options)}, or a recipe (`equipoise recipes` lists them): "
+            f"got {where}. {f'Did you mean {close[0]}?' if close else example}"
         )
     arguments: dict[str, object] = {}
     for option in written.split(",") if colon else []:

@@ -11,6 +11,7 @@ from equipoise_lab.audit.run import IncompleteAudit, Progress, audit_model
 from equipoise_lab.experts.result import RESULT, AuditData, summarise
 from equipoise_lab.models.folders import model_folder
 from equipoise_lab.models.load import load_model
+from equipoise_lab.models.structure import read_config
 from equipoise_lab.paths import check_writable
 from equipoise_lab.records import read_json, write_json
 from equipoise_lab.train.levels import levels_of
@@ -33,7 +34,7 @@ def audit(options: Audit, progress: Progress, command: str = "") -> dict[str, An
     written, marked as incomplete, and the error is raised. They never replace a complete audit.
     """
     options.check()
-    _refuse_run_without_model(options.model)
+    read_config(model_folder(options.model))  # a wrong MODEL is the first thing to say
     earlier = _read_earlier_audit(options)
     check_writable(options.out, "--out")
     return _audit(options, progress, command, has_complete_audit=bool(earlier.get("complete")))
@@ -98,21 +99,6 @@ def _audit(options: Audit, progress: Progress, command: str, *, has_complete_aud
         raise incomplete.reason from None
     except KeyboardInterrupt:
         raise KeyboardInterrupt("Nothing was counted yet, so nothing was written.") from None
-
-
-def _refuse_run_without_model(folder: Path) -> None:
-    """Only the model of a run is read, so any version of the lab may have written its records."""
-    try:
-        config = read_json(folder / "config.json")
-    except EquipoiseError:
-        return
-    if not (folder / "model").is_dir() and isinstance(config, dict) and {"format", "strategy"} <= config.keys():
-        path = folder / RESULT
-        hint = f" What its experts did on its test text is in {path}." if path.exists() else ""
-        raise UsageError(
-            f"MODEL must be a saved model, or a run that saved one: {folder} is a run without a model. It was trained "
-            f"with --no-save-model, or has not finished.{hint}"
-        )
 
 
 def _training_text_notes(options: Audit, tokens: dict[str, int], length: int) -> list[str]:

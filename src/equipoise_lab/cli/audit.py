@@ -13,7 +13,7 @@ def subcommand() -> Any:
     import tyro
 
     def audit(
-        model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(help_behavior_hint="")],
+        model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")],
         data: str = "corpus",
         text_key: str = "text",
         tokens: int = 100_000,

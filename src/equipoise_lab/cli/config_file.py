@@ -49,7 +49,7 @@ class ConfigFile:
             for name, value in self.values.items()
             if f"--{name.replace('_', '-')}" in words or any(repr(one) in message for one in _texts(value))
         ]
-        return f" {self.path} sets {' and '.join(lines)}." if lines else f" Options were read from {self.path} too."
+        return f" {self.path} sets {' and '.join(lines)}." if lines else ""
 
 
 def _texts(value: Any) -> Sequence[str]:
@@ -94,7 +94,7 @@ def read_config_file(path: Path, command: str) -> ConfigFile:
 def _mapping(path: Path, command: str) -> "yaml.MappingNode":
     import yaml
 
-    example = f"a line each, such as steps: 200. Every folder of `equipoise {command}` has one, {WRITTEN[command]}"
+    example = f"Write a line each, such as steps: 200; folders of `equipoise {command}` have {WRITTEN[command]}"
     if path.is_dir():
         names = [name for name in WRITTEN.values() if (path / name).is_file()]
         near = f" Did you mean {path / names[0]}?" if names else " Give the file."
@@ -105,7 +105,7 @@ def _mapping(path: Path, command: str) -> "yaml.MappingNode":
         near = suggest_paths(path) or " Check the path."
         raise UsageError(f"{FLAG} must be a file of options: {path} does not exist.{near}") from None
     except UnicodeDecodeError:
-        raise UsageError(f"{path} must be a text of options, {example}: it is no text in UTF-8.") from None
+        raise UsageError(f"{path} must be a text of options: it is no text in UTF-8. {example}.") from None
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
@@ -115,9 +115,9 @@ def _mapping(path: Path, command: str) -> "yaml.MappingNode":
     except (yaml.YAMLError, RecursionError):
         raise UsageError(f"{path} must be YAML: it has characters or depths that YAML does not allow.") from None
     if node is None:
-        raise UsageError(f"{path} must hold options, {example}: it holds none.")
+        raise UsageError(f"{path} must hold options: it holds none. {example}.")
     if not isinstance(node, yaml.MappingNode):
-        raise UsageError(f"{path} must hold options, {example}: got {_shape(node)}.")
+        raise UsageError(f"{path} must hold options: got {_shape(node)}. {example}.")
     return node
 
 

@@ -26,7 +26,7 @@ def subcommand() -> Any:
     import tyro
 
     def export_check(
-        model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(help_behavior_hint="")],
+        model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")],
         json: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False,
     ) -> ExportCheck:
         """Does a saved model still hold the balancing bias that it was trained with?

@@ -170,6 +170,7 @@ def _installed_families() -> "list[Family]":
 
     from equipoise_lab.models.families import families
 
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("modeling files of Transformers", total=None)
         return families(lambda done, total, package: progress.update(task, completed=done, total=total))

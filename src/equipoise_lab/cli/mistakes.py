@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
+from itertools import pairwise
 
 from equipoise.errors import UsageError, suggest
 
@@ -10,18 +11,32 @@ __all__ = ["check_command", "sentence"]
 
 
 def check_command(arguments: Sequence[str], names: Sequence[str]) -> None:
-    """Raises ``UsageError`` unless the first argument is a command or asks for help."""
+    """Raises ``UsageError`` unless the first argument is a command or asks for help, and no argument is empty."""
+    listed = f"one of {', '.join(names)}"
     if not arguments:
-        raise UsageError(
-            f"the command must be one of {', '.join(names)}: got none. `equipoise --help` says what each does."
-        )
+        raise UsageError(f"the command must be {listed}: got none. `equipoise --help` says what each does.")
     first = arguments[0]
+    if first in ("help", "version", "-V", "-v"):
+        asked = "--version" if first != "help" else f"{arguments[1]} --help" if arguments[1:2] else "--help"
+        raise UsageError(f"the command must be {listed}: got {first}. Did you mean `equipoise {asked}`?")
     if first in names or first in ("-h", "--help"):
+        _check_empty(arguments)
         return
+    if near := get_close_matches(first.lower(), [*names, "--help", "--version"], n=1):
+        raise UsageError(
+            f"the command must be one that `equipoise --help` lists: got {first!r}. Did you mean {near[0]}?"
+        )
     if first.startswith("-"):
-        raise UsageError(f"the command, one of {', '.join(names)}, must come first: got {first}. Write it before that.")
-    near = suggest(first, names) or " `equipoise --help` says what each does."
-    raise UsageError(f"the command must be one of {', '.join(names)}: got {first!r}.{near}")
+        raise UsageError(f"the command, {listed}, must come first: got {first}. Write it before that.")
+    raise UsageError(f"the command must be {listed}: got {first!r}. `equipoise --help` says what each does.")
+
+
+def _check_empty(arguments: Sequence[str]) -> None:
+    """An empty value is mostly a variable of the shell that is not set; as a path it would be the current folder."""
+    for before, one in pairwise(arguments):
+        name = one.partition("=")[0] if one.startswith("--") else before if before.startswith("--") else "an argument"
+        if one == "" or (one.startswith("--") and one.endswith("=") and one.count("=") == 1):
+            raise UsageError(f"{name} must have a value: got an empty one. Write one, or leave it out.")
 
 
 def sentence(text: str, arguments: Sequence[str], flags: Callable[[], list[str]]) -> str:
@@ -34,20 +49,18 @@ def sentence(text: str, arguments: Sequence[str], flags: Callable[[], list[str]]
     """
     line, command = _one_line(text), f"equipoise {arguments[0]}"
     more = f"`{command} --help` says what it takes."
+    if unknown := _unknown_option(arguments, flags(), command, more):
+        return unknown
     if found := re.match(
         r"Unrecognized (?:or misplaced )?options: (.*?)(?: Perhaps| Available| For full help|$)", line
     ):
-        return _unknown(found[1], arguments, flags(), command, more)
+        return f"`{command}` must get the arguments that it knows, and no more: got {found[1]}. Leave that out; {more}"
     if found := re.match(r"invalid choice '(.*)' for argument '(\S+)'\. Expected one of \((.*?),?\)", line):
         value, name, listed = found.groups()
         choices = [choice for choice in re.findall(r"'([^']*)'", listed) if choice != "None"]
         return f"{name} must be one of {', '.join(choices)}: got {value!r}.{suggest(value, choices) or f' {more}'}"
     if found := re.match(r"Missing from .*?: (.*?)(?: \(required\)| For full help|$)", line):
-        name, _, meaning = found[1].rstrip(".").partition(" ")
-        if name.startswith("--"):
-            kind, _, meaning = meaning.partition(" ")
-            name = f"{name} {kind}"
-        return f"`{command}` needs {name}: got none.{f' {meaning}.' if meaning else ''} {more}"
+        return _missing(found[1].rstrip("."), arguments, command, more)
     if found := re.match(r"Missing value for argument '(\S+)'", line):
         return f"{found[1]} needs a value: got none. Write one after it; {more}"
     if found := re.match(r"Error parsing (\S+?): (.*?)(?: Argument helptext:| For full help|$)", line):
@@ -55,7 +68,20 @@ def sentence(text: str, arguments: Sequence[str], flags: Callable[[], list[str]]
     return line
 
 
-def _unknown(tokens: str, arguments: Sequence[str], flags: list[str], command: str, more: str) -> str:
+def _missing(missing: str, arguments: Sequence[str], command: str, more: str) -> str:
+    """``missing``: the option or argument and its meaning, as the help has them."""
+    name, _, meaning = missing.partition(" ")
+    if name.startswith("--"):
+        kind, _, meaning = meaning.partition(" ")
+        if len(arguments) > 1 and not arguments[1].startswith("-"):
+            return f"`{command}` needs {name} {kind}: got {arguments[1]} alone. Write {name} {arguments[1]}."
+        name = f"{name} {kind}"
+    meaning = re.split(r"(?<=[a-z])\. ", meaning)[0]
+    return f"`{command}` needs {name}: got none.{f' {meaning}.' if meaning else ''} {more}"
+
+
+def _unknown_option(arguments: Sequence[str], flags: list[str], command: str, more: str) -> str:
+    """The error of the first option that the command does not have; "" if it has all of them."""
     names = [one.partition("=")[0].replace("_", "-") for one in arguments if one.startswith("--")]
     for name in names:
         if name not in flags and name != "--help":
@@ -63,10 +89,12 @@ def _unknown(tokens: str, arguments: Sequence[str], flags: list[str], command: s
             near = get_close_matches(bare, [flag.removeprefix("--") for flag in flags], n=1)
             hint = f"Did you mean --{near[0]}?" if near else more
             return f"an option must be one of `{command}`: got {name}. {hint}"
-    short = [one for one in arguments if re.match(r"-[A-Za-z]", one) and one != "-h"]
-    if short:
-        return f"an option must be one of `{command}`, which have two dashes: got {short[0]}. {more}"
-    return f"`{command}` must get the arguments that it knows, and no more: got {tokens}. Leave that out; {more}"
+    for one in arguments:
+        if re.match(r"-[A-Za-z]", one) and one != "-h":
+            near = [flag for flag in flags if flag.startswith(f"--{one[1:]}")]
+            hint = f"Did you mean {near[0]}?" if len(near) == 1 else more
+            return f"an option must be one of `{command}`, which have two dashes: got {one}. {hint}"
+    return ""
 
 
 def _bad_value(name: str, reason: str, more: str) -> str:

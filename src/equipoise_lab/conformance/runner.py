@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import queue
 import re
+import sys
 import tempfile
 import time
 import warnings
@@ -80,16 +81,21 @@ def driver_of(framework: str) -> type[Driver]:
         UsageError: there is no driver of that name, or the framework cannot be imported.
     """
     check_name(framework)
-    module, name = (f"{__package__}.drivers.{FRAMEWORKS[framework]}" if framework in FRAMEWORKS else framework).split(
-        ":"
-    )
+    place = f"{__package__}.drivers.{FRAMEWORKS[framework]}" if framework in FRAMEWORKS else framework
+    module, _, name = place.partition(":")
     try:
-        driver: type[Driver] = getattr(importlib.import_module(module), name)
-    except ImportError as error:
+        driver: Any = getattr(importlib.import_module(module), name, None)
+    except (ImportError, ValueError) as error:
         raise UsageError(
             f"{framework} must be installed in this environment: {error}. tests/frameworks/environments lists "
             "what each framework needs."
         ) from error
+    if not (isinstance(driver, type) and issubclass(driver, Driver)):
+        what = "is none" if hasattr(sys.modules[module], name) else "does not exist"
+        raise UsageError(
+            f"a driver must be a class derived from equipoise_lab.conformance.Driver: {name} in {module} {what}. "
+            "Write module:Class."
+        )
     return driver
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from equipoise.errors import UsageError
-from equipoise_lab.models.folders import suggest_models
+from equipoise_lab.models.folders import refuse_run_without_model, suggest_models
 from equipoise_lab.paths import suggest_paths
 
 __all__ = ["ConfigFile", "Structure", "build_structure", "read_config"]
@@ -66,6 +66,7 @@ def read_config(path: Path) -> ConfigFile:
             f"MODEL must be a folder with a config.json, or a config.json: {file} does not exist."
             + (suggest_models(path) or ("" if path.exists() else suggest_paths(path)) or advice)
         )
+    refuse_run_without_model(file.parent)
     content = _read_json(file)
     if not isinstance(content, dict):
         raise UsageError(f"MODEL must have a config.json of Transformers: {file} holds no JSON object.")

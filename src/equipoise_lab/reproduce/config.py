@@ -29,13 +29,20 @@ class Reproduce:
         if self.claim != "all" and self.claim not in claim_names():
             names = claim_names()
             near = suggest(self.claim, names)
-            raise UsageError(f"CLAIM must be all or one of {', '.join(names)}: got {self.claim!r}.{near}")
+            listed = f"the {len(names)} that `equipoise reproduce --budget 0` lists" if near else ", ".join(names)
+            raise UsageError(f"CLAIM must be all or one of {listed}: got {self.claim!r}.{near}")
         if self.budget is not None and not 0 <= self.budget < float("inf"):
             raise UsageError(f"--budget must be a number of minutes, at least 0: got {self.budget}.")
         if self.workers < 0:
             raise UsageError(f"--workers must be at least 0 (one for each core): got {self.workers}.")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise UsageError(f"--dtype must be one of {', '.join(DTYPES)}: got {self.dtype}.")
+        for name in ("out", "results"):
+            folder = getattr(self, name)
+            if folder.exists() and not folder.is_dir():
+                raise UsageError(f"--{name} must be a folder: {folder} is a file. Choose another.")
+        if self.page is not None and self.page.is_dir():
+            raise UsageError(f"--page must be a file: {self.page} is a folder. Write {self.page / 'claims.md'}.")
         if self.page is not None and self.claim != "all":
             raise UsageError(
                 f"--page must go with all claims: got only {self.claim}. Leave out --page or {self.claim}."

@@ -1,6 +1,7 @@
 """Trains the same model under several strategies and compares them."""
 
 import dataclasses
+import itertools
 import os
 from collections.abc import Generator, Sequence
 from contextlib import closing
@@ -117,7 +118,9 @@ def _check_options(config: Compare, num_ranks: int) -> None:
             f"{num_ranks} ranks. Leave it out."
         )
     canonical = [format_strategy(parse_lab_strategy(strategy)) for strategy in config.strategies]
-    if len(set(canonical)) < len(canonical):
-        raise UsageError(
-            f"--strategies must be different: got {', '.join(config.strategies)}. Remove the repeated ones."
-        )
+    for name, same in itertools.combinations(range(len(canonical)), 2):
+        if canonical[name] == canonical[same]:
+            raise UsageError(
+                f"--strategies must be different: got {config.strategies[name]} and {config.strategies[same]}, which "
+                "are the same. Remove one."
+            )

@@ -8,6 +8,7 @@ from contextlib import suppress
 from typing import Any, final
 
 from equipoise.errors import EquipoiseError
+from equipoise_lab.paths import some_names
 from equipoise_lab.records import (
     OPTIONS_OF_COMPARISON,
     OPTIONS_OF_RUN,
@@ -42,13 +43,12 @@ class ComparisonFolder:
             raise EquipoiseError(f"--out must be a folder: {out} is a file. Choose another.")
         if is_new(out):
             return
-        names = sorted(path.name for path in out.iterdir())
         if not config.resume:
             raise EquipoiseError(
-                f"--out must be new or empty: {out} holds {', '.join(names[:3])}{' ...' if names[3:] else ''}. Nothing "
-                "was changed. Choose another folder, or continue a stopped comparison with --resume."
+                f"--out must be new or empty: {out} holds {some_names(out)}. Nothing was changed. "
+                "Choose another folder, or continue a stopped comparison with --resume."
             )
-        if "compare.json" not in names:
+        if not (out / "compare.json").exists():
             raise EquipoiseError(
                 f"--resume needs the folder of a comparison: {out} has no compare.json. Give the folder that was "
                 "passed as --out, or leave --resume out and choose a new folder."

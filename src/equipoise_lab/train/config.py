@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from equipoise.errors import UsageError
+from equipoise_lab.models.folders import suggest_models
 from equipoise_lab.paths import suggest_paths
 from equipoise_lab.records import read_json
 from equipoise_lab.train.location import check_location, find_tokenizer
-from equipoise_lab.train.strategies import check_strategies
+from equipoise_lab.train.strategies import check_strategies, is_name
 
 __all__ = ["ARCHITECTURES", "TOP_K", "Compare", "Train"]
 
@@ -141,7 +142,7 @@ class _Run:
     """Steps between checkpoints. A killed run only loses the steps after the last one; Ctrl-C writes one more."""
 
     save_model: bool = True
-    """Save the trained model in the run's folder, for plain Transformers. --no-save-model skips this."""
+    """The trained model is saved in the run's folder, for plain Transformers. --no-save-model skips this."""
 
     resume: bool = False
     """Continue the run in --out, with the same options; start it if there is none."""
@@ -195,8 +196,8 @@ class _Run:
         self._check_score_function()
         if self.model is not None and not (self.model / "config.json").is_file():
             raise UsageError(
-                f"--model must be a folder with a config.json: {self.model} has none. Check the path."
-                f"{'' if self.model.exists() else suggest_paths(self.model)}"
+                f"--model must be a folder with a config.json: {self.model} has none."
+                f"{suggest_models(self.model) or suggest_paths(self.model) or ' Check the path.'}"
             )
         if self.model is not None:
             content = read_json(self.model / "config.json")
@@ -287,6 +288,8 @@ class Train(_Run):
         check_strategies(filter(None, (self.strategy, self.then)))
         if self.seed < 0:
             raise UsageError(f"--seed must be at least 0: got {self.seed}.")
+        if self.seed >= 2**63:
+            raise UsageError(f"--seed must be below 2**63: got {self.seed}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -321,6 +324,11 @@ class Compare(_Run):
             raise UsageError(f"--seeds must be at least 1: got {self.seeds}.")
         if self.workers is not None and self.workers < 1:
             raise UsageError(f"--workers must be at least 1: got {self.workers}. Leave it out for one per core.")
+        for strategy in self.strategies:
+            if len(parts := strategy.split(",")) > 1 and all(is_name(part.partition(":")[0]) for part in parts):
+                raise UsageError(
+                    f"--strategies must have a space between two: got {strategy!r}. Write {' '.join(parts)}."
+                )
         if not self.strategies:
             raise UsageError("--strategies must name at least one: got none. Example: --strategies none loss-free")
         check_strategies(filter(None, (*self.strategies, self.then)))

@@ -146,7 +146,8 @@ def load_corpus(
     tokenizer_file = None if tokenizer is None else find_tokenizer(Path(tokenizer))
     if tokenizer_file is None and vocab_size < MIN_VOCAB_SIZE:
         raise UsageError(
-            f"vocab_size must be at least {MIN_VOCAB_SIZE}, of which 256 are single bytes: got {vocab_size}. Raise it."
+            f"--vocab-size must be at least {MIN_VOCAB_SIZE}, of which 256 are single bytes: got {vocab_size}. Raise "
+            "it."
         )
     kind = ["bpe", vocab_size] if tokenizer_file is None else ["file", _digest(tokenizer_file.read_bytes())]
     text = find_text(data, progress, text_key)

@@ -42,7 +42,7 @@ def check_location(data: str | Path | None) -> None:
     name, path = hub_name(data), local_path(data)
     if name is not None:
         if not re.fullmatch(HUB_NAME, name):
-            raise UsageError(f"The name of a data set must be NAME or OWNER/NAME after {HUB}: got {data}. Correct it.")
+            raise UsageError(f"A data set of the Hub must be {HUB}NAME or {HUB}OWNER/NAME: got {data}.")
     elif not path.exists():
         hub = f" A data set of the Hugging Face Hub is written {HUB}{data}." if _looks_like_hub(str(data)) else ""
         raise UsageError(

@@ -22,7 +22,7 @@ from equipoise.errors import EquipoiseError, UsageError
 from equipoise.routers.find import find_routers
 from equipoise.saved import BIASES_FILE
 from equipoise_lab.experts.result import AuditData
-from equipoise_lab.paths import check_writable
+from equipoise_lab.paths import check_writable, some_names
 from equipoise_lab.records import is_new
 from equipoise_lab.train import checkpoint
 from equipoise_lab.train.balancers import attach_strategy, check_strategy
@@ -83,15 +83,15 @@ def _check_out(config: Train) -> None:
         raise EquipoiseError(f"--out must be a folder: {out} is a file. Choose another.")
     if not is_new(out) and not config.resume:
         raise EquipoiseError(
-            f"--out must be new or empty: {out} holds {_some_names(out)}. Nothing was changed. Choose another folder, "
+            f"--out must be new or empty: {out} holds {some_names(out)}. Nothing was changed. Choose another folder, "
             "or continue a stopped run with --resume."
         )
+    if (out / "compare.json").exists() and not is_new(out):
+        raise EquipoiseError(
+            f"--resume needs the folder of a run: {out} holds a comparison. Use `equipoise compare --resume`, or name "
+            "one of its runs."
+        )
     check_writable(out, "--out")
-
-
-def _some_names(folder: Path) -> str:
-    names = sorted(path.name for path in folder.iterdir())
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def train(

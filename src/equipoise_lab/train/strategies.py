@@ -6,9 +6,10 @@ Numbers, and options that must go together, are checked by the balancers themsel
 from collections.abc import Iterable, Mapping
 
 from equipoise.errors import UsageError, check_choice
+from equipoise.recipes import RECIPES
 from equipoise.recipes.strings import read_strategy
 
-__all__ = ["OPTIONS", "check_strategies"]
+__all__ = ["OPTIONS", "check_strategies", "is_name"]
 
 Choices = tuple[str, ...]  # empty: a number, or true or false
 
@@ -39,6 +40,11 @@ OPTIONS: Mapping[str, Mapping[str, Choices]] = {
 """By the name of a mechanism its options, in the order of the signature, and the values that an option may have."""
 
 
+def is_name(name: str) -> bool:
+    """Whether ``name`` is a mechanism, a recipe or none."""
+    return name == "none" or name in OPTIONS or name in RECIPES
+
+
 def check_strategies(strategies: Iterable[str]) -> None:
     """Raises ``UsageError`` for the first strategy with an unknown name, option or choice."""
     for strategy in strategies:
@@ -50,4 +56,4 @@ def check_strategies(strategies: Iterable[str]) -> None:
                 try:
                     check_choice(option, value, choices)
                 except ValueError as error:
-                    raise UsageError(f"{error} (in {text!r})") from None
+                    raise UsageError(f"in {text!r}, {error}") from None

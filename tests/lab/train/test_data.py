@@ -779,7 +779,7 @@ def test_a_split_shorter_than_a_sequence_is_refused(folder, tmp_path):
 
 
 def test_bad_options_are_refused(folder, tmp_path):
-    with pytest.raises(UsageError, match=r"vocab_size must be at least 300, .*got 299"):
+    with pytest.raises(UsageError, match=r"--vocab-size must be at least 300, .*got 299"):
         load(folder, tmp_path / "cache", vocab_size=299)
     with pytest.raises(
         UsageError, match=r"must be a tokenizer\.json or a folder with one: .*none\.json does not exist"

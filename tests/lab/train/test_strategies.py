@@ -33,5 +33,5 @@ def test_recipes_and_numbers_pass():
 
 
 def test_the_first_wrong_one_is_named():
-    with pytest.raises(UsageError, match=r"Did you mean global_batch\? \(in 'z\+lbl:scope=global'\)"):
+    with pytest.raises(UsageError, match=r"in 'z\+lbl:scope=global', scope must .* Did you mean global_batch\?"):
         check_strategies(["none", "z+lbl:scope=global", "lbll"])

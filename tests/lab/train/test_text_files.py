@@ -205,7 +205,7 @@ def test_every_domain_with_too_little_text_is_named(tmp_path):
     [
         ("text", r"text does not exist here\. Did you mean texts\?"),
         ("owner/name", r"does not exist here\. .*data set of the Hugging Face Hub is written hf:owner/name"),
-        ("hf:owner/name/more", r"must be NAME or OWNER/NAME after hf:: got hf:owner/name/more"),
+        ("hf:owner/name/more", r"must be hf:NAME or hf:OWNER/NAME: got hf:owner/name/more"),
         ("hf:", "must be NAME or OWNER/NAME"),
     ],
 )
@@ -227,7 +227,7 @@ def test_the_tokenizer_is_checked_before_the_text_is_read(tmp_path, monkeypatch)
     monkeypatch.setattr(data, "find_text", None)
     with pytest.raises(UsageError, match="must be a tokenizer.json or a folder with one"):
         load_corpus(put(tmp_path, a_txt="text"), tokenizer=tmp_path / "none.json")
-    with pytest.raises(UsageError, match="vocab_size must be at least"):
+    with pytest.raises(UsageError, match="--vocab-size must be at least"):
         load_corpus(tmp_path, vocab_size=7)
 
 
