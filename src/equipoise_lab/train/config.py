@@ -195,9 +195,9 @@ class _Run:
             raise UsageError(f"--qk-norm needs --arch glm4_moe: got {self._why_no_qk_norm()} Leave --qk-norm out.")
         self._check_score_function()
         if self.model is not None and not (self.model / "config.json").is_file():
+            near = suggest_models(self.model) if self.model.exists() else suggest_paths(self.model)
             raise UsageError(
-                f"--model must be a folder with a config.json: {self.model} has none."
-                f"{suggest_models(self.model) or suggest_paths(self.model) or ' Check the path.'}"
+                f"--model must be a folder with a config.json: {self.model} has none.{near or ' Check the path.'}"
             )
         if self.model is not None:
             content = read_json(self.model / "config.json")
