@@ -225,7 +225,7 @@ CORRECTED = [  # a wrong call, and the right one with the same folder, in which 
     (f"{COMPARE} --strategies none --sequence-length 9999", f"{COMPARE} --strategies none"),
     (f"{COMPARE} --strategies none --sequence-length 9999", f"{COMPARE} --strategies none --resume"),
     (
-        "audit runs/one --data few --out new",
+        "audit runs/one --data empty --out new",
         "audit runs/one --data my_text --out new --tokens 200 --sequence-length 16",
     ),
 ]

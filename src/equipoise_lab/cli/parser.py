@@ -51,6 +51,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {  # by command, below its help; "": belo
     "train": (
         "equipoise train --out runs/one --strategy quantile",
         "equipoise train --out runs/tuned --strategy lbl:scope=global_batch,coefficient=1e-2 --model runs/one",
+        "equipoise train --out runs/again --config runs/one/run.yaml",
     ),
     "audit": ("equipoise audit runs/one --data my_text --out runs/audit",),
     "families": ("equipoise families qwen", "equipoise families --wide", "equipoise families runs/one"),

@@ -8,6 +8,7 @@ import pytest
 
 from equipoise_lab.cli.parser import EXAMPLES, parse
 from equipoise_lab.train.config import Compare, Train
+from equipoise_lab.train.config_file import write_config_file
 from equipoise_lab.train.option_groups import GROUPS
 
 
@@ -46,7 +47,10 @@ def test_options_in_groups_give_the_same_values_as_the_class(tmp_path):
 
 
 @pytest.mark.parametrize("command", EXAMPLES)
-def test_examples_end_the_help_and_are_accepted(capsys, command):
+def test_examples_end_the_help_and_are_accepted(capsys, monkeypatch, tmp_path, command):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/one").mkdir(parents=True)
+    write_config_file(Train(out=tmp_path / "runs/one"))  # an example reads it
     shown = _help(capsys, *filter(None, [command]))
     assert shown.rstrip().endswith("\n  ".join(["examples:", *EXAMPLES[command]]))
     for line in EXAMPLES[command]:
