@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from equipoise_lab.audit.config import Audit
+from equipoise_lab.cli.groups import with_joined_lines
 from equipoise_lab.cli.process import print_json, print_stderr, requires_lab, share_cores
 
 __all__ = ["Audit", "run", "subcommand"]
@@ -12,6 +13,7 @@ __all__ = ["Audit", "run", "subcommand"]
 def subcommand() -> Any:
     import tyro
 
+    @with_joined_lines
     def audit(
         model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")],
         data: str = "corpus",

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 from equipoise.errors import UsageError
+from equipoise_lab.cli.groups import with_joined_lines
 from equipoise_lab.cli.process import exit_process, print_json, print_stderr, requires_lab, share_cores
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ class Conformance:
 def subcommand() -> Any:
     import tyro
 
+    @with_joined_lines
     def conformance(
         framework: Annotated[
             str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[FRAMEWORK]", help_behavior_hint="")

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+from equipoise_lab.cli.groups import with_joined_lines
 from equipoise_lab.cli.process import exit_process, print_json, print_stderr, requires_lab
 
 __all__ = ["ExportCheck", "run", "subcommand"]
@@ -25,6 +26,7 @@ class ExportCheck:
 def subcommand() -> Any:
     import tyro
 
+    @with_joined_lines
     def export_check(
         model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")],
         json: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from equipoise.errors import UsageError, suggest
+from equipoise_lab.cli.groups import with_joined_lines
 from equipoise_lab.cli.process import print_json, print_stderr, requires_lab, share_cores
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ class Families:
 def subcommand() -> Any:
     import tyro
 
+    @with_joined_lines
     def families(
         model: Annotated[
             Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL]", help_behavior_hint="")

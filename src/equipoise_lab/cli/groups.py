@@ -3,16 +3,21 @@
 import ast
 import dataclasses
 import inspect
+import re
 import textwrap
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
 from equipoise_lab.train.option_groups import in_groups
 
-__all__ = ["grouped"]
+__all__ = ["grouped", "with_joined_lines"]
 
 Options = TypeVar("Options")
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+WRAPPED = 80  # a line of at least so many characters that ends within a sentence goes on in the next one
 
 
 def grouped(options: type[Options], values: Mapping[str, Any]) -> Callable[..., Options]:
@@ -48,6 +53,22 @@ def grouped(options: type[Options], values: Mapping[str, Any]) -> Callable[..., 
     make.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     make.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return make
+
+
+def with_joined_lines(function: Function) -> Function:
+    """``function`` with each text below ``Args:`` in one line, which tyro then breaks as the terminal is wide."""
+    lines = inspect.cleandoc(function.__doc__ or "").splitlines()
+    function.__doc__ = re.sub(r"\n {8,}", " ", "\n".join(lines))
+    return function
+
+
+def _joined(text: str) -> str:
+    """``text`` without the line breaks within sentences."""
+    joined = ""
+    for before, line in pairwise(["", *text.splitlines()]):
+        is_wrapped = len(before) >= WRAPPED and not before.endswith((".", ":"))
+        joined += f"{' ' if is_wrapped else chr(10) if joined else ''}{line}"
+    return joined
 
 
 def _config() -> Any:
@@ -89,5 +110,5 @@ def _texts(options: type) -> dict[str, str]:
         for statement, after in zip(tree.body, tree.body[1:], strict=False):
             is_text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
             if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name) and is_text:
-                texts[statement.target.id] = inspect.cleandoc(after.value.value)  # type: ignore[attr-defined]
+                texts[statement.target.id] = _joined(inspect.cleandoc(after.value.value))  # type: ignore[attr-defined]
     return texts

@@ -8,9 +8,10 @@ import os
 import re
 import shutil
 import sys
+import textwrap
 from collections.abc import Iterator
 from types import ModuleType
-from typing import Any
+from typing import Any, TextIO
 
 from equipoise.errors import EquipoiseError, UsageError
 from equipoise_lab.cli import audit, compare, conformance, export_check, families, recipes, report, reproduce, train
@@ -71,7 +72,8 @@ def parse(arguments: list[str], file: ConfigFile | None = None) -> Any:
     file = config_file(arguments) if file is None else file
     errors = io.StringIO()
     try:
-        with contextlib.redirect_stderr(errors), _one_column():
+        paragraphs: Any = _Paragraphs(sys.stdout)
+        with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(paragraphs), _one_column():
             return _parse(arguments, file)
     except SystemExit as stop:
         if stop.code in (0, None):
@@ -80,6 +82,26 @@ def parse(arguments: list[str], file: ConfigFile | None = None) -> Any:
                 print("\n".join(["examples:", *(f"  {line}" for line in lines)]))
             raise
         raise UsageError(sentence(errors.getvalue(), arguments, lambda: _flags(arguments[0], file))) from None
+
+
+class _Paragraphs:
+    """Writes to ``stream``, and breaks the lines of a help that tyro does not break: those outside of its boxes."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        text = text.replace(f"{{{','.join(NAMES)}}}", "COMMAND ...")
+        return self._stream.write("\n".join(map(self._broken, text.split("\n"))))
+
+    def _broken(self, line: str) -> str:
+        width = shutil.get_terminal_size().columns
+        if len(re.sub(r"\x1b\[[0-9;]*m", "", line)) <= width:
+            return line
+        return textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 @contextlib.contextmanager

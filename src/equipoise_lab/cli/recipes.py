@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 from equipoise.recipes import RECIPES, Recipe, recipe, split_strategy
+from equipoise_lab.cli.groups import with_joined_lines
 from equipoise_lab.cli.process import print_json
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ class Recipes:
 def subcommand() -> Any:
     import tyro
 
+    @with_joined_lines
     def recipes(
         name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[NAME]", help_behavior_hint="")] = "",
         json: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False,

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from equipoise_lab.cli.groups import with_joined_lines
 from equipoise_lab.cli.process import print_json, print_stderr, requires_lab, share_cores
 from equipoise_lab.reproduce.config import Reproduce
 
@@ -15,6 +16,7 @@ COLUMNS = ("comparison", "claimed", "means of the arms", "difference, 95 % inter
 def subcommand() -> Any:
     import tyro
 
+    @with_joined_lines
     def reproduce(
         claim: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[CLAIM]", help_behavior_hint="")] = "all",
         budget: Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")] = None,

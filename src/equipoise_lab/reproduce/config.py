@@ -41,9 +41,9 @@ class Reproduce:
             folder = getattr(self, name)
             if folder.exists() and not folder.is_dir():
                 raise UsageError(f"--{name} must be a folder: {folder} is a file. Choose another.")
-        if self.page is not None and self.page.is_dir():
-            raise UsageError(f"--page must be a file: {self.page} is a folder. Write {self.page / 'claims.md'}.")
         if self.page is not None and self.claim != "all":
             raise UsageError(
                 f"--page must go with all claims: got only {self.claim}. Leave out --page or {self.claim}."
             )
+        if self.page is not None and self.page.is_dir():
+            raise UsageError(f"--page must be a file: {self.page} is a folder. Write {self.page / 'claims.md'}.")

@@ -3,10 +3,11 @@
 import dataclasses
 import re
 import shlex
+from itertools import pairwise
 
 import pytest
 
-from equipoise_lab.cli.parser import EXAMPLES, parse
+from equipoise_lab.cli.parser import EXAMPLES, NAMES, parse
 from equipoise_lab.train.config import Compare, Train
 from equipoise_lab.train.config_file import write_config_file
 from equipoise_lab.train.option_groups import GROUPS
@@ -29,6 +30,24 @@ def test_options_are_in_groups_with_strategies_first(capsys, monkeypatch, comman
     assert first < shown.index("--strateg") < shown.index("--seed") < second < shown.index("--out PATH")
     assert "None" not in shown and "False" not in shown
     assert max(map(len, shown.split("examples:")[0].split("options", 1)[1].splitlines())) <= 80
+
+
+@pytest.mark.parametrize("width", [80, 100])
+@pytest.mark.parametrize("command", ["", *NAMES])
+def test_a_help_fills_the_terminal_and_is_no_wider(capsys, monkeypatch, command, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    lines = _help(capsys, *filter(None, [command])).split("examples:")[0].splitlines()
+    assert max(map(len, lines)) <= width
+    texts = [re.sub(r"\(required\)|\(default: .*", "", line.strip(" │|")) for line in lines if "options" not in line]
+    for before, after in pairwise(texts):  # no break where the next word had room
+        if re.match(r"[a-z]+ ", after) and re.search(r"[a-z,]$", before) and "--" not in before:
+            assert len(before) + len(after.split()[0]) >= width - 30, (before, after)
+
+
+def test_the_first_option_is_the_config_file(capsys):
+    for command in ("train", "compare"):
+        flags = re.findall(r"^. (?:-h, )?(--[a-z-]+)", _help(capsys, command), re.MULTILINE)
+        assert flags[:2] == ["--help", "--config"]
 
 
 @pytest.mark.parametrize("options", [Train, Compare])

@@ -88,7 +88,7 @@ def test_a_folder_with_other_files_is_left_unchanged(make_comparison, new_watche
 
 
 def test_strategies_must_differ_and_exist(make_comparison, new_watcher):
-    with pytest.raises(UsageError, match="must be different: got none, none"):
+    with pytest.raises(UsageError, match="must be different: got none and none"):
         compare(make_comparison(strategies=("none", "none")), new_watcher())
     with pytest.raises(UsageError, match="must be different: got lbl, lbl:coefficient=1e-2"):
         compare(make_comparison(strategies=("lbl", "lbl:coefficient=1e-2")), new_watcher())

@@ -206,7 +206,7 @@ def test_every_domain_with_too_little_text_is_named(tmp_path):
         ("text", r"text does not exist here\. Did you mean texts\?"),
         ("owner/name", r"does not exist here\. .*data set of the Hugging Face Hub is written hf:owner/name"),
         ("hf:owner/name/more", r"must be hf:NAME or hf:OWNER/NAME: got hf:owner/name/more"),
-        ("hf:", "must be NAME or OWNER/NAME"),
+        ("hf:", "must be hf:NAME or hf:OWNER/NAME"),
     ],
 )
 def test_a_wrong_name_is_refused_without_a_server(tmp_path, monkeypatch, name, message):
