@@ -90,7 +90,7 @@ def test_a_folder_with_other_files_is_left_unchanged(make_comparison, new_watche
 def test_strategies_must_differ_and_exist(make_comparison, new_watcher):
     with pytest.raises(UsageError, match="must be different: got none and none"):
         compare(make_comparison(strategies=("none", "none")), new_watcher())
-    with pytest.raises(UsageError, match="must be different: got lbl, lbl:coefficient=1e-2"):
+    with pytest.raises(UsageError, match="must be different: got lbl and lbl:coefficient=1e-2"):
         compare(make_comparison(strategies=("lbl", "lbl:coefficient=1e-2")), new_watcher())
     with pytest.raises(UsageError, match="made of"):
         compare(make_comparison(strategies=("none", "magic")), new_watcher())
