@@ -8,25 +8,25 @@ MUTANTS = [
         "report: significance is not adjusted for the family of comparisons",
         "    nats, maxvio = judge_family(nats), judge_family(maxvio)\n",
         "",
-        "test_report -k family",
+        "test_findings -k family",
     ),
     Mutant(
         "report: strategies are compared on seeds that they do not share",
         "    compared = _restrict_to_seeds(compared, seeds, runs)\n",
         "",
-        "test_report -k only_shared_seeds",
+        "test_findings -k only_shared_seeds",
     ),
     Mutant(
         "report: the seeds needed are computed for a single comparison",
         "level = 1 - 0.05 / len(comparisons)",
         "level = 0.95",
-        "test_report -k account_for_the_family",
+        "test_findings -k account_for_the_family",
     ),
     Mutant(
         "report: typical tokens are taken from the audit of another text",
         "if audited.domains == domains and audited.layers == layers and all(map(np.array_equal, audited.load, load)):",
         "if audited.domains == domains and audited.layers == layers:",
-        "test_report -k typical_tokens",
+        "report/test_page -k typical_tokens",
     ),
     Mutant(
         "report: error bars are not widened for the removed seed means",
@@ -327,7 +327,7 @@ MUTANTS = [
         "report: a strategy without a common seed is compared",
         "    compared, unrelated = _split_by_common_seed(finite_rows)\n",
         "    compared, unrelated = finite_rows, []\n",
-        "test_report -k common_seed",
+        "test_findings -k common_seed",
     ),
     Mutant(
         "records: a line of a log is not checked against its schema",
@@ -351,6 +351,6 @@ MUTANTS = [
         "reader: a result that is not the last evaluation's is shown",
         "        if evaluated[key] != value:\n",
         "        if False:\n",
-        "test_report -k agree",
+        "report/test_page -k agree",
     ),
 ]
