@@ -29,6 +29,42 @@ MUTANTS = [
         "report/test_page -k typical_tokens",
     ),
     Mutant(
+        "report: the axis of losses zooms into noise",
+        "half = max(max(finite) - min(finite), LEAST_SPAN * abs(middle)) / 2",
+        "half = (max(finite) - min(finite)) / 2",
+        "test_figures -k never_zooms",
+    ),
+    Mutant(
+        "report: one seed leads with the lowest loss",
+        "    if _is_one_seed(comparisons):\n        return _headline_of_one_seed(rows)\n",
+        "",
+        "test_findings -k one_seed",
+    ),
+    Mutant(
+        "report: a colour depends on the place among the strategies of a page",
+        "_free(_hue(strategy), _level(strategy), used)",
+        "_free(HUES[len(styles) % 8], _level(strategy), used)",
+        "test_styles -k every_page",
+    ),
+    Mutant(
+        "report: a live page ends with the runs that have begun",
+        'return max(num_runs, len(options["strategies"]) * options["seeds"])',
+        "return num_runs",
+        "report/test_live -k comparison",
+    ),
+    Mutant(
+        "report: an interrupted live page stays live",
+        "        if path is not None:\n            write_report(folder)\n        raise",
+        "        raise",
+        "report/test_live -k interrupt",
+    ),
+    Mutant(
+        "report: an evaluation before the last of its step is drawn",
+        '            if pending is not None and row["step"] != pending["step"]:\n',
+        "            if pending is not None:\n",
+        "report/test_page -k evaluation",
+    ),
+    Mutant(
         "report: error bars are not widened for the removed seed means",
         "return centred, math.sqrt(len(values) / (len(values) - 1))",
         "return centred, 1.000001",

@@ -101,7 +101,7 @@ MUTANTS = [
     ),
     Mutant(
         "lab: a checkpoint is saved before the records that it needs",
-        "                ranks.run_on_first(self.folder.sync)\n",
+        "        self.ranks.run_on_first(self.folder.sync)\n",
         "",
         "test_train -k on_the_disk",
     ),

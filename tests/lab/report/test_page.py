@@ -101,6 +101,19 @@ def test_data_holds_the_counts_of_the_records(tmp_path):
     assert model["domains"] == ["prose", "code"] and model["layers"] == ["1", "2"] and data["cap"] == 4
 
 
+def test_maps_are_of_the_last_evaluation_of_each_step(tmp_path):
+    """The last step has an evaluation on the selection text, then one on the test text."""
+    run = make_run(tmp_path / "a", "lbl", steps=2, last=1, finish=False)
+    run.append("steps", {"step": 2, "loss": 1.0, "maxvio_batch": 1.0})
+    run.append("loads", {"step": 2, "load": [[1, 1, 1, 1], [1, 1, 1, 1]]})
+    for split, load in (("selection", EVEN), ("test", SPLIT)):
+        run.append("evaluations", {"step": 2, "split": split, "domains": {d: {"load": load[d]} for d in load}})
+    data = data_of(write_report(tmp_path))
+    assert [(map["step"], map["split"]) for map in data["models"][0]["maps"]] == [(1, "test"), (2, "test")]
+    assert data["models"][0]["maps"][1]["load"][0] == [SPLIT["prose"][0], SPLIT["code"][0]]
+    assert data["steps"] == [1, 2] and 'id="at" min="0" max="1"' in own_text(tmp_path / "report.html")
+
+
 def test_load_over_time_is_relative_to_even(tmp_path):
     make_run(tmp_path / "a", "lbl", steps=4)
     [time] = data_of(write_report(tmp_path))["times"]
