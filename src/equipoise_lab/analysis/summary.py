@@ -152,14 +152,16 @@ COMPARED_SETTINGS = (
     "vocab_size",
 )
 # Further settings that a run stores only among its command-line options.
-COMPARED_OPTIONS = ("model", "warmup", "weight_decay", "clip", "evaluation_sequences")
+COMPARED_OPTIONS = ("model", "warmup", "decay_to", "weight_decay", "clip", "evaluation_sequences")
+
+NEWER_OPTIONS = {"decay_to": 0.1}  # what runs did that were recorded before there was such an option
 
 
 def unequal_terms(configs: Sequence[Mapping[str, Any]]) -> list[str]:
     """The settings that differ between runs although comparable runs must share them."""
     settings = [
         {key: config.get(key) for key in COMPARED_SETTINGS}
-        | {key: config.get("options", {}).get(key) for key in COMPARED_OPTIONS}
+        | {key: config.get("options", {}).get(key, NEWER_OPTIONS.get(key)) for key in COMPARED_OPTIONS}
         for config in configs
     ]
     return [key for key in settings[0] if any(other[key] != settings[0][key] for other in settings[1:])]
