@@ -16,6 +16,9 @@ DEMO ?= runs/demo
 TORCH ?=
 CONSTRAINTS := $(if $(TORCH),$(VENV)/constraints.txt,constraints.txt)
 
+# axe-core checks the accessibility of the pages. Without npm these tests are skipped.
+AXE := test -d build/node_modules/axe-core || npm install --silent --no-audit --no-fund --prefix build axe-core@4.14.1
+
 .PHONY: install demo bench gpu test test-frameworks docs docs-serve notebooks mutants random-mutants clean
 
 install: $(VENV)/.installed
@@ -42,6 +45,7 @@ test: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python docs/tools/handbook.py
+	-$(AXE)
 	$(BIN)/pytest -n 2 --dist loadgroup
 
 # make test-frameworks ONLY=torchtitan runs one

@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 
 from equipoise_lab.analysis import read_records
 from equipoise_lab.analysis.figures import DIVERGING
+from equipoise_lab.analysis.summary import COLUMNS
 from equipoise_lab.train.config import Compare
 
 ROOT = Path(__file__).parent.parent
@@ -39,16 +40,16 @@ BY_DOMAIN = {
     "lbl:scope=micro_batch": "Loss over a micro-batch: domains share experts",
     "lbl:scope=global_batch": "Loss over the global batch: experts specialise",
 }
-COLUMNS = {
-    "strategy": ("strategy", "`{}`"),
-    "maxvio_global": ("MaxVio, test text", "{:.2f}"),
-    "maxvio_batch": ("MaxVio, batch", "{:.2f}"),
-    "dead_experts": ("dead experts", "{:.0f}"),
-    "domain_information_bits": ("domain information, bits", "{:.2f}"),
-    "val_nats": ("loss, nats", "{:.3f}"),
-    "val_bits_per_byte": ("bits per byte", "{:.3f}"),
-    "tokens_per_second": ("tokens/s", "{:,.0f}"),
+FORMATS = {
+    "maxvio_global": "{:.2f}",
+    "maxvio_batch": "{:.2f}",
+    "dead_experts": "{:.0f}",
+    "domain_information_bits": "{:.2f}",
+    "val_nats": "{:.3f}",
+    "val_bits_per_byte": "{:.3f}",
+    "tokens_per_second": "{:,.0f}",
 }
+TITLES = {column.key: column.title for column in COLUMNS}
 
 
 def store(folder: Path) -> dict:
@@ -67,9 +68,11 @@ def store(folder: Path) -> dict:
 
 
 def table(stored: dict) -> str:
-    lines = ["| " + " | ".join(title for title, _ in COLUMNS.values()) + " |", "|---" * len(COLUMNS) + "|"]
+    titles = ["Strategy", *(TITLES[key] for key in FORMATS)]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for row in stored["results"]:
-        lines.append("| " + " | ".join(template.format(row[key]) for key, (_, template) in COLUMNS.items()) + " |")
+        cells = [f"`{row['strategy']}`", *(text.format(row[key]) for key, text in FORMATS.items())]
+        lines.append(f"| {' | '.join(cells)} |")
     versions = ", ".join(f"{name} {version}" for name, version in stored["versions"].items())
     lines += [
         "",

@@ -8,7 +8,7 @@
 import html
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 
 from equipoise_lab.analysis.specialisation import RANKS, rank_load
 from equipoise_lab.analysis.statistics import estimate
+from equipoise_lab.analysis.styles import BLUE, VERMILLION, strategy_styles
 
 __all__ = [
     "CAP",
@@ -31,27 +32,11 @@ __all__ = [
     "quality_against_balance",
     "rank_loads",
     "relative_load",
-    "strategy_styles",
 ]
 
 CAP = 4.0  # relative loads from here on share one colour, on every page
-OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
-GREY = "#808080"
-DASHES = ("solid", "dash", "dot", "dashdot")
-SYMBOLS = ("circle", "square", "diamond", "triangle-up")
+LEAST_SPAN = 0.04  # of an axis of losses, relative to the loss: seeds alone differ by about a quarter of it
 MAX_POINTS = 400  # per line
-
-
-def strategy_styles(strategies: Iterable[str]) -> dict[str, dict[str, str]]:
-    """A colour, dash and symbol for each strategy, in order of first appearance. ``none`` is grey.
-
-    The colours are those of Okabe and Ito, chosen for colour-blind readers.
-    """
-    names = list(dict.fromkeys(strategies))
-    styles = {"none": {"color": GREY, "dash": "solid", "symbol": "x"}} if "none" in names else {}
-    for i, strategy in enumerate(name for name in names if name != "none"):
-        styles[strategy] = {"color": OKABE_ITO[i % 7], "dash": DASHES[i // 7 % 4], "symbol": SYMBOLS[i // 7 % 4]}
-    return styles
 
 
 def plain(text: str) -> str:
@@ -64,7 +49,8 @@ def quality_against_balance(
 ) -> go.Figure:
     """Quality against balance: a large mark per strategy (mean over seeds, t intervals), a small mark per run.
 
-    The lower left is best. Unfinished and diverged runs are left out.
+    The lower left is best. Unfinished and diverged runs are left out. The axes have a least span, so that a difference
+    within the noise of seeds does not look large: ``LEAST_SPAN`` of the loss, and a MaxVio of 0.5.
 
     If the strategies share at least two seeds, only shared seeds are drawn, and the effect of the seed is removed, as
     pairing does: each value loses its seed's mean over strategies and gains the mean over all seeds. This also removes
@@ -79,10 +65,12 @@ def quality_against_balance(
             values.setdefault(row["strategy"], {})[row["seed"]] = np.array([row[balance], row[quality]])
     values, widen = _without_seed_effects(values)
     figure = go.Figure()
+    ends: list[float] = []  # of everything drawn, along the axis of quality
     for strategy, by_seed in values.items():
         x, y = np.stack(list(by_seed.values())).T
         x_mean, y_mean = estimate(x.tolist(), level=level), estimate(y.tolist(), level=level)
         half_widths = [widen * (e.interval[1] - e.mean) if e.n > 1 else 0.0 for e in (x_mean, y_mean)]
+        ends += [*y.tolist(), y_mean.mean - half_widths[1], y_mean.mean + half_widths[1]]
         color = styles[strategy]["color"]
         mark = {"color": color, "symbol": styles[strategy]["symbol"]}
         if len(by_seed) > 1:
@@ -118,9 +106,15 @@ def quality_against_balance(
         xaxis={
             "title": {"text": "MaxVio on test text (0 is even) →", "standoff": 8},
             "zeroline": False,
-            "rangemode": "nonnegative",
+            "rangemode": "tozero",
+            "autorangeoptions": {"include": [0, 0.5]},
         },
-        yaxis={"title": {"text": "loss, nats per token", "standoff": 8}, "zeroline": False, "nticks": 6},
+        yaxis={
+            "title": {"text": "loss, nats per token", "standoff": 8},
+            "zeroline": False,
+            "nticks": 6,
+            "autorangeoptions": {"include": _span(ends)},
+        },
         meta={"paired": widen > 1},
     )
     return figure
@@ -145,6 +139,16 @@ def _without_seed_effects(
     return centred, math.sqrt(len(values) / (len(values) - 1))
 
 
+def _span(losses: Sequence[float]) -> list[float]:
+    """The ends of ``losses``, at least ``LEAST_SPAN`` apart."""
+    finite = [loss for loss in losses if math.isfinite(loss)]
+    if not finite:
+        return []
+    middle = (min(finite) + max(finite)) / 2
+    half = max(max(finite) - min(finite), LEAST_SPAN * abs(middle)) / 2
+    return [middle - half, middle + half]
+
+
 def _error_bar(half_width: float, color: str, visible: bool) -> dict[str, Any]:
     return {"type": "data", "array": [half_width], "visible": visible, "color": color, "thickness": 1.3, "width": 4}
 
@@ -153,7 +157,8 @@ def curve(steps: pa.Table, key: str, *, title: str = "", log: bool = False, most
     """Column ``key`` over steps, one line per run.
 
     Runs of more than ``most`` steps are drawn as means over equal numbers of steps. ``figure.layout.meta["window"]`` is
-    that number (1: every step is a point).
+    that number (1: every step is a point). The axis has a least span: a factor of ten with ``log``, ``LEAST_SPAN`` of a
+    loss, and from 0 otherwise.
     """
     if key not in steps.column_names or not pa.types.is_floating(steps[key].type):
         numeric = [f.name for f in steps.schema if pa.types.is_floating(f.type)]
@@ -176,7 +181,7 @@ def curve(steps: pa.Table, key: str, *, title: str = "", log: bool = False, most
             mode="lines",
             name=plain(strategy + (f", seed {seed}" if len(runs) > len(strategies) else "")),
             meta={"strategy": strategies.index(strategy), "run": run},
-            line={"width": 1.1 if len(runs) > len(strategies) else 2, "color": style["color"], "dash": style["dash"]},
+            line={"width": 1.3 if len(runs) > len(strategies) else 2, "color": style["color"], "dash": style["dash"]},
             hovertemplate="%{y:.3f}",
         )
     figure.update_layout(
@@ -190,12 +195,28 @@ def curve(steps: pa.Table, key: str, *, title: str = "", log: bool = False, most
             "zeroline": False,
             "unifiedhovertitle": {"text": "step %{x}"},
         },
-        yaxis={"type": "log" if log else "linear", "zeroline": False, "nticks": 8, "tickformat": "~g"},
+        yaxis={
+            "type": "log" if log else "linear",
+            "zeroline": False,
+            "nticks": 8,
+            "tickformat": "~g",
+            "autorangeoptions": {"include": _least_range(figure, key, log)},
+        },
         meta={"window": window},
     )
     if log:
         figure.update_yaxes(dtick="D2", minor={"showgrid": False})
     return figure
+
+
+def _least_range(figure: go.Figure, key: str, log: bool) -> list[float]:
+    values = [value for trace in figure.data for value in trace.y if value is not None]
+    if not values:
+        return []
+    if log:
+        middle, factor = math.sqrt(min(values) * max(values)), max(math.sqrt(10), math.sqrt(max(values) / min(values)))
+        return [middle / factor, middle * factor]
+    return _span(values) if key.endswith(("loss", "nats")) else [0.0, *_span(values)]
 
 
 def _points(steps: np.ndarray, values: np.ndarray, window: int, positive: bool) -> tuple[list, list]:
@@ -368,7 +389,12 @@ def cost(ranks: pa.Table) -> go.Figure:
             "title": {"text": "expert-parallel ranks", "standoff": 8},
             "unifiedhovertitle": {"text": "%{x} ranks"},
         },
-        yaxis={"title": {"text": "busiest rank / mean", "standoff": 8}, "zeroline": False, "nticks": 6},
+        yaxis={
+            "title": {"text": "busiest rank / mean", "standoff": 8},
+            "zeroline": False,
+            "nticks": 6,
+            "autorangeoptions": {"include": [1, 1.5]},
+        },
     )
     return figure
 
@@ -389,7 +415,7 @@ def layers(layer_rows: Sequence[Mapping[str, Any]]) -> go.Figure:
             y=values,
             mode="lines+markers" if dash == "solid" else "lines",
             name=name,
-            line={"color": OKABE_ITO[1], "dash": dash, "width": 2 if dash == "solid" else 1.2},
+            line={"color": VERMILLION, "dash": dash, "width": 2 if dash == "solid" else 1.2},
             hovertemplate="%{y:.3f}",
         )
     information = [row["domain_information_bits"] for row in layer_rows]
@@ -403,7 +429,7 @@ def layers(layer_rows: Sequence[Mapping[str, Any]]) -> go.Figure:
             yaxis="y2",
             mode="lines+markers" if dash == "solid" else "lines",
             name=name,
-            line={"color": OKABE_ITO[0], "dash": dash, "width": 2 if dash == "solid" else 1.2},
+            line={"color": BLUE, "dash": dash, "width": 2 if dash == "solid" else 1.2},
             hovertemplate="%{y:.3f}",
         )
     figure.update_layout(
@@ -413,8 +439,20 @@ def layers(layer_rows: Sequence[Mapping[str, Any]]) -> go.Figure:
         legend={"orientation": "h", "yanchor": "bottom", "y": 1.02, "x": 0},
         hovermode="x unified",
         xaxis={"type": "category", "title": {"text": "MoE layer", "standoff": 8}, "anchor": "y2"},
-        yaxis={"title": {"text": "MaxVio"}, "domain": [0.54, 1], "rangemode": "tozero", "nticks": 5, "zeroline": False},
-        yaxis2={"title": {"text": "bits"}, "domain": [0, 0.46], "rangemode": "tozero", "nticks": 5, "zeroline": False},
+        yaxis={
+            "title": {"text": "MaxVio"},
+            "domain": [0.54, 1],
+            "autorangeoptions": {"include": [0, 0.5]},
+            "nticks": 5,
+            "zeroline": False,
+        },
+        yaxis2={
+            "title": {"text": "bits"},
+            "domain": [0, 0.46],
+            "autorangeoptions": {"include": [0, 0.1]},
+            "nticks": 5,
+            "zeroline": False,
+        },
     )
     return figure
 

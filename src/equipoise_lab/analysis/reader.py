@@ -2,7 +2,7 @@
 
 import os
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -95,16 +95,37 @@ class RecordedRun:
     def seed(self) -> int:
         return self.config["seed"]
 
+    def evaluations(self) -> Iterator[dict[str, Any]]:
+        """Those with loads of every domain of the last one, oldest first: of each step the last."""
+        pending: dict[str, Any] | None = None
+        for row in self.files.rows("evaluations"):
+            domains = row.get("domains", {})
+            if not all("load" in domains.get(domain, {}) for domain in self.evaluated_domains):
+                continue
+            if pending is not None and row["step"] != pending["step"]:
+                yield pending
+            pending = row
+        if pending is not None:
+            yield pending
+
+    @property
+    def evaluated_domains(self) -> list[str]:
+        """The domains of the last evaluation, in the order of the configuration."""
+        by_domain = {} if self.evaluation is None else self.evaluation["domains"]
+        domains = [domain for domain in self.config["domains"] if domain in by_domain]
+        return domains + [domain for domain in by_domain if domain not in domains]
+
+    def load_of(self, evaluation: Mapping[str, Any]) -> list[Int[np.ndarray, "domains experts"]]:
+        """By layer."""
+        loads = [evaluation["domains"][domain]["load"] for domain in self.evaluated_domains]
+        return [np.array([load[i] for load in loads], np.int64) for i in range(len(self.config["layers"]))]
+
     @property
     def experts(self) -> Experts | None:
         """From the last evaluation, with the audit's typical tokens and partners if both read the same text."""
         if self.evaluation is None:
             return None
-        by_domain = self.evaluation["domains"]
-        domains = [domain for domain in self.config["domains"] if domain in by_domain]
-        domains += [domain for domain in by_domain if domain not in domains]
-        layers = self.config["layers"]
-        load = [np.array([by_domain[d]["load"][i] for d in domains], np.int64) for i in range(len(layers))]
+        domains, layers, load = self.evaluated_domains, self.config["layers"], self.load_of(self.evaluation)
         k = self.config.get("experts_per_token") or 1
         typical: list[list[list[dict[str, Any]]]] = [[] for _ in layers]
         partners: list[list[list[list[float]]]] = [[] for _ in layers]

@@ -13,11 +13,13 @@ __all__ = ["COLUMNS", "Column", "mean_and_sd", "number", "summary_rows", "unequa
 
 @dataclass(frozen=True)
 class Column:
-    """One column of the table. ``key`` is its key in ``result.json`` and in ``summary_rows``."""
+    """One column of the table. ``key`` is its key in ``result.json`` and in ``summary_rows``.
+
+    ``title`` names the quantity on the page, in the terminal and in copied tables.
+    """
 
     key: str
     title: str
-    short: str  # for a terminal
     digits: int
     definition: str
     is_count: bool = False
@@ -36,28 +38,24 @@ COLUMNS = (
     Column(
         "val_nats",
         "Loss, nats",
-        "loss nats",
         3,
         "Cross-entropy of the next token on test text, in nats per token, without balancing losses. Lower is better.",
     ),
     Column(
         "val_perplexity",
         "Perplexity",
-        "ppl",
         2,
         "exp(loss): the model is as uncertain as if it chose evenly among this many tokens. Lower is better.",
     ),
     Column(
         "val_bits_per_byte",
         "Bits per byte",
-        "bits/byte",
         3,
         "The same loss in bits per byte of text: comparable across tokenizers. Lower is better.",
     ),
     Column(
         "maxvio_global",
         "MaxVio, test",
-        "maxvio global",
         3,
         "(load of the busiest expert − mean load) / mean load, on test text with all domains pooled; mean over layers. "
         "0 is even. At 1 the busiest expert carries twice the mean load.",
@@ -65,7 +63,6 @@ COLUMNS = (
     Column(
         "maxvio_floor",
         "MaxVio floor",
-        "floor",
         3,
         "MaxVio from sampling alone: what a perfectly even router with independent choices would show on this many "
         "tokens. Read the MaxVio on test text against it.",
@@ -73,14 +70,12 @@ COLUMNS = (
     Column(
         "maxvio_batch",
         "MaxVio, batch",
-        "maxvio batch",
         3,
         "MaxVio of the load of one training step, mean over the last tenth of the steps.",
     ),
     Column(
         "domain_information_bits",
         "Domain information, bits",
-        "domain bits",
         3,
         "I(domain; expert): how many bits the choice of experts reveals about a token's domain, mean over layers. "
         "0 if experts ignore the domain; at most log2(number of domains).",
@@ -88,7 +83,6 @@ COLUMNS = (
     Column(
         "dead_experts",
         "Dead experts",
-        "dead, test text",
         1,
         "Experts that got no token of the test text, total over all layers.",
         is_count=True,
@@ -96,7 +90,6 @@ COLUMNS = (
     Column(
         "tokens_per_second",
         "Tokens/s",
-        "tokens/s",
         0,
         "Training speed of the run. Comparable only if each run had the same machine to itself.",
     ),
@@ -159,14 +152,16 @@ COMPARED_SETTINGS = (
     "vocab_size",
 )
 # Further settings that a run stores only among its command-line options.
-COMPARED_OPTIONS = ("model", "warmup", "weight_decay", "clip", "evaluation_sequences")
+COMPARED_OPTIONS = ("model", "warmup", "decay_to", "weight_decay", "clip", "evaluation_sequences")
+
+NEWER_OPTIONS = {"decay_to": 0.1}  # what runs did that were recorded before there was such an option
 
 
 def unequal_terms(configs: Sequence[Mapping[str, Any]]) -> list[str]:
     """The settings that differ between runs although comparable runs must share them."""
     settings = [
         {key: config.get(key) for key in COMPARED_SETTINGS}
-        | {key: config.get("options", {}).get(key) for key in COMPARED_OPTIONS}
+        | {key: config.get("options", {}).get(key, NEWER_OPTIONS.get(key)) for key in COMPARED_OPTIONS}
         for config in configs
     ]
     return [key for key in settings[0] if any(other[key] != settings[0][key] for other in settings[1:])]

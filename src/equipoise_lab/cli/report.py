@@ -4,24 +4,46 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+from equipoise.errors import UsageError
+from equipoise_lab.cli.process import print_stderr
+
 __all__ = ["Report", "run", "subcommand"]
 
 
 @dataclass(frozen=True)
 class Report:
-    """Draw report.html again, from run folders or from an audit."""
-
     folder: Path
-    """The folder that was passed as --out to compare, train or audit."""
+    live: bool = False
+    every: int = 10
+
+    def check(self) -> None:
+        """Raises UsageError for invalid values."""
+        if self.every < 1:
+            raise UsageError(f"--every must be at least 1 second: got {self.every}.")
 
 
 def subcommand() -> Any:
     import tyro
 
-    return Annotated[Report, tyro.conf.subcommand("report"), tyro.conf.Positional]
+    def report(
+        folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(help_behavior_hint="")],
+        live: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False,
+        every: int = 10,
+    ) -> Report:
+        """Draw report.html again, from run folders or from an audit.
+
+        Args:
+            folder: The folder that was passed as --out to compare, train or audit.
+            live: Write the page again and again while the runs train, from their first step to their end.
+            every: Seconds between two pages of --live.
+        """
+        return Report(folder, live, every)
+
+    return Annotated[Report, tyro.conf.subcommand("report", constructor=report)]
 
 
 def run(options: Report, command_line: str) -> None:
-    from equipoise_lab.report import write_report
+    options.check()
+    from equipoise_lab.report import write_live, write_report
 
-    print(write_report(options.folder))
+    print(write_live(options.folder, options.every, print_stderr) if options.live else write_report(options.folder))

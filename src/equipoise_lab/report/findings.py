@@ -91,12 +91,10 @@ def compare_runs(runs: Sequence[Run]) -> Findings:
                 "share: {}."
             ).format(", ".join(map(str, sorted(seeds))))
         )
-    details += [
-        _quality(best, comparisons),
-        _balance(compared),
-        _specialisation(compared, len(runs[0].config["domains"])),
-        *_dead_experts(compared, runs),
-    ]
+    quality = [_quality(best, comparisons)]
+    others = [_balance(compared), _specialisation(compared, len(runs[0].config["domains"]))]
+    ordered = others + quality if _is_one_seed(comparisons) else quality + others
+    details += [*ordered, *_dead_experts(compared, runs)]
     headline = _headline(best, compared, comparisons, is_complete=not unrelated)
     return Findings(headline, details, best["strategy"], tuple(comparisons))
 
@@ -155,6 +153,10 @@ def _join_names(strategies: Sequence[str]) -> Markup:
     return names[0] if len(names) == 1 else Markup("{} and {}").format(Markup(", ").join(names[:-1]), names[-1])
 
 
+def _is_one_seed(comparisons: Sequence[Comparison]) -> bool:
+    return bool(comparisons) and all(comparison.nats.estimate.n == 1 for comparison in comparisons)
+
+
 def _headline(
     best: Mapping[str, Any],
     rows: Sequence[Mapping[str, Any]],
@@ -163,6 +165,8 @@ def _headline(
     is_complete: bool,
 ) -> Markup:
     """``is_complete``: whether every strategy is compared."""
+    if _is_one_seed(comparisons):
+        return _headline_of_one_seed(rows)
     name = _code(best["strategy"])
     beaten = [comparison.strategy for comparison in comparisons if comparison.is_beaten]
     unbeaten = [comparison.strategy for comparison in comparisons if not comparison.is_beaten]
@@ -170,8 +174,6 @@ def _headline(
         text = Markup(
             "{} has the lowest loss, but no other strategy ran on the same seeds. Nothing is compared."
         ).format(name)
-    elif all(comparison.nats.estimate.n == 1 for comparison in comparisons):
-        text = Markup("{} has the lowest loss, but one seed decides nothing about quality.").format(name)
     elif not unbeaten:
         text = Markup("{} won: its loss is significantly lower than with {}.").format(
             name, "every other strategy" if len(beaten) > 1 and is_complete else _join_names(beaten)
@@ -187,6 +189,26 @@ def _headline(
         return text + Markup(" Its load is also the most even.")
     return text + Markup(" {} has the most even load: MaxVio {}, against {} with {}.").format(
         _code(most_even["strategy"]), number(most_even["maxvio_global"], 3), number(best["maxvio_global"], 3), name
+    )
+
+
+def _headline_of_one_seed(rows: Sequence[Mapping[str, Any]]) -> Markup:
+    """Balance and specialisation lead: they differ by far more than between seeds, the loss does not."""
+    even, uneven = (pick(rows, key=lambda row: row["maxvio_global"]) for pick in (min, max))
+    special = max(rows, key=lambda row: row["domain_information_bits"])
+    losses = [row["val_nats"] for row in rows]
+    return Markup(
+        "{} has the most even load: MaxVio {}, against {} with {}. Experts tell most about a token's domain under {}: "
+        "{} bits. <strong>Loss is undecided</strong>: one seed cannot tell {} from {} nats."
+    ).format(
+        _code(even["strategy"]),
+        number(even["maxvio_global"], 2),
+        number(uneven["maxvio_global"], 2),
+        _code(uneven["strategy"]),
+        _code(special["strategy"]),
+        number(special["domain_information_bits"], 2),
+        number(min(losses), 3),
+        number(max(losses), 3),
     )
 
 

@@ -116,7 +116,10 @@ class _Run:
     """Peak learning rate of AdamW, the same for every strategy."""
 
     warmup: float = 0.1
-    """Share of the steps in which the learning rate rises linearly. A cosine then lowers it to a tenth of the peak."""
+    """Share of the steps in which the learning rate rises linearly. A cosine then lowers it."""
+
+    decay_to: float = 0.1
+    """Learning rate of the last step, as a share of the peak. 0 decays to zero."""
 
     weight_decay: float = 0.1
     """Weight decay of AdamW, for matrices only."""
@@ -171,6 +174,8 @@ class _Run:
                 raise UsageError(f"--{_flag(name)} must be a finite number above 0: got {getattr(self, name)}.")
         if not 0 <= self.warmup < 1:
             raise UsageError(f"--warmup must be a share of the steps, from 0 to below 1: got {self.warmup}.")
+        if not 0 <= self.decay_to <= 1:
+            raise UsageError(f"--decay-to must be a share of the peak learning rate, from 0 to 1: got {self.decay_to}.")
         if not 0 <= self.weight_decay < float("inf"):
             raise UsageError(f"--weight-decay must be at least 0: got {self.weight_decay}.")
         if self.width % 32:

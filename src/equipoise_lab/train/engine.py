@@ -58,16 +58,18 @@ def keep_freed_memory() -> None:
     mallopt(trim_threshold, (1 << 31) - 1)
 
 
-def learning_rate_at(step: int, *, steps: int, peak: float, warmup: float) -> float:
-    """Linear warm-up over ``warmup * steps`` steps, then a cosine down to a tenth of the peak at the last step.
+def learning_rate_at(step: int, *, steps: int, peak: float, warmup: float, decay_to: float = 0.1) -> float:
+    """Linear warm-up over ``warmup * steps`` steps, then a cosine down to ``decay_to * peak`` at the last step.
 
     ``step`` counts from 0.
 
     >>> [round(learning_rate_at(s, steps=5, peak=1.0, warmup=0.4), 3) for s in range(5)]
     [0.5, 1.0, 1.0, 0.55, 0.1]
+    >>> [round(learning_rate_at(s, steps=5, peak=1.0, warmup=0.4, decay_to=0.0), 3) for s in range(5)]
+    [0.5, 1.0, 1.0, 0.5, 0.0]
     """
     warmup_steps = int(warmup * steps)
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(steps - 1 - warmup_steps, 1)
-    return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
+    return peak * (decay_to + (1 - decay_to) * 0.5 * (1 + math.cos(math.pi * progress)))

@@ -329,7 +329,9 @@ class _Training:
 
     def _step(self, step: int) -> dict[str, Any]:
         config, started = self.config, time.perf_counter()
-        rate = learning_rate_at(step, steps=config.steps, peak=config.learning_rate, warmup=config.warmup)
+        rate = learning_rate_at(
+            step, steps=config.steps, peak=config.learning_rate, warmup=config.warmup, decay_to=config.decay_to
+        )
         for parameter_group in self.optimizer.param_groups:
             parameter_group["lr"] = rate
         window = self.batches.window(step)

@@ -12,7 +12,8 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
         "model", "arch", "score_function", "qk_norm", "layers", "width", "experts", "experts_per_token", "expert_width",
     ),
     "training": (
-        "steps", "micro_batches", "balance_batch", "order", "learning_rate", "warmup", "weight_decay", "clip",
+        "steps", "micro_batches", "balance_batch", "order", "learning_rate", "warmup", "decay_to", "weight_decay",
+        "clip",
     ),
     "evaluation": ("evaluate_every", "evaluation_sequences"),
     "machine": ("workers", "dtype", "wrapper"),

@@ -240,7 +240,7 @@ def print_table(folder: Any, *, stderr: bool = False) -> None:
     summary = summary_rows(run.files for run in runs)
     rows = [(row["strategy"], *(column.text(row).replace("± ", "±") for column in COLUMNS)) for row in summary]
     has_deviations = any("±" in cell for row in rows for cell in row)
-    print_rows(("strategy", *(column.short for column in COLUMNS)), rows, stderr=stderr, justify="right")
+    print_rows(("Strategy", *(column.title for column in COLUMNS)), rows, stderr=stderr, justify="right")
     notes = ["±: standard deviation over seeds"] if has_deviations else []
     for note in [*notes, *(f"{p.name}: {p.kind}: {p.reason}" for p in problems if p.kind == "damaged")]:
         Console(stderr=True, highlight=False).print(note, style="dim", markup=False, soft_wrap=True)

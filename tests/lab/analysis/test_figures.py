@@ -6,7 +6,7 @@ import pyarrow as pa
 import pytest
 
 from equipoise_lab.analysis import figures
-from equipoise_lab.analysis.figures import layer_labels, rank_load, relative_load, strategy_styles
+from equipoise_lab.analysis.figures import layer_labels, rank_load, relative_load
 
 
 def runs(**by_strategy):
@@ -135,10 +135,32 @@ def test_curves_have_gaps_and_no_line_without_values():
     assert list(figure.data[0].y) == [1.0, None, None]  # nothing at 0 on a log scale
 
 
-def test_strategies_have_distinct_styles():
-    styles = strategy_styles(["none", *(f"s{i}" for i in range(14))])
-    assert styles["none"]["color"] == "#808080"
-    assert len({tuple(style.values()) for style in styles.values()}) == 15
+def test_the_axis_of_losses_never_zooms_into_noise():
+    """Two losses that differ by 0.001 of 5: the axis includes 4 % of the loss, 0.2 nats."""
+    figure = figures.quality_against_balance(runs(a=[(5.0, 0.01)], b=[(5.001, 0.02)]))
+    low, high = figure.layout.yaxis.autorangeoptions.include
+    assert high - low == pytest.approx(0.04 * 5.0005) and low < 5.0 < 5.001 < high
+    assert list(figure.layout.xaxis.autorangeoptions.include) == [0, 0.5]
+
+
+def test_a_large_difference_has_the_axis_to_itself():
+    figure = figures.quality_against_balance(runs(a=[(4.0, 0.1)], b=[(6.0, 0.2)]))
+    assert list(figure.layout.yaxis.autorangeoptions.include) == pytest.approx([4.0, 6.0])
+
+
+@pytest.mark.parametrize(
+    "key, log, values, expected",
+    [
+        ("loss", False, [5.0, 5.001], [4.90049, 5.10051]),
+        ("maxvio_batch", True, [0.5, 2.0], [0.316228, 3.16228]),  # a factor of ten around 1
+        ("maxvio_batch", True, [0.01, 1.0], [0.01, 1.0]),
+        ("bias_max", False, [0.2, 0.3], [0.0, 0.2, 0.3]),
+    ],
+)
+def test_curves_have_a_least_span(key, log, values, expected):
+    rows = [{"run": "a", "strategy": "a", "seed": 0, "step": i + 1, key: value} for i, value in enumerate(values)]
+    figure = figures.curve(pa.Table.from_pylist(rows), key, log=log)
+    assert list(figure.layout.yaxis.autorangeoptions.include) == pytest.approx(expected, rel=1e-5)
 
 
 def test_layer_labels_are_numbers_if_these_differ():

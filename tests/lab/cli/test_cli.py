@@ -34,8 +34,8 @@ def test_without_json_the_table_is_on_stdout(text, tmp_path, capsys):
     main(["compare", "--data", str(text), "--out", str(out), "--workers", "1", "--strategies", "none", *SMALL])
     stdout, stderr = capsys.readouterr()
     titles, row = stdout.splitlines()
-    assert titles.split()[:3] == ["strategy", "loss", "nats"] and row.startswith("none ")
-    assert titles.split()[-4:] == ["dead,", "test", "text", "tokens/s"] and row.split()[-2].isdigit()
+    assert titles.split()[:3] == ["Strategy", "Loss,", "nats"] and row.startswith("none ")
+    assert titles.split()[-3:] == ["Dead", "experts", "Tokens/s"] and row.split()[-2].isdigit()
     assert str(out / "report.html") in stderr
 
 
@@ -43,7 +43,7 @@ def test_train_prints_its_folder_and_writes_its_page(text, tmp_path, capsys):
     main(["train", "--data", str(text), "--out", str(tmp_path / "run"), "--strategy", "lbl", *SMALL])
     stdout, stderr = capsys.readouterr()
     assert stdout.strip() == str(tmp_path / "run")
-    assert "loss nats" in stderr and str(tmp_path / "run" / "report.html") in stderr
+    assert "Loss, nats" in stderr and str(tmp_path / "run" / "report.html") in stderr
     assert "<html" in (tmp_path / "run" / "report.html").read_text()
 
 

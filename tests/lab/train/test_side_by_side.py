@@ -143,8 +143,8 @@ def test_a_stopped_comparison_leaves_no_process_and_can_be_resumed(make_comparis
         return
     assert process.returncode == 130
     assert re.fullmatch(
-        r"equipoise: stopped\. [01] of 2 runs are complete\. To continue with step \d+ of \S+"
-        r"(, step \d+ of \S+)?, run the same command with --resume\.",
+        r"equipoise: stopped\. [01] of 2 runs are complete\. To continue with (step \d+|the evaluation) of \S+"
+        r"(, (step \d+|the evaluation) of \S+)?, run the same command with --resume\.",
         lines[-1],
     ), lines[-1]
     assert any("stopping every run after its step, with a checkpoint" in line for line in lines), lines
@@ -152,7 +152,8 @@ def test_a_stopped_comparison_leaves_no_process_and_can_be_resumed(make_comparis
         if not Run(run.out).complete:
             saved = newest_step(run.out / "checkpoints")
             assert saved == _steps(run.out), "steps were lost"
-            assert f"step {saved + 1} of {run.label}" in lines[-1]
+            place = "the evaluation" if saved == run.steps else f"step {saved + 1}"
+            assert f"{place} of {run.label}" in lines[-1]
     if how == "SIGTERM to the parent":
         watcher = new_watcher()
         resumed, _ = compare(make_comparison(**options, resume=True), watcher)

@@ -342,6 +342,7 @@ def test_training_can_start_from_a_saved_model(tiny, new_watcher, tmp_path):
         ({"experts_per_token": 5}, "must be at most --experts: got 5 and 4"),
         ({"learning_rate": float("nan")}, "--learning-rate must be a finite number above 0: got nan"),
         ({"warmup": 1.0}, "--warmup must be a share"),
+        ({"decay_to": 1.5}, "--decay-to must be a share of the peak learning rate, from 0 to 1: got 1.5"),
     ],
 )
 def test_invalid_options_are_refused_before_anything_is_written(tiny, new_watcher, options, message):
@@ -358,6 +359,8 @@ def test_learning_rate_rises_and_falls():
     assert rates[-1] == pytest.approx(0.2)
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert learning_rate_at(0, steps=1, peak=1.0, warmup=0.0) == 1.0
+    to_zero = [learning_rate_at(step, steps=100, peak=2.0, warmup=0.1, decay_to=0.0) for step in range(100)]
+    assert to_zero[:10] == rates[:10] and to_zero[-1] == 0.0 and 0 < to_zero[-2] < 0.01
 
 
 def test_a_run_is_not_continued_over_a_gap_in_its_records(tiny, new_watcher):

@@ -1,0 +1,210 @@
+"""Which recipe of the small runs shows a difference of scopes best for its cost: ``python benchmarks/power.py``.
+
+Two arms, the load-balancing loss within micro-batches and over the global batch, are trained with the same seeds under
+several recipes. The power of a recipe for its cost is ``(mean / sd) ** 2`` of the paired differences per core-hour: the
+number of seeds that a given power needs falls with the first, and what a seed costs is the second.
+
+A run is measured in several ways at once: with the weights of the last step and with the mean of the last tenth, fifth
+and two fifths of the steps, each on two amounts of test text. Runs are stored one by one, in
+``benchmarks/results/power``, so the script may be stopped and started again. ``--page`` writes the table.
+
+The seeds (200, 201, ...) are used for nothing else. Every run has one thread; no time is taken beside other work.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks/results/power"
+COMMON: dict[str, Any] = {"qk_norm": True, "dtype": "bfloat16", "save_model": False, "checkpoint_every": 10_000}
+RECIPES: dict[str, dict[str, Any]] = {
+    "200 steps, decay to a tenth": {"steps": 200},
+    "200 steps, decay to zero": {"steps": 200, "decay_to": 0.0},
+    "100 steps, decay to zero": {"steps": 100, "decay_to": 0.0},
+    "400 steps, decay to zero": {"steps": 400, "decay_to": 0.0},
+    "200 steps of half the tokens, decay to zero": {"steps": 200, "decay_to": 0.0, "sequences": 4},
+    "200 steps of twice the tokens, decay to zero": {"steps": 200, "decay_to": 0.0, "sequences": 16},
+}
+ARMS = {
+    "micro": "lbl:scope=micro_batch,coefficient=0.01",
+    "global": "lbl:scope=global_batch,coefficient=0.01",
+}
+SEEDS = range(200, 206)
+AVERAGED = (0.0, 0.1, 0.2, 0.4)  # shares of the steps whose weights are averaged; 0: the last weights
+SEQUENCES = (30, 60)  # test sequences of each domain; the packaged text has 60 of 128 tokens
+
+
+def job_file(recipe: str, arm: str, seed: int) -> Path:
+    name = "".join(c if c.isalnum() else "-" for c in recipe)
+    return RESULTS / f"{name}_{arm}_{seed}.json"
+
+
+def measure(recipe: str, arm: str, seed: int) -> None:
+    """Trains one run in this process and stores what it shows."""
+    import torch
+
+    from equipoise_lab.train import loop
+    from equipoise_lab.train.config import Train
+    from equipoise_lab.train.engine import reproducible
+    from equipoise_lab.train.evaluate import evaluate
+    from equipoise_lab.train.run_folder import SilentWatcher
+
+    torch.set_num_threads(1)
+    ways: dict[str, dict[str, float]] = {}
+    seconds: dict[str, float] = {}
+
+    class Training(loop._Training):
+        """A run that adds up its weights near the end."""
+
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            self.sums: dict[float, dict[str, torch.Tensor]] = {share: {} for share in AVERAGED if share}
+
+        def _step(self, step: int) -> dict[str, Any]:
+            row = super()._step(step)
+            for share, sums in self.sums.items():
+                if step < round(self.config.steps * (1 - share)):
+                    continue
+                for name, parameter in self.inner.named_parameters():
+                    value = parameter.detach().double()
+                    sums[name] = sums[name] + value if name in sums else value
+            return row
+
+        def _finish(self) -> dict[str, Any]:
+            seconds["training"] = time.process_time()
+            last = {name: parameter.detach().clone() for name, parameter in self.inner.named_parameters()}
+            for share in AVERAGED:
+                count = self.config.steps - round(self.config.steps * (1 - share))
+                with torch.no_grad():
+                    for name, parameter in self.inner.named_parameters():
+                        parameter.copy_(self.sums[share][name] / count if share else last[name])
+                for sequences in SEQUENCES:
+                    began = time.process_time()
+                    figures, _ = evaluate(
+                        self.inner,
+                        self.balance,
+                        self.corpus,
+                        split="test",
+                        sequence_length=self.config.sequence_length,
+                        most_sequences=sequences,
+                        sequences=8,
+                        k=self.k,
+                        device=self.device,
+                        autocast=self.autocast,
+                    )
+                    keys = ("val_nats", "maxvio_global", "domain_information_bits")
+                    ways[f"{share:g}/{sequences}"] = {key: figures[key] for key in keys}
+                    ways[f"{share:g}/{sequences}"]["core_seconds"] = time.process_time() - began
+            return {}
+
+    with tempfile.TemporaryDirectory() as folder:
+        options = {**COMMON, **RECIPES[recipe], "strategy": ARMS[arm], "seed": seed, "out": Path(folder) / "run"}
+        config = Train(**options)
+        config.check()
+        began = time.process_time()
+        with reproducible():
+            training = Training(config, SilentWatcher(), "")
+            training.run()
+            training.folder.release()
+    stored = {
+        "recipe": recipe,
+        "arm": arm,
+        "seed": seed,
+        "options": {key: value for key, value in options.items() if key != "out"},
+        "commit": commit(),
+        "core_seconds": seconds["training"] - began,  # of the training alone; each way adds its evaluation
+        "measured": ways,
+    }
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = job_file(recipe, arm, seed)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def commit() -> str:
+    git = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return git.stdout.strip() or "unknown"
+
+
+def run_all(workers: int) -> None:
+    """Seed by seed, so that stored runs are always paired."""
+    jobs = [(recipe, arm, seed) for seed in SEEDS for recipe in RECIPES for arm in ARMS]
+    missing = [job for job in jobs if not job_file(*job).exists()]
+    print(f"{len(jobs) - len(missing)} of {len(jobs)} runs are stored", file=sys.stderr)
+
+    def one(job: tuple[str, str, int]) -> None:
+        command = [sys.executable, __file__, "--one", job[0], job[1], str(job[2])]
+        done = subprocess.run(command, capture_output=True, text=True)
+        print(f"{job[0]}, {job[1]}, seed {job[2]}: {done.stderr[-500:] or 'stored'}", file=sys.stderr, flush=True)
+
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(one, missing))
+
+
+def rows() -> list[dict[str, Any]]:
+    """One row for each recipe, averaging and amount of text, the best power for the cost first."""
+    stored = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))]
+    by_recipe: dict[str, dict[tuple[str, int], dict[str, Any]]] = {}
+    for run in stored:
+        by_recipe.setdefault(run["recipe"], {})[run["arm"], run["seed"]] = run
+    table = []
+    for recipe, runs in by_recipe.items():
+        seeds = [seed for seed in SEEDS if all((arm, seed) in runs for arm in ARMS)]
+        if len(seeds) < 3:
+            continue
+        for way in next(iter(runs.values()))["measured"]:
+            seconds = [run["core_seconds"] + run["measured"][way]["core_seconds"] for run in runs.values()]
+            hours = statistics.fmean(seconds) * len(ARMS) / 3600
+            nats = {arm: [runs[arm, seed]["measured"][way]["val_nats"] for seed in seeds] for arm in ARMS}
+            differences = [b - a for a, b in zip(nats["micro"], nats["global"], strict=True)]
+            mean, sd = statistics.fmean(differences), statistics.stdev(differences)
+            share, sequences = way.split("/")
+            table.append(
+                {
+                    "recipe": recipe,
+                    "averaged": float(share),
+                    "sequences": int(sequences),
+                    "seeds": len(seeds),
+                    "loss": statistics.fmean(nats["global"]),
+                    "mean": mean,
+                    "sd": sd,
+                    "effect": abs(mean) / sd,
+                    "core_hours": hours,
+                    "power_for_cost": (mean / sd) ** 2 / hours,
+                    "half_width": 1.96 * sd / math.sqrt(len(seeds)),
+                }
+            )
+    return sorted(table, key=lambda row: -row["power_for_cost"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workers", type=int, default=2, help="runs side by side, one thread each")
+    parser.add_argument("--one", nargs=3, metavar=("RECIPE", "ARM", "SEED"), help=argparse.SUPPRESS)
+    parser.add_argument("--table", action="store_true", help="print the table of the stored runs, and run nothing")
+    options = parser.parse_args()
+    if options.one:
+        recipe, arm, seed = options.one
+        measure(recipe, arm, int(seed))
+        return
+    if not options.table:
+        run_all(options.workers)
+    for row in rows():
+        print(
+            f"{row['power_for_cost']:7.0f} per core-hour  {row['recipe']:45} averaged {row['averaged']:.1f}, "
+            f"{row['sequences']:3} sequences: {row['mean']:+.4f} ± {row['sd']:.4f} of {row['seeds']}"
+        )
+
+
+if __name__ == "__main__":
+    main()

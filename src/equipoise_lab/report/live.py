@@ -1,0 +1,86 @@
+"""The page of runs that train, written again and again until they are finished."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from equipoise.errors import EquipoiseError
+from equipoise_lab.analysis.reader import RecordedRun
+from equipoise_lab.analysis.tables import Records, read_records
+from equipoise_lab.paths import suggest_paths
+from equipoise_lab.records import Comparison, read_json
+from equipoise_lab.report.page import Live, write_page, write_report
+
+__all__ = ["write_live"]
+
+SILENT = 60  # seconds without a new step that the page mentions
+
+
+def write_live(folder: Path, seconds: int, say: Callable[[str], None]) -> Path:
+    """Writes ``report.html`` every ``seconds``, until every run is finished. Returns the path.
+
+    A browser that shows the page loads it again each time. At the end, or when it is interrupted, the page becomes a
+    usual one. ``say`` gets a line while there is no step, and one with the path.
+
+    Raises ``EquipoiseError`` if ``folder`` holds an audit.
+    """
+    path: Path | None = None
+    said = ""
+    try:
+        while True:
+            records = _read(folder)
+            if records is None or not any(run.steps or run.evaluation for run in records.recorded_runs):
+                exists = folder.is_dir()
+                state = f"waiting for a first step in {folder}"
+                state += "" if exists else f", which does not exist yet.{suggest_paths(folder)}"
+            else:
+                total = _num_runs(folder, records)
+                if sum(run.result is not None for run in records.recorded_runs) >= total:
+                    break
+                state = _progress(records, total)
+                clock = time.strftime("%H:%M:%S")
+                page = write_page(folder, records, Live(seconds=seconds, time=clock, progress=state))
+                if path is None:
+                    say(f"open {page} in a browser; it loads itself again every {seconds} seconds")
+                path = page
+            if path is None and state != said:
+                say(said := state)
+            time.sleep(seconds)
+    except KeyboardInterrupt:
+        if path is not None:
+            write_report(folder)
+        raise
+    return write_report(folder)
+
+
+def _read(folder: Path) -> Records | None:
+    """None if ``folder`` has no run yet."""
+    if not folder.is_dir() or not ((folder / "config.json").exists() or any(folder.glob("*/config.json"))):
+        if (folder / "audit.json").exists():
+            raise EquipoiseError(f"--live needs runs: {folder} holds an audit, which does not train. Leave --live out.")
+        return None
+    return read_records(folder)
+
+
+def _num_runs(folder: Path, records: Records) -> int:
+    """How many runs there will be. A comparison says so in ``compare.json``."""
+    num_runs = len(records.recorded_runs)
+    path = folder / "compare.json"
+    if not path.is_file():
+        return num_runs
+    options = read_json(path, Comparison)["options"]
+    return max(num_runs, len(options["strategies"]) * options["seeds"])
+
+
+def _progress(records: Records, total: int) -> str:
+    """In one sentence: finished runs, and the step of each one that trains."""
+    training = [_state_of(run) for run in records.recorded_runs if run.result is None]
+    num_finished = len(records.recorded_runs) - len(training)
+    return "; ".join([*([f"{num_finished} of {total} runs finished"] if total > 1 else []), *training]) + "."
+
+
+def _state_of(run: RecordedRun) -> str:
+    state = f"{run.strategy}, seed {run.seed}: step {len(run.steps)} of {run.config['steps']}"
+    steps = run.files.path / "steps.jsonl"
+    age = time.time() - steps.stat().st_mtime if steps.exists() else 0.0
+    return state if age < SILENT else f"{state}, no new step for {age / 60:.0f} min"
