@@ -1,6 +1,7 @@
 """``equipoise report``."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,4 +47,5 @@ def run(options: Report, command_line: str) -> None:
     options.check()
     from equipoise_lab.report import write_live, write_report
 
-    print(write_live(options.folder, options.every, print_stderr) if options.live else write_report(options.folder))
+    write = partial(write_live, seconds=options.every) if options.live else write_report
+    print(write(options.folder, say=print_stderr))

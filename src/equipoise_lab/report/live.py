@@ -50,7 +50,7 @@ def write_live(folder: Path, seconds: int, say: Callable[[str], None]) -> Path:
         if path is not None:
             write_report(folder)
         raise
-    return write_report(folder)
+    return write_report(folder, say)
 
 
 def _read(folder: Path) -> Records | None:

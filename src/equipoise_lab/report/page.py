@@ -7,6 +7,7 @@ compressed form; the browser decompresses them. Without JavaScript it shows the 
 import json
 import os
 import re
+from collections.abc import Callable
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -33,13 +34,19 @@ class Live(dict[str, Any]):
     """What a live page says of itself: ``seconds`` until it is written again, the ``time`` and the ``progress``."""
 
 
-def write_report(folder: str | Path) -> Path:
+def write_report(folder: str | Path, say: Callable[[str], None] | None = None) -> Path:
     """Writes ``report.html`` into ``folder``, from the runs below it or from the audit in it. Returns the path.
 
     The page is self-contained and needs no network. It names damaged and unfinished runs and draws what they allow.
+    ``say`` gets a line for each of them.
     Raises ``EquipoiseError`` and writes nothing if no run has a step. An old page is replaced atomically.
     """
-    return write_page(Path(folder), read_records(folder))
+    records = read_records(folder)
+    page = write_page(Path(folder), records)
+    if say is not None:
+        for problem in records.problems:
+            say(f"{problem.name}: {'' if problem.kind == 'unfinished' else f'{problem.kind}, '}{problem.reason}")
+    return page
 
 
 def write_page(folder: Path, records: Records, live: Live | None = None) -> Path:

@@ -228,6 +228,9 @@ def test_run_without_result_is_marked_and_left_out_of_the_table(tmp_path):
     make_run(tmp_path / "b", "lbl", last=8, finish=False)
     text = own_text(write_report(tmp_path))
     assert "<code>b</code>: not finished: 8 of 20 steps" in text
+    said = []
+    write_report(tmp_path, said.append)
+    assert said == ["b: not finished: 8 of 20 steps"]
     assert [row[0] for row in cells(text, "h-table")] == ["none"]
     assert '<span class="shown-step" data-model="1">step 8</span> (not finished)' in text
     traces = data_of(tmp_path / "report.html")["figures"]["loss"]["data"]
