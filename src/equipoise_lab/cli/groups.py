@@ -21,6 +21,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     "training": (
         "steps", "micro_batches", "balance_batch", "order", "learning_rate", "warmup", "weight_decay", "clip",
     ),
+    "trackers": ("tracker", "tracker_layers"),
     "evaluation": ("evaluate_every", "evaluation_sequences"),
     "machine": ("workers", "dtype", "wrapper"),
 }  # fmt: skip
