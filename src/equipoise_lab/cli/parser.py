@@ -14,6 +14,7 @@ from typing import Any
 
 from equipoise.errors import EquipoiseError, UsageError
 from equipoise_lab.cli import audit, compare, conformance, export_check, families, recipes, report, reproduce, train
+from equipoise_lab.cli.lists import join_lists
 from equipoise_lab.cli.mistakes import check_command, sentence
 
 __all__ = ["parse", "run"]
@@ -46,6 +47,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {  # by command, below its help; "": belo
     ),
     "train": (
         "equipoise train --out runs/one --strategy quantile",
+        "equipoise train --out runs/watched --tracker tensorboard",
         "equipoise train --out runs/tuned --strategy lbl:scope=global_batch,coefficient=1e-2 --model runs/one",
     ),
     "audit": ("equipoise audit runs/one --data my_text --out runs/audit",),
@@ -65,7 +67,7 @@ def parse(arguments: list[str]) -> Any:
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors), _one_column():
-            return _parse(arguments)
+            return _parse(join_lists(arguments))
     except SystemExit as stop:
         if stop.code in (0, None):
             command = arguments[0] if arguments[0] in NAMES else ""

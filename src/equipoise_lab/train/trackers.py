@@ -1,7 +1,7 @@
 """What trackers get of a run: its metrics at each step, its evaluations and its result, while it trains.
 
     steps         train/loss, train/learning_rate, ...; equipoise/maxvio_batch, ... as the Trainer's callback logs them
-    layers        maxvio_batch/layer_3 and dead_experts/layer_3, with --tracker-layers
+    layers        layers/maxvio_batch/layer_3, layers/dead_experts/layer_3, ..., with --tracker-layers
     evaluations   selection/val_nats, ...
     result        result/val_nats, ...
 
@@ -57,7 +57,7 @@ def layer_metrics(layers: Sequence[str], load: Sequence[Sequence[int]], most: in
     """MaxVio and dead experts of at most ``most`` layers, which lie evenly over the depth, the first and the last too.
 
     >>> list(layer_metrics(["model.layers.1.mlp", "model.layers.2.mlp"], [[3, 1], [2, 2]], most=1))
-    ['maxvio_batch/layer_1', 'dead_experts/layer_1']
+    ['layers/maxvio_batch/layer_1', 'layers/dead_experts/layer_1']
     """
     most = min(most, len(layers))
     chosen = [round(i * (len(layers) - 1) / max(most - 1, 1)) for i in range(most)]
@@ -66,8 +66,8 @@ def layer_metrics(layers: Sequence[str], load: Sequence[Sequence[int]], most: in
     names = [found[0] for found in numbers] if is_by_number else [str(index) for index in range(len(layers))]
     width = max(map(len, names))
     loads = {f"layer_{names[index]:0>{width}}": torch.tensor(load[index]) for index in chosen}
-    return {f"maxvio_batch/{name}": float(max_violation(counts)) for name, counts in loads.items()} | {
-        f"dead_experts/{name}": float(dead_experts(counts)) for name, counts in loads.items()
+    return {f"layers/maxvio_batch/{name}": float(max_violation(counts)) for name, counts in loads.items()} | {
+        f"layers/dead_experts/{name}": float(dead_experts(counts)) for name, counts in loads.items()
     }
 
 
