@@ -369,6 +369,7 @@ def test_mlflow_continues_its_run_and_waits_only_shortly(package, tmp_path, monk
     assert (os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"], os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"]) == ("1", "33")
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_tensorboard_itself_shows_each_step_once(tiny, monkeypatch, new_watcher):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -382,6 +383,7 @@ def test_tensorboard_itself_shows_each_step_once(tiny, monkeypatch, new_watcher)
     assert not [path for path in config.out.iterdir() if path.is_dir() and path.name not in ("model", "checkpoints")]
 
 
+@pytest.mark.filterwarnings("ignore")  # of packages that are not ours
 @pytest.mark.parametrize("name", ["trackio", "wandb", "mlflow"])
 def test_the_tracker_itself_takes_a_run_and_its_continuation(tiny, monkeypatch, tmp_path, capsys, name, new_watcher):
     pytest.importorskip(name)
