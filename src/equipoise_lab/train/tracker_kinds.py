@@ -33,7 +33,7 @@ __all__ = ["Place", "check_trackers", "finish", "quiet", "start", "where_to_look
 PROJECT = "equipoise"
 PROJECT_VARIABLES = {"wandb": "WANDB_PROJECT", "mlflow": "MLFLOW_EXPERIMENT_NAME"}
 RANK_VARIABLES = ("LOCAL_RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-WANDB_SETTINGS = {"silent": True, "console": "off", "finish_timeout": 300.0}  # it may not hold up the end of a run
+WANDB_SETTINGS = {"silent": True, "console": "off", "init_timeout": 30.0, "finish_timeout": 300.0}  # seconds
 MLFLOW_LIMITS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}  # ranks wait for a minute
 
 
@@ -100,7 +100,7 @@ def where_to_look(name: str, folder: Path) -> str:
     if name == "mlflow":
         uri = os.environ.get("MLFLOW_TRACKING_URI")
         return f"mlflow: experiment {project} at {uri}" if uri else "mlflow: watch with: mlflow ui"
-    return f"wandb: project {project}; WANDB_MODE=offline: upload with `wandb sync --sync-all`"
+    return f"wandb: project {project}; with WANDB_MODE=offline, upload later with: wandb sync"
 
 
 def _project(name: str) -> str:
@@ -139,7 +139,11 @@ def _start_wandb(place: Place, configuration: dict[str, Any]) -> tuple[Any, str]
     from accelerate.tracking import WandBTracker
 
     run_id = place.id or uuid.uuid4().hex[:12]
-    known = getattr(wandb.Settings, "model_fields", {})
+    known = [
+        name
+        for name in getattr(wandb.Settings, "model_fields", ())
+        if f"WANDB_{name.upper()}" not in os.environ  # what the user has set stays
+    ]
     tracker = WandBTracker(
         _project("wandb"),
         name=place.name,

@@ -11,6 +11,7 @@ one, and what it has. A step that a resumed run trains again is not sent again.
 """
 
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, final
@@ -167,6 +168,8 @@ class Trackers:
             except Exception as error:
                 self._give_up(name, "at its start", error)
                 continue
+            if name == "wandb" and (url := self._trackers[name].tracker.url):
+                self.watcher.say(f"wandb: {url}")
             self._runs[name] = {"id": run_id, "sent": None}  # None: all that is recorded
             write_json(self.path, self._runs)
 
@@ -188,5 +191,10 @@ class Trackers:
 
 
 def _reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__
+    """On one line: some of these errors are long.
+
+    >>> _reason(ValueError("no server.\\nSee below"))
+    'ValueError: no server'
+    """
+    lines = str(error).strip().splitlines() or [""]
+    return textwrap.shorten(f"{type(error).__name__}: {lines[0]}", 200, placeholder=" ...").rstrip(".: ")

@@ -5,6 +5,8 @@ Tests of the real packages are skipped where these are not installed.
 
 import json
 import os
+import socket
+import subprocess
 import sys
 from dataclasses import replace
 from importlib.machinery import ModuleSpec
@@ -32,11 +34,13 @@ class Server:
 
     def start(self, name, place, configuration, figures):
         if self.fails_at.get(name) == 0:
-            raise ConnectionError("no server\nsecond line")
+            raise ConnectionError("no server " + "and more " * 99 + "\nsecond line")
         self.places.append((name, place))
         self.configurations.append(configuration)
         self.logged.setdefault(name, [])
-        return SimpleNamespace(log=lambda values, step: self._log(name, values, step)), f"id of {name}"
+        tracker = SimpleNamespace(log=lambda values, step: self._log(name, values, step))
+        tracker.tracker = SimpleNamespace(url="https://wandb.example/run")
+        return tracker, f"id of {name}"
 
     def _log(self, name, values, step):
         print("a tracker may print")
@@ -185,8 +189,14 @@ def test_a_tracker_that_does_not_start_is_named_once_and_the_run_goes_on(tiny, s
     server.fails_at["wandb"] = 0
     train(config, watcher)
     said = [text for text in watcher.said if text.startswith("wandb failed")]
-    assert len(said) == 1 and "at its start" in said[0] and "no server" in said[0] and "second" not in said[0]
+    assert len(said) == 1 and "at its start" in said[0] and "no server" in said[0] and len(said[0]) < 600
     assert Run(config.out).complete
+
+
+def test_wandb_names_the_page_of_the_run(tiny, server, new_watcher):
+    config, watcher = tiny(tracker=("wandb",), steps=2), new_watcher()
+    train(config, watcher)
+    assert watcher.said.count("wandb: https://wandb.example/run") == 1
 
 
 def test_trackers_do_not_change_the_numbers_nor_the_name_of_a_run(tiny, server, tmp_path, new_watcher):
@@ -367,6 +377,35 @@ def test_mlflow_continues_its_run_and_waits_only_shortly(package, tmp_path, monk
     assert params == [{"seed": 0}]  # MLflow refuses parameters that have changed
     assert ended == [("KILLED",), ()]
     assert (os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"], os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"]) == ("1", "33")
+
+
+STARTED = """
+import sys, types
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+run = types.SimpleNamespace(id="run", log=lambda values, step: None)
+sys.modules["trackio"] = types.ModuleType("trackio")
+vars(sys.modules["trackio"]).update(init=lambda **options: run, __spec__=ModuleSpec("trackio", None))
+from equipoise_lab.train import tracker_kinds
+tracker, _ = tracker_kinds.start("trackio", tracker_kinds.Place(Path("one"), None, 0), {}, [])
+tracker.log({"train/loss": 1.0}, step=1)
+import torch.distributed as dist
+from accelerate.state import PartialState
+print(dist.is_initialized(), PartialState().num_processes)
+"""
+
+
+@pytest.mark.slow
+def test_accelerate_joins_no_ranks(tmp_path):
+    """Under torchrun with one process the lab makes no process group, and a tracker must not make one either."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    printed = subprocess.run(
+        [sys.executable, "-c", STARTED], cwd=tmp_path, env={**os.environ, **ranks}, capture_output=True, text=True
+    )
+    assert printed.stdout.split() == ["False", "1"], printed.stderr
 
 
 @pytest.mark.filterwarnings("ignore")
