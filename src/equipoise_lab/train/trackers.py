@@ -100,7 +100,7 @@ class Trackers:
         """
         if not self._waiting:
             return
-        self.records, self._done = records, done
+        self.records = records
         self._runs = dict(read_json(self.path, TrackerRuns)) if self.path.exists() else {}
         for name in self._waiting:
             sent = {"steps": 0, "evaluations": 0}
