@@ -25,8 +25,11 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from filelock import FileLock
+
 from equipoise.errors import EquipoiseError
 from equipoise_lab.train.config import Train
+from equipoise_lab.train.data import cache_folder
 
 __all__ = ["Place", "check_trackers", "finish", "quiet", "start", "where_to_look"]
 
@@ -183,7 +186,10 @@ def _start_mlflow(place: Place, configuration: dict[str, Any]) -> tuple[Any, str
     from accelerate.tracking import MLflowTracker
 
     tracker = MLflowTracker(_project("mlflow"), run_name=place.name, run_id=place.id)
-    tracker.start()
+    cache = cache_folder()
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache / "mlflow.lock", timeout=120):  # two runs that begin at once would both make the experiment
+        tracker.start()
     if place.id is None:  # MLflow refuses parameters that have changed
         tracker.store_init_configuration(configuration)
     return tracker, tracker.tracker.info.run_id

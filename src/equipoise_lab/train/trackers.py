@@ -168,8 +168,8 @@ class Trackers:
             except Exception as error:
                 self._give_up(name, "at its start", error)
                 continue
-            if name == "wandb" and (url := self._trackers[name].tracker.url):
-                self.watcher.say(f"wandb: {url}")
+            if name == "wandb" and not self._trackers[name].tracker.offline:
+                self.watcher.say(f"wandb: {self._trackers[name].tracker.url}")
             self._runs[name] = {"id": run_id, "sent": None}  # None: all that is recorded
             write_json(self.path, self._runs)
 

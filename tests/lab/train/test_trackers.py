@@ -14,12 +14,14 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+from filelock import FileLock, Timeout
 
 from equipoise.errors import EquipoiseError, UsageError
 from equipoise_lab.analysis.reader import read_runs
 from equipoise_lab.records import Run, find_runs, is_new, read_json
 from equipoise_lab.train import tracker_kinds, trackers
 from equipoise_lab.train.config import Compare
+from equipoise_lab.train.data import cache_folder
 from equipoise_lab.train.loop import train
 from equipoise_lab.train.tracker_kinds import Place, check_trackers
 from equipoise_lab.train.trackers import layer_metrics
@@ -39,7 +41,7 @@ class Server:
         self.configurations.append(configuration)
         self.logged.setdefault(name, [])
         tracker = SimpleNamespace(log=lambda values, step: self._log(name, values, step))
-        tracker.tracker = SimpleNamespace(url="https://wandb.example/run")
+        tracker.tracker = SimpleNamespace(url="https://wandb.example/run", offline=False)
         return tracker, f"id of {name}"
 
     def _log(self, name, values, step):
@@ -355,7 +357,15 @@ def test_mlflow_continues_its_run_and_waits_only_shortly(package, tmp_path, monk
     for name in ("MLFLOW_EXPERIMENT_NAME", *tracker_kinds.MLFLOW_LIMITS):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "33")
-    started, params, ended = [], [], []
+    started, params, ended, locked = [], [], [], []
+
+    def search_experiments(filter_string):
+        try:
+            with FileLock(cache_folder() / "mlflow.lock", timeout=0):
+                locked.append(False)
+        except Timeout:
+            locked.append(True)
+        return [SimpleNamespace(experiment_id="7")]
 
     def start_run(**options):
         started.append(options)
@@ -363,7 +373,7 @@ def test_mlflow_continues_its_run_and_waits_only_shortly(package, tmp_path, monk
 
     module = package(
         "mlflow",
-        search_experiments=lambda filter_string: [SimpleNamespace(experiment_id="7")],
+        search_experiments=search_experiments,
         start_run=start_run,
         log_params=params.append,
         end_run=lambda *status: ended.append(status),
@@ -376,6 +386,7 @@ def test_mlflow_continues_its_run_and_waits_only_shortly(package, tmp_path, monk
     assert [one["run_id"] for one in started] == [None, "m1"] and started[0]["run_name"] == "one"
     assert params == [{"seed": 0}]  # MLflow refuses parameters that have changed
     assert ended == [("KILLED",), ()]
+    assert locked == [True, True]  # two runs that begin at once would both make the experiment
     assert (os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"], os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"]) == ("1", "33")
 
 
