@@ -231,6 +231,21 @@ def test_files_of_trackers_are_no_runs(tiny, server, new_watcher):
     assert read_runs(config.out.parent)[1] == []
 
 
+def test_without_a_tracker_there_is_no_file_of_trackers(tiny, new_watcher):
+    config = tiny(steps=2)
+    train(config, new_watcher())
+    assert not (config.out / trackers.FILE).exists()
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"trackio": {"id": 7, "sent": null}}', '{"trackio": {"id": "a"}}'])
+def test_a_damaged_file_of_trackers_is_named(tiny, server, new_watcher, content):
+    config = tiny(tracker=("trackio",))
+    _stop(config, new_watcher, 3)
+    (config.out / trackers.FILE).write_text(content)
+    with pytest.raises(EquipoiseError, match="trackers.json"):
+        train(replace(config, resume=True), new_watcher())
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
