@@ -56,8 +56,8 @@ class Place:
 
     @property
     def name(self) -> str:
-        own = self.folder.resolve().name
-        return own if self.group is None else f"{self.group}/{own}"
+        folder = self.folder.resolve().name
+        return folder if self.group is None else f"{self.group}/{folder}"
 
 
 def check_trackers(config: Train) -> None:

@@ -63,8 +63,8 @@ def layer_metrics(layers: Sequence[str], load: Sequence[Sequence[int]], most: in
     most = min(most, len(layers))
     chosen = [round(i * (len(layers) - 1) / max(most - 1, 1)) for i in range(most)]
     numbers = [re.findall(r"\d+", name) for name in layers]
-    is_by_number = all(len(found) == 1 for found in numbers) and len({found[0] for found in numbers}) == len(layers)
-    names = [found[0] for found in numbers] if is_by_number else [str(index) for index in range(len(layers))]
+    is_by_number = all(len(one) == 1 for one in numbers) and len({one[0] for one in numbers}) == len(layers)
+    names = [one[0] for one in numbers] if is_by_number else [str(index) for index in range(len(layers))]
     width = max(map(len, names))
     loads = {f"layer_{names[index]:0>{width}}": torch.tensor(load[index]) for index in chosen}
     return {f"layers/maxvio_batch/{name}": float(max_violation(counts)) for name, counts in loads.items()} | {
