@@ -12,7 +12,9 @@ from models import VOCAB, tiny_lm
 
 import equipoise
 from equipoise import metrics, parse_strategy
+from equipoise_lab.analysis.summary import COLUMNS
 from equipoise_lab.train.config import Compare, Train
+from equipoise_lab.train.trackers import evaluation_metrics, layer_metrics, result_metrics, step_metrics
 
 TESTS = Path(__file__).parent
 DOCS = TESTS.parent / "docs"
@@ -128,3 +130,19 @@ def test_the_page_of_metrics_has_every_metric_and_every_key():
     keys = set(balance.metrics())
     assert {"load_balancing_loss", "load_balancing_loss_micro_batch", "z_loss", "bias_max", "maxvio_batch"} <= keys
     assert keys <= words, keys - words
+
+
+def test_the_page_of_names_has_the_title_of_each_column_and_the_prefix_of_each_key_of_a_tracker():
+    page = (DOCS / "reference" / "metric_names.md").read_text()
+    rows = [f"| `{column.key}` | {column.title} | `result/{column.key}` |" for column in COLUMNS]
+    assert "\n".join(rows) in page
+    keys = [
+        *step_metrics({"step": 1, "loss": 1.0, "maxvio_batch": 1.0}, 9.0, 0),
+        *evaluation_metrics({"split": "selection", "maxvio_global": 1.0}),
+        *result_metrics({column.key: 1.0 for column in COLUMNS}),
+        *layer_metrics(["layers.3"], [[1, 1]], most=1),
+    ]
+    prefixes = set(re.findall(r"^\| .+ \| `(\w+/)` \| `\1[\w/]+` \|$", page, re.MULTILINE))
+    assert {key.partition("/")[0] + "/" for key in keys} == prefixes - {"balance/"}
+    examples = re.findall(r"^\| .+ \| `\w+/` \| `([\w/]+)` \|$", page, re.MULTILINE)
+    assert {example for example in examples if not example.startswith("balance/")} <= set(keys)

@@ -340,3 +340,14 @@ def test_a_wrapper_is_refused_with_one_process(root):
     attempt = lab_ranks.attempt(tiny(root, "alone", wrapper="ddp"), ONE_PROCESS)
     assert attempt["error"].startswith("UsageError: --wrapper ddp needs several ranks: got one process. Start them")
     assert not (root / "alone").exists()
+
+
+def test_only_rank_0_has_trackers(root):
+    """Accelerate, whose trackers these are, must neither join the ranks again nor set their threads."""
+    first, second = run_on_ranks(2, lab_ranks.tracked, root)
+    assert first["error"] is None, first
+    assert first["steps"] == [*range(1, 9), "finished"] and second["steps"] == []
+    assert first["threads"] == second["threads"] == 0
+    plain = run_on_ranks(2, lab_ranks.one_run, root, "untracked", {})
+    assert _without_times(plain[0]["result"]) == _without_times(first["result"])
+    assert not [text for text in first["said"] if "failed" in text]

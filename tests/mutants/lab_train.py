@@ -5,8 +5,8 @@ from mutants.mutant import Mutant
 MUTANTS = [
     Mutant(
         "alerts: a resumed run repeats earlier alerts",
-        '            self._new_alerts(row["step"], row["load"])\n\n    def _new_alerts',
-        "            pass\n\n    def _new_alerts",
+        '            self._new_alerts(row["step"], load["load"])\n',
+        "",
         "test_alerts -k went_on",
     ),
     Mutant(
@@ -77,9 +77,33 @@ MUTANTS = [
     ),
     Mutant(
         "lab: a step is shown with twice its speed",
-        "self.watcher.step(shown, self.tokens_per_step",
-        "self.watcher.step(shown, 2 * self.tokens_per_step",
+        "self.watcher.step(shown, self.tokens_per_second",
+        "self.watcher.step(shown, 2 * self.tokens_per_second",
         "test_train -k whole_run_folder",
+    ),
+    Mutant(
+        "lab: a tracker gets a step again after a resume",
+        "if log is not None and step <= sent[log]:",
+        "if False:",
+        "test_trackers -k continues_its_curves",
+    ),
+    Mutant(
+        "lab: a tracker that comes later lacks what was before",
+        'sent = {"steps": 0, "evaluations": 0}',
+        "sent = dict(recorded)",
+        "test_trackers -k comes_later",
+    ),
+    Mutant(
+        "lab: a tracker that fails is called again",
+        "        self._trackers.pop(name, None)\n",
+        "",
+        "test_trackers -k named_once_and_the_run",
+    ),
+    Mutant(
+        "lab: the options of trackers are among those of a run",
+        '"save_model", "wrapper", "tracker", "tracker_layers"}',
+        '"save_model", "wrapper"}',
+        "test_trackers -k nor_the_name_of_a_run",
     ),
     Mutant(
         "lab: the token count of a step misses the step itself",

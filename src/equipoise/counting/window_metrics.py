@@ -1,6 +1,6 @@
 """Metrics of the last closed window, as Python numbers for a log."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -8,6 +8,10 @@ from torch import Tensor
 from equipoise import metrics
 from equipoise.counting.recorder import Recorder
 from equipoise.counting.window import MicroBatch
+
+__all__ = ["without_constants", "window_metrics"]
+
+CONSTANTS = ("collectives", "collective_bytes")
 
 
 def window_metrics(recorder: Recorder) -> dict[str, float]:
@@ -36,6 +40,11 @@ def window_metrics(recorder: Recorder) -> dict[str, float]:
         result["bias_max"] = max(float(bias.abs().max()) for bias in recorder.biases.by_name().values())
     result["collectives"], result["collective_bytes"] = float(closed.collectives), float(closed.num_bytes)
     return result
+
+
+def without_constants(values: Mapping[str, float]) -> dict[str, float]:
+    """What a log of every step gets of ``Balance.metrics``: not what its strategy and its ranks fix for a whole run."""
+    return {name: value for name, value in values.items() if name not in CONSTANTS}
 
 
 def _losses(micro_batches: Sequence[MicroBatch], recorder: Recorder) -> dict[str, float]:

@@ -21,6 +21,7 @@ from equipoise.alerts import Alerts
 from equipoise.attachment import attach, resolve
 from equipoise.balance import Balance
 from equipoise.balancers import Balancer, format_strategy
+from equipoise.counting.window_metrics import without_constants
 from equipoise.errors import EquipoiseError, UsageError
 from equipoise.integrations.arguments import check_attach_arguments
 from equipoise.routers.find import find_routers
@@ -165,7 +166,8 @@ class BalanceCallback(Callback):
         is_last = trainer.is_last_batch or trainer.should_stop  # what watches a metric looks at the end of an epoch
         is_logged = is_last or trainer.global_step % max(trainer.log_every_n_steps, 1) == 0
         if is_logged and not trainer.barebones:
-            pl_module.log_dict({f"equipoise/{name}": value for name, value in balance.metrics().items()})
+            metrics = without_constants(balance.metrics())
+            pl_module.log_dict({f"equipoise/{name}": value for name, value in metrics.items()})
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         if self.balance is not None and self.balance.has_open_window:  # Lightning drops the gradients of these batches

@@ -16,6 +16,7 @@ from typing import Any, TextIO
 from equipoise.errors import EquipoiseError, UsageError
 from equipoise_lab.cli import audit, compare, conformance, export_check, families, recipes, report, reproduce, train
 from equipoise_lab.cli.config_file import ConfigFile, config_path, read_config_file
+from equipoise_lab.cli.lists import join_lists
 from equipoise_lab.cli.mistakes import check_command, sentence
 from equipoise_lab.cli.process import requires_lab
 
@@ -51,6 +52,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {  # by command, below its help; "": belo
     ),
     "train": (
         "equipoise train --out runs/one --strategy quantile",
+        "equipoise train --out runs/watched --tracker tensorboard",
         "equipoise train --out runs/tuned --strategy lbl:scope=global_batch,coefficient=1e-2 --model runs/one",
         "equipoise train --out runs/again --config runs/one/run.yaml",
     ),
@@ -74,7 +76,7 @@ def parse(arguments: list[str], file: ConfigFile | None = None) -> Any:
     try:
         paragraphs: Any = _Paragraphs(sys.stdout)
         with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(paragraphs), _one_column():
-            return _parse(arguments, file)
+            return _parse(join_lists(arguments), file)
     except SystemExit as stop:
         if stop.code in (0, None):
             command = arguments[0] if arguments[0] in NAMES else ""

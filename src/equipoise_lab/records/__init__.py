@@ -15,6 +15,8 @@ A run is one strategy and one seed in one folder:
                         together and typical tokens of each expert; missing in old runs, and if a selection lets
                         experts choose tokens
     result.json         the result, written when the run is complete
+    trackers.json       which run of a tracker this one is, and up to which step the tracker has it; only with --tracker
+    events.out.tfevents.*   what TensorBoard reads; only with --tracker tensorboard
     checkpoints/        what a resumed run needs
     model/              the trained model, for plain Transformers
 
@@ -28,7 +30,7 @@ record can rely on the types in ``schemas``. Keys that they do not name may hold
 
 from equipoise_lab.records.files import check, finite, read_json, require_keys, write_json, write_parts
 from equipoise_lab.records.run import LOCK, OPTIONS_OF_COMPARISON, OPTIONS_OF_RUN, Run, find_runs, is_new
-from equipoise_lab.records.schemas import Audit, Comparison, Config, Record
+from equipoise_lab.records.schemas import Audit, Comparison, Config, Record, TrackerRuns
 
 __all__ = [
     "LOCK",
@@ -39,6 +41,7 @@ __all__ = [
     "Config",
     "Record",
     "Run",
+    "TrackerRuns",
     "check",
     "find_runs",
     "finite",

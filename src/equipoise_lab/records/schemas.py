@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, NotRequired
 from pydantic import AfterValidator, ConfigDict, Field
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
-__all__ = ["LOGS", "Audit", "Comparison", "Config", "Record", "Result"]
+__all__ = ["LOGS", "Audit", "Comparison", "Config", "Record", "Result", "TrackerRuns"]
 
 
 def _distinct(names: list[str]) -> list[str]:
@@ -187,6 +187,21 @@ class Comparison(Record):
     """compare.json."""
 
     options: ComparisonOptions
+
+
+class SentTo(Record):
+    """The last step and the last evaluation that a tracker has."""
+
+    steps: Count
+    evaluations: Count
+
+
+class TrackerRun(Record):
+    id: str
+    sent: SentTo | None  # None: all that is recorded
+
+
+TrackerRuns = dict[str, TrackerRun]  # trackers.json
 
 
 LOGS: dict[str, Any] = {"steps": Step, "loads": Loads, "evaluations": Evaluation}

@@ -22,6 +22,7 @@ from equipoise_lab.train.resume_advice import resume_advice_of_all
 from equipoise_lab.train.run_folder import SilentWatcher, Watcher
 from equipoise_lab.train.run_text import load_text
 from equipoise_lab.train.side_by_side import Display, Outcome, side_by_side
+from equipoise_lab.train.tracker_kinds import where_to_look
 
 __all__ = ["compare"]
 
@@ -49,6 +50,8 @@ def compare(
     if not ranks.run_on_first(_are_complete, runs):
         with ranks.report_lost_rank(lambda: "before the first run", lambda: "Start the same command again."):
             load_text(runs[0], watcher, ranks)  # the runs read it from the cache
+        for name in config.trackers:
+            watcher.say(where_to_look(name, config.out))
     try:
         ranks.run_on_first(folder.claim, command)
         return _train_all(config, runs, watcher, command, ranks, folder)

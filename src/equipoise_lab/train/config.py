@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from equipoise.errors import UsageError
 from equipoise_lab.models.folders import suggest_models
@@ -13,12 +13,13 @@ from equipoise_lab.records import read_json
 from equipoise_lab.train.location import check_location, find_tokenizer
 from equipoise_lab.train.strategies import check_strategies, is_name
 
-__all__ = ["ARCHITECTURES", "TOP_K", "Compare", "Train"]
+__all__ = ["ARCHITECTURES", "TOP_K", "Compare", "Tracker", "Train"]
 
 TOP_K = "top-k"  # the selection of an unchanged model
 ARCHITECTURES = ("glm4_moe", "qwen3_moe", "olmoe", "mixtral", "deepseek_v3")
 SCORE_FUNCTIONS = dict.fromkeys(ARCHITECTURES, "softmax") | {"glm4_moe": "sigmoid", "deepseek_v3": "sigmoid"}
 Architecture = Literal["glm4_moe", "qwen3_moe", "olmoe", "mixtral", "deepseek_v3"]
+Tracker = Literal["none", "tensorboard", "wandb", "trackio", "mlflow"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +151,13 @@ class _Run:
     resume: bool = False
     """Continue the run in --out, with the same options; start it if there is none."""
 
+    tracker: tuple[Tracker, ...] = ("none",)
+    """Trackers that get the metrics of every step, the evaluations and the result, while a run trains.
+    One or several. A resumed run continues its curves, and may have other trackers."""
+
+    tracker_layers: int = 0
+    """Layers of which a tracker also gets MaxVio and dead experts: at most so many, spread over the depth; 0: none."""
+
     def check(self) -> None:
         """Raises UsageError for invalid values."""
         for name, minimum in (
@@ -166,6 +174,7 @@ class _Run:
             ("evaluate_every", 0),
             ("evaluation_sequences", 1),
             ("checkpoint_every", 1),
+            ("tracker_layers", 0),
         ):
             if getattr(self, name) < minimum:
                 raise UsageError(f"--{_flag(name)} must be at least {minimum}: got {getattr(self, name)}.")
@@ -214,6 +223,22 @@ class _Run:
         check_location(self.data)
         if self.tokenizer is not None:
             find_tokenizer(self.tokenizer)
+        self._check_trackers()
+
+    @property
+    def trackers(self) -> tuple[Tracker, ...]:
+        """The names of the trackers, without none."""
+        return tuple(name for name in self.tracker if name != "none")
+
+    def _check_trackers(self) -> None:
+        known, names = get_args(Tracker), self.tracker
+        if unknown := [name for name in names if name not in known]:
+            raise UsageError(f"--tracker must be one or several of {', '.join(known)}: got {unknown[0]!r}.")
+        if len(set(names)) < len(names) or not names or (self.trackers and self.trackers != names):
+            got = " ".join(names) or "no name"
+            raise UsageError(f"--tracker must be none, or different trackers: got {got}. Leave out what is too much.")
+        if self.tracker_layers and not self.trackers:
+            raise UsageError(f"--tracker-layers needs --tracker: got {self.tracker_layers} layers, and no tracker.")
 
     def recorded(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """The recorded options of a folder. Options newer than the folder get their defaults."""
@@ -250,7 +275,7 @@ class _Run:
     def shared(self) -> dict[str, Any]:
         """The options that determine the numbers of a run, as JSON values."""
         left_out = {"out", "resume", "strategy", "strategies", "seed", "seeds", "workers", "json"}
-        left_out |= {"save_model", "wrapper"}
+        left_out |= {"save_model", "wrapper", "tracker", "tracker_layers"}
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {k: str(v) if isinstance(v, Path) else v for k, v in fields.items() if k not in left_out}
 

@@ -38,7 +38,7 @@ from equipoise_lab.train.text_problems import Problems
 if TYPE_CHECKING:  # imported lazily: reading from the cache does not need it
     from tokenizers import Tokenizer
 
-__all__ = ["SPLITS", "Corpus", "end_of_text", "load_corpus"]
+__all__ = ["SPLITS", "Corpus", "cache_folder", "end_of_text", "load_corpus"]
 
 SPLITS = ("train", "selection", "test")
 FORMAT = 2  # of the cache: increase it when the same input gives different files
@@ -153,7 +153,7 @@ def load_corpus(
     text = find_text(data, progress, text_key)
     of_key = [] if text_key == TEXT_KEY else [text_key]
     key = _digest(json.dumps([FORMAT, kind, text.identity, *of_key]).encode())[:32]
-    folder = _cache_folder(cache) / "tokens" / key
+    folder = cache_folder(cache) / "tokens" / key
     corpus = _open(folder)
     for note in () if corpus is None else corpus.notes:
         progress(note)
@@ -166,7 +166,8 @@ def _digest(content: bytes) -> str:
     return hashlib.blake2b(content).hexdigest()
 
 
-def _cache_folder(cache: str | Path | None) -> Path:
+def cache_folder(cache: str | Path | None = None) -> Path:
+    """The folder ``cache``, or the lab's own."""
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(cache or os.environ.get("EQUIPOISE_CACHE") or Path(base, "equipoise")).expanduser().absolute()
 

@@ -18,6 +18,7 @@ from torch import nn
 
 from equipoise import __version__
 from equipoise.balance import Balance
+from equipoise.counting.window_metrics import without_constants
 from equipoise.errors import EquipoiseError, UsageError
 from equipoise.routers.find import find_routers
 from equipoise.saved import BIASES_FILE
@@ -38,6 +39,7 @@ from equipoise_lab.train.run_text import batches_of, load_text
 from equipoise_lab.train.selection import check_selection, install_selection
 from equipoise_lab.train.stop import deferred, end_grace, stop_requested
 from equipoise_lab.train.switch import check_switch, has_biases, switch
+from equipoise_lab.train.tracker_kinds import check_trackers, where_to_look
 from equipoise_lab.train.wrappers import (
     check_wrapper,
     copy_to_ranks,
@@ -55,6 +57,7 @@ def check(config: Train, ranks: Ranks = ONE_PROCESS) -> None:
     """Checks everything that can be checked before a model is built."""
     ranks.run_on_all(_check_options, config, ranks.size)
     ranks.run_on_first(_check_out, config)
+    ranks.run_on_first(check_trackers, config)
 
 
 def _check_options(config: Train, num_ranks: int) -> None:
@@ -100,7 +103,7 @@ def train(
     """Trains one run and returns its result (the content of ``result.json``), on every rank.
 
     The default of ``ranks`` is the ranks that torchrun started (:func:`equipoise_lab.train.ranks.join_ranks`). Without
-    ``says_text`` nothing is said about the text: a comparison says it before its runs.
+    ``says_text`` nothing is said about the text and the trackers: a comparison says it before its runs.
     """
     ranks = join_ranks() if ranks is None else ranks
     watcher = watcher if ranks.rank == 0 else SilentWatcher()
@@ -109,6 +112,8 @@ def train(
     result = ranks.run_on_first(complete_result, config, watcher)
     if result is not None:
         return result
+    for name in config.trackers if says_text else ():
+        watcher.say(where_to_look(name, config.out))
     with reproducible():
         with ranks.report_lost_rank(lambda: "before the first step", lambda: "Start the same command again."):
             training = _Training(config, watcher, command, ranks, says_text=says_text)
@@ -279,12 +284,13 @@ class _Training:
         if self.model is not self.inner:
             self._warm_up_ddp()
         ranks.run_on_first(self.folder.begin, self.done)
-        for step in range(self.done, config.steps):
+        first = self.done
+        for step in range(first, config.steps):
             if config.strategy_of(step + 1) != self.strategy:
                 self.strategy = config.strategy_of(step + 1)
                 self.balance = ranks.run_on_all(switch, self.inner, self.balance, self.strategy)
             row, load = self._step(step), [load.tolist() for load in self.balance.load.values()]
-            ranks.run_on_first(self.folder.step, row, load, patient=False)
+            ranks.run_on_first(self.folder.step, row, load, patient=step == first)  # a tracker may start slowly
             self.done, last = step + 1, step + 1 == config.steps
             if config.evaluate_every and self.done % config.evaluate_every == 0 and not last:
                 ranks.run_on_first(self.folder.evaluation, self.done, self._evaluate("selection")[0])
@@ -359,8 +365,9 @@ class _Training:
             "loss": float(task) / len(window),
             "balancing_loss": float(balancing) / len(window),
             "stop_requested": _stop_requested(),
-            **{name: value for name, value in self.balance.metrics().items() if name != "tokens"},
+            **without_constants(self.balance.metrics()),
         }
+        del figures["tokens"]  # of this step
         figures = self.ranks.mean(figures)  # some only cover the micro-batches of this rank
         self.stops = figures.pop("stop_requested") == 1
         return {

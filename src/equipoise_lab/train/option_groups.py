@@ -15,6 +15,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
         "steps", "micro_batches", "balance_batch", "order", "learning_rate", "warmup", "decay_to", "weight_decay",
         "clip",
     ),
+    "trackers": ("tracker", "tracker_layers"),
     "evaluation": ("evaluate_every", "evaluation_sequences"),
     "machine": ("workers", "dtype", "wrapper"),
 }  # fmt: skip

@@ -28,6 +28,7 @@ from equipoise_lab.train.levels import levels_of
 from equipoise_lab.train.location import PLACES, is_same_place
 from equipoise_lab.train.selection import evaluates_by_token, evaluation_note
 from equipoise_lab.train.switch import has_positive_rate
+from equipoise_lab.train.trackers import Trackers
 
 KEPT = ("strategy", "seed", "steps", "layers", "domains", "num_experts", "experts_per_token", "num_parameters")
 AVERAGED = ("loss", "maxvio_batch", "maxvio_micro", "seconds")  # numbers of a step that the result needs
@@ -140,6 +141,7 @@ class RunFolder:
         self.tokens_per_step = config.micro_batches * config.sequences * config.sequence_length
         self.seconds: list[float] = []  # duration of every step
         self.alerts = Alerts(num_steps=config.steps)
+        self.trackers = Trackers(config, watcher)
         self._lock: FolderLock | None = None
 
     @property
@@ -192,7 +194,8 @@ class RunFolder:
         return self.records.config["dtype"] == "bfloat16"  # not this machine's choice: "auto" may differ
 
     def release(self) -> None:
-        """Unlocks the folder for other processes."""
+        """Closes the trackers, and unlocks the folder for other processes."""
+        self.trackers.close()
         if self._lock is not None:
             self._lock.release()
 
@@ -212,13 +215,27 @@ class RunFolder:
                     f"{records.path / 'steps.jsonl'} must contain {', '.join(AVERAGED)} of every step: step "
                     f"{row['step']} lacks some. Restore the file, or remove the run's folder and train again."
                 )
+        recorded = {log: max((row["step"] for row in records.rows(log)), default=0) for log in ("steps", "evaluations")}
         records.rewind(done)
         self.watcher.begin(self.config, done)
         for note in records.config["notes"]:
             self.watcher.say(note)
-        self.seconds = [row["seconds"] for row in records.rows("steps")]
-        for row in records.rows("loads"):
-            self._new_alerts(row["step"], row["load"])
+        self.trackers.begin(records, done, recorded)
+        evaluations = {row["step"]: row for row in records.rows("evaluations")}
+        for row, load in zip(records.rows("steps"), records.rows("loads"), strict=True):
+            self.seconds.append(row["seconds"])
+            self._new_alerts(row["step"], load["load"])
+            self._track(row, load["load"])
+            if row["step"] in evaluations:
+                self.trackers.evaluation(row["step"], evaluations[row["step"]])
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens_per_step / statistics.median(self.seconds[-20:])
+
+    def _track(self, row: dict[str, Any], load: list[list[int]]) -> None:
+        num_alerts = sum(map(len, self.alerts.holding.values()))
+        self.trackers.step(row, load, self.tokens_per_second, num_alerts)
 
     def _new_alerts(self, step: int, load: list[list[int]]) -> list[Alert]:
         """The alerts that start or end with this step."""
@@ -240,7 +257,8 @@ class RunFolder:
             if alert.first:  # later ones are in the records and, while they last, in the progress line
                 self.watcher.say(f"step {row['step']}: {alert}")
         shown = {**row, "holding": self.alerts.mark} if self.alerts.mark else row
-        self.watcher.step(shown, self.tokens_per_step / statistics.median(self.seconds[-20:]))
+        self.watcher.step(shown, self.tokens_per_second)
+        self._track(row, load)
         if not math.isfinite(row["loss"]):
             raise EquipoiseError(
                 f"training must not diverge: the loss of {config.label}, seed {config.seed}, is {row['loss']} "
@@ -249,6 +267,7 @@ class RunFolder:
 
     def evaluation(self, step: int, row: dict[str, Any]) -> None:
         self.records.append("evaluations", {"step": step, **row})
+        self.trackers.evaluation(step, row)
 
     def audit(self, audited: AuditData, corpus: Corpus, model_type: str) -> None:
         """Writes what the experts did in the last evaluation, in the format of `equipoise audit`."""
@@ -305,5 +324,6 @@ class RunFolder:
         if self.alerts.holding:
             result["alerts"] = self.alerts.holding
         records.finish(result)
+        self.trackers.result(result)
         shutil.rmtree(self.checkpoints, ignore_errors=True)  # the run is complete and its model saved
         return records.result

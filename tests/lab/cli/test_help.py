@@ -25,7 +25,7 @@ def test_options_are_in_groups_with_strategies_first(capsys, monkeypatch, comman
     monkeypatch.setenv("COLUMNS", "80")
     shown = _help(capsys, command)
     titles = re.findall(r"^\W+(\w+) options\W*$", shown, re.MULTILINE)
-    assert titles == ["strategy", "folder", "text", "model", "training", "evaluation", "machine"]
+    assert titles == ["strategy", "folder", "text", "model", "training", "trackers", "evaluation", "machine"]
     first, second = (shown.index(f"{title} options") for title in titles[:2])
     assert first < shown.index("--strateg") < shown.index("--seed") < second < shown.index("--out PATH")
     assert "None" not in shown and "False" not in shown

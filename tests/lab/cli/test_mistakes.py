@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from equipoise_lab.cli.parser import parse
+
 TRAIN = ["train", "--out", "run"]
 
 
@@ -104,3 +106,26 @@ def test_strategies_are_checked_before_heavy_imports(tmp_path, arguments, heavy)
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--tracker", "tensorboard", "trackio", "--strategies", "none", "loss-free"],
+        ["--tracker", "tensorboard", "--strategies", "none", "--strategies", "loss-free", "--tracker", "trackio"],
+        ["--tracker=tensorboard", "--strategies=none", "--tracker=trackio", "--strategies=loss-free"],
+    ],
+)
+def test_an_option_of_several_values_may_be_written_several_times(arguments):
+    """Tyro takes the last one, silently."""
+    options = parse(["compare", "--steps", "9", *arguments, "--out", "x"])
+    assert options.tracker == ("tensorboard", "trackio") and options.strategies == ("none", "loss-free")
+    assert options.steps == 9 and str(options.out) == "x"
+
+
+def test_a_missing_tracker_is_one_sentence_and_leaves_no_folder(tmp_path, monkeypatch, error_of):
+    monkeypatch.setattr("equipoise_lab.train.tracker_kinds.find_spec", lambda name: None)
+    for command in ("train", "compare"):
+        message = error_of([command, "--out", tmp_path / "run", "--tracker", "mlflow", "--data", tmp_path], 1)
+        assert message.endswith("it is not installed. Install it with: pip install mlflow")
+        assert not (tmp_path / "run").exists()

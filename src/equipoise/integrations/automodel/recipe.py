@@ -22,11 +22,11 @@ from equipoise.alerts import Alerts
 from equipoise.attachment import attach, resolve
 from equipoise.balance import Balance
 from equipoise.balancers import Balancer
+from equipoise.counting.window_metrics import without_constants
 from equipoise.errors import UsageError
 
 __all__ = ["BalancedRecipe", "balanced"]
 
-_NOISE = ("collectives", "collective_bytes")  # constant over a run
 _STEPS = ("_run_train_optim_step", "_forward_backward_step", "run_train_validation_loop", "load_checkpoint")
 _MISSING = object()  # in the config; None means the strategy "none"
 _log = logging.getLogger("equipoise")
@@ -105,7 +105,7 @@ class Balancing:
         if recipe.dist_env.is_main:
             for alert in self._see(self.balance.load, sample.metrics["loss"], self.balance.biases):
                 _log.warning(f"step {sample.step}: {alert}")
-        sample.metrics |= {f"balance/{name}": value for name, value in metrics.items() if name not in _NOISE}
+        sample.metrics |= {f"balance/{name}": value for name, value in without_constants(metrics).items()}
         return sample
 
     def _weight(self, num_tokens: Tensor) -> Tensor:

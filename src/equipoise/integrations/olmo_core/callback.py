@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from equipoise.alerts import Alerts
 from equipoise.attachment import attach, resolve
 from equipoise.balance import Balance
+from equipoise.counting.window_metrics import without_constants
 from equipoise.errors import EquipoiseError, UsageError
 
 __all__ = ["EquipoiseCallback"]
@@ -237,7 +238,7 @@ class EquipoiseCallback(Callback):  # type: ignore[misc, unused-ignore]
             if get_rank() == 0:
                 _log.warning(f"EquipoiseCallback, step {self.step}: {alert}")
         if self.step == 1 or self.step % self.trainer.metrics_collect_interval == 0:  # reading them waits for a GPU
-            for name, value in self.balance.metrics().items():
+            for name, value in without_constants(self.balance.metrics()).items():
                 self.trainer.record_metric(name, value, namespace="equipoise")
 
 

@@ -25,6 +25,7 @@ from equipoise.alerts import Alerts
 from equipoise.attachment import attach
 from equipoise.balance import Balance
 from equipoise.balancers import Balancer, format_strategy, parse_strategy
+from equipoise.counting.window_metrics import without_constants
 from equipoise.errors import EquipoiseError
 from equipoise.integrations.torchtitan.config import check_supported
 from equipoise.integrations.torchtitan.state import BalanceState
@@ -34,7 +35,6 @@ from equipoise.torch_internals import is_shape_inference
 __all__ = ["Balancing"]
 
 _ARGUMENT = "equipoise_micro_batch"  # of the forward of a part of the model, until the hook takes it off
-_NOISE = ("collectives", "collective_bytes")  # constant over a run
 _log = logging.getLogger("equipoise")
 
 
@@ -186,7 +186,7 @@ class Balancing:
         metrics = dict(extra_metrics or {})
         for number, balance in enumerate(self.balances):
             prefix = "balance" if len(self.balances) == 1 else f"balance/{number}"
-            shown = {name: value for name, value in balance.metrics().items() if name not in _NOISE}
+            shown = without_constants(balance.metrics())
             metrics |= {f"{prefix}/{name}": value for name, value in shown.items()}
         load = {name: counts for balance in self.balances for name, counts in balance.load.items()}
         biases = {name: bias for balance in self.balances for name, bias in balance.biases.items()}

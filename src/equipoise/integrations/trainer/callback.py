@@ -16,6 +16,7 @@ from equipoise.alerts import Alerts
 from equipoise.attachment import base_model, resolve, unwrap
 from equipoise.balance import Balance
 from equipoise.balancers import Balancer, format_strategy
+from equipoise.counting.window_metrics import without_constants
 from equipoise.errors import UsageError
 from equipoise.integrations.arguments import check_attach_arguments
 from equipoise.integrations.trainer.attaching import attach_for_training
@@ -202,7 +203,7 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if self.balance is None or not self._is_training or "loss" not in (logs or {}):
             return
-        metrics = {f"equipoise/{name}": value for name, value in self.balance.metrics().items()}
+        metrics = {f"equipoise/{name}": value for name, value in without_constants(self.balance.metrics()).items()}
         metrics["equipoise/alerts"] = float(sum(map(len, self._alerts.holding.values())))
         logs.update(metrics)
         if state.log_history and state.log_history[-1].get("step") == state.global_step:  # written before this event
