@@ -16,10 +16,12 @@ def _one_thread_and_clean_compiler():
     yield
 
 
+SIGNALS = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
+
+
 @pytest.fixture(autouse=True)
 def _signal_handlers_end_with_the_test():
     """A command installs handlers, and a stop that one test asked for must not stop the next."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
     yield
-    for number, handler in before.items():
+    for number, handler in SIGNALS.items():
         signal.signal(number, handler)
