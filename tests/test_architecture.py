@@ -49,7 +49,7 @@ ALLOWED |= {
     for rank, name in enumerate(LAB)
 }
 READS_RUNS = {"equipoise.errors", "equipoise_lab.records", "equipoise_lab.analysis", "equipoise_lab.cores"}
-READS_RUNS |= {"equipoise_lab.paths"}
+READS_RUNS |= {"equipoise_lab.paths", "equipoise.recipes"}
 for reader in ("records", "analysis", "report", "reproduce"):  # they import no torch
     ALLOWED[f"equipoise_lab.{reader}"] &= READS_RUNS
 
