@@ -11,22 +11,31 @@ from types import SimpleNamespace
 from urllib.parse import unquote
 
 import pytest
+from editions import any_claim
 
 from equipoise.errors import EquipoiseError, UsageError
 from equipoise_lab.analysis import detectable_effect
 from equipoise_lab.cli import main
 from equipoise_lab.records import Run, read_json, write_json
 from equipoise_lab.reproduce import command
-from equipoise_lab.reproduce.claim import SIZES, Job, claim_names, load_claim, parse_claim
+from equipoise_lab.reproduce.arms import Choice
+from equipoise_lab.reproduce.claim import parse_claim
 from equipoise_lab.reproduce.command import as_json, reproduce, table_rows
 from equipoise_lab.reproduce.config import Reproduce
-from equipoise_lab.reproduce.frontier import FRONTIERS
-from equipoise_lab.reproduce.page import FIGURE, LEADERBOARD, READING, pages, verdict_text, write
-from equipoise_lab.reproduce.runs import Results, execute, key_of
+from equipoise_lab.reproduce.edition import load_edition
+from equipoise_lab.reproduce.jobs import Job, key_of
+from equipoise_lab.reproduce.made_with import MadeWith
+from equipoise_lab.reproduce.page import figure_of, pages, write
+from equipoise_lab.reproduce.page.wording import verdict_text
+from equipoise_lab.reproduce.results import Results
+from equipoise_lab.reproduce.runs import execute
 from equipoise_lab.reproduce.verdict import MARGIN_OF, findings
 from equipoise_lab.train import engine
 from equipoise_lab.train.config import Train
 
+FIRST, ANY = load_edition("first"), any_claim()  # ANY: its pages take claims of any name
+LEADERBOARD = FIRST.page.leaderboard
+CHOICE = Choice("0.01", {"strategy": "none"})
 CLAIM = parse_claim(
     "x",
     {
@@ -39,6 +48,8 @@ CLAIM = parse_claim(
         "primary": {"statistic": "val_nats", "of": "a", "against": "b", "claim": "lower"},
         "also": [{"statistic": "val_nats", "over": {"a": 1, "b": 2}, "claim": "higher"}],
     },
+    FIRST.sizes,
+    "first",
 )
 
 
@@ -57,7 +68,7 @@ class Quiet:
 
 def _text(claims, findings, results):
     """All pages, one after the other."""
-    return "\n".join(pages("results.md", claims, findings, results).values())
+    return "\n".join(pages("results.md", ANY, claims, findings, results).values())
 
 
 def _store(results, job, value, seconds=10.0):
@@ -164,7 +175,7 @@ def test_a_run_in_another_precision_is_another_run(tmp_path):
 
 
 def test_every_stored_result_has_the_precision_of_its_options():
-    for file in (Path(__file__).parents[3] / "benchmarks" / "results" / "claims").iterdir():
+    for file in (Path(__file__).parents[3] / "benchmarks" / "results" / "claims" / "first").iterdir():
         stored = read_json(file)
         assert stored["hardware"].endswith(f", {stored['options']['dtype']}"), file
 
@@ -177,7 +188,7 @@ def test_a_machine_without_bfloat16_warns_before_runs_start(monkeypatch, capsys,
     calls = []
     monkeypatch.setattr(engine, "machine", lambda dtype: ("cpu", has_bfloat16))
     monkeypatch.setattr(command, "reproduce", lambda options, progress: calls.append(options) or [])
-    main(["reproduce", "1-scope", *options])
+    main(["reproduce", "1-scope", "--edition", "first", *options])
     assert ("--dtype float32" in capsys.readouterr().err.replace("\n", " ")) == is_warned
     assert calls[0].dtype == ("float32" if "--dtype" in options else None)
 
@@ -195,7 +206,7 @@ def test_a_failed_run_is_reported_with_its_last_line_and_finished_runs_are_kept(
 
 def test_an_exception_in_a_worker_reaches_the_caller(tmp_path):
     class Full(Results):
-        def put(self, job, run):
+        def put(self, job, run, made_with):
             raise OSError("no space left")
 
     with pytest.raises(OSError, match="no space left"):
@@ -253,7 +264,7 @@ def test_an_evaluation_without_a_number_is_stored(tmp_path):
     _write_run(tmp_path / "run")
     write_json(tmp_path / "run" / "result.json", {"val_nats": None, "domains": {"law": {"nats": None}}})
     results = Results(tmp_path / "results")
-    results.put(CLAIM.job("a", 0), Run(tmp_path / "run"))
+    results.put(CLAIM.job("a", 0), Run(tmp_path / "run"), MadeWith("c", "x"))
     stored = results.get(CLAIM.job("a", 0))
     assert stored["result"] == {"val_nats": None} and stored["domains"] == {"law": None}
 
@@ -309,7 +320,9 @@ def test_a_result_of_other_options_is_refused(tmp_path):
     results = Results(tmp_path)
     _store(results, CLAIM.job("a", 0), 5.0)
     (tmp_path / f"{key_of(CLAIM.job('a', 0))}.json").rename(tmp_path / f"{key_of(CLAIM.job('b', 0))}.json")
-    with pytest.raises(EquipoiseError, match="must hold the result of the options that its name stands for"):
+    with pytest.raises(
+        EquipoiseError, match="must hold the result of the options and of the recipe that its name stands for"
+    ):
         results.get(CLAIM.job("b", 0))
 
 
@@ -340,15 +353,15 @@ def test_verdicts_come_from_paired_differences(tmp_path, differences, verdict):
 
 
 def test_one_claim_is_judged_in_the_family_of_all_claims(tmp_path):
-    claim, results = load_claim("2-specialisation"), Results(tmp_path)
+    claim, results = FIRST.claims["2-specialisation"], FIRST.results(tmp_path)
     for seed, difference in enumerate((0.28, 0.3, 0.32)):
         for arm, gain in (("micro", 0.0), ("global", difference), ("loss-free", 0.0)):
             _store(results, claim.job(arm, seed), 5.0)
             stored = results.get(claim.job(arm, seed))
             stored["result"] = {"domain_information_bits": 1.0 + gain}
-            write_json(tmp_path / f"{key_of(claim.job(arm, seed))}.json", stored)
-    (first, *_) = reproduce(Reproduce(claim.name, budget=0, results=tmp_path), Quiet())
-    assert first.judgement.p_adjusted == pytest.approx(first.judgement.p * len(claim_names()))
+            write_json(results.folder / f"{key_of(claim.job(arm, seed))}.json", stored)
+    (first, *_) = reproduce(Reproduce(claim.name, "first", budget=0, results=tmp_path), Quiet())
+    assert first.judgement.p_adjusted == pytest.approx(first.judgement.p * len(FIRST.claims))
     assert 0 < first.judgement.p < 0.06
 
 
@@ -381,7 +394,7 @@ def test_the_page_shows_the_figures_and_the_runs_behind_them(tmp_path):
     assert cells == [-0.1, pytest.approx(spread, abs=1e-4), pytest.approx(detectable_effect(spread, 4), abs=1e-4)]
     assert "- **Supported: 1 of 1.** [x](results_mechanisms.md#x).\n" in text
     assert "- **Not supported: 0 of 1.**\n- **Undecided: 0 of 1.**\n" in text
-    frontiers = {job for frontier in FRONTIERS.values() for job in frontier.jobs(results)}
+    frontiers = {job for frontier in FIRST.frontiers.values() for job in frontier.jobs(results)}
     total = 8 + len(frontiers)
     for job in CLAIM.jobs():
         seconds = 450.0 if job == CLAIM.jobs()[0] else 900.0
@@ -400,32 +413,36 @@ def test_the_page_states_the_size_of_the_runs():
         f"{default.layers} layers of width {default.width}, {default.experts} experts and a shared one, "
         f"{default.experts_per_token} experts per token.",
         f"{default.micro_batches} micro-batches of {tokens:,} tokens",
-        f"small has {SIZES['small']['steps']} steps, standard {SIZES['standard']['steps']}.",
+        f"small has {FIRST.sizes['small']['steps']} steps, standard {FIRST.sizes['standard']['steps']}.",
     ):
-        assert words in READING
+        assert words in FIRST.page.reading
     options = {"steps", "qk_norm", "checkpoint_every", "dtype"}
-    assert all(set(size) == options for size in SIZES.values()), (
+    assert all(set(size) == options for size in FIRST.sizes.values()), (
         "the page must state any other option that differs from its default"
     )
-    assert {size["dtype"] for size in SIZES.values()} == {"bfloat16"}
+    assert {size["dtype"] for size in FIRST.sizes.values()} == {"bfloat16"}
 
 
 def test_the_page_has_its_figure_if_the_file_exists(tmp_path):
-    results, path = Results(tmp_path), tmp_path / "docs" / "page.md"
-    write(path, [CLAIM], [], results)
+    results, path = Results(tmp_path), tmp_path / "docs" / "evidence" / "edition" / "page.md"
+    write(path, ANY, [CLAIM], [], results)
     assert "![" not in path.read_text()
-    (path.parent / FIGURE).parent.mkdir()
-    (path.parent / FIGURE).touch()
-    write(path, [CLAIM], [], results)
-    assert "(../figures/claims.png)" in path.read_text()
+    figure = path.parent / figure_of(FIRST)
+    figure.parent.mkdir()
+    figure.touch()
+    write(path, ANY, [CLAIM], [], results)
+    assert "(../../figures/claims_first.png)" in path.read_text()
 
 
 def test_the_pages_link_to_each_other_whatever_the_name(tmp_path):
-    reproduce(Reproduce(budget=0, results=tmp_path / "results", page=tmp_path / "pages" / "my own.md"), Quiet())
+    reproduce(
+        Reproduce(edition="first", budget=0, results=tmp_path / "results", page=tmp_path / "pages" / "my own.md"),
+        Quiet(),
+    )
     texts = {path.name: path.read_text() for path in (tmp_path / "pages").iterdir()}
     assert set(texts) == {"my own.md", "my own_scope.md", "my own_mechanisms.md", "my own_runs.md"}
     headings = {name: set(re.findall(r"^## (.+)$", text, re.MULTILINE)) for name, text in texts.items()}
-    assert headings["my own_scope.md"] | headings["my own_mechanisms.md"] >= set(claim_names())
+    assert headings["my own_scope.md"] | headings["my own_mechanisms.md"] >= set(FIRST.claims)
     for name, text in texts.items():
         links = re.findall(r"\]\(([\w.%]*)#([\w-]+)\)", text)
         assert links
@@ -439,7 +456,7 @@ def test_a_sentence_in_the_notes_of_several_claims_is_said_once(tmp_path):
         replace(CLAIM, name=name, note=note)
         for name, note in (("4-a", "Eq. 2 differs. Both have `z`. See 4-b."), ("4-b", "Both have `z`."))
     )
-    text = pages("results.md", [first, second, CLAIM], [], Results(tmp_path))["results_mechanisms.md"]
+    text = pages("results.md", ANY, [first, second, CLAIM], [], Results(tmp_path))["results_mechanisms.md"]
     a, b = (f"[{name}](results_mechanisms.md#{name})" for name in ("4-a", "4-b"))
     assert text.count("Both have `z`.") == 1 and f"- {a}, {b}: Both have `z`.\n" in text
     see = "See also [Notes for several claims](#notes-for-several-claims)."
@@ -460,9 +477,8 @@ def test_runs_of_other_machines_are_told_apart(tmp_path):
 
 def test_the_index_of_the_evidence_has_the_verdicts_of_the_stored_results():
     root = Path(__file__).parents[3]
-    results = Results(root / "benchmarks" / "results" / "claims")
-    chosen = {name: frontier.chosen(results) for name, frontier in FRONTIERS.items()}
-    claims = [load_claim(name).with_values(chosen) for name in claim_names()]
+    results = Results(root / "benchmarks" / "results" / "claims" / "first")
+    claims = FIRST.claims_with_values(results)
     primary = {finding.claim.name: finding for finding in findings(claims, results) if finding.is_primary}
     number = Counter(finding.verdict for finding in primary.values())
     index = " ".join((root / "docs" / "evidence" / "index.md").read_text(encoding="utf-8").split())
@@ -489,14 +505,14 @@ def test_the_leaderboard_uses_the_seeds_that_all_arms_have(tmp_path):
         if (stored := results.get(job)) is not None:
             stored["result"] |= {"maxvio_global": 0.5, "domain_information_bits": 0.25}
             write_json(tmp_path / f"{key_of(job)}.json", stored)
-    text = pages("results.md", [claim], findings([claim], results), results)["results.md"]
+    text = pages("results.md", ANY, [claim], findings([claim], results), results)["results.md"]
     rows = [line for line in text.splitlines() if line.startswith("| a |") or line.startswith("| b |")]
     assert rows == ["| a | `none` | 5.3000 | 0.500 | 0.250 |", "| b | `loss-free` | 5.5000 | 0.500 | 0.250 |"]
     assert f"claim {LEADERBOARD} over the 2 seeds" in text
 
 
 def test_a_budget_of_zero_runs_nothing_and_reports_stored_results(tmp_path):
-    options = Reproduce("1-scope", budget=0, out=tmp_path / "work", results=tmp_path / "results", json=True)
+    options = Reproduce("1-scope", "first", budget=0, out=tmp_path / "work", results=tmp_path / "results", json=True)
     reported = reproduce(options, Quiet())
     assert [finding.verdict for finding in reported] == ["undecided"] * len(reported)
     assert json.loads(json.dumps(as_json(reported)))[0]["seeds"] == 0
@@ -515,13 +531,13 @@ def test_a_budget_of_zero_runs_nothing_and_reports_stored_results(tmp_path):
 )
 def test_wrong_options_are_refused(options, message):
     with pytest.raises(UsageError, match=message):
-        Reproduce(**options).check()
+        Reproduce(**{"edition": "first", **options}).check()
 
 
 def test_claims_share_runs():
-    chosen = dict.fromkeys(FRONTIERS, "0.01")
+    chosen = dict.fromkeys(FIRST.frontiers, CHOICE)
     scope, special, same = (
-        set(load_claim(name).with_values(chosen).jobs())
+        set(FIRST.claims[name].with_values(chosen).jobs())
         for name in ("1-scope", "2-specialisation", "4-loss-free-same-scope")
     )
     assert len(scope & special) == 6
@@ -530,45 +546,45 @@ def test_claims_share_runs():
 
 def test_all_claims_fit_into_seven_hours_of_two_cores():
     """At a minute a small run and two and a half a standard run, each on one of two busy cores."""
-    chosen = dict.fromkeys(FRONTIERS, "0.01")
-    jobs = {job for name in claim_names() for job in load_claim(name).with_values(chosen).jobs()}
-    jobs |= {job for frontier in FRONTIERS.values() for job in frontier.jobs(Results(Path("nowhere")))}
+    chosen = dict.fromkeys(FIRST.frontiers, CHOICE)
+    jobs = {job for name in FIRST.claims for job in FIRST.claims[name].with_values(chosen).jobs()}
+    jobs |= {job for frontier in FIRST.frontiers.values() for job in frontier.jobs(Results(Path("nowhere")))}
     minutes = {80: 1.0, 200: 2.5}
     assert sum(minutes[dict(job.options)["steps"]] for job in jobs) / 2 < 7 * 60
 
 
 def test_the_shipped_results_are_found_from_any_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    main(["reproduce", "--budget", "0"])
+    main(["reproduce", "--edition", "first", "--budget", "0"])
     out, err = capsys.readouterr()
     titles, *rows = out.splitlines()
-    assert titles.split()[:2] == ["claim", "verdict"] and [row.split()[0] for row in rows] == claim_names()
+    assert titles.split()[:2] == ["claim", "verdict"] and [row.split()[0] for row in rows] == list(FIRST.claims)
     assert max(map(len, rows)) < 80, "one line a claim, also in a terminal of 80 characters"
     assert re.search(r"^1-scope +supported +−0.0675 ", rows[0]) and "not run" not in out
     assert "not a folder" not in err and "equipoise reproduce CLAIM --budget 0" in err
-    main(["reproduce", "1-scope", "--budget", "0", "--json"])
+    main(["reproduce", "1-scope", "--edition", "first", "--budget", "0", "--json"])
     out, err = capsys.readouterr()
     assert json.loads(out)[0]["verdict"] == "supported" and "loss, global − micro" in err
 
 
 def test_new_results_come_before_the_shipped_ones(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    options = Reproduce(claim="1-scope", budget=0)
+    options = Reproduce("1-scope", "first", budget=0)
     (shipped,) = [one for one in reproduce(options, Quiet()) if one.is_primary]
     claim = shipped.claim
     for arm in claim.primary.arms:
         for seed in claim.all_seeds:
-            _store(Results(options.results), claim.job(arm, seed), 1.0 + seed / 100)
+            _store(FIRST.results(options.results), claim.job(arm, seed), 1.0 + seed / 100)
     (ours,) = [one for one in reproduce(options, Quiet()) if one.is_primary]
     assert shipped.estimate.mean < -0.05 and ours.estimate.mean == 0
 
 
 def test_a_claim_without_runs_is_not_run(tmp_path, capsys):
-    main(["reproduce", "--budget", "0", "--results", str(tmp_path / "new")])
+    main(["reproduce", "--edition", "first", "--budget", "0", "--results", str(tmp_path / "new")])
     out, err = capsys.readouterr()
-    assert [row.split() for row in out.splitlines()[1:]] == [[name, "not", "run"] for name in claim_names()]
+    assert [row.split() for row in out.splitlines()[1:]] == [[name, "not", "run"] for name in FIRST.claims]
     assert "is not a folder, so there are no stored results yet." in err
-    main(["reproduce", "1-scope", "--budget", "0", "--results", str(tmp_path / "new"), "--json"])
+    main(["reproduce", "1-scope", "--edition", "first", "--budget", "0", "--results", str(tmp_path / "new"), "--json"])
     assert {one["verdict"] for one in json.loads(capsys.readouterr().out)} == {"not run"}
     finding = findings([CLAIM], Results(tmp_path / "new"))[0]
     assert verdict_text(finding) == "not run" and verdict_text(replace(finding, diverged=1)) == "undecided"
