@@ -43,7 +43,7 @@ def commit(source: Path = _SOURCE) -> str:
         except PackageNotFoundError:
             return NOT_RECORDED
     name = _git(source, "log", "-1", "--format=%h", "--abbrev=12", "--", *_CODE_OF_RUNS)
-    changes = _git(source, "status", "--porcelain", "--", *_CODE_OF_RUNS)
+    changes = _git(source, "--no-optional-locks", "status", "--porcelain", "--", *_CODE_OF_RUNS)
     if not name or changes is None:
         raise EquipoiseError(
             f"git must say at which commit {source} is, since results name it: it did not. Try `git status` there."
@@ -61,13 +61,17 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 def cpu_name(cpu_info: Path = _CPU_INFO) -> str:
-    """The model name of the CPU; where the system does not say it, its architecture."""
+    """The name of the CPU's model, with its numbers: virtual machines often give many models one name. Where the system
+    does not say it, its architecture."""
     try:
-        lines = cpu_info.read_text(errors="replace").splitlines()
+        first_core = cpu_info.read_text(errors="replace").partition("\n\n")[0]
     except OSError:
-        lines = []
-    names = [value.strip() for key, _, value in (line.partition(":") for line in lines) if key.strip() == "model name"]
-    return next(filter(None, names), "") or platform.processor() or platform.machine() or NOT_RECORDED
+        first_core = ""
+    values = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first_core.splitlines())}
+    if not values.get("model name"):
+        return platform.processor() or platform.machine() or NOT_RECORDED
+    numbers = " ".join(f"{key} {values[key]}" for key in ("cpu family", "model", "stepping") if key in values)
+    return values["model name"] + (f" ({numbers})" if numbers else "")
 
 
 def remember(path: Path, folder: Path) -> MadeWith:
