@@ -255,25 +255,25 @@ MUTANTS = [
         "claims: a run starts that does not fit into the budget",
         "time.monotonic() - began + (expected(todo[0]) or 0.0) > 60 * minutes",
         "time.monotonic() - began > 60 * minutes",
-        "test_reproduce -k budget",
+        "reproduce/test_runs -k budget",
     ),
     Mutant(
         "claims: an error in a worker is lost",
         "            failures.append(error)\n\n    def do_jobs",
         "            pass\n\n    def do_jobs",
-        "test_reproduce -k exception_in_a_worker",
+        "reproduce/test_runs -k exception_in_a_worker",
     ),
     Mutant(
         "claims: a run that diverged counts as failed",
         "diverged_at(Run(folder)) is not None):",
         "False):",
-        "test_reproduce -k diverges",
+        "reproduce/test_runs -k diverges",
     ),
     Mutant(
         "claims: a run that another process has done meanwhile is done again",
         "while todo and results.get(todo[0]) is not None:",
         "while False:",
-        "test_reproduce -k meanwhile",
+        "reproduce/test_runs -k meanwhile",
     ),
     Mutant(
         "claims: a margin is taken from a difference that may be zero",
@@ -297,7 +297,7 @@ MUTANTS = [
         "claims: a result in another precision is used",
         "        job = self.in_precision(job)\n        for folder",
         "        for folder",
-        "test_reproduce -k precision",
+        "reproduce/test_runs -k precision",
     ),
     Mutant(
         "claims: the precision of a claim is ignored",

@@ -5,11 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from claim_runs import Quiet, store
 from editions import copy_of_first
 
 from equipoise.errors import EquipoiseError, UsageError
 from equipoise_lab.cli import main
-from equipoise_lab.records import read_json, write_json
+from equipoise_lab.records import read_json
 from equipoise_lab.reproduce import edition as editions
 from equipoise_lab.reproduce.command import as_json, reproduce
 from equipoise_lab.reproduce.config import Reproduce
@@ -22,19 +23,6 @@ from equipoise_lab.reproduce.verdict import findings
 RESULTS = Path(__file__).parents[3] / "benchmarks" / "results" / "claims"
 
 
-class _Lines:
-    """Progress that keeps what it is told."""
-
-    def __init__(self):
-        self.lines = []
-
-    def say(self, text):
-        self.lines.append(text)
-
-    def done(self, number, total, seconds_left):
-        pass
-
-
 @pytest.fixture
 def two(tmp_path, monkeypatch):
     """A first and a second edition with the same claim, whose arms have the same options."""
@@ -45,11 +33,8 @@ def two(tmp_path, monkeypatch):
 
 
 def _store(results, job, nats=5.0, **more):
-    results.folder.mkdir(parents=True, exist_ok=True)
     figures = {"val_nats": nats, "maxvio_global": 1.0, "selection_nats": nats, "selection_maxvio": 1.0}
-    stored = {"options": dict(job.options), "result": figures, "seconds": 60.0, "began": "2026-01-02T03:04"}
-    stored |= {"hardware": "2 CPU cores", "versions": {"torch": "2"}, "recipe": results.recipe}
-    write_json(results.folder / f"{results.name(job)}.json", stored | more)
+    store(results, job, result=figures, **{"recipe": results.recipe, **more})
 
 
 def _fill(edition, results, difference):
@@ -106,8 +91,8 @@ def test_a_result_of_one_edition_is_none_of_another(two, tmp_path):
     _fill(first, first.results(tmp_path / "r"), -0.1)
     job = first.claims["1-scope"].with_values(first.chosen(first.results(tmp_path / "r"))).jobs()[0]
     assert first.results(tmp_path / "r").get(job) is not None and second.results(tmp_path / "r").get(job) is None
-    (of_first, _) = reproduce(Reproduce("1-scope", "first", budget=0, results=tmp_path / "r"), _Lines())
-    (of_second, _) = reproduce(Reproduce("1-scope", "second", budget=0, results=tmp_path / "r"), _Lines())
+    (of_first, _) = reproduce(Reproduce("1-scope", "first", budget=0, results=tmp_path / "r"), Quiet())
+    (of_second, _) = reproduce(Reproduce("1-scope", "second", budget=0, results=tmp_path / "r"), Quiet())
     assert of_first.verdict == "supported" and of_second.is_missing
     assert [row["edition"] for row in as_json([of_first, of_second])] == ["first", "second"]
 
@@ -118,7 +103,7 @@ def test_runs_in_progress_of_editions_are_apart(two, tmp_path, monkeypatch):
         "equipoise_lab.reproduce.command.execute", lambda jobs, results, work, *a, **b: folders.append(work)
     )
     for name in ("first", "second"):
-        reproduce(Reproduce("1-scope", name, out=tmp_path / "work", results=tmp_path / "r"), _Lines())
+        reproduce(Reproduce("1-scope", name, out=tmp_path / "work", results=tmp_path / "r"), Quiet())
     assert set(folders) == {tmp_path / "work" / "first", tmp_path / "work" / "second"}
 
 
@@ -140,7 +125,7 @@ def test_results_outside_the_folder_of_an_edition_are_named(two, tmp_path):
     first, _ = two
     results = Results(tmp_path / "r")
     _store(results, first.frontiers["none"].jobs(results)[0])
-    progress = _Lines()
+    progress = Quiet()
     reproduce(Reproduce("1-scope", "first", budget=0, results=tmp_path / "r"), progress)
     assert progress.lines[-1].startswith(f"1 results in {tmp_path / 'r'} are ignored: those of the first edition are")
 
@@ -171,7 +156,7 @@ def test_the_command_says_how_many_results_are_of_another_recipe(two, tmp_path):
     results = replace(first, recipe=2).results(tmp_path / "r")
     for job in first.frontiers["none"].jobs(results):
         _store(results, job)
-    progress = _Lines()
+    progress = Quiet()
     reproduce(Reproduce("1-scope", "first", budget=0, results=tmp_path / "r"), progress)
     assert progress.lines == [
         "2 stored results are ignored: of another version of the recipe than 1, that of the first edition."

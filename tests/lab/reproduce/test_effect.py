@@ -3,10 +3,9 @@
 from dataclasses import replace
 
 import pytest
-from editions import any_claim
+from claim_runs import ANY, store
 
 from equipoise_lab.analysis import Hypothesis, power, seeds_needed
-from equipoise_lab.records import write_json
 from equipoise_lab.reproduce.claim import parse_claim
 from equipoise_lab.reproduce.command import as_json
 from equipoise_lab.reproduce.page import pages
@@ -14,7 +13,6 @@ from equipoise_lab.reproduce.page.wording import power_text
 from equipoise_lab.reproduce.results import Results
 from equipoise_lab.reproduce.verdict import findings
 
-EDITION = any_claim()
 CLAIM = parse_claim(
     "x",
     {
@@ -26,20 +24,16 @@ CLAIM = parse_claim(
         "arms": {"a": {"strategy": "none"}, "b": {"strategy": "loss-free"}},
         "primary": {"statistic": "val_nats", "of": "a", "against": "b", "claim": "lower", "effect": -0.02},
     },
-    EDITION.sizes,
-    EDITION.name,
+    ANY.sizes,
+    ANY.name,
 )
 START = "Loss, a − b: if the true value is −0.0200,"
 
 
 def _fill(results, differences):
-    results.folder.mkdir(parents=True, exist_ok=True)
     for seed, difference in enumerate(differences):
-        for arm, nats in (("a", 5.0 + difference), ("b", 5.0)):
-            job = CLAIM.job(arm, seed)
-            stored = {"options": dict(job.options), "result": {"val_nats": nats}, "seconds": 1.0, "began": "2026-01-02"}
-            stored |= {"hardware": "2 CPU cores", "versions": {"torch": "2"}}
-            write_json(results.folder / f"{results.name(job)}.json", stored)
+        store(results, CLAIM.job("a", seed), 5.0 + difference)
+        store(results, CLAIM.job("b", seed), 5.0)
 
 
 def _with(**change):
@@ -61,7 +55,7 @@ def test_the_page_says_what_power_the_planned_seeds_have_at_the_spread_seen(tmp_
     percent = f"{100 * expected:.0f} %"
     sentence = f"{START} and the spread that of these 4 seeds, 8 seeds support the claim with {percent} power."
     assert power_text(finding) == sentence
-    text = pages("p.md", EDITION, [CLAIM], [finding], results)["p_mechanisms.md"]
+    text = pages("p.md", ANY, [CLAIM], [finding], results)["p_mechanisms.md"]
     assert f"\n\n{sentence}\n\nAll runs of this claim" in text
     assert as_json([finding])[0]["effect"] == -0.02 and as_json([finding])[0]["power"] == pytest.approx(expected)
 

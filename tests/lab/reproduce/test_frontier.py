@@ -3,17 +3,15 @@
 import dataclasses
 
 import pytest
-from editions import any_claim
+from claim_runs import ANY, FIRST, Quiet, store
 
 from equipoise_lab.cli.parser import parse
-from equipoise_lab.records import write_json
 from equipoise_lab.reproduce.arms import Choice
 from equipoise_lab.reproduce.claim import parse_claim
 from equipoise_lab.reproduce.command import reproduce
 from equipoise_lab.reproduce.config import Reproduce
 from equipoise_lab.reproduce.edition import edition_names, load_edition
 from equipoise_lab.reproduce.frontier import Frontier
-from equipoise_lab.reproduce.jobs import key_of
 from equipoise_lab.reproduce.page import pages
 from equipoise_lab.reproduce.page.evidence import _cells
 from equipoise_lab.reproduce.results import Results
@@ -21,7 +19,6 @@ from equipoise_lab.reproduce.verdict import findings
 from equipoise_lab.train.loop import check
 
 EDITIONS = [load_edition(name) for name in edition_names()]
-FIRST = load_edition("first")
 FRONTIERS = [frontier for edition in EDITIONS for frontier in edition.frontiers.values()]
 FRONTIER = Frontier(
     name="f",
@@ -36,10 +33,7 @@ FRONTIER = Frontier(
 
 
 def _store(results, job, **result):
-    results.folder.mkdir(parents=True, exist_ok=True)
-    stored = {"options": dict(job.options), "result": result, "seconds": 60.0}
-    stored |= {"began": "2026-01-02T03:04", "hardware": "2 CPU cores", "versions": {"torch": "2"}}
-    write_json(results.folder / f"{key_of(job)}.json", stored)
+    store(results, job, result=result, seconds=60.0)
 
 
 def _fill(results, nats, maxvio=1.0, frontier=FRONTIER):
@@ -148,17 +142,6 @@ def test_a_claim_takes_the_chosen_values_and_has_no_runs_before(tmp_path):
     assert whole.arms["b"]["then"] == "lbl:coefficient=0.1"
 
 
-class _ProgressLines:
-    def __init__(self):
-        self.lines = []
-
-    def say(self, text):
-        self.lines.append(text)
-
-    def done(self, number, total, seconds_left):
-        pass
-
-
 def test_a_claim_runs_after_its_frontiers_with_the_values_that_they_chose(tmp_path, monkeypatch):
     """With a stand-in for the runs: the loss is lowest at coefficient 0.3, beyond the grid."""
     executed = []
@@ -173,7 +156,7 @@ def test_a_claim_runs_after_its_frontiers_with_the_values_that_they_chose(tmp_pa
         return True
 
     monkeypatch.setattr("equipoise_lab.reproduce.command.execute", execute)
-    findings = reproduce(Reproduce("1-scope", "first", out=tmp_path / "w", results=tmp_path / "r"), _ProgressLines())
+    findings = reproduce(Reproduce("1-scope", "first", out=tmp_path / "w", results=tmp_path / "r"), Quiet())
     of_claim = [(strategy, seed) for strategy, seed in executed if seed < 100]
     assert {strategy for strategy, _ in of_claim} == {
         "lbl:scope=micro_batch,coefficient=0.3",
@@ -185,7 +168,7 @@ def test_a_claim_runs_after_its_frontiers_with_the_values_that_they_chose(tmp_pa
 
 def test_a_claim_out_of_time_says_that_runs_are_missing(tmp_path, monkeypatch):
     monkeypatch.setattr("equipoise_lab.reproduce.command.execute", lambda *a, **b: False)
-    progress = _ProgressLines()
+    progress = Quiet()
     reproduce(Reproduce("1-scope", "first", budget=1, out=tmp_path / "w", results=tmp_path / "r"), progress)
     assert progress.lines[-1] == "runs are missing for 1-scope; run the same command again to continue"
 
@@ -216,7 +199,7 @@ def test_the_margin_of_equality_is_a_third_of_the_difference_between_scopes(tmp_
     assert finding.margin == (None if margin is None else pytest.approx(margin))
     assert finding.verdict == verdict
     assert finding.estimate.n == 4  # results are shown even without a margin
-    text = "\n".join(pages("page.md", any_claim(), [scope, same], findings([scope, same], results), results).values())
+    text = "\n".join(pages("page.md", ANY, [scope, same], findings([scope, same], results), results).values())
     assert f"equal, ± {margin:.4f}" in text if margin else "not known yet" in text
 
 

@@ -1,11 +1,11 @@
 """The second stage of a frontier chooses a learning rate by the same rule, and claims take it with the value."""
 
 import pytest
+from claim_runs import Quiet, store
 from editions import copy_of_first
 
 from equipoise.errors import EquipoiseError
 from equipoise_lab.cli.parser import parse
-from equipoise_lab.records import write_json
 from equipoise_lab.reproduce import edition as editions
 from equipoise_lab.reproduce.arms import Choice, fill, needs
 from equipoise_lab.reproduce.command import reproduce
@@ -30,11 +30,8 @@ F, G, H = parse_frontiers(CONTENT, SIZES).values()
 
 
 def _store(results, job, nats=5.0, maxvio=1.0):
-    results.folder.mkdir(parents=True, exist_ok=True)
     figures = {"selection_nats": nats, "selection_maxvio": maxvio, "val_nats": nats, "maxvio_global": maxvio}
-    stored = {"options": dict(job.options), "result": figures, "seconds": 60.0, "began": "2026-01-02T03:04"}
-    stored |= {"hardware": "2 CPU cores", "versions": {"torch": "2"}}
-    write_json(results.folder / f"{results.name(job)}.json", stored)
+    store(results, job, result=figures)
 
 
 def _fill_values(results, frontier=F):
@@ -170,14 +167,6 @@ most_widenings = 1
 """
 
 
-class _Quiet:
-    def say(self, text):
-        pass
-
-    def done(self, number, total, seconds_left):
-        pass
-
-
 def test_a_claim_runs_each_mechanism_at_its_own_learning_rate(tmp_path, monkeypatch):
     """With a stand-in for the runs: micro is best at 0.006, beyond that at 0.012; global at 0.0015 is not the edge."""
     folder = tmp_path / "editions" / "first"
@@ -204,7 +193,7 @@ def test_a_claim_runs_each_mechanism_at_its_own_learning_rate(tmp_path, monkeypa
 
     monkeypatch.setattr("equipoise_lab.reproduce.command.execute", execute)
     options = Reproduce("1-scope", "first", out=tmp_path / "w", results=tmp_path / "r")
-    reported = reproduce(options, _Quiet())
+    reported = reproduce(options, Quiet())
     of_claim = [options for options in executed if options["seed"] < 100]
     assert {(options["strategy"], options["learning_rate"], options["steps"]) for options in of_claim} == {
         ("lbl:scope=micro_batch,coefficient=0.01", 0.006, 200),

@@ -6,7 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from editions import any_claim
+from claim_runs import ANY, Quiet
 
 from equipoise.errors import EquipoiseError
 from equipoise_lab.records import write_json
@@ -21,7 +21,6 @@ from equipoise_lab.reproduce.results import Results
 from equipoise_lab.reproduce.runs import execute
 from equipoise_lab.reproduce.verdict import findings
 
-EDITION = any_claim()
 CLAIM = parse_claim(
     "x",
     {
@@ -33,8 +32,8 @@ CLAIM = parse_claim(
         "arms": {"a": {"strategy": "none"}, "b": {"strategy": "loss-free"}},
         "primary": {"statistic": "val_nats", "of": "a", "against": "b", "claim": "lower"},
     },
-    EDITION.sizes,
-    EDITION.name,
+    ANY.sizes,
+    ANY.name,
 )
 
 
@@ -124,17 +123,6 @@ def test_a_run_that_goes_on_names_what_all_its_parts_were_made_with(tmp_path, mo
     assert remember(file, folder) == MadeWith("not recorded", "not recorded")
 
 
-class _Quiet:
-    def __init__(self):
-        self.lines = []
-
-    def say(self, text):
-        self.lines.append(text)
-
-    def done(self, number, total, seconds_left):
-        pass
-
-
 def _start(command, stdout, stderr, env):
     folder = Path(command[command.index("--out") + 1])
     folder.mkdir(parents=True)
@@ -152,7 +140,7 @@ def _start(command, stdout, stderr, env):
 
 
 def _run(results, jobs, work):
-    assert execute(jobs, results, work, _Quiet(), workers=1, start=_start)
+    assert execute(jobs, results, work, Quiet(), workers=1, start=_start)
     assert not list(work.iterdir()), "nothing of a finished run stays in the folder of runs in progress"
 
 
@@ -167,7 +155,7 @@ def test_a_new_result_names_its_commit_machine_and_recipe(tmp_path, monkeypatch)
         "threads": 1,
         "recipe": 3,
     }
-    text = "\n".join(pages("p.md", EDITION, [CLAIM], findings([CLAIM], results), results).values())
+    text = "\n".join(pages("p.md", ANY, [CLAIM], findings([CLAIM], results), results).values())
     assert "\nAll runs of this claim: commit abc, CPU Xeon, 1 thread, torch 2.13.\n" in text
 
 
@@ -195,16 +183,16 @@ def test_runs_of_several_commits_or_machines_are_named_with_their_arms(tmp_path,
     assert "All runs of this claim: commit abc, " in made_with_line(only_a, results)
 
 
-SHIPPED = EDITION.results(Path(__file__).parents[3] / "benchmarks" / "results" / "claims")
+SHIPPED = ANY.results(Path(__file__).parents[3] / "benchmarks" / "results" / "claims")
 
 
 def test_the_command_says_which_runs_are_not_alike(tmp_path):
-    results, quiet = EDITION.results(tmp_path), _Quiet()
+    results, quiet = ANY.results(tmp_path), Quiet()
     results.folder.mkdir()
-    for frontier in EDITION.frontiers.values():
+    for frontier in ANY.frontiers.values():
         for job in frontier.jobs(SHIPPED):
             write_json(results.folder / f"{results.name(job)}.json", SHIPPED.get(job))
-    claim = EDITION.claims["1-scope"].with_values(EDITION.chosen(SHIPPED))
+    claim = ANY.claims["1-scope"].with_values(ANY.chosen(SHIPPED))
     for arm, name in (("micro", "abc"), ("global", "def")):
         job = claim.job(arm, 0)
         write_json(results.folder / f"{results.name(job)}.json", SHIPPED.get(job) | {"commit": name})
@@ -213,6 +201,6 @@ def test_the_command_says_which_runs_are_not_alike(tmp_path):
 
 
 def test_the_first_edition_recorded_neither_commit_nor_cpu():
-    for claim in EDITION.claims_with_values(SHIPPED):
+    for claim in ANY.claims_with_values(SHIPPED):
         line = made_with_line(claim, SHIPPED)
         assert line == "All runs of this claim: commit not recorded, CPU not recorded, 1 thread, torch 2.13.0+cpu."
