@@ -15,8 +15,6 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cache
-from importlib.resources import files
-from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +26,7 @@ from equipoise_lab.reproduce.results import Results
 
 __all__ = ["Edition", "PageText", "edition_names", "load_edition", "newest_edition"]
 
-EDITIONS = files("equipoise_lab.reproduce") / "editions"
+EDITIONS = Path(__file__).parent / "editions"
 NAMES = ("first", "second", "third", "fourth")  # oldest first; those that have a folder exist
 
 
@@ -93,7 +91,7 @@ class Edition:
 
 def edition_names() -> list[str]:
     """The editions that exist, oldest first."""
-    folders = {folder.name for folder in EDITIONS.iterdir() if folder.is_dir() and not folder.name.startswith("_")}
+    folders = {sizes.parent.name for sizes in EDITIONS.glob("*/sizes.toml")}
     if unknown := folders - set(NAMES):
         raise EquipoiseError(
             f"an edition must have one of the names {', '.join(NAMES)}: {EDITIONS} has {', '.join(sorted(unknown))}."
@@ -113,7 +111,7 @@ def load_edition(name: str) -> Edition:
 
 
 @cache
-def _load(folder: Traversable) -> Edition:
+def _load(folder: Path) -> Edition:
     sizes = _read_toml(folder / "sizes.toml")
     recipe = sizes.pop("recipe", None)
     if not isinstance(recipe, int) or recipe < 1:
@@ -157,8 +155,8 @@ def _check_needs(claim: Claim, frontiers: Mapping[str, Frontier]) -> None:
             )
 
 
-def _read_toml(file: Traversable) -> dict[str, Any]:
+def _read_toml(file: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(file.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
+    except (OSError, tomllib.TOMLDecodeError) as error:
         raise EquipoiseError(f"{file} must be TOML: {error}. Restore the file.") from None

@@ -195,7 +195,12 @@ def _ratio_beyond(grid: list[str], is_above: bool) -> str:
 
 def parse_frontiers(content: Mapping[str, Any], sizes: Mapping[str, Mapping[str, Any]]) -> dict[str, Frontier]:
     """The frontiers in the content of a file. Raises ``EquipoiseError``, which says what must hold."""
-    common = {**content["common"], "seeds": tuple(content["common"]["seeds"])}
+    common = dict(content.get("common", {}))
+    if set(common) != {"size", "seeds", "most_maxvio", "most_widenings"}:
+        raise EquipoiseError(
+            f"frontiers: common must have size, seeds, most_maxvio and most_widenings: got {', '.join(common)}."
+        )
+    common["seeds"] = tuple(common["seeds"])
     if common["size"] not in sizes:
         raise EquipoiseError(f"frontiers: size must be one of {', '.join(sizes)}: got {common['size']!r}.")
     shared = sizes[common["size"]]
@@ -206,6 +211,8 @@ def parse_frontiers(content: Mapping[str, Any], sizes: Mapping[str, Mapping[str,
     for name, arm in content["frontiers"].items():
         options = {key: value for key, value in arm.items() if key != "values"}
         values = tuple(arm.get("values", ()))
+        if "strategy" not in options:
+            raise EquipoiseError(f"frontier {name}: a frontier must have a strategy: it has {', '.join(options)}.")
         if ("{}" in options["strategy"]) != bool(values):
             raise EquipoiseError(
                 f"frontier {name}: a strategy must have values if and only if it holds {{}}: got "

@@ -181,6 +181,8 @@ ARM = 'strategy = "lbl:scope=micro_batch,coefficient={micro}"'
         ("sizes.toml", "recipe = 1", "", "must have a recipe, a whole number from 1: got None"),
         ("sizes.toml", "recipe = 1", "recipe = 0", "must have a recipe, a whole number from 1: got 0"),
         ("sizes.toml", "[small]", "[tiny]", "frontiers: size must be one of tiny, standard: got 'small'"),
+        ("frontiers.toml", "most_widenings = 3", "", "common must have size, seeds, .*: got size, seeds, most_maxvio"),
+        ("frontiers.toml", 'strategy = "quantile"', 'name = "q"', "frontier quantile: a frontier must have a strategy"),
         ("sizes.toml", "[small]", "[small", "sizes.toml must be TOML: .* Restore the file"),
         ("page.toml", 'leaderboard = "8-leaderboard"', "", "lacks these keys, or has them and must not: leaderboard"),
         ("page.toml", 'leaderboard = "8', 'color = "red"\nleaderboard = "8', "or has them and must not: color"),
@@ -215,6 +217,14 @@ def test_a_wrong_file_of_an_edition_is_refused(two, tmp_path, monkeypatch, file,
 
 
 def test_an_edition_of_an_unknown_name_is_refused(two, tmp_path):
-    (tmp_path / "editions" / "frist").mkdir()
+    copy_of_first(tmp_path / "editions" / "frist")
     with pytest.raises(EquipoiseError, match="one of the names first, second, .*: .* has frist"):
         edition_names()
+
+
+def test_a_folder_without_its_files_is_no_edition_and_a_missing_file_is_named(two, tmp_path):
+    (tmp_path / "editions" / "third").mkdir()
+    assert edition_names() == ["first", "second"]
+    (tmp_path / "editions" / "third" / "sizes.toml").write_text("recipe = 1\n")
+    with pytest.raises(EquipoiseError, match="third/frontiers.toml must be TOML: .*No such file"):
+        load_edition("third")
