@@ -1,7 +1,9 @@
-"""Writes the pages of results of the claims, and their figure, from the stored results: those of every edition.
+"""Writes the pages of results of the claims, and their figure, from the stored results: those of every edition, or of
+those that are named.
 
     equipoise reproduce all                  # takes hours; continues where it was stopped
     python benchmarks/claims.py              # writes the pages and figures that page.toml of each edition names
+    python benchmarks/claims.py second       # the same for one edition
     python benchmarks/claims.py --check      # fails if the pages are not what the stored results give
 
 Chromium draws the figure (needs playwright and /usr/bin/chromium).
@@ -131,8 +133,8 @@ FIGURES: dict[str, Callable[[Edition, Claim, Results], go.Figure]] = {"first": d
 
 
 def main() -> None:
-    is_check = sys.argv[1:] == ["--check"]
-    for edition in map(load_edition, edition_names()):
+    names, is_check = [name for name in sys.argv[1:] if name != "--check"], "--check" in sys.argv[1:]
+    for edition in map(load_edition, names or edition_names()):
         page, results = ROOT / edition.page.path, edition.results(RESULTS)
         claims = edition.claims_with_values(results)
         all_findings = findings(claims, results)

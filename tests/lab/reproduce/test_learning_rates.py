@@ -13,6 +13,7 @@ from equipoise_lab.reproduce.config import Reproduce
 from equipoise_lab.reproduce.edition import load_edition
 from equipoise_lab.reproduce.frontier import parse_frontiers
 from equipoise_lab.reproduce.page import pages
+from equipoise_lab.reproduce.page.wording import options_text
 from equipoise_lab.reproduce.results import Results
 from equipoise_lab.train.loop import check
 
@@ -213,6 +214,12 @@ def test_a_claim_runs_each_mechanism_at_its_own_learning_rate(tmp_path, monkeypa
     assert "**0.006: 5.000 / 1.000**, 0.012: 5.006 / 1.000 |" in text
     assert "| global | `lbl:scope=global_batch,coefficient=0.01` | 0.0015: 5.002 / 1.000, **0.003: 5.000" in text
     assert "the same rule chooses one" in text
+
+
+def test_a_page_says_what_an_arm_still_needs():
+    assert options_text({"frontier": "f"}) == "what frontier f will choose"
+    assert options_text({"frontier": "f", "steps": 9}) == "what frontier f will choose `--steps 9`"
+    assert options_text({"strategy": "none", "qk_norm": False}) == "`--strategy none --no-qk-norm`"
 
 
 def test_an_edition_without_a_second_stage_says_nothing_of_learning_rates(tmp_path):

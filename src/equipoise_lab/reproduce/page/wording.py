@@ -122,7 +122,9 @@ def ignored_text(number_of_results: int, edition: str, recipe: int) -> str:
 
 
 def options_text(options: Mapping[str, Any]) -> str:
-    """The options as one types them, in Markdown."""
+    """The options as one types them, in Markdown; first what an arm still needs from a frontier."""
+    options = dict(options)
+    frontier = options.pop("frontier", None)
     arguments = []
     for name, value in options.items():
         flag = f"--{name.replace('_', '-')}"
@@ -130,4 +132,5 @@ def options_text(options: Mapping[str, Any]) -> str:
             arguments.append(flag if value else flag.replace("--", "--no-", 1))
         else:
             arguments.append(f"{flag} {value}")
-    return f"`{' '.join(arguments)}`"
+    typed = f"`{' '.join(arguments)}`" if arguments else ""
+    return typed if frontier is None else f"what frontier {frontier} will choose {typed}".rstrip()
