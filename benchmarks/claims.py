@@ -1,7 +1,9 @@
-"""Writes the pages of results of the claims, and their figure, from the stored results.
+"""Writes the pages of results of the claims, and their figure, from the stored results: those of every edition, or of
+those that are named.
 
     equipoise reproduce all                  # takes hours; continues where it was stopped
-    python benchmarks/claims.py              # writes docs/evidence/results*.md and docs/figures/claims.png
+    python benchmarks/claims.py              # writes the pages and figures that page.toml of each edition names
+    python benchmarks/claims.py second       # the same for one edition
     python benchmarks/claims.py --check      # fails if the pages are not what the stored results give
 
 Chromium draws the figure (needs playwright and /usr/bin/chromium).
@@ -9,6 +11,7 @@ Chromium draws the figure (needs playwright and /usr/bin/chromium).
 
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +20,16 @@ from picture import photograph
 from plotly.subplots import make_subplots
 
 from equipoise_lab.analysis import estimate, paired_differences
-from equipoise_lab.reproduce.claim import Claim, claim_names, load_claim
-from equipoise_lab.reproduce.frontier import FRONTIERS, Frontier
-from equipoise_lab.reproduce.page import FIGURE, LEADERBOARD, arms, pages, write
-from equipoise_lab.reproduce.runs import Results
+from equipoise_lab.reproduce.claim import Claim
+from equipoise_lab.reproduce.edition import Edition, edition_names, load_edition
+from equipoise_lab.reproduce.frontier import Frontier
+from equipoise_lab.reproduce.page import figure_of, pages, write
+from equipoise_lab.reproduce.page.leaderboard import arms
+from equipoise_lab.reproduce.results import Results
 from equipoise_lab.reproduce.verdict import findings
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "claims"
-PAGE = ROOT / "docs" / "evidence" / "results.md"
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#808080")
 DRAWN_FRONTIERS = ("global", "micro", "sequence", "loss-free", "phi", "shinka", "quantile", "none")
 LABEL_PLACES = (
@@ -42,7 +46,7 @@ BASELINE = "global"  # the arm that others are compared with
 LABEL_HEIGHT = 0.011  # nats
 
 
-def draw(leaderboard: Claim, results: Results) -> go.Figure:
+def draw(edition: Edition, leaderboard: Claim, results: Results) -> go.Figure:
     """Left: each mechanism over its coefficient or rate. Right: the arms of the leaderboard, against the baseline."""
     figure = make_subplots(
         cols=2,
@@ -53,7 +57,7 @@ def draw(leaderboard: Claim, results: Results) -> go.Figure:
         ),
     )
     for color, name, place in zip(COLORS, DRAWN_FRONTIERS, LABEL_PLACES, strict=True):
-        _frontier(figure, FRONTIERS[name], color, place, results)
+        _frontier(figure, edition.frontiers[name], color, place, results)
     _leaderboard(figure, leaderboard, results)
     ticks = [0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 4]
     figure.update_xaxes(
@@ -75,7 +79,7 @@ def draw(leaderboard: Claim, results: Results) -> go.Figure:
 
 def _frontier(figure: go.Figure, frontier: Frontier, color: str, place: str, results: Results) -> None:
     points = [point for value in frontier.grid(results) if (point := frontier.point(value, results)) is not None]
-    chosen, ends = frontier.chosen(results), (points[0], points[-1])
+    chosen, ends = frontier.value(results), (points[0], points[-1])
     figure.add_scatter(
         x=[point.mean("maxvio_global") for point in points],
         y=[point.mean("val_nats") for point in points],
@@ -125,18 +129,25 @@ def _leaderboard(figure: go.Figure, claim: Claim, results: Results) -> None:
     figure.update_xaxes(range=[math.log10(0.2), math.log10(3.6)], row=1, col=2)
 
 
+FIGURES: dict[str, Callable[[Edition, Claim, Results], go.Figure]] = {"first": draw}  # by edition
+
+
 def main() -> None:
-    results = Results(RESULTS)
-    chosen = {name: frontier.chosen(results) for name, frontier in FRONTIERS.items()}
-    claims = [load_claim(name).with_values(chosen) for name in claim_names()]
-    all_findings = findings(claims, results)
-    if sys.argv[1:] == ["--check"]:
-        for name, text in pages(PAGE.name, claims, all_findings, results, FIGURE).items():
-            if not PAGE.with_name(name).exists() or text != PAGE.with_name(name).read_text(encoding="utf-8"):
-                sys.exit(f"{name} must match the stored results: run python benchmarks/claims.py")
-        return
-    photograph(draw(next(c for c in claims if c.name == LEADERBOARD), results), PAGE.parent / FIGURE)
-    write(PAGE, claims, all_findings, results)
+    names, is_check = [name for name in sys.argv[1:] if name != "--check"], "--check" in sys.argv[1:]
+    for edition in map(load_edition, names or edition_names()):
+        page, results = ROOT / edition.page.path, edition.results(RESULTS)
+        claims = edition.claims_with_values(results)
+        all_findings = findings(claims, results)
+        if is_check:
+            figure = figure_of(edition) if (ROOT / edition.page.figure).exists() else None
+            for name, text in pages(page.name, edition, claims, all_findings, results, figure).items():
+                if not page.with_name(name).exists() or text != page.with_name(name).read_text(encoding="utf-8"):
+                    sys.exit(f"{page.with_name(name)} must match the stored results: run python benchmarks/claims.py")
+            continue
+        if edition.name in FIGURES:
+            leaderboard = next(claim for claim in claims if claim.name == edition.page.leaderboard)
+            photograph(FIGURES[edition.name](edition, leaderboard, results), ROOT / edition.page.figure)
+        write(page, edition, claims, all_findings, results)
 
 
 if __name__ == "__main__":

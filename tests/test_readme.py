@@ -10,10 +10,7 @@ import pytest
 
 import equipoise
 from equipoise_lab.records import read_json
-from equipoise_lab.reproduce.claim import claim_names, load_claim
-from equipoise_lab.reproduce.frontier import FRONTIERS
-from equipoise_lab.reproduce.page import LIMITS
-from equipoise_lab.reproduce.runs import Results
+from equipoise_lab.reproduce.edition import load_edition
 from equipoise_lab.reproduce.verdict import findings
 
 ROOT = Path(__file__).parent.parent
@@ -42,9 +39,9 @@ def test_the_pages_have_the_numbers_of_the_stored_results(script):
 
 
 def _all_findings():
-    results = Results(RESULTS / "claims")
-    chosen = {name: frontier.chosen(results) for name, frontier in FRONTIERS.items()}
-    return findings([load_claim(name).with_values(chosen) for name in claim_names()], results)
+    edition = load_edition("first")
+    results = edition.results(RESULTS / "claims")
+    return findings(edition.claims_with_values(results), results)
 
 
 def test_its_three_numbers_are_those_of_the_stored_results():
@@ -66,11 +63,11 @@ def test_its_three_numbers_are_those_of_the_stored_results():
     verdicts = [finding.verdict for finding in primary.values()]
     counts = (verdicts.count(verdict) for verdict in ("supported", "not supported", "undecided"))
     assert "Of the claims {} are supported, {} are not, and {} are undecided.".format(*counts) in text
-    assert f"{len(primary)} claims" in text and f"{len([*(RESULTS / 'claims').glob('*.json')])} runs" in text
+    assert f"{len(primary)} claims" in text and f"{len([*(RESULTS / 'claims' / 'first').glob('*.json')])} runs" in text
 
 
 def test_what_the_limits_say_of_a_slower_loss_free_is_what_the_results_say():
-    assert "that arm is far better" in LIMITS
+    assert "that arm is far better" in load_edition("first").page.limits
     verdicts = {
         (finding.comparison.of, finding.comparison.against): finding.verdict
         for finding in _all_findings()

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from equipoise_lab.cli.groups import with_joined_lines
 from equipoise_lab.cli.process import print_json, print_stderr, requires_lab, share_cores
 from equipoise_lab.reproduce.config import Reproduce
+from equipoise_lab.reproduce.edition import edition_names
 
 __all__ = ["Reproduce", "run", "subcommand"]
 
@@ -16,9 +17,12 @@ COLUMNS = ("comparison", "claimed", "means of the arms", "difference, 95 % inter
 def subcommand() -> Any:
     import tyro
 
+    editions = f"{{{','.join(edition_names())}}}"
+
     @with_joined_lines
     def reproduce(
         claim: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[CLAIM]", help_behavior_hint="")] = "all",
+        edition: Annotated[str | None, tyro.conf.arg(metavar=editions, help_behavior_hint="")] = None,
         budget: Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")] = None,
         out: Path = Path("runs/reproduce"),
         results: Path = Path("benchmarks/results/claims"),
@@ -33,19 +37,21 @@ def subcommand() -> Any:
 
         Args:
             claim: The claim to test, such as 1-scope; without it, all. --budget 0 lists them.
+            edition: The edition of the evidence: claims, sizes and results of its own. Without it, the newest.
             budget: Minutes. A run starts only if it should end within them; the same command continues later. 0 runs
                 nothing and shows the verdicts of the stored results.
             out: Folder for runs in progress.
-            results: Folder of the results, one small file per run. A stored run is not run again. The default
-                also reads the results that come with equipoise; another, new folder runs all of them.
+            results: Folder of the results: in it a folder for each edition, with one small file per run. A stored
+                run is not run again. The default also reads the results that come with equipoise; another, new folder
+                runs all of them.
             workers: Runs side by side, one thread each; 0: one for each core.
             dtype: Precision of all runs, in place of the one that the claims name; these results are stored beside the
                 others. CPUs without bfloat16 instructions are several times faster in float32.
-            page: Write the verdicts on all claims as a Markdown page. Three pages beside it have the details: for
+            page: Write the verdicts on all claims as a Markdown page. Pages beside it have the details: for
                 claims.md these are claims_scope.md, claims_mechanisms.md and claims_runs.md.
             json: Print the verdicts as JSON on stdout.
         """
-        return Reproduce(claim, budget, out, results, workers, dtype, page, json)
+        return Reproduce(claim, edition, budget, out, results, workers, dtype, page, json)
 
     return Annotated[Reproduce, tyro.conf.subcommand("reproduce", constructor=reproduce)]
 

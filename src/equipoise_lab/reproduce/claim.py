@@ -1,11 +1,11 @@
 """Claims: what is compared and what would support it, written down before anything is run. Imports no torch.
 
-A claim is a TOML file in ``claims/``:
+A claim is a TOML file in the folder ``claims`` of an edition (``edition.py``):
 
     title = "..."                  one sentence that can be true or false
     source = "..."                 the paper and the place in it
     paper = "..."                  the figures that it reports
-    size = "small" | "standard"    of ``sizes.toml``: the options that all arms share
+    size = "..."                   of ``sizes.toml``: the options that all arms share
     seeds = 8                      0, 1, ..., paired between arms
     note = "..."                   what else a reader must know (optional)
 
@@ -13,8 +13,9 @@ A claim is a TOML file in ``claims/``:
     dtype = "float32"              for all arms, in place of the precision of the size (optional)
 
     [arms.NAME]                    the options of ``equipoise train`` that this arm adds to those of its size
-    strategy = "..."               "{NAME}" stands for the coefficient or rate chosen on a frontier (``frontier.py``),
-                                   "{NAME/100}" for a hundredth of it
+    strategy = "..."               "{FRONTIER}" stands for the coefficient or rate chosen on a frontier; ``arms.py`` has
+                                   all that may be taken from one
+    frontier = "..."               in place of a strategy: all that was chosen on this frontier
     seeds = 3                      only the first so many seeds, for an arm without a verdict on a loss (optional)
 
     [primary]                      the one comparison that decides; [[also]] adds others, for information
@@ -24,48 +25,25 @@ A claim is a TOML file in ``claims/``:
     claim = "lower" | "higher" | "equal"
     margin = 0.01                  for "equal" only: smaller differences count as none. By default, for a loss, a third
                                    of the difference between the arms of claim 1-scope
+    effect = -0.02                 the difference that the seeds are planned for, as an earlier edition saw it
+                                   (optional); the page says what power they have for it
 
 A trend has ``over = {NAME = 1, NAME = 2, ...}`` instead of ``of`` and ``against``. Its statistic is a slope, seed by
 seed, over log2 of these numbers.
 """
 
-import re
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from importlib.resources import files
-from importlib.resources.abc import Traversable
 from typing import Any
 
-from equipoise.errors import EquipoiseError, UsageError
+from equipoise.errors import EquipoiseError
+from equipoise_lab.reproduce.arms import Choice, fill, needs
+from equipoise_lab.reproduce.jobs import Job, job_of
 
-__all__ = [
-    "DTYPES",
-    "SIZES",
-    "Claim",
-    "Comparison",
-    "Job",
-    "claim_names",
-    "job_of",
-    "load_claim",
-    "parse_claim",
-    "read_toml",
-]
+__all__ = ["DTYPES", "Claim", "Comparison", "parse_claim"]
 
-_FOLDER = files("equipoise_lab.reproduce") / "claims"
 DTYPES = ("bfloat16", "float32")
 _LOSSES = ("val_nats", "train_nats")
-_PLACEHOLDER = re.compile(r"\{([\w-]+)(?:/(\d+))?\}")
-
-
-def read_toml(file: Traversable) -> dict[str, Any]:
-    try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise EquipoiseError(f"{file} must be TOML: {error}. Restore the file.") from None
-
-
-SIZES: dict[str, dict[str, Any]] = read_toml(files("equipoise_lab.reproduce") / "sizes.toml")
 
 
 @dataclass(frozen=True)
@@ -78,6 +56,7 @@ class Comparison:
     against: str = ""
     over: Mapping[str, float] = field(default_factory=dict)
     margin: float | None = None
+    effect: float | None = None  # that the seeds are planned for
 
     @property
     def arms(self) -> tuple[str, ...]:
@@ -90,36 +69,16 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Job:
-    """One run that a claim needs: options of ``equipoise train``, with a seed."""
-
-    options: tuple[tuple[str, Any], ...]
-
-    def with_option(self, name: str, value: Any) -> "Job":
-        return Job(tuple(sorted({**dict(self.options), name: value}.items())))
-
-    @property
-    def arguments(self) -> list[str]:
-        """The options as command line arguments."""
-        arguments = []
-        for name, value in self.options:
-            flag = f"--{name.replace('_', '-')}"
-            if isinstance(value, bool):
-                arguments += [flag] if value else []
-            else:
-                arguments += [flag, str(value)]
-        return arguments
-
-
-@dataclass(frozen=True)
 class Claim:
     """What a paper claims, and the runs that decide it."""
 
+    edition: str  # whose files and results it belongs to
     name: str
     title: str
     source: str
     paper: str
     size: str
+    shared: Mapping[str, Any]  # the options of the size
     seeds: int
     arms: Mapping[str, Mapping[str, Any]]
     primary: Comparison
@@ -131,25 +90,12 @@ class Claim:
 
     @property
     def frontiers(self) -> list[str]:
-        """The frontiers that its arms still need a coefficient or rate from, each once."""
-        options = (str(value) for arm in self.arms.values() for value in arm.values())
-        return list(dict.fromkeys(name for option in options for name, _ in _PLACEHOLDER.findall(option)))
+        """The frontiers that its arms still need something from, each once."""
+        return list(dict.fromkeys(need.frontier for arm in self.arms.values() for need in needs(arm)))
 
-    def with_values(self, chosen: Mapping[str, str | None]) -> "Claim":
-        """The claim with the chosen values filled in; a placeholder without a value (None) stays."""
-
-        def fill(placeholder: re.Match[str]) -> str:
-            name, divisor = placeholder.groups()
-            value = chosen.get(name)
-            if value is None:
-                return placeholder[0]
-            return value if divisor is None else f"{float(value) / int(divisor):g}"
-
-        def filled(option: Any) -> Any:
-            return _PLACEHOLDER.sub(fill, option) if isinstance(option, str) else option
-
-        arms = {name: {key: filled(option) for key, option in arm.items()} for name, arm in self.arms.items()}
-        return replace(self, arms=arms)
+    def with_values(self, chosen: Mapping[str, Choice | None]) -> "Claim":
+        """The claim with what was chosen filled in; what has no choice yet (None) stays."""
+        return replace(self, arms={name: fill(arm, chosen) for name, arm in self.arms.items()})
 
     @property
     def all_seeds(self) -> range:
@@ -161,11 +107,15 @@ class Claim:
 
     def job(self, arm: str, seed: int) -> Job:
         precision = {} if self.dtype is None else {"dtype": self.dtype}
-        return job_of(self.size, precision | dict(self.arms[arm]), seed)
+        return job_of(self.shared, precision | dict(self.arms[arm]), seed)
 
     def jobs(self) -> list[Job]:
         """All runs, seed by seed, so that finished runs are always paired; none while an arm still needs a value."""
         return [] if self.frontiers else self.planned()
+
+    def jobs_of(self, arm: str) -> list[Job]:
+        """The runs of one arm, even those that cannot start yet."""
+        return [self.job(arm, seed) for seed in self.all_seeds[: self.seeds_of.get(arm, self.seeds)]]
 
     def planned(self) -> list[Job]:
         """All runs, even those that cannot start yet because an arm still needs a value."""
@@ -177,27 +127,14 @@ class Claim:
         ]
 
 
-def job_of(size: str, arm: Mapping[str, Any], seed: int) -> Job:
-    return Job(tuple(sorted({**SIZES[size], **arm, "seed": seed}.items())))
-
-
-def claim_names() -> list[str]:
-    names = (file.name for file in _FOLDER.iterdir())
-    return sorted(name.removesuffix(".toml") for name in names if name.endswith(".toml"))
-
-
-def load_claim(name: str) -> Claim:
-    if name not in claim_names():
-        raise UsageError(f"CLAIM must be all or one of {', '.join(claim_names())}: got {name!r}.")
-    return parse_claim(name, read_toml(_FOLDER / f"{name}.toml"))
-
-
-def parse_claim(name: str, content: Mapping[str, Any]) -> Claim:
+def parse_claim(
+    name: str, content: Mapping[str, Any], sizes: Mapping[str, Mapping[str, Any]], edition: str = ""
+) -> Claim:
     """The claim in a file's content. Raises ``EquipoiseError``, which names what is missing or wrong."""
     required = {"title", "source", "paper", "size", "seeds", "arms", "primary"}
     _check_keys(name, content, required, required | {"also", "note", "first_seed", "dtype"})
-    if content["size"] not in SIZES:
-        raise EquipoiseError(f"claim {name}: size must be one of {', '.join(SIZES)}: got {content['size']!r}.")
+    if content["size"] not in sizes:
+        raise EquipoiseError(f"claim {name}: size must be one of {', '.join(sizes)}: got {content['size']!r}.")
     if content.get("dtype", DTYPES[0]) not in DTYPES:
         raise EquipoiseError(f"claim {name}: dtype must be one of {', '.join(DTYPES)}: got {content['dtype']!r}.")
     if not isinstance(content["seeds"], int) or content["seeds"] < 2:
@@ -205,9 +142,10 @@ def parse_claim(name: str, content: Mapping[str, Any]) -> Claim:
     arms = {arm: dict(options) for arm, options in content["arms"].items()}
     seeds_of = {arm: options.pop("seeds") for arm, options in arms.items() if "seeds" in options}
     for arm, options in arms.items():
-        if "strategy" not in options:
+        if ("strategy" in options) == ("frontier" in options):
             raise EquipoiseError(
-                f"claim {name}: arm {arm} must have a strategy: it has {', '.join(options) or 'no option'}."
+                f"claim {name}: arm {arm} must have either a strategy or a frontier: it has "
+                f"{', '.join(options) or 'no option'}."
             )
     for arm, seeds in seeds_of.items():
         if not isinstance(seeds, int) or not 2 <= seeds < content["seeds"]:
@@ -216,11 +154,13 @@ def parse_claim(name: str, content: Mapping[str, Any]) -> Claim:
                 f"{content['seeds']} of the claim: got {seeds!r}."
             )
     return Claim(
+        edition=edition,
         name=name,
         title=content["title"],
         source=content["source"],
         paper=content["paper"],
         size=content["size"],
+        shared=sizes[content["size"]],
         seeds=content["seeds"],
         arms=arms,
         primary=_comparison(name, content["primary"], arms),
@@ -235,12 +175,15 @@ def parse_claim(name: str, content: Mapping[str, Any]) -> Claim:
 def _comparison(name: str, content: Mapping[str, Any], arms: Mapping[str, Any]) -> Comparison:
     ends = {"over"} if "over" in content else {"of", "against"}
     margin = {"margin"} if content.get("claim") == "equal" else set()
-    _check_keys(name, content, {"statistic", "claim"} | ends, {"statistic", "claim"} | ends | margin)
+    required = {"statistic", "claim"} | ends
+    _check_keys(name, content, required, required | margin | {"effect"})
     comparison = Comparison(**content)
     if comparison.claim not in ("lower", "higher", "equal"):
         raise EquipoiseError(f"claim {name}: claim must be lower, higher or equal: got {comparison.claim!r}.")
     if comparison.claim == "equal" and comparison.margin is None and comparison.statistic not in _LOSSES:
         raise EquipoiseError(f"claim {name}: {comparison} must have a margin: only losses have one by default.")
+    if comparison.effect is not None and not isinstance(comparison.effect, int | float):
+        raise EquipoiseError(f"claim {name}: effect must be a number: got {comparison.effect!r}.")
     for arm in comparison.arms:
         if arm not in arms:
             raise EquipoiseError(

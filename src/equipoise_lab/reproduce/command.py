@@ -8,11 +8,22 @@ from typing import Any
 from equipoise_lab.cores import num_cores
 from equipoise_lab.paths import check_writable
 from equipoise_lab.records import finite
-from equipoise_lab.reproduce.claim import Claim, Job, claim_names, load_claim
+from equipoise_lab.reproduce.claim import Claim
 from equipoise_lab.reproduce.config import RESULTS, Reproduce
-from equipoise_lab.reproduce.frontier import FRONTIERS
-from equipoise_lab.reproduce.page import claimed, comparison_text, number, result_text, verdict_text, write
-from equipoise_lab.reproduce.runs import Progress, Results, execute
+from equipoise_lab.reproduce.edition import Edition
+from equipoise_lab.reproduce.jobs import Job
+from equipoise_lab.reproduce.page import write
+from equipoise_lab.reproduce.page.environments import differences
+from equipoise_lab.reproduce.page.wording import (
+    claimed,
+    comparison_text,
+    ignored_text,
+    number,
+    result_text,
+    verdict_text,
+)
+from equipoise_lab.reproduce.results import Results
+from equipoise_lab.reproduce.runs import Progress, execute
 from equipoise_lab.reproduce.verdict import Finding, findings
 
 __all__ = ["as_json", "claim_rows", "reproduce", "table_rows"]
@@ -22,24 +33,26 @@ def reproduce(options: Reproduce, progress: Progress) -> list[Finding]:
     """Does the missing runs of the claims as far as the budget goes, and returns the findings, claim by claim, the
     primary one first."""
     options.check()
-    names = claim_names() if options.claim == "all" else [options.claim]
+    edition = options.load_edition()
+    names = list(edition.claims) if options.claim == "all" else [options.claim]
     shipped = _shipped_results() if options.results == RESULTS else []
-    if not options.results.is_dir() and not shipped:
-        progress.say(f"{options.results} is not a folder, so there are no stored results yet.")
+    results = edition.results(options.results, *shipped, dtype=options.dtype)
+    _say_what_is_not_read(options.results, edition, results, progress)
     if options.budget != 0:  # the first run takes minutes
         check_writable(options.out, "--out")
         check_writable(options.results, "--results")
     if options.page is not None:
         check_writable(options.page.parent, "the folder of --page")
-    results = Results(options.results, *shipped, dtype=options.dtype)
     if options.budget != 0:
-        _run([load_claim(name) for name in names], options.claim == "all", results, options, progress)
-    chosen = {name: frontier.chosen(results) for name, frontier in FRONTIERS.items()}
+        _run([edition.claims[name] for name in names], options.claim == "all", edition, results, options, progress)
     # Verdicts are corrected for the number of all claims, even if only one is reported.
-    all_claims = [load_claim(name).with_values(chosen) for name in claim_names()]
+    all_claims = edition.claims_with_values(results)
     reported = [finding for finding in findings(all_claims, results) if finding.claim.name in names]
     if options.page is not None:
-        write(options.page, all_claims, reported, results)
+        write(options.page, edition, all_claims, reported, results)
+    for claim in all_claims:
+        if claim.name in names and (different := differences(claim, results)):
+            progress.say(f"the runs of {claim.name} are not alike: {'; '.join(different)}")
     return reported
 
 
@@ -49,20 +62,38 @@ def _shipped_results() -> list[Path]:
     return [path for path in (package / "results", package.parents[2] / RESULTS) if path.is_dir()]
 
 
-def _run(claims: Sequence[Claim], is_all: bool, results: Results, options: Reproduce, progress: Progress) -> None:
+def _say_what_is_not_read(root: Path, edition: Edition, results: Results, progress: Progress) -> None:
+    if not any(folder.is_dir() for folder in (results.folder, *results.others)):
+        progress.say(f"{results.folder} is not a folder, so there are no stored results yet.")
+    if outside := len([*root.glob("*.json")]):
+        progress.say(
+            f"{outside} results in {root} are ignored: those of the {edition.name} edition are read from "
+            f"{results.folder}. Move those that are of this edition there."
+        )
+    if ignored := ignored_text(results.num_of_other_recipes, edition.name, edition.recipe):
+        progress.say(ignored)
+
+
+def _run(
+    claims: Sequence[Claim],
+    is_all: bool,
+    edition: Edition,
+    results: Results,
+    options: Reproduce,
+    progress: Progress,
+) -> None:
     """Does the missing runs, claim by claim: first the frontiers that its arms take values from, until their grids no
     longer grow, then its own runs. With all claims, the remaining frontiers come last."""
     began = time.monotonic()
     workers = options.workers or num_cores()
+    frontiers, work = edition.frontiers, edition.folder(options.out)
 
     def finish(jobs: Sequence[Job]) -> bool:
         minutes = None if options.budget is None else max(0.0, options.budget - (time.monotonic() - began) / 60)
-        return not results.missing(jobs) or execute(
-            jobs, results, options.out, progress, workers=workers, minutes=minutes
-        )
+        return not results.missing(jobs) or execute(jobs, results, work, progress, workers=workers, minutes=minutes)
 
     def finish_frontiers(names: Iterable[str]) -> bool:
-        while results.missing(jobs := [job for name in names for job in FRONTIERS[name].jobs(results)]):
+        while results.missing(jobs := [job for name in names for job in frontiers[name].jobs(results)]):
             if not finish(jobs):
                 return False
         return True
@@ -72,10 +103,10 @@ def _run(claims: Sequence[Claim], is_all: bool, results: Results, options: Repro
         progress.say(f"{claim.name}: {claim.title}")
         chosen = {}
         if finish_frontiers(claim.frontiers):
-            chosen = {name: FRONTIERS[name].chosen(results) for name in claim.frontiers}
+            chosen = {name: frontiers[name].chosen(results) for name in claim.frontiers}
         if not (claim := claim.with_values(chosen)).jobs() or not finish(claim.jobs()):
             unfinished.append(claim.name)
-    if is_all and not finish_frontiers(FRONTIERS):
+    if is_all and not finish_frontiers(frontiers):
         unfinished.append("frontiers")
     if unfinished:
         progress.say(f"runs are missing for {', '.join(unfinished)}; run the same command again to continue")
@@ -87,6 +118,7 @@ def as_json(findings: list[Finding]) -> list[dict[str, Any]]:
         estimate = finding.estimate
         rows.append(
             {
+                "edition": finding.claim.edition,
                 "claim": finding.claim.name,
                 "comparison": str(finding.comparison),
                 "primary": finding.is_primary,
@@ -100,6 +132,8 @@ def as_json(findings: list[Finding]) -> list[dict[str, Any]]:
                 "verdict": "not run" if finding.is_missing else finding.verdict,
                 "p_adjusted": None if finding.judgement is None else finding.judgement.p_adjusted,
                 "seeds_needed": finding.seeds_needed,
+                "effect": finding.comparison.effect,
+                "power": finding.power,
             }
         )
     return finite(rows)

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from equipoise.errors import UsageError, suggest
-from equipoise_lab.reproduce.claim import DTYPES, claim_names
+from equipoise_lab.reproduce.claim import DTYPES
+from equipoise_lab.reproduce.edition import Edition, load_edition, newest_edition
 
 __all__ = ["RESULTS", "Reproduce"]
 
@@ -17,6 +18,7 @@ class Reproduce:
     """The options of `equipoise reproduce`; its help says what they mean."""
 
     claim: str = "all"
+    edition: str | None = None  # None: the newest
     budget: float | None = None  # minutes
     out: Path = Path("runs/reproduce")
     results: Path = RESULTS
@@ -25,9 +27,12 @@ class Reproduce:
     page: Path | None = None
     json: bool = False
 
+    def load_edition(self) -> Edition:
+        return load_edition(self.edition or newest_edition())
+
     def check(self) -> None:
-        if self.claim != "all" and self.claim not in claim_names():
-            names = claim_names()
+        names = list(self.load_edition().claims)
+        if self.claim != "all" and self.claim not in names:
             near = suggest(self.claim, names)
             listed = f"the {len(names)} that `equipoise reproduce --budget 0` lists" if near else ", ".join(names)
             raise UsageError(f"CLAIM must be all or one of {listed}: got {self.claim!r}.{near}")

@@ -1,12 +1,9 @@
-"""The runs that claims need: which are stored, which are missing, and how to do the missing ones. Imports no torch.
+"""Does the runs that are missing. Imports no torch.
 
 A run is a process of `equipoise train` with one thread; as many run side by side as there are cores. For small models
-this is faster than one run at a time on all cores. The result of a run is one JSON file, named by a hash of its
-options. So claims that need the same run share it, and a result counts wherever it was made.
+this is faster than one run at a time on all cores.
 """
 
-import hashlib
-import json
 import os
 import shutil
 import signal
@@ -15,119 +12,19 @@ import subprocess
 import sys
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Protocol
-
-from pydantic import AfterValidator
+from typing import Any, Protocol
 
 from equipoise.errors import EquipoiseError
-from equipoise_lab.records import Record, Run, read_json, require_keys, write_json
-from equipoise_lab.reproduce.claim import Job
+from equipoise_lab.records import Run
+from equipoise_lab.reproduce.jobs import Job
+from equipoise_lab.reproduce.made_with import THREADS, remember
+from equipoise_lab.reproduce.results import Results, diverged_at
 
-__all__ = ["Progress", "Results", "execute", "key_of"]
-
-TEXTS = ("strategy", "alerts")  # all else in a result is numbers
-
-
-def _figures(result: dict[str, Any]) -> dict[str, Any]:
-    for name, value in result.items():
-        if name not in TEXTS and (isinstance(value, bool) or not isinstance(value, int | float | None)):
-            raise ValueError(f"{name} must be a number")
-    return result
-
-
-class Stored(Record):
-    """A file of stored results."""
-
-    options: dict[str, Any]
-    result: Annotated[dict[str, Any], AfterValidator(_figures)]
-    seconds: float
-    began: str
-    hardware: str
-    versions: dict[str, str]
-
+__all__ = ["Progress", "execute"]
 
 OVERHEAD = 15.0  # seconds of a run outside its steps (start, evaluations); a guess until one is measured
-
-
-def key_of(job: Job) -> str:
-    """A hash of the options of a run: equal options, equal key."""
-    return hashlib.blake2b(json.dumps(job.options).encode(), digest_size=8).hexdigest()
-
-
-class Results:
-    """The stored results of runs, read from any number of folders; new ones go into the first.
-
-    ``dtype`` replaces the precision that the jobs name.
-    """
-
-    def __init__(self, folder: Path, *others: Path, dtype: str | None = None):
-        self.folder, self.others, self.dtype = folder, others, dtype
-
-    def in_precision(self, job: Job) -> Job:
-        """The job in the precision of these results."""
-        return job if self.dtype is None else job.with_option("dtype", self.dtype)
-
-    def get(self, job: Job) -> dict[str, Any] | None:
-        """The stored content of a run: ``result`` as in its result.json, ``options``, ``seconds``, machine, versions;
-        None if the run is missing."""
-        job = self.in_precision(job)
-        for folder in (self.folder, *self.others):
-            path = folder / f"{key_of(job)}.json"
-            if path.exists():
-                return _checked(path, job)
-        return None
-
-    def put(self, job: Job, run: Run) -> float:
-        """Stores a complete run, or the step at which it diverged. Returns the seconds that its steps took."""
-        job = self.in_precision(job)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        run.require("began", "device", "dtype", "versions")
-        config, seconds = run.config, 0.0
-        for row in run.rows("steps"):
-            require_keys(f"{run.path / 'steps.jsonl'}, step {row['step']},", row, ["seconds"])
-            seconds += row["seconds"]
-        step = _diverged(run)
-        result = run.result if step is None else {"diverged": step}
-        by_domain = {name: row["nats"] for name, row in result.get("domains", {}).items()}
-        write_json(
-            self.folder / f"{key_of(job)}.json",
-            {
-                "options": dict(job.options),
-                "result": {name: value for name, value in result.items() if name != "domains"},
-                "domains": {name: None if nats is None else round(nats, 5) for name, nats in by_domain.items()},
-                "seconds": round(seconds, 1),
-                "began": config["began"],
-                "hardware": f"{os.cpu_count()} CPU cores, one thread a run, {config['device']}, {config['dtype']}",
-                "versions": config["versions"],
-            },
-        )
-        return seconds
-
-    def missing(self, jobs: Iterable[Job]) -> list[Job]:
-        """The jobs without a stored result, each once, in their order."""
-        return [job for job in dict.fromkeys(jobs) if self.get(job) is None]
-
-
-def _checked(path: Path, job: Job) -> dict[str, Any]:
-    """The content of a result file. Raises ``EquipoiseError`` if it is damaged or belongs to another run."""
-    try:
-        stored: dict[str, Any] = read_json(path, Stored)
-    except EquipoiseError as error:
-        raise EquipoiseError(f"{error} To run it again, remove it.") from None
-    if stored["options"] != dict(job.options):
-        raise EquipoiseError(
-            f"{path} must hold the result of the options that its name stands for: it holds another. Remove it."
-        )
-    return stored
-
-
-def _diverged(run: Run) -> int | None:
-    """The step at which the loss became infinite or NaN, which ends a run; None if it stayed finite."""
-    last_rows = deque(run.rows("steps"), maxlen=1)
-    return last_rows[0]["step"] if last_rows and last_rows[0].get("loss", 0.0) is None else None
 
 
 class Progress(Protocol):
@@ -211,11 +108,13 @@ def execute(
 
     def do_jobs() -> None:
         while (job := next_job()) is not None:
-            folder = work / key_of(job)
+            name = results.name(job)
+            folder, log_file, made_with_file = work / name, work / f"{name}.log", work / f"{name}.made_with.json"
             command = [sys.executable, "-m", "equipoise", "train", "--out", str(folder), "--no-save-model", "--resume"]
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            environment = {**os.environ, "OMP_NUM_THREADS": str(THREADS)}
             is_new, start_time = not folder.exists(), time.monotonic()
-            with open(work / f"{key_of(job)}.log", "wb") as log:
+            made_with = remember(made_with_file, folder)
+            with open(log_file, "wb") as log:
                 process = start([*command, *job.arguments], stdout=log, stderr=log, env=environment)
                 running[process] = job, start_time
                 code = process.wait()
@@ -223,8 +122,8 @@ def execute(
             if stopped.is_set():
                 return
             with lock:
-                if code != 0 and not ((folder / "config.json").exists() and _diverged(Run(folder)) is not None):
-                    log_text = (work / f"{key_of(job)}.log").read_text(errors="replace")
+                if code != 0 and not ((folder / "config.json").exists() and diverged_at(Run(folder)) is not None):
+                    log_text = log_file.read_text(errors="replace")
                     last_line = (log_text.strip().splitlines() or ["nothing"])[-1]
                     failures.append(
                         EquipoiseError(
@@ -234,9 +133,10 @@ def execute(
                         )
                     )
                     return
-                seconds = results.put(job, Run(folder))
+                seconds = results.put(job, Run(folder), made_with)
                 shutil.rmtree(folder, ignore_errors=True)
-                (work / f"{key_of(job)}.log").unlink(missing_ok=True)
+                log_file.unlink(missing_ok=True)
+                made_with_file.unlink(missing_ok=True)
                 seconds_by_kind.setdefault(_kind(job), []).append(seconds)
                 if is_new:
                     overheads.append(max(0.0, time.monotonic() - start_time - seconds))

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from equipoise.errors import EquipoiseError
 from equipoise_lab.analysis import (
     Estimate,
     Hypothesis,
@@ -12,15 +13,17 @@ from equipoise_lab.analysis import (
     judge,
     judge_family,
     paired_differences,
+    power,
     seeds_needed,
     trend,
 )
 from equipoise_lab.reproduce.claim import Claim, Comparison
-from equipoise_lab.reproduce.runs import Results
+from equipoise_lab.reproduce.results import Results
 
-__all__ = ["MARGIN_OF", "Finding", "findings"]
+__all__ = ["MARGIN_OF", "POWER", "Finding", "check_one_edition", "findings"]
 
 LEVEL = 0.95
+POWER = 0.8  # that numbers of seeds are planned for
 MARGIN_OF = "1-scope"  # a third of this claim's difference is the default margin of equality
 
 
@@ -37,6 +40,8 @@ class Finding:
     margin: float | None = None  # of a claim of equality, once it is known
     judgement: Judgement | None = None
     seeds_needed: int | None = None  # to support it with 80 % power if mean and spread stay; None: wrong direction
+    power: float | None = None  # of the planned seeds, at the spread seen, for the effect that they are planned for
+    seeds_for_effect: int | None = None  # to support it with 80 % power if that effect is the true one
 
     @property
     def planned(self) -> int:
@@ -54,7 +59,10 @@ class Finding:
 
 
 def findings(claims: Sequence[Claim], results: Results) -> list[Finding]:
-    """For each claim its primary comparison, then the others. Primary verdicts are corrected for their number."""
+    """For each claim its primary comparison, then the others. Primary verdicts are corrected for their number.
+
+    ``claims`` are all those of one edition."""
+    check_one_edition(claims)
     margin = _default_margin(claims, results)
     primary = {claim.name: _finding(claim, claim.primary, results, margin, True, len(claims)) for claim in claims}
     undecided = judge(estimate([0.0]), Hypothesis("lower"))  # for a claim without runs or without a margin yet
@@ -65,6 +73,15 @@ def findings(claims: Sequence[Claim], results: Results) -> list[Finding]:
         ordered.append(first if first.judgement is None else replace(first, judgement=family[claim.name]))
         ordered += [_finding(claim, comparison, results, margin) for comparison in claim.also]
     return ordered
+
+
+def check_one_edition(claims: Sequence[Claim], edition: str | None = None) -> None:
+    """Raises ``EquipoiseError`` unless all claims are of one edition, if it is given of this one."""
+    names = {claim.edition for claim in claims} | ({edition} if edition is not None else set())
+    if len(names) > 1:
+        raise EquipoiseError(
+            f"claims that are judged or shown together must be of one edition: got {', '.join(sorted(names))}."
+        )
 
 
 def _default_margin(claims: Sequence[Claim], results: Results) -> float | None:
@@ -103,10 +120,22 @@ def _finding(
     if comparison.claim == "equal" and margin is None:
         return finding
     hypothesis = Hypothesis(comparison.claim, margin)  # type: ignore[arg-type]
-    needed = None
-    if effect.n > 1:  # at the level of Holm's first step
-        needed = seeds_needed(hypothesis, effect.mean, effect.sd, level=1 - (1 - LEVEL) / family)
-    return replace(finding, judgement=judge(effect, hypothesis), seeds_needed=needed)
+    finding = replace(finding, judgement=judge(effect, hypothesis))
+    if effect.n < 2:
+        return finding
+    level = 1 - (1 - LEVEL) / family  # of Holm's first step
+    finding = replace(finding, seeds_needed=_seeds_needed(hypothesis, effect.mean, effect.sd, level))
+    if comparison.effect is None:
+        return finding
+    return replace(
+        finding,
+        power=power(hypothesis, comparison.effect, effect.sd, finding.planned, level=level),
+        seeds_for_effect=_seeds_needed(hypothesis, comparison.effect, effect.sd, level),
+    )
+
+
+def _seeds_needed(hypothesis: Hypothesis, mean: float, sd: float, level: float) -> int | None:
+    return seeds_needed(hypothesis, mean, sd, power=POWER, level=level)
 
 
 def _values(claim: Claim, arm: str, statistic: str, results: Results) -> dict[int, float]:

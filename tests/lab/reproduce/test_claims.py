@@ -5,12 +5,18 @@ import shlex
 
 import pytest
 
-from equipoise.errors import EquipoiseError, UsageError
+from equipoise.errors import EquipoiseError
 from equipoise_lab.cli.parser import parse
-from equipoise_lab.reproduce.claim import SIZES, Comparison, claim_names, load_claim, parse_claim
-from equipoise_lab.reproduce.frontier import FRONTIERS
+from equipoise_lab.reproduce.arms import Choice
+from equipoise_lab.reproduce.claim import Comparison, parse_claim
+from equipoise_lab.reproduce.edition import edition_names, load_edition
 from equipoise_lab.train.config import Train
 from equipoise_lab.train.loop import check
+
+EDITIONS = [load_edition(name) for name in edition_names()]
+CLAIMS = [claim for edition in EDITIONS for claim in edition.claims.values()]
+SIZES = load_edition("first").sizes
+every_claim = pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: f"{claim.edition}-{claim.name}")
 
 GOOD = {
     "title": "a is lower than b",
@@ -23,9 +29,20 @@ GOOD = {
 }
 
 
-@pytest.mark.parametrize("name", claim_names())
-def test_every_arm_of_a_claim_is_a_valid_run(name, tmp_path):
-    claim = load_claim(name).with_values(dict.fromkeys(FRONTIERS, "0.02"))
+def _parse(content):
+    return parse_claim("x", content, SIZES, "first")
+
+
+def _stand_in(frontier):
+    """A choice of a frontier without its runs."""
+    value = "0.02" if frontier.values else ""
+    return Choice(value, frontier.options(value, None if frontier.learning_rates is None else "0.002"))
+
+
+@every_claim
+def test_every_arm_of_a_claim_is_a_valid_run(claim, tmp_path):
+    frontiers = load_edition(claim.edition).frontiers
+    claim = claim.with_values({name: _stand_in(frontier) for name, frontier in frontiers.items()})
     assert claim.title and claim.source and claim.paper and claim.seeds >= 3
     assert len({options["strategy"] + str(options) for options in claim.arms.values()}) == len(claim.arms)
     for arm in claim.arms:
@@ -37,14 +54,15 @@ def test_every_arm_of_a_claim_is_a_valid_run(name, tmp_path):
         check(options)
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_a_size_sets_no_option_that_arms_or_seeds_decide(size):
-    assert {"strategy", "seed", "out", "resume", "save_model"}.isdisjoint(SIZES[size])
-    assert set(SIZES[size]) <= {field.name for field in dataclasses.fields(Train)}
+@pytest.mark.parametrize("edition", EDITIONS, ids=lambda edition: edition.name)
+def test_a_size_sets_no_option_that_arms_or_seeds_decide(edition):
+    for size in edition.sizes.values():
+        assert {"strategy", "seed", "out", "resume", "save_model"}.isdisjoint(size)
+        assert set(size) <= {field.name for field in dataclasses.fields(Train)}
 
 
 def test_all_arms_of_a_seed_come_before_the_next_seed():
-    claim = parse_claim("x", GOOD)
+    claim = _parse(GOOD)
     assert [(dict(job.options)["seed"], dict(job.options)["strategy"]) for job in claim.jobs()] == [
         (0, "none"),
         (0, "loss-free"),
@@ -56,7 +74,7 @@ def test_all_arms_of_a_seed_come_before_the_next_seed():
 
 def test_an_arm_may_have_fewer_seeds_than_its_claim():
     arms = GOOD["arms"] | {"c": {"strategy": "quantile", "seeds": 2}}
-    claim = parse_claim("x", GOOD | {"seeds": 3, "first_seed": 5, "arms": arms})
+    claim = _parse(GOOD | {"seeds": 3, "first_seed": 5, "arms": arms})
     assert claim.arms["c"] == {"strategy": "quantile"}  # seeds is no option of a run
     assert [dict(job.options)["seed"] for job in claim.jobs()] == [5, 5, 5, 6, 6, 6, 7, 7]
     assert claim.seeds_for(claim.primary) == 3
@@ -69,12 +87,11 @@ def test_an_arm_has_at_least_two_and_fewer_seeds_than_its_claim(seeds):
     with pytest.raises(
         EquipoiseError, match="seeds of arm b must be a whole number of at least 2 and below the 3 of the claim"
     ):
-        parse_claim("x", GOOD | {"seeds": 3, "arms": arms})
+        _parse(GOOD | {"seeds": 3, "arms": arms})
 
 
-@pytest.mark.parametrize("name", claim_names())
-def test_a_verdict_on_a_loss_has_at_least_eight_seeds_and_others_three(name):
-    claim = load_claim(name)
+@every_claim
+def test_a_verdict_on_a_loss_has_at_least_eight_seeds_and_others_three(claim):
     assert claim.seeds_for(claim.primary) >= (8 if "nats" in claim.primary.statistic else 3)
 
 
@@ -85,7 +102,7 @@ def test_a_comparison_as_text():
 
 def test_a_claim_runs_in_the_precision_of_its_size_or_its_own():
     def precisions(**extra):
-        return {dict(job.options)["dtype"] for job in parse_claim("x", {**GOOD, **extra}).jobs()}
+        return {dict(job.options)["dtype"] for job in _parse({**GOOD, **extra}).jobs()}
 
     assert precisions() == {"bfloat16"} and precisions(dtype="float32") == {"float32"}
 
@@ -95,7 +112,10 @@ def test_a_claim_runs_in_the_precision_of_its_size_or_its_own():
     [
         ({"size": "huge"}, "size must be one of small, standard: got 'huge'"),
         ({"seeds": 1}, "seeds must be a whole number of at least 2: got 1"),
-        ({"arms": {"a": {}, "b": {"strategy": "none"}}}, "arm a must have a strategy: it has no option"),
+        (
+            {"arms": {"a": {}, "b": {"strategy": "none"}}},
+            "arm a must have either a strategy or a frontier: it has no option",
+        ),
         ({"primary": {**GOOD["primary"], "of": "c"}}, r"must name arms of the claim \(a, b\): got 'c'"),
         ({"primary": {**GOOD["primary"], "claim": "better"}}, "claim must be lower, higher or equal: got 'better'"),
         (
@@ -103,17 +123,20 @@ def test_a_claim_runs_in_the_precision_of_its_size_or_its_own():
             "maxvio_global, a − b must have a margin: only losses",
         ),
         ({"primary": {**GOOD["primary"], "margin": 1}}, "unknown keys: margin. Remove them"),
+        (
+            {"arms": {"a": {"strategy": "none", "frontier": "f"}, "b": {"strategy": "none"}}},
+            "arm a must have either a strategy or a frontier: it has strategy, frontier",
+        ),
+        ({"primary": {**GOOD["primary"], "effect": "0.1"}}, "effect must be a number: got '0.1'"),
         ({"dtype": "float16"}, "dtype must be one of bfloat16, float32: got 'float16'"),
         ({"colour": "red"}, "unknown keys: colour. Remove them"),
     ],
 )
 def test_a_wrong_value_in_a_claim_is_refused(change, message):
     with pytest.raises(EquipoiseError, match=message):
-        parse_claim("x", {**GOOD, **change})
+        _parse({**GOOD, **change})
 
 
-def test_an_incomplete_or_unknown_claim_is_refused():
+def test_an_incomplete_claim_is_refused():
     with pytest.raises(EquipoiseError, match="claim x: required keys are missing: paper"):
-        parse_claim("x", {name: value for name, value in GOOD.items() if name != "paper"})
-    with pytest.raises(UsageError, match="CLAIM must be all or one of 1-scope"):
-        load_claim("9-nothing")
+        _parse({name: value for name, value in GOOD.items() if name != "paper"})

@@ -3,23 +3,29 @@
 import dataclasses
 
 import pytest
+from claim_runs import ANY, FIRST, Quiet, store
 
 from equipoise_lab.cli.parser import parse
-from equipoise_lab.records import write_json
-from equipoise_lab.reproduce.claim import claim_names, load_claim, parse_claim
+from equipoise_lab.reproduce.arms import Choice
+from equipoise_lab.reproduce.claim import parse_claim
 from equipoise_lab.reproduce.command import reproduce
 from equipoise_lab.reproduce.config import Reproduce
-from equipoise_lab.reproduce.frontier import FRONTIERS, Frontier
-from equipoise_lab.reproduce.page import _cells, pages
-from equipoise_lab.reproduce.runs import Results, key_of
+from equipoise_lab.reproduce.edition import edition_names, load_edition
+from equipoise_lab.reproduce.frontier import Frontier
+from equipoise_lab.reproduce.page import pages
+from equipoise_lab.reproduce.page.evidence import _cells
+from equipoise_lab.reproduce.results import Results
 from equipoise_lab.reproduce.verdict import findings
 from equipoise_lab.train.loop import check
 
+EDITIONS = [load_edition(name) for name in edition_names()]
+FRONTIERS = [frontier for edition in EDITIONS for frontier in edition.frontiers.values()]
 FRONTIER = Frontier(
     name="f",
     arm={"strategy": "lbl:coefficient={}"},
     values=(0.01, 0.1, 0.03),
     size="small",
+    shared=FIRST.sizes["small"],
     seeds=(100, 101),
     most_maxvio=1.5,
     most_widenings=2,
@@ -27,10 +33,7 @@ FRONTIER = Frontier(
 
 
 def _store(results, job, **result):
-    results.folder.mkdir(parents=True, exist_ok=True)
-    stored = {"options": dict(job.options), "result": result, "seconds": 60.0}
-    stored |= {"began": "2026-01-02T03:04", "hardware": "2 CPU cores", "versions": {"torch": "2"}}
-    write_json(results.folder / f"{key_of(job)}.json", stored)
+    store(results, job, result=result, seconds=60.0)
 
 
 def _fill(results, nats, maxvio=1.0, frontier=FRONTIER):
@@ -44,7 +47,7 @@ def _fill(results, nats, maxvio=1.0, frontier=FRONTIER):
 def test_the_value_with_the_lowest_loss_is_chosen(tmp_path):
     results = Results(tmp_path)
     _fill(results, {"0.01": 5.2, "0.03": 5.0, "0.1": 5.1})
-    assert FRONTIER.chosen(results) == "0.03" and not FRONTIER.at_edge(results)
+    assert FRONTIER.value(results) == "0.03" and not FRONTIER.at_edge(results)
     assert FRONTIER.grid(results) == ["0.01", "0.03", "0.1"]
     assert FRONTIER.point("0.03", results).mean("selection_nats") == pytest.approx(5.0)
 
@@ -53,31 +56,31 @@ def test_a_value_at_which_a_run_diverges_is_not_chosen_and_is_marked(tmp_path):
     results = Results(tmp_path)
     _fill(results, {"0.01": 5.2, "0.03": 5.0, "0.1": 4.9})
     _store(results, FRONTIER.job("0.1", 101), diverged=12)
-    assert FRONTIER.chosen(results) == "0.03" and FRONTIER.grid(results)[-1] == "0.1"
+    assert FRONTIER.value(results) == "0.03" and FRONTIER.grid(results)[-1] == "0.1"
     assert list(_cells(FRONTIER, results)) == ["0.01: 5.200 / 1.000", "**0.03: 5.000 / 1.000**", "0.1: diverged"]
 
 
 def test_a_value_out_of_balance_is_chosen_only_if_all_are(tmp_path):
     results = Results(tmp_path)
     _fill(results, {"0.01": 4.0, "0.03": 5.0, "0.1": 5.1}, {"0.01": 1.6, "0.03": 1.5, "0.1": 0.2})
-    assert FRONTIER.chosen(results) == "0.03"
+    assert FRONTIER.value(results) == "0.03"
     results = Results(tmp_path / "all")
     _fill(results, {"0.01": 4.0, "0.03": 5.0, "0.1": 4.5}, {"0.01": 1.9, "0.03": 1.6, "0.1": 1.7})
-    assert FRONTIER.chosen(results) == "0.03"
+    assert FRONTIER.value(results) == "0.03"
 
 
 def test_nothing_is_chosen_while_a_run_is_missing(tmp_path):
     results = Results(tmp_path)
     _fill(results, {"0.01": 5.2, "0.03": 5.0})
     _store(results, FRONTIER.job("0.1", 100), selection_nats=1.0, selection_maxvio=0.1)
-    assert FRONTIER.chosen(results) is None and FRONTIER.point("0.1", results) is None
+    assert FRONTIER.value(results) is None and FRONTIER.point("0.1", results) is None
     assert FRONTIER.grid(results) == ["0.01", "0.03", "0.1"]
 
 
 def test_a_grid_grows_at_the_edge_that_holds_the_best_value_up_to_a_limit(tmp_path):
     results = Results(tmp_path)
     _fill(results, {"0.01": 5.2, "0.03": 5.0, "0.1": 4.9})
-    assert FRONTIER.grid(results)[-1] == "0.3" and FRONTIER.chosen(results) is None
+    assert FRONTIER.grid(results)[-1] == "0.3" and FRONTIER.value(results) is None
     assert [dict(job.options)["strategy"] for job in results.missing(FRONTIER.jobs(results))] == [
         "lbl:coefficient=0.3"
     ] * 2
@@ -85,41 +88,36 @@ def test_a_grid_grows_at_the_edge_that_holds_the_best_value_up_to_a_limit(tmp_pa
     assert FRONTIER.grid(results)[-1] == "1"
     _fill(results, {"1": 4.7})
     assert FRONTIER.grid(results)[-1] == "1"  # at most two widenings
-    assert FRONTIER.chosen(results) == "1" and FRONTIER.at_edge(results)
+    assert FRONTIER.value(results) == "1" and FRONTIER.at_edge(results)
     down = Results(tmp_path / "down")
     _fill(down, {"0.01": 4.9, "0.03": 5.0, "0.1": 5.1, "0.003": 5.0})
-    assert FRONTIER.grid(down) == ["0.003", "0.01", "0.03", "0.1"] and FRONTIER.chosen(down) == "0.01"
+    assert FRONTIER.grid(down) == ["0.003", "0.01", "0.03", "0.1"] and FRONTIER.value(down) == "0.01"
 
 
 def test_a_mechanism_without_a_number_has_one_point(tmp_path):
     alone = dataclasses.replace(FRONTIER, arm={"strategy": "quantile"}, values=())
     results = Results(tmp_path)
-    assert alone.grid(results) == [""] and alone.chosen(results) is None
+    assert alone.grid(results) == [""] and alone.value(results) is None
     _fill(results, {"": 5.0}, frontier=alone)
-    assert alone.chosen(results) == "" and not alone.at_edge(results)
+    assert alone.value(results) == "" and not alone.at_edge(results)
     assert {dict(job.options)["strategy"] for job in alone.jobs(results)} == {"quantile"}
 
 
-@pytest.mark.parametrize("name", FRONTIERS)
-def test_every_point_of_a_frontier_is_a_valid_run(name, tmp_path):
-    frontier = FRONTIERS[name]
+@pytest.mark.parametrize("frontier", FRONTIERS, ids=lambda frontier: frontier.name)
+def test_every_point_of_a_frontier_is_a_valid_run(frontier, tmp_path):
     jobs = frontier.jobs(Results(tmp_path))
-    assert len(set(jobs)) == 2 * max(1, len(frontier.values))
+    assert len(set(jobs)) == len(frontier.seeds) * max(1, len(frontier.values))
     for job in jobs[: len(jobs) // 2]:
         check(parse(["train", "--out", str(tmp_path / "run"), "--no-save-model", *job.arguments]))
 
 
-def test_all_frontiers_are_tuned_alike_with_seeds_that_no_verdict_uses():
-    for frontier in FRONTIERS.values():
-        assert (frontier.size, frontier.seeds, frontier.most_maxvio) == ("small", (100, 101), 1.5)
+@pytest.mark.parametrize("edition", EDITIONS, ids=lambda edition: edition.name)
+def test_all_frontiers_of_an_edition_are_tuned_alike(edition):
+    frontiers = edition.frontiers.values()
+    assert len({(each.size, each.seeds, each.most_maxvio, each.most_widenings) for each in frontiers}) == 1
     for kind in ("lbl:", "loss-free:"):
-        grids = {frontier.values for frontier in FRONTIERS.values() if frontier.arm["strategy"].startswith(kind)}
+        grids = {frontier.values for frontier in frontiers if frontier.arm["strategy"].startswith(kind)}
         assert len(grids) == 1, "all mechanisms of a kind must have the same grid"
-    for name in claim_names():
-        claim = load_claim(name)
-        assert set(claim.frontiers) <= set(FRONTIERS), name
-        if claim.frontiers:
-            assert not set(claim.all_seeds) & {100, 101}, name
 
 
 def test_a_claim_takes_the_chosen_values_and_has_no_runs_before(tmp_path):
@@ -131,28 +129,17 @@ def test_a_claim_takes_the_chosen_values_and_has_no_runs_before(tmp_path):
         },
         "primary": {"statistic": "val_nats", "of": "a", "against": "b", "claim": "lower"},
     }  # fmt: skip
-    claim = parse_claim("x", content)
+    claim = parse_claim("x", content, FIRST.sizes, "first")
     assert claim.frontiers == ["f", "g"] and claim.jobs() == []
-    half = claim.with_values({"f": "0.03", "g": None})
+    half = claim.with_values({"f": Choice("0.03", {}), "g": None})
     assert half.frontiers == ["g"] and half.jobs() == []
-    whole = half.with_values({"g": "0.1"})
+    whole = half.with_values({"g": Choice("0.1", {})})
     assert whole.frontiers == [] and len(whole.jobs()) == 4
     assert whole.arms["a"] == {
         "strategy": "lbl:coefficient=0.03+lbl:scope=sequence,coefficient=0.0003",
         "qk_norm": False,
     }
     assert whole.arms["b"]["then"] == "lbl:coefficient=0.1"
-
-
-class _ProgressLines:
-    def __init__(self):
-        self.lines = []
-
-    def say(self, text):
-        self.lines.append(text)
-
-    def done(self, number, total, seconds_left):
-        pass
 
 
 def test_a_claim_runs_after_its_frontiers_with_the_values_that_they_chose(tmp_path, monkeypatch):
@@ -169,7 +156,7 @@ def test_a_claim_runs_after_its_frontiers_with_the_values_that_they_chose(tmp_pa
         return True
 
     monkeypatch.setattr("equipoise_lab.reproduce.command.execute", execute)
-    findings = reproduce(Reproduce("1-scope", out=tmp_path / "w", results=tmp_path / "r"), _ProgressLines())
+    findings = reproduce(Reproduce("1-scope", "first", out=tmp_path / "w", results=tmp_path / "r"), Quiet())
     of_claim = [(strategy, seed) for strategy, seed in executed if seed < 100]
     assert {strategy for strategy, _ in of_claim} == {
         "lbl:scope=micro_batch,coefficient=0.3",
@@ -181,8 +168,8 @@ def test_a_claim_runs_after_its_frontiers_with_the_values_that_they_chose(tmp_pa
 
 def test_a_claim_out_of_time_says_that_runs_are_missing(tmp_path, monkeypatch):
     monkeypatch.setattr("equipoise_lab.reproduce.command.execute", lambda *a, **b: False)
-    progress = _ProgressLines()
-    reproduce(Reproduce("1-scope", budget=1, out=tmp_path / "w", results=tmp_path / "r"), progress)
+    progress = Quiet()
+    reproduce(Reproduce("1-scope", "first", budget=1, out=tmp_path / "w", results=tmp_path / "r"), progress)
     assert progress.lines[-1] == "runs are missing for 1-scope; run the same command again to continue"
 
 
@@ -192,7 +179,7 @@ def _claim(name, claim, **extra):
         "arms": {"a": {"strategy": "none"}, "b": {"strategy": name if name != "1-scope" else "quantile"}},
         "primary": {"statistic": "val_nats", "of": "b", "against": "a", "claim": claim, **extra},
     }  # fmt: skip
-    return parse_claim(name, content)
+    return parse_claim(name, content, FIRST.sizes, "first")
 
 
 @pytest.mark.parametrize(
@@ -212,7 +199,7 @@ def test_the_margin_of_equality_is_a_third_of_the_difference_between_scopes(tmp_
     assert finding.margin == (None if margin is None else pytest.approx(margin))
     assert finding.verdict == verdict
     assert finding.estimate.n == 4  # results are shown even without a margin
-    text = "\n".join(pages("page.md", [scope, same], findings([scope, same], results), results).values())
+    text = "\n".join(pages("page.md", ANY, [scope, same], findings([scope, same], results), results).values())
     assert f"equal, ± {margin:.4f}" in text if margin else "not known yet" in text
 
 
