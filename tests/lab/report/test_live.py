@@ -111,5 +111,8 @@ def test_an_audit_and_a_wrong_interval_are_refused(tmp_path):
     write_json(tmp_path / "audit.json", make_audit({"prose": [[1, 1, 1, 1]] * 2, "code": [[1, 1, 1, 1]] * 2}))
     with pytest.raises(EquipoiseError, match="--live needs runs: .* holds an audit"):
         write_live(tmp_path, 5, print)
-    with pytest.raises(UsageError, match="--every must be at least 1 second: got 0"):
-        run(Report(tmp_path, live=True, every=0), "")
+    for every in (0, 10**20):
+        with pytest.raises(UsageError, match=f"--every must be from 1 to 86,400 seconds: got {every}"):
+            run(Report(tmp_path, live=True, every=every), "")
+    with pytest.raises(UsageError, match="--every needs --live: got 5"):
+        run(Report(tmp_path, every=5), "")
