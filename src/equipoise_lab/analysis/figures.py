@@ -40,8 +40,8 @@ MAX_POINTS = 400  # per line
 
 
 def plain(text: str) -> str:
-    """Escapes text for plotly, which interprets some HTML tags in its strings."""
-    return html.escape(text, quote=False)
+    """Escapes text for plotly, which interprets some HTML tags in its strings, and formulas between two ``$``."""
+    return html.escape(text, quote=False).replace("$", "&#36;")
 
 
 def quality_against_balance(
