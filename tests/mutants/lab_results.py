@@ -54,8 +54,8 @@ MUTANTS = [
     ),
     Mutant(
         "report: an interrupted live page stays live",
-        "        if path is not None:\n            write_report(folder)\n        raise",
-        "        raise",
+        "            with suppress(EquipoiseError, OSError):  # the folder may be gone\n                write_report(folder)\n",
+        "            pass\n",
         "report/test_live -k interrupt",
     ),
     Mutant(

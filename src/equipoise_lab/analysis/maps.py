@@ -16,8 +16,8 @@ DIVERGING = [[0, "#2f7fb8"], [0.25, "#f3f0e9"], [0.55, "#e8954a"], [1, "#7f2a00"
 
 
 def plain(text: str) -> str:
-    """Escapes text for plotly, which interprets some HTML tags in its strings."""
-    return html.escape(text, quote=False)
+    """Escapes text for plotly, which interprets some HTML tags in its strings, and formulas between two ``$``."""
+    return html.escape(text, quote=False).replace("$", "&#36;")
 
 
 def relative_load(load: Sequence[int]) -> list[float | None]:

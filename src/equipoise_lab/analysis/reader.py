@@ -239,6 +239,7 @@ def relative_message(folder: str | Path, error: Exception) -> str:
 
 def _read_run(run: Run, name: str) -> RecordedRun:
     run.require(*SETTINGS)
+    is_complete = run.complete  # asked first: a run that trains may end while it is read
     steps = list(run.rows("steps"))
     for row in steps:
         require_keys(f"{run.path / 'steps.jsonl'}, step {row['step']},", row, ("loss", "maxvio_batch"))
@@ -249,7 +250,7 @@ def _read_run(run: Run, name: str) -> RecordedRun:
         require_keys(where, evaluation, ["domains"])
         for domain, figures in evaluation["domains"].items():
             require_keys(f"{where} domain {domain!r},", figures, ["load"])
-    result = run.result if run.complete else None
+    result = run.result if is_complete else None
     if result is not None:
         require_keys(str(run.path / "result.json"), result, [*(column.key for column in COLUMNS), "domains"])
     for log, number in (("steps", len(steps)), ("loads", num_loads)):

@@ -1,5 +1,6 @@
 """Wrong command lines -> one sentence: what must hold, what came, what to do. Imports no torch."""
 
+import os
 import re
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
@@ -11,7 +12,7 @@ __all__ = ["check_command", "sentence"]
 
 
 def check_command(arguments: Sequence[str], names: Sequence[str]) -> None:
-    """Raises ``UsageError`` unless the first argument is a command or asks for help, and no argument is empty."""
+    """Raises ``UsageError`` unless the first argument is a command or asks for help, and the others can be values."""
     listed = f"one of {', '.join(names)}"
     if not arguments:
         raise UsageError(f"the command must be {listed}: got none. `equipoise --help` says what each does.")
@@ -21,6 +22,7 @@ def check_command(arguments: Sequence[str], names: Sequence[str]) -> None:
         raise UsageError(f"the command must be {listed}: got {first}. Did you mean `equipoise {asked}`?")
     if first in names or first in ("-h", "--help"):
         _check_empty(arguments)
+        _check_utf_8(arguments)
         return
     if near := get_close_matches(first.lower(), [*names, "--help", "--version"], n=1):
         raise UsageError(
@@ -37,6 +39,14 @@ def _check_empty(arguments: Sequence[str]) -> None:
         name = one.partition("=")[0] if one.startswith("--") else before if before.startswith("--") else "an argument"
         if one == "" or (one.startswith("--") and one.endswith("=") and one.count("=") == 1):
             raise UsageError(f"{name} must have a value: got an empty one. Write one, or leave it out.")
+
+
+def _check_utf_8(arguments: Sequence[str]) -> None:
+    """Names of files may be any bytes, but records, pages and terminals take text."""
+    for one in arguments:
+        shown = os.fsencode(one).decode(errors="replace")
+        if shown.encode() != os.fsencode(one):
+            raise UsageError(f"an argument must be UTF-8: got {shown!r}. Rename the file or folder.")
 
 
 def sentence(text: str, arguments: Sequence[str], flags: Callable[[], list[str]]) -> str:

@@ -10,17 +10,22 @@ from equipoise_lab.cli.process import print_stderr
 
 __all__ = ["Report", "run", "subcommand"]
 
+EVERY = 10  # seconds between two live pages
+LONGEST = 86_400  # the same, at most: a day. A browser that should wait for over 24 days does not wait at all
+
 
 @dataclass(frozen=True)
 class Report:
     folder: Path
     live: bool = False
-    every: int = 10
+    every: int = EVERY
 
     def check(self) -> None:
         """Raises UsageError for invalid values."""
-        if self.every < 1:
-            raise UsageError(f"--every must be at least 1 second: got {self.every}.")
+        if not 1 <= self.every <= LONGEST:
+            raise UsageError(f"--every must be from 1 to {LONGEST:,} seconds: got {self.every}.")
+        if self.every != EVERY and not self.live:
+            raise UsageError(f"--every needs --live: got {self.every}, and no --live. Add it, or leave --every out.")
 
 
 def subcommand() -> Any:
@@ -29,7 +34,7 @@ def subcommand() -> Any:
     def report(
         folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(help_behavior_hint="")],
         live: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False,
-        every: int = 10,
+        every: int = EVERY,
     ) -> Report:
         """Draw report.html again, from run folders or from an audit.
 

@@ -2,17 +2,19 @@
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from equipoise.errors import EquipoiseError
 from equipoise_lab.analysis.reader import RecordedRun
 from equipoise_lab.analysis.tables import Records, read_records
 from equipoise_lab.paths import suggest_paths
-from equipoise_lab.records import Comparison, read_json
+from equipoise_lab.records import LOCK, Comparison, read_json
 from equipoise_lab.report.page import Live, write_page, write_report
 
 __all__ = ["write_live"]
 
+NOT_TRAINING = "Nothing trains now: a run was stopped, or has failed. --resume goes on; Ctrl-C ends the live page."
 SILENT = 60  # seconds without a new step that the page mentions
 
 
@@ -20,7 +22,7 @@ def write_live(folder: Path, seconds: int, say: Callable[[str], None]) -> Path:
     """Writes ``report.html`` every ``seconds``, until every run is finished. Returns the path.
 
     A browser that shows the page loads it again each time. At the end, or when it is interrupted, the page becomes a
-    usual one. ``say`` gets a line while there is no step, and one with the path.
+    usual one. ``say`` gets a line with the path, and one whenever there is nothing to show or nothing trains.
 
     Raises ``EquipoiseError`` if ``folder`` holds an audit.
     """
@@ -28,29 +30,40 @@ def write_live(folder: Path, seconds: int, say: Callable[[str], None]) -> Path:
     said = ""
     try:
         while True:
+            is_training = _is_in_use(folder)  # asked first: a run may end while it is read
             records = _read(folder)
             if records is None or not any(run.steps or run.evaluation for run in records.recorded_runs):
-                exists = folder.is_dir()
-                state = f"waiting for a first step in {folder}"
-                state += "" if exists else f", which does not exist yet.{suggest_paths(folder)}"
+                path, state = None, _waiting(folder)
             else:
                 total = _num_runs(folder, records)
                 if sum(run.result is not None for run in records.recorded_runs) >= total:
                     break
-                state = _progress(records, total)
-                clock = time.strftime("%H:%M:%S")
-                page = write_page(folder, records, Live(seconds=seconds, time=clock, progress=state))
+                state = "" if is_training else NOT_TRAINING
+                progress = f"{_progress(records, total)} {state}".rstrip()
+                page = write_page(folder, records, Live(seconds, time.strftime("%H:%M:%S"), progress))
                 if path is None:
                     say(f"open {page} in a browser; it loads itself again every {seconds} seconds")
                 path = page
-            if path is None and state != said:
-                say(said := state)
+            if state != said and state:
+                say(state)
+            said = state
             time.sleep(seconds)
     except KeyboardInterrupt:
         if path is not None:
-            write_report(folder)
+            with suppress(EquipoiseError, OSError):  # the folder may be gone
+                write_report(folder)
         raise
     return write_report(folder, say)
+
+
+def _waiting(folder: Path) -> str:
+    missing = "" if folder.is_dir() else f", which does not exist yet.{suggest_paths(folder)}"
+    return f"waiting for a first step in {folder}{missing}"
+
+
+def _is_in_use(folder: Path) -> bool:
+    """Whether a process trains in the folder. One that was killed may seem to do so."""
+    return any(path.exists() for path in (folder / LOCK, *folder.glob(f"*/{LOCK}")))
 
 
 def _read(folder: Path) -> Records | None:

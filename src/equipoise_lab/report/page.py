@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup
@@ -30,8 +30,12 @@ TEMPLATES = ("page.html.jinja", "runs.html.jinja", "audit.html.jinja")
 SCRIPTS = ("start", "figures", "experts", "time", "tables", "files", "controls")  # in this order
 
 
-class Live(dict[str, Any]):
-    """What a live page says of itself: ``seconds`` until it is written again, the ``time`` and the ``progress``."""
+class Live(NamedTuple):
+    """What a live page says of itself."""
+
+    seconds: int  # until it is written again
+    time: str
+    progress: str
 
 
 def write_report(folder: str | Path, say: Callable[[str], None] | None = None) -> Path:
@@ -58,7 +62,7 @@ def write_page(folder: Path, records: Records, live: Live | None = None) -> Path
                 f"A report needs at least one run with a step: {folder} contains {reasons}. Write the report again "
                 "after the first step of a run."
             )
-        template, values = "runs.html.jinja", of_runs(records, live["seconds"] if live else None)
+        template, values = "runs.html.jinja", of_runs(records, live.seconds if live else None)
     else:
         if len(records.audits) > 1:
             raise EquipoiseError(

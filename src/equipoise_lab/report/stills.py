@@ -4,6 +4,7 @@ import base64
 import html
 import io
 import math
+import warnings
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ def still(figure: go.Figure) -> str:
         axis = axes[-1] if has_two and trace.yaxis == "y2" else axes[0]
         _draw_map(picture, axis, trace, figure.layout) if is_map else _draw_line(axis, trace)
     for axis, y in zip(axes, (figure.layout[name] for name in ("yaxis", "yaxis2")), strict=False):
-        axis.set_ylabel(html.unescape(y.title.text or ""), fontsize=8)
+        axis.set_ylabel(_text(y.title.text or ""), fontsize=8)
         axis.tick_params(labelsize=8)
         if y.type == "log":
             axis.set_yscale("log")
@@ -44,11 +45,18 @@ def still(figure: go.Figure) -> str:
         for side in ("top", "right"):
             axis.spines[side].set_visible(False)
     if figure.layout.title.text:
-        axes[0].set_title(html.unescape(figure.layout.title.text), fontsize=9, loc="left")
-    axes[-1].set_xlabel(html.unescape(figure.layout.xaxis.title.text or ""), fontsize=8)
+        axes[0].set_title(_text(figure.layout.title.text), fontsize=9, loc="left")
+    axes[-1].set_xlabel(_text(figure.layout.xaxis.title.text or ""), fontsize=8)
     file = io.BytesIO()
-    picture.savefig(file, format="png", dpi=DPI, metadata={"Software": None})
+    with warnings.catch_warnings():  # a character that the font lacks is a box; the tables have it
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        picture.savefig(file, format="png", dpi=DPI, metadata={"Software": None})
     return base64.b64encode(file.getvalue()).decode()
+
+
+def _text(text: str) -> str:
+    """Text of a plotly figure for matplotlib, which would take what is between two ``$`` for a formula."""
+    return html.unescape(text).replace("$", r"\$")
 
 
 def _included(axis: Any) -> list[float]:
@@ -57,11 +65,11 @@ def _included(axis: Any) -> list[float]:
 
 
 def _draw_line(axis: Any, trace: Any) -> None:
-    x = list(trace.x)
+    x = [_text(value) if isinstance(value, str) else value for value in trace.x]
     y = np.array([np.nan if value is None else value for value in trace.y], float)
     has_line, has_marks = "lines" in trace.mode, "markers" in trace.mode
     color = (trace.line.color if has_line else trace.marker.color) or "#0072B2"
-    label = html.unescape(trace.name) if trace.name and trace.showlegend is not False else None
+    label = _text(trace.name) if trace.name and trace.showlegend is not False else None
     if label is not None and label in axis.get_legend_handles_labels()[1]:
         label = None
     style: dict[str, Any] = {
@@ -95,9 +103,7 @@ def _draw_map(picture: Any, axis: Any, trace: Any, layout: Any) -> None:
     bar.set_label("× even", fontsize=8)
     bar.ax.tick_params(labelsize=7)
     if layout.yaxis.ticktext:
-        axis.set_yticks(
-            list(layout.yaxis.tickvals), [html.unescape(text) for text in layout.yaxis.ticktext], fontsize=7
-        )
+        axis.set_yticks(list(layout.yaxis.tickvals), [_text(text) for text in layout.yaxis.ticktext], fontsize=7)
     if layout.xaxis.showticklabels is False:
         axis.set_xticks([])
     elif trace.x is not None:  # columns are numbered by their place; their names are the values of x

@@ -11,8 +11,10 @@ import pytest
 from helpers.recorded_runs import EVEN, SPLIT, make_audit, make_run
 
 from equipoise_lab.analysis.summary import COLUMNS
+from equipoise_lab.analysis.tables import read_records
 from equipoise_lab.records import write_json
 from equipoise_lab.report import write_report
+from equipoise_lab.report.page import Live, write_page
 
 CHROMIUM = Path("/usr/bin/chromium")
 
@@ -33,7 +35,7 @@ def browser_page(path, **options):
             page.wait_for_selector("html[data-ready]", timeout=60_000)
         yield page
         browser.close()
-    assert errors == [] and [url for url in requests if not url.startswith(("data:", "blob:"))] == [path.as_uri()]
+    assert errors == [] and {url for url in requests if not url.startswith(("data:", "blob:"))} == {path.as_uri()}
 
 
 def wait_until(page, function):
@@ -241,6 +243,36 @@ class TestInABrowser:
                 "\\toprule\nStrategy & Loss, nats & Perplexity" in latex
                 and "lbl:scope=micro\\_batch & 2.100 &" in latex
             )
+
+    def test_latex_takes_every_name_for_text(self, tmp_path):
+        name = "a{b}$c$ 5%_\\x"
+        make_run(tmp_path / "a", name, load={name: EVEN["prose"], "code": EVEN["code"]})
+        with browser_page(write_report(tmp_path), permissions=["clipboard-read", "clipboard-write"]) as page:
+            page.locator(".tools[data-table='domains-table']").get_by_text("LaTeX").click()
+            wait_until(page, "() => navigator.clipboard.readText().then((text) => text.includes('tabular'))")
+            latex = page.evaluate("navigator.clipboard.readText()")
+            assert "\nStrategy & a\\{b\\}\\$c\\$ 5\\%\\_\\textbackslash{}x & code \\\\\n" in latex
+
+    def test_a_live_page_keeps_what_the_reader_chose(self, tmp_path):
+        make_pair(tmp_path)
+        path = write_page(tmp_path, read_records(tmp_path), Live(1000, "12:00:00", "step 10 of 10."))
+        shown = """() => [
+            document.getElementById('at').value, document.querySelector('input[name=layer]:checked').value,
+            document.getElementById('sort').value, document.querySelector('.shown-step').textContent,
+            [...document.querySelectorAll('button[data-strategy]')].map((b) => b.getAttribute('aria-pressed')).join(),
+            document.getElementById('plot-loss').data.map((trace) => trace.visible).join(),
+        ]"""
+        with browser_page(path) as page:
+            assert page.evaluate(shown)[:3] == ["2", "1", "domain"]
+            page.locator("#at").fill("1")
+            page.locator(".chips label").first.click()
+            page.locator("#sort").select_option("load")
+            page.locator("button[data-strategy='1']").click()
+            chosen = page.evaluate(shown)
+            assert chosen[:3] == ["1", "0", "load"] and chosen[4:] == ["true,false", "true,false"]
+            page.reload()
+            page.wait_for_selector("html[data-ready]", timeout=60_000)
+            assert page.evaluate(shown) == chosen
 
     def test_the_contents_stay_and_lead_to_every_section(self, tmp_path):
         with browser_page(make_pair(tmp_path), viewport={"width": 390, "height": 800}) as page:

@@ -2,14 +2,16 @@
 
 import os
 import re
+import shutil
 import time
 
 import pytest
 from helpers.recorded_runs import make_audit, make_run, own_text
 
 from equipoise.errors import EquipoiseError, UsageError
+from equipoise_lab.analysis import read_records
 from equipoise_lab.cli.report import Report, run
-from equipoise_lab.records import Run, write_json
+from equipoise_lab.records import LOCK, Run, write_json
 from equipoise_lab.report import live, write_live, write_report
 
 
@@ -34,6 +36,7 @@ def begin(folder, strategy="lbl", **options):
     run = make_run(folder, strategy, last=1, finish=False, **options)
     for log in ("steps", "loads", "evaluations"):
         (run.path / f"{log}.jsonl").unlink()
+    (run.path / LOCK).touch()
 
 
 def test_the_page_follows_a_run_to_its_end(tmp_path, pauses):
@@ -89,6 +92,68 @@ def test_an_interrupt_leaves_a_usual_page(tmp_path, pauses):
     assert "Live:" not in own_text(tmp_path / "report.html")
 
 
+def test_an_interrupt_after_the_folder_has_gone_is_an_interrupt(tmp_path, pauses):
+    begin(tmp_path / "runs" / "a")
+    train_on(tmp_path / "runs" / "a", 2)
+
+    def remove_and_interrupt():
+        shutil.rmtree(tmp_path / "runs")
+        raise KeyboardInterrupt
+
+    pauses.append(remove_and_interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_live(tmp_path / "runs", 5, lambda line: None)
+
+
+def test_a_folder_that_goes_and_comes_back_is_said(tmp_path, pauses):
+    folder, said = tmp_path / "run", []
+    begin(folder)
+    train_on(folder, 2)
+    pauses += [lambda: shutil.rmtree(folder), lambda: make_run(folder, "lbl")]
+    write_live(folder, 5, said.append)
+    assert said[0].startswith("open ")
+    assert said[1:] == [f"waiting for a first step in {folder}, which does not exist yet."]
+
+
+def test_it_says_once_that_nothing_trains_and_goes_on_when_a_run_does(tmp_path, pauses):
+    folder, said, pages = tmp_path / "run", [], []
+    begin(folder)
+    train_on(folder, 2)
+
+    def look(then):
+        pages.append("Nothing trains now" in own_text(folder / "report.html"))
+        then()
+
+    def finish():
+        for log in ("steps", "loads"):
+            (folder / f"{log}.jsonl").unlink()
+        make_run(folder, "lbl")
+
+    lock = folder / LOCK
+    pauses += [lambda then=then: look(then) for then in (lock.unlink, lambda: None, lock.touch, finish)]
+    write_live(folder, 5, said.append)
+    assert pages == [False, True, True, False]
+    assert said[0].startswith("open ") and [line[:18] for line in said[1:]] == ["Nothing trains now"]
+
+
+def test_a_run_that_ends_while_it_is_read_is_not_called_damaged(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "a", "lbl", last=19, finish=False)
+    rows = Run.rows
+
+    def rows_then_end(self, log):
+        yield from rows(self, log)
+        if log == "steps":
+            monkeypatch.setattr(Run, "rows", rows)
+            for name in ("steps", "loads", "evaluations"):
+                (run.path / f"{name}.jsonl").unlink()
+            make_run(tmp_path / "a", "lbl")
+
+    monkeypatch.setattr(Run, "rows", rows_then_end)
+    records = read_records(tmp_path)
+    assert [problem.kind for problem in records.problems] == ["unfinished"]
+    assert [problem.kind for problem in read_records(tmp_path).problems] == []
+
+
 def test_a_run_without_a_new_step_is_called_so(tmp_path, pauses):
     begin(tmp_path / "a")
     train_on(tmp_path / "a", 2)
@@ -111,5 +176,8 @@ def test_an_audit_and_a_wrong_interval_are_refused(tmp_path):
     write_json(tmp_path / "audit.json", make_audit({"prose": [[1, 1, 1, 1]] * 2, "code": [[1, 1, 1, 1]] * 2}))
     with pytest.raises(EquipoiseError, match="--live needs runs: .* holds an audit"):
         write_live(tmp_path, 5, print)
-    with pytest.raises(UsageError, match="--every must be at least 1 second: got 0"):
-        run(Report(tmp_path, live=True, every=0), "")
+    for every in (0, 10**20):
+        with pytest.raises(UsageError, match=f"--every must be from 1 to 86,400 seconds: got {every}"):
+            run(Report(tmp_path, live=True, every=every), "")
+    with pytest.raises(UsageError, match="--every needs --live: got 5"):
+        run(Report(tmp_path, every=5), "")

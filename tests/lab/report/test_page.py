@@ -8,6 +8,7 @@ import re
 import statistics
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from equipoise_lab.records import find_runs, write_json
 from equipoise_lab.report import write_report
 from equipoise_lab.report.contents import abbreviate
 from equipoise_lab.report.findings import compare_runs
+from equipoise_lab.report.stills import still
 
 
 def test_page_shows_the_known_numbers_in_its_tables(tmp_path):
@@ -221,6 +223,18 @@ def test_names_from_outside_are_escaped(tmp_path):
     assert "<script>alert" not in text and "<img" not in text and text.count("</script>") == 1
     traces = [trace for figure in data_of(tmp_path / "report.html")["figures"].values() for trace in figure["data"]]
     assert traces and all("<" not in trace["name"] for trace in traces)  # plotly reads HTML
+
+
+def test_names_that_matplotlib_would_take_for_formulas_are_drawn(tmp_path):
+    domains = {"$\\frac$": EVEN["prose"], "a$_{$b": EVEN["code"], "日本語": EVEN["code"]}
+    make_run(tmp_path / "a", "$\\frac$", load=domains, finish=False)
+    make_run(tmp_path / "b", "lbl", load=domains)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of a character without a glyph
+        assert write_report(tmp_path).is_file()
+    layers = [{"layer": name} for name in ("$\\frac$", "$x_$")]
+    measured = {"maxvio": 1.0, "maxvio_floor": 0.1, "domain_information_bits": {"value": 0.5, "bound": 0.1}}
+    assert still(figures.layers([layer | measured for layer in layers]))
 
 
 def test_run_without_result_is_marked_and_left_out_of_the_table(tmp_path):

@@ -9,19 +9,30 @@ document.querySelectorAll("button[data-strategy]").forEach((button) => {
   });
 });
 
-// A live page loads again while it trains. The reader's choices stay.
-const kept = [...document.querySelectorAll("select, input")];
+// A live page loads again while it trains. The reader's choices stay; the newest step is shown unless another is chosen.
+const controls = [...document.querySelectorAll("select, input")];
 const nameOf = (control) => `${control.id || control.name}${control.type === "radio" ? `=${control.value}` : ""}`;
+function choiceOf(control) {
+  if (control.type === "radio") return control.checked;
+  if (control.type !== "range") return control.value;
+  return control.value === control.max ? undefined : data.steps[Number(control.value)]; // undefined is not stored
+}
+function restore(control, choice) {
+  if (control.type === "radio") control.checked = choice;
+  else if (control.type !== "range") control.value = choice;
+  else if (data.steps.includes(choice)) control.value = String(data.steps.indexOf(choice));
+}
 if (data.live) {
   try {
     const choices = JSON.parse(sessionStorage.getItem("equipoise-choices") || "{}");
-    kept.filter((control) => nameOf(control) in choices).forEach((control) => {
-      if (control.type === "radio") control.checked = choices[nameOf(control)];
-      else if (control.type !== "range") control.value = choices[nameOf(control)];
+    controls.filter((control) => nameOf(control) in choices).forEach((control) => restore(control, choices[nameOf(control)]));
+    document.querySelectorAll("button[data-strategy]").forEach((button) => {
+      if ((choices.hidden || []).includes(data.strategies[Number(button.dataset.strategy)])) button.click();
     });
   } catch { /* not allowed on some pages opened from disk */ }
   addEventListener("pagehide", () => {
-    const choices = Object.fromEntries(kept.map((control) => [nameOf(control), control.type === "radio" ? control.checked : control.value]));
+    const choices = Object.fromEntries(controls.map((control) => [nameOf(control), choiceOf(control)]));
+    choices.hidden = [...hidden].map((strategy) => data.strategies[strategy]);
     try { sessionStorage.setItem("equipoise-choices", JSON.stringify(choices)); } catch { /* as above */ }
   });
   setTimeout(() => location.reload(), 1000 * data.live);

@@ -15,8 +15,10 @@ document.head.append(script);
 
 const byId = (id) => document.getElementById(id);
 const sum = (values) => values.reduce((a, b) => a + b, 0);
-const plain = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;"); // for plotly
-const unplain = (text) => text.replace(/&lt;/g, "<").replace(/&gt;/g, ">").replace(/&amp;/g, "&");
+// For plotly, which interprets tags, and formulas between two dollar signs.
+const ENTITIES = { "&": "&amp;", "<": "&lt;", ">": "&gt;", $: "&#36;" };
+const plain = (text) => String(text).replace(/[&<>$]/g, (c) => ENTITIES[c]);
+const unplain = (text) => text.replace(/&lt;|&gt;|&#36;|&amp;/g, (entity) => Object.keys(ENTITIES).find((c) => ENTITIES[c] === entity));
 
 const light = {
   text: "#23262a", quiet: "#5c6168", grid: "#e6e4de", page: "#fdfcfa",

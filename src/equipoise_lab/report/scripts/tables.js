@@ -33,9 +33,12 @@ function markdown([head, ...rows]) {
   const sides = head.map((_, column) => (column ? "---:" : "---"));
   return [line(head), line(sides), ...rows.map(line)].join("\n") + "\n";
 }
-const LATEX = { "\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}", "−": "$-$", "±": "$\\pm$", "…": "\\ldots{}", "×": "$\\times$" };
+const LATEX = {
+  "\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}", "−": "$-$", "±": "$\\pm$", "…": "\\ldots{}",
+  "×": "$\\times$", "·": "$\\cdot$",
+};
 function latex([head, ...rows]) {
-  const cell = (text) => text.replace(/[\\~^−±…×]/g, (c) => LATEX[c]).replace(/[&%#_]/g, (c) => `\\${c}`);
+  const cell = (text) => text.replace(/[\\~^−±…×·&%#_${}]/g, (c) => LATEX[c] || `\\${c}`);
   const line = (cells) => `${cells.map(cell).join(" & ")} \\\\`;
   return [
     "% needs \\usepackage{booktabs}", `\\begin{tabular}{l${"r".repeat(head.length - 1)}}`, "\\toprule", line(head), "\\midrule",
