@@ -781,6 +781,8 @@ def test_a_split_shorter_than_a_sequence_is_refused(folder, tmp_path):
 def test_bad_options_are_refused(folder, tmp_path):
     with pytest.raises(UsageError, match=r"--vocab-size must be at least 300, .*got 299"):
         load(folder, tmp_path / "cache", vocab_size=299)
+    with pytest.raises(UsageError, match=r"--vocab-size must be at most 1,000,000: got 10,000,000,000. Lower it"):
+        load(folder, tmp_path / "cache", vocab_size=10**10)
     with pytest.raises(
         UsageError, match=r"must be a tokenizer\.json or a folder with one: .*none\.json does not exist"
     ):
