@@ -1,5 +1,6 @@
 """What a page shows: the values of its template, from the records. ``of_runs`` and ``of_audit``."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,8 @@ from equipoise_lab.report.findings import compare_runs
 from equipoise_lab.report.stills import still
 
 __all__ = ["abbreviate", "of_audit", "of_runs"]
+
+TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d")  # how a time in a record begins
 
 
 def of_runs(records: Records, live: int | None = None) -> dict[str, Any]:
@@ -188,8 +191,10 @@ def _seeds(recorded_runs: Sequence[RecordedRun]) -> str:
 
 
 def _dates(recorded_runs: Sequence[RecordedRun]) -> str | None:
-    """When the first and the last run began, in UTC. None if no run knows."""
-    began = sorted(run.config["began"][:16] for run in recorded_runs if run.config.get("began"))
+    """When the first and the last run began, in UTC. None if no run knows: records from elsewhere may have any text."""
+    began = sorted(
+        match.group() for run in recorded_runs if (match := TIME.match(str(run.config.get("began")))) is not None
+    )
     if not began:
         return None
     (first_day, first), (last_day, last) = (time.split("T") for time in (began[0], began[-1]))
