@@ -211,6 +211,13 @@ class _Run:
         if self.qk_norm and (self.model is not None or self.arch != "glm4_moe"):
             raise UsageError(f"--qk-norm needs --arch glm4_moe: got {self._why_no_qk_norm()} Leave --qk-norm out.")
         self._check_score_function()
+        self._check_model()
+        check_location(self.data)
+        if self.tokenizer is not None:
+            find_tokenizer(self.tokenizer)
+        self._check_trackers()
+
+    def _check_model(self) -> None:
         if self.model is not None and not (self.model / "config.json").is_file():
             near = suggest_models(self.model) if self.model.exists() else suggest_paths(self.model)
             raise UsageError(
@@ -223,10 +230,6 @@ class _Run:
                     f"--model must be a saved model, or a run that saved one: {self.model} is a run without a model. "
                     "It has not finished, or was trained with --no-save-model. Train it again without that option."
                 )
-        check_location(self.data)
-        if self.tokenizer is not None:
-            find_tokenizer(self.tokenizer)
-        self._check_trackers()
 
     @property
     def trackers(self) -> tuple[Tracker, ...]:
