@@ -150,6 +150,8 @@ WRONG = [
     Wrong(f"{TRAIN} --selection hash --strategy none", 2, "--selection hash needs --no-save-model"),
     Wrong(f"{COMPARE} --seeds 0", 2, "--seeds must be at least 1: got 0"),
     Wrong("compare --out new --data my_text SMALL --workers 0", 2, "--workers must be at least 1: got 0"),
+    Wrong(f"{TRAIN} --experts 1000000000000", 1, "memory must suffice: it ran out."),
+    Wrong(f"{TRAIN} --vocab-size 10000000000", 2, "--vocab-size must be at most 1,000,000"),
     Wrong("reproduce --budget -1", 2, "--budget must be a number of minutes, at least 0"),
     Wrong("audit runs/one --data my_text --tokens 0 --out new", 2, "--tokens must be at least 1: got 0"),
     # strategies and names

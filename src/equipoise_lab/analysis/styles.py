@@ -18,7 +18,7 @@ HUES = (BLUE, SKY, GREEN, ORANGE, VERMILLION, PINK, VIOLET, BROWN, GREY)
 SHADES = (0.0, -0.35, 0.25)  # towards black, or towards white
 DASHES = ("solid", "dash", "dot", "dashdot")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up")
-NUMBER = re.compile(r"=([0-9.]+(?:e[+-]?[0-9]+)?)")
+NUMBER = re.compile(r"=((?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]+)?)")
 
 
 def strategy_styles(strategies: Iterable[str]) -> dict[str, dict[str, str]]:
@@ -78,9 +78,8 @@ def _hue(strategy: str) -> str:
 def _level(strategy: str) -> int:
     """Two levels per factor of ten of the first number, modulo the shades; 0 without a number."""
     number = NUMBER.search(strategy)
-    if number is None or float(number.group(1)) == 0:
-        return 0
-    return round(2 * math.log10(float(number.group(1)))) % len(SHADES)
+    value = 0.0 if number is None else float(number.group(1))
+    return round(2 * math.log10(value)) % len(SHADES) if 0 < value < math.inf else 0
 
 
 def _shaded(color: str, towards: float) -> str:

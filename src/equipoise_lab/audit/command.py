@@ -15,6 +15,7 @@ from equipoise_lab.models.structure import read_config
 from equipoise_lab.paths import check_writable
 from equipoise_lab.records import read_json, write_json
 from equipoise_lab.train.levels import levels_of
+from equipoise_lab.train.location import note_on_packaged
 from equipoise_lab.train.text import HELD_OUT_TOKENS
 
 __all__ = ["RESULT", "audit", "load_tokenizer", "table_rows"]
@@ -37,6 +38,8 @@ def audit(options: Audit, progress: Progress, command: str = "") -> dict[str, An
     read_config(model_folder(options.model))  # a wrong MODEL is the first thing to say
     earlier = _read_earlier_audit(options)
     check_writable(options.out, "--out")
+    if (note := note_on_packaged(options.data)) is not None:
+        progress.say(note)
     return _audit(options, progress, command, has_complete_audit=bool(earlier.get("complete")))
 
 

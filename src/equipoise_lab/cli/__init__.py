@@ -48,8 +48,6 @@ def main(arguments: list[str] | None = None) -> None:
         can_resume = bool(arguments) and arguments[0] in RESUMABLE
         message += ", then continue with --resume if a run had begun." if can_resume else "."
         _report_and_exit(error, message, 1)
-    except MemoryError:
-        _report_and_exit(MemoryError(), "memory must suffice: it ran out. Use less text or a smaller model.", 1)
     except KeyboardInterrupt as stop:
         can_resume = bool(arguments) and arguments[0] in RESUMABLE
         how = "To continue, run the same command with --resume." if can_resume else "Run the same command again."
@@ -57,6 +55,8 @@ def main(arguments: list[str] | None = None) -> None:
             print_stderr(f"equipoise: stopped. {str(stop) or how}")
         exit_process(130)
     except Exception as error:
+        if _is_out_of_memory(error):
+            _report_and_exit(error, "memory must suffice: it ran out. Use less text or a smaller model.", 1)
         if num_ranks() == 1:
             raise
         if rank() == 0 or not _is_shared(error):
@@ -64,6 +64,12 @@ def main(arguments: list[str] | None = None) -> None:
         exit_process(1)
     if num_ranks() > 1 and "equipoise_lab.train.ranks" in sys.modules:
         sys.modules["equipoise_lab.train.ranks"].leave_ranks()
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Of torch, the CPU's error has no class of its own."""
+    of_torch = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and of_torch)
 
 
 def _handle_signals() -> None:

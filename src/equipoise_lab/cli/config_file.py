@@ -12,7 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from equipoise.errors import UsageError, suggest
 from equipoise_lab.paths import suggest_paths
@@ -28,6 +28,7 @@ FLAG = "--config"
 COMMANDS: Mapping[str, type[Train] | type[Compare]] = {"train": Train, "compare": Compare}
 WRITTEN = {"train": OPTIONS_OF_RUN, "compare": OPTIONS_OF_COMPARISON}
 IN_PLACE_OF = {"strategies": "strategy", "seeds": "seed", "strategy": "strategies", "seed": "seeds"}
+LONGEST = 60  # characters of a value that an error quotes
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", Path: "a path", str: "a text"}
 
 
@@ -187,11 +188,18 @@ def _plain(node: "yaml.Node", kind: Any, where: str) -> Any:
     words = f"one of {', '.join(choices)}" if choices else KINDS[kind]
     if not isinstance(node, yaml.ScalarNode):
         raise UsageError(f"{where} must be {words}: got {_shape(node)}.")
+    if node.value == "":
+        raise UsageError(f"{where} must have a value: got an empty one. Write one, or remove the line.")
     try:
-        value = TypeAdapter(kind).validate_strings(node.value)
-    except ValidationError:
-        raise UsageError(f"{where} must be {words}: got {node.value!r}.{suggest(node.value, choices)}") from None
+        # As the command line reads a number: pydantic would take 4.0 for a whole one.
+        value = kind(node.value) if kind in (int, float) else TypeAdapter(kind).validate_strings(node.value)
+    except ValueError:  # pydantic's is one too
+        raise UsageError(f"{where} must be {words}: got {_cut(node.value)!r}.{suggest(node.value, choices)}") from None
     return value.expanduser() if isinstance(value, Path) else value
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
 def _shape(node: "yaml.Node") -> str:

@@ -61,20 +61,20 @@ def sentence(text: str, arguments: Sequence[str], flags: Callable[[], list[str]]
     more = f"`{command} --help` says what it takes."
     if unknown := _unknown_option(arguments, flags(), command, more):
         return unknown
-    if found := re.match(
+    if match := re.match(
         r"Unrecognized (?:or misplaced )?options: (.*?)(?: Perhaps| Available| For full help|$)", line
     ):
-        return f"`{command}` must get the arguments that it knows, and no more: got {found[1]}. Leave that out; {more}"
-    if found := re.match(r"invalid choice '(.*)' for argument '(\S+)'\. Expected one of \((.*?),?\)", line):
-        value, name, listed = found.groups()
+        return f"`{command}` must get the arguments that it knows, and no more: got {match[1]}. Leave that out; {more}"
+    if match := re.match(r"invalid choice '(.*)' for argument '(\S+)'\. Expected one of \((.*?),?\)", line):
+        value, name, listed = match.groups()
         choices = [choice for choice in re.findall(r"'([^']*)'", listed) if choice != "None"]
         return f"{name} must be one of {', '.join(choices)}: got {value!r}.{suggest(value, choices) or f' {more}'}"
-    if found := re.match(r"Missing from .*?: (.*?)(?: \(required\)| For full help|$)", line):
-        return _missing(found[1].rstrip("."), arguments, command, more)
-    if found := re.match(r"Missing value for argument '(\S+)'", line):
-        return f"{found[1]} needs a value: got none. Write one after it; {more}"
-    if found := re.match(r"Error parsing (\S+?): (.*?)(?: Argument helptext:| For full help|$)", line):
-        return _bad_value(found[1], found[2], more)
+    if match := re.match(r"Missing from .*?: (.*?)(?: \(required\)| For full help|$)", line):
+        return _missing(match[1].rstrip("."), arguments, command, more)
+    if match := re.match(r"Missing value for argument '(\S+)'", line):
+        return f"{match[1]} needs a value: got none. Write one after it; {more}"
+    if match := re.match(r"Error parsing (\S+?): (.*?)(?: Argument helptext:| For full help|$)", line):
+        return _bad_value(match[1], match[2], more)
     return line
 
 

@@ -1,5 +1,6 @@
 """What a page shows: the values of its template, from the records. ``of_runs`` and ``of_audit``."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,13 +20,14 @@ from equipoise_lab.report.stills import still
 
 __all__ = ["abbreviate", "of_audit", "of_runs"]
 
+TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d")  # how a time in a record begins
+
 
 def of_runs(records: Records, live: int | None = None) -> dict[str, Any]:
     """``live``: seconds until the page loads itself again."""
     recorded_runs = records.recorded_runs
     strategies = list(dict.fromkeys(run.strategy for run in recorded_runs))
     run_files = [run.files for run in recorded_runs]
-    config: dict[str, Any] = dict.fromkeys(Config.__annotations__) | recorded_runs[0].config  # a page shows None as "?"
     table = records.runs()
     curves = _curves(records)
     timed_runs = [run for run in _one_run_per_strategy(recorded_runs) if run.steps]
@@ -36,14 +38,12 @@ def of_runs(records: Records, live: int | None = None) -> dict[str, Any]:
     times = loads_over_time(timed_runs)
     maps = [model_data(model, len(models), run) for model, run in zip(models, drawn_runs, strict=True)]
     steps = sorted({one["step"] for model in maps for one in model["maps"]})
-    pictures: dict[str, go.Figure] = dict(curves)
-    is_paired = False
-    if len(strategies) > 1 and any(run.result is not None for run in recorded_runs):
-        pictures["outcome"] = figures.quality_against_balance(table)
-        is_paired = pictures["outcome"].layout.meta["paired"]
     rank_loads = figures.rank_loads(experts)
     costs = rank_loads.to_pylist()
     rows = summary_rows(run_files)
+    pictures = dict(curves)
+    if len(strategies) > 1 and any(run.result is not None for run in recorded_runs):
+        pictures["outcome"] = figures.quality_against_balance(table)
     if costs:
         pictures["cost"] = figures.cost(rank_loads)
     stills = {f"plot-{name}": figure for name, figure in pictures.items()}
@@ -58,36 +58,48 @@ def of_runs(records: Records, live: int | None = None) -> dict[str, Any]:
             steps=steps,
             times=times,
             strategies=strategies,
-            subtitle=_subtitle(config),
+            subtitle=_subtitle(_config_of(recorded_runs)),
             seeds=_seeds(recorded_runs),
             table=table_data(table.drop_columns(["config"]).to_pylist()),
             live=live,
         ),
+        **_facts(recorded_runs),
         "steps": steps,
         "stills": {name: still(figure) for name, figure in stills.items()},
         "sections": _sections_of_runs(bool(rows), bool(costs)),
         "strategies": strategies,
         "styles": strategy_styles(strategies),
-        "config": config,
-        "trained": _dates(recorded_runs),
-        "num_seeds": len({run.seed for run in recorded_runs}),
         "findings": compare_runs(run_files),
-        "is_paired": is_paired,
+        "is_paired": "outcome" in pictures and pictures["outcome"].layout.meta["paired"],
         "figure_names": list(pictures),
         "window": curves["loss"].layout.meta["window"],
-        "differing_settings": unequal_terms([run.config for run in recorded_runs]),
-        "notes": _seeds_by_note(recorded_runs),
         "rows": rows,
-        "domain_rows": _domain_rows(recorded_runs),
-        "domains": config["domains"],
         "drawn_runs": drawn_runs,
         "timed_runs": timed_runs,
-        "layers": layer_labels(config["layers"]),
         "experts_shown": experts_table(models[-1], maps[-1]) if models else None,
         "has_tokens": any(any(layer) for model in models for layer in model.typical),
         "costs": _costs_by_strategy(costs),
-        "recorded_runs": recorded_runs,
     }
+
+
+def _facts(recorded_runs: Sequence[RecordedRun]) -> dict[str, Any]:
+    """What the texts and tables of the page say of the runs, beside their results."""
+    config = _config_of(recorded_runs)
+    return {
+        "recorded_runs": recorded_runs,
+        "config": config,
+        "trained": _dates(recorded_runs),
+        "num_seeds": len({run.seed for run in recorded_runs}),
+        "differing_settings": unequal_terms([run.config for run in recorded_runs]),
+        "notes": _seeds_by_note(recorded_runs),
+        "domain_rows": _domain_rows(recorded_runs),
+        "domains": config["domains"],
+        "layers": layer_labels(config["layers"]),
+    }
+
+
+def _config_of(recorded_runs: Sequence[RecordedRun]) -> dict[str, Any]:
+    return dict.fromkeys(Config.__annotations__) | recorded_runs[0].config  # a page shows None as "?"
 
 
 def of_audit(records: Records) -> dict[str, Any]:
@@ -188,8 +200,10 @@ def _seeds(recorded_runs: Sequence[RecordedRun]) -> str:
 
 
 def _dates(recorded_runs: Sequence[RecordedRun]) -> str | None:
-    """When the first and the last run began, in UTC. None if no run knows."""
-    began = sorted(run.config["began"][:16] for run in recorded_runs if run.config.get("began"))
+    """When the first and the last run began, in UTC. None if no run knows: records from elsewhere may have any text."""
+    began = sorted(
+        match.group() for run in recorded_runs if (match := TIME.match(str(run.config.get("began")))) is not None
+    )
     if not began:
         return None
     (first_day, first), (last_day, last) = (time.split("T") for time in (began[0], began[-1]))

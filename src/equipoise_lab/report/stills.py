@@ -15,6 +15,8 @@ __all__ = ["still"]
 DASHES = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-."}
 SYMBOLS = {"circle": "o", "square": "s", "diamond": "D", "triangle-up": "^", "x": "X"}
 WIDTH, DPI = 620, 130  # of a picture, in pixels on the page; dots per inch
+TALLEST = 8000  # pixels; matplotlib refuses a picture of 2**16 dots
+LONGEST = 100  # characters of a name; longer ones would leave no room for the picture
 
 
 def still(figure: go.Figure) -> str:
@@ -24,7 +26,7 @@ def still(figure: go.Figure) -> str:
 
     is_map = any(trace.type == "heatmap" for trace in figure.data)
     has_two = "yaxis2" in figure.layout
-    height = max(figure.layout.height or 400, 150)
+    height = min(max(figure.layout.height or 400, 150), TALLEST)
     picture = Figure(figsize=(WIDTH / 100, height / 100), layout="constrained")
     FigureCanvasAgg(picture)
     axes: list[Any] = picture.subplots(2 if has_two else 1, 1, sharex=True, squeeze=False)[:, 0].tolist()
@@ -49,14 +51,15 @@ def still(figure: go.Figure) -> str:
     axes[-1].set_xlabel(_text(figure.layout.xaxis.title.text or ""), fontsize=8)
     file = io.BytesIO()
     with warnings.catch_warnings():  # a character that the font lacks is a box; the tables have it
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font|constrained_layout not applied")
         picture.savefig(file, format="png", dpi=DPI, metadata={"Software": None})
     return base64.b64encode(file.getvalue()).decode()
 
 
 def _text(text: str) -> str:
     """Text of a plotly figure for matplotlib, which would take what is between two ``$`` for a formula."""
-    return html.unescape(text).replace("$", r"\$")
+    text = html.unescape(text)
+    return (text if len(text) <= LONGEST else f"{text[:LONGEST]}…").replace("$", r"\$")
 
 
 def _included(axis: Any) -> list[float]:

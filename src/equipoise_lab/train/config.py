@@ -19,6 +19,7 @@ TOP_K = "top-k"  # the selection of an unchanged model
 ARCHITECTURES = ("glm4_moe", "qwen3_moe", "olmoe", "mixtral", "deepseek_v3")
 SCORE_FUNCTIONS = dict.fromkeys(ARCHITECTURES, "softmax") | {"glm4_moe": "sigmoid", "deepseek_v3": "sigmoid"}
 Architecture = Literal["glm4_moe", "qwen3_moe", "olmoe", "mixtral", "deepseek_v3"]
+MOST_STEPS = 10**9  # far more than the lab can train
 Tracker = Literal["none", "tensorboard", "wandb", "trackio", "mlflow"]
 
 
@@ -178,6 +179,8 @@ class _Run:
         ):
             if getattr(self, name) < minimum:
                 raise UsageError(f"--{_flag(name)} must be at least {minimum}: got {getattr(self, name)}.")
+        if self.steps > MOST_STEPS:
+            raise UsageError(f"--steps must be at most {MOST_STEPS:,}: got {self.steps:,}.")
         for name in ("learning_rate", "clip"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise UsageError(f"--{_flag(name)} must be a finite number above 0: got {getattr(self, name)}.")
@@ -208,6 +211,13 @@ class _Run:
         if self.qk_norm and (self.model is not None or self.arch != "glm4_moe"):
             raise UsageError(f"--qk-norm needs --arch glm4_moe: got {self._why_no_qk_norm()} Leave --qk-norm out.")
         self._check_score_function()
+        self._check_model()
+        check_location(self.data)
+        if self.tokenizer is not None:
+            find_tokenizer(self.tokenizer)
+        self._check_trackers()
+
+    def _check_model(self) -> None:
         if self.model is not None and not (self.model / "config.json").is_file():
             near = suggest_models(self.model) if self.model.exists() else suggest_paths(self.model)
             raise UsageError(
@@ -220,10 +230,6 @@ class _Run:
                     f"--model must be a saved model, or a run that saved one: {self.model} is a run without a model. "
                     "It has not finished, or was trained with --no-save-model. Train it again without that option."
                 )
-        check_location(self.data)
-        if self.tokenizer is not None:
-            find_tokenizer(self.tokenizer)
-        self._check_trackers()
 
     @property
     def trackers(self) -> tuple[Tracker, ...]:

@@ -45,6 +45,7 @@ FORMAT = 2  # of the cache: increase it when the same input gives different file
 ENDS = ("<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "<eos>", "</s>", "<|eot_id|>", "<|im_end|>")
 TOKEN_DTYPES = ("<u2", "<u4")
 MIN_VOCAB_SIZE = 300  # 256 bytes, the end-of-text token and some merges
+MAX_VOCAB_SIZE = 1_000_000  # tokenizers crashes on numbers that are much larger
 TOKENIZER_BYTES = 8_000_000  # training text of the tokenizer, with equal shares of the domains
 MAX_TOKENIZER_BYTES_PER_DOMAIN = 1_000_000
 
@@ -149,6 +150,8 @@ def load_corpus(
             f"--vocab-size must be at least {MIN_VOCAB_SIZE}, of which 256 are single bytes: got {vocab_size}. Raise "
             "it."
         )
+    if tokenizer_file is None and vocab_size > MAX_VOCAB_SIZE:
+        raise UsageError(f"--vocab-size must be at most {MAX_VOCAB_SIZE:,}: got {vocab_size:,}. Lower it.")
     kind = ["bpe", vocab_size] if tokenizer_file is None else ["file", _digest(tokenizer_file.read_bytes())]
     text = find_text(data, progress, text_key)
     of_key = [] if text_key == TEXT_KEY else [text_key]

@@ -17,6 +17,7 @@ __all__ = [
     "hub_name",
     "is_same_place",
     "local_path",
+    "note_on_packaged",
 ]
 
 CORPUS = Path(__file__).parents[1] / "corpus"
@@ -29,6 +30,13 @@ HUB_NAME = r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?"
 def local_path(data: str | Path | None) -> Path:
     """The file or folder that ``data`` names; for ``"corpus"`` and None the packaged corpus."""
     return CORPUS if data is None or data == PACKAGED else Path(data).expanduser()
+
+
+def note_on_packaged(data: str | Path | None) -> str | None:
+    """A note if ``data`` is the packaged corpus and a file or folder here has the same name."""
+    if data != PACKAGED or not Path(PACKAGED).exists():
+        return None
+    return f"the text is the packaged {PACKAGED}; for the one in the current folder, write --data ./{PACKAGED}"
 
 
 def hub_name(data: str | Path | None) -> str | None:

@@ -6,6 +6,7 @@ from equipoise_lab.train.batches import Batches
 from equipoise_lab.train.config import Train
 from equipoise_lab.train.data import Corpus, load_corpus
 from equipoise_lab.train.levels import levels_of
+from equipoise_lab.train.location import PACKAGED, note_on_packaged
 from equipoise_lab.train.ranks import Ranks
 from equipoise_lab.train.run_folder import Watcher
 
@@ -15,9 +16,12 @@ __all__ = ["batches_of", "load_text"]
 def load_text(config: Train, watcher: Watcher, ranks: Ranks) -> Corpus:
     """The text of a run. Raises ``EquipoiseError`` if the run cannot be trained on it."""
 
+    if (note := note_on_packaged(config.data)) is not None:
+        watcher.say(note)
+
     def load() -> Corpus:
         return load_corpus(
-            None if config.data == "corpus" else config.data,
+            None if config.data == PACKAGED else config.data,
             tokenizer=config.tokenizer,
             vocab_size=config.vocab_size,
             progress=watcher.say,

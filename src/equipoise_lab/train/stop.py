@@ -2,7 +2,7 @@
 
     first signal    inside ``deferred()``: only asks. The run ends its step, writes a checkpoint and stops.
                     elsewhere: raises KeyboardInterrupt.
-    second signal   raises KeyboardInterrupt wherever the process is.
+    second signal   raises KeyboardInterrupt wherever the process is, if it is the same one as a signal before.
 
 A rank that gets SIGTERM cannot know why. Either the user stops the run, or torchrun ends the remaining ranks after one
 was lost. So the rank continues for a grace period. If every rank got the signal, all ranks stop after the same step. If
@@ -54,7 +54,7 @@ class StopHandler:
     def __init__(self, rank: int = 0, num_ranks: int = 1, *, is_worker: bool = False):
         self.rank, self.num_ranks, self.is_worker = rank, num_ranks, is_worker
         self.requested_at: float | None = None  # time.monotonic() of the first signal
-        self.first_signal, self.grace = 0, GRACE
+        self.signals, self.grace = list[int](), GRACE  # those that came, without repetitions
         self.announce: Callable[[], None] | None = None  # what to call at the first signal, inside deferred()
 
     def install(self) -> None:
@@ -68,8 +68,11 @@ class StopHandler:
         if self.requested_at is not None:
             if self._leaves_at_once(number, now, is_deferred):
                 raise KeyboardInterrupt
+            if number not in self.signals:
+                self.signals.append(number)
             return
-        self.requested_at, self.first_signal = now, number
+        self.requested_at = now
+        self.signals.append(number)
         if self.num_ranks > 1:
             self.grace = GRACE_OF_STEP if is_deferred else GRACE
             # Rank 0 stops a second before the others: it is the one that prints the message.
@@ -83,14 +86,14 @@ class StopHandler:
     def _leaves_at_once(self, number: int, now: float, is_deferred: bool) -> bool:
         """Whether a signal after the first one raises KeyboardInterrupt.
 
-        Another signal than the first is no second Ctrl-C: it comes from a parent that got the same Ctrl-C.
+        A signal of another kind is no second Ctrl-C: it may come from a parent that got the same Ctrl-C.
         """
         assert self.requested_at is not None
         if self.is_worker:
             return False
         if self.num_ranks > 1:
-            return number == self.first_signal and now - self.requested_at > REPEATED
-        return number == self.first_signal or not is_deferred
+            return number == self.signals[0] and now - self.requested_at > REPEATED
+        return number in self.signals or not is_deferred
 
     def has_rank_0_stopped(self) -> bool:
         """Whether rank 0 has stopped by now. Another rank that then loses its connection need not report it."""

@@ -15,9 +15,9 @@ MOST_FILES = 3  # skipped files that a note names, for each reason
 class Problem(Exception):
     """Something about a text that must be mended. Never leaves this package: :class:`Problems` makes an error of it."""
 
-    def __init__(self, rule: str, found: str, remedy: str, *, in_use: bool = False):
-        super().__init__(f"{rule}: {found}. {remedy}")
-        self.rule, self.found, self.remedy = rule, found, remedy
+    def __init__(self, rule: str, case: str, remedy: str, *, in_use: bool = False):
+        super().__init__(f"{rule}: {case}. {remedy}")
+        self.rule, self.case, self.remedy = rule, case, remedy
         self.in_use = in_use  # a wrong option or folder, not a damaged file
 
 
@@ -35,8 +35,8 @@ class Problems:
         except Problem as problem:
             self.all.append(problem)
 
-    def add(self, rule: str, found: str, remedy: str, *, in_use: bool = False) -> None:
-        self.all.append(Problem(rule, found, remedy, in_use=in_use))
+    def add(self, rule: str, case: str, remedy: str, *, in_use: bool = False) -> None:
+        self.all.append(Problem(rule, case, remedy, in_use=in_use))
 
     def raise_error(self) -> None:
         """Raises an error that names all problems, those with the same rule and remedy together. Without any: nothing.
@@ -52,8 +52,8 @@ class Problems:
             return
         groups: dict[tuple[str, str], list[str]] = {}
         for problem in self.all[:MOST_NAMED]:
-            groups.setdefault((problem.rule, problem.remedy), []).append(problem.found)
-        text = " ".join(f"{rule}: {'; '.join(found)}. {remedy}" for (rule, remedy), found in groups.items())
+            groups.setdefault((problem.rule, problem.remedy), []).append(problem.case)
+        text = " ".join(f"{rule}: {'; '.join(cases)}. {remedy}" for (rule, remedy), cases in groups.items())
         if more := len(self.all) - MOST_NAMED:
             text += f" And {more} more of {len(self.all)} problems." if more > 0 else ""
         raise (UsageError if all(problem.in_use for problem in self.all) else EquipoiseError)(text)

@@ -46,7 +46,8 @@ class Terminal:
     """
 
     def __init__(self, num_runs: int = 1, console: Console | None = None):
-        self.console = Console(stderr=True, highlight=False) if console is None else console
+        # The stream itself: a tracker that is slow has sys.stderr redirected, and this must be seen all the same.
+        self.console = Console(file=sys.stderr, highlight=False) if console is None else console
         self.num_runs, self.numbers = num_runs, itertools.count(1)
         self.clock = _Clock(num_runs)
         self.progress = _Lines(

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from equipoise import EquipoiseError, UsageError
+from equipoise_lab.audit import command
 from equipoise_lab.audit.command import COLUMNS, RESULT, audit, table_rows
 from equipoise_lab.audit.config import Audit
 from equipoise_lab.cli import main
@@ -65,6 +66,19 @@ def test_the_command_writes_a_report_and_prints_the_number_of_tokens(run, text, 
     assert result["command"].startswith("equipoise audit") and "What the experts of this model do" in page
     levels = result["mean"]["information_by_level"]
     assert result["levels"] == {} and set(levels) == {"domain"}, "one script, no levels.json"
+
+
+def test_a_folder_with_the_name_of_the_packaged_corpus_is_not_passed_over_silently(run, tmp_path, monkeypatch):
+    def load(*args, **options):
+        raise EquipoiseError("far enough")
+
+    monkeypatch.setattr(command, "load_model", load)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "corpus").mkdir()
+    progress = RecordedProgress()
+    with pytest.raises(EquipoiseError, match="far enough"):
+        audit(Audit(run, "corpus", out=tmp_path / "audit"), progress)
+    assert "the text is the packaged corpus; for the one in the current folder, write --data ./corpus" in progress.texts
 
 
 def test_a_run_is_audited_with_its_own_tokenizer_and_biases(run, text, tmp_path):

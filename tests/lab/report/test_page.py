@@ -234,7 +234,25 @@ def test_names_that_matplotlib_would_take_for_formulas_are_drawn(tmp_path):
         assert write_report(tmp_path).is_file()
     layers = [{"layer": name} for name in ("$\\frac$", "$x_$")]
     measured = {"maxvio": 1.0, "maxvio_floor": 0.1, "domain_information_bits": {"value": 0.5, "bound": 0.1}}
-    assert still(figures.layers([layer | measured for layer in layers]))
+    figure = figures.layers([layer | measured for layer in layers])
+    assert still(figure) and still(figure.update_layout(height=10**6))  # of tens of thousands of domains
+
+
+@pytest.mark.parametrize(
+    ("strategy", "config"),
+    [
+        ("rate=1e999", {"began": "yesterday"}),
+        ("x=1.2.3", {"began": "2026-01-01 10:00"}),
+        ("x=.", {"began": "aTbTc"}),
+        ("x" * 3000, {"layers": ["$a$", "<b>"]}),
+    ],
+    ids=["infinite", "version", "point", "long"],
+)
+def test_records_from_elsewhere_may_hold_any_text(tmp_path, strategy, config):
+    make_run(tmp_path / "a", strategy, steps=3, **config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert "Trained" not in own_text(write_report(tmp_path))
 
 
 def test_run_without_result_is_marked_and_left_out_of_the_table(tmp_path):

@@ -19,9 +19,10 @@ import torch
 from tokenizers import Tokenizer
 
 from equipoise.errors import EquipoiseError, UsageError
-from equipoise_lab.train import data, text, text_files
+from equipoise_lab.train import data, run_text, text, text_files
 from equipoise_lab.train.batches import Batches
 from equipoise_lab.train.data import SPLITS, Corpus, load_corpus
+from equipoise_lab.train.ranks import ONE_PROCESS
 from equipoise_lab.train.text import count_held_out, find_text, max_held_out, stream_text
 
 END = "<|endoftext|>"
@@ -62,6 +63,25 @@ def documents_of(corpus: Corpus, split: str, domain: str) -> list[str]:
 
 
 # ---- split and tokens -----------------------------------------------------------------------------------------------
+
+
+def test_a_folder_with_the_name_of_the_packaged_corpus_is_not_passed_over_silently(
+    tiny, new_watcher, tmp_path, monkeypatch
+):
+    def load(*args, **options):
+        raise EquipoiseError("far enough")
+
+    monkeypatch.setattr(run_text, "load_corpus", load)
+    monkeypatch.chdir(tmp_path)
+    notes = []
+    for _ in range(2):
+        watcher = new_watcher()
+        with pytest.raises(EquipoiseError, match="far enough"):
+            run_text.load_text(tiny(data="corpus"), watcher, ONE_PROCESS)
+        notes.append(watcher.said)
+        (tmp_path / "corpus").mkdir(exist_ok=True)
+    note = "the text is the packaged corpus; for the one in the current folder, write --data ./corpus"
+    assert notes == [[], [note]]
 
 
 def test_split_is_disjoint_and_exhaustive_and_decodes_to_the_text(folder, tmp_path):
@@ -781,6 +801,8 @@ def test_a_split_shorter_than_a_sequence_is_refused(folder, tmp_path):
 def test_bad_options_are_refused(folder, tmp_path):
     with pytest.raises(UsageError, match=r"--vocab-size must be at least 300, .*got 299"):
         load(folder, tmp_path / "cache", vocab_size=299)
+    with pytest.raises(UsageError, match=r"--vocab-size must be at most 1,000,000: got 10,000,000,000. Lower it"):
+        load(folder, tmp_path / "cache", vocab_size=10**10)
     with pytest.raises(
         UsageError, match=r"must be a tokenizer\.json or a folder with one: .*none\.json does not exist"
     ):

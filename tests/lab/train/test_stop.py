@@ -85,6 +85,15 @@ def test_a_rank_goes_on_for_a_grace_period_and_rank_0_leaves_first(alarms, rank,
     assert handler.has_rank_0_stopped() == (rank > 0)
 
 
+def test_ctrl_c_twice_leaves_at_once_after_a_signal_of_another_kind_too():
+    handler = StopHandler()
+    handler.announce = lambda: None
+    handler(signal.SIGTERM, None)
+    handler(signal.SIGINT, None)  # may be the same Ctrl-C, which a parent passes on
+    with pytest.raises(KeyboardInterrupt):
+        handler(signal.SIGINT, None)
+
+
 def test_a_worker_leaves_its_block_once_and_then_takes_no_signal():
     handler = StopHandler(is_worker=True)
     said = []

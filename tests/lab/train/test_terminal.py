@@ -7,6 +7,7 @@ import pytest
 from rich.console import Console
 
 from equipoise_lab.train import watch
+from equipoise_lab.train.tracker_kinds import quiet
 from equipoise_lab.train.watch import Terminal
 
 WIDTHS = (60, 80, 100, 160)
@@ -50,6 +51,13 @@ def test_step_time_left_and_loss_come_first_at_every_width_and_the_label_is_cut(
     assert "!" in line and ("! 3 dead" in line) == (screen.width >= 100), line
     clock[0] += 3
     assert _lines(screen, terminal)[0].startswith("  1/800 2:13:07 left"), "the time left does not run between steps"
+
+
+def test_what_is_said_while_a_tracker_works_is_seen(capsys):
+    terminal = Terminal()
+    with quiet():
+        terminal.say("stopping after this step")
+    assert capsys.readouterr() == ("", "stopping after this step\n")
 
 
 def test_a_short_label_is_never_cut(tiny, screen):
