@@ -19,7 +19,7 @@ TOP_K = "top-k"  # the selection of an unchanged model
 ARCHITECTURES = ("glm4_moe", "qwen3_moe", "olmoe", "mixtral", "deepseek_v3")
 SCORE_FUNCTIONS = dict.fromkeys(ARCHITECTURES, "softmax") | {"glm4_moe": "sigmoid", "deepseek_v3": "sigmoid"}
 Architecture = Literal["glm4_moe", "qwen3_moe", "olmoe", "mixtral", "deepseek_v3"]
-MOST_STEPS = 10**9  # far more than the lab can train
+MOST_STEPS, MOST_SEEDS = 10**9, 1000  # far more than the lab can train
 Tracker = Literal["none", "tensorboard", "wandb", "trackio", "mlflow"]
 
 
@@ -358,6 +358,8 @@ class Compare(_Run):
         super().check()
         if self.seeds < 1:
             raise UsageError(f"--seeds must be at least 1: got {self.seeds}.")
+        if self.seeds > MOST_SEEDS:
+            raise UsageError(f"--seeds must be at most {MOST_SEEDS:,}: got {self.seeds:,}. It is a number of runs.")
         if self.workers is not None and self.workers < 1:
             raise UsageError(f"--workers must be at least 1: got {self.workers}. Leave it out for one per core.")
         for strategy in self.strategies:

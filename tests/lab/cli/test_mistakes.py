@@ -30,6 +30,10 @@ TRAIN = ["train", "--out", "run"]
         ),
         (["export-check"], "needs MODEL: got none. Folder of a Transformers model, or of a run. `equipoise export-c"),
         ([*TRAIN, "--data", ""], "--data must have a value: got an empty one. Write one, or leave it out.$"),
+        (
+            ["compare", "--out", "run", "--seeds", str(10**9)],
+            "--seeds must be at most 1,000: got 1,000,000,000. It is a",
+        ),
         ([*TRAIN, "--steps", str(10**20)], "--steps must be at most 1,000,000,000: got 100,000,000,000,000,000,000.$"),
         ([*TRAIN, "--data", "b\udcff"], "an argument must be UTF-8: got 'b\ufffd'. Rename the file or folder.$"),
         (["report", ""], "an argument must have a value: got an empty one."),
