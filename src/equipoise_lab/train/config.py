@@ -180,7 +180,7 @@ class _Run:
             if getattr(self, name) < minimum:
                 raise UsageError(f"--{_flag(name)} must be at least {minimum}: got {getattr(self, name)}.")
         if self.steps > MOST_STEPS:
-            raise UsageError(f"--steps must be at most {MOST_STEPS:,}: got {self.steps:,}.")
+            raise UsageError(f"--steps must be at most {MOST_STEPS:,}: got {self.steps:,}. Lower it.")
         for name in ("learning_rate", "clip"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise UsageError(f"--{_flag(name)} must be a finite number above 0: got {getattr(self, name)}.")
@@ -359,7 +359,7 @@ class Compare(_Run):
         if self.seeds < 1:
             raise UsageError(f"--seeds must be at least 1: got {self.seeds}.")
         if self.seeds > MOST_SEEDS:
-            raise UsageError(f"--seeds must be at most {MOST_SEEDS:,}: got {self.seeds:,}. It is a number of runs.")
+            raise UsageError(f"--seeds must be at most {MOST_SEEDS:,}: got {self.seeds:,}. Lower it.")
         if self.workers is not None and self.workers < 1:
             raise UsageError(f"--workers must be at least 1: got {self.workers}. Leave it out for one per core.")
         for strategy in self.strategies:
