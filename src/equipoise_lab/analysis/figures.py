@@ -91,6 +91,12 @@ def quality_against_balance(
             error_y=_error_bar(half_widths[1], color, len(by_seed) > 1),
             hovertemplate="MaxVio %{x:.3f}, %{y:.4f} nats<extra>%{fullData.name}</extra>",
         )
+    _set_outcome_axes(figure, ends)
+    return figure.update_layout(meta={"paired": widen > 1})
+
+
+def _set_outcome_axes(figure: go.Figure, losses: Sequence[float]) -> None:
+    """``losses``: those that must be seen."""
     figure.update_layout(
         height=400,
         margin={"l": 58, "r": 12, "t": 12, "b": 48},
@@ -107,11 +113,9 @@ def quality_against_balance(
             "title": {"text": "loss, nats per token", "standoff": 8},
             "zeroline": False,
             "nticks": 6,
-            "autorangeoptions": {"include": _span(ends)},
+            "autorangeoptions": {"include": _span(losses)},
         },
-        meta={"paired": widen > 1},
     )
-    return figure
 
 
 def _without_seed_effects(

@@ -6,6 +6,7 @@ One module a command: its options, how they are parsed (``subcommand``) and what
 them. Importing this package imports no torch; each command imports what it needs when it runs.
 """
 
+import io
 import os
 import shlex
 import sys
@@ -27,6 +28,7 @@ RESUMABLE = ("train", "compare")
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the command ``equipoise``."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    _never_fail_to_print()
     _handle_signals()
     if arguments == ["--version"]:
         print(f"equipoise {equipoise.__version__}")
@@ -64,6 +66,13 @@ def main(arguments: list[str] | None = None) -> None:
         exit_process(1)
     if num_ranks() > 1 and "equipoise_lab.train.ranks" in sys.modules:
         sys.modules["equipoise_lab.train.ranks"].leave_ranks()
+
+
+def _never_fail_to_print() -> None:
+    """Escapes what the encoding of a terminal or a file lacks, such as a minus sign in Latin-1."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -19,7 +19,7 @@ TOP_K = "top-k"  # the selection of an unchanged model
 ARCHITECTURES = ("glm4_moe", "qwen3_moe", "olmoe", "mixtral", "deepseek_v3")
 SCORE_FUNCTIONS = dict.fromkeys(ARCHITECTURES, "softmax") | {"glm4_moe": "sigmoid", "deepseek_v3": "sigmoid"}
 Architecture = Literal["glm4_moe", "qwen3_moe", "olmoe", "mixtral", "deepseek_v3"]
-MOST_STEPS = 10**9  # far more than the lab can train
+MOST_STEPS, MOST_SEEDS = 10**9, 1000  # far more than the lab can train
 Tracker = Literal["none", "tensorboard", "wandb", "trackio", "mlflow"]
 
 
@@ -180,7 +180,7 @@ class _Run:
             if getattr(self, name) < minimum:
                 raise UsageError(f"--{_flag(name)} must be at least {minimum}: got {getattr(self, name)}.")
         if self.steps > MOST_STEPS:
-            raise UsageError(f"--steps must be at most {MOST_STEPS:,}: got {self.steps:,}.")
+            raise UsageError(f"--steps must be at most {MOST_STEPS:,}: got {self.steps:,}. Lower it.")
         for name in ("learning_rate", "clip"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise UsageError(f"--{_flag(name)} must be a finite number above 0: got {getattr(self, name)}.")
@@ -358,6 +358,8 @@ class Compare(_Run):
         super().check()
         if self.seeds < 1:
             raise UsageError(f"--seeds must be at least 1: got {self.seeds}.")
+        if self.seeds > MOST_SEEDS:
+            raise UsageError(f"--seeds must be at most {MOST_SEEDS:,}: got {self.seeds:,}. Lower it.")
         if self.workers is not None and self.workers < 1:
             raise UsageError(f"--workers must be at least 1: got {self.workers}. Leave it out for one per core.")
         for strategy in self.strategies:

@@ -16,13 +16,7 @@ from equipoise_lab.train.option_groups import in_groups
 
 __all__ = ["write_config_file"]
 
-OF_ONE_CALL = (
-    "out",
-    "resume",
-    "json",
-    "tracker",
-    "tracker_layers",
-)  # options that say nothing about the numbers: not written
+OF_ONE_CALL = ("out", "resume", "json", "tracker", "tracker_layers")  # say nothing about the numbers: not written
 
 
 def write_config_file(config: Train | Compare) -> None:

@@ -123,6 +123,13 @@ def test_ctrl_c_is_one_line_that_says_how_to_go_on(folder, tmp_path):
     assert last.startswith("equipoise: stopped.") and "--resume" in last
 
 
+def test_a_stream_that_lacks_a_character_gets_an_escape(folder):
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    code = "from equipoise_lab.cli import main\nmain(['--version'])\nprint('\u2212')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and done.stdout.endswith("\\u2212\n"), done.stderr
+
+
 @pytest.mark.parametrize(("line", "code"), [("--version", 0), ("trian", 2), ("report nowhere", 2), ("recipes", 0)])
 def test_a_process_of_its_own_ends_with_the_code(folder, line, code):
     done = subprocess.run(

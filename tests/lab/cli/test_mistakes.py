@@ -30,7 +30,14 @@ TRAIN = ["train", "--out", "run"]
         ),
         (["export-check"], "needs MODEL: got none. Folder of a Transformers model, or of a run. `equipoise export-c"),
         ([*TRAIN, "--data", ""], "--data must have a value: got an empty one. Write one, or leave it out.$"),
-        ([*TRAIN, "--steps", str(10**20)], "--steps must be at most 1,000,000,000: got 100,000,000,000,000,000,000.$"),
+        (
+            ["compare", "--out", "run", "--seeds", str(10**9)],
+            "--seeds must be at most 1,000: got 1,000,000,000. Low",
+        ),
+        (
+            [*TRAIN, "--steps", str(10**20)],
+            "--steps must be at most 1,000,000,000: got 100,000,000,000,000,000,000. Lower it.$",
+        ),
         ([*TRAIN, "--data", "b\udcff"], "an argument must be UTF-8: got 'b\ufffd'. Rename the file or folder.$"),
         (["report", ""], "an argument must have a value: got an empty one."),
         ([*TRAIN, "--seed", str(2**63)], r"--seed must be below 2\*\*63: got 9223372036854775808.$"),
