@@ -159,7 +159,8 @@ def _value(node: "yaml.Node", kind: Any, where: str) -> Any:
 
     if get_origin(kind) is tuple:
         if not isinstance(node, yaml.SequenceNode):
-            raise UsageError(f"{where} must be a list: got {_shape(node)}. Write each in a line after it: - none")
+            example = node.value if isinstance(node, yaml.ScalarNode) and node.value else "none"
+            raise UsageError(f"{where} must be a list: got {_shape(node)}. Write each in a line after it: - {example}")
         return tuple(_item(item, node, where) for item in node.value)
     is_optional = get_origin(kind) in (Union, types.UnionType)
     if is_optional:
