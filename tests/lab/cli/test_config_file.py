@@ -186,7 +186,7 @@ WRONG = [
     ("train", "strategy: lbl: 1", "must be YAML, line 1: got a second colon"),
     ("train", "strategies: [none]", "strategies in line 1 is one of `equipoise compare`. Use `equipoise comp"),
     ("compare", "strategy: none", "Use `equipoise train --config my.yaml`, or write strategies in its place.$"),
-    ("train", "tracker: tensorboard", "must be a list: got 'tensorboard'. Write each in a line after it: - tensorboard$"),
+    ("train", "tracker: tensorboard", "got 'tensorboard'. Write each in a line after it: - tensorboard$"),
     ("compare", "strategies: none", "must be a list: got 'none'. Write each in a line after it: - none$"),
     ("compare", "strategies: [none, null]", "must have a value: got null"),
     ("compare", "strategies: [lbl:scope=sequence,coefficient=1]", "a comma ends a strategy, so 'coefficient=1' stands"),
