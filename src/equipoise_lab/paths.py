@@ -16,8 +16,8 @@ def suggest_paths(path: Path, others: Iterable[str] = ()) -> str:
 
     Near are entries of the deepest folder of ``path`` that exists, and ``others``.
 
-    >>> suggest_paths(Path("korpus"), ["corpus"])
-    ' Did you mean corpus?'
+    >>> suggest_paths(Path("packaged_korpus"), ["packaged_corpus"])
+    ' Did you mean packaged_corpus?'
     """
     missing = path
     while not missing.parent.exists() and missing.parent != missing:

@@ -16,6 +16,7 @@ DASHES = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-."}
 SYMBOLS = {"circle": "o", "square": "s", "diamond": "D", "triangle-up": "^", "x": "X"}
 WIDTH, DPI = 620, 130  # of a picture, in pixels on the page; dots per inch
 TALLEST = 8000  # pixels; matplotlib refuses a picture of 2**16 dots
+LEFT, RIGHT, TOP, BOTTOM, BAR = 88, 12, 26, 44, 58  # margins in pixels, and what a colour bar takes on the right
 LONGEST = 100  # characters of a name; longer ones would leave no room for the picture
 
 
@@ -27,9 +28,11 @@ def still(figure: go.Figure) -> str:
     is_map = any(trace.type == "heatmap" for trace in figure.data)
     has_two = "yaxis2" in figure.layout
     height = min(max(figure.layout.height or 400, 150), TALLEST)
-    picture = Figure(figsize=(WIDTH / 100, height / 100), layout="constrained")
+    picture = Figure(figsize=(WIDTH / 100, height / 100))
     FigureCanvasAgg(picture)
     axes: list[Any] = picture.subplots(2 if has_two else 1, 1, sharex=True, squeeze=False)[:, 0].tolist()
+    right = 1 - (RIGHT + (BAR if is_map else 0)) / WIDTH  # fixed margins: an automatic layout takes most of the time
+    picture.subplots_adjust(left=LEFT / WIDTH, right=right, bottom=BOTTOM / height, top=1 - TOP / height)
     for trace in figure.data:
         axis = axes[-1] if has_two and trace.yaxis == "y2" else axes[0]
         _draw_map(picture, axis, trace, figure.layout) if is_map else _draw_line(axis, trace)
@@ -51,7 +54,7 @@ def still(figure: go.Figure) -> str:
     axes[-1].set_xlabel(_text(figure.layout.xaxis.title.text or ""), fontsize=8)
     file = io.BytesIO()
     with warnings.catch_warnings():  # a character that the font lacks is a box; the tables have it
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font|constrained_layout not applied")
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         picture.savefig(file, format="png", dpi=DPI, metadata={"Software": None})
     return base64.b64encode(file.getvalue()).decode()
 
@@ -102,7 +105,8 @@ def _draw_map(picture: Any, axis: Any, trace: Any, layout: Any) -> None:
     image = axis.imshow(
         z, aspect="auto", interpolation="nearest", cmap=colors, vmin=layout.coloraxis.cmin, vmax=layout.coloraxis.cmax
     )
-    bar = picture.colorbar(image, ax=axis, pad=0.01, fraction=0.05)
+    box = axis.get_position()
+    bar = picture.colorbar(image, cax=picture.add_axes((box.x1 + 8 / WIDTH, box.y0, 12 / WIDTH, box.height)))
     bar.set_label("× even", fontsize=8)
     bar.ax.tick_params(labelsize=7)
     if layout.yaxis.ticktext:
