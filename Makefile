@@ -17,7 +17,7 @@ TORCH ?=
 CONSTRAINTS := $(if $(TORCH),$(VENV)/constraints.txt,constraints.txt)
 
 # axe-core checks the accessibility of the pages. Without npm these tests are skipped.
-AXE := test -d build/node_modules/axe-core || npm install --silent --no-audit --no-fund --prefix build axe-core@4.14.1
+AXE := test -d build/node_modules/axe-core || ! command -v npm >/dev/null || npm install --silent --no-audit --no-fund --fetch-retries=0 --fetch-timeout=20000 --prefix build axe-core@4.14.1
 
 .PHONY: install demo bench gpu test test-frameworks docs docs-serve notebooks mutants random-mutants clean
 

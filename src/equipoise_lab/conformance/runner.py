@@ -91,9 +91,9 @@ def driver_of(framework: str) -> type[Driver]:
             "what each framework needs."
         ) from error
     if not (isinstance(driver, type) and issubclass(driver, Driver)):
-        what = "is none" if hasattr(sys.modules[module], name) else "does not exist"
+        problem = "is none" if hasattr(sys.modules[module], name) else "does not exist"
         raise UsageError(
-            f"a driver must be a class derived from equipoise_lab.conformance.Driver: {name} in {module} {what}. "
+            f"a driver must be a class derived from equipoise_lab.conformance.Driver: {name} in {module} {problem}. "
             "Write module:Class."
         )
     return driver

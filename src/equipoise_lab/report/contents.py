@@ -24,7 +24,9 @@ TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d")  # how a time in a record begins
 
 
 def of_runs(records: Records, live: int | None = None) -> dict[str, Any]:
-    """``live``: seconds until the page loads itself again."""
+    """``live``: seconds until the page loads itself again. Such a page has no stills, which would take most of its time
+    from the training beside it.
+    """
     recorded_runs = records.recorded_runs
     strategies = list(dict.fromkeys(run.strategy for run in recorded_runs))
     run_files = [run.files for run in recorded_runs]
@@ -65,7 +67,7 @@ def of_runs(records: Records, live: int | None = None) -> dict[str, Any]:
         ),
         **_facts(recorded_runs),
         "steps": steps,
-        "stills": {name: still(figure) for name, figure in stills.items()},
+        "stills": {} if live else {name: still(figure) for name, figure in stills.items()},
         "sections": _sections_of_runs(bool(rows), bool(costs)),
         "strategies": strategies,
         "styles": strategy_styles(strategies),

@@ -192,9 +192,13 @@ def _headline(
     )
 
 
+def _least_and_most(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    return min(rows, key=lambda row: row[key]), max(rows, key=lambda row: row[key])
+
+
 def _headline_of_one_seed(rows: Sequence[Mapping[str, Any]]) -> Markup:
     """Balance and specialisation lead: they differ by far more than between seeds, the loss does not."""
-    even, uneven = (pick(rows, key=lambda row: row["maxvio_global"]) for pick in (min, max))
+    even, uneven = _least_and_most(rows, "maxvio_global")
     special = max(rows, key=lambda row: row["domain_information_bits"])
     losses = [row["val_nats"] for row in rows]
     return Markup(
@@ -245,7 +249,7 @@ def _quality(best: Mapping[str, Any], comparisons: Sequence[Comparison]) -> Mark
 
 
 def _balance(rows: Sequence[Mapping[str, Any]]) -> Markup:
-    best, worst = (pick(rows, key=lambda row: row["maxvio_global"]) for pick in (min, max))
+    best, worst = _least_and_most(rows, "maxvio_global")
     text = Markup("<strong>Balance.</strong> {} spreads the test text most evenly: on average over layers, its").format(
         _code(best["strategy"])
     )
@@ -262,7 +266,7 @@ def _balance(rows: Sequence[Mapping[str, Any]]) -> Markup:
 
 
 def _specialisation(rows: Sequence[Mapping[str, Any]], num_domains: int) -> Markup:
-    low, high = (pick(rows, key=lambda row: row["domain_information_bits"]) for pick in (min, max))
+    low, high = _least_and_most(rows, "domain_information_bits")
     return Markup(
         "<strong>Specialisation.</strong> The choice of experts reveals most about a token's domain under {}: {} of at "
         "most {} bits (log2 of {} domains). It reveals least under {}: {} bits."

@@ -321,8 +321,8 @@ class TestInABrowser:
         for folder in (tmp_path / "a", tmp_path / "b"):
             with browser_page(write_report(folder), color_scheme=scheme) as page:
                 page.evaluate(axe.read_text())
-                found = page.evaluate("axe.run()")["violations"]
-            faults = [(f["id"], f["nodes"][0]["html"]) for f in found if f["impact"] in ("serious", "critical")]
+                violations = page.evaluate("axe.run()")["violations"]
+            faults = [(f["id"], f["nodes"][0]["html"]) for f in violations if f["impact"] in ("serious", "critical")]
             assert faults == []
 
     def test_an_audit_draws(self, tmp_path):

@@ -40,10 +40,11 @@ def begin(folder, strategy="lbl", **options):
 
 
 def test_the_page_follows_a_run_to_its_end(tmp_path, pauses):
-    folder, said, pages = tmp_path / "run", [], []
+    folder, said, pages, raw = tmp_path / "run", [], [], []
 
     def finish():
         pages.append(own_text(folder / "report.html"))
+        raw.append((folder / "report.html").read_text())
         for log in ("steps", "loads"):
             (folder / f"{log}.jsonl").unlink()
         make_run(folder, "lbl")
@@ -60,6 +61,7 @@ def test_the_page_follows_a_run_to_its_end(tmp_path, pauses):
     state = r"Live: written at \d\d:\d\d:\d\d, written again every 7 seconds\. lbl, seed 0: step 3 of 20\."
     assert re.search(state, page) and '<meta http-equiv="refresh" content="7">' in page
     assert "No run has an evaluation yet" in page
+    assert 'class="still"' not in raw[0] and 'class="still"' in path.read_text()  # they would take the training's time
     last = own_text(path)
     assert "Live:" not in last and 'http-equiv="refresh"' not in last
     assert path.read_bytes() == write_report(folder).read_bytes()

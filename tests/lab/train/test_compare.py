@@ -251,9 +251,9 @@ def test_the_folder_is_checked_before_the_text_is_read(make_comparison, tiny, ne
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_what_is_skipped_of_the_text_is_said_once(make_comparison, new_watcher, tmp_path, text, workers):
-    own = tmp_path / "text"
-    shutil.copytree(text, own)
-    (own / "logo.png").write_bytes(b"\0")
+    folder = tmp_path / "text"
+    shutil.copytree(text, folder)
+    (folder / "logo.png").write_bytes(b"\0")
     watcher = new_watcher()
-    compare(make_comparison(steps=1, data=str(own), workers=workers), watcher)
+    compare(make_comparison(steps=1, data=str(folder), workers=workers), watcher)
     assert watcher.said.count("skipped 1 file: 1 not text (logo.png)") == 1

@@ -94,8 +94,10 @@ def power_text(finding: Finding) -> str:
     comparison, estimate, planned = finding.comparison, finding.estimate, finding.planned
     if comparison.effect is None:
         return ""
-    what = comparison_text(finding)
-    start = f"{what[0].upper()}{what[1:]}: if the true value is {number(comparison.effect, comparison.statistic)},"
+    compared = comparison_text(finding)
+    start = (
+        f"{compared[0].upper()}{compared[1:]}: if the true value is {number(comparison.effect, comparison.statistic)},"
+    )
     if finding.power is None or estimate is None or estimate.n < LEAST_SEEDS_TO_ESTIMATE:
         return f"{start} the power of {planned} seeds is not known yet."
     text = f"{start} and the spread that of these {estimate.n} seeds, {planned} seeds support the claim with"
