@@ -461,4 +461,28 @@ MUTANTS = [
         "return True",
         "test_compare -k something_else",
     ),
+    Mutant(
+        "candidates: the unbiased loss counts the real choices",
+        "unbiased = routing.scores.detach().topk(routing.expert_ids.shape[-1], dim=-1).indices",
+        "unbiased = routing.expert_ids",
+        "train/test_candidates -k unbiased",
+    ),
+    Mutant(
+        "candidates: the counts of the unbiased loss outlive their window",
+        "        self._calls.clear()\n        self._load.zero_()\n",
+        "        self._calls.clear()\n",
+        "train/test_candidates -k window_ends",
+    ),
+    Mutant(
+        "candidates: a group has the load of its first expert",
+        "load.view(self.groups, size).sum(-1)",
+        "load.view(self.groups, size)[:, 0]",
+        "train/test_candidates -k group_loss_by_hand",
+    ),
+    Mutant(
+        "candidates: the contrast pushes experts of a micro-batch apart",
+        "load_balancing_loss(routing, load) - self.within",
+        "load_balancing_loss(routing, load) + self.within",
+        "train/test_candidates -k contrast_loss",
+    ),
 ]

@@ -5,7 +5,6 @@ phi:coefficient=1e-2       negative entropy of mean scores
 shinka:coefficient=1e-2    a load-balancing loss with a term for experts that get almost no load
 """
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,11 +18,13 @@ from equipoise.attachment import attach
 from equipoise.balance import Balance
 from equipoise.balancers import Balancer, LayerStack, load_balancing_loss, parse_strategy
 from equipoise.balancers.base import check_number
-from equipoise.errors import EquipoiseError, UsageError
+from equipoise.errors import UsageError
 from equipoise.load import expert_load
 from equipoise.recipes import RECIPES
 from equipoise.routing import Routing
+from equipoise_lab.train.candidates import ContrastLoss, GroupLoss, UnbiasedLoss
 from equipoise_lab.train.config import Train
+from equipoise_lab.train.router_calls import RouterCalls, digest_of
 
 __all__ = [
     "PhiBalancing",
@@ -36,39 +37,6 @@ __all__ = [
 ]
 
 UNIT = 2**24  # integer that stands for a score of 1 in integer sums
-
-
-class _Rows:
-    """Finds the layer of a router call in the open window. ``Balancer.loss`` is not told the layer."""
-
-    def __init__(self) -> None:
-        self._row_of: dict[bytes, int] = {}
-
-    def keep(self, routing: Routing, row: int) -> None:
-        self._row_of[self._key(routing)] = row
-
-    def find(self, routing: Routing) -> int:
-        row = self._row_of.get(self._key(routing))
-        if row is None:
-            raise EquipoiseError(
-                "the lab's losses need a router call that the open window has counted: this call belongs to another "
-                "window. Use them in the lab's training loop, which closes a window after its backward."
-            )
-        return row
-
-    def clear(self) -> None:
-        self._row_of.clear()
-
-    @staticmethod
-    def _key(routing: Routing) -> bytes:
-        return _hash(routing.expert_ids, routing.logits.detach().float())
-
-
-def _hash(*values: Tensor | int, size: int = 16) -> bytes:
-    digest = hashlib.blake2b(digest_size=size)
-    for value in values:
-        digest.update(value.cpu().contiguous().numpy().tobytes() if isinstance(value, Tensor) else b"%d" % value)
-    return digest.digest()
 
 
 def _normalised(routing: Routing) -> Float[Tensor, "tokens experts"]:
@@ -110,12 +78,12 @@ class ShuffleControl(Balancer):
         self.coefficient = check_number("coefficient", coefficient, positive=False)
 
     def prepare(self, layers: LayerStack) -> None:
-        self._rows = _Rows()
+        self._calls = RouterCalls()
         self._choices: list[list[Tensor]] = [[] for _ in layers.bias]  # choices of unmasked tokens, by layer and call
 
     def statistic(self, routing: Routing, row: int) -> None:
         if routing.expert_ids.shape[0]:
-            self._rows.keep(routing, row)
+            self._calls.add(routing, row)
             self._choices[row].append(_unmasked(routing))
 
     def loss(self, routing: Routing, load: Int[Tensor, " experts"] | None) -> Float[Tensor, ""]:
@@ -123,15 +91,15 @@ class ShuffleControl(Balancer):
 
     def draw(self, routing: Routing) -> Int[Tensor, "tokens k"]:
         """The choices of the drawn tokens. The open window must have counted the call."""
-        pooled = torch.cat(self._choices[self._rows.find(routing)])
-        seed = int.from_bytes(_hash(routing.expert_ids, pooled.shape[0], size=7), "big")
+        pooled = torch.cat(self._choices[self._calls.row_of(routing)])
+        seed = int.from_bytes(digest_of(routing.expert_ids, pooled.shape[0], size=7), "big")
         order = torch.randperm(pooled.shape[0], generator=torch.Generator().manual_seed(seed))
         return pooled[order[: _unmasked(routing).shape[0]].to(pooled.device)]
 
     def update(
         self, load: Int[Tensor, "layers experts"], statistic: Sequence[Tensor] | None = None, window: int = 0
     ) -> None:
-        self._rows.clear()
+        self._calls.clear()
         self._choices = [[] for _ in self._choices]
 
 
@@ -170,20 +138,20 @@ class PhiBalancing(Balancer):
             raise ValueError(f"memory must be below 1: got {memory!r}.")
 
     def prepare(self, layers: LayerStack) -> None:
-        self._rows = _Rows()
+        self._calls = RouterCalls()
         self._excess = torch.zeros_like(layers.bias, dtype=torch.float64)  # m - 1/E
 
     def state(self) -> dict[str, Float[Tensor, "layers experts"]]:
         return {"excess": self._excess}
 
     def statistic(self, routing: Routing, row: int) -> Int[Tensor, " experts_and_tokens"]:
-        self._rows.keep(routing, row)
+        self._calls.add(routing, row)
         p = (_normalised(routing).detach().double() * UNIT).round().long()
         tokens = p.new_tensor(p.shape[0]) if routing.mask is None else (routing.mask != 0).sum()
         return torch.cat([p.sum(0), tokens[None]])
 
     def loss(self, routing: Routing, load: Int[Tensor, " experts"] | None) -> Float[Tensor, ""]:
-        m = self._excess[self._rows.find(routing)] + 1 / routing.scores.shape[-1]
+        m = self._excess[self._calls.row_of(routing)] + 1 / routing.scores.shape[-1]
         p = _mean_normalised(routing)
         return ((m.clamp_min(1 / UNIT).log() + 1).to(p.dtype) * p).sum()
 
@@ -191,7 +159,7 @@ class PhiBalancing(Balancer):
         self, load: Int[Tensor, "layers experts"], statistic: Sequence[Tensor] | None = None, window: int = 0
     ) -> None:
         assert statistic is not None
-        self._rows.clear()
+        self._calls.clear()
         sums = torch.stack(list(statistic)).double()
         tokens = sums[:, -1:]
         excess = sums[:, :-1] / (UNIT * tokens.clamp_min(1)) - 1 / load.shape[-1]
@@ -245,7 +213,14 @@ class ShinkaLoss(Balancer):
 
 # ---- strategies of the lab ----
 
-LAB_BALANCERS: tuple[type[Balancer], ...] = (ShuffleControl, PhiBalancing, ShinkaLoss)
+LAB_BALANCERS: tuple[type[Balancer], ...] = (
+    ShuffleControl,
+    PhiBalancing,
+    ShinkaLoss,
+    UnbiasedLoss,
+    GroupLoss,
+    ContrastLoss,
+)
 
 
 def parse_lab_strategy(text: str) -> list[Balancer]:
@@ -262,7 +237,7 @@ def attach_strategy(model: nn.Module, strategy: str, biases: Mapping[str, Tensor
 def check_strategy(config: Train, num_ranks: int) -> None:
     """Raises UsageError if a strategy of the run does not exist or does not work with the run's options."""
     for strategy in filter(None, (config.strategy, config.then)):
-        if not any(isinstance(balancer, ShuffleControl) for balancer in parse_lab_strategy(strategy)):
+        if not any(isinstance(balancer, ShuffleControl | UnbiasedLoss) for balancer in parse_lab_strategy(strategy)):
             continue
         if num_ranks > 1:
             raise UsageError(

@@ -296,7 +296,7 @@ class Train(_Run):
     lbl:scope=micro_batch,coefficient=1e-2
     loss-free+lbl:scope=sequence,coefficient=1e-4
     Which one, and at which rate: docs/which_strategy.md.
-    For comparison, in the lab only: shuffle, phi, shinka, each with a coefficient."""
+    For comparison, in the lab only: shuffle, phi, shinka, lbl-unbiased, lbl-groups, lbl-contrast."""
 
     seed: int = 0
     """Seed of the weights, the order of the text and the order of the domains."""

@@ -36,6 +36,9 @@ OPTIONS: Mapping[str, Mapping[str, Choices]] = {
     "shuffle": {"coefficient": ()},
     "phi": {"coefficient": (), "memory": ()},
     "shinka": {"coefficient": ()},
+    "lbl-unbiased": {"coefficient": ()},
+    "lbl-groups": {"coefficient": (), "groups": ()},
+    "lbl-contrast": {"coefficient": (), "within": ()},
 }
 """By the name of a mechanism its options, in the order of the signature, and the values that an option may have."""
 

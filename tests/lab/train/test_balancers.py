@@ -313,7 +313,9 @@ def test_lab_strategy_strings_round_trip(text, written):
 def test_lab_strategies_are_unknown_to_the_library_and_listed_by_the_lab():
     with pytest.raises(UsageError, match="none, or made of frozen, loss-free, quantile, lbl, z, or a recipe"):
         equipoise.parse_strategy("phi")
-    with pytest.raises(UsageError, match="none, or made of .* z, shuffle, phi, shinka, or a recipe .* got 'magic'"):
+    with pytest.raises(
+        UsageError, match="none, or made of .* z, shuffle, phi, shinka, lbl-unbiased, .*, or a recipe .* got 'magic'"
+    ):
         parse_lab_strategy("magic")
     with pytest.raises(UsageError, match="memory must be below 1: got 1.0"):
         parse_lab_strategy("phi:memory=1")
