@@ -117,13 +117,19 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     return adjusted
 
 
-def judge_family(judgements: Mapping[str, Judgement]) -> dict[str, Judgement]:
+def judge_family(
+    judgements: Mapping[str, Judgement], looks: Mapping[str, int] | None = None
+) -> dict[str, Judgement]:
     """The primary judgements of a family of claims with Holm's p. Verdicts that do not survive become *undecided*.
 
     A verdict survives if ``p_adjusted < 1 - level``. Holm bounds the probability of any verdict on a claim if its true
     mean is exactly on the boundary (0, or ``±margin``). For other means, it is proven only for independent claims,
     under conditions, that no verdict takes the wrong side (Shaffer 1980, Annals of Statistics 8, 1342-1347). If m
     dependent claims need this guarantee, make the estimates with ``level = 1 - (1 - level) / m`` (Bonferroni).
+
+    ``looks``: how often a claim is judged, if more than once: after 8 seeds, say, and again after 16 if it is undecided
+    then. Its p is multiplied by this number. So the bound holds whenever one stops, if the looks are fixed beforehand:
+    the probability that p falls below alpha / K at any of K looks is at most alpha (Bonferroni).
 
     Claims that could not be run belong to the family: judge an estimate of one seed, which has p = 1. All judgements
     must have the same level. Names keep their order. To judge a family twice changes nothing.
@@ -137,7 +143,8 @@ def judge_family(judgements: Mapping[str, Judgement]) -> dict[str, Judgement]:
     if len(levels) > 1:
         raise ValueError(f"A family must have one level: got {sorted(levels)}. Make all estimates with the same level.")
     alone = {name: judge(judgement.estimate, judgement.hypothesis) for name, judgement in judgements.items()}
-    adjusted = holm({name: judgement.p for name, judgement in alone.items()})
+    looks = looks or {}
+    adjusted = holm({name: min(1.0, looks.get(name, 1) * judgement.p) for name, judgement in alone.items()})
     return {
         name: replace(
             judgement,

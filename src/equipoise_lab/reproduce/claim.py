@@ -6,7 +6,8 @@ A claim is a TOML file in the folder ``claims`` of an edition (``edition.py``):
     source = "..."                 the paper and the place in it
     paper = "..."                  the figures that it reports
     size = "..."                   of ``sizes.toml``: the options that all arms share
-    seeds = 8                      0, 1, ..., paired between arms
+    seeds = 8                      0, 1, ..., paired between arms; or
+    seeds = [8, 16]                the claim is looked at after 8 seeds, and goes on to 16 if it is undecided then
     note = "..."                   what else a reader must know (optional)
 
     first_seed = 0                 if the seeds do not start at 0 (optional)
@@ -79,7 +80,7 @@ class Claim:
     paper: str
     size: str
     shared: Mapping[str, Any]  # the options of the size
-    seeds: int
+    seeds: int  # of the current look
     arms: Mapping[str, Mapping[str, Any]]
     primary: Comparison
     also: tuple[Comparison, ...] = ()
@@ -87,6 +88,7 @@ class Claim:
     first_seed: int = 0
     dtype: str | None = None
     seeds_of: Mapping[str, int] = field(default_factory=dict)  # by arm, for those with fewer than the claim
+    looks: tuple[int, ...] = ()  # the numbers of seeds after which it is judged, if there are several
 
     @property
     def frontiers(self) -> list[str]:
@@ -96,6 +98,16 @@ class Claim:
     def with_values(self, chosen: Mapping[str, Choice | None]) -> "Claim":
         """The claim with what was chosen filled in; what has no choice yet (None) stays."""
         return replace(self, arms={name: fill(arm, chosen) for name, arm in self.arms.items()})
+
+    @property
+    def num_looks(self) -> int:
+        return max(1, len(self.looks))
+
+    @property
+    def next_look(self) -> "Claim | None":
+        """The claim with the seeds of the look after this one; None after the last."""
+        later = [seeds for seeds in self.looks if seeds > self.seeds]
+        return replace(self, seeds=later[0]) if later else None
 
     @property
     def all_seeds(self) -> range:
@@ -137,8 +149,12 @@ def parse_claim(
         raise EquipoiseError(f"claim {name}: size must be one of {', '.join(sizes)}: got {content['size']!r}.")
     if content.get("dtype", DTYPES[0]) not in DTYPES:
         raise EquipoiseError(f"claim {name}: dtype must be one of {', '.join(DTYPES)}: got {content['dtype']!r}.")
-    if not isinstance(content["seeds"], int) or content["seeds"] < 2:
-        raise EquipoiseError(f"claim {name}: seeds must be a whole number of at least 2: got {content['seeds']!r}.")
+    looks = content["seeds"] if isinstance(content["seeds"], list) else [content["seeds"]]
+    is_rising = all(isinstance(seeds, int) for seeds in looks) and looks == sorted(set(looks))
+    if not looks or not is_rising or looks[0] < 2:
+        raise EquipoiseError(
+            f"claim {name}: seeds must be a whole number of at least 2, or several that rise: got {content['seeds']!r}."
+        )
     arms = {arm: dict(options) for arm, options in content["arms"].items()}
     seeds_of = {arm: options.pop("seeds") for arm, options in arms.items() if "seeds" in options}
     for arm, options in arms.items():
@@ -148,10 +164,10 @@ def parse_claim(
                 f"{', '.join(options) or 'no option'}."
             )
     for arm, seeds in seeds_of.items():
-        if not isinstance(seeds, int) or not 2 <= seeds < content["seeds"]:
+        if not isinstance(seeds, int) or not 2 <= seeds < looks[0]:
             raise EquipoiseError(
                 f"claim {name}: seeds of arm {arm} must be a whole number of at least 2 and below the "
-                f"{content['seeds']} of the claim: got {seeds!r}."
+                f"{looks[0]} of the claim: got {seeds!r}."
             )
     return Claim(
         edition=edition,
@@ -161,7 +177,8 @@ def parse_claim(
         paper=content["paper"],
         size=content["size"],
         shared=sizes[content["size"]],
-        seeds=content["seeds"],
+        seeds=looks[0],
+        looks=tuple(looks) if len(looks) > 1 else (),
         arms=arms,
         primary=_comparison(name, content["primary"], arms),
         also=tuple(_comparison(name, each, arms) for each in content.get("also", ())),

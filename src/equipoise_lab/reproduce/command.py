@@ -98,7 +98,7 @@ def _run(
                 return False
         return True
 
-    unfinished = []
+    unfinished, names = [], [claim.name for claim in claims]
     for claim in claims:
         progress.say(f"{claim.name}: {claim.title}")
         chosen = {}
@@ -108,8 +108,20 @@ def _run(
             unfinished.append(claim.name)
     if is_all and not finish_frontiers(frontiers):
         unfinished.append("frontiers")
+    while not unfinished and (later := _undecided(names, edition, results)):
+        for claim in later:
+            progress.say(f"{claim.name} is undecided: it goes on to {claim.seeds} seeds")
+            if not finish(claim.jobs()):
+                unfinished.append(claim.name)
     if unfinished:
         progress.say(f"runs are missing for {', '.join(unfinished)}; run the same command again to continue")
+
+
+def _undecided(names: Iterable[str], edition: Edition, results: Results) -> list[Claim]:
+    """The claims that must go on to their next look."""
+    primary = [finding for finding in findings(edition.claims_with_values(results), results) if finding.is_primary]
+    later = [finding.claim.next_look for finding in primary if finding.verdict == "undecided"]
+    return [claim for claim in later if claim is not None and claim.name in names]
 
 
 def as_json(findings: list[Finding]) -> list[dict[str, Any]]:

@@ -84,9 +84,15 @@ class Edition:
         return {name: frontier.chosen(results) for name, frontier in self.frontiers.items()}
 
     def claims_with_values(self, results: Results) -> list[Claim]:
-        """All claims, with what the frontiers chose."""
+        """All claims, with what the frontiers chose, each at its current look: the last one that has all runs."""
         chosen = self.chosen(results)
-        return [claim.with_values(chosen) for claim in self.claims.values()]
+        return [_at_current_look(claim.with_values(chosen), results) for claim in self.claims.values()]
+
+
+def _at_current_look(claim: Claim, results: Results) -> Claim:
+    while (later := claim.next_look) is not None and later.jobs() and not results.missing(later.jobs()):
+        claim = later
+    return claim
 
 
 def edition_names() -> list[str]:

@@ -66,7 +66,10 @@ def findings(claims: Sequence[Claim], results: Results) -> list[Finding]:
     margin = _default_margin(claims, results)
     primary = {claim.name: _finding(claim, claim.primary, results, margin, True, len(claims)) for claim in claims}
     undecided = judge(estimate([0.0]), Hypothesis("lower"))  # for a claim without runs or without a margin yet
-    family = judge_family({name: finding.judgement or undecided for name, finding in primary.items()})
+    family = judge_family(
+        {name: finding.judgement or undecided for name, finding in primary.items()},
+        looks={claim.name: claim.num_looks for claim in claims},
+    )
     ordered = []
     for claim in claims:
         first = primary[claim.name]
@@ -123,7 +126,7 @@ def _finding(
     finding = replace(finding, judgement=judge(effect, hypothesis))
     if effect.n < 2:
         return finding
-    level = 1 - (1 - LEVEL) / family  # of Holm's first step
+    level = 1 - (1 - LEVEL) / (family * (claim.num_looks if is_primary else 1))  # of Holm's first step
     finding = replace(finding, seeds_needed=_seeds_needed(hypothesis, effect.mean, effect.sd, level))
     if comparison.effect is None:
         return finding

@@ -223,6 +223,41 @@ def test_a_claim_without_data_counts():
     assert (strong.verdict, family["strong"].verdict) == ("supported", "undecided")
 
 
+def test_looks_multiply_p_before_holm():
+    """p is 0.0085 and 0.022. Looked at twice: 0.017 and 0.044, and Holm doubles the smaller one: 0.034 and 0.044."""
+    strong, weak = (judge(Estimate(n=9, mean=mean, sd=3.0), LOWER) for mean in (-3.45, -2.84))
+    family = judge_family({"strong": strong, "weak": weak}, looks={"strong": 2, "weak": 2})
+    assert family["strong"].p_adjusted == pytest.approx(4 * strong.p)
+    assert family["weak"].p_adjusted == pytest.approx(max(2 * weak.p, 4 * strong.p))
+    assert {each.verdict for each in family.values()} == {"supported"}
+    assert judge_family({"weak": weak}, looks={"weak": 3})["weak"].verdict == "undecided"
+
+
+@pytest.mark.parametrize("counts_looks", [True, False])
+def test_looks_keep_the_error_of_a_family_that_stops_when_it_is_decided(counts_looks):
+    """Four claims with no true difference and a common baseline, judged after 4, 8 and 16 seeds; a decided one stops.
+
+    If looks count, at most 5 % of families have an error. If they do not, clearly more."""
+    generator = numpy.random.default_rng(7)
+    repetitions, errors, looks = 1200, 0, (4, 8, 16)
+    for _ in range(repetitions):
+        baseline = generator.normal(0, 1, looks[-1])
+        arms = {name: generator.normal(0, 1, looks[-1]) - baseline for name in "abcd"}
+        seeds = dict.fromkeys(arms, 0)
+        verdicts = dict.fromkeys(arms, "undecided")
+        for look in looks:
+            seeds |= {name: look for name, verdict in verdicts.items() if verdict == "undecided"}
+            alone = {name: judge(estimate(arms[name][:n].tolist()), LOWER) for name, n in seeds.items()}
+            family = judge_family(alone, looks=dict.fromkeys(arms, len(looks)) if counts_looks else None)
+            verdicts = {name: judgement.verdict for name, judgement in family.items()}
+        errors += any(verdict != "undecided" for verdict in verdicts.values())
+    tolerance = 3 * math.sqrt(0.05 * 0.95 / repetitions)
+    if counts_looks:
+        assert errors / repetitions < 0.05 + tolerance
+    else:
+        assert errors / repetitions > 0.05 + tolerance
+
+
 def test_an_invalid_family_raises():
     one, other = (judge(Estimate(n=3, mean=1.0, sd=1.0, level=level), LOWER) for level in (0.9, 0.95))
     with pytest.raises(ValueError, match=r"one level: got \[0\.9, 0\.95\]"):

@@ -111,7 +111,9 @@ def test_a_claim_runs_in_the_precision_of_its_size_or_its_own():
     ("change", "message"),
     [
         ({"size": "huge"}, "size must be one of small, standard: got 'huge'"),
-        ({"seeds": 1}, "seeds must be a whole number of at least 2: got 1"),
+        ({"seeds": 1}, "seeds must be a whole number of at least 2, or several that rise: got 1"),
+        ({"seeds": [8, 8]}, r"or several that rise: got \[8, 8\]"),
+        ({"seeds": []}, r"or several that rise: got \[\]"),
         (
             {"arms": {"a": {}, "b": {"strategy": "none"}}},
             "arm a must have either a strategy or a frontier: it has no option",
