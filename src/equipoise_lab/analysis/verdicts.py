@@ -117,9 +117,7 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     return adjusted
 
 
-def judge_family(
-    judgements: Mapping[str, Judgement], looks: Mapping[str, int] | None = None
-) -> dict[str, Judgement]:
+def judge_family(judgements: Mapping[str, Judgement], looks: Mapping[str, int] | None = None) -> dict[str, Judgement]:
     """The primary judgements of a family of claims with Holm's p. Verdicts that do not survive become *undecided*.
 
     A verdict survives if ``p_adjusted < 1 - level``. Holm bounds the probability of any verdict on a claim if its true
