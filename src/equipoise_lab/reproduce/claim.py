@@ -164,10 +164,10 @@ def parse_claim(
                 f"{', '.join(options) or 'no option'}."
             )
     for arm, seeds in seeds_of.items():
-        if not isinstance(seeds, int) or not 2 <= seeds < looks[0]:
+        if not isinstance(seeds, int) or not 2 <= seeds < looks[-1]:
             raise EquipoiseError(
                 f"claim {name}: seeds of arm {arm} must be a whole number of at least 2 and below the "
-                f"{looks[0]} of the claim: got {seeds!r}."
+                f"{looks[-1]} of the claim: got {seeds!r}."
             )
     return Claim(
         edition=edition,
