@@ -101,6 +101,13 @@ def _run(
     unfinished, names = [], [claim.name for claim in claims]
     for claim in claims:
         progress.say(f"{claim.name}: {claim.title}")
+        if text := _missing_text(claim):
+            progress.say(
+                f"{claim.name} must have its text in {text}: there is no such folder here. The note of the claim says "
+                "how to make it. The claim is left out."
+            )
+            unfinished.append(claim.name)
+            continue
         chosen = {}
         if finish_frontiers(claim.frontiers):
             chosen = {name: frontiers[name].chosen(results) for name in claim.frontiers}
@@ -115,6 +122,12 @@ def _run(
                 unfinished.append(claim.name)
     if unfinished:
         progress.say(f"runs are missing for {', '.join(unfinished)}; run the same command again to continue")
+
+
+def _missing_text(claim: Claim) -> str | None:
+    """A text of its own that the claim needs and that is not here."""
+    texts = (str(options["data"]) for options in claim.arms.values() if "data" in options)
+    return next((text for text in texts if not Path(text).exists()), None)
 
 
 def _undecided(names: Iterable[str], edition: Edition, results: Results) -> list[Claim]:

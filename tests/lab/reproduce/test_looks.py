@@ -80,3 +80,13 @@ def test_power_pays_for_the_looks(tmp_path):
     finding = findings([planned], results)[0]
     expected = power(Hypothesis("lower"), -0.05, finding.estimate.sd, 3, level=0.975)
     assert finding.power == pytest.approx(expected)
+
+
+def test_a_claim_whose_text_is_not_here_is_left_out_and_says_so(tmp_path, monkeypatch):
+    arms = {name: {**options, "data": str(tmp_path / "text")} for name, options in CLAIM.arms.items()}
+    monkeypatch.setattr(Reproduce, "load_edition", lambda options: _edition(replace(CLAIM, arms=arms)))
+    monkeypatch.setattr(Reproduce, "check", lambda options: None)
+    quiet = Quiet()
+    command.reproduce(Reproduce(claim="x", results=tmp_path / "results", out=tmp_path / "out"), quiet)
+    assert any(line.startswith(f"x must have its text in {tmp_path / 'text'}") for line in quiet.lines)
+    assert quiet.lines[-1].startswith("runs are missing for x")
