@@ -6,16 +6,18 @@ those that are named.
     python benchmarks/claims.py second       # the same for one edition
     python benchmarks/claims.py --check      # fails if the pages are not what the stored results give
 
-Chromium draws the figure (needs playwright and /usr/bin/chromium).
+Chromium draws the figure of the first edition (needs playwright and /usr/bin/chromium).
 """
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import figures_second
 import plotly.graph_objects as go
+from matplotlib.figure import Figure
 from picture import photograph
 from plotly.subplots import make_subplots
 
@@ -46,8 +48,9 @@ BASELINE = "global"  # the arm that others are compared with
 LABEL_HEIGHT = 0.011  # nats
 
 
-def draw(edition: Edition, leaderboard: Claim, results: Results) -> go.Figure:
+def draw_first(edition: Edition, claims: Sequence[Claim], results: Results) -> go.Figure:
     """Left: each mechanism over its coefficient or rate. Right: the arms of the leaderboard, against the baseline."""
+    leaderboard = next(claim for claim in claims if claim.name == edition.page.leaderboard)
     figure = make_subplots(
         cols=2,
         horizontal_spacing=0.11,
@@ -129,7 +132,21 @@ def _leaderboard(figure: go.Figure, claim: Claim, results: Results) -> None:
     figure.update_xaxes(range=[math.log10(0.2), math.log10(3.6)], row=1, col=2)
 
 
-FIGURES: dict[str, Callable[[Edition, Claim, Results], go.Figure]] = {"first": draw}  # by edition
+Draw = Callable[[Edition, Sequence[Claim], Results], go.Figure | Figure]
+FIGURES: Mapping[str, Mapping[str, Draw]] = {  # by edition and file
+    "first": {"docs/figures/claims_first.png": draw_first},
+    "second": {
+        "docs/figures/claims_second.png": figures_second.quality_against_balance,
+        "docs/figures/claims_length.png": figures_second.lengths,
+    },
+}
+
+
+def save(figure: go.Figure | Figure, path: Path) -> None:
+    if isinstance(figure, Figure):
+        figure.savefig(path, dpi=160)
+    else:
+        photograph(figure, path)
 
 
 def main() -> None:
@@ -144,9 +161,8 @@ def main() -> None:
                 if not page.with_name(name).exists() or text != page.with_name(name).read_text(encoding="utf-8"):
                     sys.exit(f"{page.with_name(name)} must match the stored results: run python benchmarks/claims.py")
             continue
-        if edition.name in FIGURES:
-            leaderboard = next(claim for claim in claims if claim.name == edition.page.leaderboard)
-            photograph(FIGURES[edition.name](edition, leaderboard, results), ROOT / edition.page.figure)
+        for file, draw in FIGURES.get(edition.name, {}).items():
+            save(draw(edition, claims, results), ROOT / file)
         write(page, edition, claims, all_findings, results)
 
 

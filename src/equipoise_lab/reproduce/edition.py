@@ -13,7 +13,7 @@ results must be made again, and begin another edition for other questions.
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ class PageText:
     parts: Mapping[str, Mapping[str, Any]]  # by name of a page of details: head, and how the names of its claims begin
     details: str  # below the head of each page of details
     runs: str  # head of the page of frontiers, noise and runs
+    claim_figures: Mapping[str, str] = field(default_factory=dict)  # by claim: a figure for its details (optional)
 
     def part_of(self, claim: str) -> str:
         """The part whose page has the details of a claim."""
@@ -129,7 +130,8 @@ def _load(folder: Path) -> Edition:
         claims[name] = parse_claim(name, _read_toml(folder / "claims" / f"{name}.toml"), sizes, folder.name)
         _check_needs(claims[name], frontiers)
     text = _read_toml(folder / "page.toml")
-    if wrong := set(text) ^ {field.name for field in fields(PageText)}:
+    required = {key.name for key in fields(PageText) if key.default_factory is MISSING}
+    if wrong := (set(text) | required) - (set(text) & {key.name for key in fields(PageText)}):
         raise EquipoiseError(f"{folder / 'page.toml'} lacks these keys, or has them and must not: {', '.join(wrong)}.")
     page = PageText(**text)
     for name in claims:

@@ -24,7 +24,12 @@ CLAIM_NAME = re.compile(r"\b\d-[a-z][a-z-]*")
 
 def figure_of(edition: Edition) -> Path:
     """The figure of an edition, relative to the folder of its pages."""
-    return Path(os.path.relpath(edition.page.figure, Path(edition.page.path).parent))
+    return _beside_pages(edition, edition.page.figure)
+
+
+def _beside_pages(edition: Edition, file: str) -> Path:
+    """A file of the repository, relative to the folder of the pages."""
+    return Path(os.path.relpath(file, Path(edition.page.path).parent))
 
 
 def pages(
@@ -54,7 +59,9 @@ def pages(
     for part, text in edition.page.parts.items():
         of_part = [claim for claim in claims if part_of[claim.name] == part]
         lines[part] = [text["head"].format(**addresses), edition.page.details.format(**addresses)]
-        lines[part] += details(of_part, findings, results, linked)
+        figures = {} if figure is None else edition.page.claim_figures
+        pictures = {name: _beside_pages(edition, file).as_posix() for name, file in figures.items()}
+        lines[part] += details(of_part, findings, results, linked, pictures)
     lines[RUNS] = [edition.page.runs.format(**addresses)]
     lines[RUNS] += frontiers(edition, f"{addresses[RESULTS]}#quality-against-balance", results)
     lines[RUNS] += [*noise(findings), *runs(edition, claims, results)]

@@ -1,7 +1,7 @@
 """The details of claims: their notes, comparisons and arms, and what their runs were made with."""
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from equipoise_lab.reproduce.claim import Claim
 from equipoise_lab.reproduce.page.environments import made_with_line
@@ -24,9 +24,13 @@ SENTENCE_END = re.compile(r"(?<=[.]) (?=[A-Z])")
 
 
 def details(
-    claims: Sequence[Claim], findings: Sequence[Finding], results: Results, linked: Callable[[str], str]
+    claims: Sequence[Claim],
+    findings: Sequence[Finding],
+    results: Results,
+    linked: Callable[[str], str],
+    pictures: Mapping[str, str],
 ) -> Iterator[str]:
-    """First the notes that several claims have, each once; then a section a claim."""
+    """First the notes that several claims have, each once; then a section a claim. ``pictures``: addresses, by claim."""
     claims_by_sentence: dict[str, tuple[str, ...]] = {}
     for claim in claims:
         for sentence in _sentences(claim):
@@ -46,17 +50,21 @@ def details(
         if len(note) < len(sentences):
             note.append(f"See also [{SHARED_NOTES}](#{SHARED_NOTES.lower().replace(' ', '-')}).")
         of_claim = [finding for finding in findings if finding.claim.name == claim.name]
-        yield from _section(claim, linked(" ".join(note)), of_claim, results)
+        yield from _section(claim, linked(" ".join(note)), of_claim, results, pictures.get(claim.name))
 
 
 def _sentences(claim: Claim) -> list[str]:
     return SENTENCE_END.split(claim.note) if claim.note else []
 
 
-def _section(claim: Claim, note: str, findings: Sequence[Finding], results: Results) -> Iterator[str]:
+def _section(
+    claim: Claim, note: str, findings: Sequence[Finding], results: Results, picture: str | None
+) -> Iterator[str]:
     yield from (f"## {claim.name}", "", f"{claim.title}.", "", f"Reported ({claim.source}): {claim.paper}.", "")
     if note:
         yield from (note, "")
+    if picture is not None:
+        yield from (f"![Claim {claim.name}]({picture})", "")
     yield from ("| comparison | claimed | means of the arms | here | verdict |", "|---|---|---|---|---|")
     for finding in findings:
         statistic = finding.comparison.statistic
