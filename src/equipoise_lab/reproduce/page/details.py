@@ -30,7 +30,7 @@ def details(
     linked: Callable[[str], str],
     pictures: Mapping[str, str],
 ) -> Iterator[str]:
-    """First the notes that several claims have, each once; then a section a claim. ``pictures``: addresses, by claim."""
+    """First the notes that several claims have, each once; then a section a claim. ``pictures``: addresses by claim."""
     claims_by_sentence: dict[str, tuple[str, ...]] = {}
     for claim in claims:
         for sentence in _sentences(claim):
