@@ -149,9 +149,10 @@ Arm = tuple[str, str]  # claim and arm
 
 def _arms_by_length(against: str) -> dict[int, tuple[Arm, Arm]]:
     short = "4-loss-free" if against == "sequence" else "4-loss-free-same-scope"
+    at_400 = {400: ((LENGTH_CLAIM, "loss-free-400"), (LENGTH_CLAIM, "sequence-400"))} if against == "sequence" else {}
     return {
         200: ((short, "loss-free"), (short, against)),
-        400: ((LENGTH_CLAIM, "loss-free-400"), (LENGTH_CLAIM, f"{against}-400")),
+        **at_400,
         800: ((LENGTH_CLAIM, "loss-free"), (LENGTH_CLAIM, against)),
     }
 

@@ -6,9 +6,10 @@ number of seeds that a given power needs falls with the first, and what a seed c
 
 A run is measured in several ways at once: with the weights of the last step and with the mean of the last tenth, fifth
 and two fifths of the steps, each on two amounts of test text. Runs are stored one by one, in
-``benchmarks/results/power``, so the script may be stopped and started again. ``--page`` writes the table.
+``benchmarks/results/power``, so the script may be stopped and started again. ``docs/tools/power_page.py`` writes the
+tables of the page.
 
-The seeds (200, 201, ...) are used for nothing else. Every run has one thread; no time is taken beside other work.
+The seeds (200, 201, ...) are used for nothing else. Every run has one thread. Costs are processor time.
 """
 
 import argparse
@@ -30,19 +31,13 @@ RECIPES: dict[str, dict[str, Any]] = {
     "200 steps, decay to a tenth": {"steps": 200},
     "200 steps, decay to zero": {"steps": 200, "decay_to": 0.0},
     "100 steps, decay to zero": {"steps": 100, "decay_to": 0.0},
-    "400 steps, decay to zero": {"steps": 400, "decay_to": 0.0},
     "200 steps of half the tokens, decay to zero": {"steps": 200, "decay_to": 0.0, "sequences": 4},
-    "200 steps of twice the tokens, decay to zero": {"steps": 200, "decay_to": 0.0, "sequences": 16},
 }
 ARMS = {
     "micro": "lbl:scope=micro_batch,coefficient=0.01",
     "global": "lbl:scope=global_batch,coefficient=0.01",
 }
-FIRST_SEED = 200
-SEEDS = dict.fromkeys(RECIPES, 4) | {  # how many; fewer where a run costs twice as much
-    "400 steps, decay to zero": 3,
-    "200 steps of twice the tokens, decay to zero": 3,
-}
+SEEDS = range(200, 204)
 AVERAGED = (0.0, 0.1, 0.2, 0.4)  # shares of the steps whose weights are averaged; 0: the last weights
 SEQUENCES = (30, 60)  # test sequences of each domain; the packaged text has 60 of 128 tokens
 
@@ -141,16 +136,8 @@ def commit() -> str:
 
 
 def run_all(workers: int) -> None:
-    """Seed by seed, so that stored runs are always paired; the recipes with fewer seeds last."""
-    by_cost = sorted(RECIPES, key=lambda recipe: -SEEDS[recipe])
-    jobs = [
-        (recipe, arm, FIRST_SEED + number)
-        for seeds in sorted(set(SEEDS.values()), reverse=True)
-        for number in range(seeds)
-        for recipe in by_cost
-        for arm in ARMS
-        if SEEDS[recipe] == seeds
-    ]
+    """Seed by seed, so that stored runs are always paired."""
+    jobs = [(recipe, arm, seed) for seed in SEEDS for recipe in RECIPES for arm in ARMS]
     missing = [job for job in jobs if not job_file(*job).exists()]
     print(f"{len(jobs) - len(missing)} of {len(jobs)} runs are stored", file=sys.stderr)
 
@@ -197,6 +184,30 @@ def rows() -> list[dict[str, Any]]:
                 }
             )
     return sorted(table, key=lambda row: -row["power_for_cost"])
+
+
+def control_variates() -> list[float]:
+    """For each pair of arms of the first edition's leaderboard: the share of the variance of their difference that the
+    loss of the unbalanced run with the same seed explains, corrected for chance (adjusted R squared)."""
+    from equipoise_lab.reproduce.edition import load_edition
+
+    edition = load_edition("first")
+    results = edition.results(ROOT / "benchmarks/results/claims")
+    claims = {claim.name: claim for claim in edition.claims_with_values(results)}
+
+    def losses(name: str, arm: str) -> list[float]:
+        stored = [results.get(claims[name].job(arm, seed)) for seed in claims[name].all_seeds]
+        return [run["result"]["val_nats"] for run in stored if run is not None]
+
+    unbalanced = losses("6-expert-choice", "top-k")
+    arms = [losses("8-leaderboard", arm) for arm in claims["8-leaderboard"].arms]
+    shares = []
+    for number, arm in enumerate(arms):
+        for other in arms[:number]:
+            difference = [a - b for a, b in zip(arm, other, strict=True)]
+            n, r = len(difference), statistics.correlation(difference, unbalanced)
+            shares.append(1 - (1 - r * r) * (n - 1) / (n - 2))
+    return shares
 
 
 def main() -> None:

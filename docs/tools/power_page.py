@@ -1,0 +1,56 @@
+"""Writes the tables of docs/evidence/power.md from the stored results: ``python docs/tools/power_page.py``."""
+
+import statistics
+import sys
+from pathlib import Path
+
+from generated import REFERENCE, main, table
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import power
+
+PAGE = REFERENCE.parent / "evidence" / "power.md"
+
+
+def markdown() -> dict[str, str]:
+    """The generated parts of the page, by the name of their marker."""
+    rows = power.rows()
+    whole_text = [row for row in rows if row["sequences"] == max(power.SEQUENCES)]
+    return {
+        "recipes": _table([row for row in whole_text if row["averaged"] == 0]),
+        "averages": _table([row for row in whole_text if row["averaged"]]),
+        "texts": _table([row for row in rows if row["averaged"] == 0 and row["sequences"] != max(power.SEQUENCES)]),
+        "control variates": _control_variates(),
+    }
+
+
+def _table(rows: list[dict]) -> str:
+    head = ("recipe", "averaged", "sequences", "seeds", "loss", "difference", "its sd", "core-minutes a run", "power")
+    cells = [
+        (
+            row["recipe"],
+            f"{100 * row['averaged']:.0f} %",
+            str(row["sequences"]),
+            str(row["seeds"]),
+            f"{row['loss']:.3f}",
+            f"{row['mean']:+.4f}".replace("-", "−"),
+            f"{row['sd']:.4f}",
+            f"{30 * row['core_hours']:.1f}",  # of two arms
+            f"{row['power_for_cost']:.1f}",
+        )
+        for row in rows
+    ]
+    return table(head, cells)
+
+
+def _control_variates() -> str:
+    shares = power.control_variates()
+    return (
+        f"Over the {len(shares)} pairs of arms of the first edition's leaderboard, the loss of the unbalanced run with "
+        f"the same seed\nexplains {100 * statistics.median(shares):.0f} % of the variance of a difference (median of "
+        "the adjusted R²)."
+    )
+
+
+if __name__ == "__main__":
+    main(PAGE, markdown())
