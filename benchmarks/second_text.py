@@ -1,14 +1,14 @@
 """Makes the second text of the evidence from packages of Debian: ``python benchmarks/second_text.py``.
 
-    packages ──(apt-get download)──> documents by domain ──> runs/second_text/DOMAIN.jsonl, and packages.json beside
+    packages ──(apt-get download)──> documents by domain ──> runs/second_text/DOMAIN.jsonl, and README.md beside
 
 Eight domains that a model must tell apart, in human and in programming languages: manual pages in German, French,
 Spanish and Polish, Python's library and its documentation, modules of Perl, headers of C++. As in the packaged text,
 each has about 1.5 MB: documents in the order of their hashes, as many as fit.
 
 Needs a Debian system (``apt-get``, ``dpkg-deb``), or the packages in a folder (``--packages``) and ``dpkg-deb``. Other
-versions of the packages give another text; ``packages.json`` has the versions and a hash of each domain. The texts are
-free (MIT, GPL, PSF, Artistic licences), and they are not shipped.
+versions of the packages give another text; ``README.md`` has the versions and a hash of each domain. The texts are free
+(MIT, GPL, PSF, Artistic licences), and they are not shipped.
 """
 
 import argparse
@@ -88,12 +88,13 @@ def main() -> None:
             packages = [source.package for source in DOMAINS.values()]
             _run(["apt-get", "download", *packages], folder)
         options.out.mkdir(parents=True, exist_ok=True)
-        made_from = {domain: _make(domain, source, folder, options.out) for domain, source in DOMAINS.items()}
-    (options.out / "packages.json").write_text(json.dumps(made_from, indent=1) + "\n", encoding="utf-8")
+        rows = [_make(domain, source, folder, options.out) for domain, source in DOMAINS.items()]
+    table = ["| domain | documents | bytes | package | blake2b |", "|---|---|---|---|---|", *rows]
+    (options.out / "README.md").write_text("\n".join(table) + "\n", encoding="utf-8")  # no text, to the lab
 
 
-def _make(domain: str, source: Source, packages: Path, out: Path) -> dict[str, object]:
-    """Writes a domain; returns what it was made from."""
+def _make(domain: str, source: Source, packages: Path, out: Path) -> str:
+    """Writes a domain; returns its row in the README."""
     files = sorted(packages.glob(f"{source.package}_*.deb"))
     if len(files) != 1:
         sys.exit(f"{packages} must hold one file of the package {source.package}: it has {len(files)}.")
@@ -104,7 +105,7 @@ def _make(domain: str, source: Source, packages: Path, out: Path) -> dict[str, o
     size = sum(len(text.encode()) for text in texts)
     print(f"{domain}: {len(texts)} documents, {size:,} bytes, from {files[0].name}")
     digest = hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
-    return {"package": files[0].name, "documents": len(texts), "bytes": size, "blake2b": digest}
+    return f"| {domain} | {len(texts)} | {size:,} | {files[0].name} | {digest} |"
 
 
 def _run(command: list[str], folder: Path | None = None) -> bytes:
