@@ -34,7 +34,8 @@ NAMES = ("first", "second", "third", "fourth")  # oldest first; those that have 
 class PageText:
     """What the pages say of an edition beside its figures: the file ``page.toml``.
 
-    In these texts ``{results}``, ``{runs}`` and ``{PART}`` are addresses of the pages.
+    In these texts ``{results}``, ``{runs}`` and ``{PART}`` are addresses of the pages. In ``head``, ``{CLAIM}`` is the
+    difference that the first comparison of a claim shows, with its interval.
     """
 
     path: str  # of the page of verdicts, in the repository

@@ -45,6 +45,22 @@ def test_the_page_shows_the_figures_and_the_runs_behind_them(tmp_path):
     assert f" 8 of {total} runs. Their steps took 1.9 hours of one core; 1.0 if " in line
 
 
+def test_the_head_may_quote_the_difference_of_a_claim(tmp_path):
+    results = Results(tmp_path)
+    fill(results, [-0.1, -0.11, -0.09, -0.1])
+    edition = replace(ANY, page=replace(ANY.page, head="# Head\n\nThe difference is {x}.\n"))
+    text = pages("results.md", edition, [CLAIM], findings([CLAIM], results), results)["results.md"]
+    assert "The difference is −0.1000 [−0.1130, −0.0870], 4 seeds." in text
+
+
+def test_a_claim_may_have_a_figure_of_its_own(tmp_path):
+    edition = replace(ANY, page=replace(ANY.page, claim_figures={"x": "docs/figures/x.png"}))
+    results, figure = Results(tmp_path), Path("../../figures/claims.png")
+    for drawn, shown in ((figure, True), (None, False)):
+        text = pages("r.md", edition, [CLAIM], findings([CLAIM], results), results, drawn)["r_mechanisms.md"]
+        assert ("![Claim x](../../figures/x.png)" in text) == shown
+
+
 def test_the_page_states_the_size_of_the_runs():
     default = Train(out=Path("x"))
     tokens = default.sequences * default.sequence_length

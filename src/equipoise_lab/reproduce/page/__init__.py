@@ -78,7 +78,8 @@ def _verdicts(
     figure: Path | None,
 ) -> list[str]:
     primary = [finding for finding in findings if finding.is_primary]
-    lines = [edition.page.head.format(**addresses)]
+    differences = {finding.claim.name: result_text(finding) for finding in primary}
+    lines = [edition.page.head.format(**addresses, **differences)]
     for verdict in ("supported", "not supported", "undecided"):
         of_verdict = [links[finding.claim.name] for finding in primary if finding.verdict == verdict]
         listed = f" {', '.join(of_verdict)}." if of_verdict else ""
