@@ -509,4 +509,28 @@ MUTANTS = [
         "        if False:\n",
         "report/test_page -k agree",
     ),
+    Mutant(
+        "looks: a claim does not pay for its looks",
+        "min(1.0, looks.get(name, 1) * judgement.p)",
+        "judgement.p",
+        "analysis/test_verdicts -k looks",
+    ),
+    Mutant(
+        "looks: a look counts before all its runs are stored",
+        "later.jobs() and not results.missing(later.jobs())",
+        "later.jobs()",
+        "reproduce/test_looks -k counts_once",
+    ),
+    Mutant(
+        "looks: a decided claim goes on",
+        'for finding in primary if finding.verdict == "undecided"]\n    return [claim for claim in later if',
+        "for finding in primary]\n    return [claim for claim in later if",
+        "reproduce/test_looks -k stops",
+    ),
+    Mutant(
+        "looks: power is that of one look",
+        "(family * (claim.num_looks if is_primary else 1))",
+        "family",
+        "reproduce/test_looks -k power",
+    ),
 ]
