@@ -24,6 +24,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from equipoise_lab.reproduce.edition import load_edition
+from equipoise_lab.train import loop
+from equipoise_lab.train.config import Train
+from equipoise_lab.train.engine import reproducible
+from equipoise_lab.train.evaluate import evaluate
+from equipoise_lab.train.run_folder import SilentWatcher
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/power"
 COMMON: dict[str, Any] = {"qk_norm": True, "dtype": "bfloat16", "save_model": False, "checkpoint_every": 10_000}
@@ -47,71 +57,68 @@ def job_file(recipe: str, arm: str, seed: int) -> Path:
     return RESULTS / f"{name}_{arm}_{seed}.json"
 
 
-def measure(recipe: str, arm: str, seed: int) -> None:
-    """Trains one run in this process and stores what it shows."""
-    import torch
+class AveragingTraining(loop._Training):
+    """A run that adds up its weights near the end, and is then measured with each mean of them."""
 
-    from equipoise_lab.train import loop
-    from equipoise_lab.train.config import Train
-    from equipoise_lab.train.engine import reproducible
-    from equipoise_lab.train.evaluate import evaluate
-    from equipoise_lab.train.run_folder import SilentWatcher
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.sums: dict[float, dict[str, Tensor]] = {share: {} for share in AVERAGED if share}
+        self.ended = 0.0  # processor time at the end of the training
+        self.measured: dict[str, dict[str, float]] = {}
 
-    torch.set_num_threads(1)
-    ways: dict[str, dict[str, float]] = {}
-    seconds: dict[str, float] = {}
+    def _first_averaged(self, share: float) -> int:
+        return round(self.config.steps * (1 - share))
 
-    class Training(loop._Training):
-        """A run that adds up its weights near the end."""
-
-        def __init__(self, *args: Any) -> None:
-            super().__init__(*args)
-            self.sums: dict[float, dict[str, torch.Tensor]] = {share: {} for share in AVERAGED if share}
-
-        def _step(self, step: int) -> dict[str, Any]:
-            row = super()._step(step)
-            for share, sums in self.sums.items():
-                if step < round(self.config.steps * (1 - share)):
-                    continue
+    def _step(self, step: int) -> dict[str, Any]:
+        row = super()._step(step)
+        for share, sums in self.sums.items():
+            if step >= self._first_averaged(share):
                 for name, parameter in self.inner.named_parameters():
                     value = parameter.detach().double()
                     sums[name] = sums[name] + value if name in sums else value
-            return row
+        return row
 
-        def _finish(self) -> dict[str, Any]:
-            seconds["training"] = time.process_time()
-            last = {name: parameter.detach().clone() for name, parameter in self.inner.named_parameters()}
-            for share in AVERAGED:
-                count = self.config.steps - round(self.config.steps * (1 - share))
-                with torch.no_grad():
-                    for name, parameter in self.inner.named_parameters():
-                        parameter.copy_(self.sums[share][name] / count if share else last[name])
-                for sequences in SEQUENCES:
-                    began = time.process_time()
-                    figures, _ = evaluate(
-                        self.inner,
-                        self.balance,
-                        self.corpus,
-                        split="test",
-                        sequence_length=self.config.sequence_length,
-                        most_sequences=sequences,
-                        sequences=8,
-                        k=self.k,
-                        device=self.device,
-                        autocast=self.autocast,
-                    )
-                    keys = ("val_nats", "maxvio_global", "domain_information_bits")
-                    ways[f"{share:g}/{sequences}"] = {key: figures[key] for key in keys}
-                    ways[f"{share:g}/{sequences}"]["core_seconds"] = time.process_time() - began
-            return {}
+    def _finish(self) -> dict[str, Any]:
+        self.ended = time.process_time()
+        last = {name: parameter.detach().clone() for name, parameter in self.inner.named_parameters()}
+        for share in AVERAGED:
+            count = self.config.steps - self._first_averaged(share)
+            weights = {name: value / count for name, value in self.sums[share].items()} if share else last
+            with torch.no_grad():
+                for name, parameter in self.inner.named_parameters():
+                    parameter.copy_(weights[name])
+            for sequences in SEQUENCES:
+                self.measured[f"{share:g}/{sequences}"] = self._measure(sequences)
+        return {}
 
+    def _measure(self, sequences: int) -> dict[str, float]:
+        began = time.process_time()
+        figures, _ = evaluate(
+            self.inner,
+            self.balance,
+            self.corpus,
+            split="test",
+            sequence_length=self.config.sequence_length,
+            most_sequences=sequences,
+            sequences=8,
+            k=self.k,
+            device=self.device,
+            autocast=self.autocast,
+        )
+        keys = ("val_nats", "maxvio_global", "domain_information_bits")
+        return {key: figures[key] for key in keys} | {"core_seconds": time.process_time() - began}
+
+
+def measure(recipe: str, arm: str, seed: int) -> None:
+    """Trains one run in this process and stores what it shows."""
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         options = {**COMMON, **RECIPES[recipe], "strategy": ARMS[arm], "seed": seed, "out": Path(folder) / "run"}
         config = Train(**options)
         config.check()
         began = time.process_time()
         with reproducible():
-            training = Training(config, SilentWatcher(), "")
+            training = AveragingTraining(config, SilentWatcher(), "")
             training.run()
             training.folder.release()
     stored = {
@@ -120,8 +127,8 @@ def measure(recipe: str, arm: str, seed: int) -> None:
         "seed": seed,
         "options": {key: value for key, value in options.items() if key != "out"},
         "commit": commit(),
-        "core_seconds": seconds["training"] - began,  # of the training alone; each way adds its evaluation
-        "measured": ways,
+        "core_seconds": training.ended - began,  # of the training alone; each way adds its evaluation
+        "measured": training.measured,
     }
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = job_file(recipe, arm, seed)
@@ -189,8 +196,6 @@ def rows() -> list[dict[str, Any]]:
 def control_variates() -> list[float]:
     """For each pair of arms of the first edition's leaderboard: the share of the variance of their difference that the
     loss of the unbalanced run with the same seed explains, corrected for chance (adjusted R squared)."""
-    from equipoise_lab.reproduce.edition import load_edition
-
     edition = load_edition("first")
     results = edition.results(ROOT / "benchmarks/results/claims")
     claims = {claim.name: claim for claim in edition.claims_with_values(results)}
