@@ -1,5 +1,6 @@
 """`equipoise audit`: a model and a text -> a folder that says what the model's experts do on the text."""
 
+import datetime
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def audit(options: Audit, progress: Progress, command: str = "") -> dict[str, An
 
 
 def _audit(options: Audit, progress: Progress, command: str, *, has_complete_audit: bool) -> dict[str, Any]:
-    folder = model_folder(options.model)
+    folder, began = model_folder(options.model), datetime.datetime.now(datetime.UTC)
     progress.say(f"loading {folder}")
     loaded = load_model(folder, dtype="auto", require_all_weights=True)
     notes = list(loaded.notes)
@@ -68,6 +69,8 @@ def _audit(options: Audit, progress: Progress, command: str, *, has_complete_aud
             "model_type": loaded.config.model_type,
             "num_parameters": loaded.num_parameters,
             "data": options.data,
+            "text_key": options.text_key,
+            "began": began.isoformat(),
             "command": command,
             "notes": [*notes, *_training_text_notes(options, result["tokens"], length), *result["notes"]],
         }

@@ -175,6 +175,8 @@ class Audit(Record):
     model_type: NotRequired[str]
     num_parameters: NotRequired[Count]
     data: NotRequired[str]
+    text_key: NotRequired[str]
+    began: NotRequired[str]
     command: NotRequired[str]
 
 

@@ -1,7 +1,7 @@
 """What a page shows: the values of its template, from the records. ``of_runs`` and ``of_audit``."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import plotly.graph_objects as go
@@ -90,7 +90,7 @@ def _facts(recorded_runs: Sequence[RecordedRun]) -> dict[str, Any]:
     return {
         "recorded_runs": recorded_runs,
         "config": config,
-        "trained": _dates(recorded_runs),
+        "trained": _dates(run.config.get("began") for run in recorded_runs),
         "num_seeds": len({run.seed for run in recorded_runs}),
         "differing_settings": unequal_terms([run.config for run in recorded_runs]),
         "notes": _seeds_by_note(recorded_runs),
@@ -142,6 +142,7 @@ def of_audit(records: Records) -> dict[str, Any]:
         ],
         "name": name,
         "audit": audit,
+        "audited": _dates([audit.get("began")]),
         "styles": strategy_styles([model.strategy]),
         "layers": layer_labels(model.layers),
         "model": model,
@@ -201,11 +202,9 @@ def _seeds(recorded_runs: Sequence[RecordedRun]) -> str:
     return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
 
 
-def _dates(recorded_runs: Sequence[RecordedRun]) -> str | None:
-    """When the first and the last run began, in UTC. None if no run knows: records from elsewhere may have any text."""
-    began = sorted(
-        match.group() for run in recorded_runs if (match := TIME.match(str(run.config.get("began")))) is not None
-    )
+def _dates(times: Iterable[Any]) -> str | None:
+    """The first and the last of some times, in UTC. None if none is known: records from elsewhere may have any text."""
+    began = sorted(match.group() for time in times if (match := TIME.match(str(time))) is not None)
     if not began:
         return None
     (first_day, first), (last_day, last) = (time.split("T") for time in (began[0], began[-1]))

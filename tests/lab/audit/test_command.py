@@ -64,6 +64,7 @@ def test_the_command_writes_a_report_and_prints_the_number_of_tokens(run, text, 
     assert stdout.startswith("layer ") and len(stdout.splitlines()) == 1 + len(result["layers"])
     assert f"{sum(result['tokens'].values()):,} tokens; {tmp_path / RESULT}, {tmp_path / 'report.html'}" in stderr
     assert result["command"].startswith("equipoise audit") and "What the experts of this model do" in page
+    assert result["text_key"] == "text" and f"<dd>{result['began'][:10]}, {result['began'][11:16]} UTC</dd>" in page
     levels = result["mean"]["information_by_level"]
     assert result["levels"] == {} and set(levels) == {"domain"}, "one script, no levels.json"
 
