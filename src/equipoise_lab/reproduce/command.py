@@ -98,7 +98,7 @@ def _run(
                 return False
         return True
 
-    unfinished, names = [], [claim.name for claim in claims]
+    unfinished, left_out, names = [], [], [claim.name for claim in claims]
     for claim in claims:
         progress.say(f"{claim.name}: {claim.title}")
         if text := _missing_text(claim):
@@ -106,7 +106,7 @@ def _run(
                 f"{claim.name} must have its text in {text}: there is no such folder here. The note of the claim says "
                 "how to make it. The claim is left out."
             )
-            unfinished.append(claim.name)
+            left_out.append(claim.name)
             continue
         chosen = {}
         if finish_frontiers(claim.frontiers):
@@ -120,8 +120,10 @@ def _run(
             progress.say(f"{claim.name} is undecided: it goes on to {claim.seeds} seeds")
             if not finish(claim.jobs()):
                 unfinished.append(claim.name)
-    if unfinished:
-        progress.say(f"runs are missing for {', '.join(unfinished)}; run the same command again to continue")
+    if unfinished or left_out:
+        progress.say(
+            f"runs are missing for {', '.join([*unfinished, *left_out])}; run the same command again to continue"
+        )
 
 
 def _missing_text(claim: Claim) -> str | None:

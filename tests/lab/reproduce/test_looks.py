@@ -15,11 +15,11 @@ from equipoise_lab.reproduce.verdict import findings
 LOOKS = replace(CLAIM, seeds=3, looks=(3, 6))
 
 
-def _edition(claim):
-    return replace(ANY, claims=MappingProxyType({claim.name: claim}), frontiers=MappingProxyType({}))
+def _edition(*claims):
+    return replace(ANY, claims=MappingProxyType({each.name: each for each in claims}), frontiers=MappingProxyType({}))
 
 
-def _reproduce(tmp_path, monkeypatch, differences):
+def _reproduce(tmp_path, monkeypatch, differences, *others):
     """The findings and the number of stored runs, where each run of a seed has its difference."""
 
     def execute(jobs, results, work, progress, **more):
@@ -29,9 +29,9 @@ def _reproduce(tmp_path, monkeypatch, differences):
         return True
 
     monkeypatch.setattr(command, "execute", execute)
-    monkeypatch.setattr(Reproduce, "load_edition", lambda options: _edition(LOOKS))
+    monkeypatch.setattr(Reproduce, "load_edition", lambda options: _edition(LOOKS, *others))
     monkeypatch.setattr(Reproduce, "check", lambda options: None)
-    options = Reproduce(claim=LOOKS.name, results=tmp_path / "results", out=tmp_path / "out")
+    options = Reproduce(claim="all" if others else LOOKS.name, results=tmp_path / "results", out=tmp_path / "out")
     quiet = Quiet()
     found = command.reproduce(options, quiet)
     return found, len(list((tmp_path / "results").rglob("*.json"))), quiet.lines
@@ -82,11 +82,10 @@ def test_power_pays_for_the_looks(tmp_path):
     assert finding.power == pytest.approx(expected)
 
 
-def test_a_claim_whose_text_is_not_here_is_left_out_and_says_so(tmp_path, monkeypatch):
+def test_a_claim_whose_text_is_not_here_is_left_out_says_so_and_stops_no_other(tmp_path, monkeypatch):
     arms = {name: {**options, "data": str(tmp_path / "text")} for name, options in CLAIM.arms.items()}
-    monkeypatch.setattr(Reproduce, "load_edition", lambda options: _edition(replace(CLAIM, arms=arms)))
-    monkeypatch.setattr(Reproduce, "check", lambda options: None)
-    quiet = Quiet()
-    command.reproduce(Reproduce(claim="x", results=tmp_path / "results", out=tmp_path / "out"), quiet)
-    assert any(line.startswith(f"x must have its text in {tmp_path / 'text'}") for line in quiet.lines)
-    assert quiet.lines[-1].startswith("runs are missing for x")
+    other = replace(CLAIM, name="y", arms=arms)
+    _, runs, lines = _reproduce(tmp_path, monkeypatch, [-0.1, 0.1, 0.0, -0.1, 0.1, 0.0], other)
+    assert any(line.startswith(f"y must have its text in {tmp_path / 'text'}") for line in lines)
+    assert runs == 12, "x went on to its second look"
+    assert lines[-1].startswith("runs are missing for y")
