@@ -101,7 +101,7 @@ def _verdicts(
     for claim in claims:
         if claim.name == board:
             lines += leaderboard(claim, links[claim.name], results)
-    return [*lines, edition.page.sources]
+    return [*lines, edition.page.sources.format(**addresses)]
 
 
 def write(path: Path, edition: Edition, claims: Sequence[Claim], findings: Sequence[Finding], results: Results) -> None:
