@@ -27,7 +27,7 @@ GATES = ("softmax", "sigmoid")
 MARKERS = {"softmax": "o", "sigmoid": "s"}
 BASELINE = "softmax-global"
 TICKS = [0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3]
-LENGTH_CLAIM = "4-length"
+LENGTH_CLAIM = "9-length"
 
 
 def quality_against_balance(edition: Edition, claims: Sequence[Claim], results: Results) -> Figure:
