@@ -153,6 +153,8 @@ def main() -> None:
     names, is_check = [name for name in sys.argv[1:] if name != "--check"], "--check" in sys.argv[1:]
     for edition in map(load_edition, names or edition_names()):
         page, results = ROOT / edition.page.path, edition.results(RESULTS)
+        if not names and not page.exists():
+            continue  # its runs have just begun
         claims = edition.claims_with_values(results)
         all_findings = findings(claims, results)
         if is_check:

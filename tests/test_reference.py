@@ -11,6 +11,7 @@ from pathlib import Path
 import commands_page
 import generated
 import griffe
+import power_page
 import pytest
 import recipes_page
 import strategies_page
@@ -207,7 +208,7 @@ def test_annotations_are_written_out(package):
 
 # ---- generated parts ----
 
-TOOLS = (commands_page, recipes_page, strategies_page, testing_page)
+TOOLS = (commands_page, power_page, recipes_page, strategies_page, testing_page)
 
 
 @pytest.mark.parametrize("tool", TOOLS, ids=lambda tool: tool.__name__)

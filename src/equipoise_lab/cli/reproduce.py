@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from equipoise_lab.cli.groups import with_joined_lines
 from equipoise_lab.cli.process import print_json, print_stderr, requires_lab, share_cores
 from equipoise_lab.reproduce.config import Reproduce
-from equipoise_lab.reproduce.edition import edition_names
+from equipoise_lab.reproduce.edition import DEFAULT, edition_names
 
 __all__ = ["Reproduce", "run", "subcommand"]
 
@@ -22,7 +22,7 @@ def subcommand() -> Any:
     @with_joined_lines
     def reproduce(
         claim: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[CLAIM]", help_behavior_hint="")] = "all",
-        edition: Annotated[str | None, tyro.conf.arg(metavar=editions, help_behavior_hint="")] = None,
+        edition: Annotated[str, tyro.conf.arg(metavar=editions)] = DEFAULT,
         budget: Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")] = None,
         out: Path = Path("runs/reproduce"),
         results: Path = Path("benchmarks/results/claims"),
@@ -37,7 +37,7 @@ def subcommand() -> Any:
 
         Args:
             claim: The claim to test, such as 1-scope; without it, all. --budget 0 lists them.
-            edition: The edition of the evidence: claims, sizes and results of its own. Without it, the newest.
+            edition: The edition of the evidence: claims, sizes and results of its own.
             budget: Minutes. A run starts only if it should end within them; the same command continues later. 0 runs
                 nothing and shows the verdicts of the stored results.
             out: Folder for runs in progress.

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from equipoise.errors import UsageError, suggest
 from equipoise_lab.reproduce.claim import DTYPES
-from equipoise_lab.reproduce.edition import Edition, load_edition, newest_edition
+from equipoise_lab.reproduce.edition import DEFAULT, Edition, load_edition
 
 __all__ = ["RESULTS", "Reproduce"]
 
@@ -18,7 +18,7 @@ class Reproduce:
     """The options of `equipoise reproduce`; its help says what they mean."""
 
     claim: str = "all"
-    edition: str | None = None  # None: the newest
+    edition: str = DEFAULT
     budget: float | None = None  # minutes
     out: Path = Path("runs/reproduce")
     results: Path = RESULTS
@@ -28,7 +28,7 @@ class Reproduce:
     json: bool = False
 
     def load_edition(self) -> Edition:
-        return load_edition(self.edition or newest_edition())
+        return load_edition(self.edition)
 
     def check(self) -> None:
         names = list(self.load_edition().claims)

@@ -24,10 +24,11 @@ from equipoise_lab.reproduce.claim import Claim, parse_claim
 from equipoise_lab.reproduce.frontier import Frontier, parse_frontiers
 from equipoise_lab.reproduce.results import Results
 
-__all__ = ["Edition", "PageText", "edition_names", "load_edition", "newest_edition"]
+__all__ = ["DEFAULT", "Edition", "PageText", "edition_names", "load_edition"]
 
 EDITIONS = Path(__file__).parent / "editions"
 NAMES = ("first", "second", "third", "fourth")  # oldest first; those that have a folder exist
+DEFAULT = "first"  # the newest whose runs are done
 
 
 @dataclass(frozen=True)
@@ -105,10 +106,6 @@ def edition_names() -> list[str]:
             f"an edition must have one of the names {', '.join(NAMES)}: {EDITIONS} has {', '.join(sorted(unknown))}."
         )
     return [name for name in NAMES if name in folders]
-
-
-def newest_edition() -> str:
-    return edition_names()[-1]
 
 
 def load_edition(name: str) -> Edition:

@@ -239,7 +239,7 @@ def test_looks_keep_the_error_of_a_family_that_stops_when_it_is_decided(counts_l
 
     If looks count, at most 5 % of families have an error. If they do not, clearly more."""
     generator = numpy.random.default_rng(7)
-    repetitions, errors, looks = 1200, 0, (4, 8, 16)
+    repetitions, errors, looks = 800, 0, (4, 8, 16)
     for _ in range(repetitions):
         baseline = generator.normal(0, 1, looks[-1])
         arms = {name: generator.normal(0, 1, looks[-1]) - baseline for name in "abcd"}

@@ -14,7 +14,7 @@ from equipoise_lab.records import read_json
 from equipoise_lab.reproduce import edition as editions
 from equipoise_lab.reproduce.command import as_json, reproduce
 from equipoise_lab.reproduce.config import Reproduce
-from equipoise_lab.reproduce.edition import edition_names, load_edition, newest_edition
+from equipoise_lab.reproduce.edition import DEFAULT, edition_names, load_edition
 from equipoise_lab.reproduce.jobs import Job, key_of
 from equipoise_lab.reproduce.page import pages
 from equipoise_lab.reproduce.results import Results
@@ -70,9 +70,15 @@ def test_results_lie_in_the_folder_of_an_edition():
     assert {path.name for path in RESULTS.iterdir()} <= set(edition_names())
 
 
-def test_the_newest_edition_is_the_default(two):
-    assert edition_names() == ["first", "second"] and newest_edition() == "second"
-    assert Reproduce().load_edition().name == "second" and Reproduce(edition="first").load_edition().name == "first"
+def test_the_default_is_the_newest_edition_whose_runs_are_done():
+    done = []
+    for edition in map(load_edition, edition_names()):
+        results = edition.results(RESULTS)
+        jobs = [claim.jobs() for claim in edition.claims_with_values(results)]
+        if all(jobs) and not results.missing([job for of_claim in jobs for job in of_claim]):
+            done.append(edition.name)
+    assert done[-1] == DEFAULT
+    assert Reproduce().load_edition().name == DEFAULT and Reproduce(edition="first").load_edition().name == "first"
 
 
 def test_an_edition_that_does_not_exist_is_refused(capsys):
