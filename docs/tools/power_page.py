@@ -18,25 +18,24 @@ def markdown() -> dict[str, str]:
     whole_text = [row for row in rows if row["sequences"] == max(power.SEQUENCES)]
     return {
         "recipes": _table([row for row in whole_text if row["averaged"] == 0]),
-        "averages": _table([row for row in whole_text if row["averaged"]]),
+        "averages": _table([row for row in whole_text if row["averaged"]], with_share=True),
         "texts": _table([row for row in rows if row["averaged"] == 0 and row["sequences"] != max(power.SEQUENCES)]),
         "control variates": _control_variates(),
     }
 
 
-def _table(rows: list[dict]) -> str:
-    head = ("recipe", "averaged", "sequences", "seeds", "loss", "difference", "its sd", "core-minutes a run", "power")
+def _table(rows: list[dict], with_share: bool = False) -> str:
+    averaged = ("averaged",) if with_share else ()
+    head = ("recipe", *averaged, "loss", "difference", "its sd", "core-minutes a run", "power")
     cells = [
         (
             row["recipe"],
-            f"{100 * row['averaged']:.0f} %",
-            str(row["sequences"]),
-            str(row["seeds"]),
+            *((f"{100 * row['averaged']:.0f} %",) if with_share else ()),
             f"{row['loss']:.3f}",
             f"{row['mean']:+.4f}".replace("-", "−"),
             f"{row['sd']:.4f}",
             f"{30 * row['core_hours']:.1f}",  # of two arms
-            f"{row['power_for_cost']:.1f}",
+            f"{row['power_for_cost']:.2g}",
         )
         for row in rows
     ]
