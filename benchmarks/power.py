@@ -42,6 +42,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "200 steps, decay to zero": {"steps": 200, "decay_to": 0.0},
     "100 steps, decay to zero": {"steps": 100, "decay_to": 0.0},
     "200 steps of half the tokens, decay to zero": {"steps": 200, "decay_to": 0.0, "sequences": 4},
+    "200 steps, half the learning rate": {"steps": 200, "learning_rate": 1.5e-3},
 }
 ARMS = {
     "micro": "lbl:scope=micro_batch,coefficient=0.01",

@@ -330,9 +330,9 @@ MUTANTS = [
         "test_edition -k family",
     ),
     Mutant(
-        "editions: the oldest is the default",
-        "return edition_names()[-1]",
-        "return edition_names()[0]",
+        "editions: one whose runs are not done is the default",
+        'DEFAULT = "first"',
+        'DEFAULT = "second"',
         "test_edition -k newest",
     ),
     Mutant(
@@ -421,7 +421,7 @@ MUTANTS = [
     ),
     Mutant(
         "claims: power is not corrected for the number of claims",
-        "level = 1 - (1 - LEVEL) / family",
+        "level = 1 - (1 - LEVEL) / (family * (claim.num_looks if is_primary else 1))",
         "level = LEVEL",
         "test_effect -k corrected",
     ),
@@ -529,8 +529,8 @@ MUTANTS = [
     ),
     Mutant(
         "looks: power is that of one look",
-        "(family * (claim.num_looks if is_primary else 1))",
-        "family",
+        "claim.num_looks if is_primary else 1",
+        "1",
         "reproduce/test_looks -k power",
     ),
 ]

@@ -211,13 +211,13 @@ MUTANTS = [
     ),
     Mutant(
         "lab balancers: the shuffle control draws from its own micro-batch",
-        "pooled = torch.cat(self._choices[self._rows.find(routing)])",
+        "pooled = torch.cat(self._choices[self._calls.row_of(routing)])",
         "pooled = routing.expert_ids",
         "train/test_balancers -k 'twice or variance'",
     ),
     Mutant(
         "lab balancers: every micro-batch draws the same tokens",
-        'int.from_bytes(_hash(routing.expert_ids, pooled.shape[0], size=7), "big")',
+        'int.from_bytes(digest_of(routing.expert_ids, pooled.shape[0], size=7), "big")',
         "pooled.shape[0]",
         "train/test_balancers -k twice",
     ),
@@ -229,7 +229,7 @@ MUTANTS = [
     ),
     Mutant(
         "lab balancers: choices of the previous window are drawn",
-        "        self._rows.clear()\n        self._choices = [[] for _ in self._choices]\n",
+        "        self._calls.clear()\n        self._choices = [[] for _ in self._choices]\n",
         "        pass\n",
         "train/test_balancers -k kept_apart",
     ),
