@@ -90,7 +90,7 @@ def _board(axes: Axes, claim: Claim, results: Results) -> None:
         )
     axes.axhline(0, color="#999999", linewidth=0.8)
     seeds = max((difference.n for _, _, difference in points), default=0)
-    axes.set_title(f"each at its own best: loss less that of {BASELINE}\n({seeds} seeds, 95 % intervals)", fontsize=11)
+    axes.set_title(f"as chosen: loss less that of {BASELINE}\n({seeds} seeds, 95 % intervals)", fontsize=11)
     axes.set_ylabel("difference in loss, nats")
     _balance_axis(axes)
     if points:
@@ -99,6 +99,8 @@ def _board(axes: Axes, claim: Claim, results: Results) -> None:
 
 
 def _balance_axis(axes: Axes) -> None:
+    if not axes.has_data():
+        axes.set_xlim(TICKS[0], TICKS[-1])  # before any run
     axes.set_xscale("log")
     axes.set_xticks(TICKS)
     axes.xaxis.set_major_formatter(ScalarFormatter())
@@ -132,6 +134,7 @@ def lengths(edition: Edition, claims: Sequence[Claim], results: Results) -> Figu
             text = f"{difference.n} seeds"
             axes.annotate(text, (left, difference.mean), (6, 6), textcoords="offset points", fontsize=8, color=color)
     axes.axhline(0, color="#999999", linewidth=0.8)
+    axes.set_xlim(160, 1000)
     axes.set_xscale("log", base=2)
     axes.set_xticks([200, 400, 800])
     axes.xaxis.set_major_formatter(ScalarFormatter())

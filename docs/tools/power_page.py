@@ -45,8 +45,8 @@ def _table(rows: list[dict], with_share: bool = False) -> str:
 def _control_variates() -> str:
     shares = power.control_variates()
     return (
-        f"Over the {len(shares)} pairs of arms of the first edition's leaderboard, the loss of the unbalanced run with "
-        f"the same seed\nexplains {100 * statistics.median(shares):.0f} % of the variance of a difference (median of "
+        f"The first edition's leaderboard has {len(shares)} pairs of arms. The loss of the unbalanced run with the "
+        f"same seed explains\n{100 * statistics.median(shares):.0f} % of the variance of their difference (median of "
         "the adjusted R²)."
     )
 

@@ -237,7 +237,12 @@ def attach_strategy(model: nn.Module, strategy: str, biases: Mapping[str, Tensor
 def check_strategy(config: Train, num_ranks: int) -> None:
     """Raises UsageError if a strategy of the run does not exist or does not work with the run's options."""
     for strategy in filter(None, (config.strategy, config.then)):
-        if not any(isinstance(balancer, ShuffleControl | UnbiasedLoss) for balancer in parse_lab_strategy(strategy)):
+        balancers = parse_lab_strategy(strategy)
+        if config.model is None:
+            for balancer in balancers:
+                if isinstance(balancer, GroupLoss):
+                    balancer.check_experts(config.experts)
+        if not any(isinstance(balancer, ShuffleControl | UnbiasedLoss) for balancer in balancers):
             continue
         if num_ranks > 1:
             raise UsageError(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from equipoise.balancers import Balancer, LayerStack, load_balancing_loss
 from equipoise.balancers.base import check_number, check_whole
+from equipoise.errors import UsageError
 from equipoise.load import expert_load
 from equipoise.routing import Routing
 from equipoise_lab.train.router_calls import RouterCalls
@@ -36,7 +37,8 @@ class UnbiasedLoss(Balancer):
         coefficient: weight of the loss.
 
     Limits: the window must be complete when the backward runs (order forwards_first), and it must be on one process.
-    Routers that choose groups of experts first are not followed: the k best scores of all experts are counted.
+    A skipped step leaves its counts to the next window, so do not use it in a loop that skips steps. Routers that
+    choose groups of experts first are not followed: the k best scores of all experts are counted.
     """
 
     name = "lbl-unbiased"
@@ -90,9 +92,12 @@ class GroupLoss(Balancer):
         self.coefficient = check_number("coefficient", coefficient, positive=False)
         self.groups = check_whole("groups", groups, least=2)
 
+    def check_experts(self, num_experts: int) -> None:
+        if num_experts % self.groups:
+            raise UsageError(f"groups of {self.name} must divide the {num_experts} experts: got {self.groups}.")
+
     def prepare(self, layers: LayerStack) -> None:
-        if layers.bias.shape[-1] % self.groups:
-            raise ValueError(f"groups must divide the {layers.bias.shape[-1]} experts: got {self.groups}.")
+        self.check_experts(layers.bias.shape[-1])
 
     def loss(self, routing: Routing, load: Int[Tensor, " experts"] | None) -> Float[Tensor, ""]:
         assert load is not None

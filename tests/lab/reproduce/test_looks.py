@@ -33,19 +33,19 @@ def _reproduce(tmp_path, monkeypatch, differences, *others):
     monkeypatch.setattr(Reproduce, "check", lambda options: None)
     options = Reproduce(claim="all" if others else LOOKS.name, results=tmp_path / "results", out=tmp_path / "out")
     quiet = Quiet()
-    found = command.reproduce(options, quiet)
-    return found, len(list((tmp_path / "results").rglob("*.json"))), quiet.lines
+    verdicts = command.reproduce(options, quiet)
+    return verdicts, len(list((tmp_path / "results").rglob("*.json"))), quiet.lines
 
 
 def test_a_claim_stops_at_the_look_that_decides_it(tmp_path, monkeypatch):
-    found, runs, _ = _reproduce(tmp_path, monkeypatch, [-0.1, -0.11, -0.09, 9, 9, 9])
-    assert runs == 6 and found[0].estimate.n == 3 and found[0].verdict == "supported"
-    assert found[0].judgement.p_adjusted == pytest.approx(2 * found[0].judgement.p)
+    verdicts, runs, _ = _reproduce(tmp_path, monkeypatch, [-0.1, -0.11, -0.09, 9, 9, 9])
+    assert runs == 6 and verdicts[0].estimate.n == 3 and verdicts[0].verdict == "supported"
+    assert verdicts[0].judgement.p_adjusted == pytest.approx(2 * verdicts[0].judgement.p)
 
 
 def test_an_undecided_claim_goes_on_to_the_next_look(tmp_path, monkeypatch):
-    found, runs, lines = _reproduce(tmp_path, monkeypatch, [-0.1, 0.1, 0.0, -0.1, 0.1, 0.0])
-    assert runs == 12 and found[0].estimate.n == found[0].planned == 6 and found[0].verdict == "undecided"
+    verdicts, runs, lines = _reproduce(tmp_path, monkeypatch, [-0.1, 0.1, 0.0, -0.1, 0.1, 0.0])
+    assert runs == 12 and verdicts[0].estimate.n == verdicts[0].planned == 6 and verdicts[0].verdict == "undecided"
     assert "x is undecided: it goes on to 6 seeds" in lines
 
 

@@ -130,9 +130,12 @@ def test_group_loss_with_a_group_for_each_expert_is_the_usual_one():
     )
 
 
-def test_groups_must_divide_the_experts():
-    with pytest.raises(ValueError, match="groups must divide the 4 experts: got 3"):
+def test_groups_must_divide_the_experts(tiny):
+    with pytest.raises(UsageError, match="groups of lbl-groups must divide the 4 experts: got 3"):
         _prepared(GroupLoss(groups=3))
+    config = tiny(strategy="quantile+lbl-groups:groups=7")
+    with pytest.raises(UsageError, match=f"must divide the {config.experts} experts: got 7"):
+        check_strategy(config, 1)  # before anything is written
     with pytest.raises(ValueError, match="groups must be at least 2: got 1"):
         GroupLoss(groups=1)
 
@@ -150,9 +153,9 @@ def test_contrast_loss_by_hand():
 
 def test_contrast_loss_raises_the_scores_of_the_experts_that_a_micro_batch_chooses():
     routing = _routing(_random_logits(12, seed=5))
-    even, own = torch.full((4,), 3), routing.expert_ids.flatten().bincount(minlength=4)
+    even, load = torch.full((4,), 3), routing.expert_ids.flatten().bincount(minlength=4)
     (gradient,) = torch.autograd.grad(_prepared(ContrastLoss(within=0.5)).loss(routing, even), routing.logits)
-    assert gradient[:, own.argmax()].sum() < 0 < gradient[:, own.argmin()].sum()
+    assert gradient[:, load.argmax()].sum() < 0 < gradient[:, load.argmin()].sum()
 
 
 @pytest.mark.parametrize("within", [1, -0.1])
