@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "evidence" / "speed.md"
 LAB_PAGE = PAGE.with_name("speed_lab.md")
-RESULT_NAMES = ("overhead", "operations", "experts", "trainer", "lab_step", "attach", "audit", "attention", "ranks")
+RESULT_NAMES = ("overhead", "operations", "experts", "trainer", "lab_step", "attach", "audit", "attention", "rank_costs")
 Results = dict[str, dict[str, Any]]
 
 INTRODUCTION = [
@@ -66,7 +66,7 @@ def sections_of_costs(stored: Results) -> list[Section]:
         operations(stored["operations"]),
         updates(overhead),
         alerts(overhead),
-        collectives(overhead, stored["ranks"]),
+        collectives(overhead, stored["rank_costs"]),
         MEMORY_ON_RANKS,
     ]
     return [section for section in sections if section is not None]
@@ -110,7 +110,7 @@ def costs_page(stored: Results) -> str:
                 (
                     ("steps, routers, `step()` on one and two ranks, alerts, start, memory", stored["overhead"]),
                     ("operations and bytes", stored["operations"]),
-                    ("steps on ranks, growth", stored["ranks"]),
+                    ("steps on ranks, growth", stored["rank_costs"]),
                     ("`attach`", stored["attach"]),
                     ("audits", stored["audit"]),
                 )

@@ -53,7 +53,7 @@ def test_its_three_numbers_are_those_of_the_stored_results():
     step = ratios["loss-free"]
     assert f"{step['median']:.3f} ({step['low']:.3f} to {step['high']:.3f})" in text
     assert f"adds {ratios['lbl:scope=global_batch']['median'] - 1:.0%}".replace("%", " %") in text
-    on_ranks = {row["strategy"]: row["ratio"][1] for row in read_json(RESULTS / "ranks.json")["step_time"]}
+    on_ranks = {row["strategy"]: row["ratio"][1] for row in read_json(RESULTS / "rank_costs.json")["step_time"]}
     assert f"without equipoise: {on_ranks['loss-free']:.3f} and {on_ranks['lbl']:.3f}" in text
     primary = {finding.claim.name: finding for finding in _all_findings() if finding.is_primary}
     scope, specialisation = (primary[name].estimate for name in ("1-scope", "2-specialisation"))

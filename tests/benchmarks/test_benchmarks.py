@@ -23,13 +23,13 @@ def _load(name):
 
 
 def test_the_stored_result_of_ranks_has_every_strategy():
-    ranks = _load("ranks")
-    assert {row["strategy"] for row in ranks.read_json(ranks.STORED)["step_time"]} == set(ranks.STRATEGIES)
+    costs = _load("rank_costs")
+    assert {row["strategy"] for row in costs.read_json(costs.STORED)["step_time"]} == set(costs.STRATEGIES)
 
 
 def test_growth_measures_the_shape_it_is_given():
-    ranks = _load("ranks")
-    row = ranks.growth(2, 16, 2)
+    costs = _load("rank_costs")
+    row = costs.growth(2, 16, 2)
     assert row["collective_bytes"] == 8 * 2 * 16 and row["step_milliseconds"] > 0
 
 

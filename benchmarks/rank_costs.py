@@ -1,6 +1,6 @@
 """What does balancing cost on many ranks? Step time with and without it, and how its local part grows.
 
-    python benchmarks/ranks.py            # measures, stores results/ranks.json, writes docs/evidence/speed.md
+    python benchmarks/rank_costs.py            # measures, stores results/rank_costs.json, writes docs/evidence/speed.md
 
 Step time: gloo ranks on this machine, one thread each, train the lab's default model under DistributedDataParallel.
 Each rank has the model twice, attached and not, and steps both in turn. The result is the ratio within a pair of steps:
@@ -40,7 +40,7 @@ from equipoise_lab.train.evaluate import language_model_loss
 from equipoise_lab.train.models import build_model
 
 ROOT = Path(__file__).parent.parent
-STORED = ROOT / "benchmarks" / "results" / "ranks.json"
+STORED = ROOT / "benchmarks" / "results" / "rank_costs.json"
 STRATEGIES = ("none", "loss-free", "quantile", "lbl:pooling=previous", "lbl", "loss-free+lbl:scope=sequence")
 LAYERS, EXPERTS = (8, 32, 128), (64, 256, 1024)
 MICRO_BATCHES, SEQUENCES, LENGTH, VOCAB = 2, 4, 128, 2048
@@ -162,7 +162,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(1)
     rows = [growth(layers, experts, arguments.pairs) for layers in LAYERS for experts in EXPERTS]
     return {
-        "command": shlex.join(["python", "benchmarks/ranks.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", "benchmarks/rank_costs.py", *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
         "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}, no accelerator",
         "versions": {name: importlib.metadata.version(name) for name in ("equipoise", "torch", "transformers")},
