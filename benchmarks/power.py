@@ -43,6 +43,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "100 steps, decay to zero": {"steps": 100, "decay_to": 0.0},
     "200 steps of half the tokens, decay to zero": {"steps": 200, "decay_to": 0.0, "sequences": 4},
     "200 steps, half the learning rate": {"steps": 200, "learning_rate": 1.5e-3},
+    "200 steps, half of them warm-up": {"steps": 200, "warmup": 0.5},
 }
 ARMS = {
     "micro": "lbl:scope=micro_batch,coefficient=0.01",
