@@ -242,7 +242,8 @@ def test_an_integration_imports_what_it_is_for_by_name_only():
 def test_the_modules_of_tests_benchmarks_and_tools_have_names_of_their_own():
     """They are imported by name from several folders. Of two with one name a process may get either."""
     root = SRC.parent
-    pytest_options = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["pytest"]["ini_options"]
-    names = Counter(path.stem for folder in pytest_options["pythonpath"] for path in (root / folder).glob("*.py"))
+    tools = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
+    folders = tools["pytest"]["ini_options"]["pythonpath"]
+    names = Counter(path.stem for folder in folders for path in (root / folder).glob("*.py"))
     names.subtract(["__init__"] * names["__init__"])
     assert [name for name, times in names.items() if times > 1] == []
