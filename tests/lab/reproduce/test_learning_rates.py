@@ -226,3 +226,10 @@ def test_an_edition_without_a_second_stage_says_nothing_of_learning_rates(tmp_pa
     edition = load_edition("first")
     text = pages("p.md", edition, edition.claims_with_values(Results(tmp_path)), [], Results(tmp_path))["p_runs.md"]
     assert "each learning rate" not in text
+
+
+@pytest.mark.parametrize(("name", "seeds"), [("first", "with seeds 100 and 101. "), ("second", "with seed 310. ")])
+def test_a_page_names_the_seeds_of_the_frontiers(tmp_path, name, seeds):
+    edition = load_edition(name)
+    text = pages("p.md", edition, edition.claims_with_values(Results(tmp_path)), [], Results(tmp_path))["p_runs.md"]
+    assert seeds in text

@@ -21,8 +21,8 @@ def frontiers(edition: Edition, figure: str, results: Results) -> list[str]:
     lines = [
         "## Frontiers",
         "",
-        f"Every mechanism runs over its coefficient or rate, in size {common.size}, with seeds "
-        f"{' and '.join(map(str, common.seeds))}. {edition.page.frontier_seeds}".rstrip(),
+        f"Every mechanism runs over its coefficient or rate, in size {common.size}, with {_seeds_text(common.seeds)}. "
+        f"{edition.page.frontier_seeds}".rstrip(),
         "",
         "Each cell holds loss / MaxVio of the selection text. The picture under",
         f"[Quality against balance]({figure}) shows the test text.",
@@ -37,6 +37,10 @@ def frontiers(edition: Edition, figure: str, results: Results) -> list[str]:
         cells = ", ".join(_cells(frontier, results)) or "no run yet"
         lines.append(f"| {frontier.name} | `{frontier.arm['strategy']}`{_score_function(frontier)} | {cells} |")
     return [*lines, "", *_learning_rates(edition, results)]
+
+
+def _seeds_text(seeds: Sequence[int]) -> str:
+    return f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {' and '.join(map(str, seeds))}"
 
 
 def _score_function(frontier: Frontier) -> str:
