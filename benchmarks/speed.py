@@ -24,8 +24,17 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "evidence" / "speed.md"
 LAB_PAGE = PAGE.with_name("speed_lab.md")
-RESULT_NAMES = ("overhead", "operations", "experts", "trainer", "lab_step", "attach", "audit", "attention")
-RESULT_NAMES += ("rank_costs",)
+RESULT_NAMES = (
+    "overhead",
+    "operations",
+    "experts",
+    "trainer",
+    "lab_step",
+    "attach",
+    "audit",
+    "attention",
+    "rank_costs",
+)
 Results = dict[str, dict[str, Any]]
 
 INTRODUCTION = [

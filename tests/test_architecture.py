@@ -244,6 +244,5 @@ def test_the_modules_of_tests_benchmarks_and_tools_have_names_of_their_own():
     root = SRC.parent
     tools = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
     folders = tools["pytest"]["ini_options"]["pythonpath"]
-    names = Counter(path.stem for folder in folders for path in (root / folder).glob("*.py"))
-    names.subtract(["__init__"] * names["__init__"])
-    assert [name for name, times in names.items() if times > 1] == []
+    names = Counter(path.name for folder in folders for path in (root / folder).glob("*.py"))
+    assert [name for name, times in names.items() if times > 1 and name != "__init__.py"] == []
