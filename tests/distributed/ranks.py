@@ -5,6 +5,7 @@ Ranks are forked from a server that has imported torch and the models once, so t
 
 import multiprocessing
 import os
+import sys
 import tempfile
 import time
 import traceback
@@ -29,11 +30,12 @@ def _rank(rank: int, num_ranks: int, folder: str, function: Callable[..., Any], 
     try:
         torch.save(function(rank, *args), f"{folder}/{rank}.pt")
         dist.barrier()
-        dist.destroy_process_group()
     except Exception:  # the others find it gone, and need not wait
         if not Path(f"{folder}/{rank}.pt").exists():
             torch.save(traceback.format_exc(), f"{folder}/{rank}.pt")
-        os._exit(0)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # gloo's threads are not taken down: once, a rank that had stored its result aborted while they were
 
 
 def run_on_ranks(num_ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
