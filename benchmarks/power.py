@@ -1,8 +1,8 @@
 """Which recipe of the small runs shows a difference of scopes best for its cost: ``python benchmarks/power.py``.
 
 Two arms, the load-balancing loss within micro-batches and over the global batch, are trained with the same seeds under
-several recipes. The power of a recipe for its cost is ``(mean / sd) ** 2`` of the paired differences per core-hour: the
-number of seeds that a given power needs falls with the first, and what a seed costs is the second.
+several recipes. The efficiency of a recipe is ``(mean / sd) ** 2`` of the paired differences per core-hour. The larger
+mean / sd is, the fewer seeds a verdict needs; the shorter a run is, the less a seed costs.
 
 A run is measured in several ways at once: with the weights of the last step and with the mean of the last tenth, fifth
 and two fifths of the steps, each on two amounts of test text. Runs are stored one by one, in
@@ -160,7 +160,7 @@ def run_all(workers: int) -> None:
 
 
 def rows() -> list[dict[str, Any]]:
-    """One row for each recipe, averaging and amount of text, the best power for the cost first."""
+    """One row for each recipe, averaging and amount of text, the highest efficiency first."""
     stored = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))]
     by_recipe: dict[str, dict[tuple[str, int], dict[str, Any]]] = {}
     for run in stored:
@@ -188,11 +188,11 @@ def rows() -> list[dict[str, Any]]:
                     "sd": sd,
                     "effect": abs(mean) / sd,
                     "core_hours": hours,
-                    "power_for_cost": (mean / sd) ** 2 / hours,
+                    "efficiency": (mean / sd) ** 2 / hours,
                     "half_width": 1.96 * sd / math.sqrt(len(seeds)),
                 }
             )
-    return sorted(table, key=lambda row: -row["power_for_cost"])
+    return sorted(table, key=lambda row: -row["efficiency"])
 
 
 def control_variates() -> list[float]:
@@ -231,7 +231,7 @@ def main() -> None:
         run_all(options.workers)
     for row in rows():
         print(
-            f"{row['power_for_cost']:7.0f} per core-hour  {row['recipe']:45} averaged {row['averaged']:.1f}, "
+            f"{row['efficiency']:7.0f} per core-hour  {row['recipe']:45} averaged {row['averaged']:.1f}, "
             f"{row['sequences']:3} sequences: {row['mean']:+.4f} ± {row['sd']:.4f} of {row['seeds']}"
         )
 

@@ -26,7 +26,7 @@ def markdown() -> dict[str, str]:
 
 def _table(rows: list[dict], with_share: bool = False) -> str:
     averaged = ("averaged",) if with_share else ()
-    head = ("recipe", *averaged, "loss", "difference", "its sd", "core-minutes a run", "power")
+    head = ("recipe", *averaged, "loss", "difference", "its sd", "core-minutes a run", "efficiency")
     cells = [
         (
             row["recipe"],
@@ -35,7 +35,7 @@ def _table(rows: list[dict], with_share: bool = False) -> str:
             f"{row['mean']:+.4f}".replace("-", "−"),
             f"{row['sd']:.4f}",
             f"{30 * row['core_hours']:.1f}",  # of two arms
-            f"{row['power_for_cost']:.2g}",
+            f"{row['efficiency']:.2g}",
         )
         for row in rows
     ]

@@ -7,7 +7,7 @@ Start with ``equipoise.attach``: it adds a balancing mechanism to the model you 
     equipoise.integrations   callbacks for other people's training loops
     equipoise.testing        checks for your own balancers and routers
 
-Training runs, reports and the command line are in ``equipoise_lab``: ``pip install 'equipoise[lab]'``.
+Training runs, reports and the command line are in ``equipoise_lab``: ``pip install -e '.[lab]'`` in a clone.
 """
 
 import importlib

@@ -11,8 +11,8 @@ def main() -> None:
         if error.name is None or error.name.split(".")[0] == "equipoise":
             raise
         sys.exit(  # 1, with this text on stderr
-            f"equipoise: error: the command needs the lab, and {error.name} is not installed. Install it with: "
-            "pip install 'equipoise[lab]'"
+            f"equipoise: error: the command needs the lab, and {error.name} is not installed. In a clone: "
+            "pip install -e '.[lab]'"
         )
     run()
 

@@ -1,4 +1,4 @@
 """The laboratory of equipoise: train small mixture-of-experts models under any strategy, and measure the effect.
 
-Install it with ``pip install 'equipoise[lab]'``. Its command is ``equipoise``.
+Install it with ``pip install -e '.[lab]'`` in a clone. Its command is ``equipoise``.
 """

@@ -27,7 +27,7 @@ def store(power, recipe, arm, seed, nats, seconds):
     power.job_file(recipe, arm, seed).write_text(json.dumps(run))
 
 
-def test_power_for_cost_by_hand(power):
+def test_efficiency_by_hand(power):
     """Differences of -0.1, -0.2 and -0.3: mean -0.2, sd 0.1, so 4; a pair costs 2 x 120 s, 1/15 of a core-hour: 60."""
     for seed, micro, other in ((200, 5.0, 4.9), (201, 5.5, 5.3), (202, 5.1, 4.8)):
         store(power, "a", "micro", seed, micro, 60.0)
@@ -38,7 +38,7 @@ def test_power_for_cost_by_hand(power):
     first, second = power.rows()
     assert first["recipe"] == "a" and first["seeds"] == 3
     assert first["mean"] == pytest.approx(-0.2) and first["sd"] == pytest.approx(0.1)
-    assert first["power_for_cost"] == pytest.approx(60.0) and second["power_for_cost"] == pytest.approx(12.0)
+    assert first["efficiency"] == pytest.approx(60.0) and second["efficiency"] == pytest.approx(12.0)
     assert first["loss"] == pytest.approx(statistics.fmean([4.9, 5.3, 4.8]))
 
 

@@ -126,7 +126,7 @@ def _parse(arguments: list[str], file: ConfigFile | None) -> Any:
         import tyro
     except ImportError:
         raise EquipoiseError(
-            "the command line needs the lab, and tyro is not installed. Install it with: pip install 'equipoise[lab]'"
+            "the command line needs the lab, and tyro is not installed. In a clone: pip install -e '.[lab]'"
         ) from None
     return tyro.cli(
         functools.reduce(operator.or_, _subcommands(arguments[0], file)),

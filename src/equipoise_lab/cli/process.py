@@ -56,8 +56,8 @@ def requires_lab(command: str) -> Iterator[None]:
         yield
     except ImportError as error:
         raise EquipoiseError(
-            f"`equipoise {command}` needs the lab, and {error.name} is not installed. Install it with: "
-            "pip install 'equipoise[lab]'"
+            f"`equipoise {command}` needs the lab, and {error.name} is not installed. In a clone: "
+            "pip install -e '.[lab]'"
         ) from None
 
 

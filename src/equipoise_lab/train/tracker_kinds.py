@@ -70,7 +70,7 @@ def check_trackers(config: Train) -> None:
             )
     if config.trackers and find_spec("accelerate") is None:
         raise EquipoiseError(
-            "--tracker needs the lab, and accelerate is not installed. Install it with: pip install 'equipoise[lab]'"
+            "--tracker needs the lab, and accelerate is not installed. In a clone: pip install -e '.[lab]'"
         )
     if "wandb" in config.trackers and not _is_logged_in():
         raise EquipoiseError(

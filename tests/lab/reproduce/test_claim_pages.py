@@ -138,7 +138,7 @@ def test_the_index_of_the_evidence_has_the_verdicts_of_the_stored_results():
     number = Counter(finding.verdict for finding in primary.values())
     index = " ".join((root / "docs" / "evidence" / "index.md").read_text(encoding="utf-8").split())
     runs = len([*results.folder.glob("*.json")])
-    assert f"{len(primary)} claims of papers were tested in {runs} runs" in index
+    assert f"{len(primary)} claims were tested in {runs} runs" in index
     assert (
         f"{number['supported']} are supported, {number['not supported']} are not, and {number['undecided']} are"
         in index
