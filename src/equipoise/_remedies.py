@@ -2,7 +2,9 @@
 
 from equipoise.recipes import RECIPES, split_strategy
 
-RATE, COEFFICIENT = "loss-free", ("lbl", "phi", "shinka", "shuffle")  # what balances by a rate, and by a coefficient
+RATE = "loss-free"  # what balances by a rate
+# By a coefficient. All but lbl are mechanisms of equipoise_lab, whose runs show alerts too.
+COEFFICIENT = ("lbl", "lbl-contrast", "lbl-groups", "lbl-unbiased", "phi", "shinka", "shuffle")
 UNKNOWN = {
     "collapse": "Take a larger coefficient or rate, or another mechanism.",
     "dead experts": "The strategy quantile revives them at once, a larger rate of loss-free sooner, a loss slowly.",

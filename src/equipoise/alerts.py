@@ -1,7 +1,8 @@
 """Watches a training run through its loads: windows, one after another -> sentences about what is wrong.
 
 Loads are judged at the end of a stretch of windows, so chance in a single window and passing imbalance raise no alert.
-All alerts but nan follow from the loads alone, so reading the loads again from records gives the same alerts.
+Alerts follow from loads, losses, biases and the arguments of ``Alerts`` alone. So reading these again from records
+gives the same alerts.
 """
 
 import math
@@ -209,14 +210,22 @@ class Alerts:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what ``state_dict`` gave. Raises ``EquipoiseError`` if ``state`` is something else."""
-        if not isinstance(state, Mapping) or not {"num_seen", "groups", "bad", "nan"} <= state.keys():
-            raise EquipoiseError(f"the state must be what Alerts.state_dict() gave: got {type(state).__name__}.")
-        self.num_seen, self._nan, self._bad = state["num_seen"], list(state["nan"]), dict(state["bad"])
-        self._reported = list(state.get("reported", []))  # states of earlier versions have none
-        self._stretches = {}
-        for saved in state["groups"]:
-            self._stretches[saved["names"]] = stretch = _Stretch(saved["names"], saved["counts"])
-            stretch.load(saved)
+        try:
+            num_seen, nan, bad = int(state["num_seen"]), list(state["nan"]), dict(state["bad"])
+            reported = list(state.get("reported", []))  # states of earlier versions have none
+            stretches = {saved["names"]: _Stretch(saved["names"], saved["counts"]) for saved in state["groups"]}
+            for saved in state["groups"]:
+                stretches[saved["names"]].load(saved)
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
+            got = (
+                f"one with {', '.join(map(str, state)) or 'nothing'}"
+                if isinstance(state, Mapping)
+                else repr(type(state))
+            )
+            raise EquipoiseError(
+                f"the state must be what Alerts.state_dict() gave: got {got}. Load that, or begin without a state."
+            ) from None
+        self.num_seen, self._nan, self._bad, self._reported, self._stretches = num_seen, nan, bad, reported, stretches
 
     def _check_finite(self, loss: float | Tensor | None, biases: Mapping[str, Tensor]) -> Iterator[Alert]:
         watched = list(_by_size(biases))

@@ -66,8 +66,10 @@ def attach(
 
     Raises:
         EquipoiseError: no router can be proven; one does not select as its declared ``router_kind`` says, cannot be
-            steered by the strategy, or is attached already; the ranks differ in layers, strategy or biases.
-        UsageError: a strategy string has an unknown name, option or value, or two balancers would move the bias.
+            steered by the strategy, or is attached already; the ranks differ in layers, strategy or biases, or this one
+            is not in ``group``; ``biases`` are damaged or of other layers; ``fused`` without Triton.
+        UsageError: a strategy string has an unknown name, option or value; two balancers would move the bias;
+            ``biases`` multiply where the strategy adds, or no balancer keeps them.
         TypeError: an argument has another type.
 
     Collective over ``group``: every rank compares layers, strategies and biases, and raises the same error if they

@@ -147,7 +147,9 @@ class Balance:
                 window closes either way; the biases move only if it was applied on every rank.
 
         Raises:
-            EquipoiseError: a rank called no router at all, then on all ranks; or the ``Balance`` was detached.
+            EquipoiseError: a rank called no router at all, counted another number of micro-batches, or measures while
+                others step, then on all ranks; a router lost the class that ``attach`` gave it; torch.distributed was
+                initialised after ``attach``; or the ``Balance`` was detached.
             ValueError: ``applied`` is something else.
 
         A router that no rank called keeps its bias (but for what is left of a momentum). Warns once of each router that
@@ -155,8 +157,7 @@ class Balance:
         """
         applied = _checked(applied, self._recorder)
         self._pool.check_no_rank_joined()
-        if self._taps.are_removed:
-            raise EquipoiseError("step() must be called before detach(): this Balance was detached. Attach it again.")
+        self._check_attached("step()")
         if not self.layers:  # a pipeline stage of dense layers
             self._window.close_empty()
             self._context.clear()
@@ -200,8 +201,12 @@ class Balance:
 
         Yields:
             A dict, filled at the end: by layer, the counts over all ranks, int64 ``[experts]``.
+
+        Raises:
+            EquipoiseError: it is open already; a rank did not measure; or the ``Balance`` was detached.
         """
         self._pool.check_no_rank_joined()
+        self._check_attached("measuring()")
         load: dict[str, Tensor] = {}
         with self._recorder.measuring(self._recorder.device, load):
             yield load
@@ -232,12 +237,12 @@ class Balance:
 
         Raises:
             ValueError: the ids are no record of these layers. Values on a GPU are not looked at.
-            EquipoiseError: this ``Balance`` was detached; later, if a forward or a recomputation does not fit the ids.
+            EquipoiseError: this ``Balance`` was detached; a router with ids cannot be replayed; later, if a forward
+                or a recomputation does not fit the ids.
 
         Source: R3, arXiv:2510.11370.
         """
-        if self._taps.are_removed:
-            raise EquipoiseError("replay() must be called before detach(): this Balance was detached. Attach it again.")
+        self._check_attached("replay()")
         return self._recorder.replays.replaying(expert_ids, mask, moves_bias)
 
     def recording(self) -> AbstractContextManager[Recording]:
@@ -269,7 +274,8 @@ class Balance:
             where: ``where(layer_name) -> bool`` chooses the layers. None: all layers that have no mask of their own.
 
         Raises:
-            ValueError: a tensor has another shape or other values, or ``where`` chooses no layer.
+            ValueError: a tensor has another shape, a mask on a CPU has other values, or ``where`` chooses no layer.
+                Values on a GPU are not looked at: there every number but 0 counts.
         """
         token_mask = TokenMask(mask, sequence_ids)
         token_mask.check()
@@ -297,7 +303,10 @@ class Balance:
 
     @property
     def biases(self) -> dict[str, Float[Tensor, " experts"]]:
-        """By layer, what is added to the scores for the choice, float32 ``[experts]``. A copy.
+        """By layer, the biases, float32 ``[experts]``. A copy.
+
+        A bias is added to what the router ranks, its scores or its logits. If ``multiplies``, the choice is by
+        ``score * (1 + bias)``.
 
         Without a balancer that has a bias: what the model's slots hold, 0 for a layer without one.
         """
@@ -320,8 +329,8 @@ class Balance:
 
     @property
     def rate(self) -> float:
-        """The rate of Loss-Free in the window that was closed last; 0.0 without Loss-Free."""
-        return self._biases.rate(self.num_windows - 1)
+        """The rate of Loss-Free in the window that was closed last, or in the first one; 0.0 without Loss-Free."""
+        return self._biases.rate(max(self.num_windows - 1, 0))
 
     def metrics(self) -> dict[str, float]:
         """Figures of the last closed window over all ranks, as Python numbers; ``{}`` before the first.
@@ -330,7 +339,8 @@ class Balance:
 
         ``maxvio_batch``, ``maxvio_micro``, ``maxvio_floor``, ``min_violation``, ``coefficient_of_variation``,
         ``load_entropy``, ``dead_experts``, ``tokens``, each loss without its coefficient (``load_balancing_loss``,
-        ``z_loss``), ``bias_max``, ``collectives``, ``collective_bytes``. docs/reference/metrics.md defines each.
+        ``z_loss``; a second one of the same name with its scope, ``load_balancing_loss_sequence``), ``bias_max``,
+        ``collectives``, ``collective_bytes``. docs/reference/metrics.md defines each.
         """
         self._window.exchange.read()
         return window_metrics(self._recorder)
@@ -360,7 +370,9 @@ class Balance:
             The path of the file, or None if nothing was written.
 
         Raises:
-            UsageError: no model was saved into ``folder``.
+            UsageError: ``folder`` does not exist; or biases are to be written beside a model with a config, and it
+                holds none.
+            EquipoiseError: safetensors is not installed.
         """
         folder = Path(folder)
         lacks_slot = self.multiplies or any(layer.slot is None for layer in self.layers)
@@ -388,9 +400,11 @@ class Balance:
             state: what ``state_dict`` gave.
 
         Raises:
-            EquipoiseError: the state is of another model or damaged, differs between ranks, or a window is open.
+            EquipoiseError: the state is of another model or damaged, differs between ranks, or a window is open; or
+                the ``Balance`` was detached.
         """
         self._pool.check_no_rank_joined()
+        self._check_attached("load_state_dict()")
         self._window.exchange.read()
         load_state(state, self._recorder, self.strategy, self.multiplies, self._recorder.device, self._pool)
 
@@ -420,6 +434,10 @@ class Balance:
             self._taps.remove()
             self._pool.close()
         return biases
+
+    def _check_attached(self, call: str) -> None:
+        if self._taps.are_removed:
+            raise EquipoiseError(f"{call} must be called before detach(): this Balance was detached. Attach it again.")
 
     def __reduce__(self) -> Any:
         raise TypeError(

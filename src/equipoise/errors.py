@@ -16,7 +16,7 @@ Choice = TypeVar("Choice", bound=str)
 class EquipoiseError(Exception):
     """An input or the environment is wrong; the message says what to do. Exit code 1 on the command line.
 
-    The root of all errors of equipoise.
+    Not of this kind: ``ConformanceError``, and the ``ValueError`` and ``TypeError`` of plain functions.
     """
 
 

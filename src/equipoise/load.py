@@ -30,6 +30,7 @@ def expert_load(
 
     Raises:
         ValueError: ``expert_ids`` or ``mask`` has another shape or type.
+        RuntimeError: an id is not from 0 to ``num_experts`` - 1 (on a GPU an assertion of the device).
 
     Examples:
         >>> expert_ids = torch.tensor([[0, 1], [1, 2], [1, 2]])
@@ -63,7 +64,8 @@ def sequence_load(routing: Routing) -> Int[Tensor, "sequences experts"]:
     if routing.sequence_ids.shape != (num_tokens,) or num_sequences < min(1, num_tokens):
         raise ValueError(
             "sequence_ids must hold one number per token, below num_sequences: got shape "
-            f"{tuple(routing.sequence_ids.shape)} for {num_tokens} tokens and {num_sequences=}."
+            f"{tuple(routing.sequence_ids.shape)} for {num_tokens} tokens and {num_sequences=}. Give every "
+            "token a number from 0, and num_sequences above the largest."
         )
     cell = routing.sequence_ids[:, None] * num_experts + routing.expert_ids
     load = torch.zeros(num_sequences * num_experts, dtype=torch.int64, device=cell.device)

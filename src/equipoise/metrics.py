@@ -1,9 +1,10 @@
 """load -> numbers: every metric of a load, each defined once and computed from pooled counts.
 
 A load is a tensor ``(..., experts)`` of counts. Leading dimensions (layers, steps) are kept. For a mapping from layer
-name to load, as from ``Balance.load`` or ``Balance.measuring``, a metric is the mean over the layers. A load without
-tokens gives nan, because an idle layer is not a balanced one. Results are float64
-(float32 on a device without it).
+name to load, as from ``Balance.load`` or ``Balance.measuring``, a metric is the mean over the layers; ``dead_experts``
+is the sum. A load without tokens gives nan, because an idle layer is not a balanced one. An empty mapping, a load
+without experts and a count below 0 (on a CPU) raise ``ValueError``. Results are float64 (float32 on a device without
+it).
 """
 
 import math
@@ -91,7 +92,7 @@ def min_violation(load: Load) -> Float[Tensor, "*layers"]:
 
 
 def coefficient_of_variation(load: Load) -> Float[Tensor, "*layers"]:
-    """``std(c) / mean(c)`` over the experts, with the population std. 0 is even, sqrt(experts - 1) is collapse.
+    """``std(c) / mean(c)`` over the experts, with the population std. 0 is even; collapse is sqrt(E / k - 1).
 
     Args:
         load: as for ``max_violation``.
@@ -112,7 +113,9 @@ def _entropy(c: Tensor) -> Tensor:
 
 
 def load_entropy(load: Load) -> Float[Tensor, "*layers"]:
-    """Normalised entropy of the shares, ``-sum_e q_e log q_e / log E``: 1 is even or a single expert, 0 is collapse.
+    """Normalised entropy of the shares, ``-sum_e q_e log q_e / log E``: 1 is even or a single expert.
+
+    Collapse onto k experts is log k / log E, so 0 for k = 1.
 
     Args:
         load: as for ``max_violation``.
@@ -130,7 +133,7 @@ def load_entropy(load: Load) -> Float[Tensor, "*layers"]:
 
 
 def effective_experts(load: Load) -> Float[Tensor, "*layers"]:
-    """``exp(-sum_e q_e log q_e)``, a number of experts: E is even, 1 is collapse onto one expert.
+    """``exp(-sum_e q_e log q_e)``, a number of experts: E is even, k is collapse onto k experts.
 
     Args:
         load: as for ``max_violation``.
@@ -143,7 +146,7 @@ def effective_experts(load: Load) -> Float[Tensor, "*layers"]:
 
 
 def dead_experts(load: Load) -> Float[Tensor, "*layers"]:
-    """Experts that got no token, ``#{e : c_e = 0}``. Range: 0 to experts - 1.
+    """Experts that got no token, ``#{e : c_e = 0}``. Range: 0 to E - k.
 
     Small windows have dead experts by chance, so read it beside the number of tokens.
 

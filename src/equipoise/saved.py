@@ -59,7 +59,7 @@ def write_biases(folder: Path, biases: Mapping[str, Tensor], multiplies: bool = 
 
 
 def check_saved_model(folder: Path, needs_config: bool) -> None:
-    """Raises ``UsageError`` if no model was saved into ``folder``, which must have a config with ``needs_config``."""
+    """Raises ``UsageError`` if ``folder`` is none or, with ``needs_config``, has no config of a model or an adapter."""
     has_config = any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
     if not folder.is_dir() or (needs_config and not has_config):
         raise UsageError(

@@ -120,6 +120,7 @@ def test_an_expert_that_gets_a_token_now_and_then_stays_dead():
         ),
         ("none", "is none, which does not balance. Take lbl:scope=global_batch, loss-free or quantile.", "is none, wh"),
         ("frozen+z", "is frozen+z, which does not balance.", "which does not balance."),
+        ("lbl-groups", "raise its coefficient, or take another mechanism.", "raise its coefficient, or take q"),
         ("lbl:scope=sequence", "raise its coefficient, or take another mechanism.", "raise its coefficient, or take q"),
         ("loss-free:rate=0.01", "is loss-free:rate=0.01: raise its rate, or take another", "raise its rate, or take q"),
         (
@@ -332,8 +333,16 @@ def test_a_loaded_state_continues_as_if_never_interrupted(cut):
     assert before + replay(second, cut, len(loads)) == expected
     assert {alert.kind for alert in expected} == {"nan", "collapse", "dead experts", "slow rate"}
     assert second.holding == whole.holding
-    with pytest.raises(EquipoiseError, match="must be what Alerts.state_dict"):
-        second.load_state_dict({"biases": {}})
+    group = state["groups"][0]
+    for wrong, got in (
+        ({"biases": {}}, "one with biases"),
+        (None, "NoneType"),
+        (state | {"groups": [{"names": ("a",)}]}, "one with num_seen"),
+        (state | {"groups": [group | {"counts": None}]}, "one with num_seen"),
+    ):
+        with pytest.raises(EquipoiseError, match=f"must be what Alerts.state_dict.* gave: got .*{got}"):
+            second.load_state_dict(wrong)
+    assert second.holding == whole.holding, "nothing of a wrong state was taken"
 
 
 def test_alerts_take_the_loads_of_a_balance():

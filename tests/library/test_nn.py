@@ -298,6 +298,7 @@ def test_a_dropped_assignment_leaves_the_other_experts_of_its_token_unchanged():
         (2, 4, 2, 4, 4),
         (0.1, 1, 1, 8, 1),
         (1.0, 0, 1, 8, 0),
+        (1e-8, 100, 1, 8, 1),
     ],
 )
 def test_capacity_is_a_ratio_rounded_up(factor, tokens, k, experts, capacity):
@@ -772,6 +773,9 @@ def test_a_router_that_declares_its_kind_is_recognised():
             "softmax",
             r"router_kind of a OwnRouter must be an equipoise.RouterKind\(score_function, slot\): got 'softmax'",
         ),
+        (RouterKind("softmx"), "must have a score_function of softmax, sigmoid, .*: got RouterKind"),
+        (RouterKind("softmax", selection="logit"), "selection by scores or logits, .*'logit'"),
+        (RouterKind("softmax", gives="triple"), "gives logits, .* or a RouterAdapter: .*'triple'"),
     ],
 )
 def test_a_declaration_is_proven(kind, message):

@@ -101,15 +101,15 @@ class Balancer:
     def statistic(self, routing: Routing, row: int) -> Tensor | None:
         """What ``update`` needs from one counted router call besides its load.
 
-        It is summed over the calls of the window and over the ranks.
+        It is summed over the calls of the window and over the ranks; with ``gathers`` it is concatenated.
 
         Args:
             routing: what the call decided.
             row: the layer's row in the state.
 
         Returns:
-            int64 of a fixed shape, 0 for masked tokens. A new tensor each time: it is kept, and the next ones are
-            added to it. None: nothing is needed.
+            int64 of a fixed shape, 0 for masked tokens; with ``gathers`` a row per token of any dtype. A new tensor
+            each time: it is kept, and the next ones are added to it. None: nothing is needed.
         """
         return None
 
@@ -201,6 +201,7 @@ class Balancer:
 
 
 def check_number(name: str, value: Any, *, positive: bool) -> float:
+    """``value`` as a float. Raises ``ValueError`` unless it is finite and at least 0, or above 0 if ``positive``."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"{name} must be a finite number: got {value!r}.")
     if value < 0 or (positive and value == 0):
@@ -210,6 +211,7 @@ def check_number(name: str, value: Any, *, positive: bool) -> float:
 
 
 def check_whole(name: str, value: Any, *, least: int) -> int:
+    """``value`` as an int, also of 3.0. Raises ``ValueError`` unless it is whole and at least ``least``."""
     is_number = not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value)
     if not is_number or value != math.floor(value):  # strategy strings give it as a float
         raise ValueError(f"{name} must be a whole number: got {value!r}.")
@@ -219,12 +221,14 @@ def check_whole(name: str, value: Any, *, least: int) -> int:
 
 
 def check_bool(name: str, value: Any) -> bool:
+    """``value``. Raises ``ValueError`` unless it is a bool."""
     if not isinstance(value, bool):
         raise ValueError(f"{name} must be true or false: got {value!r}.")
     return value
 
 
 def check_load(load: Tensor, state: Tensor) -> None:
+    """Raises ``ValueError`` unless ``load`` is int64 in the shape of ``state``, ``[layers, experts]``."""
     if load.shape != state.shape or load.dtype != torch.int64:
         raise ValueError(
             f"load must hold one int64 count per expert of each layer: expected shape {tuple(state.shape)}, got "

@@ -83,6 +83,9 @@ def sequence_load_balancing_loss(routing: Routing, *, normalise: bool = True) ->
         routing: what a router call decided, with ``sequence_ids``.
         normalise: as for ``load_balancing_loss``.
 
+    Raises:
+        ValueError: ``sequence_ids`` is missing or does not fit.
+
     Source: Wang et al. 2024, arXiv:2408.15664, Eq. 2; DeepSeek-V3, arXiv:2412.19437, Eq. 17 to 20.
     """
     load, num_experts = sequence_load(routing), routing.scores.shape[-1]

@@ -158,6 +158,7 @@ class LossFree(Balancer):
 
     def prepare(self, layers: LayerStack) -> None:
         self._by_softmax = layers.score_function == "softmax" and layers.selection == "scores"
+        self._by_sigmoid = layers.score_function == "sigmoid" and layers.selection == "scores"
         self.rule = self.rule or ("proportional" if self._by_softmax else "sign")
         self._bias = layers.bias.clone()
         self._momentum = torch.zeros_like(self._bias) if RULES[self.rule].has_momentum else None
@@ -229,6 +230,8 @@ class LossFree(Balancer):
         text = f"In {num_steps} steps at rate {self.rate:g} {moved} moves by at most {reach:.2g}"
         if rule.multiplies:
             return [f"{text}, from 1: take more steps or a larger rate."] if reach < 0.5 else []
+        if not getattr(self, "_by_sigmoid", True):
+            return []  # what a bias is added to has no known range
         text += " before centring" if self.center else ""
         if self.rate > LARGE_RATE:
             return [
@@ -236,7 +239,7 @@ class LossFree(Balancer):
                 "the load swings from expert to expert. Take a smaller rate."
             ]
         if reach < 0.5:
-            rate = max(1e-3, 1 / num_steps)
+            rate = max(1e-3, 1 / max(num_steps, 1))
             remedy = f"take {rate:.2g}" if self.schedule == "constant" else "take more steps or a larger rate"
             return [f"{text}, and a sigmoid score lies between 0 and 1: {remedy}."]
         return []

@@ -158,6 +158,7 @@ class Quantile(Balancer):
         ValueError: a value is not allowed.
 
     Without tokens, and with k = E, the bias stays. Tokens with logits that are not finite do not count if bins = 0.
+    Else a token with nan counts as one that no bias wins.
     In windows with less than about 16 tokens per expert, a dead expert may be chance, and is revived later.
 
     Limit: a bias is float32 and the same for all tokens. A softmax router whose logits spread by 10 or more *and* that

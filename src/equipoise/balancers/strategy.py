@@ -1,6 +1,6 @@
 """Strategy strings, the same in Python, on the command line and in a run's config:
 
-none | RECIPE | NAME[:option=value,...] [+ NAME[:option=value,...]] ...
+none | RECIPE | NAME[:option=value,...][+NAME[:option=value,...]]...        without blanks
 
 loss-free:rate=1e-2,rule=proportional           lbl:scope=micro_batch,coefficient=1e-2
 loss-free+lbl:scope=sequence,coefficient=1e-4   deepseek-v3

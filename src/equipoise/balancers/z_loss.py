@@ -22,6 +22,9 @@ def z_loss(logits: Float[Tensor, "tokens experts"], mask: Float[Tensor, " tokens
         logits: of a router, ``[tokens, experts]``.
         mask: 1 for a token that counts, 0 for padding; default: all count.
 
+    Raises:
+        ValueError: ``logits`` or ``mask`` has another shape.
+
     Source: Zoph et al. 2022, ST-MoE, arXiv:2202.08906, Eq. 5.
 
     Examples:

@@ -1,8 +1,8 @@
 """One window's collectives: counts, with status flags in their spare high bits.
 
-If the window is pooled once, the loads alone travel. If every micro-batch is pooled, three numbers go with them and say
-which collective this rank is in: so every rank notices when one closes the window while another begins a micro-batch.
-The other flags are inside the loads, which are never below 0 nor near 2^48:
+If the window is pooled once, the loads travel with the statistics of balancers. If every micro-batch is pooled, three
+numbers go with them and say which collective this rank is in: so every rank notices when one closes the window while
+another begins a micro-batch. The other flags are inside the loads, which are never below 0 nor near 2^48:
 
     first count    + 2^48 for a rank whose optimizer skipped its step
     second count   + 2^48 for a rank at the end of ``measuring()``, and not in a window
@@ -30,9 +30,14 @@ class Exchange:
 
     def __init__(self, layout: Layout, pool: Pool, pools_each: bool):
         self.layout, self.pool = layout, pool
+        if pool.size > 1 and layout.loads.stop == 1:
+            raise EquipoiseError(
+                "a model on several ranks must have two experts or more, since the flags of the ranks travel in their "
+                "counts: got a single expert. It needs no balancing; leave it as it is."
+            )
         self.pools_each = pools_each and pool.size > 1  # every micro-batch, because a loss waits for it
         self.width = layout.header.stop if self.pools_each else layout.loads.stop  # how many numbers travel
-        self._second, self._last = min(1, layout.loads.stop - 1), layout.loads.stop - 1
+        self._second, self._last = 1, layout.loads.stop - 1
         self._unread: list[tuple[Tensor, Any, bool]] = []  # flags on their way from a GPU
         self.reset()
 

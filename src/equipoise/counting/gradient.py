@@ -168,11 +168,8 @@ class Losses:
         without_slopes = [b for b in self.biases.group_of[call.layer][0].losses if not b.has_slopes]
         if not without_slopes:
             return None
-        micro_batch, counts, is_differentiated = (
-            call.micro_batch,
-            self._counts(call.micro_batch),
-            _is_differentiated(routed),
-        )
+        micro_batch, counts = call.micro_batch, self._counts(call.micro_batch)
+        is_differentiated = _is_differentiated(routed)
         if micro_batch.has_several_calls(call.layer):  # the loss is a mean over all tokens of the micro-batch
             factor = factor * call.num_tokens / micro_batch.num_tokens(call.layer).clamp_min(1)
         with autograd_on():

@@ -43,7 +43,8 @@ class Mode(Enum):
 
 
 class _Undecided(NamedTuple):
-    """A call that is to be counted. With a part of its forward's tokens it is one tile of several, or has others."""
+    """A call that is to be counted. If it has fewer tokens than its forward, it is one tile of
+    several, or has other tokens."""
 
     call: RouterCall
     counted: CountedCall | None  # None: it is measured

@@ -282,7 +282,11 @@ class Recording(dict[str, list[Tensor]]):
         self._grids[layer.name].append((rows, length, is_sequence_first))
 
     def by_layer(self) -> list[Int[Tensor, "tokens k"]]:
-        """A tensor for each layer, as Megatron's ``RouterReplay.get_recorded_data``: calls one after the other."""
+        """A tensor for each layer, as Megatron's ``RouterReplay.get_recorded_data``: calls one after the other.
+
+        Raises:
+            ValueError: a layer was not called.
+        """
         return [torch.cat(self._calls(layer.name)) for layer in self._layers]
 
     def by_token(self, rows: int | None = None) -> Int[Tensor, "batch sequence layers k"]:
@@ -294,7 +298,7 @@ class Recording(dict[str, list[Tensor]]):
             rows: of the batch; None: as the forwards showed it.
 
         Raises:
-            ValueError: the rows are not known, or layers differ in their k or their tokens.
+            ValueError: a layer was not called, the rows are not known, or layers differ in their k or their tokens.
         """
         layers = [self._on_grid(layer.name, rows) for layer in self._layers]
         if len({ids.shape for ids in layers}) != 1:
@@ -312,7 +316,10 @@ class Recording(dict[str, list[Tensor]]):
         for ids, (num_rows, length, is_sequence_first) in zip(self._calls(name), self._grids[name], strict=True):
             num_rows = rows or (num_rows if num_rows * length == len(ids) else 0)
             if num_rows < 1 or len(ids) % num_rows:
-                raise ValueError(f"rows must divide the {len(ids)} tokens of a call of {name}: got rows={rows}.")
+                raise ValueError(
+                    f"rows must divide the {len(ids)} tokens of a call of {name}: got rows={rows}. "
+                    "Give by_token(rows=...), the rows of the batch, or take by_layer()."
+                )
             shape = (-1, num_rows) if is_sequence_first else (num_rows, -1)
             grid = ids.reshape(*shape, ids.shape[-1])
             parts.append(grid.transpose(0, 1) if is_sequence_first else grid)

@@ -116,14 +116,20 @@ def _read(source: BiasesOrPath, layers: Sequence[MoELayer], multiplies: bool) ->
         addends = "are added to the scores. Attach frozen, or a rule other than multiplicative."
         raise UsageError(f"biases must act as they were trained: these {factors if are_factors else addends}")
     if not all(isinstance(value, Tensor) for value in biases.values()):
-        raise EquipoiseError("biases must be tensors by layer name, as Balance.biases gives them: got other values.")
+        raise EquipoiseError(
+            "biases must be tensors by layer name: got other values. Pass Balance.biases, or the path of saved ones."
+        )
     sizes = {name: tuple(value.shape) for name, value in biases.items()}
     expected = {layer.name: (layer.num_experts,) for layer in layers}
     if sizes != expected:
         raise EquipoiseError(
-            f"biases must name the layers of this model: got {abbreviate(sizes)}, expected {abbreviate(expected)}."
+            f"biases must name the layers of this model: got {abbreviate(sizes)}, expected {abbreviate(expected)}. "
+            "Pass those of this model, or choose its layers with where=..."
         )
     for name, value in biases.items():
         if not value.is_floating_point() or not value.isfinite().all():
-            raise EquipoiseError(f"biases must be finite floating-point numbers: those of {name} are not.")
+            raise EquipoiseError(
+                f"biases must be finite floating-point numbers: those of {name} are not. They are damaged, or training "
+                "had diverged; take earlier ones."
+            )
     return {layer.name: biases[layer.name].detach().float().to(slot_value(layer).device, copy=True) for layer in layers}

@@ -72,7 +72,12 @@ def _check(state: Mapping[str, Any], recorder: Recorder, strategy: str, multipli
         raise EquipoiseError(
             f"the state must hold num_windows, a whole number from 0: got {windows!r}. Load the state of a Balance."
         )
-    for key, part in {**parts, **state.get("state", {})}.items():
+    moved = state.get("state", {})
+    for key, part in {**parts, **(moved if isinstance(moved, Mapping) else {"state": moved})}.items():
+        if not isinstance(part, Mapping) or not all(isinstance(value, Tensor) for value in part.values()):
+            raise EquipoiseError(
+                f"the state must hold tensors by layer name: its {key} are not. Load what state_dict() gave."
+            )
         sizes = {name: tuple(value.shape) for name, value in part.items()}
         if sizes != expected:
             raise EquipoiseError(

@@ -107,10 +107,11 @@ class MicroBatch:
             self._choices.pop(call.number, None)
 
     def most_similar_call(self, layer: int, expert_ids: Tensor, also_served: bool) -> tuple[int, bool, int] | None:
-        """Of the calls of ``layer`` the one whose choice is most like this one: how many choices agree, and its number.
+        """The call of ``layer`` whose choice is most like this one: how many choices agree, whether it is unserved, its
+        number.
 
-        Unserved calls go before served ones, and later ones first: backwards run from the last call to the first, but
-        not every call has one.
+        Of equally similar calls an unserved one is taken, then the later one: backwards run from the last call to the
+        first, but not every call has one.
         """
         unserved = self._unserved.get(layer, [])
         calls = self._calls.get(layer, []) if also_served else unserved
@@ -238,7 +239,7 @@ class Window:
         return self._calls[call_id & 0xFFFFFFFF]
 
     def recomputed_call(self, layer: int, expert_ids: Tensor, has_factor: bool) -> CountedCall | None:
-        """The call that a backward makes again. It does not know its micro-batch; None if there is none.
+        """The call that a backward makes again. The backward does not say of which micro-batch. None if there is none.
 
         It belongs to the one whose ticket's backward ran last. Without tickets (``has_factor``: the factor is known
         otherwise) to the one with the most similar choice. There a graph may run twice: for the gradient of its inputs,

@@ -1,6 +1,7 @@
 """Metrics of the last closed window, as Python numbers for a log."""
 
 from collections.abc import Mapping, Sequence
+from itertools import chain, count
 
 import torch
 from torch import Tensor
@@ -59,7 +60,9 @@ def _losses(micro_batches: Sequence[MicroBatch], recorder: Recorder) -> dict[str
         by_micro_batch.append(recorder.losses.values(micro_batch)[:, has_tokens])
     values, result = torch.cat(by_micro_batch, dim=-1), {}
     for balancer, of_balancer in zip(balancers, values, strict=True):
-        name = balancer.metric if balancer.metric not in result else f"{balancer.metric}_{balancer.scope}"
+        names = (balancer.metric, f"{balancer.metric}_{balancer.scope}")
+        more = (f"{names[-1]}_{number}" for number in count(2))
+        name = next(name for name in chain(names, more) if name not in result)
         result[name] = float(of_balancer.mean()) if len(of_balancer) else 0.0
     return result
 

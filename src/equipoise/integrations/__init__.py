@@ -5,7 +5,8 @@
     trainer = transformers.Trainer(model, args, train_dataset=data, callbacks=[EquipoiseCallback("loss-free")])
 
 ``EquipoiseCallback`` is for ``transformers.Trainer``, with or without PEFT. A loop with Accelerate needs only
-``equipoise.attach``, called after ``Accelerator()``: see ``examples/accelerate_loop.py``.
+``equipoise.attach``, called after ``Accelerator()``: see ``examples/accelerate_loop.py``. Modules of their own are
+``lightning``, ``torchtitan``, ``megatron``, ``olmo_core``, ``automodel`` and ``deepspeed``.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -104,7 +104,10 @@ class MoE(nn.Module):
         if capacity_factor is not None:
             check_positive("capacity_factor", capacity_factor)
             # a ratio of integers: in floating point 1.1 * 100 / 10 is slightly above 11 and would round up to 12
-            self._capacity_ratio = Fraction(capacity_factor).limit_denominator(10**6).as_integer_ratio()
+            factor = Fraction(capacity_factor)
+            self._capacity_ratio = (
+                factor.limit_denominator(10**6) or factor
+            ).as_integer_ratio()  # not 0, however small
         self.dim, self.hidden = dim, hidden
         self.gate_up = nn.Parameter(torch.empty(num_experts, dim, 2 * hidden))
         self.down = nn.Parameter(torch.empty(num_experts, hidden, dim))

@@ -28,6 +28,8 @@ def read_strategy(text: str, options: Mapping[str, Collection[str]]) -> tuple[st
         return text, []
     if not text:
         raise UsageError("A strategy must have a name: got an empty one. Use none for no balancing.")
+    if re.search(r"\s\+|\+\s", text):
+        raise UsageError(f"A strategy must have no blanks: got {text!r}. Write {''.join(text.split())!r}.")
     if text in RECIPES or text in WITHHELD:
         text = recipe(text).strategy
     return text, [_read_one(part, text, options) for part in split_strategy(text)]

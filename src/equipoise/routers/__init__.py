@@ -13,6 +13,11 @@ prove         how a router selects, found out by such runs
 fingerprint   whether two routers are alike, so that one proof serves both
 tap           where one router is observed and steered
 arguments     reads the arguments of a model's forward: rows, padding, where sequences begin
+tapped        puts taps on routers, and takes them off
+steering      adds a bias to the top-k inside a forward, or replays a record
+blocks        blocks that route by themselves, and their trial (``block_trial``)
+gradient_paths  how the gradient of a loss reaches a router
+shapes        shapes of weights that ZeRO-3 has partitioned
 forward       the forwards under way: what each was called with, whether gradients are on
 """
 

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from equipoise.errors import EquipoiseError
-from equipoise.routers.adapter import RouterAdapter, declared_adapter
+from equipoise.routers.adapter import FORMS, RouterAdapter, declared_adapter
 from equipoise.routers.blocks import MOVE, BlockAdapter, block_adapter
 from equipoise.routers.fingerprint import NotComparable, fingerprint, tensor_shapes
 from equipoise.routers.frameworks import advice, framework_adapter
@@ -30,6 +30,7 @@ from equipoise.routers.prove import Proof, chooses_by_id, discover, find_slot, p
 from equipoise.routers.shapes import whole_shape
 from equipoise.routers.stand_in import returned_form, takes_tokens_alone
 from equipoise.routers.tapped import plain_class
+from equipoise.routing import SCORE_FUNCTIONS
 
 _log = logging.getLogger("equipoise")
 
@@ -192,6 +193,13 @@ def _declared_kind(module: nn.Module) -> RouterKind | None:
             raise EquipoiseError(
                 f"router_kind of a {type(module).__name__} must be an equipoise.RouterKind(score_function, slot): got "
                 f"{declared!r}. Without router_kind, attach finds out by experiment how the router selects."
+            )
+        knows_router = declared.score_function in SCORE_FUNCTIONS and declared.selection in ("scores", "logits")
+        if not knows_router or not (isinstance(declared.gives, RouterAdapter) or declared.gives in FORMS):
+            raise EquipoiseError(
+                f"router_kind of a {type(module).__name__} must have a score_function of {', '.join(SCORE_FUNCTIONS)}, "
+                f"selection by scores or logits, and gives {', '.join(FORMS)} or a RouterAdapter: got {declared!r}. "
+                "Correct it, or leave router_kind out."
             )
         return declared
     return None

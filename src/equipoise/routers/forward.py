@@ -277,7 +277,10 @@ class ForwardContext:
         while self._forwards:
             forward = self._forwards[-1]
             # A compiled forward has no frame that could be looked for. It does not call itself.
-            if is_frame_running(forward.frame, forward.thread) if forward.frame else forward.module is not module:
+            is_running = forward.module is not module
+            if forward.frame:
+                is_running = is_frame_running(forward.frame, forward.thread)
+            if is_running:
                 break
             self._end()
             if not self._forwards:

@@ -80,7 +80,7 @@ def check_output(output: Any, router: nn.Module) -> None:
 
 
 def _is_mask(ids: Tensor) -> bool:
-    """Whether integers are no ids: the experts of a token are different ones."""
+    """Whether these integers cannot be expert ids, since a token has one twice."""
     return bool((ids.sort(-1).values.diff(dim=-1) == 0).any())
 
 

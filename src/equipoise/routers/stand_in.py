@@ -91,9 +91,7 @@ def takes_tokens_alone(cls: Any, forward: Any) -> bool:
         return False
     _, *parameters = inspect.signature(forward).parameters.values()
     variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return [p.default for p in parameters if p.kind not in variable and p.default is p.empty] == [
-        inspect.Parameter.empty
-    ]
+    return len([p for p in parameters if p.kind not in variable and p.default is p.empty]) == 1
 
 
 def returned_form(module: nn.Module) -> Literal["choice", "dense"] | None:

@@ -230,7 +230,8 @@ def _holding_class(base: Any) -> Any:
 
 
 def _subclass(base: Any, class_of: Any, namespace: dict[str, Any], *arguments: Any) -> Any:
-    """Of a module with a slot: the bias survives a cast in float32, and a loaded checkpoint is adopted."""
+    """A subclass of ``base``. If the module holds a slot, its bias stays float32 in a cast, and a loaded checkpoint is
+    adopted."""
 
     def _apply(self, fn, recurse=True):
         base._apply(self, fn, recurse)

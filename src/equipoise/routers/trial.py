@@ -35,7 +35,7 @@ class ExpertTensor(NamedTuple):
 
     place: dict[str, Any]  # what holds it
     name: str  # there
-    neutral: Tensor  # the choice and the weights as they are without it
+    neutral: Tensor  # its value where it changes neither choice nor weights
     random: tuple[Tensor, Tensor]
     may_be_slot: bool
 

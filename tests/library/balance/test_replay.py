@@ -335,6 +335,7 @@ def test_a_failed_forward_holds_no_bias():
 
 def test_a_schedule_goes_on_and_a_momentum_stays():
     model, balance = attach_tiny("loss-free:rule=momentum,rate=0.1,schedule=linear,zero_from=4")
+    assert balance.rate == 0.1, "of the first window, before it is closed"
     _step(model, balance)
     before = balance.state_dict()
     _step(model, balance, random_record())

@@ -69,6 +69,17 @@ def test_metrics_leave_out_what_a_strategy_does_not_have():
     assert "bias_max" not in balance.metrics() and "load_balancing_loss" not in balance.metrics()
 
 
+def test_losses_of_one_name_are_told_apart():
+    scopes = ("global_batch", "sequence", "sequence", "sequence")
+    model, balance = attach_tiny("+".join(f"lbl:scope={scope}" for scope in scopes))
+    (model(random_ids()) + balance.loss()).backward()
+    balance.step()
+    metrics = {name: value for name, value in balance.metrics().items() if name.startswith("load_balancing_loss")}
+    assert list(metrics) == [f"load_balancing_loss{end}" for end in ("", "_sequence", "_sequence_2", "_sequence_3")]
+    assert metrics["load_balancing_loss"] != metrics["load_balancing_loss_sequence"]
+    assert metrics["load_balancing_loss_sequence"] == metrics["load_balancing_loss_sequence_3"]
+
+
 def test_an_empty_micro_batch_does_not_lower_the_loss_metric():
     losses = []
     for masks in ([PADDING_MASK], [PADDING_MASK, torch.zeros_like(PADDING_MASK)]):

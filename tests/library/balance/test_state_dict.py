@@ -142,6 +142,9 @@ def _damaged_states(state):
     yield "wrong load", state | {"load": longer}
     yield "empty", {}
     yield "two-dimensional", state | {"biases": {name: torch.ones(EXPERTS, EXPERTS) for name in LAYERS}}
+    yield "lists", state | {"biases": {name: [0.0] * EXPERTS for name in LAYERS}}
+    yield "no tensors by name", state | {"load": torch.zeros(EXPERTS)}
+    yield "no moving parts", state | {"state": None}
     yield "no number", {key: value for key, value in state.items() if key != "num_windows"}
 
 

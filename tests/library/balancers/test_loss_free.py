@@ -324,6 +324,17 @@ def test_notes_say_that_a_run_is_too_short():
     assert "1000 steps" in note and "at most 0.2" in note and "take more steps or a larger rate" in note
 
 
+def test_notes_on_a_sigmoid_score_are_given_for_sigmoid_scores_only():
+    assert len(_prepared(torch.zeros(1, 8), "sigmoid", rate=1e-3).notes(100)) == 1
+    for rate in (1e-3, 0.5):
+        assert _prepared(torch.zeros(1, 8), "sqrt_softplus", rate=rate, rule="sign").notes(100) == []
+
+
+def test_a_run_of_no_steps_has_a_note_too():
+    (note,) = LossFree(rate=1e-3, rule="sign").notes(0)
+    assert "In 0 steps" in note and "take 1." in note
+
+
 def test_notes_say_how_large_a_step_is_on_softmax_scores():
     (note,) = _prepared(torch.zeros(1, 128), "softmax", rate=1e-3, rule="sign").notes(100)
     assert "128 experts a step of 0.001 is 13% of a mean score" in note  # the paper's own example, appendix C

@@ -63,6 +63,8 @@ def test_a_plus_in_a_number_does_not_split():
     ("text", "message"),
     [
         ("", "must have a name: got an empty one"),
+        ("loss-free + lbl", "must have no blanks: got 'loss-free . lbl'. Write 'loss-free.lbl'"),
+        ("loss-free:rate=1e-3+ lbl", "must have no blanks: .* Write 'loss-free:rate=1e-3.lbl'"),
         (
             "los-free",
             "made of frozen, loss-free, quantile, lbl, z, or a recipe .*got 'los-free'. Did you mean loss-free",

@@ -5,7 +5,7 @@ import torch
 from models import VOCAB, family, tiny_lm
 
 import equipoise
-from equipoise.counting.exchange import FLAG
+from equipoise.counting.exchange import FLAG, Exchange
 from equipoise.counting.layout import Layout
 from equipoise.counting.pool import Pool, digest_of
 
@@ -88,6 +88,32 @@ def test_a_stage_without_routers_must_be_allowed_and_does_nothing():
     assert other.state_dict() == state and balance.detach() == {}
     with pytest.raises(equipoise.EquipoiseError, match="must be called before detach"):
         balance.step()
+
+
+def test_after_detach_nothing_is_measured_or_loaded():
+    model, balance = _attached()
+    state = balance.state_dict()
+    balance.detach()
+    with (
+        pytest.raises(equipoise.EquipoiseError, match=r"measuring\(\) must be called before detach"),
+        balance.measuring(),
+    ):
+        raise AssertionError("it was entered")
+    with pytest.raises(equipoise.EquipoiseError, match=r"load_state_dict\(\) must be called before detach"):
+        balance.load_state_dict(state)
+
+
+def test_a_single_expert_is_refused_on_several_ranks():
+    class TwoRanks(Pool):
+        size = 2
+
+        def __init__(self):
+            pass
+
+    with pytest.raises(equipoise.EquipoiseError, match="must have two experts or more"):
+        Exchange(Layout([1], [1]), TwoRanks(), pools_each=False)
+    Exchange(Layout([2], [1]), TwoRanks(), pools_each=False)
+    Exchange(Layout([1], [1]), Pool(None), pools_each=False)
 
 
 def test_a_model_with_an_unknown_mixture_of_experts_is_not_empty():

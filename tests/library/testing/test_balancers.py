@@ -628,6 +628,11 @@ def test_a_failure_carries_its_cause():
 def test_bad_arguments_are_refused():
     with pytest.raises(ValueError, match="only must be one of specification, .*: got 'speed'"):
         check_balancer(LossFree, only="speed")
+    for chosen in ([], "sigmoid"):
+        with pytest.raises(ValueError, match="score_functions must be a list of one or more of softmax, .*: got"):
+            check_balancer(LossFree, score_functions=chosen)
+    with pytest.raises(ValueError, match="score_functions must be one of softmax, .*: got 'softmx'"):
+        check_balancer(LossFree, score_functions=["softmx"])
     with pytest.raises(TypeError, match="factory must make a Balancer: got str"):
         check_balancer(lambda: "loss-free")
 

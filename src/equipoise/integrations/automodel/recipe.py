@@ -33,7 +33,7 @@ _log = logging.getLogger("equipoise")
 
 
 class Balancing:
-    """What a balanced recipe does beside its recipe class, before which it stands among the bases: ``balanced``."""
+    """What a balanced recipe does besides. ``balanced`` puts it before the class of the recipe."""
 
     balancers: Sequence[Balancer] | None = None  # what ``balanced`` was given
     balance: Balance

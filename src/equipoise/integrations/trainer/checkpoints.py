@@ -19,6 +19,7 @@ _log = logging.getLogger("equipoise")
 
 
 def save_state(folder: Path, balance: Balance, alerts: Alerts) -> None:
+    """Writes both states into ``folder``, as ``STATE_FILE``."""
     torch.save(balance.state_dict() | {"alerts": alerts.state_dict()}, folder / STATE_FILE)
 
 

@@ -82,6 +82,7 @@ def check_model_adds_no_loss(model: nn.Module) -> None:
 
 
 def refuse_model_loss(cause: str) -> None:
+    """Raises ``UsageError``: the model's own loss, switched on by ``cause``, would act beside ours."""
     raise UsageError(
         f"only one load-balancing loss must act: the model adds its own ({cause}) beside that of EquipoiseCallback. "
         f"{REMEDY} Or ask for both with with_model_loss=True."

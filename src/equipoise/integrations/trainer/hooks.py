@@ -34,6 +34,7 @@ def wrap_save_pretrained(model: Any, after_save: Callable[[Path], None]) -> None
 
 
 def unwrap_save_pretrained(model: Any) -> None:
+    """Undoes ``wrap_save_pretrained``."""
     model.__dict__.pop("save_pretrained", None)
 
 

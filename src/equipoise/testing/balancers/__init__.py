@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from equipoise.balancers import Balancer
+from equipoise.errors import check_choice
 from equipoise.routing import SCORE_FUNCTIONS, ScoreFunction
 from equipoise.testing._common import run_invariants
 from equipoise.testing.balancers import device, loss, specification, state, statistic, update
@@ -60,6 +61,8 @@ def check_balancer(
 
     Raises:
         ConformanceError: at the first that does not hold.
+        TypeError: ``factory`` makes no balancer.
+        ValueError: ``only`` is no invariant, or ``score_functions`` are none.
 
     Examples:
         >>> from equipoise import ZLoss
@@ -70,6 +73,13 @@ def check_balancer(
         raise TypeError(
             f"factory must be a function that makes a balancer, as `lambda: {type(factory).__name__}()`: got an object."
         )
+    if isinstance(score_functions, str) or not score_functions:
+        raise ValueError(
+            f"score_functions must be a list of one or more of {', '.join(SCORE_FUNCTIONS)}: got {score_functions!r}. "
+            "Write ['sigmoid'], or leave it out."
+        )
+    for score_function in score_functions:
+        check_choice("score_functions", score_function, SCORE_FUNCTIONS)
     balancer = factory()
     if not isinstance(balancer, Balancer):
         raise TypeError(f"factory must make a Balancer: got {type(balancer).__name__}.")

@@ -59,7 +59,9 @@ def check_routers(
 
     Raises:
         ConformanceError: at the first that does not hold.
-        ValueError: the model is attached, or a copy of one that is.
+        TypeError: ``model`` is no module.
+        ValueError: the model is attached, or a copy of one that is; it has no ``config.vocab_size``, so ``batch`` must
+            be given; or ``only`` is no invariant.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module: got {type(model).__name__}.")
