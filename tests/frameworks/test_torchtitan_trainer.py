@@ -275,6 +275,23 @@ def test_the_load_evens_out_in_fifty_steps(tmp_path):
     assert none > 1 and loss_free < 0.65 * none and loss < 0.65 * none, maxvio
 
 
+def test_alerts_see_every_step_whether_it_is_logged_or_not(tmp_path):
+    """20 windows in a row make a stretch: with the logged steps alone it would take 20 times as long."""
+    config = titan.trainer_config(tmp_path, steps=6)
+    config.metrics.log_freq = 4
+    with started(config, "loss-free") as trainer:
+        seen, see = [], trainer._alerts.see
+
+        def spy(load, loss, biases):
+            alerts = see(load, loss, biases)
+            seen.append((trainer._alerts.num_seen, loss is not None))
+            return alerts
+
+        trainer._alerts.see = spy
+        trainer.train()
+    assert seen == [(step, step in (1, 4)) for step in range(1, 7)]
+
+
 # ---- the page and the example ----
 
 

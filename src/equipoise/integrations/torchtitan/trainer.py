@@ -106,6 +106,7 @@ class Balancing:
         super().__init__(config)  # type: ignore[call-arg]
         trainer: Any = self
         self._alerts = Alerts(num_steps=config.training.steps)
+        self._logged_loss: float | None = None  # of this step, if it is logged
         self._log_of_trainer, trainer.metrics_processor.log = trainer.metrics_processor.log, self._log
         if config.checkpoint.enable:
             trainer.checkpointer.states["balance"] = BalanceState(self.balances)
@@ -156,6 +157,24 @@ class Balancing:
             dist.all_reduce(total, group=trainer.parallel_dims.get_mesh("batch").get_group())
         self._tokens_of_step = total.clamp_min(1)
         super().train_step(iter(batches))  # type: ignore[misc]
+        self._warn()
+
+    def _warn(self) -> None:
+        """Shows the window of this step to the alerts, whether the step is logged or not."""
+        trainer: Any = self
+        loss, self._logged_loss = self._logged_loss, None
+        load = {name: counts for balance in self.balances for name, counts in balance.peek_load().items()}
+        if not load:  # a stage without routers
+            return
+        biases = {name: bias for balance in self.balances for name, bias in balance.biases.items()}
+        self._alerts.strategy, self._alerts.num_seen = (
+            self.balances[0].strategy,
+            trainer.step - 1,
+        )  # also in a resumed run
+        ranks_of_a_stage = dist.get_world_size() // trainer.parallel_dims.pp
+        for alert in self._alerts.see(load, loss, biases):  # equal on all ranks of a stage, so one of them says it
+            if dist.get_rank() % ranks_of_a_stage == 0:
+                _log.warning(f"step {trainer.step}: {alert}")
 
     def post_dataloading_process(self, input_dict: dict[str, Tensor], labels: Tensor) -> Any:
         """Adds what the routers need to know of a micro-batch to the arguments of its forward."""
@@ -188,12 +207,7 @@ class Balancing:
             prefix = "balance" if len(self.balances) == 1 else f"balance/{number}"
             shown = without_constants(balance.metrics())
             metrics |= {f"{prefix}/{name}": value for name, value in shown.items()}
-        load = {name: counts for balance in self.balances for name, counts in balance.load.items()}
-        biases = {name: bias for balance in self.balances for name, bias in balance.biases.items()}
-        if load:
-            self._alerts.strategy = self.balances[0].strategy
-            for alert in self._alerts.see(load, loss, biases):
-                _log.warning(f"step {step}: {alert}")
+        self._logged_loss = loss
         self._log_of_trainer(step, loss, *args, extra_metrics=metrics, **kwargs)
 
 
