@@ -4,8 +4,8 @@ They give the numbers of the plain path, which is what they are tested against. 
 them; they run where Triton does, on a GPU, and on a CPU in Triton's interpreter (``TRITON_INTERPRET=1``). They are not
 differentiable: for a second derivative the plain path is taken.
 
-In all kernels a program goes over blocks of tokens, with all experts of a token at once. ``counts`` holds a number for
-each token, 0 for a masked one; None: all count.
+In all kernels a program goes over blocks of tokens, with all experts of a token at once. ``is_counted`` holds a number
+for each token, 0 for a masked one; None: all count.
 """
 
 import math
@@ -22,7 +22,7 @@ BLOCK = 4096  # numbers that a program holds at a time
 MAX_PROGRAMS = 128
 OCTAVES = 64  # of the histogram's bins
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-Counts = Bool[Tensor, " tokens"] | Float[Tensor, " tokens"] | None
+IsCounted = Bool[Tensor, " tokens"] | Float[Tensor, " tokens"] | None
 
 
 def can_take(values: Tensor) -> bool:
@@ -51,7 +51,7 @@ def num_programs(num_tokens: int, num_experts: int) -> int:
 def count_by_sequence(
     expert_ids: Int[Tensor, "tokens k"],
     sequence_ids: Int[Tensor, " tokens"],
-    counts: Counts,
+    is_counted: IsCounted,
     num_sequences: int,
     num_experts: int,
     load: Int[Tensor, " experts"] | None = None,
@@ -59,7 +59,7 @@ def count_by_sequence(
     """Assignments of each expert in each sequence, int32. Adds them to ``load`` too, if it is given."""
     by_sequence = torch.zeros(num_sequences, num_experts, dtype=torch.int32, device=expert_ids.device)
     num_tokens, k = expert_ids.shape
-    tensors = (expert_ids.contiguous(), sequence_ids, counts, load, by_sequence, num_experts)
+    tensors = (expert_ids.contiguous(), sequence_ids, is_counted, load, by_sequence, num_experts)
     _launch(_count_by_sequence, num_tokens, k, *tensors)
     return by_sequence
 
@@ -68,7 +68,7 @@ def count_by_sequence(
 def _count_by_sequence(
     expert_ids,
     sequence_ids,
-    counts,
+    is_counted,
     load,
     by_sequence,
     num_experts,
@@ -81,8 +81,8 @@ def _count_by_sequence(
     for first in range(tl.program_id(0) * ROWS, num_tokens, tl.num_programs(0) * ROWS):
         token = first + tl.arange(0, ROWS).to(tl.int64)
         is_token = token < num_tokens
-        if counts is not None:
-            is_token = is_token & (tl.load(counts + token, mask=is_token, other=0) != 0)
+        if is_counted is not None:
+            is_token = is_token & (tl.load(is_counted + token, mask=is_token, other=0) != 0)
         is_assignment = is_token[:, None] & (choice < k)
         expert = tl.load(expert_ids + token[:, None] * k + choice, mask=is_assignment, other=0)
         sequence = tl.load(sequence_ids + token, mask=is_token, other=0)
@@ -96,7 +96,7 @@ def _count_by_sequence(
 
 
 @triton.jit
-def _read(values, counts, token, num_tokens, num_experts, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _read(values, is_counted, token, num_tokens, num_experts, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """A block of rows; which numbers are in it, which count, and where they are."""
     expert = tl.arange(0, COLUMNS)[None, :]
     is_token = token < num_tokens
@@ -104,8 +104,8 @@ def _read(values, counts, token, num_tokens, num_experts, ROWS: tl.constexpr, CO
     place = token[:, None] * num_experts + expert
     block = tl.load(values + place, mask=is_number, other=0)
     does_count = is_number
-    if counts is not None:
-        does_count = is_number & (tl.load(counts + token, mask=is_token, other=0) != 0)[:, None]
+    if is_counted is not None:
+        does_count = is_number & (tl.load(is_counted + token, mask=is_token, other=0) != 0)[:, None]
     return block, is_number, does_count, place
 
 
@@ -127,25 +127,27 @@ def _shares(
     return load.to(dtype) * (num_experts / num_assignments.to(dtype))
 
 
-def masses(scores: Float[Tensor, "tokens experts"], counts: Counts, is_divided: bool) -> Float[Tensor, "parts experts"]:
+def masses(
+    scores: Float[Tensor, "tokens experts"], is_counted: IsCounted, is_divided: bool
+) -> Float[Tensor, "parts experts"]:
     """The sum of p over the tokens, in parts. p: the scores, divided by their sum if ``is_divided``."""
     num_tokens, num_experts = scores.shape
     parts = scores.new_empty(num_programs(num_tokens, num_experts), num_experts)
-    tensors = (scores.contiguous(), counts, parts)
+    tensors = (scores.contiguous(), is_counted, parts)
     _launch(_masses, num_tokens, num_experts, *tensors, is_divided=is_divided, tiny=_tiny(scores))
     return parts
 
 
 @triton.jit
 def _masses(
-    scores, counts, parts, num_tokens, num_experts,
+    scores, is_counted, parts, num_tokens, num_experts,
     is_divided: tl.constexpr, tiny: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     expert = tl.arange(0, COLUMNS)
     mass = tl.zeros((COLUMNS,), scores.dtype.element_ty)
     for first in range(tl.program_id(0) * ROWS, num_tokens, tl.num_programs(0) * ROWS):
         token = first + tl.arange(0, ROWS).to(tl.int64)
-        p, _, does_count, _ = _read(scores, counts, token, num_tokens, num_experts, ROWS, COLUMNS)
+        p, _, does_count, _ = _read(scores, is_counted, token, num_tokens, num_experts, ROWS, COLUMNS)
         if is_divided:
             p = p / _total(p, tiny)
         mass += tl.sum(tl.where(does_count, p, 0.0), 0)
@@ -154,7 +156,7 @@ def _masses(
 
 def values_in_sequences(
     scores: Float[Tensor, "tokens experts"],
-    counts: Counts,
+    is_counted: IsCounted,
     sequence_ids: Int[Tensor, " tokens"],
     by_sequence: Int[Tensor, "sequences experts"],
     is_divided: bool,
@@ -162,20 +164,20 @@ def values_in_sequences(
     """``sum_t sum_e E f_e p_te`` in float64, in parts: the loss within sequences, summed over the tokens."""
     num_tokens, num_experts = scores.shape
     parts = torch.empty(num_programs(num_tokens, num_experts), dtype=torch.float64, device=scores.device)
-    tensors = (scores.contiguous(), counts, sequence_ids, by_sequence, parts)
+    tensors = (scores.contiguous(), is_counted, sequence_ids, by_sequence, parts)
     _launch(_values_in_sequences, num_tokens, num_experts, *tensors, is_divided=is_divided, tiny=_tiny(scores))
     return parts
 
 
 @triton.jit
 def _values_in_sequences(
-    scores, counts, sequence_ids, by_sequence, parts, num_tokens, num_experts,
+    scores, is_counted, sequence_ids, by_sequence, parts, num_tokens, num_experts,
     is_divided: tl.constexpr, tiny: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     total = tl.zeros((), tl.float64)
     for first in range(tl.program_id(0) * ROWS, num_tokens, tl.num_programs(0) * ROWS):
         token = first + tl.arange(0, ROWS).to(tl.int64)
-        p, is_number, does_count, _ = _read(scores, counts, token, num_tokens, num_experts, ROWS, COLUMNS)
+        p, is_number, does_count, _ = _read(scores, is_counted, token, num_tokens, num_experts, ROWS, COLUMNS)
         if is_divided:
             p = p / _total(p, tiny)
         slope = _shares(by_sequence, sequence_ids, token, is_number, num_tokens, num_experts, COLUMNS, p.dtype)
@@ -185,7 +187,7 @@ def _values_in_sequences(
 
 def score_gradient(
     scores: Float[Tensor, "tokens experts"],
-    counts: Counts,
+    is_counted: IsCounted,
     is_divided: bool,
     *,
     slopes: Float[Tensor, " experts"] | None = None,
@@ -201,21 +203,21 @@ def score_gradient(
     num_tokens, num_experts = scores.shape
     gradient = torch.empty_like(scores, memory_format=torch.contiguous_format)
     onto = None if onto is None else onto.contiguous()
-    tensors = (scores.contiguous(), counts, onto, slopes, sequence_ids, by_sequence, scale, gradient)
+    tensors = (scores.contiguous(), is_counted, onto, slopes, sequence_ids, by_sequence, scale, gradient)
     _launch(_score_gradient, num_tokens, num_experts, *tensors, is_divided=is_divided, tiny=_tiny(scores))
     return gradient
 
 
 @triton.jit
 def _score_gradient(
-    scores, counts, onto, slopes, sequence_ids, by_sequence, scale, gradient, num_tokens, num_experts,
+    scores, is_counted, onto, slopes, sequence_ids, by_sequence, scale, gradient, num_tokens, num_experts,
     is_divided: tl.constexpr, tiny: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = scores.dtype.element_ty
     expert = tl.arange(0, COLUMNS)[None, :]
     for first in range(tl.program_id(0) * ROWS, num_tokens, tl.num_programs(0) * ROWS):
         token = first + tl.arange(0, ROWS).to(tl.int64)
-        p, is_number, does_count, place = _read(scores, counts, token, num_tokens, num_experts, ROWS, COLUMNS)
+        p, is_number, does_count, place = _read(scores, is_counted, token, num_tokens, num_experts, ROWS, COLUMNS)
         slope = tl.zeros((ROWS, COLUMNS), dtype)
         if slopes is not None:
             slope += tl.load(slopes + expert, mask=expert < num_experts, other=0).to(dtype)
@@ -242,7 +244,7 @@ def margin_histogram(
     values: Float[Tensor, "tokens experts"],
     bias: Float[Tensor, " experts"],
     k: int,
-    counts: Counts,
+    is_counted: IsCounted,
     num_bins: int,
     smallest: int,
     drawn_by: Float[Tensor, "tokens experts"] | None = None,
@@ -257,7 +259,7 @@ def margin_histogram(
     mantissa_bits = (num_bins // 2 // OCTAVES).bit_length() - 1
     histogram = torch.zeros(num_bins, num_experts, dtype=torch.int64, device=values.device)
     drawn_by = None if drawn_by is None else drawn_by.float().contiguous()
-    tensors = (values.contiguous(), bias, counts, drawn_by, histogram)
+    tensors = (values.contiguous(), bias, is_counted, drawn_by, histogram)
     first_exponent = (127 + smallest) << mantissa_bits
     constants = {"k": k, "half": num_bins // 2, "shift": 23 - mantissa_bits, "first_exponent": first_exponent}
     constants["drawn_below"] = math.ceil(fraction * 2**24)
@@ -267,7 +269,7 @@ def margin_histogram(
 
 @triton.jit
 def _margin_histogram(
-    values, bias, counts, drawn_by, histogram, num_tokens, num_experts,
+    values, bias, is_counted, drawn_by, histogram, num_tokens, num_experts,
     k: tl.constexpr, half: tl.constexpr, shift: tl.constexpr, first_exponent: tl.constexpr, drawn_below: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -275,7 +277,7 @@ def _margin_histogram(
     b = tl.load(bias + expert, mask=expert < num_experts, other=0)
     for first in range(tl.program_id(0) * ROWS, num_tokens, tl.num_programs(0) * ROWS):
         token = first + tl.arange(0, ROWS).to(tl.int64)
-        value, is_number, does_count, place = _read(values, counts, token, num_tokens, num_experts, ROWS, COLUMNS)
+        value, is_number, does_count, place = _read(values, is_counted, token, num_tokens, num_experts, ROWS, COLUMNS)
         if drawn_by is not None:
             number = tl.load(drawn_by + place, mask=is_number, other=0).to(tl.int32, bitcast=True).to(tl.int64)
             mixed = tl.sum(number * (2 * expert.to(tl.int64) + 1) * 0x9E3779B97F4A7C1, 1)

@@ -5,7 +5,7 @@ from mutants.mutant import Mutant
 MUTANTS = [
     Mutant(
         "kernels: a masked token is in the load of its sequence",
-        "            is_token = is_token & (tl.load(counts + token, mask=is_token, other=0) != 0)\n",
+        "            is_token = is_token & (tl.load(is_counted + token, mask=is_token, other=0) != 0)\n",
         "            is_token = is_token\n",
         "library/test_kernels -k loads_of_sequences",
     ),

@@ -24,28 +24,28 @@ class FittedMask:
 
     def __init__(self, mask: Tensor):
         # A copy: the caller may change it, and a compiled graph reuses its memory.
-        self.counts: Bool[Tensor, " tokens"] = mask.clone() if mask.dtype == torch.bool else mask != 0
+        self.is_counted: Bool[Tensor, " tokens"] = mask.clone() if mask.dtype == torch.bool else mask != 0
         self._assignments: dict[int, Tensor] = {}  # by k
 
     @cached_property
     def masked(self) -> Bool[Tensor, "tokens 1"]:
         """True for the others."""
-        return ~self.counts[:, None]
+        return ~self.is_counted[:, None]
 
     @cached_property
     def numbers(self) -> Float[Tensor, " tokens"]:
         """1 for a token that counts, 0 for the others."""
-        return self.counts.float()
+        return self.is_counted.float()
 
     @cached_property
     def num_tokens(self) -> Int[Tensor, ""]:
         """How many count."""
-        return self.counts.sum()
+        return self.is_counted.sum()
 
     def assignments(self, k: int) -> Int[Tensor, " assignments"]:
         """1 for each of the k assignments of a token that counts, 0 for those of the others."""
         if k not in self._assignments:
-            self._assignments[k] = self.counts.long()[:, None].expand(-1, k).reshape(-1)
+            self._assignments[k] = self.is_counted.long()[:, None].expand(-1, k).reshape(-1)
         return self._assignments[k]
 
     def end(self) -> None:
@@ -56,12 +56,12 @@ class FittedMask:
 class Sequences:
     """Which sequence each token of a router call is in.
 
-    ``number`` is how many there are. If it ``is_bound`` there may be fewer: the host does not wait for a GPU to ask it.
+    ``num_sequences`` is how many there are, or more if it ``is_bound``: the host does not wait for a GPU to ask it.
     ``length`` is that of every sequence, if they are whole rows one after the other; else 0.
     """
 
-    def __init__(self, ids: Int[Tensor, " tokens"], number: int, length: int = 0, is_bound: bool = False):
-        self.ids, self.number, self.length, self.is_bound = ids, number, length, is_bound
+    def __init__(self, ids: Int[Tensor, " tokens"], num_sequences: int, length: int = 0, is_bound: bool = False):
+        self.ids, self.num_sequences, self.length, self.is_bound = ids, num_sequences, length, is_bound
         self._cells: dict[int, Tensor] = {}  # by number of experts
 
     def _first_cells(self, num_experts: int) -> Int[Tensor, "tokens 1"]:
@@ -76,8 +76,8 @@ class Sequences:
 
     def sum(self, values: Float[Tensor, "tokens experts"]) -> Float[Tensor, "sequences experts"]:
         if self.length:
-            return values.view(self.number, self.length, -1).sum(1)
-        return values.new_zeros(self.number, values.shape[-1]).index_add_(0, self.ids, values)
+            return values.view(self.num_sequences, self.length, -1).sum(1)
+        return values.new_zeros(self.num_sequences, values.shape[-1]).index_add_(0, self.ids, values)
 
     def spread(self, rows: Float[Tensor, "sequences experts"]) -> Float[Tensor, "tokens experts"]:
         """To each token the row of its sequence."""
@@ -89,10 +89,10 @@ class Sequences:
         self, expert_ids: Int[Tensor, "tokens k"], num_experts: int, mask: FittedMask | None
     ) -> Int[Tensor, "sequences experts"]:
         """Assignments of each expert in each sequence."""
-        load = torch.zeros(self.number, num_experts, dtype=torch.int64, device=expert_ids.device)
+        load = torch.zeros(self.num_sequences, num_experts, dtype=torch.int64, device=expert_ids.device)
         ones = None if mask is None else mask.assignments(expert_ids.shape[-1])
         if self.length:
-            by_row = expert_ids.reshape(self.number, -1)
+            by_row = expert_ids.reshape(self.num_sequences, -1)
             load.scatter_add_(1, by_row, self._one.expand_as(by_row) if ones is None else ones.view_as(by_row))
         else:
             cells = (self._first_cells(num_experts) + expert_ids).reshape(-1)
@@ -130,9 +130,11 @@ class CountedCall:
         from equipoise import kernels
 
         assert self.sequences is not None
-        counts = None if self.mask is None else self.mask.counts
-        ids, number = self.sequences.ids, self.sequences.number
-        return kernels.count_by_sequence(expert_ids, ids, counts, number, num_experts, load)
+        is_counted = None if self.mask is None else self.mask.is_counted
+        sequences = self.sequences
+        return kernels.count_by_sequence(
+            expert_ids, sequences.ids, is_counted, sequences.num_sequences, num_experts, load
+        )
 
     def load_by_sequence(self, routing: Routing) -> Int[Tensor, "sequences experts"]:
         if self.sequences is None:

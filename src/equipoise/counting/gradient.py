@@ -56,7 +56,7 @@ class Losses:
         self.biases = biases
         self.window = window
         self.balancers = biases.groups[0].losses if biases.groups else []
-        self.number = len(self.balancers)
+        self.num_losses = len(self.balancers)
         self._waits = any(b.scope == "global_batch" and b.pooling == "window" for b in self.balancers)
         self.separates = False  # loss() was called, and so separates micro-batches
         self._loss_scale: LossScale | None = None
@@ -90,7 +90,7 @@ class Losses:
         routing = Routing(logits, scores, routed.expert_ids, routed.weights, None if mask is None else mask.numbers)
         if sequences is None:
             return routing
-        return routing._replace(sequence_ids=sequences.ids, num_sequences=sequences.number)
+        return routing._replace(sequence_ids=sequences.ids, num_sequences=sequences.num_sequences)
 
     def add(self, call: CountedCall, routing: Routing) -> None:
         """Adds the losses of one call to its micro-batch."""
@@ -118,7 +118,7 @@ class Losses:
     def ticket(self, micro_batch: MicroBatch) -> Float[Tensor, ""]:
         """The balancing loss of a closed micro-batch: see ``Balance.loss``."""
         self.separates = True
-        if self.number == 0:
+        if self.num_losses == 0:
             return torch.zeros((), device=micro_batch.vector.device)
         value = self._value(micro_batch)
         if not torch.is_grad_enabled():

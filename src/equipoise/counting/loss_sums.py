@@ -101,15 +101,15 @@ class LossSums:
     def _add_by_kernels(self, call: CountedCall, routing: Routing, group: LayerGroup) -> None:
         from equipoise import kernels
 
-        scores, counts = routing.scores, None if call.mask is None else call.mask.counts
+        scores, is_counted = routing.scores, None if call.mask is None else call.mask.is_counted
         for normalise in group.pooled_masses:
-            self._add_mass(call.layer, normalise, kernels.masses(scores, counts, group.divides(normalise)))
+            self._add_mass(call.layer, normalise, kernels.masses(scores, is_counted, group.divides(normalise)))
         for normalise in group.sequence_masses:
             load = call.sequence_load
             if load is None or call.sequences is None:
                 load = call.load_by_sequence(routing)  # raises
             assert call.sequences is not None
-            value = kernels.values_in_sequences(scores, counts, call.sequences.ids, load, group.divides(normalise))
+            value = kernels.values_in_sequences(scores, is_counted, call.sequences.ids, load, group.divides(normalise))
             for number, balancer in enumerate(group.losses):
                 if balancer in group.with_slopes(normalise, in_sequences=True):
                     self._add(number, call.layer, value)
@@ -231,7 +231,7 @@ class LossSums:
     ) -> Float[Tensor, "tokens experts"] | None:
         from equipoise import kernels
 
-        counts = None if call.mask is None else call.mask.counts
+        is_counted = None if call.mask is None else call.mask.is_counted
         ids = None if call.sequences is None else call.sequences.ids
         load = call.count_by_kernel(routing.expert_ids, routing.scores.shape[-1]) if group.sequence_masses else None
         for normalise in group.masses:
@@ -239,7 +239,7 @@ class LossSums:
             in_sequences = normalise in group.sequence_masses
             onto = kernels.score_gradient(
                 routing.scores,
-                counts,
+                is_counted,
                 group.divides(normalise),
                 slopes=slopes.of_layer.get(key),
                 sequence_ids=ids if in_sequences else None,

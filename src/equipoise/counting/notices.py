@@ -57,7 +57,7 @@ class Notices:
         recorder = self._recorder
         if len(called_layers) < len(recorder.layers):
             self._warn(_NOT_CALLED, (layer for layer in range(len(recorder.layers)) if layer not in called_layers))
-        if recorder.losses.number:
+        if recorder.losses.num_losses:
             self._warn(_UNREACHED, recorder.window.unreached_layers())
             self._warn(_DETACHED, sorted(recorder.detached_layers))
         self._warn(_OTHER_TOKENS, sorted(recorder.tokens.other_tokens))

@@ -186,7 +186,7 @@ class Recorder:
         return self.window.num_calls
 
     def forward_is_a_micro_batch(self) -> bool:
-        has_tickets = self.losses.number and self.losses.loss_scale is None
+        has_tickets = self.losses.num_losses and self.losses.loss_scale is None
         return not (has_tickets or self.losses.separates)
 
     def forward_failed(self, num_calls: int) -> None:
@@ -245,7 +245,7 @@ class Recorder:
 
     def _choice(self, call: RouterCall) -> Tensor | None:
         """What a recomputation of the call will be known by. A copy: a compiled graph reuses its buffers."""
-        if not self.losses.number or call.keeps_scores:
+        if not self.losses.num_losses or call.keeps_scores:
             return None
         return call.expert_ids.to(torch.int16)
 
@@ -318,13 +318,13 @@ class Recorder:
             counted.sequence_load = counted.count_by_kernel(expert_ids, len(load), load)
         else:
             self.layout.count(micro_batch.vector, layer, expert_ids, counted.mask)
-        if self.losses.number or group.has_statistics:
+        if self.losses.num_losses or group.has_statistics:
             routing = self.losses.routing(counted, call)
             for number, balancer in enumerate(group.balancers):
                 statistic = balancer.statistic(routing, row)
                 if statistic is not None:
                     micro_batch.statistics.add(layer, number, statistic)
-            if self.losses.number:
+            if self.losses.num_losses:
                 self.losses.add(counted, routing)
 
     # ---- checks ----
