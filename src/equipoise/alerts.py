@@ -217,11 +217,8 @@ class Alerts:
             for saved in state["groups"]:
                 stretches[saved["names"]].load(saved)
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
-            got = (
-                f"one with {', '.join(map(str, state)) or 'nothing'}"
-                if isinstance(state, Mapping)
-                else repr(type(state))
-            )
+            is_mapping = isinstance(state, Mapping)
+            got = f"one with {', '.join(map(str, state)) or 'nothing'}" if is_mapping else type(state).__name__
             raise EquipoiseError(
                 f"the state must be what Alerts.state_dict() gave: got {got}. Load that, or begin without a state."
             ) from None

@@ -43,8 +43,7 @@ class Mode(Enum):
 
 
 class _Undecided(NamedTuple):
-    """A call that is to be counted. If it has fewer tokens than its forward, it is one tile of
-    several, or has other tokens."""
+    """A call that is to be counted. With fewer tokens than its forward it is one of several tiles, or others."""
 
     call: RouterCall
     counted: CountedCall | None  # None: it is measured

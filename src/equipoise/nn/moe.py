@@ -105,9 +105,8 @@ class MoE(nn.Module):
             check_positive("capacity_factor", capacity_factor)
             # a ratio of integers: in floating point 1.1 * 100 / 10 is slightly above 11 and would round up to 12
             factor = Fraction(capacity_factor)
-            self._capacity_ratio = (
-                factor.limit_denominator(10**6) or factor
-            ).as_integer_ratio()  # not 0, however small
+            ratio = factor.limit_denominator(10**6) or factor  # not 0, however small
+            self._capacity_ratio = ratio.as_integer_ratio()
         self.dim, self.hidden = dim, hidden
         self.gate_up = nn.Parameter(torch.empty(num_experts, dim, 2 * hidden))
         self.down = nn.Parameter(torch.empty(num_experts, hidden, dim))

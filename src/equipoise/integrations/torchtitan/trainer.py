@@ -167,10 +167,8 @@ class Balancing:
         if not load:  # a stage without routers
             return
         biases = {name: bias for balance in self.balances for name, bias in balance.biases.items()}
-        self._alerts.strategy, self._alerts.num_seen = (
-            self.balances[0].strategy,
-            trainer.step - 1,
-        )  # also in a resumed run
+        self._alerts.strategy = self.balances[0].strategy
+        self._alerts.num_seen = trainer.step - 1  # of the whole training, also in a resumed run
         ranks_of_a_stage = dist.get_world_size() // trainer.parallel_dims.pp
         for alert in self._alerts.see(load, loss, biases):  # equal on all ranks of a stage, so one of them says it
             if dist.get_rank() % ranks_of_a_stage == 0:
