@@ -43,7 +43,7 @@ class Mode(Enum):
 
 
 class _Undecided(NamedTuple):
-    """A call that is to be counted. With fewer tokens than its forward it is one of several tiles, or others."""
+    """A call that is to be counted. With fewer tokens than its forward it is a tile of it, or has others."""
 
     call: RouterCall
     counted: CountedCall | None  # None: it is measured
