@@ -127,7 +127,7 @@ def test_the_library_attaches_to_a_model_from_another_folder(environment, tmp_pa
 def test_without_the_lab_the_command_says_in_one_line_how_to_install_it(environment, tmp_path):
     done = _run(environment, "-m", "equipoise", "train", folder=tmp_path)
     assert done.returncode == 1 and done.stdout == ""
-    assert re.fullmatch(r"equipoise: error: .*pip install 'equipoise\[lab\]'\n", done.stderr), done.stderr
+    assert re.fullmatch(r"equipoise: error: .*pip install -e '.\[lab\]'\n", done.stderr), done.stderr
 
 
 def test_the_environment_has_nothing_of_the_lab(environment, tmp_path):
