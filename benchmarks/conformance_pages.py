@@ -119,6 +119,8 @@ def _short(got: str) -> str:
         return "other"
     if re.match(r"\w+(Error|Exception):", got):
         return "error"
+    if got.startswith("layers by"):
+        return "a layer stays"
     return re.split("[,:]", got)[0][:9]
 
 

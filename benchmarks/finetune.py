@@ -429,7 +429,7 @@ def page(stored: Mapping[str, Any]) -> str:
             "",
             "## Answer",
             "",
-            "Differences are *chosen by the rule* less *advised*, over the means of both new texts: the mean over "
+            "Differences are *chosen by the rule* − *advised*, over the means of both new texts: the mean over "
             f"{stored['seeds']} seeds and its 95 % t interval. Bold: the interval excludes 0.",
             "",
             *table(header, answers),

@@ -14,7 +14,6 @@ The seeds (200, 201, ...) are used for nothing else. Every run has one thread. C
 
 import argparse
 import json
-import math
 import statistics
 import subprocess
 import sys
@@ -150,13 +149,16 @@ def run_all(workers: int) -> None:
     missing = [job for job in jobs if not job_file(*job).exists()]
     print(f"{len(jobs) - len(missing)} of {len(jobs)} runs are stored", file=sys.stderr)
 
-    def one(job: tuple[str, str, int]) -> None:
+    def one(job: tuple[str, str, int]) -> int:
         command = [sys.executable, __file__, "--one", job[0], job[1], str(job[2])]
         done = subprocess.run(command, capture_output=True, text=True)
-        print(f"{job[0]}, {job[1]}, seed {job[2]}: {done.stderr[-500:] or 'stored'}", file=sys.stderr, flush=True)
+        outcome = "stored" if done.returncode == 0 else f"failed: {done.stderr[-500:]}"
+        print(f"{job[0]}, {job[1]}, seed {job[2]}: {outcome}", file=sys.stderr, flush=True)
+        return done.returncode
 
     with ThreadPoolExecutor(workers) as pool:
-        list(pool.map(one, missing))
+        if any(pool.map(one, missing)):
+            sys.exit("Some runs failed. Run the same command again: it makes those that are missing.")
 
 
 def rows() -> list[dict[str, Any]]:
@@ -186,10 +188,8 @@ def rows() -> list[dict[str, Any]]:
                     "loss": statistics.fmean(nats["global"]),
                     "mean": mean,
                     "sd": sd,
-                    "effect": abs(mean) / sd,
                     "core_hours": hours,
                     "efficiency": (mean / sd) ** 2 / hours,
-                    "half_width": 1.96 * sd / math.sqrt(len(seeds)),
                 }
             )
     return sorted(table, key=lambda row: -row["efficiency"])
@@ -202,17 +202,18 @@ def control_variates() -> list[float]:
     results = edition.results(ROOT / "benchmarks/results/claims")
     claims = {claim.name: claim for claim in edition.claims_with_values(results)}
 
-    def losses(name: str, arm: str) -> list[float]:
-        stored = [results.get(claims[name].job(arm, seed)) for seed in claims[name].all_seeds]
-        return [run["result"]["val_nats"] for run in stored if run is not None]
+    def losses(name: str, arm: str) -> dict[int, float]:
+        stored = {seed: results.get(claims[name].job(arm, seed)) for seed in claims[name].all_seeds}
+        return {seed: run["result"]["val_nats"] for seed, run in stored.items() if run is not None}
 
     unbalanced = losses("6-expert-choice", "top-k")
     arms = [losses("8-leaderboard", arm) for arm in claims["8-leaderboard"].arms]
     shares = []
     for number, arm in enumerate(arms):
         for other in arms[:number]:
-            difference = [a - b for a, b in zip(arm, other, strict=True)]
-            n, r = len(difference), statistics.correlation(difference, unbalanced)
+            seeds = sorted(set(arm) & set(other) & set(unbalanced))
+            difference = [arm[seed] - other[seed] for seed in seeds]
+            n, r = len(seeds), statistics.correlation(difference, [unbalanced[seed] for seed in seeds])
             shares.append(1 - (1 - r * r) * (n - 1) / (n - 2))
     return shares
 

@@ -6,7 +6,7 @@ Eight domains that a model must tell apart, in human and in programming language
 Spanish and Polish, Python's library and its documentation, modules of Perl, headers of C++. As in the packaged text,
 each has about 1.5 MB: documents in the order of their hashes, as many as fit.
 
-Needs a Debian system (``apt-get``, ``dpkg-deb``), or the packages in a folder (``--packages``) and ``dpkg-deb``. Other
+Needs Debian 12 (``apt-get``, ``dpkg-deb``), or the packages in a folder (``--packages``) and ``dpkg-deb``. Other
 versions of the packages give another text; ``README.md`` has the versions and a hash of each domain. The texts are free
 (MIT, GPL, PSF, Artistic licences), and they are not shipped.
 """
@@ -16,6 +16,7 @@ import gzip
 import hashlib
 import io
 import json
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -82,15 +83,20 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "runs/second_text", help="folder of the text")
     parser.add_argument("--packages", type=Path, help="folder with the .deb files; without it they are downloaded")
     options = parser.parse_args()
+    if options.out.exists():
+        sys.exit(f"--out must be a new folder: {options.out} exists. Remove it or choose another.")
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.packages or Path(temporary)
         if options.packages is None:
             packages = [source.package for source in DOMAINS.values()]
             _run(["apt-get", "download", *packages], folder)
-        options.out.mkdir(parents=True, exist_ok=True)
-        rows = [_make(domain, source, folder, options.out) for domain, source in DOMAINS.items()]
-    table = ["| domain | documents | bytes | package | blake2b |", "|---|---|---|---|---|", *rows]
-    (options.out / "README.md").write_text("\n".join(table) + "\n", encoding="utf-8")  # no text, to the lab
+        made = Path(temporary) / "text"
+        made.mkdir()
+        rows = [_make(domain, source, folder, made) for domain, source in DOMAINS.items()]
+        table = ["| domain | documents | bytes | package | blake2b |", "|---|---|---|---|---|", *rows]
+        (made / "README.md").write_text("\n".join(table) + "\n", encoding="utf-8")  # no text, to the lab
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(made, options.out)  # only now, so that a folder of this name is complete
 
 
 def _make(domain: str, source: Source, packages: Path, out: Path) -> str:

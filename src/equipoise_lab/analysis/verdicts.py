@@ -120,10 +120,11 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
 def judge_family(judgements: Mapping[str, Judgement], looks: Mapping[str, int] | None = None) -> dict[str, Judgement]:
     """The primary judgements of a family of claims with Holm's p. Verdicts that do not survive become *undecided*.
 
-    A verdict survives if ``p_adjusted < 1 - level``. Holm bounds the probability of any verdict on a claim if its true
-    mean is exactly on the boundary (0, or ``±margin``). For other means, it is proven only for independent claims,
-    under conditions, that no verdict takes the wrong side (Shaffer 1980, Annals of Statistics 8, 1342-1347). If m
-    dependent claims need this guarantee, make the estimates with ``level = 1 - (1 - level) / m`` (Bonferroni).
+    A verdict survives if ``p_adjusted < 1 - level``. If all true means lie exactly on the boundary (0, or ``±margin``),
+    the chance that even one claim gets a verdict is at most ``1 - level``. If they lie elsewhere, a verdict may take
+    the wrong side. That this, too, stays below ``1 - level`` is proven only for independent claims, under conditions
+    (Shaffer 1980, Annals of Statistics 8, 1342-1347). For claims that share runs, make the estimates with
+    ``level = 1 - (1 - level) / m`` (Bonferroni).
 
     ``looks``: how often a claim is judged, if more than once: after 8 seeds, say, and again after 16 if it is undecided
     then. Its p is multiplied by this number. So the bound holds whenever one stops, if the looks are fixed beforehand:

@@ -64,10 +64,10 @@ def run(options: Reproduce, command_line: str) -> None:
     from equipoise_lab.reproduce.command import as_json, claim_rows, reproduce, table_rows
 
     with Runs() as progress:
-        if options.budget != 0 and options.dtype is None and not _has_bfloat16():
+        if options.budget != 0 and options.needs_bfloat16 and not _has_bfloat16():
             progress.say(
-                "this machine has no bfloat16 instructions. Most claims run in bfloat16, which takes several times as "
-                "long here; --dtype float32 runs them in float32."
+                "this machine has no bfloat16 instructions. Claims that run in bfloat16 take several times as long "
+                "here; --dtype float32 runs them in float32."
             )
         findings = reproduce(options, progress)
     if options.claim == "all":

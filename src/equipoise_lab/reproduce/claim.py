@@ -26,8 +26,8 @@ A claim is a TOML file in the folder ``claims`` of an edition (``edition.py``):
     claim = "lower" | "higher" | "equal"
     margin = 0.01                  for "equal" only: smaller differences count as none. By default, for a loss, a third
                                    of the difference between the arms of claim 1-scope
-    effect = -0.02                 the difference that the seeds are planned for, as an earlier edition saw it
-                                   (optional); the page says what power they have for it
+    effect = -0.02                 the difference that the seeds are planned for, as the paper reports it or an earlier
+                                   edition saw it (optional); the page says what power they have for it
 
 A trend has ``over = {NAME = 1, NAME = 2, ...}`` instead of ``of`` and ``against``. Its statistic is a slope, seed by
 seed, over log2 of these numbers.
@@ -45,6 +45,11 @@ __all__ = ["DTYPES", "Claim", "Comparison", "parse_claim"]
 
 DTYPES = ("bfloat16", "float32")
 _LOSSES = ("val_nats", "train_nats")
+STATISTICS = {  # in a run's result.json
+    *_LOSSES, "selection_nats", "val_perplexity", "val_bits_per_byte", "maxvio_global", "maxvio_floor", "maxvio_batch",
+    "maxvio_micro", "selection_maxvio", "domain_information_bits", "max_domain_share", "topk_score_sum", "dead_experts",
+    "tokens_per_second",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -108,6 +113,11 @@ class Claim:
         """The claim with the seeds of the look after this one; None after the last."""
         later = [seeds for seeds in self.looks if seeds > self.seeds]
         return replace(self, seeds=later[0]) if later else None
+
+    @property
+    def last_look(self) -> "Claim":
+        """The claim with the seeds of its last look."""
+        return replace(self, seeds=max((self.seeds, *self.looks)))
 
     @property
     def all_seeds(self) -> range:
@@ -197,6 +207,18 @@ def _comparison(name: str, content: Mapping[str, Any], arms: Mapping[str, Any]) 
     comparison = Comparison(**content)
     if comparison.claim not in ("lower", "higher", "equal"):
         raise EquipoiseError(f"claim {name}: claim must be lower, higher or equal: got {comparison.claim!r}.")
+    if comparison.over and (comparison.claim == "equal" or len(set(comparison.over.values())) < len(comparison.over)):
+        raise EquipoiseError(
+            f"claim {name}: {comparison} must claim lower or higher, over numbers that differ: got {comparison.claim} "
+            f"over {dict(comparison.over)}."
+        )
+    if unknown := set(comparison.statistic.split(" - ")) - STATISTICS:
+        raise EquipoiseError(
+            f"claim {name}: statistic must be one of {', '.join(sorted(STATISTICS))}, or one less another: got "
+            f"{', '.join(sorted(unknown))}."
+        )
+    if comparison.margin is not None and not comparison.margin > 0:
+        raise EquipoiseError(f"claim {name}: margin must be above 0: got {comparison.margin!r}.")
     if comparison.claim == "equal" and comparison.margin is None and comparison.statistic not in _LOSSES:
         raise EquipoiseError(f"claim {name}: {comparison} must have a margin: only losses have one by default.")
     if comparison.effect is not None and not isinstance(comparison.effect, int | float):

@@ -98,7 +98,7 @@ def _run(
                 return False
         return True
 
-    unfinished, left_out, names = [], [], [claim.name for claim in claims]
+    unfinished, left_out = [], []
     for claim in claims:
         progress.say(f"{claim.name}: {claim.title}")
         if text := _missing_text(claim):
@@ -115,6 +115,7 @@ def _run(
             unfinished.append(claim.name)
     if is_all and not finish_frontiers(frontiers):
         unfinished.append("frontiers")
+    names = [claim.name for claim in claims if claim.name not in left_out]
     while not unfinished and (later := _undecided(names, edition, results)):
         for claim in later:
             progress.say(f"{claim.name} is undecided: it goes on to {claim.seeds} seeds")
@@ -153,6 +154,7 @@ def as_json(findings: list[Finding]) -> list[dict[str, Any]]:
                 "margin": finding.margin,
                 "means": dict(finding.means),
                 "seeds": 0 if estimate is None else estimate.n,
+                "planned": finding.planned,
                 "diverged": finding.diverged,
                 "mean": None if estimate is None else estimate.mean,
                 "interval": None if estimate is None or estimate.n < 2 else list(estimate.interval),
@@ -184,8 +186,7 @@ def claim_rows(findings: list[Finding]) -> list[tuple[str, str, str]]:
     """A row a claim, by its primary comparison."""
     rows = []
     for finding in findings:
-        if finding.is_primary and finding.is_missing:
-            rows.append((finding.claim.name, "not run", ""))
-        elif finding.is_primary:
-            rows.append((finding.claim.name, finding.verdict, result_text(finding)))
+        if finding.is_primary:
+            result = "" if finding.is_missing else result_text(finding)
+            rows.append((finding.claim.name, verdict_text(finding, is_short=True), result))
     return rows

@@ -30,11 +30,18 @@ class Reproduce:
     def load_edition(self) -> Edition:
         return load_edition(self.edition)
 
+    @property
+    def needs_bfloat16(self) -> bool:
+        """Whether some runs would be in bfloat16."""
+        sizes = self.load_edition().sizes.values()
+        return self.dtype is None and any(size.get("dtype") == "bfloat16" for size in sizes)
+
     def check(self) -> None:
         names = list(self.load_edition().claims)
         if self.claim != "all" and self.claim not in names:
             near = suggest(self.claim, names)
-            listed = f"the {len(names)} that `equipoise reproduce --budget 0` lists" if near else ", ".join(names)
+            command = f"equipoise reproduce --edition {self.edition} --budget 0"
+            listed = f"the {len(names)} that `{command}` lists" if near else ", ".join(names)
             raise UsageError(f"CLAIM must be all or one of {listed}: got {self.claim!r}.{near}")
         if self.budget is not None and not 0 <= self.budget < float("inf"):
             raise UsageError(f"--budget must be a number of minutes, at least 0: got {self.budget}.")

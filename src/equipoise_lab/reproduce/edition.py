@@ -142,7 +142,7 @@ def _check_needs(claim: Claim, frontiers: Mapping[str, Frontier]) -> None:
     for arm, options in claim.arms.items():
         for need in needs(options):
             frontier = frontiers.get(need.frontier)
-            if frontier is not None and (shared := set(frontier.seeds) & set(claim.all_seeds)):
+            if frontier is not None and (shared := set(frontier.seeds) & set(claim.last_look.all_seeds)):
                 raise EquipoiseError(
                     f"claim {claim.name}: seeds must not be those of a frontier that it takes from: {need.frontier} "
                     f"was chosen with {', '.join(map(str, sorted(shared)))}."

@@ -1,7 +1,7 @@
 """Frontiers: loss and balance of each mechanism over its coefficient or rate, and the value that claims take.
 
-All mechanisms of an edition are tuned alike: the same size, the same seeds, a grid of values, one rule. No claim that
-takes a value from a frontier uses its seeds. Both figures below are means over seeds on the selection text; claims
+The mechanisms that claims compare are tuned alike: the same size, the same seeds, a grid of values, one rule. No claim
+that takes a value from a frontier uses its seeds. Both figures below are means over seeds on the selection text; claims
 report other seeds on the test text.
 
 1. Among the values with a MaxVio of at most ``most_maxvio``, the one with the lowest loss is chosen. If there is none,
@@ -145,6 +145,14 @@ class Frontier:
         if value is None or (self.learning_rates is not None and learning_rate is None):
             return None
         return Choice(value, self.options(value, learning_rate))
+
+    def refused_for_balance(self, results: Results) -> list[str]:
+        """The values with a lower loss than the chosen one, which is chosen because their MaxVio is too large."""
+        points = [point for value in self.grid(results) if (point := self.point(value, results)) is not None]
+        chosen = next((point for point in points if point.value == self.value(results)), None)
+        if chosen is None:
+            return []
+        return [point.value for point in points if point.mean("selection_nats") < chosen.mean("selection_nats")]
 
     def at_edge(self, results: Results) -> bool:
         """Whether the chosen value is at an edge of the grid even after all widenings."""

@@ -1,5 +1,6 @@
-"""What a run is made with: the commit of the code, the CPU, the number of threads. Imports no torch."""
+"""What a run is made with: the commit of the code and the CPU. Imports no torch."""
 
+import hashlib
 import platform
 import subprocess
 from dataclasses import dataclass
@@ -20,11 +21,10 @@ _CPU_INFO = Path("/proc/cpuinfo")
 
 @dataclass(frozen=True)
 class MadeWith:
-    """Two runs that were made with the same differ by their options alone."""
+    """The commit of the code and the CPU."""
 
     commit: str
     cpu: str
-    threads: int = THREADS
 
 
 def made_with() -> MadeWith:
@@ -32,14 +32,17 @@ def made_with() -> MadeWith:
 
 
 def commit(source: Path = _SOURCE) -> str:
-    """The last commit that changed the code of a run, with "+ changes" if that code differs from it now.
+    """The last commit that changed the code of a run, with "+ changes" and a fingerprint of these if that code differs
+    from it now.
 
     Files of claims and of results are no such code: while they are added and committed, runs go on and stay comparable.
-    Without git, or if the code lies outside a repository of its own: the version of the package.
+    If the code lies outside a repository of its own: the version of the package. If git cannot be asked in a clone, it
+    says that the commit is unknown.
     """
     if _git(source, "ls-files", "--error-unmatch", "equipoise/__init__.py") is None:
+        is_clone = (source.parent / ".git").exists() and _git(source, "rev-parse") is None
         try:
-            return f"equipoise {version('equipoise')}"
+            return f"equipoise {version('equipoise')}{', commit unknown' if is_clone else ''}"
         except PackageNotFoundError:
             return NOT_RECORDED
     name = _git(source, "log", "-1", "--format=%h", "--abbrev=12", "--", *_CODE_OF_RUNS)
@@ -48,7 +51,16 @@ def commit(source: Path = _SOURCE) -> str:
         raise EquipoiseError(
             f"git must say at which commit {source} is, since results name it: it did not. Try `git status` there."
         )
-    return f"{name} + changes" if changes else name
+    return f"{name} + changes {_fingerprint(source)}" if changes else name
+
+
+def _fingerprint(source: Path) -> str:
+    """Of what differs from the last commit, in files that git knows and in those that it does not."""
+    of_changes = hashlib.sha256((_git(source, "diff", "HEAD", "--", *_CODE_OF_RUNS) or "").encode())
+    new = _git(source, "ls-files", "--others", "--exclude-standard", "--", *_CODE_OF_RUNS) or ""
+    for file in new.splitlines():
+        of_changes.update(file.encode() + (source / file).read_bytes())
+    return of_changes.hexdigest()[:8]
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

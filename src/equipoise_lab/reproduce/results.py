@@ -15,7 +15,7 @@ from pydantic import AfterValidator
 from equipoise.errors import EquipoiseError
 from equipoise_lab.records import Record, Run, read_json, require_keys, write_json
 from equipoise_lab.reproduce.jobs import Job, key_of
-from equipoise_lab.reproduce.made_with import MadeWith
+from equipoise_lab.reproduce.made_with import THREADS, MadeWith
 
 __all__ = ["Results", "diverged_at"]
 
@@ -42,6 +42,7 @@ class Stored(Record):
     commit: NotRequired[str]
     cpu: NotRequired[str]
     threads: NotRequired[int]
+    text: NotRequired[str]  # a fingerprint of the documents; the first results of the second edition lack it, too
 
 
 class Results:
@@ -111,7 +112,8 @@ class Results:
                 "recipe": self.recipe,
                 "commit": made_with.commit,
                 "cpu": made_with.cpu,
-                "threads": made_with.threads,
+                "threads": config.get("threads", THREADS),
+                **({"text": config["corpus_fingerprint"]} if "corpus_fingerprint" in config else {}),
                 "hardware": f"{os.cpu_count()} CPU cores, one thread a run, {config['device']}, {config['dtype']}",
                 "versions": config["versions"],
             },

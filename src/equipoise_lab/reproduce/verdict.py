@@ -23,6 +23,7 @@ from equipoise_lab.reproduce.results import Results
 __all__ = ["MARGIN_OF", "POWER", "Finding", "check_one_edition", "findings"]
 
 LEVEL = 0.95
+_UNDECIDED = judge(estimate([0.0]), Hypothesis("lower"))  # for a claim without runs, without a margin yet, or diverged
 POWER = 0.8  # that numbers of seeds are planned for
 MARGIN_OF = "1-scope"  # a third of this claim's difference is the default margin of equality
 
@@ -36,17 +37,27 @@ class Finding:
     is_primary: bool
     means: Mapping[str, float] = field(default_factory=dict)  # by arm, over the seeds that all arms have
     estimate: Estimate | None = None
-    diverged: int = 0  # seeds left out because a run diverged
+    diverged: int = 0  # seeds left out because a run diverged, or has no such statistic
     margin: float | None = None  # of a claim of equality, once it is known
     judgement: Judgement | None = None
     seeds_needed: int | None = None  # to support it with 80 % power if mean and spread stay; None: wrong direction
-    power: float | None = None  # of the planned seeds, at the spread seen, for the effect that they are planned for
+    power: float | None = None  # of the seeds of the last look, at the spread seen, for the effect they are planned for
     seeds_for_effect: int | None = None  # to support it with 80 % power if that effect is the true one
 
     @property
     def planned(self) -> int:
-        """The number of seeds."""
+        """The number of seeds, at this look."""
         return self.claim.seeds_for(self.comparison)
+
+    @property
+    def planned_at_most(self) -> int:
+        """The number of seeds at the last look."""
+        return self.claim.last_look.seeds_for(self.comparison)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all seeds of this look have run."""
+        return self.diverged + (0 if self.estimate is None else self.estimate.n) >= self.planned
 
     @property
     def is_missing(self) -> bool:
@@ -65,9 +76,8 @@ def findings(claims: Sequence[Claim], results: Results) -> list[Finding]:
     check_one_edition(claims)
     margin = _default_margin(claims, results)
     primary = {claim.name: _finding(claim, claim.primary, results, margin, True, len(claims)) for claim in claims}
-    undecided = judge(estimate([0.0]), Hypothesis("lower"))  # for a claim without runs or without a margin yet
     family = judge_family(
-        {name: finding.judgement or undecided for name, finding in primary.items()},
+        {name: finding.judgement or _UNDECIDED for name, finding in primary.items()},
         looks={claim.name: claim.num_looks for claim in claims},
     )
     ordered = []
@@ -110,8 +120,9 @@ def _finding(
     seeds = set.intersection(*(set(by_seed) for by_seed in values.values()))
     paired = {arm: {seed: by_seed[seed] for seed in sorted(seeds)} for arm, by_seed in values.items()}
     margin = (comparison.margin or margin) if comparison.claim == "equal" else None
-    diverged = sum(any(_diverged(claim, arm, seed, results) for arm in comparison.arms) for seed in claim.all_seeds)
-    finding = Finding(claim, comparison, is_primary, margin=margin, diverged=diverged)
+    planned = claim.all_seeds[: claim.seeds_for(comparison)]
+    stored = {seed for seed in planned if _are_stored(claim, comparison, seed, results)}
+    finding = Finding(claim, comparison, is_primary, margin=margin, diverged=len(stored - seeds))
     if not seeds:
         return finding
     means = {arm: sum(by_seed.values()) / len(by_seed) for arm, by_seed in paired.items()}
@@ -122,6 +133,8 @@ def _finding(
     finding = replace(finding, means=means, estimate=effect)
     if comparison.claim == "equal" and margin is None:
         return finding
+    if finding.diverged:  # seeds that are left out because of their results leave no valid interval
+        return replace(finding, judgement=_UNDECIDED)
     hypothesis = Hypothesis(comparison.claim, margin)  # type: ignore[arg-type]
     finding = replace(finding, judgement=judge(effect, hypothesis))
     if effect.n < 2:
@@ -132,7 +145,7 @@ def _finding(
         return finding
     return replace(
         finding,
-        power=power(hypothesis, comparison.effect, effect.sd, finding.planned, level=level),
+        power=power(hypothesis, comparison.effect, effect.sd, finding.planned_at_most, level=level),
         seeds_for_effect=_seeds_needed(hypothesis, comparison.effect, effect.sd, level),
     )
 
@@ -153,6 +166,6 @@ def _values(claim: Claim, arm: str, statistic: str, results: Results) -> dict[in
     return by_seed
 
 
-def _diverged(claim: Claim, arm: str, seed: int, results: Results) -> bool:
-    stored = results.get(claim.job(arm, seed))
-    return stored is not None and "diverged" in stored["result"]
+def _are_stored(claim: Claim, comparison: Comparison, seed: int, results: Results) -> bool:
+    """Whether all runs of the comparison with this seed are done, if only because they diverged."""
+    return all(results.get(claim.job(arm, seed)) is not None for arm in comparison.arms)

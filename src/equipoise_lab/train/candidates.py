@@ -4,7 +4,8 @@ lbl-unbiased:coefficient=1e-2    counts what a router would choose without its b
 lbl-groups:coefficient=1e-2      counts groups of experts, as on the ranks of expert parallelism
 lbl-contrast:coefficient=1e-2    even over the global batch, uneven within a micro-batch
 
-All count over the global batch and take P as the load-balancing loss does: the mean normalised score of a micro-batch.
+All count over the global batch, except the second part of lbl-contrast. They take P as the load-balancing loss does:
+the mean normalised score of a micro-batch.
 """
 
 from collections.abc import Sequence

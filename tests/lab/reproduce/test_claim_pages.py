@@ -162,5 +162,21 @@ def test_the_leaderboard_uses_the_seeds_that_all_arms_have(tmp_path):
             write_json(tmp_path / f"{key_of(job)}.json", stored)
     text = pages("results.md", ANY, [claim], findings([claim], results), results)["results.md"]
     rows = [line for line in text.splitlines() if line.startswith("| a |") or line.startswith("| b |")]
-    assert rows == ["| a | `none` | 5.3000 | 0.500 | 0.250 |", "| b | `loss-free` | 5.5000 | 0.500 | 0.250 |"]
-    assert f"claim {LEADERBOARD} over the 2 seeds" in text
+    assert rows == [
+        "| a | `--strategy none` | 5.3000 | 0.500 | 0.250 |",
+        "| b | `--strategy loss-free` | 5.5000 | 0.500 | 0.250 |",
+    ]
+    assert f"claim {LEADERBOARD} over the 2 seeds" in text and "Without results yet" not in text
+    another = replace(claim, arms=claim.arms | {"c": {"strategy": "quantile"}})
+    text = pages("results.md", ANY, [another], findings([another], results), results)["results.md"]
+    assert "\nWithout results yet: c.\n" in text
+
+
+def test_a_claim_without_all_its_seeds_is_counted_as_unfinished(tmp_path):
+    results = Results(tmp_path)
+    fill(results, [-0.1, -0.11, -0.09])
+    text = page_text([CLAIM], findings([CLAIM], results), results)
+    assert "- **Supported: 0 of 1.**" in text and "- **Unfinished: 1 of 1.** [x]" in text
+    fill(results, [-0.1, -0.11, -0.09, -0.1])
+    text = page_text([CLAIM], findings([CLAIM], results), results)
+    assert "- **Supported: 1 of 1.** [x]" in text and "Unfinished" not in text

@@ -133,6 +133,16 @@ def test_a_claim_runs_in_the_precision_of_its_size_or_its_own():
             "arm a must have either a strategy or a frontier: it has strategy, frontier",
         ),
         ({"primary": {**GOOD["primary"], "effect": "0.1"}}, "effect must be a number: got '0.1'"),
+        ({"primary": {**GOOD["primary"], "statistic": "val_nat"}}, "statistic must be one of .*: got val_nat"),
+        ({"primary": {**GOOD["primary"], "claim": "equal", "margin": 0}}, "margin must be above 0: got 0"),
+        (
+            {"primary": {"statistic": "val_nats", "claim": "equal", "over": {"a": 1, "b": 2}}},
+            "must claim lower or higher, over numbers that differ: got equal",
+        ),
+        (
+            {"primary": {"statistic": "val_nats", "claim": "lower", "over": {"a": 1, "b": 1}}},
+            "over numbers that differ: got lower over {'a': 1, 'b': 1}",
+        ),
         ({"dtype": "float16"}, "dtype must be one of bfloat16, float32: got 'float16'"),
         ({"colour": "red"}, "unknown keys: colour. Remove them"),
     ],

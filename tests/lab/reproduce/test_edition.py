@@ -209,6 +209,7 @@ ARM = 'strategy = "lbl:scope=micro_batch,coefficient={micro}"'
             "takes learning rate of micro, but it chooses no learning rate: list it in learning_rates",
         ),
         ("claims/1-scope.toml", "seeds = 8", "seeds = 8\nfirst_seed = 95", "micro was chosen with 100, 101"),
+        ("claims/1-scope.toml", "seeds = 8", "seeds = [8, 16]\nfirst_seed = 90", "micro was chosen with 100, 101"),
     ],
 )
 def test_a_wrong_file_of_an_edition_is_refused(two, tmp_path, monkeypatch, file, old, new, message):

@@ -63,7 +63,8 @@ def test_a_value_at_which_a_run_diverges_is_not_chosen_and_is_marked(tmp_path):
 def test_a_value_out_of_balance_is_chosen_only_if_all_are(tmp_path):
     results = Results(tmp_path)
     _fill(results, {"0.01": 4.0, "0.03": 5.0, "0.1": 5.1}, {"0.01": 1.6, "0.03": 1.5, "0.1": 0.2})
-    assert FRONTIER.value(results) == "0.03"
+    assert FRONTIER.value(results) == "0.03" and FRONTIER.refused_for_balance(results) == ["0.01"]
+    assert next(_cells(FRONTIER, results)) == "0.01: 4.000 / 1.600 (refused)"
     results = Results(tmp_path / "all")
     _fill(results, {"0.01": 4.0, "0.03": 5.0, "0.1": 4.5}, {"0.01": 1.9, "0.03": 1.6, "0.1": 1.7})
     assert FRONTIER.value(results) == "0.03"

@@ -210,9 +210,15 @@ def test_a_claim_runs_each_mechanism_at_its_own_learning_rate(tmp_path, monkeypa
     edition = load_edition("first")
     results = edition.results(tmp_path / "r")
     text = pages("p.md", edition, edition.claims_with_values(results), reported, results)["p_runs.md"]
-    assert "| micro | `lbl:scope=micro_batch,coefficient=0.01` | 0.0015: 5.005 / 1.000, 0.003: 5.003 / 1.000, " in text
+    assert (
+        "| micro | `--strategy lbl:scope=micro_batch,coefficient=0.01` | 0.0015: 5.005 / 1.000, 0.003: 5.003 / 1.000, "
+        in text
+    )
     assert "**0.006: 5.000 / 1.000**, 0.012: 5.006 / 1.000 |" in text
-    assert "| global | `lbl:scope=global_batch,coefficient=0.01` | 0.0015: 5.002 / 1.000, **0.003: 5.000" in text
+    assert (
+        "| global | `--strategy lbl:scope=global_batch,coefficient=0.01` | 0.0015: 5.002 / 1.000, **0.003: 5.000"
+        in text
+    )
     assert "the same rule chooses one" in text
 
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 from types import MappingProxyType
 
 import pytest
-from claim_runs import ANY, CLAIM, Quiet, store
+from claim_runs import ANY, CLAIM, Quiet, page_text, store
 
 from equipoise_lab.analysis import Hypothesis, power
 from equipoise_lab.reproduce import command
@@ -78,8 +78,9 @@ def test_power_pays_for_the_looks(tmp_path):
         for arm in CLAIM.arms:
             store(results, CLAIM.job(arm, seed), 5.0 + (difference if arm == "a" else 0.0))
     finding = findings([planned], results)[0]
-    expected = power(Hypothesis("lower"), -0.05, finding.estimate.sd, 3, level=0.975)
+    expected = power(Hypothesis("lower"), -0.05, finding.estimate.sd, LOOKS.looks[-1], level=0.975)
     assert finding.power == pytest.approx(expected)
+    assert f", {LOOKS.looks[-1]} seeds support the claim" in page_text([planned], [finding], results)
 
 
 def test_a_claim_whose_text_is_not_here_is_left_out_says_so_and_stops_no_other(tmp_path, monkeypatch):

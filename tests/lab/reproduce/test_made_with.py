@@ -1,5 +1,6 @@
 """Results name the commit and the machine that they were made with; a page says whether a claim's runs are alike."""
 
+import re
 import subprocess
 from dataclasses import replace
 from importlib.metadata import version
@@ -66,12 +67,18 @@ def test_a_commit_is_the_last_that_changed_the_code_of_runs(source):
     _git(source.parent, "commit", "-qm", "two")
     assert commit(source) == first
     (source / "equipoise_lab/train/loop.py").write_text("changed")
-    assert commit(source) == f"{first} + changes"
+    changed = commit(source)
+    assert re.fullmatch(rf"{first} \+ changes [0-9a-f]{{8}}", changed)
+    (source / "equipoise_lab/train/loop.py").write_text("changed again")
+    assert commit(source) != changed, "two states of the code have two names"
     _git(source.parent, "commit", "-qam", "three")
     third = commit(source)
     assert third == _git(source, "rev-parse", "--short=12", "HEAD") != first
     (source / "equipoise_lab/train/new.py").write_text("a file that git does not know")
-    assert commit(source) == f"{third} + changes"
+    new = commit(source)
+    assert new.startswith(f"{third} + changes ")
+    (source / "equipoise_lab/train/new.py").write_text("the same file with other content")
+    assert commit(source) != new
 
 
 def test_without_a_repository_of_its_own_a_package_names_its_version(source, tmp_path, monkeypatch):
@@ -80,7 +87,7 @@ def test_without_a_repository_of_its_own_a_package_names_its_version(source, tmp
     (installed / "equipoise" / "__init__.py").write_text("")
     assert commit(installed) == f"equipoise {version('equipoise')}"
     monkeypatch.setenv("PATH", str(tmp_path))  # no git
-    assert commit(source) == f"equipoise {version('equipoise')}"
+    assert commit(source) == f"equipoise {version('equipoise')}, commit unknown"
 
 
 def test_a_repository_without_a_commit_is_an_error(tmp_path):
@@ -128,6 +135,7 @@ def _start(command, stdout, stderr, env):
     folder.mkdir(parents=True)
     versions = {"torch": "2.13"}
     config = {"format": 1, "began": "2026-01-02", "device": "cpu", "dtype": "bfloat16", "versions": versions}
+    config |= {"threads": 2, "corpus_fingerprint": "0f"} if folder.parent.name == "two" else {}
     write_json(folder / "config.json", config)
     (folder / "steps.jsonl").write_text('{"step":1,"seconds":2.0}\n')
     write_json(folder / "result.json", {"val_nats": 5.0, "domains": {}})
@@ -159,6 +167,12 @@ def test_a_new_result_names_its_commit_machine_and_recipe(tmp_path, monkeypatch)
     assert "\nAll runs of this claim: commit abc, CPU Xeon, 1 thread, torch 2.13.\n" in text
 
 
+def test_a_new_result_names_its_text_and_the_threads_that_it_had(tmp_path):
+    results = Results(tmp_path / "results")
+    _run(results, CLAIM.jobs()[:1], tmp_path / "two")
+    assert {name: results.get(CLAIM.jobs()[0])[name] for name in ("threads", "text")} == {"threads": 2, "text": "0f"}
+
+
 def test_runs_of_several_commits_or_machines_are_named_with_their_arms(tmp_path, monkeypatch):
     results = Results(tmp_path / "results")
     assert made_with_line(CLAIM, results) == ""
@@ -179,6 +193,12 @@ def test_runs_of_several_commits_or_machines_are_named_with_their_arms(tmp_path,
         write_json(path, stored | changes)
         assert f"; {difference}." in made_with_line(CLAIM, results)
         write_json(path, stored)
+    stored = results.get(a1)
+    write_json(path, stored | {"text": "0f"})
+    assert "text" not in made_with_line(CLAIM, results), "that of the other runs is not known"
+    write_json(results.folder / f"{results.name(b0)}.json", results.get(b0) | {"text": "aa"})
+    assert "not alike:** text 0f (arms a), text aa (arms b); commit" in made_with_line(CLAIM, results)
+    write_json(path, stored)
     only_a = replace(CLAIM, seeds_of={"b": 1})  # the run of the other commit is not of this claim
     assert "All runs of this claim: commit abc, " in made_with_line(only_a, results)
 

@@ -13,10 +13,10 @@ from equipoise.errors import UsageError
 from equipoise_lab.cli import main
 from equipoise_lab.records import write_json
 from equipoise_lab.reproduce import command
-from equipoise_lab.reproduce.command import as_json, reproduce, table_rows
+from equipoise_lab.reproduce.command import as_json, claim_rows, reproduce, table_rows
 from equipoise_lab.reproduce.config import Reproduce
 from equipoise_lab.reproduce.jobs import key_of
-from equipoise_lab.reproduce.page.wording import verdict_text
+from equipoise_lab.reproduce.page.wording import result_text, verdict_text
 from equipoise_lab.reproduce.results import Results
 from equipoise_lab.reproduce.verdict import MARGIN_OF, findings
 from equipoise_lab.train import engine
@@ -24,7 +24,13 @@ from equipoise_lab.train import engine
 
 @pytest.mark.parametrize(
     ("options", "has_bfloat16", "is_warned"),
-    [((), False, True), ((), True, False), (("--budget", "0"), False, False), (("--dtype", "float32"), False, False)],
+    [
+        ((), False, True),
+        ((), True, False),
+        (("--budget", "0"), False, False),
+        (("--dtype", "float32"), False, False),
+        (("--edition", "second"), False, False),  # its runs are in float32
+    ],
 )
 def test_a_machine_without_bfloat16_warns_before_runs_start(monkeypatch, capsys, options, has_bfloat16, is_warned):
     calls = []
@@ -35,12 +41,20 @@ def test_a_machine_without_bfloat16_warns_before_runs_start(monkeypatch, capsys,
     assert calls[0].dtype == ("float32" if "--dtype" in options else None)
 
 
-def test_a_result_without_a_loss_is_left_out_too(tmp_path):
+def test_a_result_without_a_loss_leaves_the_claim_undecided(tmp_path):
     claim, results = replace(CLAIM, name=LEADERBOARD), Results(tmp_path)
     fill(results, [-0.1, -0.1, -0.1, -0.1])
     store(results, CLAIM.job("a", 1), None)
     (first, _) = findings([CLAIM], results)
-    assert first.estimate.n == 3 and first.diverged == 0
+    assert first.estimate.n == 3 and first.diverged == 1 and first.is_finished
+    assert first.verdict == "undecided" and verdict_text(first) == "undecided, as runs diverged"
+    assert as_json([first])[0]["planned"] == 4 and claim_rows([first])[0][1] == "undecided"
+    for seed in range(4):
+        store(results, CLAIM.job("a", seed), None)
+    (first, _) = findings([CLAIM], results)
+    assert result_text(first) == "4 of 4 seeds diverged" and not first.is_missing
+    fill(results, [-0.1, -0.1, -0.1, -0.1])
+    store(results, CLAIM.job("a", 1), None)
     assert "This comparison has no results yet" in page_text([claim], findings([claim], results), results)
 
 
@@ -48,7 +62,7 @@ def test_a_verdict_before_the_last_seed_says_so(tmp_path):
     results = Results(tmp_path)
     fill(results, [-0.1, -0.11, -0.09])
     (first, _) = findings([CLAIM], results)
-    assert verdict_text(first) == "supported so far"
+    assert verdict_text(first) == "supported so far" == claim_rows([first])[0][1]
     fill(results, [-0.1, -0.11, -0.09, -0.1])
     assert verdict_text(findings([CLAIM], results)[0]) == "supported"
     far = replace(CLAIM, primary=replace(CLAIM.primary, claim="equal", margin=0.01))
@@ -199,4 +213,5 @@ def test_a_claim_without_runs_is_not_run(tmp_path, capsys):
     main(["reproduce", "1-scope", "--edition", "first", "--budget", "0", "--results", str(tmp_path / "new"), "--json"])
     assert {one["verdict"] for one in json.loads(capsys.readouterr().out)} == {"not run"}
     finding = findings([CLAIM], Results(tmp_path / "new"))[0]
-    assert verdict_text(finding) == "not run" and verdict_text(replace(finding, diverged=1)) == "undecided"
+    assert verdict_text(finding) == "not run"
+    assert verdict_text(replace(finding, diverged=1)) == "undecided, as runs diverged"

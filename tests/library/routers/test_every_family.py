@@ -103,7 +103,10 @@ def test_the_listing_names_every_tested_router_and_says_why_others_are_not_suppo
 
 def test_the_readme_gives_the_numbers():
     text = " ".join((Path(__file__).parents[3] / "README.md").read_text().split())
-    assert f"{sum(map(len, ROUTERS.values()))} router classes of {len(ROUTERS)} model families are tested in this way" in text
+    assert (
+        f"{sum(map(len, ROUTERS.values()))} router classes of {len(ROUTERS)} model families are tested in this way"
+        in text
+    )
 
 
 def test_nothing_counts_as_tested_on_another_version_of_transformers(monkeypatch):

@@ -80,8 +80,11 @@ def _verdicts(
     primary = [finding for finding in findings if finding.is_primary]
     differences = {finding.claim.name: result_text(finding) for finding in primary}
     lines = [edition.page.head.format(**addresses, **differences)]
-    for verdict in ("supported", "not supported", "undecided"):
-        of_verdict = [links[finding.claim.name] for finding in primary if finding.verdict == verdict]
+    groups = {finding.claim.name: finding.verdict if finding.is_finished else "unfinished" for finding in primary}
+    for verdict in ("supported", "not supported", "undecided", "unfinished"):
+        of_verdict = [links[name] for name, group in groups.items() if group == verdict]
+        if verdict == "unfinished" and not of_verdict:
+            continue
         listed = f" {', '.join(of_verdict)}." if of_verdict else ""
         lines.append(f"- **{verdict.capitalize()}: {len(of_verdict)} of {len(primary)}.**{listed}")
     lines += ["", "| claim | reported | here | verdict |", "|---|---|---|---|"]

@@ -8,6 +8,7 @@ from equipoise_lab.analysis import detectable_effect
 from equipoise_lab.reproduce.claim import Claim
 from equipoise_lab.reproduce.edition import Edition
 from equipoise_lab.reproduce.frontier import Frontier, Point
+from equipoise_lab.reproduce.page.environments import all_made_with_line
 from equipoise_lab.reproduce.page.wording import comparison_text, ignored_text, number, options_text
 from equipoise_lab.reproduce.results import Results
 from equipoise_lab.reproduce.verdict import Finding
@@ -28,23 +29,26 @@ def frontiers(edition: Edition, figure: str, results: Results) -> list[str]:
         f"[Quality against balance]({figure}) shows the test text.",
         "",
         f"Bold marks the chosen value: the lowest loss among those with a MaxVio of at most {common.most_maxvio:g}. If",
-        "there is none, it is the lowest MaxVio. A grid with its best value at an edge was widened there.",
+        "there is none, it is the lowest MaxVio. *Refused* values have a lower loss, and a MaxVio above the limit.",
+        "A grid with its best value at an edge was widened there.",
         "",
-        "| | strategy | loss / MaxVio of each value |",
+        "| | options | loss / MaxVio of each value |",
         "|---|---|---|",
     ]
     for frontier in edition.frontiers.values():
         cells = ", ".join(_cells(frontier, results)) or "no run yet"
-        lines.append(f"| {frontier.name} | `{frontier.arm['strategy']}`{_score_function(frontier)} | {cells} |")
-    return [*lines, "", *_learning_rates(edition, results)]
+        lines.append(f"| {frontier.name} | {options_text(frontier.arm)} | {cells} |")
+    made_with = all_made_with_line(
+        "All runs of the frontiers",
+        "**The runs of the frontiers are not alike:**",
+        {frontier.name: frontier.jobs(results) for frontier in edition.frontiers.values()},
+        results,
+    )
+    return [*lines, "", *_learning_rates(edition, results), *((made_with, "") if made_with else ())]
 
 
 def _seeds_text(seeds: Sequence[int]) -> str:
     return f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {' and '.join(map(str, seeds))}"
-
-
-def _score_function(frontier: Frontier) -> str:
-    return " (softmax scores)" if frontier.arm.get("score_function") == "softmax" else ""
 
 
 def _learning_rates(edition: Edition, results: Results) -> Iterator[str]:
@@ -55,21 +59,22 @@ def _learning_rates(edition: Edition, results: Results) -> Iterator[str]:
     yield from (
         "Then these run at their chosen value with several learning rates, and the same rule chooses one.",
         "",
-        "| | strategy | loss / MaxVio of each learning rate |",
+        "| | options | loss / MaxVio of each learning rate |",
         "|---|---|---|",
     )
     for frontier in of_stage:
         value = frontier.value(results)
-        strategy = frontier.arm["strategy"] if value is None else frontier.options(value)["strategy"]
+        options = frontier.arm if value is None else frontier.options(value)
         cells = ", ".join(_learning_rate_cells(frontier, results)) or "no run yet"
-        yield f"| {frontier.name} | `{strategy}`{_score_function(frontier)} | {cells} |"
+        yield f"| {frontier.name} | {options_text(options)} | {cells} |"
     yield ""
 
 
 def _cells(frontier: Frontier, results: Results) -> Iterator[str]:
-    chosen = frontier.value(results)
+    chosen, refused = frontier.value(results), frontier.refused_for_balance(results)
     for value in frontier.grid(results):
-        yield from _cell(frontier.point(value, results), value == chosen)
+        for cell in _cell(frontier.point(value, results), value == chosen):
+            yield f"{cell} (refused)" if value in refused else cell
     if frontier.at_edge(results):
         yield "still at the edge"
 

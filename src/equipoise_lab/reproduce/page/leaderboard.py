@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from equipoise_lab.reproduce.claim import Claim
-from equipoise_lab.reproduce.page.wording import number
+from equipoise_lab.reproduce.page.wording import number, options_text
 from equipoise_lab.reproduce.results import Results
 
 __all__ = ["arms", "leaderboard"]
@@ -38,10 +38,12 @@ def leaderboard(claim: Claim, link: str, results: Results) -> list[str]:
         f"The arms of claim {claim.name} over the {len(seeds)} seeds that all of them have, sorted by loss.",
         f"The details of {link} say which of these differences stand out from the noise.",
         "",
-        "| arm | strategy | loss | MaxVio | domain information, bits |",
+        "| arm | options | loss | MaxVio | domain information, bits |",
         "|---|---|---|---|---|",
     ]
     for arm, values in sorted(means.items(), key=lambda item: item[1]):
         cells = " | ".join(number(value, name) for name, value in zip(STATISTICS, values, strict=True))
-        lines.append(f"| {arm} | `{claim.arms[arm]['strategy']}` | {cells} |")
+        lines.append(f"| {arm} | {options_text(claim.arms[arm])} | {cells} |")
+    if without := [arm for arm in claim.arms if arm not in by_arm]:
+        lines += ["", f"Without results yet: {', '.join(without)}."]
     return [*lines, ""]

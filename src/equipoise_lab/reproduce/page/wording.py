@@ -38,10 +38,10 @@ def result_text(finding: Finding) -> str:
     """The difference or slope, with its interval and number of seeds."""
     estimate = finding.estimate
     if estimate is None:
-        return "no run yet"
+        return f"{finding.diverged} of {finding.planned} seeds diverged" if finding.diverged else "no run yet"
     name = finding.comparison.statistic
     if estimate.n < 2:
-        return f"{number(estimate.mean, name)} (one seed)"
+        return f"{number(estimate.mean, name)} (one seed{f', {finding.diverged} diverged' if finding.diverged else ''})"
     low, high = (number(end, name) for end in estimate.interval)
     planned = finding.planned
     seeds = f"{estimate.n} seeds" if estimate.n == planned else f"{estimate.n} of {planned} seeds"
@@ -66,21 +66,24 @@ def claimed(finding: Finding) -> str:
     return f"equal, ± {number(finding.margin, finding.comparison.statistic)}"
 
 
-def verdict_text(finding: Finding) -> str:
-    """The verdict; for an undecided claim also what it would take to support it."""
+def verdict_text(finding: Finding, is_short: bool = False) -> str:
+    """The verdict, with "so far" while seeds are missing. In full, for an undecided claim also why it is, or what it
+    would take to support it."""
     comparison, estimate = finding.comparison, finding.estimate
     if finding.is_missing:
         return "not run"
+    if finding.diverged:
+        return "undecided" if is_short else "undecided, as runs diverged"
     if finding.judgement is None or estimate is None:
         return finding.verdict
     if finding.verdict != "undecided":
-        so_far = " so far" if estimate.n + finding.diverged < finding.planned else ""
-        if finding.verdict == "supported" or comparison.claim != "equal":
+        so_far = "" if finding.is_finished else " so far"
+        if is_short or finding.verdict == "supported" or comparison.claim != "equal":
             return finding.verdict + so_far
         lower = comparison.of if estimate.mean < 0 else comparison.against
         return f"not supported{so_far}: {lower} is lower"
-    if estimate.n < LEAST_SEEDS_TO_ESTIMATE:
-        return "undecided"
+    if is_short or estimate.n < LEAST_SEEDS_TO_ESTIMATE:
+        return "undecided" if finding.is_finished or not is_short else "undecided so far"
     if finding.seeds_needed is None:
         beyond = "beyond the margin" if comparison.claim == "equal" else "on the other side"
         return f"undecided; the mean is {beyond}"
@@ -90,8 +93,8 @@ def verdict_text(finding: Finding) -> str:
 
 
 def power_text(finding: Finding) -> str:
-    """What power the planned seeds have for the effect that they are planned for; "" if the claim states none."""
-    comparison, estimate, planned = finding.comparison, finding.estimate, finding.planned
+    """What power the seeds of the last look have for the effect that they are planned for; "" without one."""
+    comparison, estimate, planned = finding.comparison, finding.estimate, finding.planned_at_most
     if comparison.effect is None:
         return ""
     compared = comparison_text(finding)
