@@ -52,8 +52,7 @@ def routers(stored: dict[str, Any]) -> Section:
     rows = stored["routers"]
     targets = [
         Target(
-            f"forward of a router under `{row['strategy']}`, {row['tokens']:,} tokens, over one that is "
-            "not attached",
+            f"forward of a router under `{row['strategy']}`, {row['tokens']:,} tokens, over one that is not attached",
             format_ratio(row["forward"]),
             f"{row['limit']}",
             row["holds"],

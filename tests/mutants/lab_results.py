@@ -54,9 +54,15 @@ MUTANTS = [
     ),
     Mutant(
         "report: an interrupted live page stays live",
-        "            with suppress(EquipoiseError, OSError):  # the folder may be gone\n                write_report(folder)\n",
-        "            pass\n",
+        "            try:\n                write_report(folder)\n            except (EquipoiseError, OSError):",
+        "            try:\n                pass\n            except (EquipoiseError, OSError):",
         "report/test_live -k interrupt",
+    ),
+    Mutant(
+        "report: a live page of a run that was damaged stays live",
+        "                with suppress(EquipoiseError, OSError):\n                    write_page(folder, shown)\n",
+        "                pass\n",
+        "report/test_live -k damaged",
     ),
     Mutant(
         "report: an evaluation before the last of its step is drawn",
@@ -283,9 +289,27 @@ MUTANTS = [
     ),
     Mutant(
         "claims: a verdict hides that seeds are missing",
-        'so_far = " so far" if estimate.n',
-        'so_far = "" if estimate.n',
+        'so_far = "" if finding.is_finished else " so far"',
+        'so_far = ""',
         "test_reproduce -k before_the_last",
+    ),
+    Mutant(
+        "claims: seeds that diverged are left out of a verdict",
+        "    if finding.diverged:  # seeds that",
+        "    if False:  # seeds that",
+        "test_reproduce -k without_a_loss",
+    ),
+    Mutant(
+        "claims: one without all its seeds is counted with the finished ones",
+        'finding.verdict if finding.is_finished else "unfinished"',
+        "finding.verdict",
+        "test_claim_pages -k without_all_its_seeds",
+    ),
+    Mutant(
+        "frontiers: a value that is refused for its balance is not marked",
+        'yield f"{cell} (refused)" if value in refused else cell',
+        "yield cell",
+        "test_frontier -k out_of_balance",
     ),
     Mutant(
         "claims: the mean of a frontier ignores a seed that diverged",
@@ -349,13 +373,13 @@ MUTANTS = [
     ),
     Mutant(
         "editions: a claim uses the seeds that its value was chosen with",
-        "(shared := set(frontier.seeds) & set(claim.all_seeds))",
+        "(shared := set(frontier.seeds) & set(claim.last_look.all_seeds))",
         "(shared := set())",
         "test_edition -k wrong_file",
     ),
     Mutant(
         "results: a changed tree is named by its commit alone",
-        'return f"{name} + changes" if changes else name',
+        'return f"{name} + changes {_fingerprint(source)}" if changes else name',
         "return name",
         "test_made_with -k changed",
     ),
@@ -409,7 +433,7 @@ MUTANTS = [
     ),
     Mutant(
         "claims: power is that of the seeds that have run, not of those planned",
-        "power(hypothesis, comparison.effect, effect.sd, finding.planned, level=level)",
+        "power(hypothesis, comparison.effect, effect.sd, finding.planned_at_most, level=level)",
         "power(hypothesis, comparison.effect, effect.sd, effect.n, level=level)",
         "test_effect -k planned",
     ),

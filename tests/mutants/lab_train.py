@@ -95,9 +95,33 @@ MUTANTS = [
     ),
     Mutant(
         "lab: a tracker that fails is called again",
-        "        self._trackers.pop(name, None)\n",
-        "",
+        "if (tracker := self._trackers.pop(name, None)) is not None:",
+        "if (tracker := self._trackers.get(name)) is not None:",
         "test_trackers -k named_once_and_the_run",
+    ),
+    Mutant(
+        "lab: a tracker that fails stays open",
+        "                finish(name, tracker, is_complete=False)\n        if name in self._runs:",
+        "                pass\n        if name in self._runs:",
+        "test_trackers -k named_once_and_the_run",
+    ),
+    Mutant(
+        "lab: weights are trained on the ids of another tokenizer",
+        "    return config.model\n\n\ndef _different_text",
+        "    return None\n\n\ndef _different_text",
+        "test_train -k start_from_a_saved_model",
+    ),
+    Mutant(
+        "lab: a damaged checkpoint counts as the newest",
+        "        ranks.run_on_first(_put_aside, folder, steps[: steps.index(step)])\n",
+        "",
+        "test_train -k damaged_newest",
+    ),
+    Mutant(
+        "lab: a stop after the last step writes its checkpoint again",
+        "        if self.saved != self.done:\n",
+        "        if True:\n",
+        "test_train -k stop_after_the_last",
     ),
     Mutant(
         "lab: the options of trackers are among those of a run",
@@ -168,7 +192,7 @@ MUTANTS = [
     ),
     Mutant(
         "selection: an evaluation leaks",
-        "not (self.training or layer.selection.in_evaluation)",
+        "not (self.training or layer.selection.acts_in_evaluation)",
         "False",
         "test_selection -k 'later or plain'",
     ),
@@ -289,7 +313,7 @@ MUTANTS = [
     ),
     Mutant(
         "experts: an audit is written although experts choose tokens",
-        "if not evaluates_by_token(config.selection):",
+        "if not tokens_choose_in_evaluation(config.selection):",
         "if False:",
         "test_evaluate -k nothing_is_written",
     ),

@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
 from torch import Tensor, nn
 
 from equipoise._text import abbreviate
@@ -24,8 +23,12 @@ from equipoise.balancers import Balancer, format_strategy
 from equipoise.counting.window_metrics import without_constants
 from equipoise.errors import EquipoiseError, UsageError
 from equipoise.integrations.arguments import check_attach_arguments
+from equipoise.integrations.framework_import import explained
 from equipoise.routers.find import find_routers
 from equipoise.torch_internals import step_was_applied
+
+with explained("BalanceCallback", "lightning", "lightning", "2.6"):
+    from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
 
 __all__ = ["BalanceCallback"]
 
@@ -99,7 +102,7 @@ class BalanceCallback(Callback):
         self._alerts = Alerts()
         self._loaded: Mapping[str, Any] | None = None  # of a checkpoint, until there is a Balance to load it into
         self._is_loaded = False  # a checkpoint brought a state, in this run of the Trainer
-        self._is_fitting = False
+        self._is_fitting, self._is_first_fit = False, True
         self._num_training_steps = 0  # in the batch that is under way
         self._was_applied: bool | Tensor = False  # whether a step of the optimizer in this batch moved the weights
         self._has_backward = False  # a training step of the open window returned a loss
@@ -120,6 +123,7 @@ class BalanceCallback(Callback):
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         _check_optimizers(trainer, pl_module, self._adds_loss and self._has_loss)
+        self._is_first_fit = self.balance is None
         self._attach(pl_module)
         assert self.balance is not None
         self._is_fitting, self._num_steps, self._num_windows = True, trainer.global_step, self.balance.num_windows
@@ -131,7 +135,12 @@ class BalanceCallback(Callback):
             self._undo.append(self.balance.follow(optimizer).remove)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        self._check_loaded(trainer)
+        try:
+            self._check_loaded(trainer)
+        except UsageError:
+            if self._is_first_fit:  # so that another callback may take this model
+                self.detach()
+            raise
         assert self.balance is not None
         self._num_steps, self._num_windows = trainer.global_step, self.balance.num_windows
         num_steps = trainer.estimated_stepping_batches

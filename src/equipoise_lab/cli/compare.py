@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from equipoise_lab.cli.groups import grouped
 from equipoise_lab.cli.process import print_json, rank, requires_lab, share_cores
-from equipoise_lab.cli.train import check_numbers, of_run, on_rank_0
+from equipoise_lab.cli.train import check_numbers, on_rank_0
 from equipoise_lab.train.config import Compare
 
 __all__ = ["Compare", "run", "subcommand"]
@@ -20,7 +20,6 @@ def subcommand(values: Mapping[str, Any]) -> Any:
 
 
 def run(options: Compare, command_line: str) -> None:
-    options = of_run(options)
     options.check()
     share_cores()
     with requires_lab("compare"):

@@ -2,20 +2,16 @@
 
 import contextlib
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 from equipoise_lab.cli.groups import grouped
 from equipoise_lab.cli.process import print_stderr, rank, requires_lab, share_cores
-from equipoise_lab.models.folders import model_folder
-from equipoise_lab.train.config import Compare, Train
+from equipoise_lab.train.config import Train
 
 if TYPE_CHECKING:
     from equipoise_lab.train.watch import Terminal
 
-__all__ = ["Train", "check_numbers", "of_run", "on_rank_0", "run", "subcommand"]
-
-Options = TypeVar("Options", Train, Compare)
+__all__ = ["Train", "check_numbers", "on_rank_0", "run", "subcommand"]
 
 
 def subcommand(values: Mapping[str, Any]) -> Any:
@@ -26,7 +22,6 @@ def subcommand(values: Mapping[str, Any]) -> Any:
 
 
 def run(options: Train, command_line: str) -> None:
-    options = of_run(options)
     options.check()
     share_cores()
     with requires_lab("train"):
@@ -48,11 +43,6 @@ def run(options: Train, command_line: str) -> None:
 def on_rank_0(terminal: "Terminal") -> Any:
     """A context manager of ``terminal`` that draws on rank 0 only."""
     return terminal if rank() == 0 else contextlib.nullcontext(terminal)
-
-
-def of_run(options: Options) -> Options:
-    """The same options; where ``--model`` is a run, with the model that it saved."""
-    return options if options.model is None else replace(options, model=model_folder(options.model))
 
 
 def check_numbers(strategies: Iterable[str | None]) -> None:

@@ -32,9 +32,9 @@ LEFTOVERS = {*(f".{name}.tmp" for name in FIRST_FILES), LOCK}  # of a process th
 
 
 def is_new(folder: Path) -> bool:
-    """Whether ``folder`` is missing or empty, or holds only what a run or a comparison leaves that fails before a step.
+    """Whether nothing in ``folder`` is worth keeping, so that a new run may start there.
 
-    That is a run without rows, or a comparison of such runs. Nothing of them is worth keeping, so a new run may start.
+    It is missing or empty, or has only the config and lock files of runs that stopped before their first step.
     """
     if not folder.is_dir():
         return True

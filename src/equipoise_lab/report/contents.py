@@ -38,6 +38,8 @@ def of_runs(records: Records, live: int | None = None) -> dict[str, Any]:
     drawn = Records(tuple(drawn_runs), {}, ())
     experts = drawn.experts()
     times = loads_over_time(timed_runs)
+    have_loads = {(time["strategy"], time["seed"]) for time in times}  # one that was killed or copied may have none
+    timed_runs = [run for run in timed_runs if (run.strategy, run.seed) in have_loads]
     maps = [model_data(model, len(models), run) for model, run in zip(models, drawn_runs, strict=True)]
     steps = sorted({one["step"] for model in maps for one in model["maps"]})
     rank_loads = figures.rank_loads(experts)

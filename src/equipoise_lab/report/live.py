@@ -21,12 +21,14 @@ SILENT = 60  # seconds without a new step that the page mentions
 def write_live(folder: Path, seconds: int, say: Callable[[str], None]) -> Path:
     """Writes ``report.html`` every ``seconds``, until every run is finished. Returns the path.
 
-    A browser that shows the page loads it again each time. At the end, or when it is interrupted, the page becomes a
-    usual one. ``say`` gets a line with the path, and one whenever there is nothing to show or nothing trains.
+    A browser that shows the page loads it again each time. At the end, when it is interrupted, or when a run cannot be
+    read any more, the page becomes a usual one. ``say`` gets a line with the path, and one whenever there is nothing to
+    show or nothing trains.
 
     Raises ``EquipoiseError`` if ``folder`` holds an audit.
     """
     path: Path | None = None
+    shown: Records | None = None
     said = ""
     try:
         while True:
@@ -43,15 +45,18 @@ def write_live(folder: Path, seconds: int, say: Callable[[str], None]) -> Path:
                 page = write_page(folder, records, Live(seconds, time.strftime("%H:%M:%S"), progress))
                 if path is None:
                     say(f"open {page} in a browser; it loads itself again every {seconds} seconds")
-                path = page
+                path, shown = page, records
             if state != said and state:
                 say(state)
             said = state
             time.sleep(seconds)
-    except KeyboardInterrupt:
-        if path is not None:
-            with suppress(EquipoiseError, OSError):  # the folder may be gone
+    except (KeyboardInterrupt, EquipoiseError):
+        if path is not None and shown is not None:
+            try:
                 write_report(folder)
+            except (EquipoiseError, OSError):  # a run is damaged, or the folder is gone
+                with suppress(EquipoiseError, OSError):
+                    write_page(folder, shown)
         raise
     return write_report(folder, say)
 

@@ -101,8 +101,11 @@ def _read_file(name: str) -> str:
 def _replace(path: Path, text: str) -> Path:
     """Atomically. Two processes may write the same page, for example a training and ``report --live``."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8", newline="\n")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
     return path
 
 

@@ -98,14 +98,14 @@ def _write(folder: Path, step: int, state: dict[str, Any]) -> None:
     from safetensors import SafetensorError
 
     target, temporary = _path(folder, step), folder / f".step-{step:08d}.tmp"
-    for old in (temporary, target):
-        shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         _write_state(temporary / STATE, state)
         write_json(temporary / FACTS, {"step": step, "blake2b": _digest(temporary / STATE)})
         for file in temporary.iterdir():
             _sync(file)
+        shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)
         _sync(folder)
     except (OSError, SafetensorError) as error:
@@ -163,10 +163,20 @@ def load_newest(
         set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
         balance.load_state_dict(balance_state)
         torch.set_rng_state(random)
+        ranks.run_on_first(_put_aside, folder, steps[: steps.index(step)])
         return facts
     if steps:
         ranks.run_on_first(_refuse, folder, reasons)
     return None
+
+
+def _put_aside(folder: Path, damaged: list[int]) -> None:
+    """Renames checkpoints that could not be read. Else they would count as the newest two, and good ones would go."""
+    for step in damaged:
+        path = _path(folder, step)
+        aside = path.with_name(f"damaged-{path.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
 
 
 def _path(folder: Path, step: int) -> Path:

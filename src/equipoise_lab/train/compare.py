@@ -107,7 +107,7 @@ def _one_after_another(
 
 def _num_workers(config: Compare, ranks: Ranks) -> int:
     if config.workers is not None:
-        return config.workers
+        return min(config.workers, len(config.runs()))
     if ranks.size > 1 or torch.cuda.is_available() or os.name != "posix":
         return 1
     return min(num_cores(), len(config.runs()))

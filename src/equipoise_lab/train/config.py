@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from equipoise.errors import UsageError
-from equipoise_lab.models.folders import suggest_models
+from equipoise_lab.models.folders import model_folder, suggest_models
 from equipoise_lab.paths import suggest_paths
 from equipoise_lab.records import read_json
-from equipoise_lab.train.location import check_location, find_tokenizer
+from equipoise_lab.train.location import check_location, find_tokenizer, local_path
 from equipoise_lab.train.strategies import check_strategies, is_name
 
 __all__ = ["ARCHITECTURES", "TOP_K", "Compare", "Tracker", "Train"]
@@ -58,7 +58,8 @@ class _Run:
     """The field or column that holds the text, in .jsonl, .parquet, .csv, .tsv and data sets."""
 
     tokenizer: Path | None = None
-    """A tokenizer.json, or a folder with one. Default: a byte-level BPE is trained on the training text."""
+    """A tokenizer.json, or a folder with one. Default: that of --model if it has weights.
+    Otherwise a byte-level BPE is trained on the training text."""
 
     vocab_size: int = 2048
     """Vocabulary size of the BPE that is trained without --tokenizer."""
@@ -158,6 +159,16 @@ class _Run:
 
     tracker_layers: int = 0
     """Layers of which a tracker also gets MaxVio and dead experts: at most so many, spread over the depth; 0: none."""
+
+    def __post_init__(self) -> None:
+        """Expands ``~`` in paths. A run as ``model`` stands for the model that it saved."""
+        places: dict[str, Path | None] = {"out": self.out, "model": self.model, "tokenizer": self.tokenizer}
+        for name, path in places.items():
+            if path is not None:
+                expanded = Path(path).expanduser()
+                object.__setattr__(self, name, model_folder(expanded) if name == "model" else expanded)
+        if self.data.startswith("~"):
+            object.__setattr__(self, "data", str(local_path(self.data)))
 
     def check(self) -> None:
         """Raises UsageError for invalid values."""

@@ -66,13 +66,15 @@ def is_same_place(recorded: Any, other: Any) -> bool:
 
     >>> is_same_place("my_text", "/home/me/my_text"), is_same_place("my_text", "/home/me/text")
     (True, False)
+    >>> is_same_place("../my_text", "/home/me/my_text")
+    True
     """
     if not isinstance(recorded, str) or not isinstance(other, str) or PACKAGED in (recorded, other):
         return recorded == other
     if os.path.abspath(recorded) == os.path.abspath(other):
         return True
     relative, absolute = sorted((Path(recorded), Path(other)), key=Path.is_absolute)
-    parts = relative.parts
+    parts = tuple(part for part in Path(os.path.normpath(relative)).parts if part != "..")
     return bool(parts) and absolute.is_absolute() and absolute.parts[-len(parts) :] == parts
 
 

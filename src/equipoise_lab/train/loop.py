@@ -119,6 +119,13 @@ def train(
             training = _Training(config, watcher, command, ranks, says_text=says_text)
         try:
             return training.run()
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            if ranks.size > 1:
+                raise  # the other ranks still wait for this one
+            raise EquipoiseError(
+                f"a run must fit into memory: {config.label}, seed {config.seed}, needs more. {str(error)[:300]} Use "
+                "fewer --sequences or --experts, or a smaller --width; --resume goes on after the newest checkpoint."
+            ) from error
         finally:
             training.folder.release()
 
@@ -312,7 +319,8 @@ class _Training:
     def _stop(self) -> NoReturn:
         """Writes a checkpoint and stops, on every rank."""
         end_grace()
-        self._save()
+        if self.saved != self.done:
+            self._save()
         raise KeyboardInterrupt
 
     def _resume_hint(self) -> str:

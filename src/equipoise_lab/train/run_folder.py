@@ -26,9 +26,9 @@ from equipoise_lab.train.config_file import write_config_file
 from equipoise_lab.train.data import Corpus
 from equipoise_lab.train.levels import levels_of
 from equipoise_lab.train.location import PLACES, is_same_place
-from equipoise_lab.train.selection import evaluates_by_token, evaluation_note
+from equipoise_lab.train.selection import evaluation_note, tokens_choose_in_evaluation
 from equipoise_lab.train.switch import has_positive_rate
-from equipoise_lab.train.trackers import Trackers
+from equipoise_lab.train.trackers import Trackers, lacking
 
 KEPT = ("strategy", "seed", "steps", "layers", "domains", "num_experts", "experts_per_token", "num_parameters")
 AVERAGED = ("loss", "maxvio_batch", "maxvio_micro", "seconds")  # numbers of a step that the result needs
@@ -71,6 +71,8 @@ def complete_result(config: Train, watcher: Watcher) -> dict[str, Any] | None:
     watcher.begin(config, config.steps)
     if config.save_model and not (config.out / "model").is_dir():
         watcher.say(f"{config.out} is complete, but was trained with --no-save-model: there is no model to save")
+    for name in lacking(config):
+        watcher.say(f"{name} lacks steps of {config.out}, which is complete: nothing more is sent")
     watcher.end()
     # Checkpoints remain if the run was killed after its result was written.
     shutil.rmtree(config.out / CHECKPOINTS, ignore_errors=True)
@@ -272,7 +274,7 @@ class RunFolder:
     def audit(self, audited: AuditData, corpus: Corpus, model_type: str) -> None:
         """Writes what the experts did in the last evaluation, in the format of `equipoise audit`."""
         config = self.config
-        if not evaluates_by_token(config.selection):
+        if not tokens_choose_in_evaluation(config.selection):
             self.watcher.say(f"no {RESULT}: with --selection {config.selection} experts choose tokens")
             return
         levels = levels_of(config.data, {domain: corpus.sample(domain) for domain in corpus.domains})

@@ -1,7 +1,10 @@
 """The text of a run, and its micro-batches, on every rank."""
 
+from pathlib import Path
 from typing import Any
 
+from equipoise.errors import EquipoiseError
+from equipoise_lab.models.weights import find_weights
 from equipoise_lab.train.batches import Batches
 from equipoise_lab.train.config import Train
 from equipoise_lab.train.data import Corpus, load_corpus
@@ -22,7 +25,7 @@ def load_text(config: Train, watcher: Watcher, ranks: Ranks) -> Corpus:
     def load() -> Corpus:
         return load_corpus(
             None if config.data == PACKAGED else config.data,
-            tokenizer=config.tokenizer,
+            tokenizer=_tokenizer_of(config),
             vocab_size=config.vocab_size,
             progress=watcher.say,
             sequence_length=config.sequence_length,
@@ -35,6 +38,18 @@ def load_text(config: Train, watcher: Watcher, ranks: Ranks) -> Corpus:
     ranks.run_on_first(levels_of, config.data, dict.fromkeys(text.domains, ""))
     batches_of(config, text, ranks)
     return text
+
+
+def _tokenizer_of(config: Train) -> Path | None:
+    """That of --tokenizer, else the one beside the weights of --model; None to train one."""
+    if config.tokenizer is not None or config.model is None or not find_weights(config.model).files:
+        return config.tokenizer
+    if not (config.model / "tokenizer.json").is_file():
+        raise EquipoiseError(
+            f"--model must have the tokenizer that its weights were trained with: {config.model} has no tokenizer.json."
+            " Copy it there, or give it with --tokenizer."
+        )
+    return config.model
 
 
 def _different_text(name: str, value: Any, rank: int, other_value: Any) -> str:

@@ -27,7 +27,7 @@ __all__ = [
     "Hash",
     "Sinkhorn",
     "check_selection",
-    "evaluates_by_token",
+    "tokens_choose_in_evaluation",
     "evaluation_note",
     "expert_choice",
     "hash_table",
@@ -64,8 +64,8 @@ class Selection(Protocol):
     ) -> Choice:
         """The choice of a router call in training. Weights are scores, normalised over the experts of a token."""
 
-    in_evaluation: bool  # whether it also acts in evaluation; otherwise top-k of the scores does
-    by_token: bool  # whether row t of its choice belongs to token t
+    acts_in_evaluation: bool  # whether it also acts in evaluation; otherwise top-k of the scores does
+    rows_are_tokens: bool  # whether row t of its choice belongs to token t
 
 
 # ---- expert choice ----
@@ -138,8 +138,8 @@ class ExpertChoice:
     """
 
     name = "expert-choice"
-    in_evaluation = False
-    by_token = False
+    acts_in_evaluation = False
+    rows_are_tokens = False
 
     def __init__(self, chunk: int | None = None, shuffled: bool = False):
         self.chunk = None if chunk is None else check_whole("chunk", chunk, least=1)
@@ -204,8 +204,8 @@ class Sinkhorn:
     """
 
     name = "sinkhorn"
-    in_evaluation = False
-    by_token = True
+    acts_in_evaluation = False
+    rows_are_tokens = True
 
     def __init__(self, iterations: int = 20):
         self.iterations = check_whole("iterations", iterations, least=1)
@@ -245,8 +245,8 @@ class Hash:
     """
 
     name = "hash"
-    in_evaluation = True
-    by_token = True
+    acts_in_evaluation = True
+    rows_are_tokens = True
 
     def check(self, num_tokens: int, k: int, num_experts: int) -> None: ...
 
@@ -299,10 +299,10 @@ def parse_selection(text: str) -> Selection | None:
         raise UsageError(f"{error} (in {text!r})") from None
 
 
-def evaluates_by_token(text: str) -> bool:
+def tokens_choose_in_evaluation(text: str) -> bool:
     """Whether tokens choose experts in an evaluation with this ``--selection`` (not experts tokens)."""
     selection = parse_selection(text)
-    return selection is None or selection.by_token or not selection.in_evaluation
+    return selection is None or selection.rows_are_tokens or not selection.acts_in_evaluation
 
 
 def evaluation_note(text: str) -> str | None:
@@ -310,7 +310,7 @@ def evaluation_note(text: str) -> str | None:
     selection = parse_selection(text)
     if selection is None:
         return None
-    if selection.in_evaluation:
+    if selection.acts_in_evaluation:
         return f"experts are chosen by --selection {text}, as in training"
     return f"experts are chosen by top-k of the scores, as in every evaluation; trained with --selection {text}"
 
@@ -376,7 +376,7 @@ def _selecting(base: Any) -> Any:
     def forward(self, hidden):
         layer = self._selection
         logits, weights, expert_ids = base.forward(self, hidden)
-        if layer.forward.input_ids is None or not (self.training or layer.selection.in_evaluation):
+        if layer.forward.input_ids is None or not (self.training or layer.selection.acts_in_evaluation):
             return logits, weights, expert_ids
         ids = layer.forward.input_ids.reshape(-1)
         choice = layer.selection.choose(logits, self.top_k, layer.number, ids, layer.vocab)

@@ -191,7 +191,11 @@ def _start_mlflow(place: Place, configuration: dict[str, Any]) -> tuple[Any, str
     with FileLock(cache / "mlflow.lock", timeout=120):  # two runs that begin at once would both make the experiment
         tracker.start()
     if place.id is None:  # MLflow refuses parameters that have changed
-        tracker.store_init_configuration(configuration)
+        try:
+            tracker.store_init_configuration(configuration)
+        except BaseException:
+            finish("mlflow", tracker, is_complete=False)
+            raise
     return tracker, tracker.tracker.info.run_id
 
 

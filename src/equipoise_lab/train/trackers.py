@@ -13,18 +13,20 @@ one, and what it has. A step that a resumed run trains again is not sent again.
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, final
 
 import torch
 
+from equipoise.errors import EquipoiseError
 from equipoise.metrics import dead_experts, max_violation
 from equipoise_lab.analysis.summary import COLUMNS
 from equipoise_lab.records import Run, TrackerRuns, read_json, write_json
 from equipoise_lab.train.config import Train
 from equipoise_lab.train.tracker_kinds import Place, finish, quiet, start
 
-__all__ = ["FILE", "Trackers", "evaluation_metrics", "layer_metrics", "result_metrics", "step_metrics"]
+__all__ = ["FILE", "Trackers", "evaluation_metrics", "lacking", "layer_metrics", "result_metrics", "step_metrics"]
 
 FILE = "trackers.json"
 OF_TRAINING = ("loss", "balancing_loss", "grad_norm", "learning_rate", "tokens")  # the rest is of the balancing
@@ -98,14 +100,23 @@ class Trackers:
 
         ``recorded``: the last step and the last evaluation in its logs, which may be later ones.
         """
+        try:
+            self._runs = dict(read_json(self.path, TrackerRuns)) if self.path.exists() else {}
+        except EquipoiseError:
+            if self._waiting:
+                raise
+        killed = [name for name, run in self._runs.items() if run.get("sent") is None]
+        for name in killed:  # also those that are left out now: later there will be more records than they got
+            self._runs[name] = {**self._runs[name], "sent": dict(recorded)}
+        if killed:
+            write_json(self.path, self._runs)
         if not self._waiting:
             return
         self.records = records
-        self._runs = dict(read_json(self.path, TrackerRuns)) if self.path.exists() else {}
         for name in self._waiting:
             sent = {"steps": 0, "evaluations": 0}
             if name in self._runs:
-                sent = dict(self._runs[name].get("sent") or recorded)
+                sent = dict(self._runs[name]["sent"])
             if name == "tensorboard":  # it can forget
                 sent = {log: min(step, done) for log, step in sent.items()}
             self._sent[name] = sent
@@ -170,11 +181,14 @@ class Trackers:
                 continue
             if name == "wandb" and not self._trackers[name].tracker.offline:
                 self.watcher.say(f"wandb: {self._trackers[name].tracker.url}")
-            self._runs[name] = {"id": run_id, "sent": None}  # None: all that is recorded
+            # Null until the session ends. If it is killed, we assume that the tracker got all that is recorded.
+            self._runs[name] = {"id": run_id, "sent": None}
             write_json(self.path, self._runs)
 
     def _give_up(self, name: str, when: str, error: Exception) -> None:
-        self._trackers.pop(name, None)
+        if (tracker := self._trackers.pop(name, None)) is not None:
+            with suppress(Exception):  # one that stays open would get the metrics of the next run
+                finish(name, tracker, is_complete=False)
         if name in self._runs:
             self._runs[name] = {**self._runs[name], "sent": self._sent[name]}
             write_json(self.path, self._runs)
@@ -188,6 +202,13 @@ class Trackers:
         facts |= {"num_layers": len(self.records.config["layers"]), "out": str(self.config.out)}
         values = {**self.records.config.get("options", {}), **facts}
         return {name: value for name, value in values.items() if isinstance(value, bool | int | float | str)}
+
+
+def lacking(config: Train) -> list[str]:
+    """The trackers of ``config`` that lack steps of its run, which is complete."""
+    runs = dict(read_json(config.out / FILE, TrackerRuns)) if config.trackers and (config.out / FILE).exists() else {}
+    sent = {name: (run.get("sent") or {"steps": config.steps})["steps"] for name, run in runs.items()}
+    return [name for name in config.trackers if sent.get(name, 0) < config.steps]
 
 
 def _reason(error: Exception) -> str:

@@ -94,6 +94,16 @@ def test_an_interrupt_leaves_a_usual_page(tmp_path, pauses):
     assert "Live:" not in own_text(tmp_path / "report.html")
 
 
+def test_a_run_that_gets_damaged_leaves_a_usual_page_of_what_was_there(tmp_path, pauses):
+    begin(tmp_path / "a")
+    train_on(tmp_path / "a", 2)
+    pauses.append(lambda: (tmp_path / "a" / "config.json").write_text("{"))
+    with pytest.raises(EquipoiseError, match="must contain a run or an audit that can be read"):
+        write_live(tmp_path, 5, lambda line: None)
+    page = own_text(tmp_path / "report.html")
+    assert "lbl" in page and "Live:" not in page and 'http-equiv="refresh"' not in page
+
+
 def test_an_interrupt_after_the_folder_has_gone_is_an_interrupt(tmp_path, pauses):
     begin(tmp_path / "runs" / "a")
     train_on(tmp_path / "runs" / "a", 2)

@@ -405,6 +405,18 @@ def test_report_imports_no_torch(tmp_path):
     assert subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout == "False\n"
 
 
+@pytest.mark.parametrize("without", ["none", "lbl"])
+def test_a_run_without_loads_is_left_out_of_the_loads_over_time(tmp_path, without):
+    """One that trains may have been copied without its largest file."""
+    for strategy in ("none", "lbl"):
+        run = make_run(tmp_path / strategy, strategy, finish=False)
+        if strategy == without:
+            (run.path / "loads.jsonl").unlink()
+    data = data_of(write_report(tmp_path))
+    (other,) = {"none", "lbl"} - {without}
+    assert [time["strategy"] for time in data["times"]] == [other]
+
+
 def test_large_numbers_are_abbreviated():
     assert [abbreviate(x) for x in (13_107_200, 999_950, 8192, 90, None)] == ["13.1 M", "1 M", "8.19 k", "90", "?"]
 

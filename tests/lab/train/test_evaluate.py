@@ -149,7 +149,7 @@ def test_the_audit_describes_the_choice_in_evaluation_under_another_selection(ti
 
 
 def test_if_experts_choose_tokens_in_evaluation_nothing_is_written(tiny, new_watcher, monkeypatch):
-    monkeypatch.setattr(ExpertChoice, "in_evaluation", True)
+    monkeypatch.setattr(ExpertChoice, "acts_in_evaluation", True)
     config = tiny(steps=2, strategy="none", selection="expert-choice", save_model=False)
     watcher = new_watcher()
     assert train(config, watcher)["val_nats"] > 0

@@ -235,7 +235,8 @@ def test_the_default_is_one_worker_per_core_and_run_on_a_cpu(make_comparison, mo
         return module._num_workers(make_comparison(**{"workers": None, **options}), Ranks(size=num_ranks))
 
     monkeypatch.setattr(module, "num_cores", lambda: 6)
-    assert [workers(), workers(seeds=2), workers(seeds=5), workers(workers=9)] == [2, 4, 6, 9]
+    assert [workers(), workers(seeds=2), workers(seeds=5), workers(seeds=5, workers=9)] == [2, 4, 6, 9]
+    assert workers(workers=9) == 2, "more would share out cores that no run uses"
     assert workers(num_ranks=2) == 1
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert workers() == 1

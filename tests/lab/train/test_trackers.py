@@ -173,8 +173,29 @@ def test_a_tracker_that_fails_is_named_once_and_the_run_goes_on(tiny, server, ne
     assert len(said) == 1 and "at step 4" in said[0] and "ConnectionError: the server is gone." in said[0]
     assert server.steps("mlflow", "train/loss") == [1, 2, 3]
     assert server.steps("trackio", "train/loss") == list(range(1, 13))
+    assert server.finished == [("mlflow", False), ("trackio", True)], "an open run would get the next one's metrics"
     assert Run(config.out).complete
     assert read_json(config.out / trackers.FILE)["mlflow"]["sent"] == {"steps": 3, "evaluations": 0}
+
+
+def test_a_complete_run_says_that_it_sends_nothing_more(tiny, server, new_watcher):
+    config, watcher = tiny(tracker=("mlflow",), steps=4), new_watcher()
+    server.fails_at["mlflow"] = 3
+    train(config, new_watcher())
+    train(replace(config, resume=True), watcher)
+    assert watcher.said == [f"mlflow lacks steps of {config.out}, which is complete: nothing more is sent"]
+    train(replace(config, resume=True, tracker=("none",)), watcher)
+    assert len(watcher.said) == 1
+
+
+def test_a_tracker_that_was_left_out_after_a_kill_gets_the_steps_since(tiny, server, new_watcher):
+    config = tiny(tracker=("trackio",))
+    _stop(config, new_watcher, 4)
+    (config.out / trackers.FILE).write_text(json.dumps({"trackio": {"id": "id of trackio", "sent": None}}))
+    _stop(replace(config, resume=True, tracker=("none",)), new_watcher, 8)
+    train(replace(config, resume=True), new_watcher())
+    assert server.places[1][1].sent == 4
+    assert server.steps("trackio", "train/loss") == [1, 2, 3, *range(5, 13)]
 
 
 def test_what_a_failed_tracker_lacks_is_sent_after_a_stop(tiny, server, new_watcher):

@@ -8,16 +8,18 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import safetensors.torch
 import shrunken
 import torch
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 import equipoise
 from equipoise.errors import EquipoiseError, UsageError
 from equipoise_lab.records import Run
+from equipoise_lab.train import checkpoint
 from equipoise_lab.train import loop as training
 from equipoise_lab.train.config import ARCHITECTURES
 from equipoise_lab.train.engine import learning_rate_at
@@ -190,12 +192,44 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_previous_one_used(tiny,
     newest = tmp_path / "cut" / "checkpoints" / "step-00000010"
     _flip_a_bit(newest / "state.safetensors")
     watcher = new_watcher()
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny(out=tmp_path / "cut", resume=True), new_watcher(8))
+    names = sorted(path.name for path in newest.parent.iterdir())
+    assert names == ["damaged-step-00000010", "step-00000005"], "the damaged one is not taken for the newest"
+    newest.with_name("damaged-step-00000010").rename(newest)
     resumed = train(tiny(out=tmp_path / "cut", resume=True), watcher)
     assert any(
         "step-00000010 cannot be read (ValueError: state.safetensors is not the one" in line for line in watcher.said
     )
     assert watcher.done == 5
     assert _without_times(resumed) == _without_times(whole)
+
+
+def test_a_stop_after_the_last_step_leaves_its_checkpoint_as_it_is(tiny, new_watcher, monkeypatch):
+    """Its evaluation is stopped, twice. To write the checkpoint again could lose it."""
+    written, save = [], checkpoint.save
+
+    def note(folder, step, *others):
+        written.append(step)
+        save(folder, step, *others)
+
+    monkeypatch.setattr(checkpoint, "save", note)
+    monkeypatch.setattr(training._Training, "_evaluate", lambda run, split: run._stop())
+    for resume in (False, True):
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny(resume=resume), new_watcher())
+    assert written == [5, 10, 12]
+
+
+def test_a_run_that_does_not_fit_into_memory_says_so(tiny, new_watcher, monkeypatch):
+    def fails(run):
+        raise torch.OutOfMemoryError("Tried to allocate 3 GiB.")
+
+    monkeypatch.setattr(training._Training, "run", fails)
+    with pytest.raises(
+        EquipoiseError, match="must fit into memory: .* seed 0, needs more. Tried to allocate 3 GiB. Use"
+    ):
+        train(tiny(), new_watcher())
 
 
 def test_a_run_with_only_damaged_checkpoints_is_refused(tiny, new_watcher):
@@ -316,14 +350,23 @@ def test_the_saved_model_of_a_family_without_a_slot_carries_its_biases_beside_it
     assert not torch.equal(_logits(model, ids), without)
 
 
-def test_training_can_start_from_a_saved_model(tiny, new_watcher, tmp_path):
+@pytest.mark.parametrize("tokenizer", ["given", "beside the weights"])
+def test_training_can_start_from_a_saved_model(tiny, new_watcher, tmp_path, tokenizer):
+    """In Python, too, a run stands for the model that it saved. The ids of another text are those of its tokenizer."""
     first = train(tiny(steps=12, out=tmp_path / "first"), new_watcher())
-    config = tiny(
-        model=tmp_path / "first" / "model",
-        tokenizer=tmp_path / "first" / "model" / "tokenizer.json",
-        steps=1,
-        out=tmp_path / "second",
-    )
+    file = tmp_path / "first" / "model" / "tokenizer.json"
+    config = tiny(model=tmp_path / "first", steps=1, out=tmp_path / "second")
+    if tokenizer == "given":
+        file.rename(tmp_path / "tokenizer.json")
+        with pytest.raises(EquipoiseError, match="--model must have the tokenizer that its weights were trained with"):
+            train(config, new_watcher())
+        config, file = replace(config, tokenizer=tmp_path / "tokenizer.json"), tmp_path / "tokenizer.json"
+    assert config.model == tmp_path / "first" / "model"
+    other = tmp_path / "text"
+    shutil.copytree(config.data, other)
+    (other / "river.txt").write_text((other / "river.txt").read_text().replace("rhine", "zzzz"))
+    saved = train(replace(config, data=str(other), out=tmp_path / "other"), new_watcher())
+    assert (tmp_path / "other" / "model" / "tokenizer.json").read_bytes() == file.read_bytes() and saved
     train(config, new_watcher())
     assert _rows(config.out)[0]["loss"] < _rows(tmp_path / "first")[0]["loss"] - 0.1
     assert math.isfinite(first["val_nats"])
@@ -447,7 +490,7 @@ def test_a_resumed_run_keeps_its_precision_and_reports_what_changed(tiny, new_wa
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Folder of a tiny model of Transformers, without a tokenizer."""
+    """Folder of a tiny model of Transformers and its tokenizer."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(
@@ -458,6 +501,9 @@ def saved(tmp_path_factory):
     torch.manual_seed(5)  # not the seed of the runs
     folder = tmp_path_factory.mktemp("saved")
     AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(folder)
+    tokenizer = Tokenizer(models.WordLevel({"<|endoftext|>": 0, "apple": 1, "iron": 2, "?": 3}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
     return folder
 
 

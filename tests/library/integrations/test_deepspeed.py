@@ -136,6 +136,20 @@ def test_remove_leaves_the_engine_as_it_was():
     follow_engine(balance, engine)
 
 
+def test_remove_leaves_a_wrapper_of_the_users_and_refuses_one_that_came_later():
+    engine = Engine(PlainNet(), accumulated=1)
+    step = engine.step
+    engine.step = timed = lambda: step()
+    following = follow_engine(equipoise.attach(engine.module, BIASES), engine)
+    ours, engine.step = engine.step, lambda: step()
+    with pytest.raises(UsageError, match=r"engine.step must be that of follow_engine .* Remove that first"):
+        following.remove()
+    engine.step = ours
+    following.remove()
+    following.remove()
+    assert engine.step is timed and "backward" not in vars(engine)
+
+
 def test_an_engine_is_followed_once():
     engine, balance, _ = start()
     with pytest.raises(UsageError, match="must be called once for an engine"):

@@ -96,8 +96,11 @@ def test_a_checkpoint_without_the_balance_is_refused_unless_it_is_asked_for(tmp_
     if not weights_only:  # Lightning itself refuses to resume from weights alone
         with pytest.raises(UsageError, match="a checkpoint must hold the state of BalanceCallback"):
             fit(batches(2), ckpt_path=path, max_epochs=2)
+        again = Module()
+        with pytest.raises(UsageError, match="fresh=True"):
+            trainer([BalanceCallback(BOTH)], max_epochs=2).fit(again, loader(batches(2)), ckpt_path=path)
         callback = BalanceCallback(BOTH, fresh=True)
-        trainer([callback], max_epochs=2).fit(Module(), loader(batches(2)), ckpt_path=path)
+        trainer([callback], max_epochs=2).fit(again, loader(batches(2)), ckpt_path=path)  # as in a notebook
         assert callback.balance.num_windows == 2
 
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -257,19 +258,27 @@ def test_a_step_that_was_skipped_moves_nothing(kind, optim):
     callback.detach()
 
 
-def test_micro_batches_left_over_by_a_stream_are_in_no_window(tmp_path):
-    """The dataset ends two micro-batches after a step of four. The Trainer takes no step for them."""
+def test_micro_batches_left_over_by_a_stream_are_in_the_step_that_has_their_gradient(tmp_path):
+    """The dataset ends two micro-batches after a step of four. The Trainer takes no step for them, and keeps their
+    gradients until the first step of the next epoch."""
 
     class Stream(torch.utils.data.IterableDataset):
         def __iter__(self):
             return iter(rows(12))
 
+    class Kept(TrainerCallback):
+        def on_epoch_end(self, args, state, control, model=None, **kwargs):
+            kept.append(sum(float(p.grad.abs().sum()) for p in model.parameters() if p.grad is not None))
+
+    kept = []
     model, callback = family("glm4_moe"), EquipoiseCallback(*BOTH)
     watch = Watch(callback)
-    train(model, Stream(), [callback, watch], tmp_path, max_steps=2, save_strategy="epoch")
-    assert [int(load["model.layers.0.mlp.gate"].sum()) for load in watch.load] == [
-        2 * sum(sum(row["attention_mask"]) for row in rows(12)[: BATCH * ACCUMULATED])
-    ] * 2
+    train(model, Stream(), [callback, watch, Kept()], tmp_path, max_steps=2, save_strategy="epoch")
+    assert kept[0] > 0, "the Trainer keeps the gradients"
+    a_step, an_epoch = (2 * sum(sum(row["attention_mask"]) for row in rows(12)[:n]) for n in (BATCH * ACCUMULATED, 12))
+    counted = [int(load["model.layers.0.mlp.gate"].sum()) for load in watch.load]
+    assert counted == [a_step, an_epoch - a_step + a_step]
+    assert not callback.balance.has_open_window
     assert (tmp_path / "checkpoint-1" / STATE_FILE).exists()
 
 
@@ -446,9 +455,27 @@ def test_a_checkpoint_without_our_state_is_refused_unless_fresh(tmp_path):
     train(family("qwen3_moe"), data, [Stop(1)], tmp_path, **options)
     with pytest.raises(EquipoiseError, match="saved without this callback.*fresh=True"):
         train(family("qwen3_moe"), data, [EquipoiseCallback(BIASES)], tmp_path, resume=True, **options)
+    model = family("qwen3_moe")
+    with pytest.raises(EquipoiseError, match="fresh=True"):
+        train(model, data, [EquipoiseCallback(BIASES)], tmp_path, resume=True, **options)
     callback = EquipoiseCallback(BIASES, fresh=True)
-    train(family("qwen3_moe"), data, [callback], tmp_path, resume=True, **options)
+    train(model, data, [callback], tmp_path, resume=True, **options)  # the same model, as in a notebook
     assert callback.balance.state_dict()["num_windows"] == 2
+
+
+def test_a_sharded_checkpoint_replaces_the_state_that_an_earlier_training_left(tmp_path):
+    """It is saved without save_pretrained, into a folder that exists already."""
+
+    class Sharded(Trainer):
+        def save_model(self, output_dir=None, _internal_call=False):
+            Path(output_dir or self.args.output_dir).mkdir(parents=True, exist_ok=True)
+
+    options = dict(save_strategy="steps", save_steps=1, kind=Sharded)
+    train(family("qwen3_moe"), rows(16), [EquipoiseCallback(BIASES)], tmp_path, **options)
+    first = torch.load(tmp_path / "checkpoint-2" / STATE_FILE, weights_only=True)
+    train(family("qwen3_moe"), rows(16), [EquipoiseCallback("loss-free:rate=5e-2")], tmp_path, **options)
+    second = torch.load(tmp_path / "checkpoint-2" / STATE_FILE, weights_only=True)
+    assert any(not torch.equal(bias, second["biases"][name]) for name, bias in first["biases"].items())
 
 
 @pytest.mark.parametrize("name", FAMILIES)

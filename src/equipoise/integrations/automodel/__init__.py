@@ -9,6 +9,7 @@
 from typing import TYPE_CHECKING, Any
 
 from equipoise.integrations.automodel.routers import ROUTER_ADAPTERS
+from equipoise.integrations.framework_import import explained
 
 __all__ = ["ROUTER_ADAPTERS", "balanced"]
 
@@ -19,10 +20,6 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name != "balanced":
         raise AttributeError(f"module 'equipoise.integrations.automodel' has no attribute {name!r}")
-    try:
+    with explained(name, "nemo_automodel", "nemo-automodel", "0.7"):
         from equipoise.integrations.automodel import recipe
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.startswith("equipoise"):
-            raise
-        raise ImportError(f"{name} needs {error.name}, which is not installed: pip install nemo-automodel.") from error
     return recipe.balanced

@@ -79,14 +79,27 @@ class FollowedEngine:
     def __init__(self, balance: Balance, engine: Any):
         self._balance, self._engine = balance, engine
         self._own_step, self._own_backward = engine.step, engine.backward
+        self._instance_had = {name: vars(engine)[name] for name in ("step", "backward") if name in vars(engine)}
         self._num_backwards = 0  # of the engine, in the open window
         self._adds_loss = _may_have_loss(balance.strategy)
+        self._is_removed = False
         engine.step, engine.backward = self._step, self._backward
 
     def remove(self) -> None:
-        """Leaves the engine as it was."""
+        """Leaves the engine as it was. Raises ``UsageError`` if a wrapper was put around its methods since then."""
+        if self._is_removed:
+            return
+        attributes = vars(self._engine)
+        for name, ours in (("step", self._step), ("backward", self._backward)):
+            if attributes.get(name) != ours:
+                raise UsageError(
+                    f"engine.{name} must be that of follow_engine when it is removed: something else took its place "
+                    "since then. Remove that first."
+                )
         for name in ("step", "backward"):
-            vars(self._engine).pop(name, None)
+            del attributes[name]
+        attributes.update(self._instance_had)
+        self._is_removed = True
 
     def _backward(self, *args: Any, **kwargs: Any) -> Any:
         self._num_backwards += 1

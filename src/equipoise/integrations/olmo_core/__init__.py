@@ -9,6 +9,7 @@ The callback needs OLMo-core; what reads its routers does not import it.
 
 from typing import TYPE_CHECKING, Any
 
+from equipoise.integrations.framework_import import explained
 from equipoise.integrations.olmo_core.routers import ROUTER_ADAPTERS
 
 __all__ = ["ROUTER_ADAPTERS", "EquipoiseCallback"]
@@ -20,10 +21,6 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name != "EquipoiseCallback":
         raise AttributeError(f"module 'equipoise.integrations.olmo_core' has no attribute {name!r}")
-    try:
+    with explained(name, "olmo_core", "ai2-olmo-core", "3.0"):
         from equipoise.integrations.olmo_core import callback
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.startswith("equipoise"):
-            raise
-        raise ImportError(f"{name} needs {error.name}, which is not installed: pip install ai2-olmo-core.") from error
     return callback.EquipoiseCallback

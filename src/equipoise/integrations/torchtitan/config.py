@@ -8,6 +8,7 @@ from typing import Any
 from equipoise.attachment import resolve
 from equipoise.balancers import Balancer, format_strategy
 from equipoise.errors import EquipoiseError, UsageError
+from equipoise.integrations.framework_import import explained
 
 __all__ = ["balanced", "check_supported"]
 
@@ -45,16 +46,12 @@ def balanced(config: Any, *balancers: Balancer | str) -> Any:
             ``config`` is balanced already.
         EquipoiseError: the config asks for what is not supported, which is named.
         TypeError: an argument has another type.
-        ImportError: torchtitan is not installed.
+        ImportError: torchtitan is not installed, or older than 0.3.
     """
-    try:
+    with explained("balanced", "torchtitan", "torchtitan", "0.3"):
         from torchtitan.trainer import Trainer
-    except ModuleNotFoundError as error:
-        if error.name != "torchtitan":
-            raise
-        raise ImportError("balanced needs torchtitan, which is not installed: pip install torchtitan.") from error
 
-    from equipoise.integrations.torchtitan.trainer import Balancing
+        from equipoise.integrations.torchtitan.trainer import Balancing
 
     if not isinstance(config, Trainer.Config):
         raise TypeError(

@@ -5,8 +5,9 @@ Gradients are summed over micro-batches and over data parallel ranks: its FSDP2 
 losses, which are means over tokens, get weights that sum to 1. The tokens of a step are summed before its forwards.
 
 Each forward of a part gets its ``MicroBatch`` as an argument, which a hook takes off. So the stages of a pipeline know
-their padding too. After the forward another hook puts the ticket of the balancing loss on the output, and thereby its
-gradient: a stage never sees the loss.
+their padding too. A stage of a pipeline has no loss that ``balance.loss()`` could be added to. So another hook ties it
+to the output of the stage. When the backward reaches that output, the balancing loss gets the weight of its
+micro-batch.
 """
 
 import copy

@@ -86,8 +86,9 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     factor of the ranks, the balancing loss has that factor all the same.
 
     **Steps.** A window is what is counted for one optimizer step. The biases move after every ``optimizer.step()``. If
-    a GradScaler skipped that step, the window closes and nothing moves. Nothing moves either for micro-batches that an
-    iterable dataset leaves over at the end of an epoch, without a step. An evaluation counts nothing and has no
+    a GradScaler skipped that step, the window closes and nothing moves. Micro-batches that an iterable dataset leaves
+    over at the end of an epoch belong to the first step of the next one: the Trainer keeps their gradients until then.
+    After the last epoch they move nothing. An evaluation counts nothing and has no
     balancing loss. If a callback of yours generates or probes in training mode, its tokens count, unless it does so in
     ``callback.balance.paused()``.
 
@@ -142,6 +143,7 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         self._is_training = False
         self._step_was_applied: bool | Tensor = True  # as the optimizer itself says
         self._needs_biases_file = False  # whether the weights do not hold the biases
+        self._saved_in: Path | None = None  # the folder of the checkpoint that is being saved
 
     def __repr__(self) -> str:
         balance = "not attached" if self.balance is None else repr(self.balance)
@@ -177,10 +179,15 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
             self._loss = BalancedLoss(trainer, inner, self.balance, self._adds_loss, is_in_graphs)
         self._add_hooks(inner, optimizer)
         wrap_save_pretrained(saved_model, self._save)
-        if checkpoint is not None:
-            self._load(checkpoint)
-        elif earlier_state is not None:
-            self.balance.load_state_dict(earlier_state)
+        try:
+            if checkpoint is not None:
+                self._load(checkpoint)
+            elif earlier_state is not None:
+                self.balance.load_state_dict(earlier_state)
+        except BaseException:
+            if earlier_state is None:  # so that another callback may take this model
+                self.detach()
+            raise
         callbacks = [] if trainer is None else trainer.callback_handler.callbacks
         if self in callbacks:  # first, so that every reporter gets our metrics too
             callbacks.remove(self)
@@ -196,10 +203,6 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
             self.balance.step(applied=False if was_skipped else was_applied)
             self._report_alerts(state)
 
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.balance is not None and self.balance.has_open_window:  # an iterable dataset ended within a step
-            self.balance.step(applied=False)
-
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if self.balance is None or not self._is_training or "loss" not in (logs or {}):
             return
@@ -212,10 +215,13 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         # A sharded checkpoint (FSDP) is saved without save_pretrained.
-        if args.should_save and folder.is_dir() and not (folder / STATE_FILE).exists():
+        if args.should_save and folder.is_dir() and self._saved_in != folder.resolve():
             self._save(folder)
+        self._saved_in = None  # an earlier training may have left this folder
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.balance is not None and self.balance.has_open_window:  # an iterable dataset ended within a step
+            self.balance.step(applied=False)
         if self.balance is not None and args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._load(Path(state.best_model_checkpoint))
         self._stop()
@@ -282,6 +288,7 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
             write_biases(folder, self.balance.biases, self.balance.multiplies)
         if self._is_training:
             save_state(folder, self.balance, self._alerts)
+            self._saved_in = folder.resolve()
 
     def _load(self, checkpoint: Path) -> None:
         """Loads what the Trainer did not load from a checkpoint."""

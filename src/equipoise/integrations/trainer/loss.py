@@ -18,8 +18,8 @@ class BalancedLoss:
     All forwards with gradients of one call are one micro-batch. Its balancing loss weighs as the Trainer's loss does.
     Let n be the label tokens of the micro-batch, N the number of items that the Trainer passes.
 
-    - If the Trainer's loss is made from the loss in the model's output, the latter has a factor in it, such as the
-      number of ranks. Autograd measures the factor. The balancing loss gets it, times n / N if the model divides by N.
+    - ``compute_loss`` may multiply the loss in the model's output, for example by the number of ranks. Autograd
+      measures that factor, and the balancing loss is multiplied by it; by n / N too, if the model divides by N.
     - Otherwise the Trainer's loss is made from logits or log-probabilities. If it divides by N, the factor is n / N
       times the number of ranks, as Trainers multiply if N is of all ranks. If not, it is a mean over the micro-batch.
       Then the factor is 1, and the Trainer divides by the number of micro-batches. With ``loss_is_scaled_for_ga`` it
