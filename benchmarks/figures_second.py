@@ -115,8 +115,7 @@ def _balance_axis(axes: Axes) -> None:
 
 
 def lengths(edition: Edition, claims: Sequence[Claim], results: Results) -> Figure:
-    """The difference of Loss-Free from the loss within sequences at three lengths, and from that over the global batch
-    at two."""
+    """The difference of Loss-Free from the losses within sequences and over the global batch, at three lengths."""
     figure = Figure(figsize=(8, 4.6), layout="constrained")
     axes = figure.subplots()
     for number, (against, color) in enumerate((("sequence", COLORS["sequence"]), ("global", COLORS["global"]))):
@@ -137,9 +136,9 @@ def lengths(edition: Edition, claims: Sequence[Claim], results: Results) -> Figu
             text = f"{difference.n} seeds"
             axes.annotate(text, (left, difference.mean), (6, 6), textcoords="offset points", fontsize=8, color=color)
     axes.axhline(0, color="#999999", linewidth=0.8)
-    axes.set_xlim(160, 1000)
+    axes.set_xlim(80, 1000)
     axes.set_xscale("log", base=2)
-    axes.set_xticks([200, 400, 800])
+    axes.set_xticks([100, 200, 400, 800])
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.set_xlabel("steps of the training, log scale")
     axes.set_ylabel("difference in loss, nats (95 % intervals)")
@@ -155,10 +154,9 @@ Arm = tuple[str, str]  # claim and arm
 
 def _arms_by_length(against: str) -> dict[int, tuple[Arm, Arm]]:
     short = "4-loss-free" if against == "sequence" else "4-loss-free-same-scope"
-    at_400 = {400: ((LENGTH_CLAIM, "loss-free-400"), (LENGTH_CLAIM, "sequence-400"))} if against == "sequence" else {}
     return {
+        100: ((LENGTH_CLAIM, "loss-free-100"), (LENGTH_CLAIM, f"{against}-100")),
         200: ((short, "loss-free"), (short, against)),
-        **at_400,
         800: ((LENGTH_CLAIM, "loss-free"), (LENGTH_CLAIM, against)),
     }
 

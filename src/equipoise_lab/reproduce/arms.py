@@ -4,7 +4,7 @@ frontier = "NAME"                        all options that the frontier NAME runs
                                          the coefficient or rate that was chosen there, and at the learning rate if
                                          it tries several; options beside it are added, or stand in place of these
 strategy = "lbl:coefficient={NAME}"      only the coefficient or rate
-strategy = "loss-free:rate={NAME/4}"     a quarter of it; any whole number may stand there
+strategy = "loss-free:rate={NAME/4}"     a quarter of it; any whole number may stand there, and * in place of /
 learning_rate = "{NAME.learning_rate}"   only the learning rate; it may be divided, too
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 
 __all__ = ["Choice", "Need", "fill", "needs"]
 
-_PLACEHOLDER = re.compile(r"\{([\w-]+)(\.learning_rate)?(?:/([1-9]\d*))?\}")
+_PLACEHOLDER = re.compile(r"\{([\w-]+)(\.learning_rate)?(?:([*/])([1-9]\d*))?\}")
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def needs(arm: Mapping[str, Any]) -> Iterator[Need]:
     if "frontier" in arm:
         yield Need(arm["frontier"], "all")
     for option in arm.values():
-        for name, learning_rate, _ in _PLACEHOLDER.findall(str(option)):
+        for name, learning_rate, *_ in _PLACEHOLDER.findall(str(option)):
             yield Need(name, "learning rate" if learning_rate else "value")
 
 
@@ -58,12 +58,14 @@ def _filled(option: Any, chosen: Mapping[str, Choice | None]) -> Any:
         return option
 
     def chosen_number(placeholder: re.Match[str]) -> str:
-        name, learning_rate, divisor = placeholder.groups()
+        name, learning_rate, operation, number = placeholder.groups()
         choice = chosen.get(name)
         if choice is None:
             return placeholder[0]
         value = f"{choice.options['learning_rate']:g}" if learning_rate else choice.value
-        return value if divisor is None else f"{float(value) / int(divisor):g}"
+        if operation is None:
+            return value
+        return f"{float(value) * int(number) if operation == '*' else float(value) / int(number):g}"
 
     text = _PLACEHOLDER.sub(chosen_number, option)
     alone = _PLACEHOLDER.fullmatch(option)

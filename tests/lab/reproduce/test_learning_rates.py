@@ -119,6 +119,7 @@ def test_an_arm_takes_all_of_a_choice_or_parts_of_it():
     parts = {"strategy": "quantile+lbl:coefficient={f/10}", "learning_rate": "{f.learning_rate}"}
     assert fill(parts, chosen) == {"strategy": "quantile+lbl:coefficient=0.003", "learning_rate": 0.006}
     assert fill({"strategy": "none", "learning_rate": "{f.learning_rate/2}"}, chosen)["learning_rate"] == 0.003
+    assert fill({"strategy": "none", "learning_rate": "{f.learning_rate*2}"}, chosen)["learning_rate"] == 0.012
     for arm in ({"frontier": "g"}, {"strategy": "a={g}"}, {"strategy": "a", "learning_rate": "{g.learning_rate/2}"}):
         assert fill(arm, chosen) == arm and {need.frontier for need in needs(arm)} == {"g"}
     assert [need.what for need in needs({"frontier": "f", "then": "lbl:coefficient={g}"})] == ["all", "value"]
