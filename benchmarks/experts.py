@@ -2,7 +2,7 @@
 
     python benchmarks/experts.py    # writes benchmarks/results/experts.json
 
-Each shape is measured in bfloat16 and in float32. Compared are:
+Each shape is measured in bfloat16 and in float32. The candidates are:
 
 - ours;
 - the block of Qwen3-MoE, under each way in which Transformers computes experts;

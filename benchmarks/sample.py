@@ -3,8 +3,8 @@
     python benchmarks/sample.py    # writes benchmarks/results/sample.json
 
 Routers whose logits are normal, and whose experts differ in their mean, choose for new tokens in every window. Nothing
-trains. A histogram gets E additions for each token that is looked at. Compared are samples of the tokens, and, of all
-tokens, the margins of their best experts alone: a token says nothing of experts far from being chosen, so these count
+trains. A histogram gets E additions for each token that is looked at. The script compares samples of the tokens with
+the margins of the best experts of all tokens: a token says nothing of experts far from being chosen, so these count
 as beyond the last bin. MaxVio of a window's load: until it is below 0.25, and in the last windows.
 
 The last line on stdout is the result as JSON.

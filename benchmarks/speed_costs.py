@@ -136,7 +136,7 @@ def operations(stored: dict[str, Any]) -> Section:
         f"some operations once, for {layers} layers.",
         "",
         "*Fused* means with the Triton kernels of `attach(..., fused=True)`. The tests run them in Triton's "
-        "interpreter, and they compile for GPUs. They have not run on a GPU yet.",
+        "interpreter, and they compile for GPUs. [On a GPU](gpu.md) says what has run there.",
         "",
         *table(columns, rows),
         "Where autograd keeps the scores, the losses keep nothing. `z` has no closed form: autograd makes its gradient "

@@ -86,9 +86,9 @@ def mean_loss(output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
 def forward_step(micro_batches: Iterator[Tensor], model: Any) -> tuple[Tensor, Any]:
     rows = next(micro_batches).to("cuda" if torch.cuda.is_available() else "cpu")
     positions = torch.arange(LENGTH, device=rows.device).expand(len(rows), LENGTH)
-    hides = torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool, device=rows.device).triu(1)
+    causal_mask = torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool, device=rows.device).triu(1)
     # Of padded rows: padding_mask=..., True for padding.
-    return model(rows[:, :-1], positions, hides, labels=rows[:, 1:].contiguous()), mean_loss
+    return model(rows[:, :-1], positions, causal_mask, labels=rows[:, 1:].contiguous()), mean_loss
 
 
 def pretrain(strategy: str, rows: Tensor, steps: int) -> tuple[float, float, float]:

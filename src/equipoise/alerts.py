@@ -206,13 +206,15 @@ class Alerts:
             "bad": {names: bad.cpu() for names, bad in self._bad.items()},
             "nan": list(self._nan),
             "reported": list(self._reported),
+            "biases": {names: biases.cpu() for names, biases in self._last_biases.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what ``state_dict`` gave. Raises ``EquipoiseError`` if ``state`` is something else."""
         try:
             num_seen, nan, bad = int(state["num_seen"]), list(state["nan"]), dict(state["bad"])
-            reported = list(state.get("reported", []))  # states of earlier versions have none
+            reported = list(state.get("reported", []))  # states of earlier versions have neither
+            biases = dict(state.get("biases", {}))
             stretches = {saved["names"]: _Stretch(saved["names"], saved["counts"]) for saved in state["groups"]}
             for saved in state["groups"]:
                 stretches[saved["names"]].load(saved)
@@ -223,6 +225,7 @@ class Alerts:
                 f"the state must be what Alerts.state_dict() gave: got {got}. Load that, or begin without a state."
             ) from None
         self.num_seen, self._nan, self._bad, self._reported, self._stretches = num_seen, nan, bad, reported, stretches
+        self._last_biases = biases
 
     def _check_finite(self, loss: float | Tensor | None, biases: Mapping[str, Tensor]) -> Iterator[Alert]:
         watched = list(_by_size(biases))

@@ -75,6 +75,9 @@ def attach(
     Collective over ``group``: every rank compares layers, strategies and biases, and raises the same error if they
     differ. With ``where`` not given, routers that cannot be proven beside others that can are left out with a warning.
 
+    A router without a slot sets an option of torch.compile for the whole process until ``detach``: a compiled graph may
+    skip side effects in a recomputation (``skip_fwd_side_effects_in_bwd_under_checkpoint``).
+
     With balancers at bias zero and without losses, logits, weights, choices and gradients of the model are the same
     bit for bit.
 
@@ -92,13 +95,17 @@ def attach(
         plan = _plan(model, balancers, where, biases, allow_empty)
     except Exception as caught:
         error = caught
-    _compare_ranks(pool.agree("attach", None if plan is None else plan.in_common(), error))
-    assert plan is not None  # agree raises every rank's error
-    _warn(plan, balancers, has_filter=where is not None)
-    for layer in plan.layers:
-        if tap_of(layer.router) is not None:  # a copy of an attached model: take its inert tap off
-            untap_router(layer.router, layer.slot)
-    return Balance(plan.model, plan.layers, plan.balancers, pool, plan.start, fused)
+    try:
+        _compare_ranks(pool.agree("attach", None if plan is None else plan.in_common(), error))
+        assert plan is not None  # agree raises every rank's error
+        _warn(plan, balancers, has_filter=where is not None)
+        for layer in plan.layers:
+            if tap_of(layer.router) is not None:  # a copy of an attached model: take its inert tap off
+                untap_router(layer.router, layer.slot)
+        return Balance(plan.model, plan.layers, plan.balancers, pool, plan.start, fused)
+    except BaseException:
+        pool.close()
+        raise
 
 
 def _check_triton() -> None:

@@ -78,6 +78,7 @@ class Balance:
         self._context, self._losses = self._recorder.context, self._recorder.losses
         self._notices = Notices(self._recorder)
         self._taps = Taps(self._recorder)
+        self._followed: list[Any] = []  # handles of follow()
         self._has_config = hasattr(model, "save_pretrained")
 
     # ---- the training loop ----
@@ -189,7 +190,9 @@ class Balance:
             TypeError: ``optimizer`` is not one of torch.
             UsageError: this ``Balance`` follows it already.
         """
-        return after_each_step(optimizer, self.step, self)
+        handle = after_each_step(optimizer, self.step, self)
+        self._followed.append(handle)
+        return handle
 
     # ---- what counts ----
 
@@ -212,7 +215,7 @@ class Balance:
             yield load
 
     def paused(self) -> AbstractContextManager[None]:
-        """Counts nothing, for forwards that are no training: a probe with gradients. Biases still steer."""
+        """Counts nothing, for forwards that are not training: a probe with gradients. Biases still steer."""
         return self._recorder.paused()
 
     def counting(self) -> AbstractContextManager[None]:
@@ -236,7 +239,7 @@ class Balance:
                 on any rank: the load is not the router's own. A schedule goes on; a momentum stays.
 
         Raises:
-            ValueError: the ids are no record of these layers. Values on a GPU are not looked at.
+            ValueError: the ids are not a record of these layers. Values on a GPU are not looked at.
             EquipoiseError: this ``Balance`` was detached; a router with ids cannot be replayed; later, if a forward
                 or a recomputation does not fit the ids.
 
@@ -326,6 +329,11 @@ class Balance:
     def has_open_window(self) -> bool:
         """Whether anything was counted since the last ``step()``."""
         return bool(self._window.micro_batches)
+
+    @property
+    def has_loss(self) -> bool:
+        """Whether a balancer has a loss. Without one, ``loss()`` is always 0."""
+        return self._losses.num_losses > 0
 
     @property
     def rate(self) -> float:
@@ -422,7 +430,7 @@ class Balance:
         return self._pool.agree(what, value, error)
 
     def detach(self) -> dict[str, Float[Tensor, " experts"]]:
-        """Removes all that ``attach`` added, nothing that others added since.
+        """Removes all that ``attach`` and ``follow`` added, nothing that others added since.
 
         A model's own slot keeps what it holds; without one the biases are gone. On every rank of the group, or none.
 
@@ -433,6 +441,8 @@ class Balance:
         if not self._taps.are_removed:
             self._taps.remove()
             self._pool.close()
+            for followed in self._followed:
+                followed.remove()
         return biases
 
     def _check_attached(self, call: str) -> None:

@@ -136,7 +136,7 @@ def test_unequal_numbers_are_named_with_forwards_first_too(counts):
         assert "closed it after 2 micro-batches, 1 rank(s) began micro-batch 3" in said
 
 
-@pytest.mark.parametrize("strategy", ["loss-free", "lbl"])
+@pytest.mark.parametrize("strategy", window_ranks.MEASURED_ALONE)
 def test_an_evaluation_on_one_rank_only_is_found_out_on_both(strategy):
     for said in _found(("measured alone", strategy)):
         assert "1 of 2 ranks are at the end of measuring(), the others in a step" in said

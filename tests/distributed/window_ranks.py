@@ -51,6 +51,8 @@ def _window(rank, counts, strategy="lbl+loss-free"):
     return "went on"
 
 
+WITH_STATISTICS = ("quantile", "quantile:bins=0", "loss-free:rule=sign,scope=micro_batch")
+MEASURED_ALONE = ("loss-free", "lbl", "lbl+quantile", *WITH_STATISTICS)
 PARTIAL = ("loss-free:rate=0.1", "quantile", "quantile:bins=0", "loss-free:rule=sign,scope=micro_batch,rate=0.1", "lbl")
 
 
@@ -370,7 +372,7 @@ def everything(rank: int) -> dict[Any, Any]:
                 found[case] = skipped_on(rank, ranks, as_tensor, strategy)
     for counts in ((2, 4), (4, 2)):
         found["forwards first", counts] = said(forwards_first, rank, counts)
-    for strategy in ("loss-free", "lbl"):
+    for strategy in MEASURED_ALONE:
         found["measured alone", strategy] = said(measured_alone, rank, strategy)
     for strategy in ("loss-free", "lbl", "quantile"):
         found["goes on", strategy] = after_a_window_that_failed(rank, strategy)

@@ -163,4 +163,7 @@ def test_a_step_that_is_never_called_is_reported_once(caplog):
         assert "step()" not in caplog.text
         for _ in range(3):
             model(input_ids=ids)
+        balance.step()
+        for _ in range(257):
+            model(input_ids=ids)
     assert caplog.text.count("256 micro-batches were counted since the last step()") == 1

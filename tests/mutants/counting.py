@@ -5,9 +5,33 @@ from mutants.mutant import Mutant
 MUTANTS = [
     Mutant(
         "a forgotten step() is said at every micro-batch",
-        "if len(self.micro_batches) == WARN_AFTER_MICRO_BATCHES:",
+        "if len(self.micro_batches) == WARN_AFTER_MICRO_BATCHES and not self._has_warned:",
         "if len(self.micro_batches) >= WARN_AFTER_MICRO_BATCHES:",
         "test_saved -k never_called",
+    ),
+    Mutant(
+        "an evaluation that meets a step sends another size",
+        "self._sum([vector, *([] if self.pools_each else statistics)])\n        self.collectives, self.num_bytes",
+        "self._sum([vector])\n        self.collectives, self.num_bytes",
+        "distributed/test_window -k evaluation_on_one_rank",
+    ),
+    Mutant(
+        "a closed micro-batch waits for a garbage collection",
+        "            del call.micro_batch",
+        "            pass",
+        "library/balance/test_step -k freed",
+    ),
+    Mutant(
+        "after an error on a GPU the ranks go on apart",
+        "                self._is_broken = True\n                raise",
+        "                raise",
+        "test_pool -k from_a_gpu",
+    ),
+    Mutant(
+        "an error of another rank is found out a whole forward late",
+        "            self.exchange.poll()\n",
+        "",
+        "test_pool -k next_micro_batch",
     ),
     Mutant(
         "81: a step that a fused optimizer skipped moves the biases",
@@ -35,8 +59,8 @@ MUTANTS = [
     ),
     Mutant(
         "with a loss scale, a recomputed call belongs to the first micro-batch",
-        "num_equal, _, number = max(similar)",
-        "num_equal, _, number = similar[0]",
+        "        num_equal, _, number = max(\n",
+        "        num_equal, _, number = min(\n",
         "library/balance -k that_is_recomputed",
     ),
     Mutant(
@@ -351,8 +375,8 @@ MUTANTS = [
     ),
     Mutant(
         "38: a router that is not trained is said to be missed",
-        "for call in self._calls if call.needs_gradient and call.micro_batch.factor is not None",
-        "for call in self._calls if call.micro_batch.factor is not None",
+        "for call in self._calls if call.needs_gradient and call.micro_batch.had_backward",
+        "for call in self._calls if call.micro_batch.had_backward",
         "library/balance -k is_not_trained",
     ),
     Mutant(

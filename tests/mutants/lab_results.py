@@ -235,8 +235,8 @@ MUTANTS = [
     ),
     Mutant(
         "claims: a hundredth of a value is the value itself",
-        "float(value) / int(divisor)",
-        "float(value)",
+        "else float(value) / int(number)",
+        "else float(value)",
         "test_frontier -k takes",
     ),
     Mutant(
@@ -337,8 +337,8 @@ MUTANTS = [
     ),
     Mutant(
         "editions: a run in progress of one goes on in another",
-        "frontiers, work = edition.frontiers, edition.folder(options.out)",
-        "frontiers, work = edition.frontiers, options.out",
+        "self.edition.folder(self.options.out)",
+        "self.options.out",
         "test_edition -k progress",
     ),
     Mutant(

@@ -241,7 +241,7 @@ MUTANTS = [
     ),
     Mutant(
         "lab balancers: every micro-batch draws the same tokens",
-        'int.from_bytes(digest_of(routing.expert_ids, pooled.shape[0], size=7), "big")',
+        'int.from_bytes(bytes_digest(routing.expert_ids, pooled.shape[0], size=7), "big")',
         "pooled.shape[0]",
         "train/test_balancers -k twice",
     ),

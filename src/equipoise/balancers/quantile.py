@@ -246,7 +246,9 @@ class Quantile(Balancer):
             histogram = torch.stack(list(statistic))
             missing, num_tokens = _from_histogram(histogram, wanted, self._bins_on(load.device).edges)
         target = bias + missing.masked_fill(gain == 0, 0)
-        target = self.ema * bias + (1 - self.ema) * (target - target.median(-1, keepdim=True).values)
+        # median() has no deterministic kernel for GPUs
+        median = target.sort(-1).values[..., (num_experts - 1) // 2, None]
+        target = self.ema * bias + (1 - self.ema) * (target - median)
         moves = (num_tokens > 0) & (gain > 0).any(-1, keepdim=True)
         self._bias.copy_(torch.where(moves, target, bias))
 

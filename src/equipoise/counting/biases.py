@@ -381,7 +381,7 @@ def _moved_by_update(balancer: Balancer) -> list[Tensor]:
 
 
 def _is_stored(biases: Float[Tensor, "kinds rows experts"], in_slots: Tensor) -> Bool[Tensor, "kinds rows experts"]:
-    """By number, whether a slot holds a bias or its rounding to 16 bits."""
+    """Number by number, whether a slot holds the bias or its rounding to 16 bits."""
     is_stored = biases == in_slots
     for dtype in (torch.bfloat16, torch.float16):  # a checkpoint may have rounded our bias
         is_stored |= biases.to(dtype).float() == in_slots

@@ -8,8 +8,9 @@ another begins a micro-batch. The other flags are inside the loads, which are ne
     second count   + 2^48 for a rank at the end of ``measuring()``, and not in a window
     last count     - 2^62 / ranks for a rank that cannot go on
 
-On a CPU the flags are checked when they arrive. From a GPU they are copied without a wait, and checked before the next
-collective begins. So the host waits for nothing, and no rank begins a collective that the others will not.
+On a CPU the flags are checked when they arrive. From a GPU they are copied without a wait, and checked when the next
+micro-batch begins, if they are there by then, or before the next collective begins. So the host waits for nothing, and
+no rank begins a collective that the others will not.
 """
 
 from collections.abc import Sequence
@@ -39,6 +40,7 @@ class Exchange:
         self.width = layout.header.stop if self.pools_each else layout.loads.stop  # how many numbers travel
         self._second, self._last = 1, layout.loads.stop - 1
         self._unread: list[tuple[Tensor, Any, bool]] = []  # flags on their way from a GPU
+        self._is_broken = False
         self.reset()
 
     def reset(self) -> None:
@@ -83,14 +85,17 @@ class Exchange:
         closing[0] &= FLAG - 1
         return counts if self.pools_each else closing, applied
 
-    def measure(self, counts: Tensor) -> None:
-        """Sums what an evaluation counted, in place."""
+    def measure(self, counts: Tensor, statistics: Sequence[Tensor] = ()) -> None:
+        """Sums what an evaluation counted, in place.
+
+        ``statistics`` are those of a window without tokens: if another rank is in a step, the sizes must be equal.
+        """
         if self.pool.size == 1 or not self.layout.num_layers:
             return
         vector = counts[: self.width]
         vector[self._second] += FLAG
         before = self.collectives, self.num_bytes
-        self._all_reduce(vector).wait()
+        self._sum([vector, *([] if self.pools_each else statistics)])
         self.collectives, self.num_bytes = before
         self._check_flags(vector, measuring=True)
         self.read()  # the result of a measurement is read now anyway
@@ -105,6 +110,7 @@ class Exchange:
             vector = self.layout.zeros(device)[: self.width]
             vector[self._last] = -(2**62 // self.pool.size)
             self._sum([vector, *([] if self.pools_each else statistics)])
+            self._is_broken = device.type != "cpu"
 
     def gather(self, value: Any) -> list[Any]:
         """The Python value of every rank, in rank order."""
@@ -115,11 +121,29 @@ class Exchange:
         return by_rank
 
     def read(self) -> None:
-        """Raises if flags that arrived from a GPU report a failure."""
+        """Waits for flags that are on their way from a GPU, and raises if they report a failure.
+
+        After a failure on a GPU nothing goes on. The rank that failed knows it one collective before the others, and
+        these have closed a window that it has not.
+        """
+        if self._is_broken:
+            raise EquipoiseError(
+                "balancing must begin anew after an error on a GPU: the ranks learn of it in different windows, so "
+                "their counts would no longer fit together. Restart from a checkpoint."
+            )
         unread, self._unread = self._unread, []
         for flags, event, measuring in unread:
             event.synchronize()
-            self._raise_on_failure(flags.tolist(), measuring)
+            try:
+                self._raise_on_failure(flags.tolist(), measuring)
+            except EquipoiseError:
+                self._is_broken = True
+                raise
+
+    def poll(self) -> None:
+        """Raises if flags that have arrived report a failure. Does not wait."""
+        if self._unread and self._unread[0][1].query():
+            self.read()
 
     def _all_reduce(self, vector: Tensor, reads: bool = True) -> Any:
         if reads:

@@ -92,7 +92,7 @@ class Layout:
 
 
 def _address(value: Tensor) -> int:
-    """Of its memory; different for all tensors that are alive. Empty ones have none, and a number of their own."""
+    """The address of a tensor's memory. An empty tensor has none, and gets its id."""
     return value.untyped_storage().data_ptr() or id(value)
 
 

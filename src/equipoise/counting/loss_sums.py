@@ -190,6 +190,7 @@ class LossSums:
         self._slopes = None
         for call in self._sequence_calls:
             call.mask = call.sequences = None
+            del call.micro_batch  # it holds these sums: a cycle would stay until Python collects it
 
     def gradient(
         self, call: CountedCall, routing: Routing, factor: Tensor | float, counts: Counts

@@ -1,4 +1,4 @@
-"""Which ranks are pooled, those that hold different tokens, and a process group of our own over them."""
+"""The ranks whose counts are summed, and a process group of our own for them."""
 
 import hashlib
 import uuid
@@ -22,8 +22,8 @@ class Pool:
     def __init__(self, group: Any | None = None):
         self.size, self.group = 1, None
         self.collectives, self.num_bytes = 0, 0  # begun so far, and the bytes that this rank sent
-        self._before_others = group is None and not _is_initialised()
-        if self._before_others:
+        self._made_before_init = group is None and not _is_initialised()
+        if self._made_before_init:
             return
         group = dist.group.WORLD if group is None else group
         ranks = _ranks(group)
@@ -34,7 +34,7 @@ class Pool:
 
     def check_no_rank_joined(self) -> None:
         """Raises if torch.distributed was initialised after this pool was made: it would leave the other ranks out."""
-        if self._before_others and _is_initialised() and dist.get_world_size() > 1:
+        if self._made_before_init and _is_initialised() and dist.get_world_size() > 1:
             raise EquipoiseError(
                 "attach must come after torch.distributed.init_process_group (with Accelerate, after Accelerator()): "
                 f"it came before, and the counts of {dist.get_world_size()} ranks would each be alone. Call detach() "
@@ -113,7 +113,7 @@ def _ranks(group: Any) -> list[int]:
 
 
 def _new_group(ranks: list[int], existing: list[Any]) -> Any:
-    """A process group that only ``ranks`` make. The process groups ``existing`` reach all of them.
+    """Makes a process group; only its ``ranks`` call this. ``existing``: process groups that connect them all.
 
     Each rank draws a name that nobody has used, and all take the first one by the alphabet. Along several dimensions
     of a mesh it is passed on from one to the next.

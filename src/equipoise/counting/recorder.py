@@ -124,10 +124,10 @@ class Recorder:
                     yield
             except Exception:
                 with suppress(RuntimeError):  # the other ranks may be gone
-                    self.window.exchange.fail(device)
+                    self.window.exchange.fail(device, self.biases.empty_statistics().summed)
                 raise
             vector = self.layout.zeros(device) if self._measured is None else self._measured
-            self.window.exchange.measure(vector)
+            self.window.exchange.measure(vector, self.biases.empty_statistics().summed)
             load.update(self.by_name(vector))
         finally:
             self._is_measuring, self._measured = False, None
@@ -218,7 +218,7 @@ class Recorder:
         outermost, is_outside = context.outermost, self._is_outside(call)
         current = window.current
         if (current is not None and current.forward is not outermost) or is_outside:
-            self._begin_forward(current, layer, outermost, is_outside)
+            self._begin_forward(current, layer, outermost)
         micro_batch = window.micro_batch(call.expert_ids.device, outermost)
         micro_batch.holds_bias |= self.replays.holds_bias(layer)
         if window.num_calls == 0:  # statistics depend on the biases: adopt what was written into slots since
@@ -248,9 +248,7 @@ class Recorder:
             return None
         return call.expert_ids.to(torch.int16)
 
-    def _begin_forward(
-        self, current: MicroBatch | None, layer: int, outermost: ForwardTokens, is_outside: bool
-    ) -> None:
+    def _begin_forward(self, current: MicroBatch | None, layer: int, outermost: ForwardTokens) -> None:
         """Where no ticket separates micro-batches, each forward of the model is one.
 
         Outside a forward, where a router is called by itself, one begins when its layer comes again.
@@ -353,8 +351,12 @@ class Recorder:
 
     def close_window(self, applied: bool | Tensor, called_layers: set[int]) -> None:
         """Closes the window over all ranks and moves the biases, if every rank's optimizer step was applied."""
-        self.settle()
         window, num_before = self.window, self.window.num_closed
+        try:
+            self.settle()
+        except EquipoiseError:
+            window.fail(self.device, self.biases.empty_statistics())
+            raise
         absent = self.biases.empty_statistics() if len(called_layers) < len(self.layers) else None
         # A choice that was replayed is not the router's own, so its load says nothing of the bias.
         statistics, applied = window.close(False if window.holds_bias else applied, absent)

@@ -152,8 +152,8 @@ class Replays:
 def ids_by_layer(expert_ids: Record, layers: Sequence[MoELayer], mask: Tensor | None) -> dict[int, Tensor]:
     """The ids of a record by number of the layer, int64 ``[tokens, k]`` or ``[batch, sequence, k]``, where it computes.
 
-    -1 for tokens that were not recorded, and for padding. Raises ``ValueError`` if they are no record of these layers.
-    Values are checked where they are on the host.
+    -1 for tokens that were not recorded, and for padding. Raises ``ValueError`` if they do not fit these layers. Values
+    are checked where they are on the host.
     """
     by_layer = {}
     for number, (layer, ids) in enumerate(zip(layers, _split(expert_ids, layers), strict=True)):
@@ -261,7 +261,7 @@ def _check_values(ids: Tensor, layer: MoELayer) -> None:
 
 
 class Recording(dict[str, list[Tensor]]):
-    """By layer name, the choices of each call of its router, in order: ``[tokens, k]``, as the router orders them."""
+    """The choices of each router call, in order, by layer name: ``[tokens, k]``, as the router orders them."""
 
     def __init__(self, layers: Sequence[MoELayer]):
         super().__init__({layer.name: [] for layer in layers})

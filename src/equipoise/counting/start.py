@@ -24,7 +24,7 @@ BiasesOrPath = Mapping[str, Tensor] | str | os.PathLike[str]
 def starting_biases(
     model: nn.Module, layers: Sequence[MoELayer], balancers: Sequence[Balancer], biases: BiasesOrPath | None
 ) -> dict[str, Tensor]:
-    """By layer, float32: those that the caller gave, or saved beside the weights, or held by the slots."""
+    """The biases by layer, float32: those that the caller gave, or saved beside the weights, or held by the slots."""
     steers = any(balancer.has_bias for balancer in balancers)
     multiplies = any(balancer.multiplies for balancer in balancers)
     if biases is not None and not steers:

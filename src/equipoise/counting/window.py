@@ -45,6 +45,7 @@ class MicroBatch:
         self.counts: Counts | None = None  # that its losses go by, as far as they were known when it closed
         self.factor: Tensor | None = None  # that the caller gave the loss; known when its ticket's backward has run
         self.loss_scale: Tensor | float | None = None  # what the function loss_scale gave for this micro-batch
+        self.had_backward = False  # its ticket's, or without a ticket that of a call
         self.holds_bias = False  # a call was replayed: no bias follows its window
         self._repeated: list[CountedCall] = []  # their forward had called the layer with the same tokens before
         self._calls: dict[int, list[int]] = {}  # by layer
@@ -56,7 +57,7 @@ class MicroBatch:
         return set(self._calls)
 
     def num_tokens(self, layer: int) -> Int[Tensor, ""]:
-        """Of all calls: a layer that is called twice in a forward has twice its tokens."""
+        """The tokens of all calls: a layer that is called twice in a forward has twice its tokens."""
         return self.layout.num_tokens(self.vector, layer)
 
     def num_distinct_tokens(self, layer: int) -> Int[Tensor, ""]:
@@ -94,39 +95,37 @@ class MicroBatch:
 
     def begin_backward(self, factor: Tensor) -> None:
         """The backward of its ticket has run: those of its routers follow."""
-        self.factor = factor
+        self.factor, self.had_backward = factor, True
         self._unserved = {layer: list(calls) for layer, calls in self._calls.items()}
 
     def is_unserved(self, call: CountedCall) -> bool:
         return call.number in self._unserved[call.layer]
 
     def mark_served(self, call: CountedCall, was_recomputed: bool) -> None:
+        self.had_backward = True
         if self.is_unserved(call):
             self._unserved[call.layer].remove(call.number)
         if not was_recomputed:  # a recomputation may come again: for the gradient of the weights, after the inputs'
             self._choices.pop(call.number, None)
 
-    def most_similar_call(self, layer: int, expert_ids: Tensor, also_served: bool) -> tuple[int, bool, int] | None:
-        """The call of ``layer`` whose choice is most like this one: how many choices agree, whether it is unserved, its
-        number.
-
-        Of equally similar calls an unserved one is taken, then the later one: backwards run from the last call to the
-        first, but not every call has one.
-        """
+    def candidates(self, layer: int, also_served: bool) -> list[tuple[bool, int, Tensor | None]]:
+        """The calls of ``layer`` that a recomputation may belong to: whether it is unserved, its number, its choice."""
         unserved = self._unserved.get(layer, [])
         calls = self._calls.get(layer, []) if also_served else unserved
-        similar = ((self._num_equal_choices(call, expert_ids), call in unserved, call) for call in calls)
-        return max(similar, default=None)
-
-    def _num_equal_choices(self, number: int, expert_ids: Tensor) -> int:
-        choice = self._choices.get(number)
-        return -1 if choice is None or choice.shape != expert_ids.shape else int((choice == expert_ids).sum())
+        return [(call in unserved, call, self._choices.get(call)) for call in calls]
 
     def forget_calls(self) -> None:
         self._choices.clear()
         self._repeated.clear()
         if self.sums is not None:
             self.sums.forget_tokens()
+
+
+def _num_equal(choices: list[Tensor | None], expert_ids: Tensor) -> list[int]:
+    """How many ids of each choice are those; -1 for one of another shape. Waits for the device once."""
+    fitting = [choice for choice in choices if choice is not None and choice.shape == expert_ids.shape]
+    counts = iter(torch.stack([(choice == expert_ids).sum() for choice in fitting]).tolist() if fitting else [])
+    return [-1 if choice is None or choice.shape != expert_ids.shape else next(counts) for choice in choices]
 
 
 class ClosedWindow(NamedTuple):
@@ -150,6 +149,7 @@ class Window:
         self._biases = biases
         self._number = -1  # of the open window, dropped ones included
         self._latest: MicroBatch | None = None  # that was closed
+        self._has_warned = False  # of many micro-batches
         self._open()
 
     def _open(self) -> None:
@@ -199,16 +199,18 @@ class Window:
         """The open micro-batch; begins one in ``forward`` if there is none."""
         if self.current is None:
             self.exchange.pool.check_no_rank_leaves()
+            self.exchange.poll()
             with outside_inference_mode():
                 self.current = MicroBatch(self.layout, Statistics(self._biases.gathered), device, forward)
                 if self._has_losses:
                     self.current.sums = LossSums(self._biases.groups, self._biases.group_of)
             self.micro_batches.append(self.current)
-            if len(self.micro_batches) == WARN_AFTER_MICRO_BATCHES:
+            if len(self.micro_batches) == WARN_AFTER_MICRO_BATCHES and not self._has_warned:
+                self._has_warned = True
                 _log.warning(
-                    f"{WARN_AFTER_MICRO_BATCHES} micro-batches were counted since the last step(), and none is "
-                    "pooled. Call balance.step() after every optimizer step, or once balance.follow(optimizer). Run a "
-                    "model that is not trained in eval() or inside balance.paused()."
+                    f"{WARN_AFTER_MICRO_BATCHES} micro-batches were counted since the last step(). If the optimizer "
+                    "made a step since then, call balance.step() after each one, or once balance.follow(optimizer). "
+                    "Run a model that is not trained in eval() or inside balance.paused()."
                 )
         return self.current
 
@@ -246,15 +248,21 @@ class Window:
         later for that of its weights. Raises ``EquipoiseError`` if the choice is not like that of any call.
         """
         micro_batches = self.micro_batches if self.serving is None and has_factor else [self.serving]
-        similar = [
-            call
+        candidates = [
+            candidate
             for micro_batch in micro_batches
             if micro_batch is not None
-            and (call := micro_batch.most_similar_call(layer, expert_ids, also_served=self.serving is None))
+            for candidate in micro_batch.candidates(layer, also_served=self.serving is None)
         ]
-        if not similar:
+        if not candidates:
             return None
-        num_equal, _, number = max(similar)
+        choices = [choice for _, _, choice in candidates]
+        # Of equally similar calls an unserved one is taken, then the later one: backwards run from the last call to the
+        # first, but not every call has one.
+        num_equal, _, number = max(
+            (num_equal, is_unserved, number)
+            for num_equal, (is_unserved, number, _) in zip(_num_equal(choices, expert_ids), candidates, strict=True)
+        )
         if 2 * num_equal < expert_ids.numel():
             raise EquipoiseError(
                 "a recomputed forward must choose the experts that it chose before: this one agrees with no call of "
@@ -268,13 +276,13 @@ class Window:
 
         A compiled graph gives no such information.
         """
-        calls = [call for call in self._calls if call.needs_gradient and call.micro_batch.factor is not None]
+        calls = [call for call in self._calls if call.needs_gradient and call.micro_batch.had_backward]
         return sorted({call.layer for call in calls if call.micro_batch.is_unserved(call)})
 
     # ---- counts known so far ----
 
     def counts_so_far(self, micro_batch: MicroBatch) -> Counts:
-        """By the counts of an open micro-batch and those that have arrived. Does not wait."""
+        """The counts known so far: those of an open micro-batch and those that have arrived. Does not wait."""
         vector = micro_batch.vector[: self.exchange.width]
         pooled = vector if self._sum_of_closed is None else self._sum_of_closed + vector
         return Counts(micro_batch.vector, pooled, None if self.last is None else self.last.vector)

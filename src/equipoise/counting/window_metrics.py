@@ -49,7 +49,7 @@ def without_constants(values: Mapping[str, float]) -> dict[str, float]:
 
 
 def _losses(micro_batches: Sequence[MicroBatch], recorder: Recorder) -> dict[str, float]:
-    """By balancer with a loss, the mean over layers and micro-batches that had tokens."""
+    """For each balancer with a loss, the mean over layers and micro-batches that had tokens."""
     balancers = recorder.losses.balancers
     if not balancers:
         return {}

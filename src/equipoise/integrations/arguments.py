@@ -9,7 +9,7 @@ __all__ = ["check_attach_arguments"]
 
 
 def check_attach_arguments(callback: str, names: Iterable[str]) -> None:
-    """Raises ``TypeError`` for a name that is no keyword of ``attach``: else only the training would find it."""
+    """Raises ``TypeError`` for a name that is not a keyword of ``attach``. Else only the training would find it."""
     keywords = [name for name, p in inspect.signature(attach).parameters.items() if p.kind is p.KEYWORD_ONLY]
     for name in names:
         if name not in keywords:

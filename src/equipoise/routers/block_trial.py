@@ -20,7 +20,7 @@ class _KnownExpert(nn.Module):
 
     def __init__(self, output: Tensor):
         super().__init__()
-        self.outputs = [output]  # in a list: it is no tensor of the block that could steer it
+        self.outputs = [output]  # in a list: it is not a tensor of the block that could steer it
 
     def forward(self, x: Tensor, *others: Any, **named: Any) -> Tensor:
         return self.outputs[0].to(x.dtype).expand(*x.shape[:-1], -1)

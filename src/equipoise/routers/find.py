@@ -123,7 +123,7 @@ def _reason_outside(model: nn.Module, module: nn.Module) -> Refused | None:
 
 
 def _without_nested(layers: list[MoELayer]) -> list[MoELayer]:
-    """Of a router inside another one, keeps the one that chooses.
+    """Where one router is inside another, keeps the one that chooses.
 
     That is the inner one, unless the outer one has a slot outside it, or is the one that declares how it selects.
     """

@@ -17,11 +17,11 @@ _WRAPPERS_OF_MODULE = (nn.parallel.DistributedDataParallel, nn.DataParallel, Ave
 
 
 class NamedModule(NamedTuple):
-    """A module that is no wrapper."""
+    """A module that is not a wrapper."""
 
     name: str
     module: nn.Module
-    parent: nn.Module | None  # the module around it that is no wrapper
+    parent: nn.Module | None  # the module around it that is not a wrapper
 
 
 def named_modules(model: nn.Module) -> list[NamedModule]:
@@ -47,7 +47,7 @@ def _walk(module: nn.Module, name: str, parent: nn.Module | None, seen: set[nn.M
 
 
 def _wrapped(module: nn.Module) -> nn.Module | None:
-    """The module that a wrapper runs in its own place; None if it is no wrapper."""
+    """The module that a wrapper runs in its own place; None if it is not a wrapper."""
     names: tuple[str, ...] = WRAPPED
     if isinstance(module, _WRAPPERS_OF_MODULE):
         names = ("module",)

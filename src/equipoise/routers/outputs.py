@@ -1,4 +1,4 @@
-"""What a router's forward returns: told by shapes and dtypes, and what to do about it if it is something else."""
+"""Recognises what a router's forward returns, by shapes and dtypes, and says how to adapt other outputs."""
 
 import inspect
 from typing import Any

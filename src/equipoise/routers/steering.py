@@ -159,7 +159,7 @@ class ChoicesSeen(TorchFunctionMode):
 
     @property
     def expert_ids(self) -> Tensor | None:
-        """Of the one choice, by a top-k or by maxima one after another; None if there are several, or none."""
+        """The expert ids of the only choice, by top-k or by maxima in turn. None if there were several, or none."""
         if self.top_k:
             return self.top_k[0] if len(self.top_k) == 1 else None
         return torch.cat(self.maxima, -1) if self.maxima else None

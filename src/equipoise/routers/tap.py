@@ -1,4 +1,4 @@
-"""A tap: what stands between one router and the observer that counts its calls and knows the gradient of its losses."""
+"""A tap connects one router to the observer that counts its calls and makes the gradient of its losses."""
 
 import itertools
 import weakref

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from scipy import integrate, optimize, special, stats
 
-from equipoise_lab.analysis.statistics import Arm, check_level, check_spread, estimate, paired, t_quantile
+from equipoise_lab.analysis.statistics import ValuesBySeed, check_level, check_spread, estimate, paired, t_quantile
 from equipoise_lab.analysis.verdicts import Hypothesis
 
 __all__ = ["MAX_SEEDS", "Noise", "detectable_effect", "noise", "power", "seeds_needed"]
@@ -163,7 +163,9 @@ class Noise:
     level: float
 
 
-def noise(arm: Arm, baseline: Arm, *, power: float = 0.8, level: float = 0.95, intersect: bool = False) -> Noise:
+def noise(
+    arm: ValuesBySeed, baseline: ValuesBySeed, *, power: float = 0.8, level: float = 0.95, intersect: bool = False
+) -> Noise:
     """How much seeds alone vary two arms, and the difference that n seeds can detect. All in the unit of the values.
 
     Pairing helps if ``sd_difference`` is below ``sqrt(sd_arm^2 + sd_baseline^2)``. Raises as ``paired_differences``.

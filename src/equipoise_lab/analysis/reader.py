@@ -60,7 +60,7 @@ class Experts:
 
     @property
     def num_tokens(self) -> Int[np.ndarray, " domains"]:
-        """By domain."""
+        """The evaluated tokens of each domain."""
         return self.load[0].sum(-1) // self.k
 
 
@@ -116,7 +116,7 @@ class RecordedRun:
         return domains + [domain for domain in by_domain if domain not in domains]
 
     def load_of(self, evaluation: Mapping[str, Any]) -> list[Int[np.ndarray, "domains experts"]]:
-        """By layer."""
+        """The load of each layer."""
         loads = [evaluation["domains"][domain]["load"] for domain in self.evaluated_domains]
         return [np.array([load[i] for load in loads], np.int64) for i in range(len(self.config["layers"]))]
 

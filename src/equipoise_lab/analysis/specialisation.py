@@ -326,7 +326,7 @@ def vocabulary_specialisation(
 class Typical:
     """A token that an expert gets more often than tokens on average.
 
-    ``lift`` is the token's share of the expert's tokens over its share of all tokens: 1 is no preference.
+    ``lift`` is the token's share of the expert's tokens over its share of all tokens: 1 means no preference.
     """
 
     token_id: int

@@ -15,7 +15,7 @@ from scipy import stats
 
 __all__ = ["Estimate", "estimate", "paired_differences", "trend"]
 
-Arm = Mapping[Any, float]  # seed -> value
+ValuesBySeed = Mapping[Any, float]
 
 
 @cache
@@ -124,7 +124,9 @@ def estimate(values: Iterable[float], *, level: float = 0.95) -> Estimate:
     return Estimate(n, mean, sd, level)
 
 
-def paired_differences(arm: Arm, baseline: Arm, *, level: float = 0.95, intersect: bool = False) -> Estimate:
+def paired_differences(
+    arm: ValuesBySeed, baseline: ValuesBySeed, *, level: float = 0.95, intersect: bool = False
+) -> Estimate:
     """The mean over seeds of ``arm[seed] - baseline[seed]``, as an ``Estimate``. Below 0 if ``arm`` is lower.
 
     Both arms map seeds to values. ``intersect`` uses only the seeds that both arms have. Use it for runs that were
@@ -139,7 +141,7 @@ def paired_differences(arm: Arm, baseline: Arm, *, level: float = 0.95, intersec
     return estimate((a - b for a, b in paired(arm, baseline, intersect)), level=level)
 
 
-def paired(arm: Arm, baseline: Arm, intersect: bool) -> list[tuple[float, float]]:
+def paired(arm: ValuesBySeed, baseline: ValuesBySeed, intersect: bool) -> list[tuple[float, float]]:
     """The values of both arms, by seed."""
     seeds = _common_seeds({"the arm": arm, "the baseline": baseline}, intersect)
     return [
@@ -151,7 +153,9 @@ def paired(arm: Arm, baseline: Arm, intersect: bool) -> list[tuple[float, float]
     ]
 
 
-def trend(arms: Mapping[int, Arm] | Mapping[float, Arm], *, level: float = 0.95, intersect: bool = False) -> Estimate:
+def trend(
+    arms: Mapping[int, ValuesBySeed] | Mapping[float, ValuesBySeed], *, level: float = 0.95, intersect: bool = False
+) -> Estimate:
     """How a value changes per doubling of a factor (1, 2, 4, 8 ranks, say): the mean slope, as an ``Estimate``.
 
     ``arms`` maps each factor to values by seed. Each seed gives the least-squares slope on ``x = log2(factor)``,
@@ -187,7 +191,7 @@ def trend(arms: Mapping[int, Arm] | Mapping[float, Arm], *, level: float = 0.95,
     return estimate(map(slope, seeds), level=level)
 
 
-def _common_seeds(arms: Mapping[str, Arm], intersect: bool) -> list[Any]:
+def _common_seeds(arms: Mapping[str, ValuesBySeed], intersect: bool) -> list[Any]:
     """The seeds that every arm has, in the order of the first arm."""
     for name, arm in arms.items():
         if not arm:

@@ -278,5 +278,5 @@ def _numeric_keys(row: Mapping[str, Any]) -> list[str]:
 
 
 def _float(value: Any) -> float | None:
-    """None for what is no number, or too large for a float."""
+    """None for what is not a number, or too large for a float."""
     return float(value) if not isinstance(value, bool) and isinstance(value, int | float) and abs(value) < MAX else None

@@ -76,7 +76,7 @@ def _never_fail_to_print() -> None:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """Of torch, the CPU's error has no class of its own."""
+    """Whether memory ran out. On a CPU torch raises no error class of its own for it."""
     of_torch = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and of_torch)
 

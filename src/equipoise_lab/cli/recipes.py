@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Recipes", "run", "subcommand"]
 
-FILE_WIDTH = 120  # characters a line, where stdout is no terminal
+FILE_WIDTH = 120  # characters a line, where stdout is not a terminal
 
 
 @dataclass(frozen=True)

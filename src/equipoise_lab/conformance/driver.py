@@ -86,7 +86,7 @@ class Batch:
     Attributes:
         logits: ``[layers, rows, length, experts]`` float32: the hidden states that each layer's router gets.
         mask: ``[rows, length]`` bool, False for padding. None: there is no padding, and no mask is passed.
-        labels: ``[rows, length]`` bool, False for tokens of a prompt, which are no labels of the loss. None: all are.
+        labels: ``[rows, length]`` bool, False for tokens of a prompt, which are not labels of the loss. None: all are.
         sequence_ids: ``[rows, length]``: the number of a packed sequence. None: a row is a sequence.
         mode: what the micro-batch is for. Only ``train`` has a backward.
         replayed: ``[layers, rows, length, k]`` expert ids of a rollout, which are to be used. None: routed live.

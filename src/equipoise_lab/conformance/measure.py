@@ -49,7 +49,8 @@ def compare_value(got: float, right: float, tolerance: float = VALUE_TOLERANCE) 
 
 
 def compare_counts(got: Sequence[Tensor | Sequence[int]], right: Sequence[Sequence[int]]) -> Measurement:
-    """By layer; the error is the largest difference of a count. The words are about the first layer that differs."""
+    """Compares counts by layer. The error is the largest difference. The words are about the first layer that
+    differs."""
     pairs = [(_numbers(ours), list(truth)) for ours, truth in zip(got, right, strict=True)]
     errors = [max(abs(a - b) for a, b in zip(ours, truth, strict=True)) for ours, truth in pairs]
     ours, truth = pairs[max(range(len(pairs)), key=lambda layer: errors[layer])]
@@ -59,7 +60,7 @@ def compare_counts(got: Sequence[Tensor | Sequence[int]], right: Sequence[Sequen
 def compare_biases(
     got: Sequence[Tensor], right: Sequence[Sequence[float]], unit: float, tolerance: float = 1e-3
 ) -> Measurement:
-    """By layer, in units of the rate. A constant that is added to all biases changes no choice: it does not matter."""
+    """Compares biases by layer, in units of the rate. A constant added to all biases does not matter."""
     errors, words = [], []
     for ours, truth in zip(got, right, strict=True):
         ours_centred, truth_centred = _centred(_numbers(ours)), _centred(truth)
@@ -89,7 +90,7 @@ def compare_gradients(got: Sequence[Tensor], ranks: Sequence[Sequence[Batch]], l
 
 
 def worst(measurements: Sequence[Measurement]) -> Measurement:
-    """Of several parts of one answer, or of several ranks, the one that is furthest off its tolerance."""
+    """The part of an answer, or the rank, that is furthest off its tolerance."""
     return max(measurements, key=lambda m: math.inf if math.isnan(m.error) else m.error - m.tolerance)
 
 

@@ -25,7 +25,7 @@ class Place:
 
 
 def places_of(framework: str) -> dict[str, Place]:
-    """By scenario. Raises ``TypeError`` for a key that ``Place`` does not have."""
+    """The places by scenario. Raises ``TypeError`` for a key that ``Place`` does not have."""
     path = FOLDER / f"{framework}.toml"
     if not path.exists():
         return {}

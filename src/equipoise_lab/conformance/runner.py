@@ -206,7 +206,7 @@ def _process(framework: str, scenarios: list[str], rank: int, ranks: int, folder
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    log = os.open(f"{folder}/{rank}.log", os.O_CREAT | os.O_WRONLY)  # what a framework prints is no answer
+    log = os.open(f"{folder}/{rank}.log", os.O_CREAT | os.O_WRONLY)  # what a framework prints is not an answer
     os.dup2(log, 1)
     os.dup2(log, 2)
     try:

@@ -18,7 +18,8 @@ Count = Annotated[int, Field(ge=0, le=2**48)]  # sums of counts fit into int64
 Size = Annotated[int, Field(ge=1, le=2**48)]
 Number = Annotated[float, Field(allow_inf_nan=False, ge=-1e305, le=1e305)]  # sums of numbers are finite
 Figure = Number | None  # None: it was not finite
-Amount = Annotated[float, Field(allow_inf_nan=False, ge=0, le=1e305)] | None
+NonNegative = Annotated[float, Field(allow_inf_nan=False, ge=0, le=1e305)]
+Amount = NonNegative | None
 Names = Annotated[list[str], Field(min_length=1), AfterValidator(_distinct)]
 Load = list[list[Count]]
 

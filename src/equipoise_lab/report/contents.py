@@ -243,7 +243,7 @@ def abbreviate(value: Any) -> str:
 
 
 def _seeds_by_note(recorded_runs: Sequence[RecordedRun]) -> dict[tuple[str, str], list[int]]:
-    """By strategy and text of a note or alert: the seeds that have it."""
+    """The seeds that have a note or an alert, by strategy and text."""
     seeds: dict[tuple[str, str], list[int]] = {}
     for run in recorded_runs:
         alerts = [f"step {row['step']}: {alert}" for row in run.steps for alert in row.get("alerts") or []]

@@ -1,4 +1,4 @@
-"""The page of runs that train, written again and again until they are finished."""
+"""The live page: the report, written again and again until all runs are finished."""
 
 import time
 from collections.abc import Callable
@@ -91,7 +91,7 @@ def _num_runs(folder: Path, records: Records) -> int:
 
 
 def _progress(records: Records, total: int) -> str:
-    """In one sentence: finished runs, and the step of each one that trains."""
+    """One sentence: how many runs are finished, and the step of each run that trains."""
     training = [_state_of(run) for run in records.recorded_runs if run.result is None]
     num_finished = len(records.recorded_runs) - len(training)
     return "; ".join([*([f"{num_finished} of {total} runs finished"] if total > 1 else []), *training]) + "."

@@ -70,7 +70,7 @@ def _say_what_is_not_read(root: Path, edition: Edition, results: Results, progre
             f"{outside} results in {root} are ignored: those of the {edition.name} edition are read from "
             f"{results.folder}. Move those that are of this edition there."
         )
-    if ignored := ignored_text(results.num_of_other_recipes, edition.name, edition.recipe):
+    if ignored := ignored_text(results.num_results_of_other_recipes, edition.name, edition.recipe):
         progress.say(ignored)
 
 
@@ -82,22 +82,8 @@ def _run(
     options: Reproduce,
     progress: Progress,
 ) -> None:
-    """Does the missing runs, claim by claim: first the frontiers that its arms take values from, until their grids no
-    longer grow, then its own runs. With all claims, the remaining frontiers come last."""
-    began = time.monotonic()
-    workers = options.workers or num_cores()
-    frontiers, work = edition.frontiers, edition.folder(options.out)
-
-    def finish(jobs: Sequence[Job]) -> bool:
-        minutes = None if options.budget is None else max(0.0, options.budget - (time.monotonic() - began) / 60)
-        return not results.missing(jobs) or execute(jobs, results, work, progress, workers=workers, minutes=minutes)
-
-    def finish_frontiers(names: Iterable[str]) -> bool:
-        while results.missing(jobs := [job for name in names for job in frontiers[name].jobs(results)]):
-            if not finish(jobs):
-                return False
-        return True
-
+    """Does the missing runs, claim by claim, within the budget. With all claims, the remaining frontiers come last."""
+    runner = _Runner(edition, results, options, progress)
     unfinished, left_out = [], []
     for claim in claims:
         progress.say(f"{claim.name}: {claim.title}")
@@ -107,24 +93,55 @@ def _run(
                 "how to make it. The claim is left out."
             )
             left_out.append(claim.name)
-            continue
-        chosen = {}
-        if finish_frontiers(claim.frontiers):
-            chosen = {name: frontiers[name].chosen(results) for name in claim.frontiers}
-        if not (claim := claim.with_values(chosen)).jobs() or not finish(claim.jobs()):
+        elif not runner.finish_claim(claim):
             unfinished.append(claim.name)
-    if is_all and not finish_frontiers(frontiers):
+    if is_all and not runner.finish_frontiers(edition.frontiers):
         unfinished.append("frontiers")
     names = [claim.name for claim in claims if claim.name not in left_out]
     while not unfinished and (later := _undecided(names, edition, results)):
         for claim in later:
             progress.say(f"{claim.name} is undecided: it goes on to {claim.seeds} seeds")
-            if not finish(claim.jobs()):
+            if not runner.finish(claim.jobs()):
                 unfinished.append(claim.name)
     if unfinished or left_out:
         progress.say(
             f"runs are missing for {', '.join([*unfinished, *left_out])}; run the same command again to continue"
         )
+
+
+class _Runner:
+    """Does runs within the budget, which begins with it. Each method returns whether all runs are done."""
+
+    def __init__(self, edition: Edition, results: Results, options: Reproduce, progress: Progress):
+        self.edition, self.results, self.options, self.progress = edition, results, options, progress
+        self.began = time.monotonic()
+
+    def finish(self, jobs: Sequence[Job]) -> bool:
+        budget, minutes_used = self.options.budget, (time.monotonic() - self.began) / 60
+        return not self.results.missing(jobs) or execute(
+            jobs,
+            self.results,
+            self.edition.folder(self.options.out),
+            self.progress,
+            workers=self.options.workers or num_cores(),
+            minutes=None if budget is None else max(0.0, budget - minutes_used),
+        )
+
+    def finish_frontiers(self, names: Iterable[str]) -> bool:
+        """Until their grids no longer grow."""
+        frontiers = [self.edition.frontiers[name] for name in names]
+        while self.results.missing(jobs := [job for frontier in frontiers for job in frontier.jobs(self.results)]):
+            if not self.finish(jobs):
+                return False
+        return True
+
+    def finish_claim(self, claim: Claim) -> bool:
+        """First the frontiers that its arms take values from, then its own runs."""
+        if not self.finish_frontiers(claim.frontiers):
+            return False
+        chosen = {name: self.edition.frontiers[name].chosen(self.results) for name in claim.frontiers}
+        jobs = claim.with_values(chosen).jobs()
+        return bool(jobs) and self.finish(jobs)
 
 
 def _missing_text(claim: Claim) -> str | None:
@@ -169,7 +186,7 @@ def as_json(findings: list[Finding]) -> list[dict[str, Any]]:
 
 
 def table_rows(findings: list[Finding]) -> list[tuple[str, ...]]:
-    """A row a finding, in the words of the page: comparison, claim, means of the arms, difference, verdict."""
+    """One row per finding, in the words of the page: comparison, claim, means of the arms, difference, verdict."""
     return [
         (
             comparison_text(finding),
@@ -183,7 +200,7 @@ def table_rows(findings: list[Finding]) -> list[tuple[str, ...]]:
 
 
 def claim_rows(findings: list[Finding]) -> list[tuple[str, str, str]]:
-    """A row a claim, by its primary comparison."""
+    """One row per claim, by its primary comparison."""
     rows = []
     for finding in findings:
         if finding.is_primary:

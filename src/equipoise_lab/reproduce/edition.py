@@ -4,7 +4,7 @@ An edition is a folder in ``editions``:
 
     sizes.toml        recipe = 1, the version of the recipe; and by name of a size the options that its arms share
     frontiers.toml    what ``frontier.py`` says
-    claims/*.toml     what ``claim.py`` says, a file a claim
+    claims/*.toml     what ``claim.py`` says, one file per claim
     page.toml         what ``PageText`` says
 
 Its results are in a folder of its name. Once an edition has results, its files stay as they are: change ``recipe`` if
@@ -75,7 +75,7 @@ class Edition:
     page: PageText
 
     def folder(self, root: Path) -> Path:
-        """Of its results, or of its runs in progress, in a folder for all editions."""
+        """The folder of this edition inside ``root``, a folder for all editions."""
         return root / self.name
 
     def results(self, root: Path, *other_roots: Path, dtype: str | None = None) -> Results:

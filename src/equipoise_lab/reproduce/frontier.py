@@ -79,7 +79,7 @@ class Frontier:
     learning_rates: LearningRates | None = None
 
     def options(self, value: str, learning_rate: str | None = None) -> dict[str, Any]:
-        """Of ``equipoise train``, beside those of the size."""
+        """The options of ``equipoise train`` that the size does not set."""
         rate = {} if learning_rate is None else {"learning_rate": float(learning_rate)}
         return {**self.arm, "strategy": self.arm["strategy"].format(value), **rate}
 

@@ -35,7 +35,7 @@ def commit(source: Path = _SOURCE) -> str:
     """The last commit that changed the code of a run, with "+ changes" and a fingerprint of these if that code differs
     from it now.
 
-    Files of claims and of results are no such code: while they are added and committed, runs go on and stay comparable.
+    Files of claims and of results do not count: while they are added and committed, runs go on and stay comparable.
     If the code lies outside a repository of its own: the version of the package. If git cannot be asked in a clone, it
     says that the commit is unknown.
     """
@@ -55,7 +55,7 @@ def commit(source: Path = _SOURCE) -> str:
 
 
 def _fingerprint(source: Path) -> str:
-    """Of what differs from the last commit, in files that git knows and in those that it does not."""
+    """A hash of all that differs from the last commit, in tracked and untracked files."""
     of_changes = hashlib.sha256((_git(source, "diff", "HEAD", "--", *_CODE_OF_RUNS) or "").encode())
     new = _git(source, "ls-files", "--others", "--exclude-standard", "--", *_CODE_OF_RUNS) or ""
     for file in new.splitlines():

@@ -125,7 +125,7 @@ class Results:
         return [job for job in dict.fromkeys(jobs) if self.get(job) is None]
 
     @property
-    def num_of_other_recipes(self) -> int:
+    def num_results_of_other_recipes(self) -> int:
         """How many files hold results of another version of the recipe."""
         names = {path.stem for folder in (self.folder, *self.others) for path in folder.glob("*.json")}
         return sum(name.partition("-")[2] != self._ending.lstrip("-") for name in names)

@@ -24,7 +24,7 @@ from equipoise.recipes import RECIPES
 from equipoise.routing import Routing
 from equipoise_lab.train.candidates import ContrastLoss, GroupLoss, UnbiasedLoss
 from equipoise_lab.train.config import Train
-from equipoise_lab.train.router_calls import RouterCalls, digest_of
+from equipoise_lab.train.router_calls import RouterCalls, bytes_digest
 
 __all__ = [
     "PhiBalancing",
@@ -92,7 +92,7 @@ class ShuffleControl(Balancer):
     def draw(self, routing: Routing) -> Int[Tensor, "tokens k"]:
         """The choices of the drawn tokens. The open window must have counted the call."""
         pooled = torch.cat(self._choices[self._calls.row_of(routing)])
-        seed = int.from_bytes(digest_of(routing.expert_ids, pooled.shape[0], size=7), "big")
+        seed = int.from_bytes(bytes_digest(routing.expert_ids, pooled.shape[0], size=7), "big")
         order = torch.randperm(pooled.shape[0], generator=torch.Generator().manual_seed(seed))
         return pooled[order[: _unmasked(routing).shape[0]].to(pooled.device)]
 

@@ -1,6 +1,6 @@
 """Saves checkpoints that survive a kill at any moment, and the trained model for plain Transformers.
 
-    step-N/state.safetensors   every tensor of the state by its path; what is no tensor, as JSON in the metadata
+    step-N/state.safetensors   every tensor of the state by its path; all else, as JSON in the metadata
     step-N/facts.json          the step, and the blake2b of the state
 
 Rank 0 writes and reads the full state. So a run can be resumed with any number of ranks and any wrapper. Neither file
@@ -54,7 +54,7 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer, balance: Balance)
 
 
 def _map_leaves(state: Any, function: Callable[[str, Any], Any], path: str = "") -> Any:
-    """``state`` with every value that is no dict, list or tuple replaced by ``function(path, value)``."""
+    """``state`` with every value that is not a dict, list or tuple replaced by ``function(path, value)``."""
     if isinstance(state, dict):
         return {key: _map_leaves(value, function, f"{path}/{key}") for key, value in state.items()}
     if isinstance(state, list | tuple):
@@ -205,7 +205,7 @@ def _read(path: Path, state: dict[str, Any], warn: Any) -> tuple[dict[str, Any],
         if _digest(path / STATE) != facts.get("blake2b"):
             raise ValueError(f"{STATE} is not the one that {FACTS} names")
         state.update(_read_state(path / STATE, state))
-        torch.Generator().set_state(state["random"])  # raises for what is no state of a generator
+        torch.Generator().set_state(state["random"])  # raises for what is not a generator's state
     except Exception as error:  # safetensors, torch, json and the disk fail in many ways on a damaged file
         reason = f"checkpoint {path} cannot be read ({_reason(error)})"
         warn(f"{reason}; trying the previous one")

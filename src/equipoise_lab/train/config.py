@@ -52,7 +52,7 @@ class _Run:
     A folder holds one file or one sub-folder per domain: any text in UTF-8, optionally as .xz or .gz.
     Documents: rows of .jsonl, .parquet, .csv and .tsv; else the files of a sub-folder, or the blocks between blank
     lines of a file. A domain needs at least four documents; some of them are held out.
-    Hidden files and READMEs are no text. Other files that are none are skipped and counted."""
+    Hidden files and READMEs are not read. Other files that are not text are skipped and counted."""
 
     text_key: str = "text"
     """The field or column that holds the text, in .jsonl, .parquet, .csv, .tsv and data sets."""

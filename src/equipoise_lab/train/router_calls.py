@@ -1,4 +1,4 @@
-"""Recognises the router calls of the open window, for balancers that need more of them than the library tells."""
+"""Finds the layer of a router call in the open window, for losses that need it."""
 
 import hashlib
 
@@ -7,7 +7,7 @@ from torch import Tensor
 from equipoise.errors import EquipoiseError
 from equipoise.routing import Routing
 
-__all__ = ["RouterCalls", "digest_of"]
+__all__ = ["RouterCalls", "bytes_digest"]
 
 
 class RouterCalls:
@@ -33,10 +33,10 @@ class RouterCalls:
 
     @staticmethod
     def _key(routing: Routing) -> bytes:
-        return digest_of(routing.expert_ids, routing.logits.detach().float())
+        return bytes_digest(routing.expert_ids, routing.logits.detach().float())
 
 
-def digest_of(*values: Tensor | int, size: int = 16) -> bytes:
+def bytes_digest(*values: Tensor | int, size: int = 16) -> bytes:
     digest = hashlib.blake2b(digest_size=size)
     for value in values:
         digest.update(value.cpu().contiguous().numpy().tobytes() if isinstance(value, Tensor) else b"%d" % value)

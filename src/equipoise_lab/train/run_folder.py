@@ -28,7 +28,7 @@ from equipoise_lab.train.levels import levels_of
 from equipoise_lab.train.location import PLACES, is_same_place
 from equipoise_lab.train.selection import evaluation_note, tokens_choose_in_evaluation
 from equipoise_lab.train.switch import has_positive_rate
-from equipoise_lab.train.trackers import Trackers, lacking
+from equipoise_lab.train.trackers import Trackers, trackers_behind
 
 KEPT = ("strategy", "seed", "steps", "layers", "domains", "num_experts", "experts_per_token", "num_parameters")
 AVERAGED = ("loss", "maxvio_batch", "maxvio_micro", "seconds")  # numbers of a step that the result needs
@@ -71,7 +71,7 @@ def complete_result(config: Train, watcher: Watcher) -> dict[str, Any] | None:
     watcher.begin(config, config.steps)
     if config.save_model and not (config.out / "model").is_dir():
         watcher.say(f"{config.out} is complete, but was trained with --no-save-model: there is no model to save")
-    for name in lacking(config):
+    for name in trackers_behind(config):
         watcher.say(f"{name} lacks steps of {config.out}, which is complete: nothing more is sent")
     watcher.end()
     # Checkpoints remain if the run was killed after its result was written.

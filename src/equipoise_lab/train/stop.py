@@ -86,7 +86,7 @@ class StopHandler:
     def _leaves_at_once(self, number: int, now: float, is_deferred: bool) -> bool:
         """Whether a signal after the first one raises KeyboardInterrupt.
 
-        A signal of another kind is no second Ctrl-C: it may come from a parent that got the same Ctrl-C.
+        A signal of another kind is not a second Ctrl-C: it may come from a parent that got the same Ctrl-C.
         """
         assert self.requested_at is not None
         if self.is_worker:

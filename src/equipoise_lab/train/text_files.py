@@ -1,7 +1,7 @@
 """Finds the files of a folder of text, domain by domain, and reads their documents.
 
 Rows are documents in .jsonl, .parquet, .csv and .tsv. Any other file is text by its content: UTF-8 without a NUL byte
-at its start. In the sub-folder of a domain, a file that is no text is skipped and counted.
+at its start. In the sub-folder of a domain, a file that is not text is skipped and counted.
 """
 
 import csv
@@ -26,7 +26,7 @@ ROWS = (".jsonl", ".parquet", ".csv", ".tsv")
 NEVER_SKIPPED = (".txt", *ROWS)  # what such a file holds should be text, so if it is none, something is wrong
 FORMS = "one text file or one sub-folder of text files per domain"
 PIECE = 2**20  # bytes
-START = 8000  # bytes in which a NUL shows that a file is no text, as in git
+START = 8000  # bytes in which a NUL shows that a file is not text, as in git
 MAX_BYTES = 2**30  # of the text of one file: a few KB of .xz or .parquet can unfold to any size
 MAX_LINE = 2**27  # characters of a line of .jsonl: as objects they need up to fifty times the memory
 UTF_16 = (b"\xff\xfe", b"\xfe\xff")

@@ -26,29 +26,37 @@ from equipoise_lab.records import Run, TrackerRuns, read_json, write_json
 from equipoise_lab.train.config import Train
 from equipoise_lab.train.tracker_kinds import Place, finish, quiet, start
 
-__all__ = ["FILE", "Trackers", "evaluation_metrics", "lacking", "layer_metrics", "result_metrics", "step_metrics"]
+__all__ = [
+    "FILE",
+    "Trackers",
+    "evaluation_metrics",
+    "trackers_behind",
+    "layer_metrics",
+    "result_metrics",
+    "step_metrics",
+]
 
 FILE = "trackers.json"
-OF_TRAINING = ("loss", "balancing_loss", "grad_norm", "learning_rate", "tokens")  # the rest is of the balancing
+TRAINING_FIGURES = ("loss", "balancing_loss", "grad_norm", "learning_rate", "tokens")  # the rest is of the balancing
 FACTS = ("strategy", "seed", "num_parameters", "num_active_parameters", "num_experts", "experts_per_token", "dtype")
 RESULT = tuple(column.key for column in COLUMNS)  # as in the table
 
 
 def step_metrics(row: Mapping[str, Any], tokens_per_second: float, num_alerts: int) -> dict[str, float]:
     """``row``: of steps.jsonl. ``num_alerts``: problems that exist, each counted in every layer that has it."""
-    values = {f"train/{name}": row[name] for name in OF_TRAINING if name in row}
+    values = {f"train/{name}": row[name] for name in TRAINING_FIGURES if name in row}
     values["train/tokens_per_second"] = tokens_per_second
     values |= {
         f"equipoise/{name}": value
         for name, value in row.items()
-        if name not in (*OF_TRAINING, "step", "seconds", "strategy", "alerts")
+        if name not in (*TRAINING_FIGURES, "step", "seconds", "strategy", "alerts")
     }
     values["equipoise/alerts"] = num_alerts
     return _numbers(values)
 
 
 def evaluation_metrics(row: Mapping[str, Any]) -> dict[str, float]:
-    """Of an evaluation on the selection text; the one on the test text is in the result."""
+    """The metrics of an evaluation on the selection text. That on the test text is in the result."""
     return _numbers({f"{row['split']}/{name}": value for name, value in row.items()})
 
 
@@ -204,7 +212,7 @@ class Trackers:
         return {name: value for name, value in values.items() if isinstance(value, bool | int | float | str)}
 
 
-def lacking(config: Train) -> list[str]:
+def trackers_behind(config: Train) -> list[str]:
     """The trackers of ``config`` that lack steps of its run, which is complete."""
     runs = dict(read_json(config.out / FILE, TrackerRuns)) if config.trackers and (config.out / FILE).exists() else {}
     sent = {name: (run.get("sent") or {"steps": config.steps})["steps"] for name, run in runs.items()}

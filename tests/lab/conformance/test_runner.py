@@ -54,13 +54,13 @@ def test_ranks_that_wait_for_each_other(monkeypatch):
     assert words == "no answer in 0 seconds: the ranks wait for each other"
 
 
-def test_a_framework_that_is_not_installed(monkeypatch):
+def test_a_framework_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setitem(runner.FRAMEWORKS, "torchtitan", "nothing_of_this_name:X")
     with pytest.raises(UsageError, match="torchtitan must be installed in this environment"):
         run("torchtitan", ["loss-gradient"])
 
 
-def test_an_unknown_framework():
+def test_an_unknown_framework_gets_the_nearest_name():
     with pytest.raises(
         UsageError, match="must be one of equipoise, megatron, .*: got 'megatorn'. Did you mean megatron?"
     ):

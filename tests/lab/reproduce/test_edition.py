@@ -144,10 +144,12 @@ def test_results_of_another_recipe_stay_and_are_ignored(two, tmp_path):
     before = old.results(tmp_path / "r").get(job)
     new = replace(old, recipe=2)
     results = new.results(tmp_path / "r")
-    assert results.get(job) is None and results.num_of_other_recipes == number
+    assert results.get(job) is None and results.num_results_of_other_recipes == number
     _store(results, job, 7.0)
-    assert results.get(job)["result"]["val_nats"] == 7.0 and results.num_of_other_recipes == number
-    assert old.results(tmp_path / "r").get(job) == before and old.results(tmp_path / "r").num_of_other_recipes == 1
+    assert results.get(job)["result"]["val_nats"] == 7.0 and results.num_results_of_other_recipes == number
+    assert (
+        old.results(tmp_path / "r").get(job) == before and old.results(tmp_path / "r").num_results_of_other_recipes == 1
+    )
     sentence = (
         f"{number} stored results are ignored: of another version of the recipe than 2, that of the first edition."
     )

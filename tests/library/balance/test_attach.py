@@ -144,3 +144,13 @@ def test_a_model_with_its_own_balancing_loss_is_warned_about(caplog):
     model = models.family("qwen3_moe", output_router_logits=True, router_aux_loss_coef=0.5)
     equipoise.attach(model, "lbl")
     assert "adds a load-balancing loss of its own" in caplog.text
+
+
+def test_an_attach_that_fails_closes_its_process_group(monkeypatch):
+    closed = []
+    monkeypatch.setattr("equipoise.attachment.Pool.close", lambda pool: closed.append(pool))
+    with pytest.raises(TypeError, match="must be a torch.nn.Module"):
+        attach("no model", "loss-free")
+    assert len(closed) == 1
+    attach(tiny_lm(), "loss-free")
+    assert len(closed) == 1

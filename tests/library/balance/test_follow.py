@@ -11,7 +11,7 @@ from windows import (
     random_ids,
 )
 
-from equipoise import EquipoiseError
+from equipoise import EquipoiseError, attach
 
 
 def test_follow_steps_with_the_optimizer():
@@ -32,6 +32,20 @@ def test_follow_steps_with_the_optimizer():
     (model(random_ids()) + balance.loss()).backward()
     optimizer.step()
     assert balance.has_open_window
+
+
+def test_detach_ends_what_follow_began():
+    model, balance = attach_tiny("loss-free")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    balance.follow(optimizer)
+    balance.detach()
+    model(random_ids()).backward()
+    optimizer.step()
+    balance = attach(model, "loss-free")
+    balance.follow(optimizer)
+    model(random_ids()).backward()
+    optimizer.step()
+    assert balance.num_windows == 1
 
 
 def test_follow_steps_once_if_the_step_of_an_optimizer_calls_its_base_class():

@@ -1,7 +1,9 @@
 """``step()``: it moves the biases, closes the window, and warns of layers and losses without effect."""
 
+import gc
 import logging
 import math
+import weakref
 
 import pytest
 import reference
@@ -75,7 +77,8 @@ def test_the_loss_metric_covers_only_layers_that_were_called():
 
 @pytest.mark.parametrize("num_tokens", [1, 3])
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_a_loss_that_reaches_no_router_is_warned_about_once(checkpointed, num_tokens, caplog):
+@pytest.mark.parametrize("has_ticket", [False, True])
+def test_a_loss_that_reaches_no_router_is_warned_about_once(has_ticket, checkpointed, num_tokens, caplog):
     """A block that computes its own weights ignores those of the router, which carry the gradient of the loss."""
 
     class Block(nn.Module):
@@ -90,6 +93,8 @@ def test_a_loss_that_reaches_no_router_is_warned_about_once(checkpointed, num_to
 
     model = nn.Sequential(Block(True), Block(False), Block(True))
     balance = attach(model, "lbl")
+    if not has_ticket:  # as in a pipeline
+        balance.loss_scale = 1.0
     hidden = torch.randn(1, num_tokens, DIM, generator=torch.Generator().manual_seed(0), requires_grad=True)
     with caplog.at_level(logging.WARNING, "equipoise"):
         for _ in range(2):
@@ -97,7 +102,7 @@ def test_a_loss_that_reaches_no_router_is_warned_about_once(checkpointed, num_to
                 output = torch.utils.checkpoint.checkpoint(model, hidden, use_reentrant=False)
             else:
                 output = model(hidden)
-            (output.sum() + balance.loss()).backward()
+            (output.sum() + balance.loss() if has_ticket else output.sum()).backward()
             balance.step()
     warnings = [record.message for record in caplog.records]
     assert len(warnings) == 1 and warnings[0].startswith("step: the balancing loss gave 1.router no gradient")
@@ -175,3 +180,35 @@ def test_training_with_biases_evens_the_load_out():
         history.append(balance.metrics()["maxvio_batch"])
     assert history[0] > 0.4, "the input is not skewed, so the test proves nothing"
     assert sum(history[-10:]) / 10 < 0.55 * history[0]  # chance alone gives 0.11 with 256 tokens
+
+
+@pytest.mark.parametrize("strategy", ["lbl:scope=sequence", "lbl", "quantile", "loss-free", "z:coefficient=1e-3"])
+def test_a_closed_window_but_the_last_is_freed_without_a_garbage_collection(strategy):
+    """Training loops that collect by hand, as large runs do, would grow."""
+    model, balance = attach_tiny(strategy)
+    alive = []
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(4):
+            (model(random_ids()) + balance.loss()).backward()
+            alive += [weakref.ref(micro_batch) for micro_batch in balance._window.micro_batches]
+            balance.step()
+        assert [micro_batch() is not None for micro_batch in alive] == [False, False, False, True]
+    finally:
+        gc.enable()
+
+
+def test_a_window_that_cannot_be_closed_here_is_closed_on_the_other_ranks_too(monkeypatch):
+    model, balance = attach_tiny("quantile")
+    model(random_ids()).backward()
+
+    def fails():
+        raise EquipoiseError("tokens of another forward")
+
+    told = []
+    monkeypatch.setattr(balance._recorder, "settle", fails)
+    monkeypatch.setattr(balance._window, "fail", lambda device, statistics: told.append(statistics))
+    with pytest.raises(EquipoiseError, match="tokens of another forward"):
+        balance.step()
+    assert len(told) == 1 and len(told[0].summed) > 0, "of the size that the others expect"

@@ -11,7 +11,10 @@ from equipoise.counting.pool import Pool, digest_of
 
 
 class _Event:
-    waited = False
+    waited = has_arrived = False
+
+    def query(self):
+        return self.has_arrived
 
     def synchronize(self):
         self.waited = True
@@ -51,8 +54,27 @@ def test_flags_on_their_way_from_a_gpu_are_read_before_the_next_collective(flags
     with pytest.raises(equipoise.EquipoiseError, match=message_part):
         balance.step()
     assert event.waited and not exchange._unread
-    exchange._unread.append((torch.tensor([5, 0]), event, False))
-    assert balance.metrics() == {}  # flags without an error
+    with pytest.raises(equipoise.EquipoiseError, match="must begin anew after an error on a GPU.*from a checkpoint"):
+        balance.step()
+    balance.detach()
+
+
+def test_flags_without_an_error_that_have_arrived_from_a_gpu_change_nothing():
+    model, balance = _attached()
+    balance._window.exchange._unread.append((torch.tensor([5, 0]), _Event(), False))
+    assert balance.metrics() == {}
+
+
+def test_a_failure_that_is_known_by_then_is_raised_where_the_next_micro_batch_begins():
+    """Not a whole forward later: with expert parallelism this would wait for the rank that failed."""
+    model, balance = _attached()
+    event = _Event()
+    balance._window.exchange._unread.append((torch.tensor([0, -1]), event, False))
+    with balance.paused():
+        model(torch.randint(0, VOCAB, (2, 7)))
+    event.has_arrived = True
+    with pytest.raises(equipoise.EquipoiseError, match="another rank failed to"):
+        model(torch.randint(0, VOCAB, (2, 7)))
 
 
 def test_loads_come_first_in_the_vector_of_a_window():

@@ -27,13 +27,13 @@ from equipoise.errors import UsageError
 
 __all__ = ["BalancedRecipe", "balanced"]
 
-_STEPS = ("_run_train_optim_step", "_forward_backward_step", "run_train_validation_loop", "load_checkpoint")
+_WRAPPED_METHODS = ("_run_train_optim_step", "_forward_backward_step", "run_train_validation_loop", "load_checkpoint")
 _MISSING = object()  # in the config; None means the strategy "none"
 _log = logging.getLogger("equipoise")
 
 
 class Balancing:
-    """What a balanced recipe does besides. ``balanced`` puts it before the class of the recipe."""
+    """What ``balanced`` adds to a recipe class: it comes before that class."""
 
     balancers: Sequence[Balancer] | None = None  # what ``balanced`` was given
     balance: Balance
@@ -61,13 +61,13 @@ class Balancing:
         super().load_checkpoint(restore_from)  # type: ignore[misc]
         scheduler = self.step_scheduler  # type: ignore[attr-defined]
         strategy = self.balance.strategy
-        self._see = Alerts(num_steps=_num_steps(scheduler), num_seen=scheduler.step, strategy=strategy).see
+        self._alerts = Alerts(num_steps=_num_steps(scheduler), num_seen=scheduler.step, strategy=strategy)
 
     def _attach(self) -> None:
         recipe: Any = self
         _check_supported(recipe)
         (model,) = recipe.model_parts
-        # The recipe saves and loads what it has as an attribute with a state, this one as balance.pt.
+        # The recipe saves and loads every attribute that has a state_dict: this one as balance.pt.
         # All ranks are pooled: every one has tokens of its own, because what splits rows or layers is refused.
         self.balance = attach(model, *(self.balancers or ()))
         self.balance.loss_scale = self._weight
@@ -103,13 +103,13 @@ class Balancing:
         if self._has_loss and metrics["tokens"] != self._tokens_of_step:
             self._say_tokens_differ(metrics["tokens"])
         if recipe.dist_env.is_main:
-            for alert in self._see(self.balance.load, sample.metrics["loss"], self.balance.biases):
+            for alert in self._alerts.see(self.balance.load, sample.metrics["loss"], self.balance.biases):
                 _log.warning(f"step {sample.step}: {alert}")
         sample.metrics |= {f"balance/{name}": value for name, value in without_constants(metrics).items()}
         return sample
 
     def _weight(self, num_tokens: Tensor) -> Tensor:
-        """Of the balancing loss of a micro-batch with this many tokens on this rank."""
+        """The weight of a micro-batch's balancing loss, for this many tokens on this rank."""
         recipe: Any = self
         num_ranks: int = recipe._get_dp_group_size(include_cp=True)  # FSDP2 and DDP divide by it
         return num_tokens.double() * num_ranks / self._tokens_of_step
@@ -166,7 +166,7 @@ def balanced(recipe_class: Any, *balancers: Balancer | str) -> Any:
         )
     if issubclass(recipe_class, Balancing):
         raise UsageError(f"recipe_class must be balanced once: {recipe_class.__name__} is already. Leave one call out.")
-    changed = [name for name in _STEPS if getattr(recipe_class, name) is not getattr(plain_class, name)]
+    changed = [name for name in _WRAPPED_METHODS if getattr(recipe_class, name) is not getattr(plain_class, name)]
     if changed:
         raise UsageError(
             f"recipe_class must train by the steps of {plain_class.__name__}: {recipe_class.__name__} has its own "
@@ -181,7 +181,7 @@ class BalancedRecipe(Balancing, TrainFinetuneRecipeForNextTokenPrediction):  # t
 
 
 def _num_counted(batch: Mapping[str, Any]) -> int:
-    """The tokens of a batch that are no padding, as a model reads them from it."""
+    """The tokens of a batch that are not padding, as a model reads them from it."""
     masks = {name: batch[name] for name in ("padding_mask", "attention_mask") if batch.get(name) is not None}
     convert_attention_mask_to_padding_mask(masks)
     if "padding_mask" in masks:
@@ -190,7 +190,7 @@ def _num_counted(batch: Mapping[str, Any]) -> int:
 
 
 def _num_steps(scheduler: Any) -> int:
-    """Of the whole run. ``max_steps`` is an upper limit: the epochs may end before, if their length is known."""
+    """The steps of the whole run: ``max_steps``, or fewer if the epochs end earlier and their length is known."""
     if scheduler.epoch_len is None:
         return int(scheduler.max_steps)
     return int(min(scheduler.max_steps, scheduler.num_epochs * scheduler.epoch_len))

@@ -67,7 +67,7 @@ class _Gate(RouterAdapter):
 
 
 def _move_nothing() -> None:
-    """In place of a Gate's own ``update_bias``. A function of a module, so that the model can be pickled."""
+    """Takes the place of a Gate's own ``update_bias``. A function of a module, so that the model can be pickled."""
 
 
 class _RefusedGate(RouterAdapter):

@@ -4,7 +4,6 @@ from typing import Any
 
 from equipoise._text import abbreviate
 from equipoise.balance import Balance
-from equipoise.balancers import parse_strategy
 from equipoise.errors import EquipoiseError, UsageError
 
 __all__ = ["FollowedEngine", "follow_engine"]
@@ -81,7 +80,7 @@ class FollowedEngine:
         self._own_step, self._own_backward = engine.step, engine.backward
         self._instance_had = {name: vars(engine)[name] for name in ("step", "backward") if name in vars(engine)}
         self._num_backwards = 0  # of the engine, in the open window
-        self._adds_loss = _may_have_loss(balance.strategy)
+        self._adds_loss = balance.has_loss
         self._is_removed = False
         engine.step, engine.backward = self._step, self._backward
 
@@ -129,10 +128,3 @@ class FollowedEngine:
                 f"DeepSpeed then divides the gradient of the model's output by gradient_accumulation_steps = "
                 f"{num_accumulated}, and that of balance.loss() by nothing. Call engine.backward(loss)."
             )
-
-
-def _may_have_loss(strategy: str) -> bool:
-    try:
-        return any(balancer.has_loss for balancer in parse_strategy(strategy))
-    except UsageError:  # balancers of the user's own
-        return True

@@ -22,9 +22,9 @@ from equipoise.integrations.arguments import check_attach_arguments
 from equipoise.integrations.trainer.attaching import attach_for_training
 from equipoise.integrations.trainer.checkpoints import STATE_FILE, load_missing_weights, load_state, save_state
 from equipoise.integrations.trainer.checks import (
+    check_called_by_trainer,
     check_model_adds_no_loss,
     check_only_callback,
-    check_there_is_a_trainer,
     check_trainer_adds_no_loss,
     check_training_arguments,
     forget_callback,
@@ -77,7 +77,7 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
       ranks' gradients are averaged.
     - ``sum_m (CE_m + B_m)``, if the Trainer passes it and the loss does not use it, as in classifiers of Transformers:
       the Trainer does not divide then either.
-    - ``mean_m (L_m + B_m)`` otherwise, also for a loss L_m that is no cross-entropy (DPO, GRPO, reward models): over
+    - ``mean_m (L_m + B_m)`` otherwise, also for a loss L_m that is not a cross-entropy (DPO, GRPO, reward models): over
       the micro-batches of the step (fewer in a short last one) and the ranks.
 
     The first training step shows which it is: there the number is watched. If the loss reads it as a plain number
@@ -162,7 +162,7 @@ class EquipoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         check_only_callback(inner, self)
         check_training_arguments(args)
         if self._adds_loss:
-            check_there_is_a_trainer(trainer)
+            check_called_by_trainer(trainer)
         if self._adds_loss and not self._with_model_loss:
             check_trainer_adds_no_loss(trainer)
             check_model_adds_no_loss(inner)

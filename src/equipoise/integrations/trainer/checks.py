@@ -13,7 +13,7 @@ __all__ = [
     "check_only_callback",
     "check_trainer_adds_no_loss",
     "check_training_arguments",
-    "check_there_is_a_trainer",
+    "check_called_by_trainer",
     "forget_callback",
     "refuse_model_loss",
     "remember_callback",
@@ -34,7 +34,7 @@ def check_only_callback(model: nn.Module, callback: Any) -> None:
 
 
 def remember_callback(model: nn.Module, callback: Any) -> None:
-    """The callback has attached the model."""
+    """Records that the callback has attached the model."""
     _CALLBACKS[model] = ref(callback)
 
 
@@ -58,7 +58,7 @@ def check_training_arguments(args: Any) -> None:
         )
 
 
-def check_there_is_a_trainer(trainer: Any) -> None:
+def check_called_by_trainer(trainer: Any) -> None:
     """Raises ``EquipoiseError`` if there is no Trainer, to whose loss the balancing loss could be added."""
     if trainer is None:
         raise EquipoiseError(

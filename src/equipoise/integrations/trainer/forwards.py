@@ -30,7 +30,7 @@ class Forward:
         self.mark = torch.zeros((), device=device, requires_grad=True)
 
     def factor_in(self, loss: Tensor) -> Tensor | None:
-        """The factor that its loss has in ``loss``; None if it is no part of it. Runs no backward of the model."""
+        """The factor that its loss has in ``loss``; None if it is not a part of it. Runs no backward of the model."""
         if not loss.requires_grad:
             return None
         ones = torch.ones_like(loss)

@@ -106,7 +106,7 @@ class BalancedLoss:
         return label_share(inputs, num_items, self._shifts_labels) if self._divides else 1.0
 
     def _num_ranks(self) -> int:
-        """By what a Trainer multiplies a loss that it divided by the items of all ranks: DDP averages over them."""
+        """The factor that undoes DDP's average, for a loss that was divided by the items of all ranks."""
         if not self._trainer.args.average_tokens_across_devices:
             return 1
         return int(self._trainer.accelerator.num_processes // self._trainer.get_tp_size())

@@ -11,7 +11,7 @@ from equipoise.errors import UsageError
 
 __all__ = ["NumItems", "label_share", "loss_shifts_labels"]
 
-IGNORED_LABEL = -100  # of a token that is no target
+IGNORED_LABEL = -100  # of a token that is not a target
 
 
 def label_share(inputs: dict[str, Any], num_items: Tensor | float | None, shifts: bool) -> Tensor | float:
@@ -21,7 +21,7 @@ def label_share(inputs: dict[str, Any], num_items: Tensor | float | None, shifts
 
     Args:
         inputs: what the model's forward, or ``compute_loss``, was called with, by name.
-        shifts: whether the loss shifts ``labels``, so that the first one of a row is no target.
+        shifts: whether the loss shifts ``labels``, so that the first one of a row is not a target.
     """
     labels = inputs.get("shift_labels")
     if labels is None:

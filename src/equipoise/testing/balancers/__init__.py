@@ -62,7 +62,7 @@ def check_balancer(
     Raises:
         ConformanceError: at the first that does not hold.
         TypeError: ``factory`` makes no balancer.
-        ValueError: ``only`` is no invariant, or ``score_functions`` are none.
+        ValueError: ``only`` is not an invariant, or ``score_functions`` are none.
 
     Examples:
         >>> from equipoise import ZLoss

@@ -59,9 +59,9 @@ def check_routers(
 
     Raises:
         ConformanceError: at the first that does not hold.
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is not a module.
         ValueError: the model is attached, or a copy of one that is; it has no ``config.vocab_size``, so ``batch`` must
-            be given; or ``only`` is no invariant.
+            be given; or ``only`` is not an invariant.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module: got {type(model).__name__}.")

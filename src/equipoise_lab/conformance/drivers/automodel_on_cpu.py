@@ -1,7 +1,7 @@
 """NeMo Automodel on a CPU: small models of its own, with plain torch in place of kernels for GPUs, by its options.
 
-Replaced is ``torch.cuda.current_device``, which its models ask for the name of a device while they are built, without
-looking whether there is one. No router, loss or gradient is touched.
+Replaces ``torch.cuda.current_device``, which its models call while they are built even where there is no GPU. No
+router, loss or gradient is touched.
 """
 
 from collections.abc import Mapping

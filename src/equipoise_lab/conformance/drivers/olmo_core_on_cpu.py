@@ -24,7 +24,7 @@ def _scatter(x: Tensor, indices: Tensor, bin_ids: Tensor, weights: Tensor | None
 
 
 def _kept(indices: Tensor, bins: Tensor, size: int) -> list[Tensor]:
-    """By expert, the assignments that have a place, which are the first ones."""
+    """The assignments that each expert has places for: the first ones."""
     ends = bins.tolist()
     return [indices[start:end][:size].long() for start, end in zip([0, *ends], ends, strict=False)]
 

@@ -99,7 +99,7 @@ class OlmoCoreTraining(Driver):
 
 
 def _labels(batch: Batch) -> Tensor:
-    """Of tokens that are text, and no prompt."""
+    """The tokens that are text and not a prompt."""
     labels = torch.zeros(batch.logits.shape[1:3], dtype=torch.int64)
     for mask in (batch.mask, batch.labels):
         labels[slice(0) if mask is None else ~mask] = -100

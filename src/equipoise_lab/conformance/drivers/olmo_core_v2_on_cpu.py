@@ -50,6 +50,6 @@ def built(config: Any, dtype: torch.dtype, is_staged: bool) -> tuple[Any, Any]:
 
 
 def leave_out_experts(block: Any) -> None:
-    """Of a block's config: it becomes a dense one."""
+    """Makes a block's config that of a dense block."""
     block.routed_experts = block.routed_experts_router = None
     block.shared_experts = SharedExpertsConfig(8, hidden_size=8, num_experts=1, bias=False, dtype=DType.float32)

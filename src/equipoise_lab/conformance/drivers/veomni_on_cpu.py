@@ -1,6 +1,6 @@
 """VeOmni on a CPU: small models of its own, with plain torch in place of kernels for GPUs, by its options.
 
-Replaced is, in 0.1.11 alone, ``veomni.data.multimodal``, which reads images and videos by libraries that need ffmpeg.
+In 0.1.11 alone, replaces ``veomni.data.multimodal``, which reads images and videos by libraries that need ffmpeg.
 A scenario of one rank gets a process group of one rank, as ``torchrun`` gives it. VeOmni shards the model on two ranks;
 that of one rank is made on the CPU.
 """

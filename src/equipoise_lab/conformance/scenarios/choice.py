@@ -52,7 +52,9 @@ def replay(framework: type[Driver], rank: int) -> Measurement:
     return _replay(framework, (8, 8))
 
 
-@scenario(48, 86, why="A rollout is filled up with expert 0 where its row ends. Padding is no text: it counts nowhere.")
+@scenario(
+    48, 86, why="A rollout is filled up with expert 0 where its row ends. Padding is not text: it counts nowhere."
+)
 def replay_with_padding(framework: type[Driver], rank: int) -> Measurement:
     """Which counts has a replayed forward that is half padding, recorded as expert 0?"""
     return _replay(framework, (4, 4))

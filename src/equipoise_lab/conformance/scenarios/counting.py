@@ -44,7 +44,7 @@ def bias_moves_once_a_step(framework: type[Driver], rank: int) -> Measurement:
     return counted(framework, [window([8, 8, 8], of=8, seed=51)])
 
 
-@scenario(42, 44, why="Padding is no text. What a router does with it says nothing about the load.")
+@scenario(42, 44, why="Padding is not text. What a router does with it says nothing about the load.")
 def bias_with_padding(framework: type[Driver], rank: int) -> Measurement:
     """Which counts move the bias, if half a row is padding?"""
     return counted(framework, [[_with_equal_padding(rows_of(8, 4, of=8, seed=54))]])
@@ -56,13 +56,13 @@ def bias_with_as_many_tokens_as_experts(framework: type[Driver], rank: int) -> M
     return counted(framework, [[rows_of(5, of=8, seed=55)]])
 
 
-@scenario(64, why="An evaluation is no training. Its tokens do not move the bias of the next step.")
+@scenario(64, why="An evaluation is not training. Its tokens do not move the bias of the next step.")
 def bias_beside_evaluation(framework: type[Driver], rank: int) -> Measurement:
     """Which counts move the bias, if an evaluation without gradients stands between two micro-batches?"""
     return counted(framework, [_with_a_forward("evaluate", 56)])
 
 
-@scenario(89, why="eval() says that a forward is no training, with gradients or without (saliency, influence).")
+@scenario(89, why="eval() says that a forward is not training, with gradients or without (saliency, influence).")
 def bias_beside_evaluation_with_gradients(framework: type[Driver], rank: int) -> Measurement:
     """Which counts move the bias, if a forward in eval() with gradients stands between two micro-batches?"""
     return counted(framework, [_with_a_forward("evaluate_with_gradients", 59)])
@@ -166,7 +166,7 @@ def bias_beside_a_stage_without_experts(framework: type[Driver], rank: int) -> M
 
 
 def _with_a_forward(mode: Mode, seed: int) -> list[Batch]:
-    """Two micro-batches, and between them a longer forward that is no training."""
+    """Two micro-batches, and between them a longer forward that is not training."""
     first, between, last = (
         rows_of(8, of=8, seed=seed),
         rows_of(16, of=16, seed=seed + 1),

@@ -93,13 +93,13 @@ def loss_of_two_layers(framework: type[Driver], rank: int) -> Measurement:
     return _value(framework, layer, Batch(logits(2, 8, 5, number=2) + towards))
 
 
-@scenario(42, why="Padding is no text: neither f nor P counts it. The gradient is that of the tokens alone.")
+@scenario(42, why="Padding is not text: neither f nor P counts it. The gradient is that of the tokens alone.")
 def loss_with_padding(framework: type[Driver], rank: int) -> Measurement:
     """What gradient has a micro-batch whose second row is half padding?"""
     return _gradient(framework, PLAIN, rows_of(8, 4, of=8, seed=6))
 
 
-@scenario(42, why="Padding is no text: neither f nor P counts it. N is the number of tokens that are text.")
+@scenario(42, why="Padding is not text: neither f nor P counts it. N is the number of tokens that are text.")
 def loss_with_padding_top_1(framework: type[Driver], rank: int) -> Measurement:
     """What is the loss of a micro-batch that is half padding, with one expert a token?"""
     return _value(framework, replace(PLAIN, k=1), rows_of(4, 4, of=8, seed=7))
@@ -186,7 +186,7 @@ def loss_by_its_coefficient_alone(framework: type[Driver], rank: int) -> Measure
 
 
 @scenario(
-    66, why="The evaluation loss is compared between runs, and gives the perplexity. A balancing loss is no text."
+    66, why="The evaluation loss is compared between runs, and gives the perplexity. A balancing loss is not text."
 )
 def loss_in_evaluation(framework: type[Driver], rank: int) -> Measurement:
     """How much balancing loss is in the evaluation loss?"""

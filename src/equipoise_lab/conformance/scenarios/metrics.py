@@ -49,7 +49,7 @@ def imbalance_under_recomputation(framework: type[Driver], rank: int) -> Measure
     )
 
 
-@scenario(64, why="An evaluation is no training, and its load is not that of the step.")
+@scenario(64, why="An evaluation is not training, and its load is not that of the step.")
 def imbalance_beside_evaluation(framework: type[Driver], rank: int) -> Measurement:
     """Which load imbalance is reported, if an evaluation stands between two micro-batches?"""
     first, last = rows_of(16, of=16, seed=116), rows_of(16, of=16, seed=117)

@@ -120,7 +120,7 @@ def runs(edition: Edition, claims: Sequence[Claim], results: Results) -> list[st
         "",
         _effort(edition, claims, results),
         "A run that several claims share counts for each of them in the table.",
-        *filter(None, [ignored_text(results.num_of_other_recipes, edition.name, edition.recipe)]),
+        *filter(None, [ignored_text(results.num_results_of_other_recipes, edition.name, edition.recipe)]),
         "",
         "| claim | size | runs done | minutes of one core | dates |",
         "|---|---|---|---|---|",
