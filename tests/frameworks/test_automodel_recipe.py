@@ -116,7 +116,7 @@ def test_a_resumed_run_is_the_run_itself(factor, tmp_path):
     assert_equal_bit_for_bit(rest.balance.state_dict(), whole_run.balance.state_dict())
     assert_equal_bit_for_bit(rest.model_parts[0].state_dict(), whole_run.model_parts[0].state_dict())
     assert any(bias.any() for bias in rest.balance.biases.values())
-    assert rest._alerts.num_seen == 6  # so that alerts know how many steps are left
+    assert rest._see.__self__.num_seen == 6  # so that alerts know how many steps are left
     rest.load_checkpoint()  # a second time, into the same balance
     assert_equal_bit_for_bit(rest.balance.state_dict(), whole_run.balance.state_dict())
 

@@ -56,7 +56,9 @@ def test_the_head_may_quote_the_difference_of_a_claim(tmp_path):
 def test_a_claim_may_have_a_figure_of_its_own(tmp_path):
     edition = replace(ANY, page=replace(ANY.page, claim_figures={"x": "docs/figures/x.png"}))
     results, figure = Results(tmp_path), Path("../../figures/claims.png")
-    for drawn, shown in ((figure, True), (None, False)):
+    for drawn, has_runs, shown in ((figure, False, False), (figure, True, True), (None, True, False)):
+        if has_runs:
+            fill(results, [-0.1])
         text = pages("r.md", edition, [CLAIM], findings([CLAIM], results), results, drawn)["r_mechanisms.md"]
         assert ("![Claim x](../../figures/x.png)" in text) == shown
 

@@ -61,7 +61,8 @@ class Balancing:
         super().load_checkpoint(restore_from)  # type: ignore[misc]
         scheduler = self.step_scheduler  # type: ignore[attr-defined]
         strategy = self.balance.strategy
-        self._alerts = Alerts(num_steps=_num_steps(scheduler), num_seen=scheduler.step, strategy=strategy)
+        # Its method, because the recipe would save every attribute that has a state_dict.
+        self._see = Alerts(num_steps=_num_steps(scheduler), num_seen=scheduler.step, strategy=strategy).see
 
     def _attach(self) -> None:
         recipe: Any = self
@@ -103,7 +104,7 @@ class Balancing:
         if self._has_loss and metrics["tokens"] != self._tokens_of_step:
             self._say_tokens_differ(metrics["tokens"])
         if recipe.dist_env.is_main:
-            for alert in self._alerts.see(self.balance.load, sample.metrics["loss"], self.balance.biases):
+            for alert in self._see(self.balance.load, sample.metrics["loss"], self.balance.biases):
                 _log.warning(f"step {sample.step}: {alert}")
         sample.metrics |= {f"balance/{name}": value for name, value in without_constants(metrics).items()}
         return sample

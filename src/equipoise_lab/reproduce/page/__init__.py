@@ -59,8 +59,11 @@ def pages(
     for part, text in edition.page.parts.items():
         of_part = [claim for claim in claims if part_of[claim.name] == part]
         lines[part] = [text["head"].format(**addresses), edition.page.details.format(**addresses)]
+        have_runs = {finding.claim.name for finding in findings if finding.is_primary and not finding.is_missing}
         figures = {} if figure is None else edition.page.claim_figures
-        pictures = {name: _beside_pages(edition, file).as_posix() for name, file in figures.items()}
+        pictures = {
+            name: _beside_pages(edition, file).as_posix() for name, file in figures.items() if name in have_runs
+        }
         lines[part] += details(of_part, findings, results, linked, pictures)
     lines[RUNS] = [edition.page.runs.format(**addresses)]
     lines[RUNS] += frontiers(edition, f"{addresses[RESULTS]}#quality-against-balance", results)
