@@ -98,7 +98,10 @@ class _Bins(NamedTuple):
         return torch.bucketize(margins.float(), self.inner, right=True)
 
     def _by_bits(self, margins: Float[Tensor, "tokens experts"]) -> Int[Tensor, "tokens experts"]:
-        """The same, faster on a CPU: a bin is the exponent and the first bits of the mantissa."""
+        """The same, faster on a CPU. The bits of a float, shifted right, are the number of its bin.
+
+        They are the exponent and the first bits of the mantissa. Bins of negative numbers are mirrored.
+        """
         half = len(self.edges) // 2
         mantissa_bits = (half // OCTAVES).bit_length() - 1
         is_below, index = margins < 0, margins.abs().view(torch.int32)

@@ -94,7 +94,9 @@ class LayerGroup:
     def take_over(self, in_slots: Float[Tensor, "rows experts"], rows: slice = slice(None)) -> None:
         """What the slots of these rows hold becomes their bias, where somebody else wrote it.
 
-        A slot value that is the bias or its rounding is ours; a damaged number is not adopted. Waits for no GPU.
+        A slot that holds the bias or its rounding is ours: nothing happened. If it holds the bias that the last step
+        left, somebody put old weights back, and what moves with the bias (a momentum) comes back too. Else it is a new
+        bias, and its momentum is 0. A number that is not finite is not adopted. Waits for no GPU.
         """
         if self._remembered is None:  # a copy is needed only now, when they change
             self._remembered = [value.clone() for value in self.steering_values]

@@ -2,7 +2,8 @@
 
 If the window is pooled once, the loads travel with the statistics of balancers. If every micro-batch is pooled, three
 numbers go with them and say which collective this rank is in: so every rank notices when one closes the window while
-another begins a micro-batch. The other flags are inside the loads, which are never below 0 nor near 2^48:
+another begins a micro-batch. For the other flags a rank adds one large number to a count, which is never below 0 nor
+near 2^48. After the sum the high bits say how many ranks have set the flag, and the low bits are the counts:
 
     first count    + 2^48 for a rank whose optimizer skipped its step
     second count   + 2^48 for a rank at the end of ``measuring()``, and not in a window
@@ -59,7 +60,11 @@ class Exchange:
     def close(
         self, counts: Tensor, statistics: Sequence[Tensor], applied: bool | Tensor, num_micro_batches: int
     ) -> tuple[Tensor, bool | Tensor]:
-        """Ends a window. Returns its counts over the ranks, and whether all applied its step. Sums the statistics."""
+        """Ends a window. Returns its counts over the ranks, and whether all applied its step. Sums the statistics.
+
+        A window that is pooled once sends counts and statistics together. Where every micro-batch is pooled, the counts
+        are there already: first a vector without counts says that this rank closes, then the statistics follow.
+        """
         closing = torch.zeros_like(counts) if self.pools_each else counts.clone()
         if isinstance(applied, Tensor):
             closing[0] += (~applied.to(closing.device).bool()).long() * FLAG

@@ -5,10 +5,10 @@ things: the call that it belongs to, and the factor that the caller gave the los
 
 - The *call*: a counted call has an id, which autograd saves and brings back. A recomputed call has none:
   ``Window.recomputed_call`` finds it.
-- The *factor*: ``Balance.loss`` returns a ticket, a scalar whose backward carries no gradient. It runs before the
-  backwards of the routers, because it was made after their forwards. It records the incoming gradient: 1 /
-  accumulation steps, a GradScaler's scale. If no ticket can be added to the loss, ``loss_scale`` is the factor, or a
-  function that gives it.
+- The *factor*: by what the caller multiplied the loss, such as 1 / accumulation steps or a GradScaler's scale.
+  ``Balance.loss`` returns a ticket, a scalar that carries no gradient to the model. Its backward runs before those of
+  the routers, because it was made after their forwards, and its incoming gradient is the factor. If no ticket can be
+  added to the loss, ``loss_scale`` is the factor, or a function that gives it.
 """
 
 import math
@@ -198,7 +198,8 @@ class Losses:
     def _serve(self, routed: RouterCall, call_id: int) -> tuple[CountedCall, Tensor | float] | None:
         """The counted call that this backward belongs to, and the factor of its loss.
 
-        None in the backward of a gradient, which goes through the router again: a second derivative.
+        None if there is nothing to add: in the backward of a gradient, which goes through the router again (a second
+        derivative). Raises ``EquipoiseError`` if no ``loss()`` was added.
         """
         window = self.window
         if call_id == RECOMPUTED:

@@ -266,7 +266,11 @@ class Recorder:
         return not (self.context.is_under_way or call.is_compiled)
 
     def _place(self, undecided: _Undecided, before: int) -> None:
-        """Finds the tokens of a call, and counts it; a part of its forward's tokens when the other parts have come."""
+        """Finds the tokens of a call, and counts it.
+
+        A call with fewer tokens than its forward waits. If later calls of the layer complete the number, all were parts
+        in order (tiles). If the forward ends first, they were other tokens.
+        """
         call = undecided.call
         is_followed = self.context.is_under_way and not call.is_compiled  # a graph reuses the memory of a call
         if not (is_followed and self.context.uses_places and self.tokens.may_be_tile(call)):
