@@ -125,6 +125,13 @@ PRECISIONS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
+def is_supported(name: str) -> bool:
+    """DeepSpeed trains in fp16 only on a CPU that has its instructions."""
+    from deepspeed.accelerator import get_accelerator
+
+    return "fp16" not in PRECISIONS[name][1] or bool(get_accelerator().is_fp16_supported())
+
+
 def overflow(rank: int, name: str) -> list[tuple[int, bool, float]]:
     """Three windows, of which the first overflows on rank 1: closed windows, whether biases moved, tokens."""
     stage, options = PRECISIONS[name]
@@ -264,7 +271,7 @@ def everything(rank: int, folder: str) -> dict[Any, Any]:
     for strategy in ("none", BOTH.replace("rate=0.01", "rate=0.02")):
         results["evened", strategy == "none"] = evened(rank, strategy)
     for name in PRECISIONS:  # last: once there was an autocast, DeepSpeed scales the loss of later engines too
-        results[name] = overflow(rank, name)
+        results[name] = overflow(rank, name) if is_supported(name) else None
     return results
 
 

@@ -72,6 +72,8 @@ def test_a_model_that_zero_3_made_in_parts_is_attached_all_the_same():
 def test_a_step_that_is_skipped_closes_the_window_and_moves_nothing(name):
     tokens = [float(sum(b["attention_mask"].sum() for b in batches(12)[first : first + 4])) for first in (0, 4, 8)]
     for results in on_two_ranks():
+        if results[name] is None:
+            pytest.skip("DeepSpeed has no fp16 on this CPU")
         assert results[name] == [(1, False, tokens[0]), (2, True, tokens[1]), (3, True, tokens[2])]
 
 
