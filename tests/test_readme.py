@@ -60,12 +60,12 @@ def test_its_numbers_are_those_of_the_stored_results():
     low, high = scope.interval
     assert f"{-scope.mean:.4f} nats lower" in text and f"({-high:.4f} to {-low:.4f}, eight" in text
     assert f"tell {specialisation.mean:.2f} bits more" in text
-    again = next(finding.estimate for finding in _all_findings("second") if finding.claim.name == "1-scope")
-    low, high = again.interval
-    assert f"it is {-again.mean:.4f} ({-high:.4f} to {-low:.4f})" in text
+    again = next(finding for finding in _all_findings("second") if finding.claim.name == "1-scope")
+    low, high = again.estimate.interval
+    assert f"it is {-again.estimate.mean:.4f} ({-high:.4f} to {-low:.4f}), {again.verdict} too" in text
     verdicts = [finding.verdict for finding in primary.values()]
     counts = (verdicts.count(verdict) for verdict in ("supported", "not supported", "undecided"))
-    assert "Of the claims {} are supported, {} are not, and {} are undecided:".format(*counts) in text
+    assert "Of the 16, {} are supported, {} are not, and {} are undecided:".format(*counts) in text
     assert f"{len(primary)} claims" in text and f"{len([*(RESULTS / 'claims' / 'first').glob('*.json')])} runs" in text
 
 

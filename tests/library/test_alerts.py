@@ -347,15 +347,15 @@ def test_a_loaded_state_continues_as_if_never_interrupted(cut):
 
 def test_biases_that_stay_after_a_resume_have_not_moved():
     """They are compared with those of the last stretch, not with 0: no rate is slow where none acts."""
-    held = {name: torch.full((8,), 0.5) for name in "ab"}
+    biases = {name: torch.full((8,), 0.5) for name in "ab"}
     first, second = Alerts(), Alerts()
-    assert feed(first, [BUSIEST] * 200, biases=held) == []
+    assert feed(first, [BUSIEST] * 200, biases=biases) == []
     second.load_state_dict(first.state_dict())
-    assert feed(second, [BUSIEST] * 200, biases=held) == []
+    assert feed(second, [BUSIEST] * 200, biases=biases) == []
     state = first.state_dict()
     del state["biases"]  # as an earlier version saved it
     second.load_state_dict(state)
-    assert feed(second, [BUSIEST] * PATIENCE, biases=held) == [(200 + PATIENCE, "slow rate", False)]
+    assert feed(second, [BUSIEST] * PATIENCE, biases=biases) == [(200 + PATIENCE, "slow rate", False)]
 
 
 def test_alerts_take_the_loads_of_a_balance():

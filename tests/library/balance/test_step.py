@@ -206,9 +206,9 @@ def test_a_window_that_cannot_be_closed_here_is_closed_on_the_other_ranks_too(mo
     def fails():
         raise EquipoiseError("tokens of another forward")
 
-    told = []
+    sent = []
     monkeypatch.setattr(balance._recorder, "settle", fails)
-    monkeypatch.setattr(balance._window, "fail", lambda device, statistics: told.append(statistics))
+    monkeypatch.setattr(balance._window, "fail", lambda device, statistics: sent.append(statistics))
     with pytest.raises(EquipoiseError, match="tokens of another forward"):
         balance.step()
-    assert len(told) == 1 and len(told[0].summed) > 0, "of the size that the others expect"
+    assert len(sent) == 1 and len(sent[0].summed) > 0, "of the size that the others expect"

@@ -268,13 +268,13 @@ def test_micro_batches_left_over_by_a_stream_are_in_the_step_that_has_their_grad
 
     class Kept(TrainerCallback):
         def on_epoch_end(self, args, state, control, model=None, **kwargs):
-            kept.append(sum(float(p.grad.abs().sum()) for p in model.parameters() if p.grad is not None))
+            gradients_left.append(sum(float(p.grad.abs().sum()) for p in model.parameters() if p.grad is not None))
 
-    kept = []
+    gradients_left = []
     model, callback = family("glm4_moe"), EquipoiseCallback(*BOTH)
     watch = Watch(callback)
     train(model, Stream(), [callback, watch, Kept()], tmp_path, max_steps=2, save_strategy="epoch")
-    assert kept[0] > 0, "the Trainer keeps the gradients"
+    assert gradients_left[0] > 0, "the Trainer keeps the gradients"
     a_step, an_epoch = (2 * sum(sum(row["attention_mask"]) for row in rows(12)[:n]) for n in (BATCH * ACCUMULATED, 12))
     counted = [int(load["model.layers.0.mlp.gate"].sum()) for load in watch.load]
     assert counted == [a_step, an_epoch - a_step + a_step]
